@@ -1,0 +1,71 @@
+"""Signals that end a run: the step in progress is finished and saved, then the program leaves with 0."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """A signal arrived inside `Interruption.may_interrupt`."""
+
+
+class Interruption:
+    """Remembers the first of SIGTERM, SIGINT and SIGUSR1; a second SIGINT leaves the process at once.
+
+    Use it in a `with`; leaving restores the handlers that were there. Outside the main thread, where Python
+    has no handlers, nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before: dict[int, object] = {}
+        self._raises = False
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        return self.name is not None
+
+    def arrives_within(self, seconds: float) -> bool:
+        """Waits for a signal that ended a worker process before it reached this one."""
+        end = time.monotonic() + seconds
+        while not self.requested and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.requested
+
+    @contextlib.contextmanager
+    def may_interrupt(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted: for long work that changes nothing."""
+        self._raises = True
+        try:
+            if self.requested:
+                raise Interrupted
+            yield
+        finally:
+            self._raises = False
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            os._exit(128 + number)
+        if not self.requested:
+            self.name = signal.Signals(number).name
+            text = f"\n{self.name}: saving after this step (Ctrl-C leaves at once, unsaved)\n"
+            os.write(2, text.encode())  # print may be in progress below us, and is not re-entrant
+        if self._raises:
+            self._raises = False
+            raise Interrupted

@@ -1,0 +1,201 @@
+"""What a run reports, from process 0: metrics.jsonl, TensorBoard, progress, and sentences to its user."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+FILE = "metrics.jsonl"
+Scalar = int | float | str | None
+
+
+def say(text: str) -> None:
+    """Prints a sentence to the user, once a run: on process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class Metrics:
+    """The rows of `metrics.jsonl`, repeated to TensorBoard; other processes than 0 write nothing.
+
+    Opening it at `step` cuts what a killed run wrote after the checkpoint of that step, so a resumed run leaves
+    the rows of an uninterrupted one; `redo_evaluation` cuts the evaluation of `step` too.
+    """
+
+    def __init__(self, workdir: Path | str, *, step: int, redo_evaluation: bool = False) -> None:
+        self._path = Path(workdir) / FILE
+        self._file, self._events = None, None
+        if jax.process_index() == 0:
+            _cut(self._path, step, redo_evaluation)
+            self._file = open(self._path, "a", encoding="utf-8")
+            self._events = tensorboardX.SummaryWriter(
+                str(workdir), purge_step=step + 1 if step else None
+            )
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Appends one row: Python or 0-d array values; what is not finite becomes null."""
+        if self._file is None:
+            return
+        row = {name: _value(scalar) for name, scalar in scalars.items()}
+        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        self._file.flush()  # a killed process loses no row
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Puts every row on the disk, as a checkpoint that is about to be written supposes."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._events.flush()
+
+
+def read_rows(path: Path | str) -> list[dict[str, Any]]:
+    """The complete rows of a metrics.jsonl, in order; what a killed process left half-written is passed over."""
+    rows = []
+    for line in Path(path).read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row of metrics.jsonl is an evaluation's, not a training step's."""
+    return any(name.startswith("eval/") for name in row)
+
+
+class Clock:
+    """Where the time of the steps since the last report went; all times are seconds."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._start, self._waited, self._paused, self._steps = time.monotonic(), 0.0, 0.0, 0
+
+    def waited(self, seconds: float) -> None:
+        """One step's wait for its batch."""
+        self._waited += seconds
+        self._steps += 1
+
+    def paused(self, seconds: float) -> None:
+        """Time that is not training's: saving, evaluating."""
+        self._paused += seconds
+
+    def report(self, global_batch: int) -> dict[str, float]:
+        """`time/...` scalars of the steps since the last report, which it ends."""
+        spent = max(time.monotonic() - self._start - self._paused, 1e-9)
+        steps = max(self._steps, 1)
+        row = {
+            "time/step_s": spent / steps,
+            "time/pairs_per_s": global_batch * steps / spent,
+            "time/data_wait_share": min(self._waited / spent, 1.0),
+        }
+        self.reset()
+        return row
+
+
+class ProgressReport:
+    """A bar with the time left on a terminal, a line every report elsewhere; nothing on other processes than 0."""
+
+    def __init__(self, *, start: int, steps: int) -> None:
+        self._steps, self._start, self._began = steps, start, time.monotonic()
+        self._bar, self._task = None, None
+        self._silent = jax.process_index() != 0
+        self._pace: float | None = None
+
+    def __enter__(self) -> ProgressReport:
+        if not self._silent and sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("compiling", total=self._steps, completed=self._start)
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, row: Mapping[str, Scalar]) -> None:
+        """Shows a logged row: loss, pace, share of time that waits for data, time left."""
+        if self._silent:
+            return
+        step_s = float(row["time/step_s"])
+        if step > self._start + 1:  # the first step compiles
+            self._pace = step_s if self._pace is None else 0.7 * self._pace + 0.3 * step_s
+        left = (
+            "" if self._pace is None else f"  {_duration((self._steps - step) * self._pace)} left"
+        )
+        text = (
+            f"loss {_short(row['loss'])}  {step_s:.3g} s/step  {row['time/pairs_per_s']:.3g} pairs/s  "
+            f"data wait {row['time/data_wait_share']:.0%}{left}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            print(f"step {step:,}/{self._steps:,}  {text}", file=sys.stderr, flush=True)
+
+
+def _cut(path: Path, step: int, redo_evaluation: bool) -> None:
+    """Drops the rows after `step` and half-written ones; the file is replaced whole or not at all."""
+    if not path.exists():
+        return
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    if redo_evaluation:
+        rows = [row for row in rows if row["step"] < step or not is_evaluation(row)]
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _value(scalar: Any) -> Scalar:
+    if isinstance(scalar, str | None):
+        return scalar
+    number = scalar.item() if hasattr(scalar, "item") else scalar
+    return number if math.isfinite(number) else None
+
+
+def _short(value: Scalar) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

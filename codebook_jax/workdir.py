@@ -1,0 +1,274 @@
+"""What a run's folder records about the run, and what may change when it is started again."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from codebook_jax.errors import UserError
+
+RECORD = "config.json"
+
+# What another start of a run may change, first match wins: "free" changes how the run is computed or watched,
+# "fixed" would break the order of the data or the shapes of the state, all else changes what is learned.
+RULES = (
+    ("free", "model.remat", "model.scan_unroll", "model.attention", "mesh.*", "log_every_steps"),
+    ("free", "checkpoint.*", "evaluation.*", "optimizer.accumulation", "optimizer.max_bad_steps"),
+    (
+        "free",
+        "data.workers",
+        "data.threads",
+        "data.prefetch",
+        "data.max_bad_rate",
+        "data.image_root",
+    ),
+    ("free", "data.eval", "data.test"),
+    ("fixed", "task", "size", "seed", "model.*", "codebook.size", "queue.size", "itm.groups"),
+    ("fixed", "data.train", "data.scenes_examples", "data.global_batch"),
+    ("fixed", "data.tokenizer", "data.tokenizer_vocabulary"),
+    ("learned", "*"),
+)
+# The workdir's tokenizer was made from these, so they hold even before the first checkpoint.
+TOKENIZER_FIELDS = ("data.train", "data.tokenizer", "data.tokenizer_vocabulary")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "ott-jax",
+    "numpy",
+    "transformers",
+)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes `value` as JSON so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(draft, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read_record(workdir: Path | str) -> dict[str, Any] | None:
+    """`config.json` of a workdir: {"config", "data", "git", "versions", "changes"}; None before the first start."""
+    path = Path(workdir) / RECORD
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["config"], record["data"]["fingerprint"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is not the record of a run ({type(error).__name__}: {error}): put the original back, "
+            "or give another --workdir"
+        ) from error
+    return record
+
+
+def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config a run was last started with, locked."""
+    return ml_collections.ConfigDict(_with_tuples(record["config"])).lock()
+
+
+def trained_config(
+    workdir: Path | str, record: dict[str, Any], config: ml_collections.ConfigDict | None
+) -> ml_collections.ConfigDict:
+    """The config to use a trained run with: the run's own, but where `config` changes how it is used.
+
+    Raises UserError when `config` asks for another model than the run has.
+    """
+    trained = recorded_config(record)
+    if config is None:
+        return trained
+    changes = changed_fields(record["config"], config.to_dict())
+    shape = ("task", "model.*", "codebook.size")
+    refused = [
+        _change(name, old, new)
+        for name, (old, new) in changes.items()
+        if kind_of(name) == "fixed" and any(fnmatch.fnmatch(name, pattern) for pattern in shape)
+    ]
+    if refused:
+        more = f", and {len(refused) - 8} more" if len(refused) > 8 else ""
+        raise UserError(
+            f"--workdir={workdir} holds another model: {'; '.join(refused[:8])}{more}: give the old values, "
+            "or leave out --config to use the run's own"
+        )
+    with trained.unlocked():
+        for name, (_, new) in changes.items():
+            if kind_of(name) == "free":
+                trained.update_from_flattened_dict({name: new})
+    return trained
+
+
+def resolve_groups(
+    config: ml_collections.ConfigDict, record: dict[str, Any] | None, *, data_shards: int
+) -> ml_collections.ConfigDict:
+    """The config with `itm.groups` a number: the given one, else the run's, else data shards x accumulation."""
+    groups = config.itm.groups
+    if groups == 0 and record is not None:
+        groups = record["config"]["itm"]["groups"]
+    if groups == 0:
+        groups = data_shards * config.optimizer.accumulation
+    if groups < 1 or config.data.global_batch % groups:
+        raise UserError(
+            f"config.itm.groups={groups} does not split config.data.global_batch={config.data.global_batch} "
+            "into equal groups: choose a divisor of the batch, or another batch"
+        )
+    resolved = ml_collections.ConfigDict(config.to_dict())
+    resolved.itm.groups = groups
+    return resolved.lock()
+
+
+def check_restart(
+    workdir: Path | str,
+    record: dict[str, Any],
+    config: ml_collections.ConfigDict,
+    fingerprint: str,
+    *,
+    has_checkpoint: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields that changed since the last start ({name: [old, new]}) and a sentence on each.
+
+    Raises UserError naming every change that the run's checkpoints (before the first: its tokenizer) cannot bear.
+    """
+    changes = changed_fields(record["config"], config.to_dict())
+    versions = changed_fields({"versions": record["versions"]}, {"versions": package_versions()})
+    same_data = record["data"]["fingerprint"] == fingerprint
+    if same_data and "data.train" in changes:  # the same pairs under another path
+        sentences = [
+            f"{_change('data.train', *changes['data.train'])}: the same data by its fingerprint"
+        ]
+    else:
+        sentences = []
+    refused = []
+    for name, (old, new) in sorted(changes.items(), key=lambda change: change[0] != "size"):
+        kind = kind_of(name)
+        if name == "data.train" and same_data:
+            continue
+        if kind == "fixed" and (has_checkpoint or name in TOKENIZER_FIELDS):
+            refused.append(_change(name, old, new))
+        elif kind == "learned" and has_checkpoint:
+            sentences.append(f"{_change(name, old, new)}: changes what is learned from here on")
+        else:
+            sentences.append(_change(name, old, new))
+    if not same_data and not any(change.startswith("data.") for change in refused):
+        refused.append(
+            f"the training data {config.data.train}, whose content is no longer the same"
+        )
+    if refused:
+        more = f", and {len(refused) - 8} more" if len(refused) > 8 else ""
+        raise UserError(
+            f"--workdir={workdir} holds a run that was started with other settings: "
+            f"{'; '.join(refused[:8])}{more}: give the old values to go on with it, or another --workdir"
+        )
+    sentences += [f"{_change(name, *pair)}: results may differ" for name, pair in versions.items()]
+    return changes | versions, sentences
+
+
+def write_record(
+    workdir: Path | str,
+    previous: dict[str, Any] | None,
+    config: ml_collections.ConfigDict,
+    *,
+    source: str,
+    examples: int,
+    fingerprint: str,
+    changes: dict[str, Any],
+    step: int,
+) -> None:
+    """Writes `config.json`: the config now in force, the data, git commit, versions, and earlier changes."""
+    record = {
+        "config": config.to_dict(),
+        "data": {"train": source, "examples": examples, "fingerprint": fingerprint},
+        "git": git_commit(),
+        "versions": package_versions(),
+        "changes": [] if previous is None else list(previous["changes"]),
+    }
+    if changes:
+        record["changes"].append({"step": step, "fields": changes})
+    write_json(Path(workdir) / RECORD, record)
+
+
+def kind_of(name: str) -> str:
+    """Whether the config field `name` is "fixed", "free" or "learned" once a run has begun."""
+    return next(
+        kind for kind, *patterns in RULES if any(fnmatch.fnmatch(name, p) for p in patterns)
+    )
+
+
+def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
+    """{dotted name: [old, new]} of the fields in both that differ; fields of another version are passed over."""
+    before, after = _flat(json.loads(json.dumps(old))), _flat(json.loads(json.dumps(new)))
+    return {
+        name: [before[name], after[name]]
+        for name in after
+        if name in before and before[name] != after[name]
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, of this package and of those it computes with."""
+    versions = {"python": platform.python_version()}
+    for package in ("codebook_jax", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """The commit this package was checked out at, "-dirty" if it was edited since; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(
+            folder, "log", "-1", "--format=%H", "--", "."
+        )  # empty where git does not know the package
+        if not commit:
+            return None
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + "-dirty" if _git(folder, "status", "--porcelain", "--", ".") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=20
+    ).stdout.strip()
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    return f"{name}={json.dumps(old)}, now {json.dumps(new)}"
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

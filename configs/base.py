@@ -1,0 +1,165 @@
+"""The pre-training recipe in every size: --config=configs/base.py[:tiny|small|base|large|huge].
+
+Each number names its source: "paper" (Duan et al., CVPR 2022), "ALBEF" (Li et al., NeurIPS 2021), "SwAV",
+"BERT", "ViT", or "ours" with the reason. Where two sizes differ, the value stands in `SIZES`.
+"""
+
+import ml_collections
+
+# One column a size. Towers: ViT-B/L/H and BERT-base/large above `small`; the two small ones are ours.
+SIZES = {
+    "tiny": dict(
+        image=dict(size_px=64, patch_px=8, width=128, depth=4, heads=4),
+        text=dict(width=128, depth=2, fusion_depth=2, heads=4, max_tokens=24, max_positions=64),
+        dim=64, codes=512, queue=1024, batch=64, steps=800, examples=20_000, dtype="float32",
+        learning_rate=2e-3, learning_rate_ends=2e-5, warmup_steps=40, dropout=0.0, momentum=0.99, momentum_ramp=True,
+    ),
+    "small": dict(
+        image=dict(size_px=224, patch_px=16, width=384, depth=12, heads=6),
+        text=dict(width=384, depth=4, fusion_depth=4, heads=6, max_tokens=30, max_positions=512),
+        dim=256, codes=2000, queue=16_384, batch=256, steps=40_000, examples=1_000_000, dtype="bfloat16",
+        learning_rate=5e-4, learning_rate_ends=1e-5, warmup_steps=2000, dropout=0.1, momentum=0.995, momentum_ramp=True,
+    ),
+    "base": dict(
+        image=dict(size_px=256, patch_px=16, width=768, depth=12, heads=12),
+        text=dict(width=768, depth=6, fusion_depth=6, heads=12, max_tokens=30, max_positions=512),
+        dim=256, codes=4000, queue=65_536, batch=512, steps=58_590, examples=1_000_000, dtype="bfloat16",
+        learning_rate=1e-4, learning_rate_ends=1e-5, warmup_steps=2000, dropout=0.1, momentum=0.995, momentum_ramp=False,
+    ),
+    "large": dict(
+        image=dict(size_px=256, patch_px=16, width=1024, depth=24, heads=16),
+        text=dict(width=1024, depth=12, fusion_depth=12, heads=16, max_tokens=30, max_positions=512),
+        dim=256, codes=8000, queue=65_536, batch=1024, steps=29_295, examples=1_000_000, dtype="bfloat16",
+        learning_rate=1e-4, learning_rate_ends=1e-5, warmup_steps=2000, dropout=0.1, momentum=0.995, momentum_ramp=False,
+    ),
+    "huge": dict(
+        image=dict(size_px=224, patch_px=14, width=1280, depth=32, heads=16),
+        text=dict(width=1024, depth=12, fusion_depth=12, heads=16, max_tokens=30, max_positions=512),
+        dim=512, codes=16_000, queue=65_536, batch=2048, steps=14_648, examples=1_000_000, dtype="bfloat16",
+        learning_rate=1e-4, learning_rate_ends=1e-5, warmup_steps=2000, dropout=0.1, momentum=0.995, momentum_ramp=False,
+    ),
+}
+
+
+def get_config(size: str = "base") -> ml_collections.ConfigDict:
+    """The locked config of one size; raises ValueError for a size that does not exist."""
+    if size not in SIZES:
+        raise ValueError(f"configs/base.py has no size {size!r}; the sizes are {', '.join(SIZES)}.")
+    at = SIZES[size]
+    tiny = size == "tiny"
+    config = ml_collections.ConfigDict()
+    config.size = size
+    config.task = "pretrain"
+    config.seed = 0
+    config.log_every_steps = 10 if tiny else 50
+
+    # Devices along each axis; -1 takes what is left. The batch is split over data x fsdp.
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+
+    config.model = dict(
+        dim=at["dim"],  # joint space; paper: 256
+        dtype=at["dtype"],  # compute; parameters, softmax, transport and losses stay float32
+        remat="none" if tiny or size == "small" else "blocks",  # "none" | "blocks" | "dots": what the backward pass recomputes
+        scan_unroll=1,  # blocks a scan iteration holds; 1 compiles fastest
+        attention="auto",  # "xla", "cudnn", or "auto": cudnn on a GPU in bfloat16
+        image=dict(
+            **at["image"],  # ViT
+            layer_norm_eps=1e-6,  # ViT
+        ),
+        text=dict(
+            **at["text"],  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
+            layer_norm_eps=1e-12,  # BERT
+            dropout=at["dropout"],  # on hidden states, BERT: 0.1; tiny: short runs underfit
+        ),
+    )
+
+    config.losses = dict(alignment=1.0, codebook=1.0, matching=1.0, masked_lm=1.0)  # paper: a plain sum
+
+    config.alignment = dict(
+        intra_weight=1.0,  # paper: intra-modal terms; 0 is ALBEF's ITC
+        same_image="ignore",  # other captions of one image in the batch: "ignore" (ours: they match) | "negative" (ALBEF)
+        temperature=0.07,  # ALBEF: learned from here
+        temperature_min=0.001,  # ALBEF
+        temperature_max=0.5,  # ALBEF
+    )
+
+    config.codebook = dict(
+        size=at["codes"],  # paper: 4000
+        temperature=0.1,  # gamma; SwAV
+        solver="sinkhorn",  # "sinkhorn" (ours: deterministic cost) | "ipot" (paper)
+        epsilon=0.05,  # Sinkhorn's, absolute; SwAV
+        iterations=50,  # ours: 20 leave 1.5 % of a column open on trained features
+        ipot_beta=0.5,  # IPOT's proximal weight; beta / iterations acts as epsilon
+        queue_samples=0,  # newest teacher features of the queue that join the transport problem; SwAV: when batch << codes
+        freeze_steps=0,  # steps before the codebook itself learns; SwAV
+        window_samples=16_384,  # over which codeword usage is counted
+    )
+
+    config.teacher = dict(
+        momentum=at["momentum"],  # paper: 0.995
+        momentum_ramp=at["momentum_ramp"],  # min(momentum, (1+s)/(10+s)): ours, short runs cannot wait 1/(1-m) steps
+        alpha=0.4,  # weight of soft targets; ALBEF
+        alpha_steps=-1,  # linear from 0 over these; -1: one epoch (ALBEF)
+    )
+
+    config.queue = dict(size=at["queue"])  # ALBEF: 65 536
+
+    config.itm = dict(groups=0)  # equal groups that negatives come from; 0: data shards x accumulation (ALBEF: one a GPU)
+
+    config.mlm = dict(
+        probability=0.15,  # BERT
+        max_share=0.25,  # of max_tokens, most masked positions a sequence; ours: fixed shapes
+        mask_share=0.8,  # BERT
+        random_share=0.1,  # BERT
+    )
+
+    config.optimizer = dict(
+        learning_rate=at["learning_rate"],  # peak; ALBEF: 1e-4
+        learning_rate_ends=at["learning_rate_ends"],  # where warm-up starts and cosine ends; ALBEF: 1e-5
+        warmup_steps=at["warmup_steps"],  # ALBEF: 2000
+        weight_decay=0.02,  # ALBEF
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        clip_norm=0.0,  # global gradient norm; 0: off (ALBEF)
+        accumulation=1,  # passes a step; the same gradient as one pass when itm.groups is the same
+        max_bad_steps=10,  # non-finite steps in a row before the run stops
+    )
+
+    config.data = dict(
+        train="scenes",  # scenes | json:path/to/pairs.json(l)
+        eval="scenes",  # validation during training, and `--mode=eval` (for `scenes`: its test split) ...
+        test="",  # ... unless this names another source
+        image_root="",  # of json: sources; empty: the annotation file's folder
+        scenes_examples=at["examples"],  # scenes an epoch
+        global_batch=at["batch"],  # pairs a step over all devices; paper: 512
+        tokenizer="",  # folder or hub name; empty: WordPiece trained on the training captions
+        tokenizer_vocabulary=8192,  # most entries of a trained one
+        teacher_view="independent",  # paper: its own augmented view | "same" (ALBEF)
+        crop_scale=(0.7, 1.0),  # area kept; ALBEF 0.2-1, but small crops remove what a scene's caption names
+        crop_ratio=(0.75, 4 / 3),  # ALBEF
+        flip=False,  # ALBEF flips; scenes, emoji and text in images must not
+        randaugment_layers=0,  # ALBEF: 2; shear, translate and rotate can make a scene's relations false
+        randaugment_magnitude=7,  # ALBEF, of 10
+        workers=0,  # processes; 0: threads only
+        threads=2 if tiny else 16,  # a process
+        prefetch=4 if tiny else 16,  # batches read ahead
+        max_bad_rate=0.01,  # share of unreadable images above which training stops
+    )
+
+    config.train = dict(steps=at["steps"])  # base: 30 epochs (paper) of the built-in data
+
+    config.evaluation = dict(
+        every_steps=200 if tiny else 5000,  # 0: only at the end
+        images=1000,  # most images evaluated; 0: all
+        batch=64 if tiny else 256,
+        rerank_top_k=16 if tiny else 128,  # candidates that matching re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
+        rerank_on_schedule=False,  # also during training
+        rerank_add_dual=False,  # add the dual encoder's similarity to the matching logit (BLIP does)
+    )
+
+    config.checkpoint = dict(
+        every_steps=200 if tiny else 2000,
+        keep=3,  # newest; the one best in validation is kept besides
+    )
+    return config.lock()
