@@ -58,6 +58,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
 
     config.model = dict(
         dim=at["dim"],  # joint space; paper: 256
+        init_std=0.05 if tiny else 0.02,  # of the matrices; BERT and ViT: 0.02; narrow ones need more (1 / sqrt(width) is 0.09)
         dtype=at["dtype"],  # compute; parameters, softmax, transport and losses stay float32
         remat="none" if tiny or size == "small" else "blocks",  # "none" | "blocks" | "dots": what the backward pass recomputes
         scan_unroll=1,  # blocks a scan iteration holds; 1 compiles fastest

@@ -1,0 +1,175 @@
+"""From a config to the parts of a run: mesh, data, tokenizer, task. What is off is refused here, with its numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from codebook_jax import sharding
+from codebook_jax import workdir as records
+from codebook_jax.checks import check
+from codebook_jax.data.batch import Batch
+from codebook_jax.data.pipeline import training_batches
+from codebook_jax.data.sources import Source, open_source
+from codebook_jax.data.text import Tokenizer, tokenizer_for_run
+from codebook_jax.errors import UserError
+from codebook_jax.evaluation import retrieval
+from codebook_jax.metrics import say
+from codebook_jax.tasks import pretrain
+
+TASKS = {"pretrain": pretrain.create}
+
+
+class Parts(NamedTuple):
+    """What a run is made of; `config` has every automatic choice resolved."""
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    source: Source | None  # of training; None where nothing is trained
+    validation: Source | None
+    tokenizer: Tokenizer
+    task: Any
+
+
+def build_training(
+    config: ml_collections.ConfigDict, workdir: Path, *, steps_saved: list[int]
+) -> Parts:
+    """The parts of a training run in `workdir`, whose record it writes; raises UserError for what cannot be trained."""
+    check(config)
+    record = records.read_record(workdir)
+    if record is None and steps_saved:
+        raise UserError(
+            f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config with: "
+            "put the file back, or give another --workdir"
+        )
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shards = sharding.data_shards(mesh)
+    config = records.resolve_groups(config, record, data_shards=shards)
+    source = source_of(config, config.data.train, "train")
+    changes: dict[str, list[Any]] = {}
+    if record is not None:
+        changes, sentences = records.check_restart(
+            workdir, record, config, source.fingerprint(), has_checkpoint=bool(steps_saved)
+        )
+        for sentence in sentences:
+            say(f"changed since the last start: {sentence}")
+    tokenizer = tokenizer_for_run(
+        config.data.tokenizer, workdir, source, config.data.tokenizer_vocabulary
+    )
+    task = task_of(config, tokenizer, mesh)
+    if jax.process_index() == 0:
+        records.write_record(
+            workdir,
+            record,
+            config,
+            source=repr(source),
+            examples=len(source),
+            fingerprint=source.fingerprint(),
+            changes=changes,
+            step=max(steps_saved, default=0),
+        )
+    validation = source_of(config, config.data.eval, "validation")
+    return Parts(config, mesh, source, validation, tokenizer, task)
+
+
+def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Parts:
+    """The parts that use what `workdir` has learned; `config` (None: the run's own) may change only the use of it."""
+    record = records.read_record(workdir)
+    if record is None:
+        raise UserError(
+            f"--workdir={workdir} holds no trained run (no {records.RECORD}): train one there first"
+        )
+    config = records.trained_config(workdir, record, config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    tokenizer = tokenizer_for_run(
+        config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
+    )
+    return Parts(config, mesh, None, None, tokenizer, task_of(config, tokenizer, mesh))
+
+
+def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source:
+    """The source `spec` names, as `role` ("train", "validation" or "test") uses it."""
+    return open_source(
+        spec,
+        role=role,
+        size_px=config.model.image.size_px,
+        scenes_examples=config.data.scenes_examples,
+        image_root=config.data.image_root,
+        seed=config.seed,
+    )
+
+
+def task_of(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> Any:
+    """The task `config.task` names, for this mesh."""
+    if config.task not in TASKS:
+        raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
+    return TASKS[config.task](config, tokenizer.vocabulary, mesh)
+
+
+def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
+    """This process's rows of every batch from `start_step` on; leaving it ends the worker processes."""
+    data, model = parts.config.data, parts.config.model
+    stream = training_batches(
+        parts.source,
+        parts.tokenizer,
+        seed=parts.config.seed,
+        start_step=start_step,
+        global_batch=data.global_batch,
+        rows=sharding.process_rows(parts.mesh, data.global_batch),
+        size_px=model.image.size_px,
+        max_tokens=model.text.max_tokens,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        flip=data.flip,
+        teacher_view=data.teacher_view,
+        workers=data.workers,
+        threads=data.threads,
+        prefetch=data.prefetch,
+    )
+    return contextlib.closing(stream)
+
+
+def validate(parts: Parts, state: Any, *, last: bool) -> dict[str, dict[str, float]]:
+    """Retrieval on the validation data by protocol; re-ranked at the end of training, or always if so configured."""
+    config = parts.config
+    rerank = config.evaluation.rerank_top_k > 0 and (last or config.evaluation.rerank_on_schedule)
+    return retrieval.evaluate(
+        parts.task, state, parts.validation, parts.tokenizer, config, rerank=rerank
+    )
+
+
+def announce(parts: Parts) -> None:
+    """Says once what is trained, on what, and on how many devices."""
+    config, mesh = parts.config, parts.mesh
+    parameters = parameter_count(parts.task.abstract_state().student)
+    devices = mesh.devices.size
+    kind = mesh.devices.flat[0].device_kind
+    shards = sharding.data_shards(mesh)
+    say(f"{config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained parameters")
+    built_in = config.data.train.split(":")[0] == "scenes"
+    note = ": the built-in synthetic scenes, not real images" if built_in else ""
+    say(f"training data {config.data.train} ({len(parts.source):,} images{note})")
+    if not built_in and config.data.eval.split(":")[0] == "scenes":
+        say("validation uses the built-in synthetic scenes: name your own with --config.data.eval")
+    plural = "s" if devices != 1 else ""
+    say(
+        f"{devices} device{plural} ({kind}), {jax.process_count()} process{'es' * (jax.process_count() > 1)}"
+    )
+    say(
+        f"global batch {config.data.global_batch} = {shards} data shards x "
+        f"{config.data.global_batch // shards} (accumulation {config.optimizer.accumulation})"
+    )
+
+
+def parameter_count(tree: Any) -> int:
+    """Numbers in a tree of arrays, of abstract arrays too."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,309 @@
+"""The stream of training batches: read, decoded, cropped twice and tokenised in threads and worker processes.
+
+What stands in row r of step s follows from (seed, s, r) alone. How many workers, threads and processes make it, how
+far they read ahead, and at which step they start, changes when it is made and not what it is. So no position has to
+be saved but the step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from codebook_jax.data.batch import Batch
+from codebook_jax.data.images import UnreadableImage, decode, random_crop
+from codebook_jax.data.sources import Record, Source
+from codebook_jax.data.text import Tokenizer, swap_left_right
+from codebook_jax.errors import UserError
+
+MOST_SUBSTITUTES = 1000  # records in a row that may be unreadable
+_NAMED = 3  # unreadable images that a stream names
+_ROWS_A_TASK = 8  # of a thread: many, so that handing them out costs little; few, so that all threads have some
+_READERS = 2  # batches made at once, so that threads need not wait for the tokens of the one before
+
+
+def training_batches(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    start_step: int,
+    global_batch: int,
+    rows: Sequence[int] | np.ndarray | slice,
+    size_px: int,
+    max_tokens: int,
+    crop_scale: Sequence[float],
+    crop_ratio: Sequence[float],
+    flip: bool,
+    teacher_view: str,
+    workers: int,
+    threads: int,
+    prefetch: int,
+) -> BatchStream:
+    """This process's `rows` of every global batch from `start_step` on, without end; `close()` it after use.
+
+    An epoch shows every record of the source once, in a new order, and the next goes on within the same batch. One
+    caption of a record is drawn. With `flip`, half the rows are to be mirrored on the device, and left and right
+    change places in their captions. `teacher_view` is "independent" (its own crop of the same image) or "same".
+
+    A record whose image cannot be read gives way to the next one in the source. Raises UserError for settings that
+    cannot be run with, and from `next` when nothing can be read.
+    """
+    if teacher_view not in ("independent", "same"):
+        raise UserError(
+            f'config.data.teacher_view={teacher_view!r} is neither "independent" nor "same"'
+        )
+    for name, value, least in (
+        ("workers", workers, 0),
+        ("threads", threads, 1),
+        ("prefetch", prefetch, 1),
+    ):
+        if value < least:
+            raise UserError(f"config.data.{name}={value} is too small: give at least {least}")
+    if len(source) == 0:
+        raise UserError(f"{source!r} has no records to train on")
+    maker = _Maker(
+        source,
+        tokenizer,
+        seed=seed,
+        global_batch=global_batch,
+        rows=np.arange(global_batch)[rows],
+        size_px=size_px,
+        max_tokens=max_tokens,
+        crop_scale=tuple(crop_scale),
+        crop_ratio=tuple(crop_ratio),
+        flip=flip,
+        same_view=teacher_view == "same",
+        threads=threads,
+    )
+    return BatchStream(maker, start_step=start_step, workers=workers, prefetch=prefetch)
+
+
+class BatchStream(Iterator[Batch]):
+    """Batches of one step after another; `close()` ends its threads and worker processes."""
+
+    def __init__(self, maker: _Maker, *, start_step: int, workers: int, prefetch: int) -> None:
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # Grain's workers read their flags, in programs without any too
+            flags.FLAGS.mark_as_parsed()
+        self._maker = maker
+        self._named: list[str] = []
+        steps = sys.maxsize // maker.global_batch  # Grain's own most is sys.maxsize examples
+        ahead = math.ceil(prefetch / max(1, workers))
+        reading = grain.ReadOptions(num_threads=min(_READERS, ahead), prefetch_buffer_size=ahead)
+        batches = grain.MapDataset.range(start_step, steps).map(maker).to_iter_dataset(reading)
+        if workers:
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
+                worker_init_fn=_start_worker,
+            )
+        self._batches = iter(batches)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        made = next(self._batches)
+        for sentence in made.unreadable[: _NAMED - len(self._named)]:
+            self._named.append(sentence)
+            _say(f"an image cannot be read, the next one takes its place: {sentence}")
+        if made.failure:
+            raise UserError(made.failure)
+        return made.batch
+
+    def close(self) -> None:
+        """Ends what makes the batches; there is no next one after it."""
+        batches, self._batches = self._batches, iter(())
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+        self._maker.close()
+
+
+class BadRate:
+    """Counts unreadable images, and stops a run that meets too many."""
+
+    def __init__(self, max_rate: float, unreadable: int) -> None:
+        """`unreadable` were counted before this start of the run: they are reported, and judged no more."""
+        self._max_rate = max_rate
+        self._before = unreadable
+        self._unreadable = self._read = 0
+
+    @property
+    def unreadable(self) -> int:
+        """Since the first start of the run."""
+        return self._before + self._unreadable
+
+    def add(self, *, unreadable: int, read: int) -> None:
+        """Counts a batch. Raises UserError when more than the rate were unreadable, by more than two standard errors.
+
+        So five bad images in a row stop a run, and a share just below the rate does not by chance.
+        """
+        self._unreadable += unreadable
+        self._read += read
+        tried = self._unreadable + self._read
+        allowed = self._max_rate * tried
+        if self._max_rate > 0:
+            allowed += 2 * math.sqrt(self._unreadable)
+        if self._unreadable > allowed:
+            raise UserError(
+                f"{self._unreadable:,} of {tried:,} images could not be read, more than "
+                f"config.data.max_bad_rate={self._max_rate:g} allows (the first are named above): "
+                "mend or remove them, or raise the rate"
+            )
+
+
+class _Made(NamedTuple):
+    """A batch as it crosses from a worker, with what is to be said of it: exceptions would lose their type there."""
+
+    batch: Batch
+    unreadable: tuple[str, ...]  # a sentence each
+    failure: str  # why there is no batch; empty: there is
+
+
+class _Maker:
+    """Makes the batch of a step. It is pickled into every worker process, where it has threads of its own."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        global_batch: int,
+        rows: np.ndarray,
+        size_px: int,
+        max_tokens: int,
+        crop_scale: tuple[float, ...],
+        crop_ratio: tuple[float, ...],
+        flip: bool,
+        same_view: bool,
+        threads: int,
+    ) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        self.seed, self.global_batch, self.rows = seed, global_batch, rows
+        self.size_px, self.max_tokens = size_px, max_tokens
+        self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
+        self.flip, self.same_view, self.threads = flip, same_view, threads
+        # Position in the run -> record: a new permutation each epoch, computed and not stored.
+        self.order = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
+        self._start_pool()
+
+    def _start_pool(self) -> None:
+        self._lock, self._pool, self._closed = threading.Lock(), None, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start_pool()
+
+    def __repr__(self) -> str:
+        return f"_Maker({self.source!r})"
+
+    def __call__(self, step: int) -> _Made:
+        count = len(self.rows)
+        views = np.empty((2, count, self.size_px, self.size_px, 3), np.uint8)
+        numbers = np.zeros((3, count), np.int32)  # image id, example, skipped
+        flips = np.zeros(count, bool)
+        captions: list[str] = [""] * count
+        reasons: list[list[str]] = [[] for _ in range(count)]
+
+        def fill(part: range) -> None:
+            for at in part:
+                position = int(step) * self.global_batch + int(self.rows[at])
+                # The draws of a row, in a fixed order, whichever record it ends up with.
+                rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, position]))
+                example, record, image, reasons[at] = self._read(self.order[position])
+                drawn, mirrored = rng.random(2)
+                caption = record.captions[int(drawn * len(record.captions))]
+                flips[at] = self.flip and mirrored < 0.5
+                captions[at] = swap_left_right(caption) if flips[at] else caption
+                views[0, at] = self._crop(image, rng)
+                views[1, at] = views[0, at] if self.same_view else self._crop(image, rng)
+                numbers[:, at] = record.image_id, example, len(reasons[at])
+
+        parts = [range(at, min(at + _ROWS_A_TASK, count)) for at in range(0, count, _ROWS_A_TASK)]
+        failure = ""
+        try:
+            if self.threads == 1:
+                fill(range(count))
+            else:
+                list(self._threads().map(fill, parts))
+        except UserError as error:
+            failure = str(error)
+        tokens, lengths, _ = self.tokenizer.encode(captions, self.max_tokens)
+        batch = Batch(views[0], views[1], flips, tokens, lengths, *numbers)
+        return _Made(batch, tuple(why for row in reasons for why in row)[:_NAMED], failure)
+
+    def _read(self, first: int) -> tuple[int, Record, np.ndarray, list[str]]:
+        """The record `first` or the next one that can be read: (its index, it, its image, why not those before)."""
+        reasons: list[str] = []
+        for further in range(min(len(self.source), MOST_SUBSTITUTES)):
+            example = (first + further) % len(self.source)
+            try:
+                record = self.source[example]
+                return example, record, decode(record.image), reasons
+            except UnreadableImage as error:
+                reasons.append(str(error))
+        raise UserError(
+            f"{self.source!r}: none of {len(reasons):,} images in a row could be read (first: {reasons[0]}): "
+            "check config.data.image_root and the files"
+        )
+
+    def _crop(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return random_crop(
+            image, rng, scale=self.crop_scale, ratio=self.crop_ratio, size_px=self.size_px
+        )
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the stream of batches is closed")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read")
+            return self._pool
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._pool is not None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """What a worker process does first: it leaves signals to the run, and does not outlive it."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGUSR1,
+    ):  # a terminal and a scheduler send them to every process
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # the run was killed and could not end its workers, which would wait for ever
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _say(sentence: str) -> None:
+    from codebook_jax.metrics import (
+        say,
+    )  # not above: it imports jax, and workers import this module
+
+    say(sentence)

@@ -1,0 +1,58 @@
+"""Evaluation of what a workdir has learned: its best checkpoint on the test data, written to eval.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from codebook_jax import build
+from codebook_jax.checkpoint import Checkpoints, Restored
+from codebook_jax.errors import UserError
+from codebook_jax.evaluation import retrieval
+from codebook_jax.metrics import say
+
+
+def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
+    """Writes `workdir/eval.json` and prints its table; without `config` the run's own settings hold."""
+    workdir = Path(workdir).absolute()
+    parts = build.build_trained(config, workdir)
+    config = parts.config
+    restored = restore_trained(parts, workdir, items=("student", "teacher"))
+    spec = config.data.test or config.data.eval
+    source = build.source_of(config, spec, "test")
+    say(f"test data {spec}: {len(source):,} images")
+    results = retrieval.evaluate(
+        parts.task,
+        restored.state,
+        source,
+        parts.tokenizer,
+        config,
+        rerank=config.evaluation.rerank_top_k > 0,
+    )
+    if jax.process_index() == 0:
+        retrieval.write_eval_json(workdir / "eval.json", results)
+    say(retrieval.format_table(results))
+
+
+def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -> Restored:
+    """The `items` of the checkpoint best in validation, or of the newest where none was scored; says which."""
+    with Checkpoints(workdir, keep=parts.config.checkpoint.keep, create=False) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"--workdir={workdir} has no checkpoint yet: train it first")
+        best = checkpoints.best_step()
+        step = steps[-1] if best is None else best
+        say(
+            f"the checkpoint of step {step:,} ({'the newest' if best is None else 'the best in validation'})"
+        )
+        try:
+            return checkpoints.restore(step, parts.task.abstract_state(), items)
+        except UserError:
+            raise
+        except Exception as failure:
+            raise UserError(
+                f"the checkpoint of step {step:,} in {workdir} cannot be read ({type(failure).__name__}): "
+                "start training again, which sets it aside and goes on from the newest good one"
+            ) from failure

@@ -1,0 +1,68 @@
+"""Attention over a sequence's own tokens, and of texts over an image's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from codebook_jax.models.layers import dense
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention of a sequence over itself (Vaswani et al., 2017), padding left out by length."""
+
+    def __init__(self, width: int, heads: int, *, std: float, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.qkv = dense(width, (3, heads, width // heads), std=std, dtype=dtype, rngs=rngs)
+        self.out = dense((heads, width // heads), width, std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        lengths: Int[Array, "batch"] | None,
+        *,
+        implementation: str | None,
+    ) -> Float[Array, "batch tokens width"]:
+        qkv = self.qkv(x)
+        attended = jax.nn.dot_product_attention(
+            qkv[:, :, 0],
+            qkv[:, :, 1],
+            qkv[:, :, 2],
+            key_value_seq_lengths=lengths,
+            implementation=implementation,
+        )
+        return self.out(attended)
+
+
+class CrossAttention(nnx.Module):
+    """Attention of texts over image tokens, whose keys and values are made once for all texts of the image."""
+
+    def __init__(
+        self, width: int, image_width: int, heads: int, *, std: float, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        self.query = dense(width, (heads, width // heads), std=std, dtype=dtype, rngs=rngs)
+        self.key_value = dense(
+            image_width, (2, heads, width // heads), std=std, dtype=dtype, rngs=rngs
+        )
+        self.out = dense((heads, width // heads), width, std=std, dtype=dtype, rngs=rngs)
+
+    def keys_values(
+        self, image_tokens: Float[Array, "images patches image_width"]
+    ) -> Float[Array, "images patches 2 heads head_width"]:
+        """Keys and values of each image."""
+        return self.key_value(image_tokens)
+
+    def __call__(
+        self,
+        x: Float[Array, "images tokens width"],
+        keys_values: Float[Array, "images patches 2 heads head_width"],
+        *,
+        implementation: str | None,
+    ) -> Float[Array, "images tokens width"]:
+        """`tokens` may hold several texts of one image after another: queries do not see each other."""
+        attended = jax.nn.dot_product_attention(
+            self.query(x), keys_values[:, :, 0], keys_values[:, :, 1], implementation=implementation
+        )
+        return self.out(attended)

@@ -1,0 +1,86 @@
+"""What a pre-training step draws: masked words, and negatives for the matching."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from codebook_jax.data.text import Vocabulary
+from codebook_jax.losses import NEVER
+
+
+class MaskedText(NamedTuple):
+    """Texts with words hidden; `slots` is the fixed largest number of hidden words a text."""
+
+    tokens: Int[Array, "texts tokens"]  # what the model reads
+    positions: Int[Array, "texts slots"]  # where the hidden words stand; 0 in a slot not used
+    words: Int[Array, "texts slots"]  # what stood there
+    used: Bool[Array, "texts slots"]
+
+
+def mask_words(
+    key: Key[Array, ""],
+    tokens: Int[Array, "texts tokens"],
+    vocabulary: Vocabulary,
+    *,
+    probability: float,
+    slots: int,
+    mask_share: float,
+    random_share: float,
+) -> MaskedText:
+    """Hides each word with `probability`, never a special token, at most `slots` a text (excess stays, by lot).
+
+    A hidden word becomes [MASK] (`mask_share`), a random word that is not special (`random_share`), or stays.
+    Source: Devlin et al. 2019, 3.1. Departure: the fixed number of slots.
+    """
+    choose_key, lot_key, kind_key, word_key = jax.random.split(key, 4)
+    special = jnp.isin(tokens, jnp.array(vocabulary.special_ids))
+    chosen = jax.random.bernoulli(choose_key, probability, tokens.shape) & ~special
+    lot = jnp.where(chosen, jax.random.uniform(lot_key, tokens.shape), -1.0)
+    lots, positions = jax.lax.top_k(lot, slots)
+    used = lots >= 0
+    positions = jnp.where(used, positions, 0)
+    words = jnp.take_along_axis(tokens, positions, axis=1)
+    kind = jax.random.uniform(kind_key, used.shape)
+    plain = jnp.array([i for i in range(vocabulary.size) if i not in vocabulary.special_ids])
+    random_words = plain[jax.random.randint(word_key, used.shape, 0, len(plain))]
+    shown = jnp.where(
+        kind < mask_share,
+        vocabulary.mask_id,
+        jnp.where(kind < mask_share + random_share, random_words, words),
+    ).astype(tokens.dtype)
+    row = jnp.arange(len(tokens))[:, None]
+    # Slots not used write past the end, which a scatter drops.
+    where = jnp.where(used, positions, tokens.shape[1])
+    return MaskedText(tokens.at[row, where].set(shown, mode="drop"), positions, words, used)
+
+
+def may_be_negatives(
+    image_id: Int[Array, "rows"], groups: int
+) -> Bool[Array, "rows group"]:
+    """Which members of its group each row may be paired with as a negative: those of other images."""
+    ids = image_id.reshape(groups, -1)
+    return (ids[:, :, None] != ids[:, None, :]).reshape(len(image_id), -1)
+
+
+def draw_negatives(
+    queries: Float[Array, "rows dim"],
+    candidates: Float[Array, "rows dim"],
+    allowed: Bool[Array, "rows group"],
+    noise: Float[Array, "rows group"],
+    groups: int,
+    *,
+    temperature: Float[Array, ""],
+) -> Int[Array, "rows"]:
+    """For each row a member of its group, drawn in proportion to softmax(query . candidate / temperature).
+
+    Returns the place in the group; where none is allowed it means nothing. `noise` is Gumbel's: the largest
+    logit + noise is a draw from the softmax. No gradient passes. Source: Li et al. 2021, 3.2.
+    """
+    split = lambda x: x.reshape(groups, -1, x.shape[-1])  # noqa: E731
+    cosines = jnp.einsum("gqd,gcd->gqc", split(queries), split(candidates)).reshape(noise.shape)
+    logits = jnp.where(allowed, jax.lax.stop_gradient(cosines / temperature) + noise, NEVER)
+    return jnp.argmax(logits, axis=-1)

@@ -1,0 +1,492 @@
+"""Pre-training: read this first. One step teaches, assigns, learns, averages and remembers (Duan et al. 2022, 3).
+
+Everything is written for the global batch, under one jit over the mesh; the only randomness is fold_in(seed, step).
+A batch larger than memory goes through in passes: accumulation.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from codebook_jax import losses, optimizer, sharding, teacher, usage
+from codebook_jax.accumulation import Passes, Scalars
+from codebook_jax.data import augment
+from codebook_jax.data.batch import Batch
+from codebook_jax.data.text import Vocabulary
+from codebook_jax.losses import Pair
+from codebook_jax.models import codis
+from codebook_jax.models.bert import Negatives, gather_in_groups
+from codebook_jax.models.heads import MATCH
+from codebook_jax.sampling import MaskedText, draw_negatives, mask_words, may_be_negatives
+from codebook_jax.state import TrainState
+from codebook_jax.transport import codeword_costs, column_error, row_error, transport_plan
+
+
+class Inputs(NamedTuple):
+    """What a step learns from, all its random draws made; every array has the batch as its first axis."""
+
+    image: Any  # uint8 [B, S, S, 3], augmented
+    teacher_image: Any
+    tokens: Any
+    text_length: Any
+    masked: MaskedText | None
+    word_weight: Any  # of each hidden word in L_mlm; they sum to 1
+    noise: Pair | None  # Gumbel's, for the negatives of images and of texts
+    allowed: Any  # bool [B, B / groups]: who may be a negative of whom
+    match_weight: Any  # [B, 3] of the pair, its negative text, its negative image in L_itm; they sum to 1
+
+
+class Taught(NamedTuple):
+    """What the teacher says of a batch."""
+
+    features: Pair  # z'_v, z'_t
+    masked_states: Any  # [B, slots, width]: its fused states where words are hidden
+
+
+class Learned(NamedTuple):
+    """What the student makes of a batch before fusion."""
+
+    features: Pair  # z_v, z_t
+    image_tokens: Any
+    text_states: Any
+    masked_states: Any  # of the texts with hidden words
+
+
+def create(config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh):
+    """The task for one config, vocabulary and mesh; raises UserError for what does not fit together."""
+    return Pretraining(config, vocabulary, mesh)
+
+
+class Pretraining:
+    """The jitted programs of a run; holds no parameters."""
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
+    ) -> None:
+        sharding.check_batch(
+            mesh, config.data.global_batch, config.optimizer.accumulation, config.itm.groups
+        )
+        self.config, self.vocabulary, self.mesh = config, vocabulary, mesh
+        self.model = codis.build_model(config, vocabulary.size)
+        o = config.optimizer
+        self.rate = optimizer.schedule(
+            peak=o.learning_rate,
+            ends=o.learning_rate_ends,
+            warmup_steps=o.warmup_steps,
+            steps=config.train.steps,
+        )
+        self.optimizer = optimizer.adamw(
+            self.rate,
+            weight_decay=o.weight_decay,
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            clip_norm=o.clip_norm,
+        )
+        self.groups = config.itm.groups
+        self.pass_groups = config.itm.groups // o.accumulation
+        self.passes = Passes(o.accumulation, mesh)
+        self.slots = max(1, int(config.mlm.max_share * config.model.text.max_tokens))
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        self.shardings = sharding.state_shardings(shapes, mesh)
+        self._abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            self.shardings,
+        )
+        rows = sharding.batch_sharding(mesh)
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self.step = jax.jit(
+            self._step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, rows),
+            out_shardings=(self.shardings, whole),
+        )
+        self.encode_images = jax.jit(self._encode_images)
+        self.encode_texts = jax.jit(self._encode_texts)
+        self.match = jax.jit(self._match)
+
+    # -- state
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state."""
+        return self._abstract
+
+    def init_state(self, seed: int) -> TrainState:
+        """A fresh state, created where it will live."""
+        return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
+
+    def _init(self, key: Key[Array, ""]) -> TrainState:
+        config = self.config
+        student = codis.init_student(config, self.vocabulary.size, key)
+        return TrainState(
+            step=jnp.int32(0),
+            student=student,
+            teacher=jax.tree.map(jnp.copy, student["towers"]),
+            moments=self.optimizer.init(student),
+            queue=teacher.empty_queue(config.queue.size, config.model.dim),
+            usage=usage.empty_usage(config.codebook.window_samples),
+            bad_in_row=jnp.int32(0),
+            bad_total=jnp.int32(0),
+        )
+
+    # -- the step
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        draw_key, dropout_key = jax.random.split(key)
+        inputs = self.draw(batch, draw_key)
+        taught = self.passes.over(functools.partial(self.teach, state.teacher), inputs)
+        plan = self.assign(taught.features, state)
+        (loss, scalars), gradients = self.passes.gradients(
+            state.student,
+            inputs,
+            taught,
+            dropout_key,
+            embed=self.embed,
+            compare=functools.partial(
+                self.compare, state=state, teacher_features=taught.features, plan=plan, image_id=batch.image_id
+            ),
+            pair=functools.partial(self.pair, step=state.step, teacher_towers=state.teacher),
+        )
+        gradient_norm = optax.global_norm(gradients)
+        good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        after = self.remember(self.learn(state, gradients), taught.features, plan)
+        after = _if_good(good, after, state)
+        scalars = {"loss": loss, **scalars, "gradient_norm": gradient_norm, "bad_step": ~good}
+        return after, scalars | self.report(state, after, inputs, plan)
+
+    def draw(self, batch: Batch, key: Key[Array, ""]) -> Inputs:
+        """Augmented views, hidden words and noise, drawn for the whole batch whatever the passes and shards."""
+        config = self.config
+        student_key, teacher_key, word_key, image_noise, text_noise = jax.random.split(key, 5)
+        views = self._views(batch, student_key, teacher_key)
+        masked, word_weight = None, None
+        if config.losses.masked_lm:
+            masked = mask_words(
+                word_key,
+                batch.tokens,
+                self.vocabulary,
+                probability=config.mlm.probability,
+                slots=self.slots,
+                mask_share=config.mlm.mask_share,
+                random_share=config.mlm.random_share,
+            )
+            word_weight = masked.used / jnp.maximum(masked.used.sum(), 1)
+        noise, allowed, match_weight = None, None, None
+        if config.losses.matching:
+            allowed = may_be_negatives(batch.image_id, self.groups)
+            shape = allowed.shape
+            noise = Pair(
+                jax.random.gumbel(image_noise, shape), jax.random.gumbel(text_noise, shape)
+            )
+            some = allowed.any(axis=1).astype(jnp.float32)
+            match_weight = jnp.stack([jnp.ones_like(some), some, some], axis=1)
+            match_weight = match_weight / match_weight.sum()
+        return Inputs(
+            *views,
+            batch.tokens,
+            batch.text_length,
+            masked,
+            word_weight,
+            noise,
+            allowed,
+            match_weight,
+        )
+
+    def teach(self, towers: Any, inputs: Inputs) -> Taught:
+        """Features of the teacher's view of the images and of the texts, and its states of the hidden words."""
+        towers = self.model.towers(towers)
+        image, image_tokens = towers.embed_images(self._pixels(inputs.teacher_image))
+        text, _, masked_states = self._read(towers, inputs, None)
+        if inputs.masked is not None:
+            fused = towers.fusion(
+                masked_states[:, None], inputs.text_length[:, None], image_tokens
+            )[:, 0]
+            masked_states = _at_positions(fused, inputs.masked.positions)
+        return jax.lax.stop_gradient(Taught(Pair(image, text), masked_states))
+
+    def assign(self, features: Pair, state: TrainState) -> Float[Array, "2 rows codes"] | None:
+        """The transport plan of the teacher's image and text features over the codewords.
+
+        Its first rows are the batch's; `codebook.queue_samples` more are the queue's newest. Each valid row sums to
+        1 / (their number).
+        """
+        codebook = self.config.codebook
+        if not self.config.losses.codebook:
+            return None
+        rows, valid = jnp.stack(features), None
+        if codebook.queue_samples:
+            older, here = teacher.newest(state.queue, codebook.queue_samples)
+            rows = jnp.concatenate([rows, jnp.stack(older)], axis=1)
+            valid = jnp.concatenate([jnp.ones(features.image.shape[0], bool), here])
+            valid = jnp.broadcast_to(valid, rows.shape[:2])
+        return transport_plan(
+            codeword_costs(rows, codis.unit(state.student["codebook"]["codes"])),
+            solver=codebook.solver,
+            epsilon=codebook.epsilon,
+            iterations=codebook.iterations,
+            ipot_beta=codebook.ipot_beta,
+            valid=valid,
+        )
+
+    def embed(self, student: Any, inputs: Inputs, key: Key[Array, ""]) -> Learned:
+        """What the student makes of its view of the images, and of the texts, before they meet."""
+        towers = self.model.towers(student["towers"])
+        image, image_tokens = towers.embed_images(self._pixels(inputs.image))
+        text, states, masked_states = self._read(towers, inputs, jax.random.fold_in(key, 0))
+        return Learned(Pair(image, text), image_tokens, states, masked_states)
+
+    def compare(
+        self,
+        features: Pair,
+        own: Mapping[str, Any],
+        *,
+        state: TrainState,
+        teacher_features: Pair,
+        plan: Float[Array, "2 rows codes"] | None,
+        image_id: Array,
+    ) -> tuple[Array, Scalars]:
+        """L_ica and L_code of the global batch's features, weighted; `own` has the codebook and the temperature."""
+        config, scalars, loss = self.config, {}, jnp.float32(0)
+        if config.losses.alignment:
+            alignment = losses.alignment_loss(
+                features,
+                teacher_features,
+                state.queue.features,
+                state.queue.valid,
+                image_id,
+                temperature=own["temperature"],
+                alpha=self.alpha(state.step),
+                intra_weight=config.alignment.intra_weight,
+                same_image=config.alignment.same_image,
+            )
+            scalars["loss/alignment"] = alignment
+            loss += config.losses.alignment * alignment
+        if plan is not None:
+            parts = losses.codebook_losses(
+                features,
+                teacher_features,
+                codis.unit(own["codebook"]["codes"]),
+                Pair(*_soft_codes(plan, len(image_id))),
+                temperature=config.codebook.temperature,
+            )
+            scalars |= {f"loss/codebook_{name}": part for name, part in parts._asdict().items()}
+            scalars["loss/codebook"] = sum(parts)
+            loss += config.losses.codebook * sum(parts)
+        scalars["features/std"] = jnp.stack(features).std(axis=1).mean()  # towards 0: collapse
+        return loss, scalars
+
+    def pair(
+        self,
+        student: Any,
+        learned: Learned,
+        inputs: Inputs,
+        taught: Taught,
+        key: Key[Array, ""],
+        *,
+        step: Array,
+        teacher_towers: Any,
+    ) -> tuple[Array, Scalars]:
+        """L_itm and L_mlm, weighted: one run through the fusion encoder over every pair that either needs."""
+        config, scalars, loss = self.config, {}, jnp.float32(0)
+        towers = self.model.towers(student["towers"])
+        rows: list[tuple[Array, Array]] = []  # (states, lengths) of the texts that each image is paired with
+        negatives = None
+        if inputs.masked is not None:
+            rows.append((learned.masked_states, inputs.text_length))
+        if inputs.noise is not None:
+            own_text = learned.text_states, inputs.text_length
+            image, text = self._negatives(student, learned.features, inputs, taught.features)
+            other_text = jax.tree.map(lambda x: gather_in_groups(x, text, self.pass_groups), own_text)
+            rows += [own_text, other_text, own_text]  # the last looks at its negative image
+            negatives = Negatives(image, self.pass_groups)
+        if not rows:
+            return loss, scalars
+        states, lengths = (jnp.stack(part, axis=1) for part in zip(*rows, strict=True))
+        fused = towers.fusion(
+            states,
+            lengths,
+            learned.image_tokens,
+            negatives=negatives,
+            key=jax.random.fold_in(key, 1),
+        )
+        if inputs.noise is not None:
+            logits = self.model.match_logits(student["matching"], fused[:, -3:, 0])
+            match = jnp.broadcast_to(jnp.array([True, False, False]), inputs.match_weight.shape)
+            flat = logits.reshape(-1, 2), match.ravel(), inputs.match_weight.ravel()
+            scalars["loss/matching"] = losses.matching_loss(*flat)
+            right = (jnp.argmax(logits, axis=-1) == MATCH) == match
+            scalars["matching/accuracy"] = jnp.sum(inputs.match_weight * right)
+            loss += config.losses.matching * scalars["loss/matching"]
+        if inputs.masked is not None:
+            logits = towers.word_logits(_at_positions(fused[:, 0], inputs.masked.positions))
+            scalars["loss/masked_lm"] = losses.masked_word_loss(
+                logits,
+                self.model.towers(teacher_towers).word_logits(taught.masked_states),
+                inputs.masked.words,
+                inputs.word_weight,
+                alpha=self.alpha(step),
+            )
+            right = jnp.argmax(logits, axis=-1) == inputs.masked.words
+            scalars["masked_lm/accuracy"] = jnp.sum(inputs.word_weight * right)
+            loss += config.losses.masked_lm * scalars["loss/masked_lm"]
+        return loss, scalars
+
+    def learn(self, state: TrainState, gradients: Any) -> TrainState:
+        """The student after the optimizer, the teacher after its average."""
+        alignment = self.config.alignment
+        frozen = state.step < self.config.codebook.freeze_steps
+        gradients["codebook"] = jax.tree.map(
+            lambda gradient: jnp.where(frozen, 0, gradient), gradients["codebook"]
+        )
+        updates, moments = self.optimizer.update(gradients, state.moments, state.student)
+        student = optax.apply_updates(state.student, updates)
+        student["temperature"] = jnp.clip(
+            student["temperature"], alignment.temperature_min, alignment.temperature_max
+        )
+        averaged = teacher.average(state.teacher, student["towers"], self.momentum(state.step))
+        return state.replace(student=student, moments=moments, teacher=averaged)
+
+    def remember(
+        self, state: TrainState, features: Pair, plan: Float[Array, "2 rows codes"] | None
+    ) -> TrainState:
+        """The queues with the teacher's features, and the codewords that won them."""
+        state = state.replace(queue=teacher.enqueue(state.queue, features))
+        if plan is None:
+            return state
+        winners = jnp.argmax(plan[:, : features.image.shape[0]], axis=-1)
+        return state.replace(usage=usage.record(state.usage, winners))
+
+    def report(
+        self,
+        before: TrainState,
+        after: TrainState,
+        inputs: Inputs,
+        plan: Float[Array, "2 rows codes"] | None,
+    ) -> Scalars:
+        """What is worth watching besides the losses."""
+        scalars = {
+            "temperature": before.student["temperature"],
+            "alpha": self.alpha(before.step),
+            "learning_rate": self.rate(before.step - before.bad_total),
+            "teacher/momentum": self.momentum(before.step),
+            "queue/filled": after.queue.filled,
+            "bad_in_row": after.bad_in_row,
+            "bad_total": after.bad_total,
+        }
+        if inputs.allowed is not None:
+            scalars["matching/without_negative"] = jnp.sum(~inputs.allowed.any(axis=1))
+        if plan is None:
+            return scalars
+        soft = _soft_codes(plan, len(inputs.tokens))
+        perplexity, unused = usage.perplexity_and_unused(after.usage, plan.shape[-1])
+        valid = jnp.sum(plan, axis=-1) > 0
+        return scalars | {
+            "codebook/perplexity": perplexity.mean(),
+            "codebook/perplexity_image": perplexity[0],
+            "codebook/perplexity_text": perplexity[1],
+            "codebook/unused_share": unused.mean(),
+            "codebook/assignment_entropy": -jnp.sum(jax.scipy.special.xlogy(soft, soft), -1).mean(),
+            "codebook/agreement": jnp.mean(jnp.argmax(soft[0], -1) == jnp.argmax(soft[1], -1)),
+            "transport/column_error": column_error(plan).max(),
+            "transport/row_error": row_error(plan, valid).max(),
+        }
+
+    # -- schedules
+
+    def alpha(self, step: Array) -> Array:
+        """Weight of the teacher's soft targets: 0, rising over the first `teacher.alpha_steps`."""
+        ramp = jnp.minimum(step / max(self.config.teacher.alpha_steps, 1), 1)
+        return jnp.float32(self.config.teacher.alpha) * ramp
+
+    def momentum(self, step: Array) -> Array:
+        of = self.config.teacher
+        return teacher.momentum_at(step, momentum=of.momentum, ramp=of.momentum_ramp)
+
+    # -- evaluation
+
+    def _encode_images(self, towers: Any, images: Array) -> tuple[Array, Array]:
+        return self.model.towers(towers).embed_images(self._pixels(images))
+
+    def _encode_texts(self, towers: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+        return self.model.towers(towers).embed_texts(tokens, lengths)
+
+    def _match(self, student: Any, image_tokens: Array, states: Array, lengths: Array) -> Array:
+        fused = self.model.towers(student["towers"]).fusion(states, lengths, image_tokens)
+        return self.model.match_logits(student["matching"], fused[:, :, 0])[..., MATCH]
+
+    # -- small pieces
+
+    def _pixels(self, images: Array) -> Array:
+        return augment.normalise(images, jnp.dtype(self.config.model.dtype))
+
+    def _views(self, batch: Batch, key: Array, teacher_key: Array) -> tuple[Array, Array]:
+        data = self.config.data
+        if not (data.flip or data.randaugment_layers):
+            return batch.image, batch.teacher_image
+        of = dict(layers=data.randaugment_layers, magnitude=data.randaugment_magnitude)
+        image = _to_uint8(augment.augment(batch.image, batch.flip, key, **of))
+        if data.teacher_view == "same":
+            return image, image
+        return image, _to_uint8(augment.augment(batch.teacher_image, batch.flip, teacher_key, **of))
+
+    def _read(
+        self, towers: codis.Towers, inputs: Inputs, key: Key[Array, ""] | None
+    ) -> tuple[Array, Array, Array | None]:
+        """Features and states of the texts, and states of the masked ones, in one run of the text encoder."""
+        if inputs.masked is None:
+            return *towers.embed_texts(inputs.tokens, inputs.text_length, key), None
+        tokens = jnp.concatenate([inputs.tokens, inputs.masked.tokens])
+        features, states = towers.embed_texts(tokens, jnp.tile(inputs.text_length, 2), key)
+        count = len(inputs.tokens)
+        return features[:count], states[:count], states[count:]
+
+    def _negatives(
+        self, student: Any, learned: Pair, inputs: Inputs, taught: Pair
+    ) -> tuple[Array, Array]:
+        """For each text a negative image, for each image a negative text: their places in the group."""
+        draw = functools.partial(
+            draw_negatives,
+            allowed=inputs.allowed,
+            groups=self.pass_groups,
+            temperature=student["temperature"],
+        )
+        image = draw(learned.text, taught.image, noise=inputs.noise.text)
+        return image, draw(learned.image, taught.text, noise=inputs.noise.image)
+
+
+def _soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "2 batch codes"]:
+    """q = N T of the batch's rows: each sums to 1, but that of a row left out of the transport."""
+    rows = plan[:, :batch]
+    mass = rows.sum(axis=-1, keepdims=True)
+    return rows / jnp.where(mass > 0, mass, 1)
+
+
+def _at_positions(
+    states: Float[Array, "texts tokens width"], positions: Int[Array, "texts slots"]
+) -> Float[Array, "texts slots width"]:
+    return jnp.take_along_axis(states, positions[:, :, None], axis=1)
+
+
+def _to_uint8(images: Array) -> Array:
+    return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)
+
+
+def _if_good(good: Array, after: TrainState, before: TrainState) -> TrainState:
+    """The state after a good step; after a bad one all stays as it was but the counts and the position."""
+    chosen = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+    return chosen.replace(
+        step=before.step + 1,
+        bad_in_row=jnp.where(good, 0, before.bad_in_row + 1),
+        bad_total=before.bad_total + ~good,
+    )
+

@@ -1,0 +1,284 @@
+"""A run from start to end: build, restore, loop, log, evaluate, save. It knows no loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from codebook_jax import build, sharding
+from codebook_jax import workdir as records
+from codebook_jax.checkpoint import Checkpoints, Restored
+from codebook_jax.data.batch import Batch
+from codebook_jax.data.pipeline import BadRate
+from codebook_jax.errors import UserError
+from codebook_jax.interruption import Interrupted, Interruption
+from codebook_jax.metrics import Clock, Metrics, ProgressReport, say
+
+INPUT_BOUND_SHARE = (
+    0.3  # of a step's time; prefetching keeps it near zero until the data cannot keep up
+)
+SCORE = "mean of the recalls of student/dual in validation"
+
+
+def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
+    """Trains as `config` says, going on from the newest checkpoint of `workdir` if it has one."""
+    workdir = Path(workdir).absolute()
+    build.check(config)
+    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints, Interruption() as stop:
+        parts = build.build_training(config, workdir, steps_saved=checkpoints.steps())
+        build.announce(parts)
+        restored = checkpoints.restore_newest(parts.task.abstract_state())
+        if restored is None:
+            restored = Restored(0, parts.task.init_state(config.seed), {"unreadable": 0})
+        else:
+            say(resumption(restored, config.data.global_batch))
+        step = restored.step
+        redo = step not in checkpoints.scores
+        with (
+            Metrics(workdir, step=step, redo_evaluation=redo) as metrics,
+            ProgressReport(start=step, steps=config.train.steps) as progress,
+        ):
+            Run(parts, checkpoints, metrics, progress, stop, restored).finish()
+
+
+class Run:
+    """A run in progress: its parts, its state, and the step that state has reached."""
+
+    def __init__(
+        self,
+        parts: build.Parts,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        progress: ProgressReport,
+        stop: Interruption,
+        start: Restored,
+    ) -> None:
+        self.parts, self.config = parts, parts.config
+        self.checkpoints, self.metrics, self.progress, self.stop = (
+            checkpoints,
+            metrics,
+            progress,
+            stop,
+        )
+        self.state, self.step = start.state, start.step
+        self.bad_in_row = 0
+        self.warned_input_bound = False
+        self.clock = Clock()
+        self.bad_rate = BadRate(self.config.data.max_bad_rate, start.meta["unreadable"])
+
+    def finish(self) -> None:
+        """Trains to the last step or a signal, and leaves the newest state saved and evaluated."""
+        steps = self.config.train.steps
+        if self.step >= steps:
+            say(f"step {self.step:,} of {steps:,} is reached: raise config.train.steps to go on")
+        elif self.step and self.evaluation_due() and self.step not in self.checkpoints.scores:
+            self.evaluate()  # its first evaluation was cut short
+        self.loop()
+        self.checkpoints.wait()
+        if self.step and self.step not in self.checkpoints.steps():
+            self.save()
+        if not self.stop.requested and self.step not in self.checkpoints.scores:
+            self.evaluate()
+        self.checkpoints.wait()
+        if self.stop.requested:
+            saved = self.checkpoints.steps()
+            newest = f"saved step {saved[-1]:,}" if saved else "nothing to save"
+            say(f"{newest} on {self.stop.name}")
+
+    def loop(self) -> None:
+        """One step after another: the data's position is the step, and scalars are read one step late."""
+        pending = None
+        with build.batches(self.parts, start_step=self.step) as batches:
+            while self.step < self.config.train.steps and not self.stop.requested:
+                batch = self.next_batch(batches)
+                if batch is None:
+                    break
+                placed = sharding.put_batch(batch, self.parts.mesh)
+                self.state, scalars = self.parts.task.step(self.state, placed)
+                self.step += 1
+                self.settle(pending)
+                pending = _Pending(self.step, scalars, batch.example, int(np.sum(batch.skipped)))
+                evaluate = self.evaluation_due()
+                if evaluate or self.step % self.config.checkpoint.every_steps == 0:
+                    self.settle(pending)
+                    pending = None
+                    self.save()
+                if evaluate and self.step < self.config.train.steps:
+                    self.evaluate()
+            self.settle(pending)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch; None when its worker processes died of the signal that stops this run too."""
+        began = time.monotonic()
+        try:
+            batch = next(batches)
+        except UserError:
+            raise
+        except Exception:
+            if self.stop.arrives_within(seconds=2.0):
+                return None
+            raise
+        self.clock.waited(time.monotonic() - began)
+        return batch
+
+    def settle(self, pending: _Pending | None) -> None:
+        """Reads a step's scalars: counts what was bad, logs what is due. Raises UserError when the run must stop."""
+        if pending is None:
+            return
+        self.bad_rate.add(unreadable=pending.unreadable, read=len(pending.examples))
+        self.progress.advance(pending.step)
+        bad = bool(pending.scalars["bad_step"])
+        logged = pending.step % self.config.log_every_steps == 0 or pending.step == 1
+        if not (bad or logged):
+            self.bad_in_row = 0
+            return
+        row = {name: value.item() for name, value in jax.device_get(pending.scalars).items()}
+        row["data/skipped"] = self.bad_rate.unreadable
+        self.bad_in_row = int(row["bad_in_row"])
+        if bad:
+            row |= {
+                "bad/terms": ", ".join(broken_terms(row)),
+                "bad/examples": str(pending.examples.tolist()),
+            }
+        if logged:
+            row |= self.clock.report(self.config.data.global_batch)
+            self.progress.report(pending.step, row)
+            self.warn_if_input_bound(row)
+        self.metrics.write(pending.step, row)
+        if bad:
+            self.report_bad(pending, row["bad/terms"])
+
+    def report_bad(self, pending: _Pending, terms: str) -> None:
+        """Says which step was not finite; raises UserError when too many were in a row."""
+        most = self.config.optimizer.max_bad_steps
+        some = ", ".join(str(example) for example in pending.examples[:8])
+        more = f" and {len(pending.examples) - 8} more" if len(pending.examples) > 8 else ""
+        say(
+            f"step {pending.step:,} was left out: {terms} not finite; {self.bad_in_row} in a row, {most} end "
+            f"the run; its examples: {some}{more} (all in metrics.jsonl)"
+        )
+        if self.bad_in_row >= most:
+            self.checkpoints.wait()
+            saved = self.checkpoints.steps()
+            newest = (
+                f"the checkpoint of step {saved[-1]:,} is untouched"
+                if saved
+                else "nothing was saved"
+            )
+            raise UserError(
+                f"stopped at step {pending.step:,}: {most} steps in a row were not finite ({terms}); {newest}: "
+                "try a lower config.optimizer.learning_rate, config.optimizer.clip_norm=1, or "
+                "config.model.dtype=float32"
+            )
+
+    def warn_if_input_bound(self, row: Mapping[str, Any]) -> None:
+        """Says once that the device waits for data."""
+        share = row["time/data_wait_share"]
+        if share < INPUT_BOUND_SHARE or self.warned_input_bound or self.step < 2:
+            return
+        self.warned_input_bound = True
+        data = self.config.data
+        say(
+            f"input-bound: {share:.0%} of the step time is spent waiting for data; raise config.data.threads "
+            f"(now {data.threads}) or config.data.workers (now {data.workers})"
+        )
+
+    def evaluation_due(self) -> bool:
+        every = self.config.evaluation.every_steps
+        return every > 0 and self.step % every == 0
+
+    def save(self) -> None:
+        """Saves the state, unless its last steps were bad: a good checkpoint must not give way to it."""
+        if self.bad_in_row:
+            say(
+                f"step {self.step:,} is not saved: the last {self.bad_in_row} steps were not finite"
+            )
+            return
+        began = time.monotonic()
+        self.metrics.flush()
+        meta = {
+            "config": self.config.to_dict(),
+            "data_position": self.step * self.config.data.global_batch,
+            "fingerprint": self.parts.source.fingerprint(),
+            "unreadable": self.bad_rate.unreadable,
+            "versions": records.package_versions(),
+        }
+        self.checkpoints.save(self.step, self.state, meta)
+        self.clock.paused(time.monotonic() - began)
+
+    def evaluate(self) -> None:
+        """Retrieval on the validation data; a signal cuts it short, and the next start takes it up again."""
+        if self.bad_in_row:
+            return
+        began = time.monotonic()
+        try:
+            with self.stop.may_interrupt():
+                protocols = build.validate(
+                    self.parts, self.state, last=self.step >= self.config.train.steps
+                )
+        except Interrupted:
+            return
+        row = flat_evaluation(protocols)
+        seconds = time.monotonic() - began
+        self.clock.paused(seconds)
+        self.metrics.write(self.step, {**row, "time/evaluation_s": seconds})
+        recalls = recalls_of(protocols["student/dual"])
+        self.checkpoints.record_score(self.step, float(np.mean(list(recalls.values()))), SCORE)
+        best = self.checkpoints.best_step()
+        say(
+            f"validation at step {self.step:,}: R@1 of texts {row['eval/txt_r1']:.1f} %, of images "
+            f"{row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %)"
+            + ("; the best so far" if best == self.step else f"; the best is that of step {best}")
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step whose scalars are still on the device."""
+
+    step: int
+    scalars: dict[str, jax.Array]
+    examples: np.ndarray
+    unreadable: int
+
+
+def resumption(restored: Restored, global_batch: int) -> str:
+    """The sentence on where a run goes on."""
+    minutes = (time.time() - restored.meta["saved_at"]) / 60
+    age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+    return (
+        f"resuming at step {restored.step:,} (checkpoint {age} old, "
+        f"data position {restored.step * global_batch:,})"
+    )
+
+
+def broken_terms(row: Mapping[str, Any]) -> list[str]:
+    """Names of the losses that are not finite; of the other scalars where every loss is finite."""
+    broken = [name for name, value in row.items() if not math.isfinite(value)]
+    losses = [name for name in broken if name.startswith("loss/")]
+    return losses or broken or ["the gradient"]
+
+
+def flat_evaluation(protocols: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """`eval/txt_r1`, ... of student/dual with its chance and counts, and the recalls of the other protocols."""
+    row = {f"eval/{name}": value for name, value in protocols["student/dual"].items()}
+    for protocol, prefix in (("teacher/dual", "teacher"), ("student/reranked", "reranked")):
+        if protocol in protocols:
+            row |= {
+                f"eval/{prefix}_{name}": value
+                for name, value in recalls_of(protocols[protocol]).items()
+            }
+    return row
+
+
+def recalls_of(values: Mapping[str, float]) -> dict[str, float]:
+    """The recalls of a protocol, without its chance levels and counts."""
+    return {name: value for name, value in values.items() if name.startswith(("txt_r", "img_r"))}

@@ -1,0 +1,41 @@
+"""How evenly codewords are used: statistics over a window of samples, kept in the train state.
+
+One batch says little: with fewer samples than codewords most must be unused (bshall/VectorQuantizedVAE#3).
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@flax.struct.dataclass
+class Usage:
+    """The codeword that won each of the newest samples of both modalities, a ring; -1 where there is none yet."""
+
+    winners: Int[Array, "2 window"]
+    cursor: Int[Array, ""]
+
+
+def empty_usage(window: int) -> Usage:
+    return Usage(jnp.full((2, window), -1, jnp.int32), jnp.int32(0))
+
+
+def record(usage: Usage, winners: Int[Array, "2 batch"]) -> Usage:
+    """The window with one batch in place of its oldest samples; of a batch larger than it, the first samples."""
+    window = usage.winners.shape[1]
+    winners = winners[:, :window].astype(jnp.int32)
+    places = (usage.cursor + jnp.arange(winners.shape[1])) % window
+    ring = usage.winners.at[:, places].set(winners, unique_indices=True)
+    return Usage(ring, (usage.cursor + winners.shape[1]) % window)
+
+
+def perplexity_and_unused(usage: Usage, codes: int) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
+    """exp(entropy) of the winners, and the share of codewords that won nothing, by modality (image, text)."""
+    here = usage.winners >= 0
+    row = jnp.arange(2)[:, None]
+    counts = jnp.zeros((2, codes)).at[row, jnp.where(here, usage.winners, codes)].add(1, mode="drop")
+    share = counts / jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
+    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0), 1)
+    return jnp.exp(entropy), (counts == 0).mean(axis=1)

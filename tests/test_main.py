@@ -1,0 +1,154 @@
+"""A mistake on the command line is one sentence on stderr and exit code 2."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from codebook_jax import main
+from codebook_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIG = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
+WORKDIR = "--workdir=runs/x"
+
+
+def parsed(*arguments):
+    values = flags.FlagValues()
+    argv = ["main", *arguments]
+    main.define_flags(values, argv)
+    main.parse(argv, values)
+    return values
+
+
+def test_the_size_and_every_kind_of_override_are_read():
+    values = parsed(
+        CONFIG,
+        WORKDIR,
+        "--config.data.global_batch=32",
+        "--config.optimizer.learning_rate=1",
+        "--config.data.crop_scale=(0.2, 1)",
+        "--config.data.flip",
+        "--config.data.train=json:a b.json",
+        "--mode=export",
+    )
+    config = values.config
+    assert config.size == "tiny" and config.data.global_batch == 32 and config.data.flip is True
+    assert config.optimizer.learning_rate == 1.0 and isinstance(
+        config.optimizer.learning_rate, float
+    )
+    assert config.data.crop_scale == (0.2, 1) and config.data.train == "json:a b.json"
+    assert (values.mode, values.workdir) == ("export", "runs/x")
+
+
+def test_a_trained_run_needs_no_config():
+    assert parsed(WORKDIR, "--mode=eval").config is None
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (
+            [CONFIG, WORKDIR, "--config.data.global_bach=3"],
+            "config.data.global_bach: the config has no field global_bach ... did you mean global_batch?",
+        ),
+        (
+            [CONFIG, WORKDIR, "--config.dta.global_batch=3"],
+            "config.dta.global_batch: the config has no field dta ... did you mean data?",
+        ),
+        (
+            [CONFIG, WORKDIR, "--noconfig.data.flp"],
+            "noconfig.data.flp: the config has no field flp ... did you mean flip?",
+        ),
+        (
+            [CONFIG, WORKDIR, "--config.train.steps.x", "3"],
+            "config.train.steps.x: config.train.steps is a value and has no fields",
+        ),
+        (
+            [CONFIG, WORKDIR, "--config.data.global_batch=3.5"],
+            "--config.data.global_batch=3.5 needs a whole number",
+        ),
+        (
+            [CONFIG, WORKDIR, "--config.optimizer.b1=high"],
+            "--config.optimizer.b1=high needs a number",
+        ),
+        (
+            [CONFIG, WORKDIR, "--config.data.flip=maybe"],
+            "--config.data.flip=maybe needs true or false",
+        ),
+        ([CONFIG, WORKDIR, "--config.data={}"], "--config.data is a section: set its fields"),
+        ([CONFIG, WORKDIR, "--config.data=3"], "--config.data=3 is a section: set its fields"),
+        (
+            [CONFIG.replace("tiny", "tinny"), WORKDIR],
+            "configs/base.py has no size 'tinny'; the sizes are tiny, small",
+        ),
+        (["--config=configs/bas.py:tiny", WORKDIR], "--config: there is no file "),
+        (["--config.seed=1", CONFIG, WORKDIR], "--config=FILE goes before the fields it sets"),
+        (["--config.seed=1", WORKDIR], "--config=FILE is missing before --config.seed"),
+        ([WORKDIR], "--config is missing"),
+        ([CONFIG], "--workdir is missing"),
+        (
+            [CONFIG, "--workdir=gs://bucket/run"],
+            "--workdir=gs://bucket/run is not a folder on this machine",
+        ),
+        (
+            [CONFIG, WORKDIR, "--mode=trian"],
+            "--mode=trian: value should be one of <train|eval|export>",
+        ),
+        ([CONFIG, "--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
+        ([CONFIG, WORKDIR, "seed=3"], "'seed=3' is not a flag"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_a_mistake_is_one_sentence_that_says_what_to_do(arguments, sentence):
+    with pytest.raises(UserError) as refusal:
+        parsed(*arguments)
+    assert str(refusal.value).startswith(sentence)
+    assert "\n" not in str(refusal.value) and "Traceback" not in str(refusal.value)
+
+
+def test_the_command_prints_the_sentence_alone_and_exits_2():
+    command = [
+        sys.executable,
+        "-m",
+        "codebook_jax.main",
+        CONFIG,
+        WORKDIR,
+        "--config.data.global_bach=3",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: config.data.global_bach: the config has no field global_bach ... did you mean global_batch?"
+    ]
+
+
+@pytest.fixture
+def fails_with(monkeypatch, capsys):
+    monkeypatch.setattr(main, "FLAGS", parsed(CONFIG, WORKDIR))
+
+    def fail(error):
+        def run(*_):
+            raise error
+
+        monkeypatch.setattr(main, "run", run)
+        return main.main([]), capsys.readouterr().err
+
+    return fail
+
+
+def test_a_user_error_of_the_run_exits_2_and_a_full_disk_is_said(fails_with):
+    assert fails_with(UserError("that is wrong: do this")) == (2, "error: that is wrong: do this\n")
+    code, said = fails_with(
+        OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
+    )
+    assert code == 2 and said.startswith("error: no space left while writing runs/x/metrics.jsonl")
+
+
+def test_an_error_of_ours_keeps_its_trace(fails_with):
+    for error in (OSError(errno.EACCES, "Permission denied"), RuntimeError("a bug")):
+        with pytest.raises(type(error)):
+            fails_with(error)
