@@ -1,8 +1,16 @@
 # Each target only wraps commands that the README shows plainly.
 PYTHON ?= python3
 VENV ?= .venv
+RUN = $(VENV)/bin/python -m codebook_jax.main --workdir=runs/demo
 
-.PHONY: test lint
+.PHONY: demo test lint
+
+# Trains the tiny CODIS on the built-in scenes, exports it, draws what it found, and ends with the retrieval table.
+demo: $(VENV)/.installed
+	$(RUN) --config=configs/base.py:tiny
+	$(RUN) --mode=export
+	$(RUN) --mode=show
+	$(RUN) --mode=eval
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "codebook_jax needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'

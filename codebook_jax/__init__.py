@@ -1,1 +1,28 @@
-"""CODIS vision-language pre-training in JAX/Flax (Duan et al., CVPR 2022). The README maps paper to files."""
+"""CODIS vision-language pre-training in JAX/Flax (Duan et al., CVPR 2022). The README maps paper to files.
+
+model = codebook_jax.load("runs/first")  # after --mode=export
+model.encode_text(["a red ring above a blue star"]) @ model.encode_image(["a.png", "b.png"]).T
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from codebook_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from codebook_jax.inference import Codis
+
+__all__ = ["UserError", "load"]
+
+
+def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
+    """The model of an export, or of a workdir with one: `encode_image`, `encode_text`, `match`, `codes`.
+
+    With `teacher` it encodes with the teacher's towers, which have to be in the export. Runs on JAX's default device,
+    whatever the run was trained on. Raises UserError, in one sentence, for what cannot be loaded.
+    """
+    from codebook_jax import inference  # imports JAX, which `import codebook_jax` does not
+
+    return inference.load(path, teacher=teacher)

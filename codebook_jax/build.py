@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import sharding
+from codebook_jax import memory, sharding
 from codebook_jax import workdir as records
 from codebook_jax.checks import check
 from codebook_jax.data.batch import Batch
@@ -36,6 +37,7 @@ class Parts(NamedTuple):
     validation: Source | None
     tokenizer: Tokenizer
     task: Any
+    planner: memory.Planner | None = None  # of memory: what it would need with other settings
 
 
 def build_training(
@@ -49,10 +51,15 @@ def build_training(
             f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config with: "
             "put the file back, or give another --workdir"
         )
+    asked = config
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    shards = sharding.data_shards(mesh)
-    config = records.resolve_groups(config, record, data_shards=shards)
+    batch, passes = config.data.global_batch, config.optimizer.accumulation
+    sharding.check_batch(mesh, batch, passes)
+    config = records.resolve_groups(config, record, data_shards=sharding.data_shards(mesh))
+    sharding.check_groups(mesh, batch, passes, config.itm.groups)
     source = source_of(config, config.data.train, "train")
+    validation = source_of(config, config.data.eval, "validation")
+    config = _resolve_alpha(config, len(source))
     changes: dict[str, list[Any]] = {}
     if record is not None:
         changes, sentences = records.check_restart(
@@ -60,9 +67,14 @@ def build_training(
         )
         for sentence in sentences:
             say(f"changed since the last start: {sentence}")
+    plan = functools.partial(_planner, asked, record, has_checkpoint=bool(steps_saved))
+    if not config.data.tokenizer:  # how large it can get is known: nothing is written before a refusal
+        memory.check(planner := plan(config.data.tokenizer_vocabulary))
     tokenizer = tokenizer_for_run(
         config.data.tokenizer, workdir, source, config.data.tokenizer_vocabulary
     )
+    if config.data.tokenizer:
+        memory.check(planner := plan(tokenizer.vocabulary.size))
     task = task_of(config, tokenizer, mesh)
     if jax.process_index() == 0:
         records.write_record(
@@ -75,8 +87,30 @@ def build_training(
             changes=changes,
             step=max(steps_saved, default=0),
         )
-    validation = source_of(config, config.data.eval, "validation")
-    return Parts(config, mesh, source, validation, tokenizer, task)
+    return Parts(config, mesh, source, validation, tokenizer, task, planner)
+
+
+def _planner(
+    config: ml_collections.ConfigDict,
+    record: dict[str, Any] | None,
+    vocabulary_size: int,
+    *,
+    has_checkpoint: bool,
+) -> memory.Planner:
+    return memory.Planner(
+        config, _create_of(config), vocabulary_size, record=record, has_checkpoint=has_checkpoint
+    )
+
+
+def _resolve_alpha(
+    config: ml_collections.ConfigDict, examples: int
+) -> ml_collections.ConfigDict:
+    """The config with `teacher.alpha_steps` a number: -1 is the steps of one epoch."""
+    if config.teacher.alpha_steps >= 0:
+        return config
+    resolved = ml_collections.ConfigDict(config.to_dict())
+    resolved.teacher.alpha_steps = max(1, examples // config.data.global_batch)
+    return resolved.lock()
 
 
 def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Parts:
@@ -110,9 +144,13 @@ def task_of(
     config: ml_collections.ConfigDict, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Any:
     """The task `config.task` names, for this mesh."""
+    return _create_of(config)(config, tokenizer.vocabulary, mesh)
+
+
+def _create_of(config: ml_collections.ConfigDict) -> memory.Create:
     if config.task not in TASKS:
         raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
-    return TASKS[config.task](config, tokenizer.vocabulary, mesh)
+    return TASKS[config.task]
 
 
 def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
@@ -160,6 +198,9 @@ def announce(parts: Parts) -> None:
     say(f"training data {config.data.train} ({len(parts.source):,} images{note})")
     if not built_in and config.data.eval.split(":")[0] == "scenes":
         say("validation uses the built-in synthetic scenes: name your own with --config.data.eval")
+    if config.evaluation.images == -1 and retrieval.images_to_evaluate(config) < 1000:
+        count = retrieval.images_to_evaluate(config)
+        say(f"this is a CPU: evaluation takes {count} images, --config.evaluation.images=N sets it")
     plural = "s" if devices != 1 else ""
     say(
         f"{devices} device{plural} ({kind}), {jax.process_count()} process{'es' * (jax.process_count() > 1)}"

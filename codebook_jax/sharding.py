@@ -28,7 +28,8 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"blocks/.*up/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/.*up/bias$", P(None, "tensor")),
     (r"blocks/.*down/kernel$", P(None, "tensor", "fsdp")),
-    (r"text/words$", P("tensor", "fsdp")),
+    # Over fsdp alone: split over tensor too, XLA (jax 0.10) gets the gradient of L_mlm wrong on mesh data 2, fsdp 2, tensor 2.
+    (r"text/words$", P(None, "fsdp")),
     (r"masked_words/transform/kernel$", P("fsdp", "tensor")),
     (r"(patches|image_projection|text_projection)/kernel$", P("fsdp", None)),
     (r"codebook/codes$", P("tensor", None)),
@@ -65,8 +66,8 @@ def data_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(mesh: Mesh, global_batch: int, accumulation: int, groups: int) -> None:
-    """Raises UserError when the batch does not split over the mesh, the passes and the groups of negatives."""
+def check_batch(mesh: Mesh, global_batch: int, accumulation: int) -> None:
+    """Raises UserError when the batch does not split over the mesh and the passes."""
     shards = data_shards(mesh)
     if global_batch % (shards * accumulation):
         nearest = max(1, round(global_batch / (shards * accumulation))) * shards * accumulation
@@ -75,6 +76,11 @@ def check_batch(mesh: Mesh, global_batch: int, accumulation: int, groups: int) -
             f"config.data.global_batch={global_batch} does not split over {shards} data shards "
             f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}){passes}: {nearest} would"
         )
+
+
+def check_groups(mesh: Mesh, global_batch: int, accumulation: int, groups: int) -> None:
+    """Raises UserError when a group of negatives would not be in one pass, or be one pair."""
+    shards = data_shards(mesh)
     if accumulation > 1 and groups % (shards * accumulation):
         raise UserError(
             f"config.optimizer.accumulation={accumulation} on {shards} data shards needs config.itm.groups to be a "

@@ -13,7 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import build, sharding
+from codebook_jax import build, memory, sharding
 from codebook_jax import workdir as records
 from codebook_jax.checkpoint import Checkpoints, Restored
 from codebook_jax.data.batch import Batch
@@ -45,6 +45,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
         with (
             Metrics(workdir, step=step, redo_evaluation=redo) as metrics,
             ProgressReport(start=step, steps=config.train.steps) as progress,
+            memory.explaining(parts.planner),
         ):
             Run(parts, checkpoints, metrics, progress, stop, restored).finish()
 

@@ -30,7 +30,7 @@ RULES = (
         "data.max_bad_rate",
         "data.image_root",
     ),
-    ("free", "data.eval", "data.test"),
+    ("free", "data.eval", "data.test", "export.*", "train.memory_check"),
     ("fixed", "task", "size", "seed", "model.*", "codebook.size", "queue.size", "itm.groups"),
     ("fixed", "data.train", "data.scenes_examples", "data.global_batch"),
     ("fixed", "data.tokenizer", "data.tokenizer_vocabulary"),

@@ -1,9 +1,60 @@
 """Eight virtual CPU devices stand for a pod slice; nothing reaches for the network."""
 
 import os
+import subprocess
+from types import SimpleNamespace
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+import pytest
+
+GIVEN_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def one_device_environment(tmp_path_factory):
+    """The environment of a small run in a process of its own: one device, and one folder of compiled programs."""
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    return {**os.environ, "XLA_FLAGS": GIVEN_XLA_FLAGS, **settings}
+
+
+@pytest.fixture
+def one_device(one_device_environment, monkeypatch):
+    """In this process too a run takes one device, and the same folder of compiled programs."""
+    import jax
+    from jax.sharding import AxisType
+
+    from codebook_jax import sharding
+
+    def make_mesh(data, fsdp, tensor):
+        kinds = (AxisType.Auto,) * len(sharding.AXES)
+        return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
+
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    settings = {
+        "jax_compilation_cache_dir": one_device_environment["JAX_COMPILATION_CACHE_DIR"],
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def straight(one_device_environment, tmp_path_factory):
+    """Twenty steps of a small run without a stop, and what it printed. Copy it before changing it."""
+    from small_run import ROOT, command
+
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    done = subprocess.run(
+        command(workdir), env=one_device_environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return SimpleNamespace(workdir=workdir, said=done.stdout, progress=done.stderr)

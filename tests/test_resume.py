@@ -5,110 +5,32 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import ROOT, STEPS, command, config_of
 
 from codebook_jax import evaluate, train
 from codebook_jax.checkpoint import Checkpoints
 from codebook_jax.errors import UserError
 from codebook_jax.metrics import read_rows
-from configs import base
 
-ROOT = Path(__file__).parent.parent
-STEPS = 20
-SMALL = {
-    "model.image.size_px": 32,
-    "model.image.width": 32,
-    "model.image.depth": 1,
-    "model.image.heads": 2,
-    "model.text.width": 32,
-    "model.text.depth": 1,
-    "model.text.fusion_depth": 1,
-    "model.text.heads": 2,
-    "model.dim": 16,
-    "codebook.size": 16,
-    "codebook.iterations": 5,
-    "queue.size": 32,
-    "data.global_batch": 8,
-    "data.scenes_examples": 64,
-    "data.tokenizer_vocabulary": 200,
-    "data.threads": 1,
-    "data.prefetch": 2,
-    "optimizer.warmup_steps": 5,
-    "train.steps": STEPS,
-    "log_every_steps": 1,
-    "checkpoint.every_steps": 5,
-    "evaluation.every_steps": 10,
-    "evaluation.images": 8,
-    "evaluation.batch": 8,
-    "evaluation.rerank_top_k": 2,
-}
-
-# Runs the command with its stream of batches wrapped; FROM the environment: what happens before which batch.
-COMMAND = """
-import contextlib, os, signal, sys, time
-from absl import app
-from codebook_jax import build, main
-real = build.batches
-@contextlib.contextmanager
-def batches(parts, *, start_step):
-    def wrapped(stream):
-        for position, batch in enumerate(stream, start_step):
-            if position == int(os.environ.get("KILL_BEFORE", -1)):
-                os.kill(os.getpid(), signal.SIGKILL)
-            if position >= int(os.environ.get("SLOW_FROM", 10**9)):
-                time.sleep(0.5)
-            yield batch
-    with real(parts, start_step=start_step) as stream:
-        yield wrapped(stream)
-build.batches = batches
-main.define_flags()
-app.run(main.main, flags_parser=main._parse_or_leave)
-"""
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
-def config_of(**changes):
-    config = base.get_config("tiny")
-    config.update_from_flattened_dict(SMALL | changes)
-    return config.lock()
+def went_on(workdir, environment, **changes):
+    """What the command says that goes on with a run, to its end, in a process of its own.
 
-
-def command(workdir, **changes):
-    fields = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
-    config = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
-    return [sys.executable, "-c", COMMAND, config, f"--workdir={workdir}", *fields]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """One folder of compiled programs for every run of this module, here and in other processes."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield {**os.environ, **{name.upper(): str(value) for name, value in settings.items()}}
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def straight(compiled, tmp_path_factory):
-    """Twenty steps without a stop; what it printed."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    done = subprocess.run(command(workdir), env=compiled, capture_output=True, text=True, cwd=ROOT)
+    One with other devices may sum the same numbers in another order.
+    """
+    done = subprocess.run(
+        command(workdir, **changes), env=environment, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(workdir=workdir, said=done.stdout, progress=done.stderr)
+    return done.stdout
 
 
 def rows_of(workdir):
@@ -163,42 +85,37 @@ def test_a_straight_run_says_what_it_does_and_learns(straight):
     assert record["config"]["itm"]["groups"] == 1 and record["data"]["examples"] == 64
 
 
-def test_a_killed_run_resumed_with_two_workers_is_the_straight_run(straight, compiled, tmp_path):
+def test_a_killed_run_resumed_with_two_workers_is_the_straight_run(
+    straight, one_device_environment, tmp_path
+):
     killed = subprocess.run(
         command(tmp_path / "run"),
-        env=compiled | {"KILL_BEFORE": "11"},
+        env=one_device_environment | {"KILL_BEFORE": "11"},
         capture_output=True,
         cwd=ROOT,
     )
     assert killed.returncode == -signal.SIGKILL
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 12, "loss": 3.')
-    resumed = subprocess.run(
-        command(tmp_path / "run", **{"data.workers": 2}),
-        env=compiled,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "resuming at step " in resumed.stdout and "data.workers=0, now 2" in resumed.stdout
+    said = went_on(tmp_path / "run", one_device_environment, **{"data.workers": 2})
+    assert "resuming at step " in said and "data.workers=0, now 2" in said
     assert_same_run(tmp_path / "run", straight.workdir)
 
 
 def test_sigterm_to_every_process_saves_and_the_resumed_run_is_the_straight_run(
-    straight, compiled, tmp_path, capsys
+    straight, one_device_environment, tmp_path
 ):
     workdir = tmp_path / "run"
     process = subprocess.Popen(
         command(workdir, **{"data.workers": 2}),
-        env=compiled | {"SLOW_FROM": "7"},
+        env=one_device_environment | {"SLOW_FROM": "7"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         start_new_session=True,
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
         if (workdir / "metrics.jsonl").exists() and len(read_rows(workdir / "metrics.jsonl")) >= 7:
             break
@@ -209,21 +126,19 @@ def test_sigterm_to_every_process_saves_and_the_resumed_run_is_the_straight_run(
     (line,) = [line for line in said.splitlines() if line.endswith(" on SIGTERM")]
     step = int(line.removeprefix("saved step ").removesuffix(" on SIGTERM"))
     assert 7 <= step < STEPS and (workdir / "checkpoints" / str(step)).is_dir()
-    train.fit(config_of(), workdir)
-    assert f"resuming at step {step} " in capsys.readouterr().out
+    assert f"resuming at step {step} " in went_on(workdir, one_device_environment)
     assert_same_run(workdir, straight.workdir)
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
-    straight, compiled, tmp_path, capsys
+    straight, one_device_environment, tmp_path
 ):
     workdir = copy_of(straight, tmp_path / "run", newest=20)
     files = [
         path for path in (workdir / "checkpoints" / "20" / "student").rglob("*") if path.is_file()
     ]
     os.truncate(max(files, key=lambda path: path.stat().st_size), 100)
-    train.fit(config_of(), workdir)
-    said = capsys.readouterr().out
+    said = went_on(workdir, one_device_environment)
     assert "step 20 is damaged" in said and "resuming at step 15 (" in said
     assert_same_run(workdir, straight.workdir)
     assert (workdir / "checkpoints" / "damaged-20").is_dir()
@@ -250,7 +165,7 @@ def test_a_changed_config_is_refused_by_name_before_anything_is_touched(straight
 
 
 def test_a_longer_run_goes_on_from_the_last_step_and_the_change_is_recorded(
-    straight, compiled, tmp_path, capsys
+    straight, tmp_path, capsys
 ):
     workdir = copy_of(straight, tmp_path / "run", newest=20)
     train.fit(config_of(**{"train.steps": 22}), workdir)
@@ -267,7 +182,7 @@ def test_a_longer_run_goes_on_from_the_last_step_and_the_change_is_recorded(
 
 
 def test_a_weight_that_is_not_finite_stops_the_run_with_its_losses_and_saves_nothing(
-    straight, compiled, tmp_path, monkeypatch, capsys
+    straight, tmp_path, monkeypatch, capsys
 ):
     workdir = copy_of(straight, tmp_path / "run", newest=15)
     restore = Checkpoints.restore_newest
@@ -289,7 +204,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_with_its_losses_and_saves_not
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == 15
 
 
-def test_the_best_checkpoint_is_evaluated_on_the_test_data(straight, compiled, capsys):
+def test_the_best_checkpoint_is_evaluated_on_the_test_data(straight, capsys):
     evaluate.evaluate(None, straight.workdir)
     said = capsys.readouterr().out
     best = json.loads((straight.workdir / "best.json").read_text())["step"]

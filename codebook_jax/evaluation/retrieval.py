@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from jaxtyping import Float, Int
@@ -48,13 +49,14 @@ def evaluate(
     (captions) and `rerank_top_k` (0: not re-ranked). Raises UserError when no image can be read.
     """
     top_k = config.evaluation.rerank_top_k if rerank else 0
+    images = images_to_evaluate(config) or len(source)
     gallery = encode_source(
         task,
         {"student": state.student["towers"], "teacher": state.teacher},
         source,
         tokenizer,
-        images=config.evaluation.images,
-        rows=rows_over_shards(config.evaluation.batch, task.mesh),
+        images=images,
+        rows=rows_over_shards(min(config.evaluation.batch, images), task.mesh),
         size_px=config.model.image.size_px,
         max_tokens=config.model.text.max_tokens,
         threads=config.data.threads,
@@ -85,6 +87,13 @@ def evaluate(
         )
         results["student/reranked"] = reranked | shared | {"rerank_top_k": top_k}
     return results
+
+
+def images_to_evaluate(config: ml_collections.ConfigDict) -> int:
+    """`evaluation.images`; -1 is 1 000, and 32 for a model above `tiny` on a CPU, where more would take an hour."""
+    if config.evaluation.images >= 0:
+        return config.evaluation.images
+    return 32 if jax.default_backend() == "cpu" and config.size != "tiny" else 1000
 
 
 def rerank_gallery(

@@ -8,15 +8,15 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from codebook_jax.models.layers import dense
+from codebook_jax.models.layers import Dense
 
 
 class SelfAttention(nnx.Module):
     """Multi-head attention of a sequence over itself (Vaswani et al., 2017), padding left out by length."""
 
     def __init__(self, width: int, heads: int, *, std: float, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.qkv = dense(width, (3, heads, width // heads), std=std, dtype=dtype, rngs=rngs)
-        self.out = dense((heads, width // heads), width, std=std, dtype=dtype, rngs=rngs)
+        self.qkv = Dense(width, (3, heads, width // heads), std=std, dtype=dtype, rngs=rngs)
+        self.out = Dense((heads, width // heads), width, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -42,11 +42,11 @@ class CrossAttention(nnx.Module):
     def __init__(
         self, width: int, image_width: int, heads: int, *, std: float, dtype: Any, rngs: nnx.Rngs
     ) -> None:
-        self.query = dense(width, (heads, width // heads), std=std, dtype=dtype, rngs=rngs)
-        self.key_value = dense(
+        self.query = Dense(width, (heads, width // heads), std=std, dtype=dtype, rngs=rngs)
+        self.key_value = Dense(
             image_width, (2, heads, width // heads), std=std, dtype=dtype, rngs=rngs
         )
-        self.out = dense((heads, width // heads), width, std=std, dtype=dtype, rngs=rngs)
+        self.out = Dense((heads, width // heads), width, std=std, dtype=dtype, rngs=rngs)
 
     def keys_values(
         self, image_tokens: Float[Array, "images patches image_width"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from codebook_jax.models.attention import CrossAttention, SelfAttention
 from codebook_jax.models.layers import (
@@ -231,8 +231,8 @@ class FusionEncoder(nnx.Module):
 
 
 def gather_in_groups(
-    x: Float[Array, "rows *some"], row: Int[Array, "rows"], groups: int
-) -> Float[Array, "rows *some"]:
+    x: Shaped[Array, "rows *some"], row: Int[Array, "rows"], groups: int
+) -> Shaped[Array, "rows *some"]:
     """Row `row[i]` of i's group for every i: the rows are `groups` equal contiguous parts, so none crosses a shard."""
     grouped = x.reshape(groups, -1, *x.shape[1:])
     return jax.vmap(lambda part, at: part[at])(grouped, row.reshape(groups, -1)).reshape(x.shape)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from codebook_jax.models.bert import FusionEncoder, TextEncoder
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
-from codebook_jax.models.layers import Compute, dense
+from codebook_jax.models.layers import Compute, Dense
 from codebook_jax.models.vit import VisionTransformer
 
 
@@ -45,8 +45,8 @@ class Towers(nnx.Module):
             image_width=image["width"], **text | {"depth": fusion_depth}, **of
         )
         product = dict(std=std, dtype=compute.dtype, rngs=rngs)
-        self.image_projection = dense(image["width"], dim, **product)
-        self.text_projection = dense(text["width"], dim, **product)
+        self.image_projection = Dense(image["width"], dim, **product)
+        self.text_projection = Dense(text["width"], dim, **product)
         self.masked_words = MaskedWordHead(
             text["width"], vocabulary_size, eps=text["layer_norm_eps"], **product
         )

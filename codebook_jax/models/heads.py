@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from codebook_jax.models.layers import dense, layer_norm
+from codebook_jax.models.layers import Dense, gelu, layer_norm
 
 MATCH = 1  # the class of a matching pair (ALBEF)
 
@@ -20,7 +19,7 @@ class MaskedWordHead(nnx.Module):
     def __init__(
         self, width: int, vocabulary_size: int, *, eps: float, std: float, dtype: Any, rngs: nnx.Rngs
     ) -> None:
-        self.transform = dense(width, width, std=std, dtype=dtype, rngs=rngs)
+        self.transform = Dense(width, width, std=std, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros((vocabulary_size,)))
         self.dtype = dtype
@@ -29,7 +28,7 @@ class MaskedWordHead(nnx.Module):
         self, states: Float[Array, "*some width"], words: Float[Array, "vocab width"]
     ) -> Float[Array, "*some vocab"]:
         """Float32 logits over the vocabulary."""
-        x = self.norm(jax.nn.gelu(self.transform(states), approximate=False))
+        x = self.norm(gelu(self.transform(states)))
         logits = jnp.einsum(
             "...w,vw->...v",
             x,
@@ -43,7 +42,7 @@ class MatchingHead(nnx.Module):
     """Two logits of a pair from its [CLS] state, in at least float32; class 1 means match (Li et al. 2021, 3.2)."""
 
     def __init__(self, width: int, *, std: float, rngs: nnx.Rngs) -> None:
-        self.classes = dense(width, 2, std=std, dtype=None, rngs=rngs)
+        self.classes = Dense(width, 2, std=std, dtype=None, rngs=rngs)
 
     def __call__(self, cls: Float[Array, "*some width"]) -> Float[Array, "*some 2"]:
-        return self.classes(cls.astype(jnp.promote_types(cls.dtype, jnp.float32)))
+        return self.classes(cls)

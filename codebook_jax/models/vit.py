@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from codebook_jax.models.attention import SelfAttention
-from codebook_jax.models.layers import Compute, FeedForward, dense, layer_norm, scan, stack
+from codebook_jax.models.layers import Compute, Dense, FeedForward, layer_norm, scan, stack
 
 
 class VisionBlock(nnx.Module):
@@ -48,7 +48,7 @@ class VisionTransformer(nnx.Module):
         normal = nnx.initializers.truncated_normal(0.02)  # ViT's, whatever `std` the products have
         patches = (size_px // patch_px) ** 2
         self.patch_px, self.compute = patch_px, compute
-        self.patches = dense(
+        self.patches = Dense(
             patch_px * patch_px * 3, width, std=std, dtype=compute.dtype, rngs=rngs
         )
         self.cls = nnx.Param(normal(rngs.params(), (1, 1, width)))

@@ -71,9 +71,6 @@ class Pretraining:
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
     ) -> None:
-        sharding.check_batch(
-            mesh, config.data.global_batch, config.optimizer.accumulation, config.itm.groups
-        )
         self.config, self.vocabulary, self.mesh = config, vocabulary, mesh
         self.model = codis.build_model(config, vocabulary.size)
         o = config.optimizer
@@ -155,7 +152,9 @@ class Pretraining:
             compare=functools.partial(
                 self.compare, state=state, teacher_features=taught.features, plan=plan, image_id=batch.image_id
             ),
-            pair=functools.partial(self.pair, step=state.step, teacher_towers=state.teacher),
+            pair=functools.partial(
+                self.pair, alpha=self.alpha(_updates(state)), teacher_towers=state.teacher
+            ),
         )
         gradient_norm = optax.global_norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -265,7 +264,7 @@ class Pretraining:
                 state.queue.valid,
                 image_id,
                 temperature=own["temperature"],
-                alpha=self.alpha(state.step),
+                alpha=self.alpha(_updates(state)),
                 intra_weight=config.alignment.intra_weight,
                 same_image=config.alignment.same_image,
             )
@@ -293,7 +292,7 @@ class Pretraining:
         taught: Taught,
         key: Key[Array, ""],
         *,
-        step: Array,
+        alpha: Array,
         teacher_towers: Any,
     ) -> tuple[Array, Scalars]:
         """L_itm and L_mlm, weighted: one run through the fusion encoder over every pair that either needs."""
@@ -334,7 +333,7 @@ class Pretraining:
                 self.model.towers(teacher_towers).word_logits(taught.masked_states),
                 inputs.masked.words,
                 inputs.word_weight,
-                alpha=self.alpha(step),
+                alpha=alpha,
             )
             right = jnp.argmax(logits, axis=-1) == inputs.masked.words
             scalars["masked_lm/accuracy"] = jnp.sum(inputs.word_weight * right)
@@ -344,7 +343,7 @@ class Pretraining:
     def learn(self, state: TrainState, gradients: Any) -> TrainState:
         """The student after the optimizer, the teacher after its average."""
         alignment = self.config.alignment
-        frozen = state.step < self.config.codebook.freeze_steps
+        frozen = _updates(state) < self.config.codebook.freeze_steps
         gradients["codebook"] = jax.tree.map(
             lambda gradient: jnp.where(frozen, 0, gradient), gradients["codebook"]
         )
@@ -353,7 +352,7 @@ class Pretraining:
         student["temperature"] = jnp.clip(
             student["temperature"], alignment.temperature_min, alignment.temperature_max
         )
-        averaged = teacher.average(state.teacher, student["towers"], self.momentum(state.step))
+        averaged = teacher.average(state.teacher, student["towers"], self.momentum(_updates(state)))
         return state.replace(student=student, moments=moments, teacher=averaged)
 
     def remember(
@@ -376,9 +375,9 @@ class Pretraining:
         """What is worth watching besides the losses."""
         scalars = {
             "temperature": before.student["temperature"],
-            "alpha": self.alpha(before.step),
-            "learning_rate": self.rate(before.step - before.bad_total),
-            "teacher/momentum": self.momentum(before.step),
+            "alpha": self.alpha(_updates(before)),
+            "learning_rate": self.rate(_updates(before)),
+            "teacher/momentum": self.momentum(_updates(before)),
             "queue/filled": after.queue.filled,
             "bad_in_row": after.bad_in_row,
             "bad_total": after.bad_total,
@@ -403,14 +402,14 @@ class Pretraining:
 
     # -- schedules
 
-    def alpha(self, step: Array) -> Array:
+    def alpha(self, updates: Array) -> Array:
         """Weight of the teacher's soft targets: 0, rising over the first `teacher.alpha_steps`."""
-        ramp = jnp.minimum(step / max(self.config.teacher.alpha_steps, 1), 1)
+        ramp = jnp.minimum(updates / max(self.config.teacher.alpha_steps, 1), 1)
         return jnp.float32(self.config.teacher.alpha) * ramp
 
-    def momentum(self, step: Array) -> Array:
+    def momentum(self, updates: Array) -> Array:
         of = self.config.teacher
-        return teacher.momentum_at(step, momentum=of.momentum, ramp=of.momentum_ramp)
+        return teacher.momentum_at(updates, momentum=of.momentum, ramp=of.momentum_ramp)
 
     # -- evaluation
 
@@ -462,6 +461,11 @@ class Pretraining:
         )
         image = draw(learned.text, taught.image, noise=inputs.noise.text)
         return image, draw(learned.image, taught.text, noise=inputs.noise.image)
+
+
+def _updates(state: TrainState) -> Array:
+    """Steps that moved something: where the schedules are."""
+    return state.step - state.bad_total
 
 
 def _soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "2 batch codes"]:

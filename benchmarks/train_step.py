@@ -1,0 +1,142 @@
+"""Step time, compile time and peak memory of the training step: `python benchmarks/train_step.py`.
+
+One process a row, so that peak memory is that row's own; batches are random, nothing is read. Each row runs
+`--steps` steps after three that are not counted and reports their median. The first line is the rate of a large
+float32 matrix product on the same machine, to compare machines by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# name, size, fields. The two-loss row is the size whose step a prototype needed 0.39 s for, on other two cores.
+ROWS = {
+    "tiny": ("tiny", {}),
+    "tiny, alignment and codebook only": (
+        "tiny",
+        {"losses.matching": 0.0, "losses.masked_lm": 0.0},
+    ),
+    "base, batch 4, float32": (
+        "base",
+        {"data.global_batch": 4, "model.dtype": "float32", "model.remat": "none", "model.text.dropout": 0.0},
+    ),
+    "base, batch 4": ("base", {"data.global_batch": 4}),
+    "base, batch 64": ("base", {"data.global_batch": 64}),
+    "base, batch 128": ("base", {"data.global_batch": 128}),
+    "base, batch 256": ("base", {"data.global_batch": 256}),
+}
+ON_A_CPU = list(ROWS)[:4]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="*", default=None, help=f"of: {'; '.join(ROWS)}")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="a JSON file for the figures")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(*ROWS[options.one], options.steps)))
+        return
+    figures = {"machine": machine()}
+    print(json.dumps(figures["machine"]), flush=True)
+    print(f"{'':36} {'step, s':>8} {'pairs/s':>8} {'compile, s':>10} {'peak, GB':>9}", flush=True)
+    names = options.rows if options.rows is not None else ON_A_CPU
+    for name in names:
+        row = run_alone(["--one", name, "--steps", str(options.steps)])
+        figures[name] = row
+        print(
+            f"{name:36} {row['step_s']:8.3f} {row['pairs_per_s']:8.2f} {row['compile_s']:10.1f} "
+            f"{row['peak_gb']:9.2f}",
+            flush=True,
+        )
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def run_alone(arguments: list[str]) -> dict[str, float]:
+    """What one process of this script reports."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, object]:
+    """The devices, the versions, and the rate of a 2 048 x 2 048 float32 product."""
+    program = (
+        "import jax, jax.numpy as jnp, time, json\n"
+        "x = jnp.ones((2048, 2048)); f = jax.jit(lambda x: x @ x); f(x).block_until_ready(); times = []\n"
+        "for _ in range(10):\n"
+        "    began = time.perf_counter(); f(x).block_until_ready(); times.append(time.perf_counter() - began)\n"
+        "print(json.dumps({'device': jax.devices()[0].device_kind, 'devices': jax.device_count(),\n"
+        "  'jax': jax.__version__, 'matmul_gflops': round(2 * 2048**3 / sorted(times)[5] / 1e9)}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found | {"cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def measure(size: str, fields: dict[str, object], steps: int) -> dict[str, float]:
+    """Median seconds of a step and what else a row shows."""
+    import jax
+    import numpy as np
+
+    from codebook_jax import sharding, workdir
+    from codebook_jax.data.batch import Batch
+    from codebook_jax.data.text import Vocabulary
+    from codebook_jax.tasks import pretrain
+    from configs import base
+
+    config = base.get_config(size)
+    config.update_from_flattened_dict(fields)
+    mesh = sharding.make_mesh(-1, 1, 1)
+    config = workdir.resolve_groups(config, None, data_shards=sharding.data_shards(mesh))
+    words = 500 if size == "tiny" else 30_522
+    task = pretrain.create(config, Vocabulary(words, 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh)
+    draw = np.random.default_rng(0)
+    pairs, side, tokens = config.data.global_batch, config.model.image.size_px, config.model.text.max_tokens
+    images = draw.integers(0, 255, (2, pairs, side, side, 3), dtype=np.uint8)
+    ids = np.arange(pairs, dtype=np.int32)
+    text = draw.integers(5, words, (pairs, tokens), dtype=np.int32)
+    batch = Batch(
+        images[0], images[1], np.zeros(pairs, bool), text, np.full(pairs, tokens, np.int32), ids, ids, 0 * ids
+    )
+    batch = sharding.put_batch(batch, mesh)
+    state = task.init_state(0)
+    began = time.perf_counter()
+    step = task.step.lower(state, batch).compile()
+    compiled = time.perf_counter() - began
+    times = []
+    for _ in range(3 + steps):
+        began = time.perf_counter()
+        state, scalars = step(state, batch)
+        jax.block_until_ready((state, scalars))
+        times.append(time.perf_counter() - began)
+    seconds = float(np.median(times[3:]))
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return {
+        "step_s": seconds,
+        "fastest_s": min(times[3:]),
+        "pairs_per_s": pairs / seconds,
+        "compile_s": compiled,
+        "peak_gb": peak / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    main()

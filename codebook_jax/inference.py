@@ -1,0 +1,441 @@
+"""A trained model to use: features, matching and codewords of one's own images and texts, on one device of any kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from PIL import Image
+
+from codebook_jax import workdir as records
+from codebook_jax.data import augment
+from codebook_jax.data.images import UnreadableImage, _rgb, _upright, decode, resize_square
+from codebook_jax.data.text import Tokenizer, Vocabulary, tokenizer_for_run
+from codebook_jax.errors import UserError
+from codebook_jax.models import codis
+from codebook_jax.models.heads import MATCH
+
+FOLDER = "export"  # in a workdir
+MANIFEST = "export.json"
+FORMAT = 1  # raise it when an older `load` could not read what `export` writes
+BUCKETS = (1, 4, 16, 64)  # rows a call is padded to: one compiled program each
+READERS = min(8, os.cpu_count() or 1)  # threads that decode images
+
+Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
+Pictures = Picture | Sequence[Picture]
+Texts = str | Sequence[str]
+
+
+class Codes(NamedTuple):
+    """The likeliest codewords of each feature, likeliest first."""
+
+    indices: Int32[np.ndarray, "features top_k"]
+    probabilities: Float32[np.ndarray, "features top_k"]  # of all codewords they sum to 1
+
+
+class Codis:
+    """A loaded model. Use it from any number of threads.
+
+    Wherever it takes images: one or a list of file paths, contents of files (bytes), PIL images, or uint8 arrays
+    [height, width, 3] or [height, width], or one array [images, height, width, 3]. They are read as in the
+    evaluation: upright, on white, the whole picture resized to the model's square. Arrays that are not uint8 are
+    refused, since their range cannot be known. Wherever it takes texts: one or a list of strings. Texts longer than
+    the model reads lose their end, with a warning. What cannot be read raises UserError and names which one.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        tokenizer: Tokenizer,
+        student: dict[str, Any],
+        teacher_towers: dict[str, Any] | None,
+        step: int,
+    ) -> None:
+        self.config, self.step = config, step
+        self._tokenizer = tokenizer
+        self._model = codis.build_model(config, tokenizer.vocabulary.size)
+        self._student = jax.device_put(student)
+        self._towers = (
+            self._student["towers"] if teacher_towers is None else jax.device_put(teacher_towers)
+        )
+        self._embed_images = jax.jit(self._image_features)
+        self._embed_texts = jax.jit(self._text_features)
+        self._match = jax.jit(self._match_probability)
+        self._encoder = "student" if teacher_towers is None else "teacher"
+        self.codewords: Float32[np.ndarray, "codes dim"] = np.asarray(
+            codis.unit(self._student["codebook"]["codes"])
+        )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens: how many, and which are special."""
+        return self._tokenizer.vocabulary
+
+    @property
+    def dim(self) -> int:
+        """Numbers a feature has."""
+        return self.config.model.dim
+
+    def __repr__(self) -> str:
+        return (
+            f"Codis(size {self.config.size}, step {self.step:,}, encodes with the {self._encoder}, "
+            f"dim {self.dim}, {len(self.codewords):,} codewords)"
+        )
+
+    def encode_image(self, images: Pictures) -> Float32[np.ndarray, "images dim"]:
+        """Unit features: their product with those of texts or of other images is the cosine similarity."""
+        parts = [
+            np.asarray(self._embed_images(self._towers, pixels)[0])[:count]
+            for pixels, count in self._pixel_chunks(_as_pictures(images))
+        ]
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
+
+    def encode_text(self, texts: Texts) -> Float32[np.ndarray, "texts dim"]:
+        """Unit features, in the space of the images'."""
+        tokenised = self._tokenised(_as_texts(texts))
+        parts = [
+            np.asarray(self._embed_texts(self._towers, tokens, lengths)[0])[:count]
+            for tokens, lengths, count in _token_chunks(*tokenised)
+        ]
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
+
+    def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, "pairs"]:
+        """Probability that image i and text i belong together, by the student's fusion encoder and matching head.
+
+        One image is paired with every text, and one text with every image; else there must be as many of both. It
+        reads a pair jointly, so it is finer than the features and dearer: find candidates with those, order them with
+        this.
+        """
+        pictures, texts = _as_pictures(images), _as_texts(texts)
+        if len(pictures) != len(texts) and 1 not in (len(pictures), len(texts)):
+            raise UserError(
+                f"{len(pictures)} images and {len(texts)} texts are no pairs: give as many of both, or one of either"
+            )
+        if not pictures or not texts:
+            return np.zeros(0, np.float32)
+        towers, tokenised = self._student["towers"], self._tokenised(texts)
+        image_chunks = (
+            (self._embed_images(towers, pixels)[1], count)
+            for pixels, count in self._pixel_chunks(pictures)
+        )
+        text_chunks = (
+            (self._embed_texts(towers, tokens, lengths)[1], lengths, count)
+            for tokens, lengths, count in _token_chunks(*tokenised)
+        )
+        parts = []
+        if (
+            len(pictures) == 1
+        ):  # its keys and values are then projected once for all texts of a chunk
+            ((image_tokens, _),) = image_chunks
+            for states, lengths, count in text_chunks:
+                found = self._match(self._student, image_tokens, states[None], lengths[None])
+                parts.append(np.asarray(found)[0, :count])
+        elif len(texts) == 1:
+            ((states, lengths, _),) = text_chunks
+            for image_tokens, count in image_chunks:
+                rows = len(image_tokens)
+                same = (
+                    jnp.repeat(states[None], rows, axis=0),
+                    np.repeat(lengths[None], rows, axis=0),
+                )
+                parts.append(np.asarray(self._match(self._student, image_tokens, *same))[:count, 0])
+        else:
+            for (image_tokens, count), (states, lengths, _) in zip(
+                image_chunks, text_chunks, strict=True
+            ):
+                pairs = states[:, None], lengths[:, None]
+                parts.append(
+                    np.asarray(self._match(self._student, image_tokens, *pairs))[:count, 0]
+                )
+        return np.concatenate(parts)
+
+    def codes(
+        self, *, images: Pictures | None = None, texts: Texts | None = None, top_k: int = 1
+    ) -> Codes:
+        """The `top_k` codewords that images, or texts, are likeliest to use: softmax of z C / gamma (Duan et al., 3.1).
+
+        `gamma` is config.codebook.temperature; `codewords[index]` is a codeword itself.
+        """
+        if (images is None) == (texts is None):
+            raise UserError("codes takes either images=... or texts=...: call it once for each")
+        if not 1 <= top_k <= len(self.codewords):
+            raise UserError(
+                f"top_k={top_k} is not between 1 and the {len(self.codewords):,} codewords"
+            )
+        features = self.encode_text(texts) if images is None else self.encode_image(images)
+        probabilities = code_probabilities(
+            features, self.codewords, temperature=self.config.codebook.temperature
+        )
+        indices = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+        return Codes(indices.astype(np.int32), np.take_along_axis(probabilities, indices, axis=1))
+
+    # -- the programs
+
+    def _image_features(self, towers: Any, pixels: Array) -> tuple[Array, Array]:
+        normalised = augment.normalise(pixels, jnp.dtype(self.config.model.dtype))
+        return self._model.towers(towers).embed_images(normalised)
+
+    def _text_features(self, towers: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+        return self._model.towers(towers).embed_texts(tokens, lengths)
+
+    def _match_probability(
+        self,
+        student: Any,
+        image_tokens: Float[Array, "rows patches width"],
+        states: Float[Array, "rows texts tokens width"],
+        lengths: Int[Array, "rows texts"],
+    ) -> Float32[Array, "rows texts"]:
+        fused = self._model.towers(student["towers"]).fusion(states, lengths, image_tokens)
+        logits = self._model.match_logits(student["matching"], fused[:, :, 0])
+        return jax.nn.softmax(logits, axis=-1)[..., MATCH]
+
+    # -- what goes into them
+
+    def _pixel_chunks(
+        self, pictures: list[Picture]
+    ) -> Iterator[tuple[UInt8[np.ndarray, "rows side side 3"], int]]:
+        """Pixels padded to a bucket, and how many rows are not padding. One chunk is in memory at a time."""
+        side = self.config.model.image.size_px
+
+        def read(position: int) -> np.ndarray:
+            return resize_square(_pixels_of(pictures[position], position), side)
+
+        with ThreadPoolExecutor(READERS) as pool:
+            for part, rows in _chunks(len(pictures)):
+                yield _padded(np.stack(list(pool.map(read, part))), rows), len(part)
+
+    def _tokenised(
+        self, texts: list[str]
+    ) -> tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, "texts"]]:
+        """Tokens and lengths; warns of ends left out."""
+        most = self.config.model.text.max_tokens
+        tokens, lengths, truncated = self._tokenizer.encode(texts, most)
+        wordless = np.flatnonzero(lengths <= 2)  # [CLS] [SEP]
+        if len(wordless):
+            raise UserError(
+                f"text {wordless[0]}, {texts[wordless[0]]!r}, has no words: leave it out"
+            )
+        if truncated:
+            warnings.warn(
+                f"{truncated:,} of {len(texts):,} texts are longer than the {most} tokens that this model reads: "
+                "their ends are left out",
+                stacklevel=3,
+            )
+        return tokens, lengths
+
+
+def _token_chunks(
+    tokens: Int32[np.ndarray, "texts tokens"], lengths: Int32[np.ndarray, "texts"]
+) -> Iterator[tuple[Int32[np.ndarray, "rows tokens"], Int32[np.ndarray, "rows"], int]]:
+    """Tokens and lengths padded to a bucket, and how many rows are not padding."""
+    for part, rows in _chunks(len(tokens)):
+        own = slice(part.start, part.stop)
+        yield _padded(tokens[own], rows), _padded(lengths[own], rows), len(part)
+
+
+def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
+    """The model of an export folder, or of a workdir that has one; see `codebook_jax.load`."""
+    folder = _export_folder(Path(path).absolute())
+    manifest = _manifest(folder)
+    if teacher and "teacher" not in manifest["items"]:
+        raise UserError(
+            f"{folder} has no teacher: export again with --config.export.teacher=true, or load without teacher=True"
+        )
+    config = _config(folder)
+    tokenizer = tokenizer_for_run("", folder, None, 0)
+    expected = jax.eval_shape(
+        lambda: codis.init_student(config, tokenizer.vocabulary.size, jax.random.key(0))
+    )
+    student = _restored(folder, "student", expected)
+    teacher_towers = _restored(folder, "teacher", expected["towers"]) if teacher else None
+    return Codis(config, tokenizer, student, teacher_towers, manifest["step"])
+
+
+def code_probabilities(
+    features: Float[np.ndarray, "features dim"],
+    codewords: Float[np.ndarray, "codes dim"],
+    *,
+    temperature: float,
+) -> Float32[np.ndarray, "features codes"]:
+    """Softmax of z C / gamma over the codewords, for unit features and codewords."""
+    logits = features.astype(np.float32) @ codewords.T.astype(np.float32) / np.float32(temperature)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+# -- reading the folder
+
+
+def _export_folder(path: Path) -> Path:
+    for folder in (path, path / FOLDER):
+        if (folder / MANIFEST).is_file():
+            return folder
+    if not path.is_dir():
+        what = "is a file, not the folder of an export" if path.exists() else "is not a folder here"
+        raise UserError(f"{path} {what}: give what --mode=export has written")
+    if (path / records.RECORD).is_file() and (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} is a run without an export: make one with "
+            f"python -m codebook_jax.main --workdir={path} --mode=export"
+        )
+    raise UserError(
+        f"{path} has no {MANIFEST}, so it is not an export: give what --mode=export has written"
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        number, _, _ = manifest["format"], manifest["items"], manifest["step"]
+    except (OSError, ValueError, TypeError, KeyError) as failure:
+        raise _damaged(folder / MANIFEST, failure) from failure
+    if number != FORMAT:
+        raise UserError(
+            f"{folder} is an export of format {number}, and this codebook_jax reads format {FORMAT}: "
+            "install the version it was written with, or export again"
+        )
+    return manifest
+
+
+def _config(folder: Path) -> ml_collections.ConfigDict:
+    """The run's config, computing as suits one device of any kind."""
+    record = records.read_record(folder)
+    if record is None:
+        raise _damaged(folder / records.RECORD, FileNotFoundError("it is missing"))
+    config = records.recorded_config(record)
+    with config.unlocked():
+        config.model.attention, config.model.remat = "auto", "none"
+    return config
+
+
+def _restored(folder: Path, item: str, expected: Any) -> Any:
+    """The arrays of one item as NumPy; raises UserError unless they are those that the config describes."""
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            there = checkpointer.metadata(folder / item).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+            arrays = checkpointer.restore(
+                folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+            )
+        arrays = traverse_util.flatten_dict(arrays, sep="/")
+    except Exception as failure:  # whatever Orbax and tensorstore raise for a broken file
+        raise _damaged(folder / item, failure) from failure
+    expected = traverse_util.flatten_dict(expected, sep="/")
+    for name in sorted(arrays.keys() | expected.keys()):
+        found, wanted = (
+            f"{of[name].dtype}{list(of[name].shape)}" if name in of else "missing"
+            for of in (arrays, expected)
+        )
+        if found != wanted:
+            raise UserError(
+                f"{folder / item} does not fit its {records.RECORD}: {name} is {found}, and should be {wanted}: "
+                "export again"
+            )
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def _damaged(path: Path, failure: Exception) -> UserError:
+    reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+    reason = reason if len(reason) <= 160 else f"{reason[:157]}..."
+    return UserError(f"the export is damaged: {path} cannot be read ({reason}): export again")
+
+
+# -- images and texts as they are given
+
+
+def _as_pictures(given: Pictures) -> list[Picture]:
+    if isinstance(given, jax.Array):
+        given = np.asarray(given)
+    if isinstance(given, np.ndarray):
+        return list(given) if given.ndim == 4 else [given]
+    if isinstance(given, str | bytes | os.PathLike | Image.Image):
+        return [given]
+    try:
+        return list(given)
+    except TypeError:
+        raise UserError(
+            f"images={given!r} cannot be read: give paths, PIL images or uint8 arrays"
+        ) from None
+
+
+def _pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height width 3"]:
+    """RGB of one picture as it was given; raises UserError naming the position and what is wrong."""
+    try:
+        if isinstance(picture, Image.Image):
+            return _rgb_of(picture)
+        if isinstance(picture, str | bytes | os.PathLike):
+            return decode(picture)
+        if isinstance(picture, np.ndarray | jax.Array):
+            return _rgb_array(np.asarray(picture))
+    except UnreadableImage as failure:
+        raise UserError(f"image {position}: {failure}") from failure
+    raise UserError(
+        f"image {position} is a {type(picture).__name__}: give a path, a PIL image or a uint8 array"
+    )
+
+
+def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    try:
+        return np.asarray(_rgb(_upright(picture)))
+    except Exception as failure:  # a file that Pillow opened and cannot read to its end
+        raise UnreadableImage(f"the PIL image cannot be read: {failure}") from failure
+
+
+def _rgb_array(array: np.ndarray) -> np.ndarray:
+    """The array as [height, width, 3]; raises UnreadableImage for what could be meant in two ways."""
+    shown = f"an array of {array.dtype} {list(array.shape)}"
+    if array.dtype != np.uint8:
+        raise UnreadableImage(
+            f"{shown} may be in 0..1 or in 0..255: give uint8, for 0..1 (255 * image).round().astype('uint8')"
+        )
+    if array.size == 0:
+        raise UnreadableImage(f"{shown} has no pixels")
+    if array.ndim == 2:
+        return np.repeat(array[:, :, None], 3, axis=2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        return np.repeat(array, 3, axis=2)
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        raise UnreadableImage(f"{shown} has its channels first: give image.transpose(1, 2, 0)")
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise UnreadableImage(f"{shown} is neither [height, width, 3] nor [height, width]")
+    return array
+
+
+def _as_texts(given: Texts) -> list[str]:
+    try:
+        texts = [given] if isinstance(given, str) else list(given)
+    except TypeError:
+        raise UserError(
+            f"texts={given!r} cannot be read: give a string or a list of strings"
+        ) from None
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"text {position} is a {type(text).__name__}: give strings")
+    return texts
+
+
+# -- batches of few sizes
+
+
+def _chunks(count: int) -> Iterator[tuple[range, int]]:
+    """Ranges of at most the largest bucket, each with the bucket that holds it."""
+    for start in range(0, count, BUCKETS[-1]):
+        part = range(start, min(start + BUCKETS[-1], count))
+        yield part, next(bucket for bucket in BUCKETS if bucket >= len(part))
+
+
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """The array with its last row repeated up to `rows`: a valid input, unlike zeros."""
+    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])

@@ -1,0 +1,432 @@
+"""How much memory a device needs for a step, known before anything is compiled, and what to change when it is too much.
+
+What the state holds is counted exactly from its shapes and shardings. What a step holds besides it comes from tracing the
+real step (a second or two, nothing is compiled): the program is walked in order and what is alive is added up, as XLA
+does when it assigns buffers. So remat, accumulation and whatever the objective becomes are in the estimate by themselves.
+The traced step is one device's: its share of the batch, against all candidates. Parameters' shapes are split as the mesh
+splits them, what lies between them over `tensor` where it has the axes of heads or of the feed-forward part.
+With fsdp this is what the batch's sharding asks for: where XLA's partitioner gathers rows instead of weights it is more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.extend import core
+
+from codebook_jax import sharding
+from codebook_jax import workdir as records
+from codebook_jax.data.batch import Batch
+from codebook_jax.data.text import Vocabulary
+from codebook_jax.errors import UserError
+from codebook_jax.metrics import say
+
+# Computed where their result is read, without a buffer, when those who read it can take them in (XLA's loop fusion).
+CHEAP = frozenset(
+    "abs add and broadcast_in_dim ceil clamp convert_element_type copy_p copy div eq expand_dims floor ge gt "
+    "integer_pow iota is_finite le lt max min mul ne neg not or pad real rem reshape rev round select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign slice square squeeze stop_gradient sub transpose xor "
+    "concatenate random_wrap random_unwrap".split()
+)
+DEAR = frozenset("cbrt cos erf erf_inv erfc exp exp2 expm1 log log1p logistic pow rsqrt sin sqrt tanh".split())
+VIEWS = frozenset("reshape squeeze expand_dims copy stop_gradient optimization_barrier sharding_constraint".split())
+READERS = frozenset("reduce_sum reduce_max reduce_min reduce_and reduce_or argmax argmin dynamic_slice".split())
+INLINED = frozenset("jit pjit closed_call core_call custom_jvp_call custom_vjp_call checkpoint remat2 remat".split())
+
+Bytes = Callable[[Any], int]  # of an abstract value on one device
+
+MARGIN = 0.05  # of what a device has, left for what no program states: fragments, libraries' own workspaces
+AGAIN = 0.8  # of an estimate that proved too low: what is advised then has to stay below
+
+Create = Callable[[ml_collections.ConfigDict, Vocabulary, jax.sharding.Mesh], Any]  # a task's
+
+
+class Estimate(NamedTuple):
+    """Bytes a device needs for training."""
+
+    parameters: int  # the student's
+    teacher: int
+    moments: int
+    queues: int  # and what is counted of the codewords
+    gradients: int  # and the copies of parameters made while new ones are written over the old
+    activations: int  # the batch, what the backward pass needs, and what is computed in between
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __str__(self) -> str:
+        return f"{_size(self.total)} ({self.parts()})"
+
+    def parts(self) -> str:
+        """Each part in the unit of the total."""
+        unit, digits = (1e9, 1) if self.total >= 1e9 else (1e6, 0)
+        return ", ".join(f"{name} {part / unit:.{digits}f}" for name, part in self._asdict().items())
+
+
+class Planner:
+    """Estimates of one run under changes of its config; each takes about two seconds the first time."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        create: Create,
+        vocabulary_size: int,
+        *,
+        record: dict[str, Any] | None = None,
+        has_checkpoint: bool = False,
+    ) -> None:
+        self.config, self.create = config, create
+        self.record, self.has_checkpoint = record, has_checkpoint  # what an old run holds fixed
+        self.vocabulary = Vocabulary(vocabulary_size, 0, 1, 2, 3, (0, 1, 2, 3))  # ids do not matter here
+
+    def with_changes(self, changes: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh]:
+        """The config with `changes` by dotted name, and its mesh; raises UserError where they do not fit together."""
+        config = ml_collections.ConfigDict(self.config.to_dict())
+        config.update_from_flattened_dict(changes)
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        batch, passes = config.data.global_batch, config.optimizer.accumulation
+        sharding.check_batch(mesh, batch, passes)
+        config = records.resolve_groups(config, self.record, data_shards=sharding.data_shards(mesh))
+        sharding.check_groups(mesh, batch, passes, config.itm.groups)
+        return config, mesh
+
+    def possible(self, changes: Mapping[str, Any]) -> bool:
+        """Whether a run, an old one too, can be started with `changes`."""
+        if self.has_checkpoint and any(records.kind_of(name) != "free" for name in changes):
+            return False
+        try:
+            self.with_changes(changes)
+        except UserError:
+            return False
+        return True
+
+    def estimate(self, changes: Mapping[str, Any] = MappingProxyType({})) -> Estimate:
+        """Of the config with `changes` by dotted name; raises UserError where they do not fit together."""
+        config, mesh = self.with_changes(changes)
+        task = self._on_one_device(config, sharding.data_shards(mesh))
+        state = task.abstract_state()
+        batch = abstract_batch(task.config)
+        queue = jax.tree.map(  # the traced one is longer: see _on_one_device
+            lambda leaf: jax.ShapeDtypeStruct((config.queue.size, *leaf.shape[1:]), leaf.dtype) if leaf.ndim else leaf,
+            state.queue,
+        )
+        places = sharding.state_shardings(state.replace(queue=queue), mesh)
+        student = _held(state.student, places.student)
+        program = task.step.trace(state, batch).jaxpr.jaxpr
+        between = peak(program, _splitter(config, state.student, places.student, mesh), in_place=True)
+        # Donated parameters are still read while the new ones are written: XLA copies them. Learning holds gradients,
+        # updates and that copy.
+        between = max(between, 2 * student) + student
+        images = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+        gradients = 2 * student
+        return Estimate(
+            parameters=student,
+            teacher=_held(state.teacher, places.teacher),
+            moments=_held(state.moments, places.moments),
+            queues=_held(queue, places.queue) + _held(state.usage, places.usage),
+            gradients=gradients,
+            activations=max(between - gradients, 0) + 2 * images,  # the next batch is already there
+        )
+
+    def _on_one_device(self, config: ml_collections.ConfigDict, shards: int) -> Any:
+        """The task with one device's share of the batch; the queue stands in for the batch's other candidates."""
+        own = ml_collections.ConfigDict(config.to_dict())
+        rows = max(config.data.global_batch // shards, 2)
+        own.data.global_batch = rows
+        own.itm.groups = max(config.itm.groups // shards, 1)
+        own.queue.size = config.queue.size + config.data.global_batch - rows
+        device = jax.local_devices()[:1]
+        axes = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
+        mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=device)
+        return self.create(own.lock(), self.vocabulary, mesh)
+
+
+def check(planner: Planner) -> None:
+    """Says what a device needs and has; raises UserError with what would fit where the one is more than the other.
+
+    `config.train.memory_check` False only says it.
+    """
+    need, has = planner.estimate(), device_memory()
+    if has is None:
+        say(f"memory a device: {need}; what it has is not known")
+        return
+    if need.total <= has * (1 - MARGIN) or not planner.config.train.memory_check:
+        say(f"memory a device: {_size(need.total)} of {_size(has)} ({need.parts()})")
+        return
+    raise UserError(
+        f"training needs {need} of memory a device, and {jax.local_devices()[0].device_kind} has {_size(has)}: "
+        f"{advice(planner, need, has * (1 - MARGIN))}; --config.train.memory_check=False tries all the same"
+    )
+
+
+@contextlib.contextmanager
+def explaining(planner: Planner | None) -> Iterator[None]:
+    """Inside it a device that runs out of memory raises UserError, with what would need less."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or planner is None:
+            raise
+        need = planner.estimate()
+        reason = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().split("\n")[0].rstrip(".")
+        raise UserError(
+            f"a device ran out of memory ({reason}); training was estimated to need {need}: "
+            f"{advice(planner, need, need.total * AGAIN)}"
+        ) from error
+
+
+def advice(planner: Planner, need: Estimate, limit: float) -> str:
+    """Flags that bring an estimate below `limit`, each with what it then is, as part of a sentence."""
+    found = fitting_settings(planner, need, limit)
+    if not found:
+        return "no batch size, accumulation, remat, dtype or fsdp would do: take a smaller model or more devices"
+    ways = [
+        f"{' '.join(f'--config.{name}={value}' for name, value in changes.items())} ({_size(estimate.total)})"
+        for changes, estimate in found
+    ]
+    return f"what fits is {', or '.join(ways)}"
+
+
+def fitting_settings(
+    planner: Planner, need: Estimate, limit: float
+) -> list[tuple[dict[str, Any], Estimate]]:
+    """Changes of the config that need at most `limit`, cheapest first, with their estimates; empty when nothing does.
+
+    Each of remat, bfloat16, accumulation, fsdp and a smaller batch alone, where that is enough; else one combination:
+    they are added in this order until it is. Each answer is checked with an estimate of its own.
+    """
+    singles = [{"model.remat": "blocks"}, {"model.dtype": "bfloat16"}]
+    singles = [c for c in singles if not _holds(planner.config, c) and planner.possible(c)]
+    found = [(changes, planner.estimate(changes)) for changes in singles]
+    together = {name: value for c, e in found if e.total < need.total for name, value in c.items()}
+    found = [(changes, estimate) for changes, estimate in found if estimate.total <= limit]
+    for ladder in LADDERS:
+        if (step := _first_that_fits(planner, {}, ladder, need, limit)[0]) is not None:
+            found.append(step)
+    if found:
+        return found
+    estimate = planner.estimate(together) if together else need
+    if estimate.total <= limit:
+        return [(together, estimate)]
+    for ladder in LADDERS:
+        step, (together, estimate) = _first_that_fits(planner, together, ladder, estimate, limit)
+        if step is not None:
+            return [step]
+    return []
+
+
+def _accumulations(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
+    now, rows = planner.config.optimizer.accumulation, planner.config.data.global_batch
+    return [(1 / 2**k, {"optimizer.accumulation": now * 2**k}) for k in range(1, rows.bit_length())]
+
+
+def _fsdps(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
+    mesh = planner.with_changes({})[1]
+    most, now = sharding.data_shards(mesh), mesh.shape["fsdp"]
+    return [(now / n, {"mesh.data": -1, "mesh.fsdp": n}) for n in range(now + 1, most + 1) if most % n == 0]
+
+
+def _batches(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
+    rows = planner.config.data.global_batch
+    return [(1 / 2**k, {"data.global_batch": rows // 2**k}) for k in range(1, rows.bit_length()) if rows % 2**k == 0]
+
+
+LADDERS = (_accumulations, _fsdps, _batches)  # (share of the need that is left to shrink, changes), mildest first
+_Step = tuple[dict[str, Any], Estimate]
+
+
+def _first_that_fits(
+    planner: Planner, given: dict[str, Any], ladder: Any, need: Estimate, limit: float
+) -> tuple[_Step | None, _Step]:
+    """The mildest step of a ladder that fits on top of `given`, and what needs least: its last, or `given` itself.
+
+    Needs are nearly linear in the share of the rows, so most of the ladder is passed over without an estimate.
+    """
+    steps = [(share, given | changes) for share, changes in ladder(planner)]
+    steps = [(share, changes) for share, changes in steps if planner.possible(changes)]
+    if not steps:
+        return None, (given, need)
+    least, last = steps[-1]
+    most = planner.estimate(last)
+    if most.total > limit:
+        return None, ((last, most) if most.total < need.total else (given, need))
+    slope = (need.total - most.total) / (1 - least)
+    for share, changes in steps[:-1]:
+        if most.total + slope * (share - least) > limit * 1.02:
+            continue
+        estimate = planner.estimate(changes)
+        if estimate.total <= limit:
+            return (changes, estimate), (changes, estimate)
+    return (last, most), (last, most)
+
+
+def device_memory() -> int | None:
+    """Bytes that this run can have on a device, the least of all processes; None where nobody can tell.
+
+    On a CPU: what the host has free, shared by its devices.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        free = _host_memory()
+        found = None if free is None else free // jax.local_device_count()
+    else:
+        found = (device.memory_stats() or {}).get("bytes_limit")
+    if jax.process_count() > 1:  # all have to come to the same answer
+        from jax.experimental import multihost_utils
+
+        everyone = multihost_utils.process_allgather(jnp.float32(found or jnp.inf))
+        return int(everyone.min()) if jnp.isfinite(everyone.min()) else None
+    return found
+
+
+def _host_memory() -> int | None:
+    """Free memory of the host, or what its container may still take where that is less."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(limit - int((group / "memory.current").read_text()) + int(stat.get("inactive_file", 0)))
+    return max(min(found), 0) if found else None
+
+
+def abstract_batch(config: ml_collections.ConfigDict) -> Batch:
+    """Shapes and types of a whole batch."""
+    rows, side, length = config.data.global_batch, config.model.image.size_px, config.model.text.max_tokens
+    array = jax.ShapeDtypeStruct
+    image, number = array((rows, side, side, 3), jnp.uint8), array((rows,), jnp.int32)
+    tokens = array((rows, length), jnp.int32)
+    return Batch(image, image, array((rows,), bool), tokens, number, number, number, number)
+
+
+def _held(tree: Any, places: Any) -> int:
+    """Bytes of a tree on one device."""
+    parts = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in parts)
+
+
+def _splitter(config: ml_collections.ConfigDict, student: Any, places: Any, mesh: jax.sharding.Mesh) -> Bytes:
+    """Bytes a device of what a step computes, by shape."""
+    split = {}
+    for leaf, place in zip(jax.tree.leaves(student), jax.tree.leaves(places), strict=True):
+        split[leaf.shape] = math.prod(place.shard_shape(leaf.shape)) / math.prod(leaf.shape)
+    towers = (config.model.image, config.model.text)
+    tensor_axes = {size for tower in towers for size in (tower.heads, 4 * tower.width) if size % mesh.shape["tensor"] == 0}
+    in_float32 = jax.default_backend() == "cpu"  # XLA computes bfloat16 there as float32
+
+    def bytes_of(aval: Any) -> int:
+        dtype = getattr(aval, "dtype", None)
+        size = getattr(dtype, "itemsize", 4)
+        if in_float32 and dtype == jnp.bfloat16:
+            size = 4
+        share = split.get(aval.shape) if len(aval.shape) > 1 else None
+        if share is None:
+            share = 1 / mesh.shape["tensor"] if tensor_axes & set(aval.shape) else 1
+        return int(math.prod(aval.shape) * size * share)
+
+    return bytes_of
+
+
+def _holds(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> bool:
+    now = config.to_dict()
+    return all(now["model"][name.removeprefix("model.")] == value for name, value in changes.items())
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def peak(jaxpr: core.Jaxpr, bytes_of: Bytes, *, in_place: bool = False) -> int:
+    """Most bytes alive at once between a program's arguments and its results, these included unless `in_place`."""
+    equations, results = _flat(jaxpr)
+    outputs = {v for v in results if not isinstance(v, core.Literal)}
+    readers: dict[Any, list[int]] = {}
+    for place, (_, inputs, _) in enumerate(equations):
+        for v in inputs:
+            if not isinstance(v, core.Literal):
+                readers.setdefault(v, []).append(place)
+    names = [eqn.primitive.name for eqn, _, _ in equations]
+    last = {v: places[-1] for v, places in readers.items()} | dict.fromkeys(outputs, len(equations))
+    unbuffered = set()
+    for place in range(len(equations) - 1, -1, -1):
+        _, inputs, made = equations[place]
+        if len(made) != 1:
+            continue
+        (v,) = made
+        places, name = readers.get(v, []), names[place]
+        taken_in = all(names[p] in CHEAP | DEAR | READERS for p in places) and v not in outputs
+        if name in VIEWS or (taken_in and (name in CHEAP or (name in DEAR and len(places) == 1))):
+            unbuffered.add(v)
+            for source in inputs:  # they are read where their reader is
+                if not isinstance(source, core.Literal):
+                    last[source] = max(last.get(source, place), last.get(v, place))
+    dying: dict[int, list[Any]] = {}
+    for v, place in last.items():
+        dying.setdefault(place, []).append(v)
+    size: dict[Any, int] = {}
+    alive = most = 0
+    for place, (eqn, _, made) in enumerate(equations):
+        for v in made:
+            free = v in unbuffered or (in_place and v in outputs) or v not in last
+            size[v] = 0 if free else bytes_of(v.aval)
+        mine = sum(size[v] for v in made)
+        gone = sum(size.get(v, 0) for v in dying.get(place, ()))
+        reused = min(gone, mine) if names[place] in CHEAP | DEAR | {"dynamic_update_slice", "scatter-add", "scatter"} else 0
+        most = max(most, alive + mine - reused + _inside(eqn, bytes_of))
+        alive += mine - gone
+    return most
+
+
+def _inside(eqn: Any, bytes_of: Bytes) -> int:
+    """Most bytes alive inside a loop's or a branch's body; a loop's slices of what it runs over are in the body."""
+    name, inside = eqn.primitive.name, 0
+    for body in core.jaxprs_in_params(eqn.params):
+        slices = 0
+        if name == "scan":
+            slices = sum(bytes_of(v.aval) for v in body.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :])
+        inside = max(inside, peak(body, bytes_of) + slices)
+    return inside
+
+
+class _Value:
+    """A result, told from those of another call of the same function."""
+
+    def __init__(self, aval: Any) -> None:
+        self.aval = aval
+
+
+def _flat(jaxpr: core.Jaxpr) -> tuple[list[tuple[Any, list[Any], list[Any]]], list[Any]]:
+    """(equation, its arguments, its results) in order with calls of functions written out; and the program's results."""
+    flat: list[tuple[Any, list[Any], list[Any]]] = []
+
+    def write_out(jaxpr: core.Jaxpr, given: dict[Any, Any]) -> list[Any]:
+        named = dict(given)
+        read = lambda v: v if isinstance(v, core.Literal) else named.get(v, v)  # noqa: E731
+        for eqn in jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            bodies = list(core.jaxprs_in_params(eqn.params))
+            if eqn.primitive.name in INLINED and bodies:
+                results = write_out(bodies[0], dict(zip(bodies[0].invars, inputs, strict=True)))
+                named |= dict(zip(eqn.outvars, results, strict=True))
+                continue
+            made = []
+            for v in eqn.outvars:
+                fresh = _Value(v.aval)
+                named[v] = fresh
+                made.append(fresh)
+            flat.append((eqn, inputs, made))
+        return [read(v) for v in jaxpr.outvars]
+
+    return flat, write_out(jaxpr, {})

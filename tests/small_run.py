@@ -1,0 +1,70 @@
+"""A whole run, made small: one of its kind is trained once a test session (`straight`, in conftest.py)."""
+
+import sys
+from pathlib import Path
+
+from configs import base
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+SMALL = {
+    "model.image.size_px": 32,
+    "model.image.width": 32,
+    "model.image.depth": 1,
+    "model.image.heads": 2,
+    "model.text.width": 32,
+    "model.text.depth": 1,
+    "model.text.fusion_depth": 1,
+    "model.text.heads": 2,
+    "model.dim": 16,
+    "codebook.size": 16,
+    "codebook.iterations": 5,
+    "queue.size": 32,
+    "data.global_batch": 8,
+    "data.scenes_examples": 64,
+    "data.tokenizer_vocabulary": 200,
+    "data.threads": 1,
+    "data.prefetch": 2,
+    "optimizer.warmup_steps": 5,
+    "train.steps": STEPS,
+    "log_every_steps": 1,
+    "checkpoint.every_steps": 5,
+    "evaluation.every_steps": 10,
+    "evaluation.images": 8,
+    "evaluation.batch": 8,
+    "evaluation.rerank_top_k": 2,
+}
+
+# Runs the command with its stream of batches wrapped; FROM the environment: what happens before which batch.
+COMMAND = """
+import contextlib, os, signal, sys, time
+from absl import app
+from codebook_jax import build, main
+real = build.batches
+@contextlib.contextmanager
+def batches(parts, *, start_step):
+    def wrapped(stream):
+        for position, batch in enumerate(stream, start_step):
+            if position == int(os.environ.get("KILL_BEFORE", -1)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if position >= int(os.environ.get("SLOW_FROM", 10**9)):
+                time.sleep(0.5)
+            yield batch
+    with real(parts, start_step=start_step) as stream:
+        yield wrapped(stream)
+build.batches = batches
+main.define_flags()
+app.run(main.main, flags_parser=main._parse_or_leave)
+"""
+
+
+def config_of(**changes):
+    config = base.get_config("tiny")
+    config.update_from_flattened_dict(SMALL | changes)
+    return config.lock()
+
+
+def command(workdir, **changes):
+    fields = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
+    config = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
+    return [sys.executable, "-c", COMMAND, config, f"--workdir={workdir}", *fields]
