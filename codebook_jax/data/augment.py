@@ -70,7 +70,7 @@ def augment(
 
 
 def normalise(
-    images: Float32[Array, "batch side side 3"], dtype: DTypeLike
+    images: UInt8[Array, "batch side side 3"] | Float32[Array, "batch side side 3"], dtype: DTypeLike
 ) -> Float[Array, "batch side side 3"]:
     """Pixels in 0..255 as the encoders expect them; computed in float32, since bfloat16 has no 256 even steps."""
     images = images.astype(jnp.float32) / 255
