@@ -120,8 +120,12 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
         raise UserError(
             f"--workdir={workdir} holds no trained run (no {records.RECORD}): train one there first"
         )
+    own = config is None
     config = records.trained_config(workdir, record, config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    if own and not sharding.fits(*axes):
+        axes = -1, 1, 1  # it was trained on other devices
+    mesh = sharding.make_mesh(*axes)
     tokenizer = tokenizer_for_run(
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
     )

@@ -143,7 +143,7 @@ class Checkpoints:
             step, failure = damaged[0]
             raise UserError(
                 f"none of the {len(damaged)} checkpoints in {self._folder} can be read (step {step:,}: "
-                f"{_reason(failure)}): repair them, or start again in another --workdir"
+                f"{reason(failure)}): repair them, or start again in another --workdir"
             )
         return None
 
@@ -196,7 +196,7 @@ class Checkpoints:
                 aside = self._folder / f"damaged-{step}-{number}"
             (self._folder / str(step)).rename(aside)
         say(
-            f"the checkpoint of step {step:,} is damaged ({_reason(failure)}); it is set aside as "
+            f"the checkpoint of step {step:,} is damaged ({reason(failure)}); it is set aside as "
             f"{aside.name}, and the newest good one is used"
         )
         self._manager.reload()
@@ -212,7 +212,7 @@ class Checkpoints:
             else "there is no complete one yet"
         )
         return UserError(
-            f"the checkpoint of step {step:,} could not be written to {self._folder} ({_reason(failure)}); "
+            f"the checkpoint of step {step:,} could not be written to {self._folder} ({reason(failure)}); "
             f"{kept}: mend this and start the same command again"
         )
 
@@ -283,7 +283,7 @@ def _described(tree: Any) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
-def _reason(failure: Exception) -> str:
+def reason(failure: Exception) -> str:
     """The first line of an error, short; a full disk by its name."""
     text = str(failure).strip()
     if "No space left on device" in text:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from codebook_jax import build, evaluate
 from codebook_jax import workdir as records
-from codebook_jax.checkpoint import Restored, _reason
+from codebook_jax.checkpoint import Restored, reason
 from codebook_jax.data import text
 from codebook_jax.errors import UserError
 from codebook_jax.inference import FOLDER, FORMAT, MANIFEST
@@ -70,7 +70,7 @@ def _write(
         raise
     except Exception as failure:  # Orbax and tensorstore wrap a full disk in errors of their own
         raise UserError(
-            f"the export could not be written to {draft.parent} ({_reason(failure)}), and one from before is as "
+            f"the export could not be written to {draft.parent} ({reason(failure)}), and one from before is as "
             "it was: mend this and export again"
         ) from failure
     if jax.process_index() != 0:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from codebook_jax import workdir as records
 from codebook_jax.data import augment
-from codebook_jax.data.images import UnreadableImage, _rgb, _upright, decode, resize_square
+from codebook_jax.data.images import UnreadableImage, decode, resize_square, rgb, upright
 from codebook_jax.data.text import Tokenizer, Vocabulary, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.models import codis
@@ -388,7 +388,7 @@ def _pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height wid
 
 def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     try:
-        return np.asarray(_rgb(_upright(picture)))
+        return np.asarray(rgb(upright(picture)))
     except Exception as failure:  # a file that Pillow opened and cannot read to its end
         raise UnreadableImage(f"the PIL image cannot be read: {failure}") from failure
 

@@ -66,6 +66,12 @@ def data_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def fits(*sizes: int) -> bool:
+    """Whether a mesh of these sizes, -1 for what is left, can be made of the devices there are."""
+    fixed = math.prod(size for size in sizes if size != -1)
+    return jax.device_count() % fixed == 0 if -1 in sizes else jax.device_count() == fixed
+
+
 def check_batch(mesh: Mesh, global_batch: int, accumulation: int) -> None:
     """Raises UserError when the batch does not split over the mesh and the passes."""
     shards = data_shards(mesh)

@@ -96,7 +96,7 @@ def test_objects_are_whole_apart_and_all_different():
         kinds = {(thing.colour, thing.shape) for thing in scene.objects}
         assert len(kinds) == len(scene.objects) and len(kinds) in (2, 3)
         for thing in scene.objects:
-            assert min(thing.box) > 0.05 and max(thing.box) < 0.95
+            assert min(thing.box) > 0.03 and max(thing.box) < 0.97
         for a, b in itertools.combinations(scene.objects, 2):
             assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius
 

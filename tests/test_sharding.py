@@ -187,3 +187,8 @@ def test_split_and_join_of_images_keep_each_row_whole():
     passes = jax.jit(lambda x: sharding.split_rows(x, 2, mesh))(rows)
     assert passes.sharding.is_equivalent_to(NamedSharding(mesh, P(None, sharding.BATCH)), 4)
     np.testing.assert_array_equal(sharding.join_rows(passes, mesh), rows)
+
+
+def test_a_mesh_fits_when_its_sizes_make_up_the_devices():
+    assert sharding.fits(8, 1, 1) and sharding.fits(2, 2, 2) and sharding.fits(-1, 4, 1)
+    assert not sharding.fits(4, 1, 1) and not sharding.fits(-1, 3, 1)

@@ -47,7 +47,7 @@ def decode(image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLik
                     f"{name}: {width:,} x {height:,} pixels are over the limit of {Image.MAX_IMAGE_PIXELS:,}"
                 )
             opened.load()
-            return np.asarray(_rgb(_upright(opened)))
+            return np.asarray(rgb(upright(opened)))
     except UnreadableImage:
         raise
     except (
@@ -113,14 +113,14 @@ def crop_box(
     return left, top, left + across, top + down
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block says nothing of the rotation, and the pixels are sound
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes as RGB, by what its numbers mean."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
         grey = np.asarray(image).astype(np.int64)

@@ -40,7 +40,7 @@ COLOURS = {
     "cyan": (50, 205, 220),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
-SIZES = {"small": 0.075, "large": 0.12}  # half an object's width, of the picture's
+SIZES = {"small": 0.11, "large": 0.165}  # half an object's width, of the picture's
 TEXTURES = ("plain", "striped", "checked", "dotted")
 TONES = {"dark": (52, 52, 56), "light": (206, 206, 202)}
 
@@ -53,7 +53,7 @@ _SIZE_WORD = 0.75  # share of the mentions of an object that tell its size
 _BACKGROUND_WORDS = 0.3  # share of the captions that tell the background, where there is room
 _UNSEEN_WORDING = 0.25  # share of the evaluation captions in a wording that training has not
 _SUPERSAMPLING = 4
-_CONTRAST = 24  # of a texture, of 255
+_CONTRAST = 16  # of a texture, of 255
 _NOISE = 7  # standard deviation of the clouds over it, of 255
 
 
