@@ -11,7 +11,7 @@ SIZES = {
     "tiny": dict(
         image=dict(size_px=64, patch_px=8, width=128, depth=4, heads=4),
         text=dict(width=128, depth=2, fusion_depth=2, heads=4, max_tokens=24, max_positions=64),
-        dim=64, codes=512, queue=1024, batch=64, steps=640, examples=20_000, dtype="float32",
+        dim=64, codes=512, queue=1024, batch=64, steps=600, examples=20_000, dtype="float32",
         learning_rate=1.5e-3, learning_rate_ends=1.5e-5, warmup_steps=40, dropout=0.0, momentum=0.99, momentum_ramp=True,
     ),
     "small": dict(
@@ -66,6 +66,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         image=dict(
             **at["image"],  # ViT
             layer_norm_eps=1e-6,  # ViT
+            position_std=0.6 if tiny else 0.02,  # of position embeddings at the start; ViT: 0.02; ours: places count in a short run
         ),
         text=dict(
             **at["text"],  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`

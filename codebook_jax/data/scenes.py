@@ -38,6 +38,8 @@ COLOURS = {
     "orange": (245, 130, 30),
     "pink": (250, 130, 190),
     "cyan": (50, 205, 220),
+    "brown": (126, 78, 44),
+    "lime": (176, 226, 46),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
 SIZES = {"small": 0.11, "large": 0.165}  # half an object's width, of the picture's

@@ -41,6 +41,7 @@ class VisionTransformer(nnx.Module):
         depth: int,
         heads: int,
         layer_norm_eps: float,
+        position_std: float,
         std: float,
         compute: Compute,
         rngs: nnx.Rngs,
@@ -52,7 +53,8 @@ class VisionTransformer(nnx.Module):
             patch_px * patch_px * 3, width, std=std, dtype=compute.dtype, rngs=rngs
         )
         self.cls = nnx.Param(normal(rngs.params(), (1, 1, width)))
-        self.positions = nnx.Param(normal(rngs.params(), (1, patches + 1, width)))
+        places = nnx.initializers.truncated_normal(position_std)
+        self.positions = nnx.Param(places(rngs.params(), (1, patches + 1, width)))
         self.blocks = stack(
             lambda r: VisionBlock(
                 width, heads, eps=layer_norm_eps, std=std, compute=compute, rngs=r
