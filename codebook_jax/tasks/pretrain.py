@@ -156,7 +156,7 @@ class Pretraining:
                 self.pair, alpha=self.alpha(_updates(state)), teacher_towers=state.teacher
             ),
         )
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         after = self.remember(self.learn(state, gradients), taught.features, plan)
         after = _if_good(good, after, state)
