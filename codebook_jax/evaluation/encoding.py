@@ -124,7 +124,7 @@ def encode_text_rows(
 
 def rows_over_shards(rows: int, mesh: jax.sharding.Mesh) -> int:
     """`rows` rounded up to a multiple of the parts that the batch is split into."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.data_shards(mesh)
     return -(-rows // shards) * shards
 
 
