@@ -58,7 +58,6 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
 
     config.model = dict(
         dim=at["dim"],  # joint space; paper: 256
-        init_std=0.12 if tiny else 0.02,  # of the matrices; BERT and ViT: 0.02; ours in a narrow one: 1.4 / sqrt(width), or texts look alike for long
         dtype=at["dtype"],  # compute; parameters, softmax, transport and losses stay float32
         remat="none" if tiny or size == "small" else "blocks",  # "none" | "blocks" | "dots": what the backward pass recomputes
         scan_unroll=4 if tiny else 1,  # blocks a scan iteration holds; 1 compiles fastest, all run a third faster on a CPU
@@ -66,11 +65,14 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         image=dict(
             **at["image"],  # ViT
             layer_norm_eps=1e-6,  # ViT
-            position_std=0.6 if tiny else 0.02,  # of position embeddings at the start; ViT: 0.02; ours: places count in a short run
+            init_std=0.12 if tiny else 0.02,  # of the matrices at the start; ViT: 0.02; ours in a narrow tower
+            position_std=0.6 if tiny else 0.02,  # of the position embeddings; ViT: 0.02; ours: places count in a short run
         ),
         text=dict(
             **at["text"],  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
             layer_norm_eps=1e-12,  # BERT
+            init_std=0.06 if tiny else 0.02,  # of the matrices, in fusion and heads too; BERT: 0.02; ours, see README
+            embedding_std=0.1 if tiny else 0.02,  # of words, positions and segments; BERT: 0.02; ours
             dropout=at["dropout"],  # on hidden states, BERT: 0.1; tiny: short runs underfit
         ),
     )

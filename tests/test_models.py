@@ -28,7 +28,8 @@ TINY = {
     "model.text.max_positions": 11,
     "model.text.dropout": 0.1,
     "model.dim": 5,
-    "model.init_std": 0.3,
+    "model.image.init_std": 0.3,
+    "model.text.init_std": 0.3,
     "codebook.size": 6,
 }
 WORDS = 23

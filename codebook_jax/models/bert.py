@@ -142,17 +142,20 @@ class TextEncoder(nnx.Module):
         heads: int,
         layer_norm_eps: float,
         dropout: float,
-        std: float,
+        init_std: float,
+        embedding_std: float,
         compute: Compute,
         rngs: nnx.Rngs,
     ) -> None:
-        normal = nnx.initializers.truncated_normal(0.02)  # BERT's, whatever `std` the products have
+        normal = nnx.initializers.truncated_normal(embedding_std)
         self.words = nnx.Param(normal(rngs.params(), (vocabulary_size, width)))
         self.positions = nnx.Param(normal(rngs.params(), (max_positions, width)))
         self.segment = nnx.Param(normal(rngs.params(), (2, width)))  # only row 0 is used, as ALBEF
         self.norm = layer_norm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
         self.blocks = stack(
-            lambda r: TextBlock(width, heads, eps=layer_norm_eps, std=std, compute=compute, rngs=r),
+            lambda r: TextBlock(
+                width, heads, eps=layer_norm_eps, std=init_std, compute=compute, rngs=r
+            ),
             depth,
             rngs,
         )
@@ -188,13 +191,13 @@ class FusionEncoder(nnx.Module):
         heads: int,
         layer_norm_eps: float,
         dropout: float,
-        std: float,
+        init_std: float,
         compute: Compute,
         rngs: nnx.Rngs,
     ) -> None:
         self.blocks = stack(
             lambda r: FusionBlock(
-                width, image_width, heads, eps=layer_norm_eps, std=std, compute=compute, rngs=r
+                width, image_width, heads, eps=layer_norm_eps, std=init_std, compute=compute, rngs=r
             ),
             depth,
             rngs,

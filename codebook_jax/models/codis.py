@@ -19,6 +19,8 @@ from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
 from codebook_jax.models.vit import VisionTransformer
 
+_TEXT_ONLY = ("depth", "max_positions", "embedding_std")  # fields of the text encoder that fusion has no use for
+
 
 class Towers(nnx.Module):
     """Image, text and fusion encoder, the projections to the joint space and the masked-word head."""
@@ -30,25 +32,25 @@ class Towers(nnx.Module):
         text: dict[str, Any],
         dim: int,
         vocabulary_size: int,
-        std: float,
         compute: Compute,
         rngs: nnx.Rngs,
     ) -> None:
-        of = dict(std=std, compute=compute, rngs=rngs)
-        text = dict(text)
-        fusion_depth, max_positions = text.pop("fusion_depth"), text.pop("max_positions")
+        of = dict(compute=compute, rngs=rngs)
+        fusion = {name: value for name, value in text.items() if name not in _TEXT_ONLY}
+        fusion["depth"] = fusion.pop("fusion_depth")
+        text = {name: value for name, value in text.items() if name != "fusion_depth"}
         self.image = VisionTransformer(**image, **of)
-        self.text = TextEncoder(
-            vocabulary_size=vocabulary_size, max_positions=max_positions, **text, **of
-        )
-        self.fusion = FusionEncoder(
-            image_width=image["width"], **text | {"depth": fusion_depth}, **of
-        )
-        product = dict(std=std, dtype=compute.dtype, rngs=rngs)
-        self.image_projection = Dense(image["width"], dim, **product)
-        self.text_projection = Dense(text["width"], dim, **product)
+        self.text = TextEncoder(vocabulary_size=vocabulary_size, **text, **of)
+        self.fusion = FusionEncoder(image_width=image["width"], **fusion, **of)
+        of = dict(dtype=compute.dtype, rngs=rngs)
+        self.image_projection = Dense(image["width"], dim, std=image["init_std"], **of)
+        self.text_projection = Dense(text["width"], dim, std=text["init_std"], **of)
         self.masked_words = MaskedWordHead(
-            text["width"], vocabulary_size, eps=text["layer_norm_eps"], **product
+            text["width"],
+            vocabulary_size,
+            eps=text["layer_norm_eps"],
+            std=text["init_std"],
+            **of,
         )
 
     def embed_images(
@@ -137,8 +139,7 @@ def _modules(
         text=text,
         dim=model.dim,
         vocabulary_size=vocabulary_size,
-        std=model.init_std,
         compute=compute_of(config),
         rngs=rngs,
     )
-    return towers, MatchingHead(model.text.width, std=model.init_std, rngs=rngs)
+    return towers, MatchingHead(model.text.width, std=model.text.init_std, rngs=rngs)

@@ -41,23 +41,23 @@ class VisionTransformer(nnx.Module):
         depth: int,
         heads: int,
         layer_norm_eps: float,
+        init_std: float,
         position_std: float,
-        std: float,
         compute: Compute,
         rngs: nnx.Rngs,
     ) -> None:
-        normal = nnx.initializers.truncated_normal(0.02)  # ViT's, whatever `std` the products have
+        normal = nnx.initializers.truncated_normal(0.02)  # ViT's, whatever `init_std` the products have
         patches = (size_px // patch_px) ** 2
         self.patch_px, self.compute = patch_px, compute
         self.patches = Dense(
-            patch_px * patch_px * 3, width, std=std, dtype=compute.dtype, rngs=rngs
+            patch_px * patch_px * 3, width, std=init_std, dtype=compute.dtype, rngs=rngs
         )
         self.cls = nnx.Param(normal(rngs.params(), (1, 1, width)))
         places = nnx.initializers.truncated_normal(position_std)
         self.positions = nnx.Param(places(rngs.params(), (1, patches + 1, width)))
         self.blocks = stack(
             lambda r: VisionBlock(
-                width, heads, eps=layer_norm_eps, std=std, compute=compute, rngs=r
+                width, heads, eps=layer_norm_eps, std=init_std, compute=compute, rngs=r
             ),
             depth,
             rngs,
