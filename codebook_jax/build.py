@@ -60,10 +60,11 @@ def build_training(
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
     config = _resolve_alpha(config, len(source))
+    fingerprint = source.fingerprint()
     changes: dict[str, list[Any]] = {}
     if record is not None:
         changes, sentences = records.check_restart(
-            workdir, record, config, source.fingerprint(), has_checkpoint=bool(steps_saved)
+            workdir, record, config, fingerprint, has_checkpoint=bool(steps_saved)
         )
         for sentence in sentences:
             say(f"changed since the last start: {sentence}")
@@ -83,7 +84,7 @@ def build_training(
             config,
             source=repr(source),
             examples=len(source),
-            fingerprint=source.fingerprint(),
+            fingerprint=fingerprint,
             changes=changes,
             step=max(steps_saved, default=0),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_collections
 
 from codebook_jax.errors import UserError
+from codebook_jax.models.layers import REMAT
 
 LEAST = {
     "train.steps": 1,
@@ -34,7 +35,7 @@ CHOICES = {
     "alignment.same_image": ("ignore", "negative"),
     "codebook.solver": ("sinkhorn", "ipot"),
     "data.teacher_view": ("independent", "same"),
-    "model.remat": ("none", "blocks", "dots"),
+    "model.remat": REMAT,
     "model.dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "xla", "cudnn"),
 }

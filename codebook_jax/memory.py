@@ -5,7 +5,6 @@ real step (a second or two, nothing is compiled): the program is walked in order
 does when it assigns buffers. So remat, accumulation and whatever the objective becomes are in the estimate by themselves.
 The traced step is one device's: its share of the batch, against all candidates. Parameters' shapes are split as the mesh
 splits them, what lies between them over `tensor` where it has the axes of heads or of the feed-forward part.
-With fsdp this is what the batch's sharding asks for: where XLA's partitioner gathers rows instead of weights it is more.
 """
 
 from __future__ import annotations

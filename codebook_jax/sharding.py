@@ -145,6 +145,36 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract_state), shardings)
 
 
+def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> Any:
+    """Parameters as a layer uses them: whole over fsdp, which splits what is kept, not what is computed.
+
+    Of a tree of towers what stands in `blocks` is left alone: each block is gathered when it runs, `in_blocks`, without
+    its axis over the layers. Left to itself, XLA may gather the rows of the batch instead.
+    """
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return parameters
+
+    def gather(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if in_blocks:
+            spec = spec_of(f"blocks/{name}", (1, *leaf.shape), mesh)[1:]
+        elif "blocks/" in name:
+            return leaf
+        else:
+            spec = spec_of(name, leaf.shape, mesh)
+        whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+
+    return jax.tree_util.tree_map_with_path(gather, parameters)
+
+
+def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`x` with its first axis split as the batch's rows are, where it divides."""
+    if mesh is None or x.shape[0] % data_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
 def split_rows(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
     """[rows, ...] as [parts, rows / parts, ...], each part holding equally many rows of every shard."""
     shards = data_shards(mesh)

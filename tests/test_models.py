@@ -30,6 +30,7 @@ TINY = {
     "model.dim": 5,
     "model.image.init_std": 0.3,
     "model.text.init_std": 0.3,
+    "model.text.value_std": 0.3,
     "codebook.size": 6,
 }
 WORDS = 23

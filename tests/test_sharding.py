@@ -192,3 +192,18 @@ def test_split_and_join_of_images_keep_each_row_whole():
 def test_a_mesh_fits_when_its_sizes_make_up_the_devices():
     assert sharding.fits(8, 1, 1) and sharding.fits(2, 2, 2) and sharding.fits(-1, 4, 1)
     assert not sharding.fits(4, 1, 1) and not sharding.fits(-1, 3, 1)
+
+
+def test_a_layer_uses_its_parameters_whole_over_fsdp_and_split_over_tensor():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    block = {"attention": {"out": {"kernel": np.zeros((4, 8, 16))}}, "mlp": {"up": {"kernel": np.zeros((16, 64))}}}
+    used = jax.jit(lambda tree: sharding.gathered(tree, mesh, in_blocks=True))(block)
+    assert used["attention"]["out"]["kernel"].sharding.spec == P("tensor")
+    assert used["mlp"]["up"]["kernel"].sharding.spec == P(None, "tensor")
+    towers = {"text": {"words": np.zeros((32, 16)), "blocks": block}}
+    places = sharding.state_shardings(towers, mesh)
+    used = jax.jit(lambda tree: sharding.gathered(tree, mesh), in_shardings=(places,), out_shardings=None)(towers)
+    assert used["text"]["words"].sharding.is_fully_replicated
+    kept = used["text"]["blocks"]["mlp"]["up"]["kernel"].sharding
+    assert kept.is_equivalent_to(places["text"]["blocks"]["mlp"]["up"]["kernel"], 2)
+    assert sharding.gathered(towers, None) is towers

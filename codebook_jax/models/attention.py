@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -12,11 +13,17 @@ from codebook_jax.models.layers import Dense
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention of a sequence over itself (Vaswani et al., 2017), padding left out by length."""
+    """Multi-head attention of a sequence over itself (Vaswani et al., 2017), padding left out by length.
 
-    def __init__(self, width: int, heads: int, *, std: float, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.qkv = Dense(width, (3, heads, width // heads), std=std, dtype=dtype, rngs=rngs)
-        self.out = Dense((heads, width // heads), width, std=std, dtype=dtype, rngs=rngs)
+    `value_std` is that of the initial values and outputs: how much of the others a token takes in at first.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, std: float, value_std: float, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        stds = jnp.array([std, std, value_std])[:, None, None]
+        self.qkv = Dense(width, (3, heads, width // heads), std=stds, dtype=dtype, rngs=rngs)
+        self.out = Dense((heads, width // heads), width, std=value_std, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,

@@ -35,10 +35,18 @@ class TextBlock(nnx.Module):
     """Self-attention and feed-forward, each added to its input and then normalised."""
 
     def __init__(
-        self, width: int, heads: int, *, eps: float, std: float, compute: Compute, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        *,
+        eps: float,
+        std: float,
+        value_std: float,
+        compute: Compute,
+        rngs: nnx.Rngs,
     ) -> None:
         of = dict(dtype=compute.dtype, rngs=rngs)
-        self.attention = SelfAttention(width, heads, std=std, **of)
+        self.attention = SelfAttention(width, heads, std=std, value_std=value_std, **of)
         self.attention_norm = layer_norm(width, eps=eps, **of)
         self.mlp = FeedForward(width, std=std, **of)
         self.mlp_norm = layer_norm(width, eps=eps, **of)
@@ -72,7 +80,9 @@ class FusionBlock(TextBlock):
         compute: Compute,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(width, heads, eps=eps, std=std, compute=compute, rngs=rngs)
+        super().__init__(
+            width, heads, eps=eps, std=std, value_std=std, compute=compute, rngs=rngs
+        )
         of = dict(dtype=compute.dtype, rngs=rngs)
         self.cross = CrossAttention(width, image_width, heads, std=std, **of)
         self.cross_norm = layer_norm(width, eps=eps, **of)
@@ -143,6 +153,7 @@ class TextEncoder(nnx.Module):
         layer_norm_eps: float,
         dropout: float,
         init_std: float,
+        value_std: float,
         embedding_std: float,
         compute: Compute,
         rngs: nnx.Rngs,
@@ -154,7 +165,13 @@ class TextEncoder(nnx.Module):
         self.norm = layer_norm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
         self.blocks = stack(
             lambda r: TextBlock(
-                width, heads, eps=layer_norm_eps, std=init_std, compute=compute, rngs=r
+                width,
+                heads,
+                eps=layer_norm_eps,
+                std=init_std,
+                value_std=value_std,
+                compute=compute,
+                rngs=r,
             ),
             depth,
             rngs,

@@ -14,12 +14,13 @@ import ml_collections
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from codebook_jax import sharding
 from codebook_jax.models.bert import FusionEncoder, TextEncoder
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
 from codebook_jax.models.vit import VisionTransformer
 
-_TEXT_ONLY = ("depth", "max_positions", "embedding_std")  # fields of the text encoder that fusion has no use for
+_TEXT_ONLY = ("depth", "max_positions", "value_std", "embedding_std")  # fields of the text encoder that fusion has no use for
 
 
 class Towers(nnx.Module):
@@ -80,10 +81,11 @@ class Model(NamedTuple):
 
     towers_graph: Any
     matching_graph: Any
+    mesh: jax.sharding.Mesh | None
 
     def towers(self, parameters: Any) -> Towers:
         """The towers with these parameters, the student's or the teacher's."""
-        return nnx.merge(self.towers_graph, nnx.State(parameters))
+        return nnx.merge(self.towers_graph, nnx.State(sharding.gathered(parameters, self.mesh)))
 
     def match_logits(
         self, parameters: Any, cls: Float[Array, "*some width"]
@@ -92,10 +94,12 @@ class Model(NamedTuple):
         return nnx.merge(self.matching_graph, nnx.State(parameters))(cls)
 
 
-def build_model(config: ml_collections.ConfigDict, vocabulary_size: int) -> Model:
-    """The graphs of the model that `config` describes; allocates nothing."""
-    modules = nnx.eval_shape(lambda: _modules(config, vocabulary_size, nnx.Rngs(params=0)))
-    return Model(*(nnx.split(module)[0] for module in modules))
+def build_model(
+    config: ml_collections.ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
+) -> Model:
+    """The graphs of the model that `config` describes, for parameters split over `mesh`; allocates nothing."""
+    modules = nnx.eval_shape(lambda: _modules(config, vocabulary_size, nnx.Rngs(params=0), mesh))
+    return Model(*(nnx.split(module)[0] for module in modules), mesh)
 
 
 def init_student(
@@ -119,17 +123,20 @@ def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def compute_of(config: ml_collections.ConfigDict) -> Compute:
+def compute_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None) -> Compute:
     """How `config.model` asks the towers to compute; "auto" attention is cuDNN's on a GPU in bfloat16."""
     dtype = jnp.dtype(config.model.dtype)
     attention = config.model.attention
     if attention == "auto":
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
-    return Compute(dtype, config.model.remat, config.model.scan_unroll, attention)
+    return Compute(dtype, config.model.remat, config.model.scan_unroll, attention, mesh)
 
 
 def _modules(
-    config: ml_collections.ConfigDict, vocabulary_size: int, rngs: nnx.Rngs
+    config: ml_collections.ConfigDict,
+    vocabulary_size: int,
+    rngs: nnx.Rngs,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Towers, MatchingHead]:
     model = config.model
     text = model.text.to_dict()
@@ -139,7 +146,7 @@ def _modules(
         text=text,
         dim=model.dim,
         vocabulary_size=vocabulary_size,
-        compute=compute_of(config),
+        compute=compute_of(config, mesh),
         rngs=rngs,
     )
     return towers, MatchingHead(model.text.width, std=model.text.init_std, rngs=rngs)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from codebook_jax import sharding
+
 REMAT = ("none", "blocks", "dots")
 
 
@@ -19,8 +21,9 @@ class Compute(NamedTuple):
 
     dtype: Any  # of matrix products; parameters, softmax and layer normalisation's sums stay float32
     remat: str  # what the backward pass recomputes: "none", whole "blocks", or all but matrix products ("dots")
-    unroll: int  # blocks a scan iteration holds
+    unroll: int  # blocks a scan iteration holds, where nothing is recomputed
     attention: str | None  # jax.nn.dot_product_attention's implementation
+    mesh: jax.sharding.Mesh | None  # that parameters and rows are split over
 
 
 class Dense(nnx.Module):
@@ -31,15 +34,15 @@ class Dense(nnx.Module):
         inputs: int | tuple[int, ...],
         outputs: int | tuple[int, ...],
         *,
-        std: float,
+        std: float | Float[Array, "*some"],  # one, or some that broadcast to the kernel
         dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         self.dtype = dtype  # None: that of its input, at least float32
-        normal = nnx.initializers.truncated_normal(std)
-        self.kernel = nnx.Param(normal(rngs.params(), (*self.inputs, *self.outputs)))
+        normal = nnx.initializers.truncated_normal(1.0)
+        self.kernel = nnx.Param(std * normal(rngs.params(), (*self.inputs, *self.outputs)))
         self.bias = nnx.Param(jnp.zeros(self.outputs))
 
     def __call__(self, x: Float[Array, "*some_and_inputs"]) -> Float[Array, "*some_and_outputs"]:
@@ -113,20 +116,25 @@ def scan(
 
     Compile time does not grow with depth, and the memory of the backward pass follows `compute.remat`.
     """
-    graph, parameters = nnx.split(blocks)
+    graph, state = nnx.split(blocks)
+    parameters = nnx.to_pure_dict(state)
 
     def body(x: Array, block: Any) -> tuple[Array, None]:
         own, extra = block
-        return apply(nnx.merge(graph, own), x, extra), None
+        own = sharding.gathered(own, compute.mesh, in_blocks=True)
+        return apply(nnx.merge(graph, nnx.State(own)), sharding.by_rows(x, compute.mesh), extra), None
 
+    unroll = 1  # XLA would merge what is computed again with the first time, were both in one iteration
     if compute.remat == "blocks":
         body = jax.checkpoint(body, prevent_cse=False)
     elif compute.remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    elif compute.remat != "none":
+    elif compute.remat == "none":
+        unroll = compute.unroll
+    else:
         raise ValueError(f'model.remat="{compute.remat}" is not one of {", ".join(REMAT)}.')
-    return jax.lax.scan(body, x, (parameters, per_block), unroll=compute.unroll)[0]
+    return jax.lax.scan(body, x, (parameters, per_block), unroll=unroll)[0]
 
 
 def keys_of(key: Key[Array, ""] | None, count: int) -> Key[Array, "count"] | None:

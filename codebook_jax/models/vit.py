@@ -18,7 +18,7 @@ class VisionBlock(nnx.Module):
     ) -> None:
         of = dict(dtype=compute.dtype, rngs=rngs)
         self.attention_norm = layer_norm(width, eps=eps, **of)
-        self.attention = SelfAttention(width, heads, std=std, **of)
+        self.attention = SelfAttention(width, heads, std=std, value_std=std, **of)
         self.mlp_norm = layer_norm(width, eps=eps, **of)
         self.mlp = FeedForward(width, std=std, **of)
 

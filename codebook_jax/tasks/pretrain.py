@@ -72,7 +72,7 @@ class Pretraining:
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
     ) -> None:
         self.config, self.vocabulary, self.mesh = config, vocabulary, mesh
-        self.model = codis.build_model(config, vocabulary.size)
+        self.model = codis.build_model(config, vocabulary.size, mesh)
         o = config.optimizer
         self.rate = optimizer.schedule(
             peak=o.learning_rate,
@@ -444,10 +444,12 @@ class Pretraining:
         """Features and states of the texts, and states of the masked ones, in one run of the text encoder."""
         if inputs.masked is None:
             return *towers.embed_texts(inputs.tokens, inputs.text_length, key), None
-        tokens = jnp.concatenate([inputs.tokens, inputs.masked.tokens])
-        features, states = towers.embed_texts(tokens, jnp.tile(inputs.text_length, 2), key)
-        count = len(inputs.tokens)
-        return features[:count], states[:count], states[count:]
+        # Side by side: a row's two texts stay on the device that has the row.
+        rows, length = inputs.tokens.shape
+        tokens = jnp.stack([inputs.tokens, inputs.masked.tokens], axis=1).reshape(2 * rows, length)
+        features, states = towers.embed_texts(tokens, jnp.repeat(inputs.text_length, 2), key)
+        states = states.reshape(rows, 2, *states.shape[1:])
+        return features[::2], states[:, 0], states[:, 1]
 
     def _negatives(
         self, student: Any, learned: Pair, inputs: Inputs, taught: Pair
