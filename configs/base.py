@@ -72,8 +72,8 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
             **at["text"],  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
             layer_norm_eps=1e-12,  # BERT
             init_std=0.06 if tiny else 0.02,  # of the matrices at the start, in fusion and heads too; BERT: 0.02; ours
-            value_std=0.12 if tiny else 0.02,  # of the text half's attention values and outputs; BERT: 0.02; ours: else all texts look alike for long
-            embedding_std=0.04 if tiny else 0.02,  # of words, positions and segments; BERT: 0.02; ours
+            value_std=0.06 if tiny else 0.02,  # of the text half's attention values and outputs; BERT: 0.02; ours
+            embedding_std=0.1 if tiny else 0.02,  # of words, positions and segments; BERT: 0.02; ours
             dropout=at["dropout"],  # on hidden states, BERT: 0.1; tiny: short runs underfit
         ),
     )
