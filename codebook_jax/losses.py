@@ -132,13 +132,8 @@ def _similarities(
     rows: Float[Array, "rows dim"], teacher: Pair, queue: Pair
 ) -> Float[Array, "rows 2 candidates"]:
     """Cosines of every row to the candidates of both modalities, batch before queue; candidates get no gradient."""
-
-    def cosines(candidates: Float[Array, "candidates dim"]) -> Float[Array, "rows candidates"]:
-        # Candidates first, so that a queue of millions of numbers is read as it lies, and only the result is turned.
-        return jnp.einsum("cd,rd->cr", jax.lax.stop_gradient(candidates), rows).T
-
-    of_modality = [
-        jnp.concatenate([cosines(batch), cosines(kept)], axis=1)
-        for batch, kept in zip(teacher, queue, strict=True)
-    ]
-    return jnp.stack(of_modality, axis=1)
+    batch, kept = (
+        jnp.einsum("rd,mcd->rmc", rows, jax.lax.stop_gradient(jnp.stack(part)))
+        for part in (teacher, queue)
+    )
+    return jnp.concatenate([batch, kept], axis=-1)

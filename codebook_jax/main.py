@@ -109,6 +109,7 @@ def complain(sentence: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
+    """The exit code of the run the flags ask for; a user's mistake is one sentence and 2."""
     del argv
     try:
         return run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir))

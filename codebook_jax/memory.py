@@ -413,6 +413,7 @@ def _flat(jaxpr: core.Jaxpr) -> tuple[list[tuple[Any, list[Any], list[Any]]], li
     flat: list[tuple[Any, list[Any], list[Any]]] = []
 
     def write_out(jaxpr: core.Jaxpr, given: dict[Any, Any]) -> list[Any]:
+        """Appends the equations of `jaxpr` with `given` for its arguments; its results."""
         named = dict(given)
         read = lambda v: v if isinstance(v, core.Literal) else named.get(v, v)  # noqa: E731
         for eqn in jaxpr.eqns:

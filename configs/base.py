@@ -60,7 +60,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         dim=at["dim"],  # joint space; paper: 256
         dtype=at["dtype"],  # compute; parameters, softmax, transport and losses stay float32
         remat="none" if tiny or size == "small" else "blocks",  # "none" | "blocks" | "dots": what the backward pass recomputes
-        scan_unroll=4 if tiny else 1,  # blocks a scan iteration holds; 1 compiles fastest, all run a third faster on a CPU
+        scan_unroll=4 if tiny else 1,  # blocks a scan iteration holds, 1 with remat; 1 compiles fastest, all run a third faster on a CPU
         attention="auto",  # "xla", "cudnn", or "auto": cudnn on a GPU in bfloat16
         image=dict(
             **at["image"],  # ViT

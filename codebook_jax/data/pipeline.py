@@ -223,6 +223,7 @@ class _Maker:
         reasons: list[list[str]] = [[] for _ in range(count)]
 
         def fill(part: range) -> None:
+            """Reads, crops and captions these rows."""
             for at in part:
                 position = int(step) * self.global_batch + int(self.rows[at])
                 # The draws of a row, in a fixed order, whichever record it ends up with.
