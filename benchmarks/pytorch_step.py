@@ -1,0 +1,158 @@
+"""What the same step takes in PyTorch, to compare machines by: `python benchmarks/pytorch_step.py` (extra [parity]).
+
+ALBEF's step (Li et al., NeurIPS 2021), written from its paper in plain PyTorch: image, text and fusion encoder with their
+momentum copies, contrast with queues, matching with a negative text and a negative image a pair, masked words with soft
+targets, AdamW. CODIS adds intra-modal terms and a codebook, which cost next to nothing beside the encoders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# pixels, patch, width, image depth, text depth (and as much fusion), heads, joint width, tokens, words, queue, pairs
+SIZES = {
+    "tiny": (64, 8, 128, 4, 2, 4, 64, 24, 500, 1024, 64),
+    "base": (256, 16, 768, 12, 6, 12, 256, 30, 30_522, 65_536, 4),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        apart = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
+        key, value = self.key_value(seen).chunk(2, -1)
+        attended = F.scaled_dot_product_attention(apart(self.query(x)), apart(key), apart(value))
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm as ViT's, or post-norm as BERT's, with cross-attention where it is a fusion layer."""
+
+    def __init__(self, width: int, heads: int, *, first: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.first = first
+        self.attention = Attention(width, heads)
+        self.cross = Attention(width, heads) if cross else None
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3 if cross else 2))
+
+    def forward(self, x: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+        if self.first:
+            y = self.norms[0](x)
+            x = x + self.attention(y, y)
+            return x + self.mlp(self.norms[1](x))
+        x = self.norms[0](x + self.attention(x, x))
+        if self.cross is not None:
+            x = self.norms[2](x + self.cross(x, image))
+        return self.norms[1](x + self.mlp(x))
+
+
+class Towers(nn.Module):
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        pixels, patch, width, depth, text_depth, heads, dim, tokens, words, _, _ = SIZES[size]
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.places = nn.Parameter(torch.randn(1, 1 + (pixels // patch) ** 2, width) * 0.02)
+        self.image = nn.ModuleList(Block(width, heads, first=True) for _ in range(depth))
+        self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.words, self.positions = nn.Embedding(words, width), nn.Embedding(tokens, width)
+        self.text = nn.ModuleList(Block(width, heads, first=False) for _ in range(text_depth))
+        self.fusion = nn.ModuleList(Block(width, heads, first=False, cross=True) for _ in range(text_depth))
+        self.to_image, self.to_text = nn.Linear(width, dim), nn.Linear(width, dim)
+        self.match = nn.Linear(width, 2)
+        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+
+    def see(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([torch.zeros_like(x[:, :1]), x], 1) + self.places
+        for block in self.image:
+            x = block(x)
+        x = self.image_norm(x)
+        return F.normalize(self.to_image(x[:, 0]), dim=-1), x
+
+    def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.text_norm(self.words(tokens) + self.positions.weight[: tokens.shape[1]])
+        for block in self.text:
+            x = block(x)
+        return F.normalize(self.to_text(x[:, 0]), dim=-1), x
+
+    def fuse(self, states: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        for block in self.fusion:
+            states = block(states, image)
+        return states
+
+    def guess(self, states: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.transform(states), self.words.weight)
+
+
+def loss_of(student: Towers, teacher: Towers, queue: torch.Tensor, views: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """ALBEF's three losses of one batch; every seventh token counts as masked."""
+    pairs = len(tokens)
+    masked = tokens.clone()
+    masked[:, 1::7] = 1
+    image, image_states = student.see(views[0])
+    text, text_states = student.read(tokens)
+    with torch.no_grad():
+        for own, average in zip(student.parameters(), teacher.parameters(), strict=True):
+            average.mul_(0.995).add_(own, alpha=0.005)
+        taught_image, taught_states = teacher.see(views[1])
+        taught_text, _ = teacher.read(tokens)
+        images, texts = torch.cat([taught_image, queue[0]]).T, torch.cat([taught_text, queue[1]]).T
+        soft = [torch.softmax(a @ b / 0.07, -1) for a, b in ((taught_image, texts), (taught_text, images))]
+        soft_words = torch.softmax(teacher.guess(teacher.fuse(teacher.read(masked)[1], taught_states)), -1)
+    loss = torch.zeros(())
+    for targets, rows, candidates in zip(soft, (image, text), (texts, images), strict=True):
+        loss = loss - (targets * F.log_softmax(rows @ candidates / 0.07, -1)).sum(-1).mean()
+    other = torch.arange(pairs).roll(1)
+    matching = student.fuse(text_states, image_states)[:, 0]
+    not_matching = student.fuse(
+        torch.cat([text_states, text_states[other]]), torch.cat([image_states[other], image_states])
+    )[:, 0]
+    logits = student.match(torch.cat([matching, not_matching]))
+    loss = loss + F.cross_entropy(logits, (torch.arange(3 * pairs) < pairs).long())
+    words = student.guess(student.fuse(student.read(masked)[1], image_states))
+    hard = torch.where(masked == tokens, -100, tokens)
+    soft_loss = -(soft_words * F.log_softmax(words, -1)).sum(-1)[hard >= 0].mean()
+    return loss + 0.6 * F.cross_entropy(words.flatten(0, 1), hard.flatten()) + 0.4 * soft_loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for size in options.sizes:
+        torch.manual_seed(0)
+        pixels, *_, dim, tokens, words, queue_size, pairs = SIZES[size]
+        student = Towers(size)
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.02)
+        queue = F.normalize(torch.randn(2, queue_size, dim), dim=-1)
+        views = torch.randn(2, pairs, 3, pixels, pixels)
+        text = torch.randint(5, words, (pairs, tokens))
+        times = []
+        for _ in range(2 + options.steps):
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            loss_of(student, teacher, queue, views, text).backward()
+            optimizer.step()
+            times.append(time.perf_counter() - began)
+        weights = sum(p.numel() for p in student.parameters()) / 1e6
+        print(f"{size}, batch {pairs}: {statistics.median(times[2:]):.3f} s a step ({weights:.1f} M parameters)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
