@@ -2,7 +2,8 @@
 
 ALBEF's step (Li et al., NeurIPS 2021), written from its paper in plain PyTorch: image, text and fusion encoder with their
 momentum copies, contrast with queues, matching with a negative text and a negative image a pair, masked words with soft
-targets, AdamW. CODIS adds intra-modal terms and a codebook, which cost next to nothing beside the encoders.
+targets, AdamW. CODIS adds intra-modal terms and a codebook, which cost next to nothing beside the encoders of `base`.
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it gives it the memory pages that this project's command gives itself.
 """
 
 from __future__ import annotations

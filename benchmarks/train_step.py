@@ -1,8 +1,8 @@
 """Step time, compile time and peak memory of the training step: `python benchmarks/train_step.py`.
 
-One process a row, so that peak memory is that row's own; batches are random, nothing is read. Each row runs
-`--steps` steps after three that are not counted and reports their median. The first line is the rate of a large
-float32 matrix product on the same machine, to compare machines by.
+One process a row, started with the huge pages that the command gives itself, so that peak memory is that row's own;
+batches are random, nothing is read. Each row runs `--steps` steps after three that are not counted and reports their
+median. The first line is the rate of a large float32 matrix product on the same machine, to compare machines by.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from codebook_jax.main import HUGE_PAGES  # noqa: E402
 
 # name, size, fields. The two-loss row is the size whose step a prototype needed 0.39 s for, on other two cores.
 ROWS = {
@@ -69,7 +71,7 @@ def main() -> None:
 def run_alone(arguments: list[str]) -> dict[str, float]:
     """What one process of this script reports."""
     command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env=HUGE_PAGES | os.environ, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])

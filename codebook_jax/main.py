@@ -26,6 +26,7 @@ WRONG_TYPES = (
     ("Failed to parse", "is a section: set its fields, as --config.SECTION.FIELD=value"),
 )
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read by glibc when a program starts
 
 FLAGS = flags.FLAGS
 
@@ -197,10 +198,10 @@ def _one_sentence(error: Exception) -> str:
 def _with_huge_pages() -> None:
     """Starts this program again, as the same process, with malloc asking Linux for huge pages.
 
-    A CPU otherwise spends a quarter of a step on page faults; glibc reads the setting only when a program starts.
+    A CPU otherwise spends a quarter of a step on page faults.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ.update(HUGE_PAGES)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
