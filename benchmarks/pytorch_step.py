@@ -11,17 +11,20 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# pixels, patch, width, image depth, text depth (and as much fusion), heads, joint width, tokens, words, queue, pairs
-SIZES = {
-    "tiny": (64, 8, 128, 4, 2, 4, 64, 24, 500, 1024, 64),
-    "base": (256, 16, 768, 12, 6, 12, 256, 30, 30_522, 65_536, 4),
-}
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from configs.base import SIZES
+
+PAIRS = {"tiny": 64, "base": 4}
+WORDS = {"tiny": 500, "base": 30_522}
 
 
 class Attention(nn.Module):
@@ -63,14 +66,15 @@ class Block(nn.Module):
 class Towers(nn.Module):
     def __init__(self, size: str) -> None:
         super().__init__()
-        pixels, patch, width, depth, text_depth, heads, dim, tokens, words, _, _ = SIZES[size]
+        image, text, dim = SIZES[size]["image"], SIZES[size]["text"], SIZES[size]["dim"]
+        width, heads, patch = image["width"], image["heads"], image["patch_px"]
         self.patches = nn.Conv2d(3, width, patch, patch)
-        self.places = nn.Parameter(torch.randn(1, 1 + (pixels // patch) ** 2, width) * 0.02)
-        self.image = nn.ModuleList(Block(width, heads, first=True) for _ in range(depth))
+        self.places = nn.Parameter(torch.randn(1, 1 + (image["size_px"] // patch) ** 2, width) * 0.02)
+        self.image = nn.ModuleList(Block(width, heads, first=True) for _ in range(image["depth"]))
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.words, self.positions = nn.Embedding(words, width), nn.Embedding(tokens, width)
-        self.text = nn.ModuleList(Block(width, heads, first=False) for _ in range(text_depth))
-        self.fusion = nn.ModuleList(Block(width, heads, first=False, cross=True) for _ in range(text_depth))
+        self.words, self.positions = nn.Embedding(WORDS[size], width), nn.Embedding(text["max_tokens"], width)
+        self.text = nn.ModuleList(Block(width, heads, first=False) for _ in range(text["depth"]))
+        self.fusion = nn.ModuleList(Block(width, heads, first=False, cross=True) for _ in range(text["fusion_depth"]))
         self.to_image, self.to_text = nn.Linear(width, dim), nn.Linear(width, dim)
         self.match = nn.Linear(width, 2)
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
@@ -132,18 +136,19 @@ def loss_of(student: Towers, teacher: Towers, queue: torch.Tensor, views: torch.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="*", default=list(PAIRS), choices=list(PAIRS))
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for size in options.sizes:
         torch.manual_seed(0)
-        pixels, *_, dim, tokens, words, queue_size, pairs = SIZES[size]
+        at, pairs = SIZES[size], PAIRS[size]
+        pixels = at["image"]["size_px"]
         student = Towers(size)
         teacher = copy.deepcopy(student).requires_grad_(False)
         optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.02)
-        queue = F.normalize(torch.randn(2, queue_size, dim), dim=-1)
+        queue = F.normalize(torch.randn(2, at["queue"], at["dim"]), dim=-1)
         views = torch.randn(2, pairs, 3, pixels, pixels)
-        text = torch.randint(5, words, (pairs, tokens))
+        text = torch.randint(5, WORDS[size], (pairs, at["text"]["max_tokens"]))
         times = []
         for _ in range(2 + options.steps):
             began = time.perf_counter()

@@ -107,8 +107,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         alpha_steps=-1,  # linear from 0 over these; -1: one epoch (ALBEF)
     )
 
-    # ALBEF: 65 536; tiny 64, ours: a short run's weights move fast, and what is told apart by its age teaches nothing.
-    config.queue = dict(size=at["queue"])
+    config.queue = dict(size=at["queue"])  # ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
 
     config.itm = dict(groups=0)  # equal groups that negatives come from; 0: data shards x accumulation (ALBEF: one a GPU)
 
