@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
-from PIL import Image
 
 from codebook_jax import workdir as records
 from codebook_jax.data import augment
-from codebook_jax.data.images import UnreadableImage, decode, resize_square, rgb, upright
+from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import Tokenizer, Vocabulary, tokenizer_for_run
 from codebook_jax.errors import UserError
+from codebook_jax.given import Picture, Pictures, Texts, as_pictures, as_texts, pixels_of
 from codebook_jax.models import codis
 from codebook_jax.models.heads import MATCH
 
@@ -33,9 +33,6 @@ FORMAT = 1  # raise it when an older `load` could not read what `export` writes
 BUCKETS = (1, 4, 16, 64)  # rows a call is padded to: one compiled program each
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
-Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
-Pictures = Picture | Sequence[Picture]
-Texts = str | Sequence[str]
 
 
 class Codes(NamedTuple):
@@ -98,13 +95,13 @@ class Codis:
         """Unit features: their product with those of texts or of other images is the cosine similarity."""
         parts = [
             np.asarray(self._embed_images(self._towers, pixels)[0])[:count]
-            for pixels, count in self._pixel_chunks(_as_pictures(images))
+            for pixels, count in self._pixel_chunks(as_pictures(images))
         ]
         return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def encode_text(self, texts: Texts) -> Float32[np.ndarray, "texts dim"]:
         """Unit features, in the space of the images'."""
-        tokenised = self._tokenised(_as_texts(texts))
+        tokenised = self._tokenised(as_texts(texts))
         parts = [
             np.asarray(self._embed_texts(self._towers, tokens, lengths)[0])[:count]
             for tokens, lengths, count in _token_chunks(*tokenised)
@@ -118,7 +115,7 @@ class Codis:
         reads a pair jointly, so it is finer than the features and dearer: find candidates with those, order them with
         this.
         """
-        pictures, texts = _as_pictures(images), _as_texts(texts)
+        pictures, texts = as_pictures(images), as_texts(texts)
         if len(pictures) != len(texts) and 1 not in (len(pictures), len(texts)):
             raise UserError(
                 f"{len(pictures)} images and {len(texts)} texts are no pairs: give as many of both, or one of either"
@@ -210,7 +207,7 @@ class Codis:
         side = self.config.model.image.size_px
 
         def read(position: int) -> np.ndarray:
-            return resize_square(_pixels_of(pictures[position], position), side)
+            return resize_square(pixels_of(pictures[position], position), side)
 
         with ThreadPoolExecutor(READERS) as pool:
             for part, rows in _chunks(len(pictures)):
@@ -350,80 +347,6 @@ def _damaged(path: Path, failure: Exception) -> UserError:
     reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
     reason = reason if len(reason) <= 160 else f"{reason[:157]}..."
     return UserError(f"the export is damaged: {path} cannot be read ({reason}): export again")
-
-
-# -- images and texts as they are given
-
-
-def _as_pictures(given: Pictures) -> list[Picture]:
-    if isinstance(given, jax.Array):
-        given = np.asarray(given)
-    if isinstance(given, np.ndarray):
-        return list(given) if given.ndim == 4 else [given]
-    if isinstance(given, str | bytes | os.PathLike | Image.Image):
-        return [given]
-    try:
-        return list(given)
-    except TypeError:
-        raise UserError(
-            f"images={given!r} cannot be read: give paths, PIL images or uint8 arrays"
-        ) from None
-
-
-def _pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height width 3"]:
-    """RGB of one picture as it was given; raises UserError naming the position and what is wrong."""
-    try:
-        if isinstance(picture, Image.Image):
-            return _rgb_of(picture)
-        if isinstance(picture, str | bytes | os.PathLike):
-            return decode(picture)
-        if isinstance(picture, np.ndarray | jax.Array):
-            return _rgb_array(np.asarray(picture))
-    except UnreadableImage as failure:
-        raise UserError(f"image {position}: {failure}") from failure
-    raise UserError(
-        f"image {position} is a {type(picture).__name__}: give a path, a PIL image or a uint8 array"
-    )
-
-
-def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    try:
-        return np.asarray(rgb(upright(picture)))
-    except Exception as failure:  # a file that Pillow opened and cannot read to its end
-        raise UnreadableImage(f"the PIL image cannot be read: {failure}") from failure
-
-
-def _rgb_array(array: np.ndarray) -> np.ndarray:
-    """The array as [height, width, 3]; raises UnreadableImage for what could be meant in two ways."""
-    shown = f"an array of {array.dtype} {list(array.shape)}"
-    if array.dtype != np.uint8:
-        raise UnreadableImage(
-            f"{shown} may be in 0..1 or in 0..255: give uint8, for 0..1 (255 * image).round().astype('uint8')"
-        )
-    if array.size == 0:
-        raise UnreadableImage(f"{shown} has no pixels")
-    if array.ndim == 2:
-        return np.repeat(array[:, :, None], 3, axis=2)
-    if array.ndim == 3 and array.shape[2] == 1:
-        return np.repeat(array, 3, axis=2)
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-        raise UnreadableImage(f"{shown} has its channels first: give image.transpose(1, 2, 0)")
-    if array.ndim != 3 or array.shape[2] != 3:
-        raise UnreadableImage(f"{shown} is neither [height, width, 3] nor [height, width]")
-    return array
-
-
-def _as_texts(given: Texts) -> list[str]:
-    try:
-        texts = [given] if isinstance(given, str) else list(given)
-    except TypeError:
-        raise UserError(
-            f"texts={given!r} cannot be read: give a string or a list of strings"
-        ) from None
-    for position, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise UserError(f"text {position} is a {type(text).__name__}: give strings")
-    return texts
 
 
 # -- batches of few sizes

@@ -1,4 +1,4 @@
-"""How evenly codewords are used: statistics over a window of samples, kept in the train state.
+"""How codewords are used: what a plan says of a batch, and which won over a window of samples, kept in the train state.
 
 One batch says little: with fewer samples than codewords most must be unused (bshall/VectorQuantizedVAE#3).
 """
@@ -6,8 +6,11 @@ One batch says little: with fewer samples than codewords most must be unused (bs
 from __future__ import annotations
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from codebook_jax.transport import column_error, row_error
 
 
 @flax.struct.dataclass
@@ -39,3 +42,29 @@ def perplexity_and_unused(usage: Usage, codes: int) -> tuple[Float[Array, "2"], 
     share = counts / jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
     entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0), 1)
     return jnp.exp(entropy), (counts == 0).mean(axis=1)
+
+
+def soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "2 batch codes"]:
+    """q = N T of the batch's rows: each sums to 1, but that of a row left out of the transport."""
+    rows = plan[:, :batch]
+    mass = rows.sum(axis=-1, keepdims=True)
+    return rows / jnp.where(mass > 0, mass, 1)
+
+
+def codebook_scalars(
+    usage: Usage, plan: Float[Array, "2 rows codes"], batch: int
+) -> dict[str, Float[Array, ""]]:
+    """What is worth watching of the assignment; the plan's first `batch` rows are the batch's."""
+    soft = soft_codes(plan, batch)
+    perplexity, unused = perplexity_and_unused(usage, plan.shape[-1])
+    valid = jnp.sum(plan, axis=-1) > 0
+    return {
+        "codebook/perplexity": perplexity.mean(),
+        "codebook/perplexity_image": perplexity[0],
+        "codebook/perplexity_text": perplexity[1],
+        "codebook/unused_share": unused.mean(),
+        "codebook/assignment_entropy": -jnp.sum(jax.scipy.special.xlogy(soft, soft), -1).mean(),
+        "codebook/agreement": jnp.mean(jnp.argmax(soft[0], -1) == jnp.argmax(soft[1], -1)),
+        "transport/column_error": column_error(plan).max(),
+        "transport/row_error": row_error(plan, valid).max(),
+    }

@@ -11,7 +11,7 @@ SIZES = {
     "tiny": dict(
         image=dict(size_px=64, patch_px=8, width=128, depth=4, heads=4),
         text=dict(width=128, depth=2, fusion_depth=2, heads=4, max_tokens=24, max_positions=64),
-        dim=64, codes=512, queue=64, batch=64, steps=600, examples=20_000, dtype="float32",
+        dim=64, codes=512, queue=64, batch=64, steps=540, examples=20_000, dtype="float32",
         learning_rate=1.5e-3, learning_rate_ends=1.5e-5, warmup_steps=40, dropout=0.0, momentum=0.99, momentum_ramp=True,
     ),
     "small": dict(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_train import OneWeight, config_of, world  # noqa: F401
 
-from codebook_jax import build, memory, train
+from codebook_jax import build, liveness, memory, train
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.memory import Estimate
@@ -105,8 +105,8 @@ def test_peak_counts_what_is_alive_together_and_no_more():
 
     size = lambda aval: aval.size * aval.dtype.itemsize  # noqa: E731
     x = jax.ShapeDtypeStruct((100, 100), jnp.float32)
-    assert memory.peak(jax.make_jaxpr(chain)(x).jaxpr, size) == 2 * 40_000
-    assert 5 * 40_000 <= memory.peak(jax.make_jaxpr(kept)(x).jaxpr, size) <= 9 * 40_000
+    assert liveness.peak(jax.make_jaxpr(chain)(x).jaxpr, size) == 2 * 40_000
+    assert 5 * 40_000 <= liveness.peak(jax.make_jaxpr(kept)(x).jaxpr, size) <= 9 * 40_000
 
 
 def test_peak_of_a_loop_has_one_turn_of_its_body_and_all_it_stacks():
@@ -114,7 +114,7 @@ def test_peak_of_a_loop_has_one_turn_of_its_body_and_all_it_stacks():
         return jax.lax.scan(lambda c, _: (c @ c, jnp.sin(c) @ c), x, length=7)
 
     size = lambda aval: aval.size * aval.dtype.itemsize  # noqa: E731
-    found = memory.peak(jax.make_jaxpr(loop)(jax.ShapeDtypeStruct((100, 100), jnp.float32)).jaxpr, size)
+    found = liveness.peak(jax.make_jaxpr(loop)(jax.ShapeDtypeStruct((100, 100), jnp.float32)).jaxpr, size)
     assert 8 * 40_000 < found <= 12 * 40_000
 
 

@@ -13,11 +13,12 @@ from scipy.special import log_softmax, softmax
 from test_losses import alignment_float64, codebook_float64
 from test_transport import _sinkhorn_float64
 
-from codebook_jax import sharding
+from codebook_jax import sharding, usage
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.losses import Pair
 from codebook_jax.tasks import pretrain
+from codebook_jax.tasks.draws import draw_inputs
 from configs import base
 
 BATCH, SIDE, TOKENS, IMAGE_TOKENS, WORDS = (
@@ -209,7 +210,7 @@ def embedded(one):
     @jax.jit
     def embed(state, batch):
         key = jax.random.fold_in(jax.random.key(task.config.seed), state.step)
-        inputs = task.draw(batch, jax.random.split(key)[0])
+        inputs = draw_inputs(batch, jax.random.split(key)[0], task.config, task.vocabulary)
         masked = inputs.masked
         found = {"masked": masked}
         for name, towers, images in (
@@ -321,7 +322,7 @@ def test_queue_samples_join_the_transport_and_give_no_rows_to_the_loss(five):
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(
         lambda x: x.shape, task.abstract_state()
     )
-    soft = pretrain._soft_codes(plan, BATCH)
+    soft = usage.soft_codes(plan, BATCH)
     assert soft.shape == (2, BATCH, 12) and "codebook/perplexity" in scalars
     np.testing.assert_allclose(soft.sum(-1), 1, rtol=1e-5)
 
@@ -463,7 +464,7 @@ def test_the_temperature_stays_in_its_range(five):
 
 def views(batch, **changes):
     task = task_on(1, 1, 1, **changes)
-    inputs = jax.jit(task.draw)(batch, jax.random.key(0))
+    inputs = jax.jit(lambda b, key: draw_inputs(b, key, task.config, task.vocabulary))(batch, jax.random.key(0))
     return np.asarray(inputs.image), np.asarray(inputs.teacher_image)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from codebook_jax.data import scenes
+from codebook_jax.data.scenes import pictures
 
 SIZE_OF = {"small": "small", "tiny": "small", "large": "large", "big": "large"}
 TONES = {"dark": (0, 110), "light": (140, 255)}
@@ -262,4 +263,4 @@ def test_relations_are_not_told_where_they_are_not_clear():
 
 def test_an_unknown_shape_is_refused():
     with pytest.raises(ValueError, match="no shape 'blob'"):
-        scenes._corners("blob")
+        pictures._corners("blob")

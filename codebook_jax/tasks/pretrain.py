@@ -25,23 +25,11 @@ from codebook_jax.losses import Pair
 from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives, gather_in_groups
 from codebook_jax.models.heads import MATCH
-from codebook_jax.sampling import MaskedText, draw_negatives, mask_words, may_be_negatives
+from codebook_jax.sampling import draw_negatives
 from codebook_jax.state import TrainState
-from codebook_jax.transport import codeword_costs, column_error, row_error, transport_plan
-
-
-class Inputs(NamedTuple):
-    """What a step learns from, all its random draws made; every array has the batch as its first axis."""
-
-    image: Any  # uint8 [B, S, S, 3], augmented
-    teacher_image: Any
-    tokens: Any
-    text_length: Any
-    masked: MaskedText | None
-    word_weight: Any  # of each hidden word in L_mlm; they sum to 1
-    noise: Pair | None  # Gumbel's, for the negatives of images and of texts
-    allowed: Any  # bool [B, B / groups]: who may be a negative of whom
-    match_weight: Any  # [B, 3] of the pair, its negative text, its negative image in L_itm; they sum to 1
+from codebook_jax.tasks.draws import Inputs, draw_inputs
+from codebook_jax.transport import codeword_costs, transport_plan
+from codebook_jax.usage import soft_codes
 
 
 class Taught(NamedTuple):
@@ -88,10 +76,8 @@ class Pretraining:
             eps=o.eps,
             clip_norm=o.clip_norm,
         )
-        self.groups = config.itm.groups
         self.pass_groups = config.itm.groups // o.accumulation
         self.passes = Passes(o.accumulation, mesh)
-        self.slots = max(1, int(config.mlm.max_share * config.model.text.max_tokens))
         shapes = jax.eval_shape(self._init, jax.random.key(0))
         self.shardings = sharding.state_shardings(shapes, mesh)
         self._abstract = jax.tree.map(
@@ -140,7 +126,7 @@ class Pretraining:
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         draw_key, dropout_key = jax.random.split(key)
-        inputs = self.draw(batch, draw_key)
+        inputs = draw_inputs(batch, draw_key, self.config, self.vocabulary)
         taught = self.passes.over(functools.partial(self.teach, state.teacher), inputs)
         plan = self.assign(taught.features, state)
         (loss, scalars), gradients = self.passes.gradients(
@@ -162,44 +148,6 @@ class Pretraining:
         after = _if_good(good, after, state)
         scalars = {"loss": loss, **scalars, "gradient_norm": gradient_norm, "bad_step": ~good}
         return after, scalars | self.report(state, after, inputs, plan)
-
-    def draw(self, batch: Batch, key: Key[Array, ""]) -> Inputs:
-        """Augmented views, hidden words and noise, drawn for the whole batch whatever the passes and shards."""
-        config = self.config
-        student_key, teacher_key, word_key, image_noise, text_noise = jax.random.split(key, 5)
-        views = self._views(batch, student_key, teacher_key)
-        masked, word_weight = None, None
-        if config.losses.masked_lm:
-            masked = mask_words(
-                word_key,
-                batch.tokens,
-                self.vocabulary,
-                probability=config.mlm.probability,
-                slots=self.slots,
-                mask_share=config.mlm.mask_share,
-                random_share=config.mlm.random_share,
-            )
-            word_weight = masked.used / jnp.maximum(masked.used.sum(), 1)
-        noise, allowed, match_weight = None, None, None
-        if config.losses.matching:
-            allowed = may_be_negatives(batch.image_id, self.groups)
-            shape = allowed.shape
-            noise = Pair(
-                jax.random.gumbel(image_noise, shape), jax.random.gumbel(text_noise, shape)
-            )
-            some = allowed.any(axis=1).astype(jnp.float32)
-            match_weight = jnp.stack([jnp.ones_like(some), some, some], axis=1)
-            match_weight = match_weight / match_weight.sum()
-        return Inputs(
-            *views,
-            batch.tokens,
-            batch.text_length,
-            masked,
-            word_weight,
-            noise,
-            allowed,
-            match_weight,
-        )
 
     def teach(self, towers: Any, inputs: Inputs) -> Taught:
         """Features of the teacher's view of the images and of the texts, and its states of the hidden words."""
@@ -275,7 +223,7 @@ class Pretraining:
                 features,
                 teacher_features,
                 codis.unit(own["codebook"]["codes"]),
-                Pair(*_soft_codes(plan, len(image_id))),
+                Pair(*soft_codes(plan, len(image_id))),
                 temperature=config.codebook.temperature,
             )
             scalars |= {f"loss/codebook_{name}": part for name, part in parts._asdict().items()}
@@ -384,21 +332,9 @@ class Pretraining:
         }
         if inputs.allowed is not None:
             scalars["matching/without_negative"] = jnp.sum(~inputs.allowed.any(axis=1))
-        if plan is None:
-            return scalars
-        soft = _soft_codes(plan, len(inputs.tokens))
-        perplexity, unused = usage.perplexity_and_unused(after.usage, plan.shape[-1])
-        valid = jnp.sum(plan, axis=-1) > 0
-        return scalars | {
-            "codebook/perplexity": perplexity.mean(),
-            "codebook/perplexity_image": perplexity[0],
-            "codebook/perplexity_text": perplexity[1],
-            "codebook/unused_share": unused.mean(),
-            "codebook/assignment_entropy": -jnp.sum(jax.scipy.special.xlogy(soft, soft), -1).mean(),
-            "codebook/agreement": jnp.mean(jnp.argmax(soft[0], -1) == jnp.argmax(soft[1], -1)),
-            "transport/column_error": column_error(plan).max(),
-            "transport/row_error": row_error(plan, valid).max(),
-        }
+        if plan is not None:
+            scalars |= usage.codebook_scalars(after.usage, plan, len(inputs.tokens))
+        return scalars
 
     # -- schedules
 
@@ -427,16 +363,6 @@ class Pretraining:
 
     def _pixels(self, images: Array) -> Array:
         return augment.normalise(images, jnp.dtype(self.config.model.dtype))
-
-    def _views(self, batch: Batch, key: Array, teacher_key: Array) -> tuple[Array, Array]:
-        data = self.config.data
-        if not (data.flip or data.randaugment_layers):
-            return batch.image, batch.teacher_image
-        of = dict(layers=data.randaugment_layers, magnitude=data.randaugment_magnitude)
-        image = _to_uint8(augment.augment(batch.image, batch.flip, key, **of))
-        if data.teacher_view == "same":
-            return image, image
-        return image, _to_uint8(augment.augment(batch.teacher_image, batch.flip, teacher_key, **of))
 
     def _read(
         self, towers: codis.Towers, inputs: Inputs, key: Key[Array, ""] | None
@@ -470,21 +396,10 @@ def _updates(state: TrainState) -> Array:
     return state.step - state.bad_total
 
 
-def _soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "2 batch codes"]:
-    """q = N T of the batch's rows: each sums to 1, but that of a row left out of the transport."""
-    rows = plan[:, :batch]
-    mass = rows.sum(axis=-1, keepdims=True)
-    return rows / jnp.where(mass > 0, mass, 1)
-
-
 def _at_positions(
     states: Float[Array, "texts tokens width"], positions: Int[Array, "texts slots"]
 ) -> Float[Array, "texts slots width"]:
     return jnp.take_along_axis(states, positions[:, :, None], axis=1)
-
-
-def _to_uint8(images: Array) -> Array:
-    return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)
 
 
 def _if_good(good: Array, after: TrainState, before: TrainState) -> TrainState:

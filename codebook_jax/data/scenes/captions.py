@@ -1,0 +1,137 @@
+"""What can be said of a scene: captions in training's wordings and in evaluation's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from codebook_jax.data.scenes.world import Background, Scene, SceneObject, pick
+
+CAPTIONS = 4  # a training scene
+MOST_WORDS = 22  # 24 tokens with [CLS] and [SEP]
+_SIZE_WORD = 0.75  # share of the mentions of an object that tell its size
+_BACKGROUND_WORDS = 0.3  # share of the captions that tell the background, where there is room
+_UNSEEN_WORDING = 0.25  # share of the evaluation captions in a wording that training has not
+
+_RELATION_WORDS = {
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+_SIZE_WORDS = {"small": ("small", "tiny"), "large": ("large", "big")}
+_OPENINGS = ("", "", "", "a picture of", "an image of")
+
+# A, B, C: an object with its article; r: a relation; a, b: "the" object; t: the object that C is related to.
+_TWO = ("{A} {r} {B}", "{A} is {r} {B}", "there is {A} {r} {B}", "{r} {B} there is {A}")
+_TWO += ("{A} and {B}, {a} {r} {b}",)
+_TWO_UNSEEN = ("{A} and {B}: {a} is {r} {b}", "{r} {B} is {A}")
+_THREE = ("{A} {r} {B} with {C} {s} {t}", "{A} is {r} {B}, and {C} is {s} {t}")
+_THREE += ("there is {A} {r} {B}, {s} {t} is {C}", "{A}, {B} and {C}, {a} {r} {b}")
+_THREE_UNSEEN = ("{r} {B} is {A}, and {s} {t} is {C}", "there is {A}, {B} and {C}, {a} is {r} {b}")
+HARD_WORDINGS = ("{A} {r} {B}", "{A} is {r} {B}", "there is {A} {r} {B}", "{A} that is {r} {B}")
+
+
+def training_captions(scene: Scene) -> tuple[str, ...]:
+    """Four captions of the scene in training's wordings; some may be the same."""
+    draw = random.Random(scene.wording_seed)
+    return tuple(_caption(scene, draw, _TWO, _THREE) for _ in range(CAPTIONS))
+
+
+def test_caption(scene: Scene) -> str:
+    """The scene's one caption in evaluation, now and then in a wording that training does not have."""
+    draw = random.Random(scene.wording_seed)
+    if draw.random() < _UNSEEN_WORDING:
+        return _caption(scene, draw, _TWO_UNSEEN, _THREE_UNSEEN)
+    return _caption(scene, draw, _TWO, _THREE)
+
+
+test_caption.__test__ = False  # pytest: not a test
+
+
+def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Sequence[str]) -> str:
+    if len(scene.objects) == 2:
+        return two_objects(scene, int(2 * draw.random()), draw, two)
+    return _three_objects(scene, draw, three)
+
+
+def two_objects(scene: Scene, first: int, draw: random.Random, wordings: Sequence[str]) -> str:
+    mentions = [_mention(thing, draw) for thing in scene.objects]
+    relation = scene.relation(first, 1 - first)
+    parts = {
+        "A": mentions[first],
+        "B": mentions[1 - first],
+        "r": pick(draw, _RELATION_WORDS[relation]),
+        "a": _short(scene.objects[first], scene),
+        "b": _short(scene.objects[1 - first], scene),
+    }
+    return _finish(pick(draw, wordings), parts, scene, draw)
+
+
+def _three_objects(scene: Scene, draw: random.Random, wordings: Sequence[str]) -> str:
+    first, relation, second = pick(draw, scene.relations())
+    third = 3 - first - second
+    links = [(other, scene.relation(third, other)) for other in (first, second)]
+    other, second_relation = pick(draw, [link for link in links if link[1]])
+    a, b, c = scene.objects[first], scene.objects[second], scene.objects[third]
+    parts = {
+        "A": _mention(a, draw),
+        "B": _mention(b, draw),
+        "C": _mention(c, draw),
+        "r": pick(draw, _RELATION_WORDS[relation]),
+        "s": pick(draw, _RELATION_WORDS[second_relation]),
+        "a": _short(a, scene),
+        "b": _short(b, scene),
+        "t": _short(scene.objects[other], scene),
+    }
+    return _finish(pick(draw, wordings), parts, scene, draw)
+
+
+def _finish(wording: str, parts: dict[str, str], scene: Scene, draw: random.Random) -> str:
+    """The wording filled in, shortened to fit, with an opening and the background where there is room."""
+    opening, ending = pick(draw, _OPENINGS), _background_words(scene.background, draw)
+    caption = wording.format(**parts)
+    while len(caption.split()) > MOST_WORDS:
+        longest = max(parts, key=lambda name: len(parts[name].split()))
+        parts = parts | {longest: _shorter(parts[longest])}
+        caption = wording.format(**parts)
+    if opening and wording.startswith("{A}") and " is " not in wording:
+        if len(caption.split()) + len(opening.split()) <= MOST_WORDS:
+            caption = f"{opening} {caption}"
+    if ending and len(caption.split()) + len(ending.split()) <= MOST_WORDS:
+        caption = f"{caption} {ending}"
+    return caption
+
+
+def _shorter(words: str) -> str:
+    """A relation or a mention in fewer words that say less or the same."""
+    if words.startswith("to the "):
+        return words.removeprefix("to the ")
+    article, *others = words.split()
+    noun = " ".join(others[1:])  # without the word for its size
+    return f"the {noun}" if article == "the" else f"{_article(noun)} {noun}"
+
+
+def _background_words(background: Background, draw: random.Random) -> str:
+    if draw.random() >= _BACKGROUND_WORDS:
+        return ""
+    word = background.texture if draw.random() < 0.7 else background.tone
+    return f"on a {word} background"
+
+
+def _mention(thing: SceneObject, draw: random.Random) -> str:
+    words = f"{thing.colour} {thing.shape}"
+    size = pick(draw, _SIZE_WORDS[thing.size])
+    if draw.random() < _SIZE_WORD:
+        words = f"{size} {words}"
+    return f"{_article(words)} {words}"
+
+
+def _short(thing: SceneObject, scene: Scene) -> str:
+    """The object in as few words as tell it from the scene's others."""
+    alike = sum(other.shape == thing.shape for other in scene.objects)
+    return f"the {thing.shape}" if alike == 1 else f"the {thing.colour} {thing.shape}"
+
+
+def _article(words: str) -> str:
+    return "an" if words[0] in "aeiou" else "a"

@@ -1,0 +1,199 @@
+"""What a scene is, and how one is drawn by lot: objects, their places and relations, what each split holds out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+WORLD = 1  # raise it when any scene or caption changes: fingerprints hold it
+SPLITS = ("train", "validation", "test")
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 215, 40),
+    "purple": (130, 50, 170),
+    "orange": (245, 130, 30),
+    "pink": (250, 130, 190),
+    "cyan": (50, 205, 220),
+    "brown": (126, 78, 44),
+    "lime": (176, 226, 46),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
+SIZES = {"small": 0.11, "large": 0.165}  # half an object's width, of the picture's
+TEXTURES = ("plain", "striped", "checked", "dotted")
+TONES = {"dark": (52, 52, 56), "light": (206, 206, 202)}
+
+# From an object's centre to the picture's edge: crops of 70 % of the area keep nearly every object.
+_MARGIN = 0.2
+_GAP = 0.05  # between two objects
+_CLEAR = 0.22  # least distance along its axis for a relation to be said
+_SKEW = 0.6  # most distance across a relation's axis, of that along it
+
+
+class Background(NamedTuple):
+    texture: str
+    tone: str
+    colour: tuple[int, int, int]
+    angle: float  # radians
+    periods: float  # across the picture
+    phase: float
+    noise_seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """One shape. Positions are shares of the picture's side, from its left and its top."""
+
+    colour: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    paint: tuple[int, int, int]
+
+    @property
+    def radius(self) -> float:
+        return SIZES[self.size]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom)."""
+        r = self.radius
+        return self.x - r, self.y - r, self.x + r, self.y + r
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a picture shows. No two objects agree in both colour and shape, and none overlap."""
+
+    objects: tuple[SceneObject, ...]
+    background: Background
+    wording_seed: int
+
+    def relation(self, first: int, second: int) -> str | None:
+        """How object `first` lies to object `second`: left, right, above, below, or None where it is not clear."""
+        return relation_between(self.objects[first], self.objects[second])
+
+    def relations(self) -> list[tuple[int, str, int]]:
+        """Every (first, relation, second) that holds, both ways round."""
+        pairs = itertools.permutations(range(len(self.objects)), 2)
+        found = [(first, self.relation(first, second), second) for first, second in pairs]
+        return [(first, relation, second) for first, relation, second in found if relation]
+
+
+def relation_between(first: SceneObject, second: SceneObject) -> str | None:
+    """left, right, above or below, where `first` clearly lies so to `second`."""
+    right, down = first.x - second.x, first.y - second.y
+    if abs(right) >= _CLEAR and abs(down) <= _SKEW * abs(right):
+        return "right" if right > 0 else "left"
+    if abs(down) >= _CLEAR and abs(right) <= _SKEW * abs(down):
+        return "below" if down > 0 else "above"
+    return None
+
+
+# What is held out
+
+
+Kind = tuple[str, str]  # (colour, shape)
+
+
+@functools.cache
+def held_out(first: Kind, second: Kind) -> str | None:
+    """The split that alone shows these two together, in either binding of the colours; None: training may.
+
+    Depends on nothing but the names, so every seed and every length of the training data holds out the same.
+    """
+    colours, shapes = zip(first, second, strict=True)
+    draw = _number(f"held out {'/'.join((*sorted(colours), *sorted(shapes)))}") % 20
+    return {0: "validation", 1: "test"}.get(draw)
+
+
+@functools.cache
+def held_out_pairs(split: str) -> tuple[tuple[Kind, Kind], ...]:
+    kinds = itertools.product(COLOURS, SHAPES)
+    return tuple(pair for pair in itertools.permutations(kinds, 2) if held_out(*pair) == split)
+
+
+# Scenes
+
+
+def draw_scene(draw: random.Random, split: str | None) -> Scene:
+    while True:
+        kinds = _draw_kinds(draw, 2 if draw.random() < 0.35 else 3, split)
+        objects = place(draw, kinds)
+        if objects is not None:
+            return Scene(objects, draw_background(draw), draw.getrandbits(48))
+
+
+def _draw_kinds(draw: random.Random, count: int, split: str | None) -> list[Kind]:
+    """`count` different (colour, shape), with a pair of `split` among them, and none of another split."""
+    while True:
+        kinds = list(pick(draw, held_out_pairs(split))) if split else []
+        while len(kinds) < count:
+            kinds.append((pick(draw, tuple(COLOURS)), pick(draw, SHAPES)))
+        splits = {held_out(*pair) for pair in itertools.combinations(kinds, 2)}
+        if len(set(kinds)) == count and splits <= {None, split}:
+            return kinds
+
+
+def place(draw: random.Random, kinds: Sequence[Kind]) -> tuple[SceneObject, ...] | None:
+    """The objects where they do not overlap and each clearly lies some way to another; None if that was not found."""
+    looks = [(pick(draw, tuple(SIZES)), _shade(draw, COLOURS[colour])) for colour, _ in kinds]
+    for _ in range(50):
+        objects = tuple(
+            SceneObject(*kind, size, _between(draw, _MARGIN), _between(draw, _MARGIN), paint)
+            for kind, (size, paint) in zip(kinds, looks, strict=True)
+        )
+        apart = all(
+            math.hypot(a.x - b.x, a.y - b.y) >= math.sqrt(2) * (a.radius + b.radius) + _GAP
+            or max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + _GAP
+            for a, b in itertools.combinations(objects, 2)
+        )
+        related = all(any(relation_between(a, b) for b in objects if b is not a) for a in objects)
+        if apart and related:
+            return objects
+    return None
+
+
+def draw_background(draw: random.Random) -> Background:
+    tone = pick(draw, tuple(TONES))
+    return Background(
+        texture=pick(draw, TEXTURES),
+        tone=tone,
+        colour=_shade(draw, TONES[tone]),
+        angle=math.pi * draw.random(),
+        periods=5 + 3 * draw.random(),
+        phase=2 * math.pi * draw.random(),
+        noise_seed=draw.getrandbits(32),
+    )
+
+
+# Draws: `random.Random.random` and `getrandbits` alone are promised to stay what they are in every Python.
+
+
+def _number(words: str) -> int:
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
+
+
+def random_of(split: str, seed: int, index: int) -> random.Random:
+    return random.Random(_number(f"world {WORLD}: {split} {seed} {index}"))
+
+
+def pick(draw: random.Random, choices: Sequence):
+    return choices[int(draw.random() * len(choices))]
+
+
+def _between(draw: random.Random, margin: float) -> float:
+    return margin + (1 - 2 * margin) * draw.random()
+
+
+def _shade(draw: random.Random, colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    return tuple(min(255, max(0, part + int(25 * draw.random()) - 12)) for part in colour)

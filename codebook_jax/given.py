@@ -1,0 +1,91 @@
+"""Images and texts as a user of a loaded model gives them; what cannot be read is refused by its position."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from codebook_jax.data.images import UnreadableImage, decode, rgb, upright
+from codebook_jax.errors import UserError
+
+Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
+Pictures = Picture | Sequence[Picture]
+Texts = str | Sequence[str]
+
+
+def as_pictures(given: Pictures) -> list[Picture]:
+    """One picture or many as a list; raises UserError for what is neither."""
+    if isinstance(given, jax.Array):
+        given = np.asarray(given)
+    if isinstance(given, np.ndarray):
+        return list(given) if given.ndim == 4 else [given]
+    if isinstance(given, str | bytes | os.PathLike | Image.Image):
+        return [given]
+    try:
+        return list(given)
+    except TypeError:
+        raise UserError(
+            f"images={given!r} cannot be read: give paths, PIL images or uint8 arrays"
+        ) from None
+
+
+def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height width 3"]:
+    """RGB of one picture as it was given; raises UserError naming the position and what is wrong."""
+    try:
+        if isinstance(picture, Image.Image):
+            return _rgb_of(picture)
+        if isinstance(picture, str | bytes | os.PathLike):
+            return decode(picture)
+        if isinstance(picture, np.ndarray | jax.Array):
+            return _rgb_array(np.asarray(picture))
+    except UnreadableImage as failure:
+        raise UserError(f"image {position}: {failure}") from failure
+    raise UserError(
+        f"image {position} is a {type(picture).__name__}: give a path, a PIL image or a uint8 array"
+    )
+
+
+def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    try:
+        return np.asarray(rgb(upright(picture)))
+    except Exception as failure:  # a file that Pillow opened and cannot read to its end
+        raise UnreadableImage(f"the PIL image cannot be read: {failure}") from failure
+
+
+def _rgb_array(array: np.ndarray) -> np.ndarray:
+    """The array as [height, width, 3]; raises UnreadableImage for what could be meant in two ways."""
+    shown = f"an array of {array.dtype} {list(array.shape)}"
+    if array.dtype != np.uint8:
+        raise UnreadableImage(
+            f"{shown} may be in 0..1 or in 0..255: give uint8, for 0..1 (255 * image).round().astype('uint8')"
+        )
+    if array.size == 0:
+        raise UnreadableImage(f"{shown} has no pixels")
+    if array.ndim == 2:
+        return np.repeat(array[:, :, None], 3, axis=2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        return np.repeat(array, 3, axis=2)
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        raise UnreadableImage(f"{shown} has its channels first: give image.transpose(1, 2, 0)")
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise UnreadableImage(f"{shown} is neither [height, width, 3] nor [height, width]")
+    return array
+
+
+def as_texts(given: Texts) -> list[str]:
+    """One text or many as a list; raises UserError for what is not strings."""
+    try:
+        texts = [given] if isinstance(given, str) else list(given)
+    except TypeError:
+        raise UserError(
+            f"texts={given!r} cannot be read: give a string or a list of strings"
+        ) from None
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"text {position} is a {type(text).__name__}: give strings")
+    return texts
