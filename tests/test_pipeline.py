@@ -155,11 +155,12 @@ def test_workers_outlive_the_signals_that_a_run_handles_but_not_the_run(tmp_path
     path.write_text(WORKERS)
     done = subprocess.run(
         [sys.executable, path, tmp_path / "run"],
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
         start_new_session=True,
     )
-    assert done.returncode == -signal.SIGKILL
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "resource_tracker: process died" not in done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert pids
     end = time.monotonic() + 10

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import grain
@@ -105,6 +106,7 @@ class BatchStream(Iterator[Batch]):
         reading = grain.ReadOptions(num_threads=min(_READERS, ahead), prefetch_buffer_size=ahead)
         batches = grain.MapDataset.range(start_step, steps).map(maker).to_iter_dataset(reading)
         if workers:
+            _start_resource_tracker()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
                 worker_init_fn=_start_worker,
@@ -283,6 +285,19 @@ class _Maker:
             self._closed = True
             if self._pool is not None:
                 self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_resource_tracker() -> None:
+    """Starts Python's process that watches over shared memory, so that SIGUSR1 does not end it.
+
+    It ignores SIGINT and SIGTERM alone, and the run fails on a broken pipe when it is gone. A signal that is blocked
+    while a program starts stays blocked in it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(index: int, count: int) -> None:
