@@ -34,7 +34,6 @@ BUCKETS = (1, 4, 16, 64)  # rows a call is padded to: one compiled program each
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
 
-
 class Codes(NamedTuple):
     """The likeliest codewords of each feature, likeliest first."""
 

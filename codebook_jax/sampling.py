@@ -1,4 +1,4 @@
-"""What a pre-training step draws: masked words, and negatives for the matching."""
+"""How masked words, and negatives for the matching, are drawn; `tasks/draws.py` makes a step's draws with it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ from codebook_jax.sampling import draw_negatives
 from codebook_jax.state import TrainState
 from codebook_jax.tasks.draws import Inputs, draw_inputs
 from codebook_jax.transport import codeword_costs, transport_plan
-from codebook_jax.usage import soft_codes
 
 
 class Taught(NamedTuple):
@@ -223,7 +222,7 @@ class Pretraining:
                 features,
                 teacher_features,
                 codis.unit(own["codebook"]["codes"]),
-                Pair(*soft_codes(plan, len(image_id))),
+                Pair(*usage.soft_codes(plan, len(image_id))),
                 temperature=config.codebook.temperature,
             )
             scalars |= {f"loss/codebook_{name}": part for name, part in parts._asdict().items()}

@@ -56,6 +56,7 @@ def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Seque
 
 
 def two_objects(scene: Scene, first: int, draw: random.Random, wordings: Sequence[str]) -> str:
+    """A caption of a scene of two, in one of the wordings, told from object `first`."""
     mentions = [_mention(thing, draw) for thing in scene.objects]
     relation = scene.relation(first, 1 - first)
     parts = {

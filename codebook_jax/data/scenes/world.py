@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WORLD = 1  # raise it when any scene or caption changes: fingerprints hold it
-SPLITS = ("train", "validation", "test")
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -118,6 +117,7 @@ def held_out(first: Kind, second: Kind) -> str | None:
 
 @functools.cache
 def held_out_pairs(split: str) -> tuple[tuple[Kind, Kind], ...]:
+    """Every two that `split` alone shows together, in both orders."""
     kinds = itertools.product(COLOURS, SHAPES)
     return tuple(pair for pair in itertools.permutations(kinds, 2) if held_out(*pair) == split)
 
@@ -126,6 +126,7 @@ def held_out_pairs(split: str) -> tuple[tuple[Kind, Kind], ...]:
 
 
 def draw_scene(draw: random.Random, split: str | None) -> Scene:
+    """A scene that shows what `split` alone may; None: nothing that is held out."""
     while True:
         kinds = _draw_kinds(draw, 2 if draw.random() < 0.35 else 3, split)
         objects = place(draw, kinds)
@@ -164,6 +165,7 @@ def place(draw: random.Random, kinds: Sequence[Kind]) -> tuple[SceneObject, ...]
 
 
 def draw_background(draw: random.Random) -> Background:
+    """Texture, tone and all else behind the objects."""
     tone = pick(draw, tuple(TONES))
     return Background(
         texture=pick(draw, TEXTURES),
@@ -184,10 +186,12 @@ def _number(words: str) -> int:
 
 
 def random_of(split: str, seed: int, index: int) -> random.Random:
+    """The draws of one scene; they follow from these three and from WORLD."""
     return random.Random(_number(f"world {WORLD}: {split} {seed} {index}"))
 
 
 def pick(draw: random.Random, choices: Sequence):
+    """One of the choices, all equally often."""
     return choices[int(draw.random() * len(choices))]
 
 
