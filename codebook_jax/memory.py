@@ -308,7 +308,7 @@ def _splitter(config: ml_collections.ConfigDict, student: Any, places: Any, mesh
     for leaf, place in zip(jax.tree.leaves(student), jax.tree.leaves(places), strict=True):
         split[leaf.shape] = math.prod(place.shard_shape(leaf.shape)) / math.prod(leaf.shape)
     towers = (config.model.image, config.model.text)
-    tensor_axes = {size for tower in towers for size in (tower.heads, 4 * tower.width) if size % mesh.shape["tensor"] == 0}
+    tensor_axes = {size for tower in towers for size in (tower.heads, tower.mlp_width or 4 * tower.width) if size % mesh.shape["tensor"] == 0}
     in_float32 = jax.default_backend() == "cpu"  # XLA computes bfloat16 there as float32
 
     def bytes_of(aval: Any) -> int:

@@ -64,12 +64,14 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         attention="auto",  # "xla", "cudnn", or "auto": cudnn on a GPU in bfloat16
         image=dict(
             **at["image"],  # ViT
+            mlp_width=0,  # inside the feed-forward part; 0: four times the width (ViT)
             layer_norm_eps=1e-6,  # ViT
             init_std=0.12 if tiny else 0.02,  # of the matrices at the start; ViT: 0.02; ours in a narrow tower
             position_std=0.6 if tiny else 0.02,  # of the position embeddings; ViT: 0.02; ours: places count in a short run
         ),
         text=dict(
             **at["text"],  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
+            mlp_width=0,  # inside the feed-forward part; 0: four times the width (BERT)
             layer_norm_eps=1e-12,  # BERT
             init_std=0.06 if tiny else 0.02,  # of the matrices at the start, in fusion and heads too; BERT: 0.02; ours
             value_std=0.06 if tiny else 0.02,  # of the text half's attention values and outputs; BERT: 0.02; ours

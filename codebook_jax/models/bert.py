@@ -38,6 +38,7 @@ class TextBlock(nnx.Module):
         self,
         width: int,
         heads: int,
+        mlp_width: int,
         *,
         eps: float,
         std: float,
@@ -48,7 +49,7 @@ class TextBlock(nnx.Module):
         of = dict(dtype=compute.dtype, rngs=rngs)
         self.attention = SelfAttention(width, heads, std=std, value_std=value_std, **of)
         self.attention_norm = layer_norm(width, eps=eps, **of)
-        self.mlp = FeedForward(width, std=std, **of)
+        self.mlp = FeedForward(width, mlp_width, std=std, **of)
         self.mlp_norm = layer_norm(width, eps=eps, **of)
 
     def __call__(
@@ -74,6 +75,7 @@ class FusionBlock(TextBlock):
         width: int,
         image_width: int,
         heads: int,
+        mlp_width: int,
         *,
         eps: float,
         std: float,
@@ -81,7 +83,7 @@ class FusionBlock(TextBlock):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(
-            width, heads, eps=eps, std=std, value_std=std, compute=compute, rngs=rngs
+            width, heads, mlp_width, eps=eps, std=std, value_std=std, compute=compute, rngs=rngs
         )
         of = dict(dtype=compute.dtype, rngs=rngs)
         self.cross = CrossAttention(width, image_width, heads, std=std, **of)
@@ -150,6 +152,7 @@ class TextEncoder(nnx.Module):
         width: int,
         depth: int,
         heads: int,
+        mlp_width: int,
         layer_norm_eps: float,
         dropout: float,
         init_std: float,
@@ -167,6 +170,7 @@ class TextEncoder(nnx.Module):
             lambda r: TextBlock(
                 width,
                 heads,
+                mlp_width,
                 eps=layer_norm_eps,
                 std=init_std,
                 value_std=value_std,
@@ -206,6 +210,7 @@ class FusionEncoder(nnx.Module):
         image_width: int,
         depth: int,
         heads: int,
+        mlp_width: int,
         layer_norm_eps: float,
         dropout: float,
         init_std: float,
@@ -214,7 +219,14 @@ class FusionEncoder(nnx.Module):
     ) -> None:
         self.blocks = stack(
             lambda r: FusionBlock(
-                width, image_width, heads, eps=layer_norm_eps, std=init_std, compute=compute, rngs=r
+                width,
+                image_width,
+                heads,
+                mlp_width,
+                eps=layer_norm_eps,
+                std=init_std,
+                compute=compute,
+                rngs=r,
             ),
             depth,
             rngs,

@@ -86,11 +86,12 @@ def layer_norm(width: int, *, eps: float, dtype: Any, rngs: nnx.Rngs) -> nnx.Lay
 
 
 class FeedForward(nnx.Module):
-    """Two dense layers around an exact GELU, four times as wide inside."""
+    """Two dense layers around an exact GELU; `inner` is the width between them, 0: four times the outer one."""
 
-    def __init__(self, width: int, *, std: float, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.up = Dense(width, 4 * width, std=std, dtype=dtype, rngs=rngs)
-        self.down = Dense(4 * width, width, std=std, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, inner: int, *, std: float, dtype: Any, rngs: nnx.Rngs) -> None:
+        inner = inner or 4 * width
+        self.up = Dense(width, inner, std=std, dtype=dtype, rngs=rngs)
+        self.down = Dense(inner, width, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
         return self.down(gelu(self.up(x)))

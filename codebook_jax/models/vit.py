@@ -14,13 +14,21 @@ class VisionBlock(nnx.Module):
     """Attention and feed-forward, each after a layer normalisation and added to its input."""
 
     def __init__(
-        self, width: int, heads: int, *, eps: float, std: float, compute: Compute, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        eps: float,
+        std: float,
+        compute: Compute,
+        rngs: nnx.Rngs,
     ) -> None:
         of = dict(dtype=compute.dtype, rngs=rngs)
         self.attention_norm = layer_norm(width, eps=eps, **of)
         self.attention = SelfAttention(width, heads, std=std, value_std=std, **of)
         self.mlp_norm = layer_norm(width, eps=eps, **of)
-        self.mlp = FeedForward(width, std=std, **of)
+        self.mlp = FeedForward(width, mlp_width, std=std, **of)
 
     def __call__(
         self, x: Float[Array, "images tokens width"], compute: Compute
@@ -40,6 +48,7 @@ class VisionTransformer(nnx.Module):
         width: int,
         depth: int,
         heads: int,
+        mlp_width: int,
         layer_norm_eps: float,
         init_std: float,
         position_std: float,
@@ -57,7 +66,7 @@ class VisionTransformer(nnx.Module):
         self.positions = nnx.Param(places(rngs.params(), (1, patches + 1, width)))
         self.blocks = stack(
             lambda r: VisionBlock(
-                width, heads, eps=layer_norm_eps, std=init_std, compute=compute, rngs=r
+                width, heads, mlp_width, eps=layer_norm_eps, std=init_std, compute=compute, rngs=r
             ),
             depth,
             rngs,

@@ -1,0 +1,22 @@
+"""ALBEF's objective in this code, in every size: --config=configs/albef.py[:tiny|small|base|large|huge].
+
+Li et al., NeurIPS 2021: no codebook, no intra-modal terms, one view for teacher and student, other captions of the
+same image as negatives. Everything else is configs/base.py's, whose numbers are ALBEF's where the paper defers to it.
+"""
+
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+_BASE = runpy.run_path(str(Path(__file__).with_name("base.py")))
+
+
+def get_config(size: str = "base") -> ml_collections.ConfigDict:
+    """The locked config of one size; raises ValueError for a size that does not exist."""
+    config = _BASE["get_config"](size)
+    config.losses.codebook = 0.0
+    config.alignment.intra_weight = 0.0
+    config.alignment.same_image = "negative"
+    config.data.teacher_view = "same"
+    return config
