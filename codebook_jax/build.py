@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,10 +18,18 @@ from codebook_jax.checks import check
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source, open_source
-from codebook_jax.data.text import Tokenizer, tokenizer_for_run
+from codebook_jax.data.text import Tokenizer, open_tokenizer, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
 from codebook_jax.metrics import say
+from codebook_jax.pretrained.start import (
+    Initial,
+    adopted,
+    initial,
+    placed,
+    read_start,
+    tokenizer_of,
+)
 from codebook_jax.tasks import pretrain
 
 TASKS = {"pretrain": pretrain.create}
@@ -38,6 +45,7 @@ class Parts(NamedTuple):
     tokenizer: Tokenizer
     task: Any
     planner: memory.Planner | None = None  # of memory: what it would need with other settings
+    start: Initial | None = None  # parameters to start with; None: fresh ones, or the run's own
 
 
 def build_training(
@@ -57,6 +65,8 @@ def build_training(
     sharding.check_batch(mesh, batch, passes)
     config = records.resolve_groups(config, record, data_shards=sharding.data_shards(mesh))
     sharding.check_groups(mesh, batch, passes, config.itm.groups)
+    start = None if steps_saved else read_start(config)
+    config = adopted(config, start, record)
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
     config = _resolve_alpha(config, len(source))
@@ -68,15 +78,20 @@ def build_training(
         )
         for sentence in sentences:
             say(f"changed since the last start: {sentence}")
-    plan = functools.partial(_planner, asked, record, has_checkpoint=bool(steps_saved))
-    if not config.data.tokenizer:  # how large it can get is known: nothing is written before a refusal
-        memory.check(planner := plan(config.data.tokenizer_vocabulary))
-    tokenizer = tokenizer_for_run(
-        config.data.tokenizer, workdir, source, config.data.tokenizer_vocabulary
+    tokenizer, keep = open_tokenizer(
+        tokenizer_of(config, start), workdir, source, config.data.tokenizer_vocabulary
     )
-    if config.data.tokenizer:
-        memory.check(planner := plan(tokenizer.vocabulary.size))
+    planner = memory.Planner(
+        asked,
+        _create_of(config),
+        tokenizer.vocabulary.size,
+        record=record,
+        has_checkpoint=bool(steps_saved),
+    )
+    memory.check(planner)
     task = task_of(config, tokenizer, mesh)
+    first = initial(start, config, task.abstract_state()) if start is not None else None
+    keep()  # the first that is written: nothing refuses from here on
     if jax.process_index() == 0:
         records.write_record(
             workdir,
@@ -88,19 +103,16 @@ def build_training(
             changes=changes,
             step=max(steps_saved, default=0),
         )
-    return Parts(config, mesh, source, validation, tokenizer, task, planner)
+    return Parts(config, mesh, source, validation, tokenizer, task, planner, first)
 
 
-def _planner(
-    config: ml_collections.ConfigDict,
-    record: dict[str, Any] | None,
-    vocabulary_size: int,
-    *,
-    has_checkpoint: bool,
-) -> memory.Planner:
-    return memory.Planner(
-        config, _create_of(config), vocabulary_size, record=record, has_checkpoint=has_checkpoint
-    )
+def first_state(parts: Parts) -> Any:
+    """The state that a run starts with: fresh, or with the parameters that config.init names, which is said."""
+    state = parts.task.init_state(parts.config.seed)
+    if parts.start is None:
+        return state
+    say(parts.start.report)
+    return placed(state, parts.start.arrays)
 
 
 def _resolve_alpha(

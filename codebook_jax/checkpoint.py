@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
@@ -243,6 +244,15 @@ def _read_scores(path: Path) -> dict[int, float]:
 
 def _plain(score: float) -> float | None:
     return None if math.isnan(score) else score
+
+
+def read_arrays(item: Path) -> dict[str, np.ndarray]:
+    """{name: array} of one saved item, such as checkpoints/<step>/student, on the host; raises what Orbax raises."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        there = checkpointer.metadata(item).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+        arrays = checkpointer.restore(item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return traverse_util.flatten_dict(arrays, sep="/")
 
 
 def _items(state: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import ml_collections
 
 from codebook_jax.errors import UserError
 from codebook_jax.models.layers import REMAT
+from codebook_jax.pretrained.start import specs
 
 LEAST = {
     "train.steps": 1,
@@ -26,6 +27,8 @@ LEAST = {
     "codebook.queue_samples": 0,
     "codebook.window_samples": 1,
     "model.scan_unroll": 1,
+    "model.image.mlp_width": 0,
+    "model.text.mlp_width": 0,
     "model.image.depth": 1,
     "model.text.depth": 1,
     "model.text.fusion_depth": 1,
@@ -63,6 +66,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not 0 <= (value := _of(config, name)) <= 1:
             what = "share of the images" if name == "data.max_bad_rate" else "share"
             raise UserError(f"config.{name}={value} is a {what}: give 0 to 1")
+    specs(config.init)
     if not any(config.losses.values()):
         raise UserError("every weight in config.losses is 0: nothing would be learned")
     for name in ("crop_scale", "crop_ratio"):

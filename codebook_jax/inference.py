@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from codebook_jax import workdir as records
+from codebook_jax.checkpoint import read_arrays
 from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import Tokenizer, Vocabulary, tokenizer_for_run
@@ -319,13 +319,7 @@ def _config(folder: Path) -> ml_collections.ConfigDict:
 def _restored(folder: Path, item: str, expected: Any) -> Any:
     """The arrays of one item as NumPy; raises UserError unless they are those that the config describes."""
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            there = checkpointer.metadata(folder / item).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
-            arrays = checkpointer.restore(
-                folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
-            )
-        arrays = traverse_util.flatten_dict(arrays, sep="/")
+        arrays = read_arrays(folder / item)
     except Exception as failure:  # whatever Orbax and tensorstore raise for a broken file
         raise _damaged(folder / item, failure) from failure
     expected = traverse_util.flatten_dict(expected, sep="/")

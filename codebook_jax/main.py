@@ -1,4 +1,4 @@
-"""The command: `python -m codebook_jax.main --config=configs/base.py[:size] --workdir=DIR --mode=train|eval|export|show`.
+"""The command: `python -m codebook_jax.main --config=configs/base.py[:size] --workdir=DIR --mode=train|import|eval|export|show`.
 
 The only file that sees flags. A user's mistake ends it with one sentence on stderr and exit code 2.
 """
@@ -18,7 +18,8 @@ from ml_collections import ConfigDict, config_flags
 
 from codebook_jax.errors import UserError
 
-MODES = ("train", "eval", "export", "show")
+MODES = ("train", "import", "eval", "export", "show")
+NEEDS_CONFIG = ("train", "import")
 WRONG_TYPES = (
     ("invalid literal for int()", "needs a whole number"),
     ("could not convert string to float", "needs a number"),
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
             )
     if rest[1:]:
         raise UserError(f"{rest[1]!r} is not a flag: flags begin with --, as --workdir=DIR")
-    if config is None and values.mode == "train":
+    if config is None and values.mode in NEEDS_CONFIG:
         raise UserError("--config is missing: give one, as --config=configs/base.py:tiny")
     if not values.workdir:
         raise UserError("--workdir is missing: give the folder of the run, as --workdir=runs/first")
@@ -95,6 +96,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
 
     modes: dict[str, Callable[[ConfigDict | None, Path], None]] = {
         "train": train.fit,
+        "import": train.import_weights,
         "eval": evaluate.evaluate,
         "export": export.export,
         "show": figures.show,

@@ -21,6 +21,7 @@ from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
 from codebook_jax.interruption import Interrupted, Interruption
 from codebook_jax.metrics import Clock, Metrics, ProgressReport, say
+from codebook_jax.pretrained.start import specs
 
 INPUT_BOUND_SHARE = (
     0.3  # of a step's time; prefetching keeps it near zero until the data cannot keep up
@@ -37,7 +38,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
         build.announce(parts)
         restored = checkpoints.restore_newest(parts.task.abstract_state())
         if restored is None:
-            restored = Restored(0, parts.task.init_state(config.seed), {"unreadable": 0})
+            restored = Restored(0, build.first_state(parts), {"unreadable": 0})
         else:
             say(resumption(restored, config.data.global_batch))
         step = restored.step
@@ -205,13 +206,7 @@ class Run:
             return
         began = time.monotonic()
         self.metrics.flush()
-        meta = {
-            "config": self.config.to_dict(),
-            "data_position": self.step * self.config.data.global_batch,
-            "fingerprint": self.parts.source.fingerprint(),
-            "unreadable": self.bad_rate.unreadable,
-            "versions": records.package_versions(),
-        }
+        meta = meta_of(self.parts, self.step, unreadable=self.bad_rate.unreadable)
         self.checkpoints.save(self.step, self.state, meta)
         self.clock.paused(time.monotonic() - began)
 
@@ -249,6 +244,37 @@ class _Pending:
     scalars: dict[str, jax.Array]
     examples: np.ndarray
     unreadable: int
+
+
+def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
+    """Makes a run of the weights that config.init names, as its checkpoint of step 0: to evaluate, export or train on."""
+    workdir = Path(workdir).absolute()
+    build.check(config)
+    if not specs(config.init):
+        raise UserError(
+            "config.init=random names no weights to import: give them, as --config.init=model:ALBEF.pth"
+        )
+    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+        if saved := checkpoints.steps():
+            raise UserError(
+                f"--workdir={workdir} holds a run already (step {saved[-1]:,}): give another one to import into"
+            )
+        parts = build.build_training(config, workdir, steps_saved=[])
+        build.announce(parts)
+        checkpoints.save(0, build.first_state(parts), meta_of(parts, 0, unreadable=0))
+        checkpoints.wait()
+    say(f"imported into {workdir}: --mode=eval, --mode=export and training go on from there")
+
+
+def meta_of(parts: build.Parts, step: int, *, unreadable: int) -> dict[str, Any]:
+    """What is saved beside the state of `step`."""
+    return {
+        "config": parts.config.to_dict(),
+        "data_position": step * parts.config.data.global_batch,
+        "fingerprint": parts.source.fingerprint(),
+        "unreadable": unreadable,
+        "versions": records.package_versions(),
+    }
 
 
 def resumption(restored: Restored, global_batch: int) -> str:

@@ -30,14 +30,21 @@ RULES = (
         "data.max_bad_rate",
         "data.image_root",
     ),
-    ("free", "data.eval", "data.test", "export.*", "train.memory_check"),
-    ("fixed", "task", "size", "seed", "model.*", "codebook.size", "queue.size", "itm.groups"),
+    ("free", "data.eval", "data.test", "export.*", "train.memory_check", "init_allow_partial"),
+    ("fixed", "task", "size", "seed", "init", "model.*", "codebook.size", "queue.size", "itm.groups"),
     ("fixed", "data.train", "data.scenes_examples", "data.global_batch"),
     ("fixed", "data.tokenizer", "data.tokenizer_vocabulary"),
     ("learned", "*"),
 )
 # The workdir's tokenizer was made from these, so they hold even before the first checkpoint.
 TOKENIZER_FIELDS = ("data.train", "data.tokenizer", "data.tokenizer_vocabulary")
+# Fields that runs of before have not, with the value that means what those did.
+LATER = {
+    "init": "random",
+    "init_allow_partial": False,
+    "model.image.mlp_width": 0,
+    "model.text.mlp_width": 0,
+}
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -82,7 +89,10 @@ def read_record(workdir: Path | str) -> dict[str, Any] | None:
 
 def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config a run was last started with, locked."""
-    return ml_collections.ConfigDict(_with_tuples(record["config"])).lock()
+    config = ml_collections.ConfigDict(_with_tuples(record["config"]))
+    known = _flat(record["config"])
+    config.update_from_flattened_dict({name: value for name, value in LATER.items() if name not in known})
+    return config.lock()
 
 
 def trained_config(

@@ -53,6 +53,11 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     config.seed = 0
     config.log_every_steps = 10 if tiny else 50
 
+    # Where the weights start: "random" | "image:SPEC,text:SPEC" (a ViT or DeiT, a BERT; or random) | "model:SPEC" (a whole
+    # ALBEF model, a run or an export). SPEC: a file, a folder, or a name on the Hugging Face hub.
+    config.init = "random"
+    config.init_allow_partial = False  # start anew what SPEC lacks, instead of refusing it
+
     # Devices along each axis; -1 takes what is left. The batch is split over data x fsdp.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
 

@@ -22,6 +22,16 @@ def one_device_environment(tmp_path_factory):
     return {**os.environ, "XLA_FLAGS": GIVEN_XLA_FLAGS, **settings}
 
 
+@pytest.fixture(scope="module")
+def programs_that_compile_fast():
+    """What XLA does to make a program fast is not looked at in a module that uses this."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def one_device(one_device_environment, monkeypatch):
     """In this process too a run takes one device, and the same folder of compiled programs."""

@@ -96,7 +96,7 @@ def test_a_trained_run_needs_no_config():
         ),
         (
             [CONFIG, WORKDIR, "--mode=trian"],
-            "--mode=trian: value should be one of <train|eval|export|show>",
+            "--mode=trian: value should be one of <train|import|eval",
         ),
         ([CONFIG, "--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
         ([CONFIG, WORKDIR, "seed=3"], "'seed=3' is not a flag"),

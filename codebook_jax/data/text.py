@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ import tokenizers
 from jaxtyping import Int
 
 from codebook_jax.errors import UserError
+from codebook_jax.network import hub_reachable
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources import Source
@@ -91,10 +92,26 @@ def swap_left_right(caption: str) -> str:
     return _SIDE.sub(swapped, caption)
 
 
+class Opened(NamedTuple):
+    """A tokenizer, and what puts a copy of it into the workdir, once."""
+
+    tokenizer: Tokenizer
+    keep: Callable[[], None]
+
+
 def tokenizer_for_run(
     spec: str, workdir: Path | str, source: Source | None, vocabulary_size: int
 ) -> Tokenizer:
-    """The tokenizer of a run: the workdir's own where it has one, else that of `spec`, which it then keeps.
+    """The tokenizer of a run, kept in its workdir: see `open_tokenizer`."""
+    opened = open_tokenizer(spec, workdir, source, vocabulary_size)
+    opened.keep()
+    return opened.tokenizer
+
+
+def open_tokenizer(
+    spec: str, workdir: Path | str, source: Source | None, vocabulary_size: int
+) -> Opened:
+    """The tokenizer of a run: the workdir's own where it has one, else that of `spec`; nothing is written yet.
 
     `spec` is a folder or a name on the Hugging Face hub; empty, a WordPiece vocabulary of at most `vocabulary_size`
     entries is trained on the captions of `source`. Raises UserError where none can be had.
@@ -102,7 +119,8 @@ def tokenizer_for_run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads and workers are ours
     folder = Path(workdir) / FOLDER
     if folder.is_dir():
-        return _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
+        own = _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
+        return Opened(own, lambda: None)
     if spec:
         loaded = _load(spec, f"config.data.tokenizer={spec!r}")
     elif source is None:
@@ -112,8 +130,7 @@ def tokenizer_for_run(
     else:
         loaded = _in_transformers(train_vocabulary(captions_of(source), vocabulary_size))
     tokenizer = _wrapped(loaded, spec or "the trained vocabulary")
-    _keep(loaded, folder)
-    return tokenizer
+    return Opened(tokenizer, lambda: _keep(loaded, folder))
 
 
 def captions_of(source: Source, most: int = MOST_CAPTIONS_READ) -> Iterator[str]:
@@ -199,7 +216,8 @@ def _in_transformers(tokenizer: tokenizers.Tokenizer) -> Any:
 def _load(name: str, what: str) -> Any:
     """The tokenizer of a folder or of the hub; raises UserError beginning with `what`."""
     try:
-        return _transformers().AutoTokenizer.from_pretrained(name)
+        here = os.path.isdir(name) or not hub_reachable()
+        return _transformers().AutoTokenizer.from_pretrained(name, local_files_only=here)
     except (
         Exception
     ) as failure:  # the library raises OSError, ValueError, KeyError, its hub's own errors, ...

@@ -1,0 +1,25 @@
+"""Whether there is a network to ask."""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.parse
+import urllib.request
+
+HUB = "https://huggingface.co"  # unless HF_ENDPOINT names another
+
+
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub's name resolves. Its library would find out by 40 s of retries, each with a warning.
+
+    Behind a proxy, which resolves names itself, it is taken to be.
+    """
+    if urllib.request.getproxies():
+        return True
+    address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or HUB)
+    try:
+        socket.getaddrinfo(address.hostname, address.port or 443)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,100 @@
+"""The weights of another of our own runs or exports, at another resolution too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from codebook_jax import workdir as records
+from codebook_jax.checkpoint import Checkpoints, read_arrays, reason
+from codebook_jax.data import text
+from codebook_jax.errors import UserError
+from codebook_jax.inference import MANIFEST
+from codebook_jax.pretrained.fill import PARTIAL, Filled, few, fitted_positions
+from codebook_jax.pretrained.layouts import Shapes
+
+_POSITIONS, _WORDS = "towers/image/positions", ("towers/text/words", "towers/masked_words/bias")
+
+
+class Own(NamedTuple):
+    """What another run or export holds."""
+
+    title: str
+    config: ml_collections.ConfigDict
+    arrays: dict[str, np.ndarray]  # by the state's names: student/towers/..., teacher/...
+    tokenizer: Path
+
+
+def is_own(path: Path) -> bool:
+    """Whether this is the folder of a run, or of an export."""
+    return (path / MANIFEST).is_file() or ((path / records.RECORD).is_file() and (path / "checkpoints").is_dir())
+
+
+def read_own(path: Path, what: str) -> Own:
+    """The weights there: of an export its own, of a run those of its best checkpoint, else of its newest."""
+    record = records.read_record(path)
+    if record is None:
+        raise UserError(f"{what}: {path / records.RECORD} is missing: give a whole run or export")
+    if (path / MANIFEST).is_file():
+        folder, title = path, "an export"
+    else:
+        with Checkpoints(path, keep=1, create=False) as checkpoints:
+            steps, best = checkpoints.steps(), checkpoints.best_step()
+        if not steps:
+            raise UserError(f"{what} has no checkpoint yet: train it first")
+        step = steps[-1] if best is None else best
+        folder, title = path / "checkpoints" / str(step), f"the checkpoint of step {step:,}"
+    arrays = {}
+    for item in ("student", "teacher"):
+        if not (folder / item).is_dir():
+            continue
+        try:
+            arrays |= {f"{item}/{name}": array for name, array in read_arrays(folder / item).items()}
+        except Exception as failure:  # whatever Orbax and tensorstore raise for a broken file
+            raise UserError(f"{what}: {folder / item} cannot be read ({reason(failure)}): give another") from failure
+    return Own(title, records.recorded_config(record), arrays, path / text.FOLDER)
+
+
+def fill_own(own: Own, shapes: Shapes, *, what: str, allow_partial: bool) -> Filled:
+    """Its arrays as the state of `shapes` takes them; positions of another resolution are resized.
+
+    Raises UserError, beginning with `what`, for another shape, and for arrays missing unless `allow_partial`.
+    """
+    wanted = {name: shape for name, shape in shapes.items() if name.startswith(("student/", "teacher/"))}
+    if not any(name.startswith("teacher/") for name in own.arrays):
+        wanted = {name: shape for name, shape in wanted.items() if name.startswith("student/")}
+    filled: dict[str, Any] = {}
+    resized: dict[str, str] = {}
+    for name in wanted.keys() & own.arrays.keys():
+        array, note = own.arrays[name], ""
+        if name.endswith("image/positions"):
+            array, note = fitted_positions(array, wanted[name], name, what)
+        _refuse_other_shape(name, array.shape, wanted[name], what)
+        filled[name] = array
+        resized |= {name: note} if note else {}
+    missing = sorted(wanted.keys() - own.arrays.keys())
+    strange = sorted(own.arrays.keys() - wanted.keys())
+    if strange and not allow_partial:
+        raise UserError(
+            f"{what} has {few(strange)}, which this config has no place for: give the sizes it was trained with"
+        )
+    if missing and not allow_partial:
+        raise UserError(f"{what} lacks {few(missing)} ({len(missing)} of {len(wanted)} arrays): {PARTIAL}")
+    ignored = {name: (int(own.arrays[name].size), "not in this model") for name in strange}
+    return Filled(filled, resized, ignored)
+
+
+def _refuse_other_shape(name: str, found: tuple, wanted: tuple, what: str) -> None:
+    if found == wanted:
+        return
+    if name.partition("/")[2] in _WORDS and found[1:] == wanted[1:]:
+        raise UserError(
+            f"{what} has a vocabulary of {found[0]:,}, and the tokenizer one of {wanted[0]:,}: leave "
+            "config.data.tokenizer empty to use the run's own"
+        )
+    raise UserError(
+        f"{what}: {name} is {list(found)}, and config asks for {list(wanted)}: give the sizes it was trained with"
+    )

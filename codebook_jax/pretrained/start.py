@@ -1,0 +1,237 @@
+"""Where a run's weights start: `config.init` read, compared with the model, reported and put into the train state.
+
+config.init  random                          every parameter drawn anew
+             image:SPEC,text:SPEC            a ViT or DeiT and a BERT; SPEC may be `random`
+             model:SPEC                      a whole ALBEF model, or another run or export of ours
+
+SPEC is a file, a folder, or a name on the Hugging Face hub (`name@revision` for one of its versions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from codebook_jax import sharding
+from codebook_jax.errors import UserError
+from codebook_jax.pretrained import albef, own, recognise
+from codebook_jax.pretrained.files import TOKENIZER, read_weights
+from codebook_jax.pretrained.fill import Filled, fill
+from codebook_jax.pretrained.layouts import ALBEF, Layout
+from codebook_jax.pretrained.report import report
+
+RANDOM = "random"
+FORMS = "config.init is random, model:SPEC, or image:SPEC,text:SPEC (SPEC: a file, a folder, a hub name, or random)"
+_EPS = ("model.image.layer_norm_eps", "model.text.layer_norm_eps")
+
+
+class Part(NamedTuple):
+    """What one part of config.init has read."""
+
+    part: str  # "image" | "text" | "model"
+    what: str  # "image:SPEC", which begins every sentence about it
+    layout: Layout | None  # None: one of our own
+    content: Any  # their tensors, in the layout's names; own.Own where it is ours
+    stated: dict[str, Any]  # fields of config.model that the source states
+    tokenizer: str  # folder or hub name; empty where there is none beside the weights
+
+
+class Start(NamedTuple):
+    """What config.init has read, in its order."""
+
+    parts: tuple[Part, ...]
+
+
+class Initial(NamedTuple):
+    """The parameters to start with instead of fresh ones, and the table about them."""
+
+    arrays: dict[str, np.ndarray]  # by the state's names, such as student/towers/image/cls
+    report: str
+
+
+def specs(init: str) -> dict[str, str]:
+    """{part: SPEC} of config.init, random parts left out; raises UserError for what it cannot mean."""
+    if init == RANDOM:
+        return {}
+    if not init:
+        raise UserError(f"config.init is empty: {FORMS}")
+    found: dict[str, str] = {}
+    for item in init.split(","):
+        part, colon, spec = item.strip().partition(":")
+        if part not in ("image", "text", "model") or not colon or not spec or part in found:
+            raise UserError(f"config.init={init!r} cannot be read at {item.strip()!r}: {FORMS}")
+        found[part] = spec
+    if "model" in found and len(found) > 1:
+        raise UserError(f"config.init={init!r} names a whole model and a tower besides: give one or the other")
+    for part, other in (("image", "text"), ("text", "image")):
+        if part in found and other not in found:
+            raise UserError(f"config.init={init!r} names no {other} tower: add {other}:SPEC, or {other}:{RANDOM}")
+    return {part: spec for part, spec in found.items() if spec != RANDOM}
+
+
+def read_start(config: ml_collections.ConfigDict) -> Start | None:
+    """What config.init names, read; None for random. Raises UserError for what cannot be read or is something else."""
+    parts = tuple(_read(part, spec) for part, spec in specs(config.init).items())
+    for part in parts:
+        _refuse_other_heads(part, config)
+    return Start(parts) if parts else None
+
+
+def adopted(
+    config: ml_collections.ConfigDict, start: Start | None, record: Mapping[str, Any] | None
+) -> ml_collections.ConfigDict:
+    """The config with the layer norms' epsilon that the weights were made with.
+
+    Of a run that goes on it is that of its `record`, since its weights are no longer read from config.init.
+    """
+    found = {}
+    if start is not None:
+        found = {name: value for part in start.parts for name, value in part.stated.items() if name in _EPS}
+    elif record is not None and config.init not in (RANDOM, "") and record["config"].get("init") == config.init:
+        found = {name: record["config"]["model"][name.split(".")[1]]["layer_norm_eps"] for name in _EPS}
+    if not found:
+        return config
+    resolved = ml_collections.ConfigDict(config.to_dict())
+    resolved.update_from_flattened_dict(found)
+    return resolved.lock()
+
+
+def tokenizer_of(config: ml_collections.ConfigDict, start: Start | None) -> str:
+    """The tokenizer to use: config.data.tokenizer, else that beside the weights; raises UserError without either."""
+    texts = [part for part in start.parts if part.part != "image"] if start is not None else []
+    if config.data.tokenizer or not texts:
+        return config.data.tokenizer
+    (part,) = texts
+    if not part.tokenizer:
+        raise UserError(
+            f"{part.what} has no tokenizer beside it, and its words mean nothing without the one they were trained "
+            "with: name it, as --config.data.tokenizer=bert-base-uncased"
+        )
+    return part.tokenizer
+
+
+def initial(start: Start, config: ml_collections.ConfigDict, abstract_state: Any) -> Initial:
+    """Our parameters out of what was read; raises UserError for what does not fit the model."""
+    shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
+    of = dict(allow_partial=config.init_allow_partial)
+    depth = config.model.text.depth
+    arrays: dict[str, np.ndarray] = {}
+    resized: dict[str, str] = {}
+    ignored: dict[str, tuple[int, str]] = {}
+    for part in start.parts:
+        if isinstance(part.content, own.Own):
+            filled = own.fill_own(part.content, shapes, what=part.what, **of)
+        elif part.part == "model":
+            filled = albef.fill_state(part.content, shapes, text_depth=depth, what=part.what, **of)
+        else:
+            filled = _fill_tower(part, shapes, text_depth=depth, **of)
+        arrays |= filled.arrays
+        resized |= filled.resized
+        ignored |= filled.ignored
+    student = "student/towers/"
+    taught = any(name.startswith("teacher/") for name in arrays)
+    if not taught:
+        arrays |= {
+            f"teacher/{name.removeprefix(student)}": value
+            for name, value in arrays.items()
+            if name.startswith(student)
+        }
+    table = report(
+        "\n".join(_heading(part) for part in start.parts),
+        {name: shape for name, shape in shapes.items() if name.startswith("student/")},
+        Filled(arrays, resized, ignored),
+        teacher="read too" if taught else "a copy of the student",
+        queue="queue/image" in arrays,
+    )
+    return Initial(arrays, table)
+
+
+def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The state with these arrays in place of its fresh ones, each where the state has it."""
+
+    def put(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name not in arrays:
+            return leaf
+        value = np.asarray(arrays[name], leaf.dtype)
+        return jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
+
+    return jax.tree_util.tree_map_with_path(put, state)
+
+
+def _read(part: str, spec: str) -> Part:
+    what = f"{part}:{spec}"
+    path = Path(spec).expanduser()
+    if part == "model" and own.is_own(path):
+        found = own.read_own(path, what)
+        stated = {
+            f"model.{tower}.{field}": found.config.model[tower][field]
+            for tower in ("image", "text")
+            for field in ("heads", "layer_norm_eps")
+        }
+        return Part(part, what, None, found, stated, str(found.tokenizer))
+    weights = read_weights(spec, f"config.init names {what}")
+    stated = weights.config
+    tokenizer = ""
+    if weights.folder is not None and any((weights.folder / name).is_file() for name in TOKENIZER):
+        tokenizer = str(weights.folder)
+    if part == "image":
+        layout, arrays = recognise.image_tower(weights.arrays, what)
+        recognise.refuse_other_kind(stated, ("vit", "deit"), what)
+        return Part(part, what, layout, arrays, _stated("image", stated), "")
+    if part == "text":
+        layout, arrays = recognise.text_tower(weights.arrays, what)
+        recognise.refuse_other_kind(stated, ("bert",), what)
+        return Part(part, what, layout, arrays, _stated("text", stated), tokenizer)
+    if not albef.is_albef(weights.arrays):
+        raise UserError(
+            f"{what} is neither an ALBEF model (visual_encoder.*, text_encoder.*) nor a run or export of this code: "
+            "name a single tower as image:SPEC or text:SPEC"
+        )
+    both = _stated("image", stated.get("vision", {})) | _stated("text", stated.get("text", {}))
+    return Part(part, what, ALBEF, dict(weights.arrays), both, tokenizer)
+
+
+def _stated(tower: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json states of a tower that its tensors do not show."""
+    names = {"num_attention_heads": "heads", "layer_norm_eps": "layer_norm_eps"}
+    return {f"model.{tower}.{ours}": config[theirs] for theirs, ours in names.items() if theirs in config}
+
+
+def _refuse_other_heads(part: Part, config: ml_collections.ConfigDict) -> None:
+    """Heads do not show in the shapes: another number would load and compute something else."""
+    for tower in ("image", "text"):
+        name = f"model.{tower}.heads"
+        if part.stated.get(name, heads := config.model[tower].heads) != heads:
+            raise UserError(
+                f"{part.what} has {part.stated[name]} heads, and config.{name}={heads}: set it to the weights' own"
+            )
+
+
+def _fill_tower(part: Part, shapes: Mapping[str, Any], *, text_depth: int, allow_partial: bool) -> Filled:
+    prefix = "student/towers/"
+    towers = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    filled = fill(
+        part.layout, part.content, towers, text_depth=text_depth, what=part.what, allow_partial=allow_partial
+    )
+    return Filled(
+        {prefix + name: value for name, value in filled.arrays.items()},
+        {prefix + name: note for name, note in filled.resized.items()},
+        filled.ignored,
+    )
+
+
+def _heading(part: Part) -> str:
+    title = part.layout.title if part.layout is not None else part.content.title
+    silent = [
+        tower
+        for tower in (("image", "text") if part.part == "model" else (part.part,))
+        if f"model.{tower}.heads" not in part.stated
+    ]
+    unsaid = f"; it does not say how many heads its {' and '.join(silent)} tower has: config.model's are taken"
+    return f"{part.what} ({title}{unsaid if silent else ''})"
