@@ -65,10 +65,10 @@ def build_training(
     sharding.check_batch(mesh, batch, passes)
     config = records.resolve_groups(config, record, data_shards=sharding.data_shards(mesh))
     sharding.check_groups(mesh, batch, passes, config.itm.groups)
-    start = None if steps_saved else read_start(config)
-    config = adopted(config, start, record)
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
+    start = None if steps_saved else read_start(config)
+    config = adopted(config, start, record)
     config = _resolve_alpha(config, len(source))
     fingerprint = source.fingerprint()
     changes: dict[str, list[Any]] = {}
@@ -134,6 +134,8 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
             f"--workdir={workdir} holds no trained run (no {records.RECORD}): train one there first"
         )
     own = config is None
+    if not own:
+        config = adopted(config, None, record)
     config = records.trained_config(workdir, record, config)
     axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if own and not sharding.fits(*axes):

@@ -66,6 +66,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not 0 <= (value := _of(config, name)) <= 1:
             what = "share of the images" if name == "data.max_bad_rate" else "share"
             raise UserError(f"config.{name}={value} is a {what}: give 0 to 1")
+    for name in ("train", "eval"):
+        if not config.data[name]:
+            raise UserError(
+                f"config.data.{name} is empty: name your pairs, as --config.data.{name}=json:PATH, or scenes"
+            )
     specs(config.init)
     if not any(config.losses.values()):
         raise UserError("every weight in config.losses is 0: nothing would be learned")

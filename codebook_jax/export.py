@@ -1,10 +1,13 @@
-"""A trained model as one folder that needs nothing else: `--mode=export` writes what `codebook_jax.load` reads.
+"""A trained model as one folder that needs nothing else: `--mode=export`, in the format of config.export.format.
 
-export/export.json   what is inside: format, step, sizes, versions
-       config.json   the run's record, with its config
-       tokenizer/    the run's tokenizer
-       student/      Orbax: towers, matching, codebook, temperature
-       teacher/      Orbax: towers, where config.export.teacher asked for them
+codis         export/, what `codebook_jax.load` reads
+                export.json   what is inside: format, step, sizes, versions
+                config.json   the run's record, with its config
+                tokenizer/    the run's tokenizer
+                student/      Orbax: towers, matching, codebook, temperature
+                teacher/      Orbax: towers, where config.export.teacher asked for them
+huggingface   export_huggingface/, image/ for ViTModel and text/ for BertModel: pretrained/write.py
+albef         export_albef/, a whole model for ALBEF's code: pretrained/write.py
 """
 
 from __future__ import annotations
@@ -15,43 +18,89 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from codebook_jax import build, evaluate
+from codebook_jax import build, evaluate, sharding
 from codebook_jax import workdir as records
 from codebook_jax.checkpoint import Restored, reason
 from codebook_jax.data import text
 from codebook_jax.errors import UserError
 from codebook_jax.inference import FOLDER, FORMAT, MANIFEST
 from codebook_jax.metrics import say
+from codebook_jax.pretrained.write import write_albef, write_huggingface
 
-_DRAFT, _REPLACED = f".{FOLDER}.draft", f".{FOLDER}.replaced"
+# What each format is for: how it is loaded.
+USE = {
+    "codis": ("import codebook_jax; model = codebook_jax.load('{folder}')",),
+    "huggingface": (
+        "from transformers import BertModel, ViTModel",
+        'ViTModel.from_pretrained("{folder}/image", add_pooling_layer=False)',
+        'BertModel.from_pretrained("{folder}/text", add_pooling_layer=False)',
+    ),
+    "albef": (
+        "from safetensors.torch import load_file",
+        'model.load_state_dict(load_file("{folder}/model.safetensors"))  # ALBEF\'s own model; it has no codebook',
+    ),
+}
 
 
 def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
-    """Writes `workdir/export`, from the checkpoint best in validation; an older one is replaced when this is complete."""
+    """Writes the checkpoint best in validation into `workdir`; an older export is replaced when this is complete."""
     workdir = Path(workdir).absolute()
     parts = build.build_trained(config, workdir)
-    items = ("student", "teacher") if parts.config.export.teacher else ("student",)
+    form = parts.config.export.format
+    if form not in USE:
+        raise UserError(f"config.export.format={form!r} is not one of {', '.join(USE)}")
+    folder = workdir / (FOLDER if form == "codis" else f"{FOLDER}_{form}")
+    if form == "codis":
+        items = ("student", "teacher") if parts.config.export.teacher else ("student",)
+    else:
+        items = ("student", "teacher", "queue") if form == "albef" else ("student",)
     restored = evaluate.restore_trained(parts, workdir, items)
-    folder, draft = workdir / FOLDER, workdir / _DRAFT
     first = jax.process_index() == 0
     if first:
-        _begin(workdir)
+        _begin(folder)
     _together("the draft's folder is empty")
+    draft = _draft(folder)
     try:
-        _write(draft, parts, restored, items)
+        if form == "codis":
+            _write(draft, parts, restored, items)
+        else:
+            _write_for_pytorch(draft, form, parts, restored)
     except BaseException:
         if first:  # it takes the space that another try needs
             shutil.rmtree(draft, ignore_errors=True)
         raise
     if first:
-        again = ", in place of the one before" if _put_in_place(workdir) else ""
+        again = ", in place of the one before" if _put_in_place(folder) else ""
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        say(f"exported the {' and the '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
-        say(f"import codebook_jax; model = codebook_jax.load({str(folder)!r})")
+        say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
+        for line in USE[form]:
+            say(line.format(folder=folder))
     _together("the export is in place")
+
+
+def _write_for_pytorch(draft: Path, form: str, parts: build.Parts, restored: Restored) -> None:
+    """The first process writes, of arrays that every process has a part of."""
+    arrays = {
+        f"{item}/{name}": multihost_utils.process_allgather(leaf, tiled=True)
+        if jax.process_count() > 1
+        else np.asarray(leaf)
+        for item in ("student", "teacher", "queue")
+        for name, leaf in sharding.named(getattr(restored.state, item))
+    }
+    if jax.process_index() != 0:
+        return
+    about = parts.config, parts.tokenizer.vocabulary, draft.parent / text.FOLDER
+    if form == "albef":
+        write_albef(draft, arrays, *about)
+        return
+    student = {
+        name.removeprefix("student/"): array for name, array in arrays.items() if name.startswith("student/")
+    }
+    write_huggingface(draft, student, *about)
 
 
 def _write(
@@ -102,29 +151,35 @@ def _manifest(parts: build.Parts, restored: Restored, items: tuple[str, ...]) ->
     }
 
 
-def _begin(workdir: Path) -> None:
+def _draft(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.draft")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _begin(folder: Path) -> None:
     """An empty draft, whatever an export that was killed has left."""
-    folder, draft, replaced = workdir / FOLDER, workdir / _DRAFT, workdir / _REPLACED
-    if replaced.exists() and not folder.exists():
-        replaced.rename(folder)
-    for leftover in (draft, replaced):
+    if _replaced(folder).exists() and not folder.exists():
+        _replaced(folder).rename(folder)
+    for leftover in (_draft(folder), _replaced(folder)):
         shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir()
+    _draft(folder).mkdir()
 
 
-def _put_in_place(workdir: Path) -> bool:
+def _put_in_place(folder: Path) -> bool:
     """The complete draft becomes the export; whether there was one before."""
-    folder, replaced = workdir / FOLDER, workdir / _REPLACED
     there = folder.exists()
     if there:
-        folder.rename(replaced)  # no file system renames a folder onto one that holds files
+        folder.rename(_replaced(folder))  # no file system renames a folder onto one that holds files
     try:
-        (workdir / _DRAFT).rename(folder)
+        _draft(folder).rename(folder)
     except OSError:
         if there:
-            replaced.rename(folder)
+            _replaced(folder).rename(folder)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
     return there
 
 

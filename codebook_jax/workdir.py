@@ -42,6 +42,7 @@ TOKENIZER_FIELDS = ("data.train", "data.tokenizer", "data.tokenizer_vocabulary")
 LATER = {
     "init": "random",
     "init_allow_partial": False,
+    "export.format": "codis",
     "model.image.mlp_width": 0,
     "model.text.mlp_width": 0,
 }
@@ -105,7 +106,7 @@ def trained_config(
     trained = recorded_config(record)
     if config is None:
         return trained
-    changes = changed_fields(record["config"], config.to_dict())
+    changes = changed_fields(trained.to_dict(), config.to_dict())
     shape = ("task", "model.*", "codebook.size")
     refused = [
         _change(name, old, new)
@@ -156,7 +157,7 @@ def check_restart(
 
     Raises UserError naming every change that the run's checkpoints (before the first: its tokenizer) cannot bear.
     """
-    changes = changed_fields(record["config"], config.to_dict())
+    changes = changed_fields(recorded_config(record).to_dict(), config.to_dict())
     versions = changed_fields({"versions": record["versions"]}, {"versions": package_versions()})
     same_data = record["data"]["fingerprint"] == fingerprint
     if same_data and "data.train" in changes:  # the same pairs under another path

@@ -178,5 +178,8 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         keep=3,  # newest; the one best in validation is kept besides
     )
 
-    config.export = dict(teacher=False)  # the towers of the teacher too, to encode with; the folder becomes twice as large
+    config.export = dict(
+        format="codis",  # "codis", for codebook_jax.load | "huggingface", ViTModel and BertModel | "albef", for its code
+        teacher=False,  # codis: the towers of the teacher too, to encode with; the folder becomes twice as large
+    )
     return config.lock()

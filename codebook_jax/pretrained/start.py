@@ -175,7 +175,10 @@ def _read(part: str, spec: str) -> Part:
             for field in ("heads", "layer_norm_eps")
         }
         return Part(part, what, None, found, stated, str(found.tokenizer))
-    weights = read_weights(spec, f"config.init names {what}")
+    try:
+        weights = read_weights(spec, f"config.init names {what}")
+    except UserError as error:
+        raise UserError(f"{error}; --config.init={RANDOM} starts from nothing") from error
     stated = weights.config
     tokenizer = ""
     if weights.folder is not None and any((weights.folder / name).is_file() for name in TOKENIZER):

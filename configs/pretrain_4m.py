@@ -1,0 +1,29 @@
+"""The paper's pre-training: --config=configs/pretrain_4m.py --config.data.train=json:PATH --config.data.eval=json:PATH
+
+Duan et al., CVPR 2022, section 4: 4.0 M images with 5.1 M captions (COCO, Visual Genome, Conceptual Captions 3M, SBU), 30
+epochs at a global batch of 512, from a DeiT-B/16 and BERT-base. Everything else is configs/base.py:base.
+"""
+
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+_BASE = runpy.run_path(str(Path(__file__).with_name("base.py")))
+PAIRS, EPOCHS = 5_100_000, 30
+
+
+def get_config(size: str = "base") -> ml_collections.ConfigDict:
+    """The locked config; raises ValueError for another size than the paper's."""
+    if size != "base":
+        raise ValueError(f"configs/pretrain_4m.py has the paper's size alone, base, and not {size!r}.")
+    config = _BASE["get_config"](size)
+    # Downloaded from the Hugging Face hub; folders do as well. `random` starts from nothing.
+    config.init = "image:facebook/deit-base-patch16-224,text:google-bert/bert-base-uncased"
+    config.train.steps = EPOCHS * PAIRS // config.data.global_batch
+    config.data.train = ""  # yours: json:PATH
+    config.data.eval = ""
+    config.data.crop_scale = (0.2, 1.0)  # ALBEF
+    config.data.flip = True  # ALBEF; left and right change places in the caption too
+    config.data.randaugment_layers = 2  # ALBEF
+    return config
