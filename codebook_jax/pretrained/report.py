@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from codebook_jax.pretrained.fill import Filled
 from codebook_jax.pretrained.layouts import Shapes
 
-_MOST = 8  # names a line
+_MOST = 12  # names a line
 
 
 def report(heading: str, student: Shapes, filled: Filled, *, teacher: str, queue: bool) -> str:

@@ -132,7 +132,8 @@ def initial(start: Start, config: ml_collections.ConfigDict, abstract_state: Any
             filled = _fill_tower(part, shapes, text_depth=depth, **of)
         arrays |= filled.arrays
         resized |= filled.resized
-        ignored |= filled.ignored
+        where = f"{part.part} " if len(start.parts) > 1 else ""
+        ignored |= {where + key: reason for key, reason in filled.ignored.items()}
     student = "student/towers/"
     taught = any(name.startswith("teacher/") for name in arrays)
     if not taught:
