@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -92,9 +93,8 @@ def machine() -> dict[str, object]:
     return found | {"cores": os.cpu_count(), "python": platform.python_version()}
 
 
-def measure(size: str, fields: dict[str, object], steps: int) -> dict[str, float]:
-    """Median seconds of a step and what else a row shows."""
-    import jax
+def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
+    """The pre-training task of a size over all devices, and a random batch placed for it."""
     import numpy as np
 
     from codebook_jax import sharding, workdir
@@ -117,7 +117,16 @@ def measure(size: str, fields: dict[str, object], steps: int) -> dict[str, float
     batch = Batch(
         images[0], images[1], np.zeros(pairs, bool), text, np.full(pairs, tokens, np.int32), ids, ids, 0 * ids
     )
-    batch = sharding.put_batch(batch, mesh)
+    return task, sharding.put_batch(batch, mesh)
+
+
+def measure(size: str, fields: dict[str, object], steps: int) -> dict[str, float]:
+    """Median seconds of a step and what else a row shows."""
+    import jax
+    import numpy as np
+
+    task, batch = random_task(size, fields)
+    pairs = len(batch.tokens)
     state = task.init_state(0)
     began = time.perf_counter()
     step = task.step.lower(state, batch).compile()

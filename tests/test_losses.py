@@ -1,10 +1,11 @@
-"""The four losses against float64 NumPy written from the equations, and against closed forms."""
+"""The four losses: closed forms, what their gradients reach, and what they refuse (test_objective.py has the equations)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import log_softmax, softmax
+import reference
+from scipy.special import softmax
 
 from codebook_jax.losses import (
     Pair,
@@ -43,47 +44,6 @@ def aligned(*arguments, temperature=0.07, alpha=0.4, intra_weight=1.0, same_imag
         alpha=jnp.asarray(alpha),
         intra_weight=intra_weight,
         same_image=same_image,
-    )
-
-
-def alignment_float64(
-    student, teacher, queue, valid, image_id, *, temperature, alpha, intra_weight, same_image
-):
-    """L_ica query by query: candidates that may not stand in a softmax are simply not in the list."""
-    z, zt = (Pair(*(x.astype(np.float64) for x in pair)) for pair in (student, teacher))
-    kept = Pair(*(x[valid].astype(np.float64) for x in queue))
-    total, weight_sum = 0.0, 0.0
-    for query, key, weight in [(0, 1, 1), (1, 0, 1), (0, 0, intra_weight), (1, 1, intra_weight)]:
-        direction = []
-        for own in range(len(image_id)):
-            members = [
-                other
-                for other in range(len(image_id))
-                if other == own or same_image == "negative" or image_id[other] != image_id[own]
-            ]
-            candidates = np.concatenate([zt[key][members], kept[key]])
-            target = alpha * softmax(candidates @ zt[query][own] / temperature)
-            target[members.index(own)] += 1 - alpha
-            log_p = log_softmax(candidates @ z[query][own] / temperature)
-            direction.append(-np.sum(target * log_p))
-        total += weight * np.mean(direction)
-        weight_sum += weight
-    return total / weight_sum
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("same_image", ["ignore", "negative"])
-@pytest.mark.parametrize("intra_weight", [0.0, 1.0])
-def test_alignment_is_the_equation_in_float64(seed, same_image, intra_weight):
-    arguments = alignment_arguments(seed)
-    options = dict(
-        temperature=0.07 + 0.03 * seed,
-        alpha=0.2 * seed,
-        intra_weight=intra_weight,
-        same_image=same_image,
-    )
-    np.testing.assert_allclose(
-        aligned(*arguments, **options), alignment_float64(*arguments, **options), rtol=1e-5
     )
 
 
@@ -145,7 +105,6 @@ def test_alignment_teaches_the_student_and_the_temperature_alone():
 
 def test_alignment_gradient_is_that_of_central_differences_in_float64():
     student, teacher, queue, valid, image_id = alignment_arguments(6)
-    options = dict(alpha=0.4, intra_weight=1.0, same_image="ignore")
     to_image, to_temperature = jax.grad(
         lambda image, tau: aligned(
             Pair(image, student.text), teacher, queue, valid, image_id, temperature=tau
@@ -153,10 +112,13 @@ def test_alignment_gradient_is_that_of_central_differences_in_float64():
         argnums=(0, 1),
     )(student.image, 0.07)
 
+    given = teacher, queue, valid, image_id
+    targets = reference.alignment_targets(*given, temperature=0.07, alpha=0.4)
+
     def loss(image, temperature):
-        moved = Pair(image, student.text.astype(np.float64))
-        return alignment_float64(
-            moved, teacher, queue, valid, image_id, temperature=temperature, **options
+        moved = image, student.text
+        return reference.alignment(
+            moved, *given, targets, temperature=temperature, intra_weight=1.0
         )
 
     image = student.image.astype(np.float64)
@@ -164,23 +126,8 @@ def test_alignment_gradient_is_that_of_central_differences_in_float64():
     step[2, 3] = 1e-5
     slope = (loss(image + step, 0.07) - loss(image - step, 0.07)) / 2e-5
     np.testing.assert_allclose(to_image[2, 3], slope, rtol=1e-4)
-
     # The temperature moves p alone: the target is a constant to the gradient.
-    def at(temperature):
-        z = image, student.text.astype(np.float64)
-        total = 0.0
-        for query in (0, 1):
-            for key in (0, 1):
-                rows = np.concatenate([teacher[key], queue[key][valid]]).astype(np.float64)
-                out = (image_id[:, None] == image_id[None, :]) & ~np.eye(BATCH, dtype=bool)
-                out = np.concatenate([out, np.zeros((BATCH, FILLED), bool)], axis=1)
-                soft = np.where(out, -np.inf, teacher[query].astype(np.float64) @ rows.T / 0.07)
-                y = 0.6 * np.eye(BATCH, len(rows)) + 0.4 * softmax(soft, axis=1)
-                log_p = log_softmax(np.where(out, -np.inf, z[query] @ rows.T / temperature), axis=1)
-                total -= np.sum(np.where(out, 0, y * np.where(out, 0, log_p))) / BATCH / 4
-        return total
-
-    slope = (at(0.07 + 1e-7) - at(0.07 - 1e-7)) / 2e-7
+    slope = (loss(image, 0.07 + 1e-7) - loss(image, 0.07 - 1e-7)) / 2e-7
     np.testing.assert_allclose(to_temperature, slope, rtol=1e-4)
 
 
@@ -193,26 +140,6 @@ def codebook_arguments(seed):
     rng = np.random.default_rng(seed)
     plans = Pair(*rng.dirichlet(np.full(CODES, 0.3), size=(2, BATCH)).astype(np.float32))
     return pair_of(rng, BATCH, DIM), pair_of(rng, BATCH, DIM), unit_rows(rng, CODES, DIM), plans
-
-
-def codebook_float64(student, teacher, codes, q, gamma):
-    """(L_ot, L_t2p, L_i2p), with T = q / N."""
-    z, zt, q = ([x.astype(np.float64) for x in pair] for pair in (student, teacher, q))
-    codes = codes.astype(np.float64)
-    n = len(z[0])
-    transport = sum(np.sum(q[m] / n * (1 - zt[m] @ codes.T)) for m in (0, 1))
-    text_predicts = -np.mean(np.sum(q[0] * log_softmax(z[1] @ codes.T / gamma, axis=1), axis=1))
-    image_predicts = -np.mean(np.sum(q[1] * log_softmax(z[0] @ codes.T / gamma, axis=1), axis=1))
-    return transport, text_predicts, image_predicts
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_codebook_losses_are_the_equations_in_float64(seed):
-    arguments = codebook_arguments(seed)
-    parts = codebook_losses(*arguments, temperature=0.1)
-    expected = codebook_float64(*arguments, 0.1)
-    found = (parts.transport, parts.text_to_code, parts.image_to_code)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_students_that_point_nowhere_predict_codes_at_log_of_their_number():
@@ -246,9 +173,8 @@ def test_codebook_gradient_through_the_unit_rows_is_that_of_central_differences_
     student, teacher, _, plans = codebook_arguments(2)
     raw = np.random.default_rng(2).normal(size=(CODES, DIM)) * 1.7  # rows are not of length one
 
-    def reference(raw):
-        codes = raw / np.linalg.norm(raw, axis=1, keepdims=True)
-        return sum(codebook_float64(student, teacher, codes, plans, 0.1))
+    def loss(raw):
+        return sum(reference.code_losses(student, teacher, reference.unit(raw), plans, gamma=0.1))
 
     with jax.enable_x64(True):
         wide = [jax.tree.map(lambda x: x.astype(np.float64), x) for x in (student, teacher, plans)]
@@ -261,21 +187,8 @@ def test_codebook_gradient_through_the_unit_rows_is_that_of_central_differences_
     for place in np.ndindex(raw.shape):
         step = np.zeros_like(raw)
         step[place] = 1e-6
-        slopes[place] = (reference(raw + step) - reference(raw - step)) / 2e-6
+        slopes[place] = (loss(raw + step) - loss(raw - step)) / 2e-6
     np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_matching_is_the_mean_cross_entropy_of_the_rows_that_count(seed):
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(12, 2)).astype(np.float32) * 4
-    match = rng.random(12) < 0.4
-    counts = np.arange(12) != 5
-    weights = (counts / counts.sum()).astype(np.float32)
-    expected = -np.mean(
-        [log_softmax(logits[i].astype(np.float64))[int(match[i])] for i in range(12) if counts[i]]
-    )
-    np.testing.assert_allclose(matching_loss(logits, match, weights), expected, rtol=1e-5)
 
 
 def test_matching_class_one_means_match():
@@ -285,23 +198,16 @@ def test_matching_class_one_means_match():
     assert float(matching_loss(logits, np.array([False]), one)) > 39
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_masked_words_mix_the_true_word_with_what_the_teacher_says(alpha):
+def test_slots_without_a_hidden_word_change_nothing():
     rng = np.random.default_rng(7)
     logits, soft = rng.normal(size=(2, 5, 3, 19)).astype(np.float32) * 3
     words = rng.integers(0, 19, (5, 3))
     used = rng.random((5, 3)) < 0.6
     weights = (used / used.sum()).astype(np.float32)
-    expected = []
-    for place in zip(*np.nonzero(used), strict=True):
-        target = (1 - alpha) * np.eye(19)[words[place]]
-        target += alpha * softmax(soft[place].astype(np.float64))
-        expected.append(-target @ log_softmax(logits[place].astype(np.float64)))
-    loss = masked_word_loss(logits, soft, words, weights, alpha=jnp.float32(alpha))
-    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
-    garbage = np.where(used[..., None], logits, np.float32(1e6))  # in slots that are not used
+    loss = masked_word_loss(logits, soft, words, weights, alpha=jnp.float32(0.4))
+    garbage = np.where(used[..., None], logits, np.float32(1e6))
     np.testing.assert_array_equal(
-        masked_word_loss(garbage, soft, words, weights, alpha=jnp.float32(alpha)), loss
+        masked_word_loss(garbage, soft, words, weights, alpha=jnp.float32(0.4)), loss
     )
 
 

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from jax.sharding import AxisType, Mesh
-from scipy.special import log_softmax, softmax
-from test_losses import alignment_float64, codebook_float64
-from test_transport import _sinkhorn_float64
 
 from codebook_jax import sharding, usage
 from codebook_jax.data.batch import Batch
@@ -20,6 +18,8 @@ from codebook_jax.losses import Pair
 from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.draws import draw_inputs
 from configs import base
+
+pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 
 BATCH, SIDE, TOKENS, IMAGE_TOKENS, WORDS = (
     16,
@@ -56,14 +56,6 @@ CONFIG = {
     "train.steps": 10,
 }
 VOCABULARY = Vocabulary(WORDS, 0, 2, 3, 4, (0, 1, 2, 3, 4))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_that_compile_fast():
-    """What XLA does to make a program fast is not looked at here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def task_on(*sizes, **changes):
@@ -121,8 +113,31 @@ def run(task, state, batches, step=None):
 def five(one):
     """Five straight steps on one device: the state before each and after the last, and the scalars."""
     batches = [batch_of(seed) for seed in range(5)]
-    states, scalars = run(one.task, one.first, batches)
-    return SimpleNamespace(batches=batches, states=[one.first, *states], scalars=scalars)
+    return walk(one.task, one.first, batches)
+
+
+def walk(task, first, batches):
+    states, scalars = run(task, first, batches)
+    return SimpleNamespace(task=task, batches=batches, states=[first, *states], scalars=scalars)
+
+
+@pytest.fixture(scope="module")
+def five_others(one):
+    """Five more, of what the others leave out: images with several texts, some without a negative, other choices."""
+    task = task_on(
+        1,
+        1,
+        1,
+        **{
+            "itm.groups": 4,
+            "codebook.solver": "ipot",
+            "codebook.queue_samples": 24,
+            "alignment.intra_weight": 0.5,
+            "teacher.momentum_ramp": False,
+        },
+    )
+    ids = np.array([0, 1, 2, 0, 4, 4, 4, 4, 8, 0, 10, 11, 12, 13, 12, 15], np.int32)
+    return walk(task, one.first, [batch_of(seed, image_id=ids) for seed in range(5)])
 
 
 def named(tree):
@@ -202,106 +217,101 @@ def test_image_tokens_stay_on_their_device_when_every_shard_is_its_own_group():
 # -- the equations
 
 
-@pytest.fixture(scope="module")
-def embedded(one):
-    """What student and teacher make of a batch, by the towers alone and pair by pair."""
-    task = one.task
+def drawing(task):
+    """A program for what a step draws of a batch."""
 
     @jax.jit
-    def embed(state, batch):
-        key = jax.random.fold_in(jax.random.key(task.config.seed), state.step)
-        inputs = draw_inputs(batch, jax.random.split(key)[0], task.config, task.vocabulary)
-        masked = inputs.masked
-        found = {"masked": masked}
-        for name, towers, images in (
-            ("student", state.student["towers"], batch.image),
-            ("teacher", state.teacher, batch.teacher_image),
+    def draw(step, batch):
+        key = jax.random.fold_in(jax.random.key(task.config.seed), step)
+        return draw_inputs(batch, jax.random.split(key)[0], task.config, task.vocabulary)
+
+    return draw
+
+
+def saying(task):
+    """A program for what the towers make of a batch by themselves, every image with every text in a row of its own."""
+
+    @jax.jit
+    def say(student, teacher, batch, masked):
+        features, words = [], []
+        for parameters, images in (
+            (student["towers"], batch.image),
+            (teacher, batch.teacher_image),
         ):
-            towers = task.model.towers(towers)
+            towers = task.model.towers(parameters)
             image, image_tokens = towers.embed_images(task._pixels(images))
             text, states = towers.embed_texts(batch.tokens, batch.text_length)
+            features.append((image, text))
             _, hidden = towers.embed_texts(masked.tokens, batch.text_length)
-            lengths = batch.text_length[:, None]
-            fused = towers.fusion(hidden[:, None], lengths, image_tokens)[:, 0]
-            found[name] = Pair(image, text)
-            found[f"{name}_words"] = towers.word_logits(fused)
-            if name == "student":
-                other = jnp.arange(BATCH) ^ 1  # the other of its group of two
-                pairs = [
-                    towers.fusion(states[texts][:, None], lengths[texts], image_tokens[images])
-                    for texts, images in (
-                        (jnp.arange(BATCH), jnp.arange(BATCH)),
-                        (other, jnp.arange(BATCH)),
-                        (jnp.arange(BATCH), other),
-                    )
-                ]
-                cls = jnp.stack([pair[:, 0, 0] for pair in pairs])
-                found["match"] = task.model.match_logits(state.student["matching"], cls)
-        return found
+            fused = towers.fusion(hidden[:, None], batch.text_length[:, None], image_tokens)
+            words.append(towers.word_logits(fused[:, 0]))
+            if parameters is not teacher:
+                images, texts = np.divmod(np.arange(BATCH**2), BATCH)
+                lengths = batch.text_length[texts][:, None]
+                pairs = towers.fusion(states[texts][:, None], lengths, image_tokens[images])
+                match = task.model.match_logits(student["matching"], pairs[:, 0, 0])
+        return reference.Said(*features, match.reshape(BATCH, BATCH, 2), *words)
 
-    return lambda state, batch: jax.device_get(embed(state, batch))
+    return say
 
 
-@pytest.mark.parametrize("step", [0, 2])
-def test_the_four_losses_of_a_step_are_the_equations_on_what_the_towers_say(
-    step, one, five, embedded
+@pytest.fixture(scope="module")
+def said(one):
+    """What the towers say of a batch, and what its step draws, on the host."""
+    say, draw = saying(one.task), drawing(one.task)
+
+    def of(state, batch):
+        inputs = draw(state.step, batch)
+        found = say(state.student, state.teacher, batch, inputs.masked)
+        return jax.device_get((found, inputs))
+
+    return of
+
+
+@pytest.mark.parametrize("steps", ["five", "five_others"])
+def test_losses_and_queue_of_five_steps_are_the_references_on_what_the_towers_say(
+    steps, said, request
 ):
-    state, batch, scalars = five.states[step], five.batches[step], five.scalars[step]
-    found = embedded(state, batch)
-    alpha = 0.4 * min(step / 3, 1)
-    queue = state.queue
-    filled = np.arange(40) < 16 * step
-    expected = alignment_float64(
-        found["student"],
-        found["teacher"],
-        Pair(queue.image, queue.text),
-        filled,
-        batch.image_id,
-        temperature=float(state.student["temperature"]),
-        alpha=alpha,
-        intra_weight=1.0,
-        same_image="ignore",
-    )
-    np.testing.assert_allclose(scalars["loss/alignment"], expected, rtol=1e-5)
-    codes = state.student["codebook"]["codes"].astype(np.float64)
-    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
-    plans = [
-        _sinkhorn_float64(1 - z.astype(np.float64) @ codes.T, 0.05, 20) for z in found["teacher"]
-    ]
-    parts = codebook_float64(
-        found["student"], found["teacher"], codes, Pair(*(BATCH * plan for plan in plans)), 0.1
-    )
-    for name, part in zip(("transport", "text_to_code", "image_to_code"), parts, strict=True):
-        np.testing.assert_allclose(scalars[f"loss/codebook_{name}"], part, rtol=1e-4)
-    log_p = log_softmax(found["match"].astype(np.float64), axis=-1)
-    matching = -(log_p[0, :, 1].sum() + log_p[1:, :, 0].sum()) / (3 * BATCH)
-    np.testing.assert_allclose(scalars["loss/matching"], matching, rtol=1e-5)
-    masked, terms = found["masked"], []
-    for row, slot in zip(*np.nonzero(masked.used), strict=True):
-        place, word = masked.positions[row, slot], masked.words[row, slot]
-        assert batch.tokens[row, place] == word
-        target = (1 - alpha) * np.eye(WORDS)[word]
-        target += alpha * softmax(found["teacher_words"][row, place].astype(np.float64))
-        log_p = log_softmax(found["student_words"][row, place].astype(np.float64))
-        terms.append(-target @ log_p)
-    np.testing.assert_allclose(scalars["loss/masked_lm"], np.mean(terms), rtol=1e-5)
-    total = expected + sum(parts) + 0.5 * matching + np.mean(terms)
-    np.testing.assert_allclose(scalars["loss"], total, rtol=1e-5)
-    np.testing.assert_allclose(scalars["alpha"], alpha, rtol=1e-6)
+    walked = request.getfixturevalue(steps)
+    config, draw = walked.task.config, drawing(walked.task)
+    ring = reference.Ring(config.queue.size, config.model.dim)
+    for step, (batch, scalars) in enumerate(zip(walked.batches, walked.scalars, strict=True)):
+        before, after = walked.states[step : step + 2]
+        found, inputs = said(before, batch)
+        masked, noise = inputs.masked, jax.device_get(draw(step, batch).noise)
+        row, slot = np.nonzero(masked.used)
+        np.testing.assert_array_equal(
+            batch.tokens[row, masked.positions[row, slot]], masked.words[row, slot]
+        )
+        alpha = reference.alpha_at(step, alpha=0.4, alpha_steps=3)
+        np.testing.assert_allclose(scalars["alpha"], alpha, rtol=1e-6)
+        learned = dict(
+            temperature=float(before.student["temperature"]),
+            codebook=before.student["codebook"]["codes"],
+            config=config,
+        )
+        decided = reference.decide(found, ring, batch.image_id, noise, alpha=alpha, **learned)
+        expected = reference.objective(found, decided, ring, batch.image_id, masked, **learned)
+        assert expected.keys() == {name for name in scalars if name.startswith("loss")}
+        for name, loss in expected.items():
+            np.testing.assert_allclose(
+                scalars[name], loss, rtol=1e-5, err_msg=f"{name} of step {step}"
+            )
+        ring.enqueue(found.teacher)
+        np.testing.assert_array_equal(after.queue.valid, ring.valid)
+        np.testing.assert_allclose(after.queue.features, ring.rows, atol=1e-6)
+        assert scalars["queue/filled"] == ring.valid.sum()
 
 
-def test_codewords_that_won_are_counted_and_the_teachers_features_are_queued(one, five, embedded):
-    found = embedded(five.states[0], five.batches[0])
+def test_codewords_that_won_are_counted(five, said):
+    found, _ = said(five.states[0], five.batches[0])
     after = five.states[1]
-    for ours, theirs in zip((after.queue.image, after.queue.text), found["teacher"], strict=True):
-        np.testing.assert_allclose(ours[:BATCH], theirs, atol=1e-5)
-        assert (ours[BATCH:] == 0).all()
     codes = five.states[0].student["codebook"]["codes"]
-    for modality, features in enumerate(found["teacher"]):
-        plan = _sinkhorn_float64(1 - features @ codes.T, 0.05, 20)
+    for modality, features in enumerate(found.teacher):
+        cost = reference.costs(features, reference.unit(codes))
+        plan = reference.sinkhorn_plan(cost, epsilon=0.05, iterations=20)
         np.testing.assert_array_equal(after.usage.winners[modality, :BATCH], plan.argmax(1))
         assert (after.usage.winners[modality, BATCH:] == -1).all()
-    assert five.scalars[-1]["queue/filled"] == 40
 
 
 def test_queue_samples_join_the_transport_and_give_no_rows_to_the_loss(five):
@@ -311,11 +321,11 @@ def test_queue_samples_join_the_transport_and_give_no_rows_to_the_loss(five):
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
     plan = jax.jit(task.assign)(Pair(*features), state)
     assert plan.shape == (2, BATCH + 24, 12)
-    codes = state.student["codebook"]["codes"].astype(np.float64)
-    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    codes = reference.unit(state.student["codebook"]["codes"])
     for modality, queue in enumerate((state.queue.image, state.queue.text)):
         rows = np.concatenate([features[modality], queue[:BATCH][::-1]])
-        expected = _sinkhorn_float64(1 - rows @ codes.T, 0.05, 20)
+        cost = reference.costs(rows, codes)
+        expected = reference.sinkhorn_plan(cost, epsilon=0.05, iterations=20)
         np.testing.assert_allclose(plan[modality, : 2 * BATCH], expected, rtol=1e-3, atol=1e-8)
         assert (np.asarray(plan)[modality, 2 * BATCH :] == 0).all()
     after, scalars = jax.eval_shape(task.step, task.abstract_state(), batch_of(0))
@@ -330,19 +340,21 @@ def test_queue_samples_join_the_transport_and_give_no_rows_to_the_loss(five):
 # -- what a step touches
 
 
-def test_the_teacher_is_an_average_of_the_student_and_nothing_else_moves_it(five):
-    for step in range(5):
-        before, after = five.states[step], five.states[step + 1]
-        m = min(0.99, (1 + step) / (10 + step))
-        np.testing.assert_allclose(five.scalars[step]["teacher/momentum"], m, rtol=1e-6)
-        student = named(after.student["towers"])
-        new = named(after.teacher)
-        moved = 0
-        for name, old in named(before.teacher).items():
-            expected = m * old.astype(np.float64) + (1 - m) * student[name]
-            np.testing.assert_allclose(new[name], expected, rtol=1e-5, atol=1e-7, err_msg=name)
-            moved += (new[name] != old).any()
-        assert moved > 30
+@pytest.mark.parametrize("steps", ["five", "five_others"])
+def test_the_teacher_is_an_average_of_the_students_and_nothing_else_moves_it(steps, request):
+    walked = request.getfixturevalue(steps)
+    of = walked.task.config.teacher
+    teacher = walked.states[0].teacher
+    for step, after in enumerate(walked.states[1:]):
+        m = reference.momentum_at(step, momentum=of.momentum, ramp=of.momentum_ramp)
+        np.testing.assert_allclose(walked.scalars[step]["teacher/momentum"], m, rtol=1e-6)
+        teacher = reference.averaged(teacher, after.student["towers"], m)
+        new, expected = named(after.teacher), named(teacher)
+        assert new.keys() == expected.keys()
+        old = named(walked.states[step].teacher)
+        assert sum((new[name] != old[name]).any() for name in new) > 30
+        for name, array in expected.items():
+            np.testing.assert_allclose(new[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_teacher_and_student_never_share_a_buffer(one):
@@ -394,17 +406,18 @@ def test_a_finite_step_ends_a_row_of_bad_ones(one, five):
     assert (after.student["codebook"]["codes"] != before.student["codebook"]["codes"]).any()
 
 
-def test_rows_whose_group_is_of_one_image_have_no_negative_and_are_counted(one, five, embedded):
+def test_rows_whose_group_is_of_one_image_have_no_negative_and_are_counted(one, five, said):
     ids = np.arange(BATCH, dtype=np.int32)
     ids[[1, 5, 9]] = ids[[0, 4, 8]]  # three of the eight groups of two
     batch = batch_of(0, image_id=ids)
     (_,), (scalars,) = run(one.task, one.first, [batch])
     assert scalars["matching/without_negative"] == 6
     assert five.scalars[0]["matching/without_negative"] == 0
-    log_p = log_softmax(embedded(one.first, batch)["match"].astype(np.float64), axis=-1)
-    some = ~np.isin(ids, ids[[0, 4, 8]])
-    matching = -(log_p[0, :, 1].sum() + log_p[1:, some, 0].sum()) / (BATCH + 2 * 10)
-    np.testing.assert_allclose(scalars["loss/matching"], matching, rtol=1e-5)
+    found, _ = said(one.first, batch)
+    own, other = np.arange(BATCH), np.arange(BATCH) ^ 1  # of groups of two
+    logits = np.stack([found.match[own, own], found.match[own, other], found.match[other, own]], 1)
+    expected = reference.matching(logits, ids != ids[other])
+    np.testing.assert_allclose(scalars["loss/matching"], expected, rtol=1e-5)
 
 
 def test_a_batch_of_one_image_still_makes_a_step(one):
