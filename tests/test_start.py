@@ -444,6 +444,42 @@ def test_an_export_is_the_start_of_another_run_without_its_teacher(run, albef):
         np.testing.assert_array_equal(first.arrays[f"student/{name}"], value)
 
 
+def test_the_towers_exported_for_hugging_face_are_read_again_bit_for_bit(run, albef):
+    config = run_config(albef, **{"export.format": "huggingface"})
+    export.export(config, run)
+    folder = run / "export_huggingface"
+    assert json.loads((folder / "text" / "config.json").read_text())["num_hidden_layers"] == 2
+    with config.unlocked():
+        config.init, config.init_allow_partial = f"image:{folder / 'image'},text:{folder / 'text'}", True
+    assert start.tokenizer_of(config, start.read_start(config)) == str(albef.tokenizer)
+    _, first = started(config, VOCABULARY._replace(size=101))
+    stored = read_arrays(run / "checkpoints" / "0" / "student")
+    found = [name for name in stored if f"student/{name}" in first.arrays]
+    assert len(found) == sum(name.startswith(("towers/image/", "towers/text/")) for name in stored)
+    for name in found:
+        np.testing.assert_array_equal(first.arrays[f"student/{name}"], stored[name], err_msg=name)
+
+
+def test_an_albef_fine_tuned_for_retrieval_is_loaded_but_for_its_head(albef, tmp_path):
+    """Its text encoder is a BertModel: other names, no head for masked words, queues of indices besides."""
+    weights = {
+        key.replace("text_encoder.bert.", "text_encoder.").replace("text_encoder_m.bert.", "text_encoder_m."): value
+        for key, value in albef.weights.items()
+        if ".cls." not in key
+    }
+    weights["idx_queue"] = np.zeros((1, 35), np.int64)
+    save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, tmp_path / "tuned.safetensors")
+    config = run_config(albef, init=f"model:{tmp_path / 'tuned.safetensors'}")
+    words = VOCABULARY._replace(size=101)
+    assert "lacks text_encoder.cls.predictions.bias" in refusal(config, words)
+    with config.unlocked():
+        config.init_allow_partial = True
+    _, first = started(config, words)
+    assert "not of this model (idx_queue)" in first.report and "queues: read too" in first.report
+    missing = [line for line in first.report.splitlines() if line.startswith("newly initialised")]
+    assert missing[0].split()[-2:] == ["codebook,", "masked_words"]
+
+
 def test_words_without_a_tokenizer_are_refused_and_nothing_is_written(albef, tmp_path, one_device):
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match="has no tokenizer beside it"):

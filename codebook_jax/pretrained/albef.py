@@ -6,6 +6,7 @@ itm_head and temp, which only the student has; image_queue and text_queue [dim, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from codebook_jax.pretrained.layouts import ALBEF, Shapes
 _MATCHING = {"matching/classes/kernel": "itm_head.weight", "matching/classes/bias": "itm_head.bias"}
 _QUEUES = ("image_queue", "text_queue", "queue_ptr")
 _TEMPERATURE = "temp"
+_BARE = re.compile(r"^(text_encoder(?:_m)?)\.(?=embeddings\.|encoder\.)")  # fine-tuned for retrieval: no head, no bert.
 
 
 def is_albef(arrays: Mapping[str, Any]) -> bool:
@@ -35,6 +37,7 @@ def fill_state(
     `shapes` are those of the state. Without momentum copies there are no arrays of the teacher. Queues of another
     length are ignored: they fill again by themselves. Raises UserError as `fill` does.
     """
+    arrays = {_BARE.sub(r"\1.bert.", key): value for key, value in arrays.items()}
     student = {key: value for key, value in arrays.items() if not _is_momentum(key)}
     teacher = {_plain(key): value for key, value in arrays.items() if _is_momentum(key)}
     rest = {key: student.pop(key) for key in (*_MATCHING.values(), _TEMPERATURE, *_QUEUES) if key in student}
