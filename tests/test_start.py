@@ -1,9 +1,13 @@
 """Public weights as a run's start: what is loaded, resized, new and ignored is said, and what does not fit is refused."""
 
 import json
+import os
 import pickle
 import runpy
 import shutil
+import socket
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
-from test_albef import GOLDEN, albef_config
+from test_albef import GOLDEN, ROOT, albef_config
 from test_towers import GOLDENS, IMAGES, TEXT, WORDS
 
 from codebook_jax import build, evaluate, export, sharding, train
@@ -192,7 +196,7 @@ def test_one_tensor_missing_is_named_and_may_be_started_anew(changed):
 def test_one_tensor_too_many_outside_the_tower_is_named_as_ignored(changed):
     folder = changed("vit", lambda arrays: arrays.update({"decoder.weight": np.ones(3, np.float32)}))
     _, first = started(towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}"))
-    assert "not of this model (decoder.weight)" in first.report
+    assert "not of this model (image decoder.weight)" in first.report
 
 
 def test_one_tensor_too_many_inside_the_tower_is_another_architecture(changed):
@@ -231,13 +235,13 @@ def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, 
 
     class Payload:
         def __reduce__(self):
-            return Path.touch, (tmp_path / "executed",)
+            return os.mkdir, (str(tmp_path / "executed"),)
 
     evil = tmp_path / "evil.pth"
     with zipfile.ZipFile(evil, "w") as archive:
         archive.writestr("evil/data.pkl", pickle.dumps({"model": Payload()}, protocol=2))
     sentence = refusal(towers_config(init=f"image:{evil},{text_part}"))
-    assert "asks for pathlib.Path.touch" in sentence and "so the file is refused" in sentence
+    assert f"asks for {os.mkdir.__module__}.mkdir" in sentence and "so the file is refused" in sentence
     assert not (tmp_path / "executed").exists()
 
 
@@ -386,7 +390,7 @@ def test_an_imported_albef_exported_again_is_the_file_bit_for_bit(run, albef):
     written = load_file(run / "export_albef" / "model.safetensors")
     assert set(written) == set(albef.weights)
     for key, value in albef.weights.items():
-        assert written[key].dtype == value.dtype
+        assert written[key].dtype == value.dtype and written[key].shape == value.shape
         np.testing.assert_array_equal(written[key], value, err_msg=key)
     described = json.loads((run / "export_albef" / "config.json").read_text())
     assert described["vision"]["num_attention_heads"] == 3 and described["text"]["fusion_layer"] == 2
@@ -442,6 +446,41 @@ def test_an_export_is_the_start_of_another_run_without_its_teacher(run, albef):
     stored = read_arrays(run / "export" / "student")
     for name, value in stored.items():
         np.testing.assert_array_equal(first.arrays[f"student/{name}"], value)
+
+
+TWO = """
+import sys
+from types import SimpleNamespace
+import jax
+tests, port, process, weights, tokenizer, workdir = sys.argv[1:]
+sys.path.insert(0, tests)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+from test_start import run_config
+from codebook_jax import export, train
+albef = SimpleNamespace(file=weights, tokenizer=tokenizer)
+config = run_config(albef, **{"mesh.fsdp": 2, "data.global_batch": 8, "export.format": "albef"})
+train.import_weights(config, workdir)
+export.export(config, workdir)
+"""
+
+
+def test_two_processes_that_split_the_weights_import_and_export_them_bit_for_bit(albef, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    arguments = [str(path) for path in (albef.file, albef.tokenizer, tmp_path / "run")]
+    command = [sys.executable, "-c", TWO, str(Path(__file__).parent), port]
+    both = [
+        subprocess.Popen([*command, process, *arguments], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for process in "01"
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    written = load_file(tmp_path / "run" / "export_albef" / "model.safetensors")
+    assert set(written) == set(albef.weights)
+    for key, value in albef.weights.items():
+        np.testing.assert_array_equal(written[key], value, err_msg=key)
 
 
 def test_the_towers_exported_for_hugging_face_are_read_again_bit_for_bit(run, albef):

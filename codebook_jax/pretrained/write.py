@@ -80,7 +80,7 @@ def write_albef(
 
 def _save(folder: Path, arrays: Named, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+    contiguous = {key: np.asarray(value, order="C") for key, value in arrays.items()}  # a scalar stays one
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, config)
 
