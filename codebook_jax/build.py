@@ -68,7 +68,9 @@ def build_training(
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
     start = None if steps_saved else read_start(config)
-    config = adopted(config, start, record)
+    given, config = config, adopted(config, start, record)
+    for name, (old, new) in records.changed_fields(given.to_dict(), config.to_dict()).items():
+        say(f"config.{name}={new}, as the weights were made with, in place of {old}")
     config = _resolve_alpha(config, len(source))
     fingerprint = source.fingerprint()
     changes: dict[str, list[Any]] = {}

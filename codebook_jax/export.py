@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -31,17 +31,35 @@ from codebook_jax.inference import FOLDER, FORMAT, MANIFEST
 from codebook_jax.metrics import say
 from codebook_jax.pretrained.write import write_albef, write_huggingface
 
-# What each format is for: how it is loaded.
-USE = {
-    "codis": ("import codebook_jax; model = codebook_jax.load('{folder}')",),
-    "huggingface": (
-        "from transformers import BertModel, ViTModel",
-        'ViTModel.from_pretrained("{folder}/image", add_pooling_layer=False)',
-        'BertModel.from_pretrained("{folder}/text", add_pooling_layer=False)',
+
+class Format(NamedTuple):
+    """One way to write a model."""
+
+    folder: str  # in the workdir
+    items: tuple[str, ...]  # of the train state
+    use: tuple[str, ...]  # how it is loaded, for the user
+
+
+FORMATS = {
+    "codis": Format(
+        FOLDER, ("student",), ("import codebook_jax; model = codebook_jax.load('{folder}')",)
     ),
-    "albef": (
-        "from safetensors.torch import load_file",
-        'model.load_state_dict(load_file("{folder}/model.safetensors"))  # ALBEF\'s own model; it has no codebook',
+    "huggingface": Format(
+        f"{FOLDER}_huggingface",
+        ("student",),
+        (
+            "from transformers import BertModel, ViTModel",
+            "ViTModel.from_pretrained('{folder}/image', add_pooling_layer=False)",
+            "BertModel.from_pretrained('{folder}/text', add_pooling_layer=False)",
+        ),
+    ),
+    "albef": Format(
+        f"{FOLDER}_albef",
+        ("student", "teacher", "queue"),
+        (
+            "from safetensors.torch import load_file",
+            "model.load_state_dict(load_file('{folder}/model.safetensors'))  # of ALBEF's code; it has no codebook",
+        ),
     ),
 }
 
@@ -50,14 +68,14 @@ def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> Non
     """Writes the checkpoint best in validation into `workdir`; an older export is replaced when this is complete."""
     workdir = Path(workdir).absolute()
     parts = build.build_trained(config, workdir)
-    form = parts.config.export.format
-    if form not in USE:
-        raise UserError(f"config.export.format={form!r} is not one of {', '.join(USE)}")
-    folder = workdir / (FOLDER if form == "codis" else f"{FOLDER}_{form}")
-    if form == "codis":
-        items = ("student", "teacher") if parts.config.export.teacher else ("student",)
-    else:
-        items = ("student", "teacher", "queue") if form == "albef" else ("student",)
+    name = parts.config.export.format
+    if name not in FORMATS:
+        raise UserError(f"config.export.format={name!r} is not one of {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    items = form.items
+    if name == "codis" and parts.config.export.teacher:
+        items += ("teacher",)
+    folder = workdir / form.folder
     restored = evaluate.restore_trained(parts, workdir, items)
     first = jax.process_index() == 0
     if first:
@@ -65,10 +83,10 @@ def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> Non
     _together("the draft's folder is empty")
     draft = _draft(folder)
     try:
-        if form == "codis":
+        if name == "codis":
             _write(draft, parts, restored, items)
         else:
-            _write_for_pytorch(draft, form, parts, restored)
+            _write_for_pytorch(draft, name, parts, restored, items)
     except BaseException:
         if first:  # it takes the space that another try needs
             shutil.rmtree(draft, ignore_errors=True)
@@ -77,30 +95,23 @@ def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> Non
         again = ", in place of the one before" if _put_in_place(folder) else ""
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
-        for line in USE[form]:
+        for line in form.use:
             say(line.format(folder=folder))
     _together("the export is in place")
 
 
-def _write_for_pytorch(draft: Path, form: str, parts: build.Parts, restored: Restored) -> None:
-    """The first process writes, of arrays that every process has a part of."""
-    arrays = {
-        f"{item}/{name}": multihost_utils.process_allgather(leaf, tiled=True)
-        if jax.process_count() > 1
-        else np.asarray(leaf)
-        for item in ("student", "teacher", "queue")
-        for name, leaf in sharding.named(getattr(restored.state, item))
-    }
+def _write_for_pytorch(
+    draft: Path, form: str, parts: build.Parts, restored: Restored, items: tuple[str, ...]
+) -> None:
+    """The first process writes, of arrays that every process may have a part of."""
+    state = {item: getattr(restored.state, item) for item in items}
+    if jax.process_count() > 1:
+        state = multihost_utils.process_allgather(state, tiled=True)
     if jax.process_index() != 0:
         return
-    about = parts.config, parts.tokenizer.vocabulary, draft.parent / text.FOLDER
-    if form == "albef":
-        write_albef(draft, arrays, *about)
-        return
-    student = {
-        name.removeprefix("student/"): array for name, array in arrays.items() if name.startswith("student/")
-    }
-    write_huggingface(draft, student, *about)
+    arrays = {name: np.asarray(leaf) for name, leaf in sharding.named(state)}
+    write = write_albef if form == "albef" else write_huggingface
+    write(draft, arrays, parts.config, parts.tokenizer.vocabulary, draft.parent / text.FOLDER)
 
 
 def _write(

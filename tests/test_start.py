@@ -1,29 +1,23 @@
-"""Public weights as a run's start: what is loaded, resized, new and ignored is said, and what does not fit is refused."""
+"""Towers as a run's start: what is loaded, resized, new and ignored is said, and what does not fit is refused."""
 
 import json
 import os
 import pickle
 import runpy
 import shutil
-import socket
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
-from test_albef import GOLDEN, ROOT, albef_config
+from test_albef import GOLDEN, albef_config
 from test_towers import GOLDENS, IMAGES, TEXT, WORDS
 
-from codebook_jax import build, evaluate, export, sharding, train
-from codebook_jax.checkpoint import Checkpoints, read_arrays
+from codebook_jax import sharding
 from codebook_jax.checks import check
-from codebook_jax.data import text
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.pretrained import start
@@ -156,6 +150,18 @@ def test_the_table_says_what_was_loaded_resized_new_and_ignored():
 def test_epsilons_are_those_of_the_weights():
     config, _ = started(towers_config("deit", **{"model.image.layer_norm_eps": 1e-6}))
     assert config.model.image.layer_norm_eps == 1e-12 and config.model.text.layer_norm_eps == 1e-12
+
+
+def test_a_run_that_goes_on_keeps_its_epsilons_without_the_files():
+    config, _ = started(towers_config())
+    assert config.model.image.layer_norm_eps == 1e-5
+    again = towers_config(**{"model.image.layer_norm_eps": 1e-6})
+    record = {"config": config.to_dict()}
+    assert start.adopted(again, None, record).model.image.layer_norm_eps == 1e-5
+    again.init = "image:other,text:random"
+    assert start.adopted(again, None, record).model.image.layer_norm_eps == 1e-6
+    del record["config"]["init"]  # a run of before there was one
+    assert start.adopted(again, None, record).model.image.layer_norm_eps == 1e-6
 
 
 def test_a_state_is_placed_on_eight_devices_and_its_teacher_is_a_copy():
@@ -317,215 +323,3 @@ def test_norms_with_tensorflows_names_are_norms(changed):
     assert first.arrays.keys() == plain.arrays.keys()
     for name, value in plain.arrays.items():
         np.testing.assert_array_equal(first.arrays[name], value)
-
-
-# -- a whole model, from its file to what a run does with it
-
-
-@pytest.fixture(scope="module")
-def albef(tmp_path_factory):
-    """The golden ALBEF as a file, and a folder with a tokenizer of as many words."""
-    folder = tmp_path_factory.mktemp("albef")
-    with np.load(GOLDEN) as stored:
-        weights = {name[6:]: stored[name] for name in stored.files if name.startswith("state/")}
-    save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, folder / "albef.safetensors")
-    captions = [" ".join(f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst")]
-    text._in_transformers(text.train_vocabulary(captions, 101)).save_pretrained(folder / "words")
-    return SimpleNamespace(file=folder / "albef.safetensors", tokenizer=folder / "words", weights=weights)
-
-
-def run_config(albef, **changes):
-    config = albef_config(sizes())
-    with config.unlocked():
-        config.update_from_flattened_dict(
-            {
-                "init": f"model:{albef.file}",
-                "data.tokenizer": str(albef.tokenizer),
-                "data.scenes_examples": 16,
-                "data.threads": 1,
-                "data.prefetch": 1,
-                "evaluation.images": 5,
-                "evaluation.batch": 5,
-                "evaluation.rerank_top_k": 2,
-                "evaluation.every_steps": 0,
-                "train.steps": 2,
-                "log_every_steps": 1,
-            }
-            | changes
-        )
-    return config.lock()
-
-
-@pytest.fixture(scope="module")
-def imported(albef, one_device_environment, tmp_path_factory):
-    """A run made of the golden ALBEF by --mode=import; what was said."""
-    workdir = tmp_path_factory.mktemp("imported") / "run"
-    said = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *_: one_mesh())
-        for module in (train, build):
-            patch.setattr(module, "say", said.append)
-        train.import_weights(run_config(albef), workdir)
-    return SimpleNamespace(workdir=workdir, said="\n".join(said))
-
-
-@pytest.fixture
-def run(imported, tmp_path, one_device):
-    """A copy of the imported run."""
-    return Path(shutil.copytree(imported.workdir, tmp_path / "run"))
-
-
-def test_an_imported_albef_is_a_run_whose_table_was_printed(imported):
-    assert "model:" in imported.said and "(ALBEF; it does not say how many heads" in imported.said
-    assert "teacher: read too; queues: read too" in imported.said
-    lines = imported.said.splitlines()
-    (new,) = [line for line in lines if line.startswith("newly initialised")]
-    assert new.split()[-1] == "codebook"
-    with Checkpoints(imported.workdir, keep=1, create=False) as checkpoints:
-        assert checkpoints.steps() == [0]
-
-
-def test_an_imported_albef_exported_again_is_the_file_bit_for_bit(run, albef):
-    export.export(run_config(albef, **{"export.format": "albef"}), run)
-    written = load_file(run / "export_albef" / "model.safetensors")
-    assert set(written) == set(albef.weights)
-    for key, value in albef.weights.items():
-        assert written[key].dtype == value.dtype and written[key].shape == value.shape
-        np.testing.assert_array_equal(written[key], value, err_msg=key)
-    described = json.loads((run / "export_albef" / "config.json").read_text())
-    assert described["vision"]["num_attention_heads"] == 3 and described["text"]["fusion_layer"] == 2
-    again = start.read_start(run_config(albef, init=f"model:{run / 'export_albef'}", **{"data.tokenizer": ""}))
-    assert start.tokenizer_of(run_config(albef, **{"data.tokenizer": ""}), again) == str(run / "export_albef")
-    with pytest.raises(UserError, match=r"has 3 heads, and config.model.image.heads=6"):
-        start.read_start(run_config(albef, init=f"model:{run / 'export_albef'}", **{"model.image.heads": 6}))
-
-
-def test_an_imported_albef_is_evaluated_and_trained_on(run, albef, capsys):
-    evaluate.evaluate(None, run)
-    results = json.loads((run / "eval.json").read_text())
-    assert {"student/dual", "teacher/dual", "student/reranked"} <= results.keys()
-    with pytest.raises(UserError, match="holds a run already"):
-        train.import_weights(run_config(albef), run)
-    before = read_arrays(run / "checkpoints" / "0" / "student")
-    Path(albef.file).rename(albef.file.with_suffix(".away"))  # a run that goes on does not need it
-    try:
-        train.fit(run_config(albef), run)
-    finally:
-        albef.file.with_suffix(".away").rename(albef.file)
-    after = read_arrays(run / "checkpoints" / "2" / "student")
-    assert "resuming at step 0" in capsys.readouterr().out
-    moved = np.abs(after["towers/image/patches/kernel"] - before["towers/image/patches/kernel"]).max()
-    assert 0 < moved < 0.01
-
-
-def test_a_run_is_the_start_of_another_at_another_resolution(run, albef):
-    config = run_config(albef, init=f"model:{run}", **{"model.image.size_px": 64, "data.tokenizer": ""})
-    read = start.read_start(config)
-    assert start.tokenizer_of(config, read) == str(run / "tokenizer")
-    task = pretrain.create(config, VOCABULARY._replace(size=101), one_mesh())
-    first = start.initial(read, config, task.abstract_state())
-    assert "image/positions 3x3 to 4x4 patches, bicubic" in first.report and "step 0" in first.report
-    stored = read_arrays(run / "checkpoints" / "0" / "teacher")
-    np.testing.assert_array_equal(first.arrays["teacher/text/words"], stored["text/words"])
-    assert first.arrays["teacher/image/positions"].shape == (1, 17, 72)
-    sentences = {
-        "codebook.size": (9, r"student/codebook/codes is \[7, 24\], and config asks for \[9, 24\]"),
-        "model.image.heads": (4, "has 3 heads, and config.model.image.heads=4"),
-    }
-    for field, (value, told) in sentences.items():
-        config = run_config(albef, init=f"model:{run}", **{field: value})
-        with pytest.raises(UserError, match=told):
-            started(config, VOCABULARY._replace(size=101))
-
-
-def test_an_export_is_the_start_of_another_run_without_its_teacher(run, albef):
-    export.export(None, run)
-    config = run_config(albef, init=f"model:{run / 'export'}")
-    _, first = started(config, VOCABULARY._replace(size=101))
-    assert "an export" in first.report and "teacher: a copy of the student" in first.report
-    stored = read_arrays(run / "export" / "student")
-    for name, value in stored.items():
-        np.testing.assert_array_equal(first.arrays[f"student/{name}"], value)
-
-
-TWO = """
-import sys
-from types import SimpleNamespace
-import jax
-tests, port, process, weights, tokenizer, workdir = sys.argv[1:]
-sys.path.insert(0, tests)
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
-from test_start import run_config
-from codebook_jax import export, train
-albef = SimpleNamespace(file=weights, tokenizer=tokenizer)
-config = run_config(albef, **{"mesh.fsdp": 2, "data.global_batch": 8, "export.format": "albef"})
-train.import_weights(config, workdir)
-export.export(config, workdir)
-"""
-
-
-def test_two_processes_that_split_the_weights_import_and_export_them_bit_for_bit(albef, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    arguments = [str(path) for path in (albef.file, albef.tokenizer, tmp_path / "run")]
-    command = [sys.executable, "-c", TWO, str(Path(__file__).parent), port]
-    both = [
-        subprocess.Popen([*command, process, *arguments], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for process in "01"
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
-    written = load_file(tmp_path / "run" / "export_albef" / "model.safetensors")
-    assert set(written) == set(albef.weights)
-    for key, value in albef.weights.items():
-        np.testing.assert_array_equal(written[key], value, err_msg=key)
-
-
-def test_the_towers_exported_for_hugging_face_are_read_again_bit_for_bit(run, albef):
-    config = run_config(albef, **{"export.format": "huggingface"})
-    export.export(config, run)
-    folder = run / "export_huggingface"
-    assert json.loads((folder / "text" / "config.json").read_text())["num_hidden_layers"] == 2
-    with config.unlocked():
-        config.init, config.init_allow_partial = f"image:{folder / 'image'},text:{folder / 'text'}", True
-    assert start.tokenizer_of(config, start.read_start(config)) == str(albef.tokenizer)
-    _, first = started(config, VOCABULARY._replace(size=101))
-    stored = read_arrays(run / "checkpoints" / "0" / "student")
-    found = [name for name in stored if f"student/{name}" in first.arrays]
-    assert len(found) == sum(name.startswith(("towers/image/", "towers/text/")) for name in stored)
-    for name in found:
-        np.testing.assert_array_equal(first.arrays[f"student/{name}"], stored[name], err_msg=name)
-
-
-def test_an_albef_fine_tuned_for_retrieval_is_loaded_but_for_its_head(albef, tmp_path):
-    """Its text encoder is a BertModel: other names, no head for masked words, queues of indices besides."""
-    weights = {
-        key.replace("text_encoder.bert.", "text_encoder.").replace("text_encoder_m.bert.", "text_encoder_m."): value
-        for key, value in albef.weights.items()
-        if ".cls." not in key
-    }
-    weights["idx_queue"] = np.zeros((1, 35), np.int64)
-    save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, tmp_path / "tuned.safetensors")
-    config = run_config(albef, init=f"model:{tmp_path / 'tuned.safetensors'}")
-    words = VOCABULARY._replace(size=101)
-    assert "lacks text_encoder.cls.predictions.bias" in refusal(config, words)
-    with config.unlocked():
-        config.init_allow_partial = True
-    _, first = started(config, words)
-    assert "not of this model (idx_queue)" in first.report and "queues: read too" in first.report
-    missing = [line for line in first.report.splitlines() if line.startswith("newly initialised")]
-    assert missing[0].split()[-2:] == ["codebook,", "masked_words"]
-
-
-def test_words_without_a_tokenizer_are_refused_and_nothing_is_written(albef, tmp_path, one_device):
-    workdir = tmp_path / "run"
-    with pytest.raises(UserError, match="has no tokenizer beside it"):
-        train.import_weights(run_config(albef, **{"data.tokenizer": ""}), workdir)
-    other = run_config(albef, **{"model.text.width": 30})
-    with pytest.raises(UserError, match="config.model asks for"):
-        train.import_weights(other, workdir)
-    assert not (workdir / "config.json").exists() and not (workdir / "tokenizer").exists()
-    with pytest.raises(UserError, match="config.init=random names no weights to import"):
-        train.import_weights(run_config(albef, init="random"), workdir)

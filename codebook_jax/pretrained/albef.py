@@ -41,7 +41,7 @@ def fill_state(
     student = {key: value for key, value in arrays.items() if not _is_momentum(key)}
     teacher = {_plain(key): value for key, value in arrays.items() if _is_momentum(key)}
     rest = {key: student.pop(key) for key in (*_MATCHING.values(), _TEMPERATURE, *_QUEUES) if key in student}
-    towers = _under(shapes, "student/towers/")
+    towers = layouts.under(shapes, "student/towers/")
     of = dict(text_depth=text_depth, allow_partial=allow_partial)
     found = fill(ALBEF, student, towers, what=what, **of)
     filled = {f"student/towers/{name}": value for name, value in found.arrays.items()}
@@ -57,17 +57,13 @@ def fill_state(
     return Filled(filled | queue, resized, ignored | unused)
 
 
-def to_albef(
-    student: Mapping[str, np.ndarray],
-    teacher: Mapping[str, np.ndarray],
-    queue: Mapping[str, np.ndarray],
-    text_depth: int,
-) -> dict[str, np.ndarray]:
-    """ALBEF's state dict of a train state: {our name below student/, teacher/ and queue/: array} each.
+def to_albef(arrays: Mapping[str, np.ndarray], text_depth: int) -> dict[str, np.ndarray]:
+    """ALBEF's state dict of a train state's arrays, by its names (student/..., teacher/..., queue/...).
 
     Places of the queues that hold nothing yet are zeros, where ALBEF has random features. The codebook has no place.
     """
-    towers = {name: value for name, value in _under(student, "towers/").items()}
+    student, teacher, queue = (layouts.under(arrays, f"{item}/") for item in ("student", "teacher", "queue"))
+    towers = layouts.under(student, "towers/")
     found = dict(layouts.to_theirs(ALBEF, towers, text_depth)) | _tied(towers)
     momentum = dict(layouts.to_theirs(ALBEF, teacher, text_depth)) | _tied(teacher)
     found |= {_momentum(key): value for key, value in momentum.items()}
@@ -131,12 +127,6 @@ def _queue(
         "queue/cursor": np.int32(cursor % size),
         "queue/filled": np.int32(size),
     }, {}
-
-
-def _under(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {
-        name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)
-    }
 
 
 def _is_momentum(key: str) -> bool:

@@ -15,7 +15,8 @@ from jaxtyping import Float32
 
 from codebook_jax.errors import UserError
 from codebook_jax.network import hub_reachable
-from codebook_jax.pretrained.torch_files import Unreadable, first_line, float32_of, read_torch
+from codebook_jax.pretrained.torch_files import first_line, float32_of, read_torch
+from codebook_jax.pretrained.unpickling import Unreadable
 
 CONFIG = "config.json"
 SAFETENSORS = ".safetensors"

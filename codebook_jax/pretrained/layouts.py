@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -171,6 +171,13 @@ def shapes_of(tree: Mapping, prefix: str = "") -> dict[str, Shape]:
         else:
             found[f"{prefix}{name}"] = tuple(value.shape)
     return found
+
+
+def under(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What stands below a part of the tree, by the names it has there."""
+    return {
+        name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)
+    }
 
 
 class Place(NamedTuple):

@@ -22,12 +22,14 @@ from codebook_jax.errors import UserError
 from codebook_jax.pretrained import albef, own, recognise
 from codebook_jax.pretrained.files import TOKENIZER, read_weights
 from codebook_jax.pretrained.fill import Filled, fill
-from codebook_jax.pretrained.layouts import ALBEF, Layout
+from codebook_jax.pretrained.layouts import ALBEF, Layout, under
 from codebook_jax.pretrained.report import report
+from codebook_jax.workdir import recorded_config
 
 RANDOM = "random"
 FORMS = "config.init is random, model:SPEC, or image:SPEC,text:SPEC (SPEC: a file, a folder, a hub name, or random)"
-_EPS = ("model.image.layer_norm_eps", "model.text.layer_norm_eps")
+_TOWERS = ("image", "text")
+_EPS = tuple(f"model.{tower}.layer_norm_eps" for tower in _TOWERS)
 
 
 class Part(NamedTuple):
@@ -92,8 +94,10 @@ def adopted(
     found = {}
     if start is not None:
         found = {name: value for part in start.parts for name, value in part.stated.items() if name in _EPS}
-    elif record is not None and config.init not in (RANDOM, "") and record["config"].get("init") == config.init:
-        found = {name: record["config"]["model"][name.split(".")[1]]["layer_norm_eps"] for name in _EPS}
+    elif record is not None and config.init != RANDOM:
+        before = recorded_config(record)
+        if before.init == config.init:
+            found = {f"model.{tower}.layer_norm_eps": before.model[tower].layer_norm_eps for tower in _TOWERS}
     if not found:
         return config
     resolved = ml_collections.ConfigDict(config.to_dict())
@@ -172,7 +176,7 @@ def _read(part: str, spec: str) -> Part:
         found = own.read_own(path, what)
         stated = {
             f"model.{tower}.{field}": found.config.model[tower][field]
-            for tower in ("image", "text")
+            for tower in _TOWERS
             for field in ("heads", "layer_norm_eps")
         }
         return Part(part, what, None, found, stated, str(found.tokenizer))
@@ -209,7 +213,7 @@ def _stated(tower: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_other_heads(part: Part, config: ml_collections.ConfigDict) -> None:
     """Heads do not show in the shapes: another number would load and compute something else."""
-    for tower in ("image", "text"):
+    for tower in _TOWERS:
         name = f"model.{tower}.heads"
         if part.stated.get(name, heads := config.model[tower].heads) != heads:
             raise UserError(
@@ -219,7 +223,7 @@ def _refuse_other_heads(part: Part, config: ml_collections.ConfigDict) -> None:
 
 def _fill_tower(part: Part, shapes: Mapping[str, Any], *, text_depth: int, allow_partial: bool) -> Filled:
     prefix = "student/towers/"
-    towers = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    towers = under(shapes, prefix)
     filled = fill(
         part.layout, part.content, towers, text_depth=text_depth, what=part.what, allow_partial=allow_partial
     )
@@ -234,7 +238,7 @@ def _heading(part: Part) -> str:
     title = part.layout.title if part.layout is not None else part.content.title
     silent = [
         tower
-        for tower in (("image", "text") if part.part == "model" else (part.part,))
+        for tower in (_TOWERS if part.part == "model" else (part.part,))
         if f"model.{tower}.heads" not in part.stated
     ]
     unsaid = f"; it does not say how many heads its {' and '.join(silent)} tower has: config.model's are taken"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,18 +22,18 @@ Named = Mapping[str, np.ndarray]
 
 def write_huggingface(
     folder: Path,
-    student: Named,
+    arrays: Named,
     config: ml_collections.ConfigDict,
     vocabulary: Vocabulary,
     tokenizer: Path,
 ) -> None:
     """`folder/image`, for ViTModel.from_pretrained, and `folder/text`, for BertModel.from_pretrained.
 
-    The text half is a whole BERT of its own depth. Neither model has a pooler: pass add_pooling_layer=False. Fusion
+    `arrays` are a train state's, by its names; the text half is a whole BERT of its own depth. Neither model has a pooler: pass add_pooling_layer=False. Fusion
     encoder, projections and codebook have no place there.
     """
     depth = config.model.text.depth
-    towers = _under(student, "towers/")
+    towers = layouts.under(arrays, "student/towers/")
     image = dict(layouts.to_theirs(layouts.VIT_HF, towers, depth))
     _save(folder / "image", image, _vit(config) | {"architectures": ["ViTModel"]})
     write_json(folder / "image" / "preprocessor_config.json", _preprocessor(config))
@@ -59,7 +58,6 @@ def write_albef(
     `arrays` are a train state's, by its names (student/..., teacher/..., queue/...). The codebook has no place there.
     """
     text = config.model.text
-    parts = (_under(arrays, f"{item}/") for item in ("student", "teacher", "queue"))
     bert = _bert(config, vocabulary, text.depth + text.fusion_depth)
     bert |= {"fusion_layer": text.depth, "encoder_width": config.model.image.width}
     sizes = {
@@ -72,7 +70,7 @@ def write_albef(
         "vision": _vit(config),
         "text": bert,
     }
-    _save(folder, albef.to_albef(*parts, text.depth), sizes)
+    _save(folder, albef.to_albef(arrays, text.depth), sizes)
     write_json(folder / "config_bert.json", bert)
     write_json(folder / "preprocessor_config.json", _preprocessor(config))
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
@@ -139,6 +137,3 @@ def _preprocessor(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "image_std": list(STD),
     }
 
-
-def _under(named: Named, prefix: str) -> dict[str, np.ndarray]:
-    return {re.sub(f"^{prefix}", "", name): value for name, value in named.items() if name.startswith(prefix)}
