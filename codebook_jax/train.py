@@ -41,6 +41,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
             restored = Restored(0, build.first_state(parts), {"unreadable": 0})
         else:
             say(resumption(restored, config.data.global_batch))
+        parts = parts._replace(start=None)  # gigabytes that are in the state by now
         step = restored.step
         redo = step not in checkpoints.scores
         with (

@@ -224,6 +224,16 @@ def test_one_word_too_many_is_refused_with_both_sizes():
     assert f"has a vocabulary of {WORDS} " in sentence and f"the tokenizer one of {WORDS - 1}:" in sentence
 
 
+def test_a_vocabulary_of_30523_is_refused_beside_a_tokenizer_of_30522(changed):
+    def widen(arrays):
+        for key in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+            arrays[key] = np.resize(arrays[key], (30_523, *arrays[key].shape[1:]))
+
+    folder = changed("bert", widen)
+    sentence = refusal(towers_config(init=f"image:random,text:{folder}"), VOCABULARY._replace(size=30_522))
+    assert "has a vocabulary of 30,523 " in sentence and "the tokenizer one of 30,522:" in sentence
+
+
 def test_384_pixels_from_224_are_resized_and_other_patches_refused():
     positions = np.random.default_rng(0).normal(size=(1, 197, 5)).astype(np.float32)
     resized, note = fitted_positions(positions, (1, 577, 5), "pos_embed", "image:x")
