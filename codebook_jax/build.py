@@ -67,7 +67,7 @@ def build_training(
     sharding.check_groups(mesh, batch, passes, config.itm.groups)
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
-    start = None if steps_saved else read_start(config)
+    start = () if steps_saved else read_start(config)
     given, config = config, adopted(config, start, record)
     for name, (old, new) in records.changed_fields(given.to_dict(), config.to_dict()).items():
         say(f"config.{name}={new}, as the weights were made with, in place of {old}")
@@ -92,7 +92,7 @@ def build_training(
     )
     memory.check(planner)
     task = task_of(config, tokenizer, mesh)
-    first = initial(start, config, task.abstract_state()) if start is not None else None
+    first = initial(start, config, task.abstract_state()) if start else None
     keep()  # the first that is written: nothing refuses from here on
     if jax.process_index() == 0:
         records.write_record(
@@ -137,7 +137,7 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
         )
     own = config is None
     if not own:
-        config = adopted(config, None, record)
+        config = adopted(config, (), record)
     config = records.trained_config(workdir, record, config)
     axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if own and not sharding.fits(*axes):

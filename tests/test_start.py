@@ -121,7 +121,7 @@ def test_the_papers_recipe_starts_from_a_deit_and_a_bert_unless_it_is_told_rando
     with pytest.raises(UserError, match="--config.init=random starts from nothing"):
         start.read_start(config)  # there is no hub here
     config.init = "random"
-    assert start.read_start(config) is None
+    assert start.read_start(config) == ()
     assert (config.train.steps, config.data.global_batch, config.model.image.size_px) == (298_828, 512, 256)
     with pytest.raises(ValueError, match="not 'tiny'"):
         module["get_config"]("tiny")
@@ -157,11 +157,11 @@ def test_a_run_that_goes_on_keeps_its_epsilons_without_the_files():
     assert config.model.image.layer_norm_eps == 1e-5
     again = towers_config(**{"model.image.layer_norm_eps": 1e-6})
     record = {"config": config.to_dict()}
-    assert start.adopted(again, None, record).model.image.layer_norm_eps == 1e-5
+    assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-5
     again.init = "image:other,text:random"
-    assert start.adopted(again, None, record).model.image.layer_norm_eps == 1e-6
+    assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-6
     del record["config"]["init"]  # a run of before there was one
-    assert start.adopted(again, None, record).model.image.layer_norm_eps == 1e-6
+    assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-6
 
 
 def test_a_state_is_placed_on_eight_devices_and_its_teacher_is_a_copy():

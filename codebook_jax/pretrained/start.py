@@ -43,12 +43,6 @@ class Part(NamedTuple):
     tokenizer: str  # folder or hub name; empty where there is none beside the weights
 
 
-class Start(NamedTuple):
-    """What config.init has read, in its order."""
-
-    parts: tuple[Part, ...]
-
-
 class Initial(NamedTuple):
     """The parameters to start with instead of fresh ones, and the table about them."""
 
@@ -76,24 +70,24 @@ def specs(init: str) -> dict[str, str]:
     return {part: spec for part, spec in found.items() if spec != RANDOM}
 
 
-def read_start(config: ml_collections.ConfigDict) -> Start | None:
-    """What config.init names, read; None for random. Raises UserError for what cannot be read or is something else."""
+def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
+    """What config.init names, read; nothing for random. Raises UserError for what cannot be read or is something else."""
     parts = tuple(_read(part, spec) for part, spec in specs(config.init).items())
     for part in parts:
         _refuse_other_heads(part, config)
-    return Start(parts) if parts else None
+    return parts
 
 
 def adopted(
-    config: ml_collections.ConfigDict, start: Start | None, record: Mapping[str, Any] | None
+    config: ml_collections.ConfigDict, start: tuple[Part, ...], record: Mapping[str, Any] | None
 ) -> ml_collections.ConfigDict:
     """The config with the layer norms' epsilon that the weights were made with.
 
     Of a run that goes on it is that of its `record`, since its weights are no longer read from config.init.
     """
     found = {}
-    if start is not None:
-        found = {name: value for part in start.parts for name, value in part.stated.items() if name in _EPS}
+    if start:
+        found = {name: value for part in start for name, value in part.stated.items() if name in _EPS}
     elif record is not None and config.init != RANDOM:
         before = recorded_config(record)
         if before.init == config.init:
@@ -105,9 +99,9 @@ def adopted(
     return resolved.lock()
 
 
-def tokenizer_of(config: ml_collections.ConfigDict, start: Start | None) -> str:
+def tokenizer_of(config: ml_collections.ConfigDict, start: tuple[Part, ...]) -> str:
     """The tokenizer to use: config.data.tokenizer, else that beside the weights; raises UserError without either."""
-    texts = [part for part in start.parts if part.part != "image"] if start is not None else []
+    texts = [part for part in start if part.part != "image"]
     if config.data.tokenizer or not texts:
         return config.data.tokenizer
     (part,) = texts
@@ -119,7 +113,7 @@ def tokenizer_of(config: ml_collections.ConfigDict, start: Start | None) -> str:
     return part.tokenizer
 
 
-def initial(start: Start, config: ml_collections.ConfigDict, abstract_state: Any) -> Initial:
+def initial(start: tuple[Part, ...], config: ml_collections.ConfigDict, abstract_state: Any) -> Initial:
     """Our parameters out of what was read; raises UserError for what does not fit the model."""
     shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
     of = dict(allow_partial=config.init_allow_partial)
@@ -127,7 +121,7 @@ def initial(start: Start, config: ml_collections.ConfigDict, abstract_state: Any
     arrays: dict[str, np.ndarray] = {}
     resized: dict[str, str] = {}
     ignored: dict[str, tuple[int, str]] = {}
-    for part in start.parts:
+    for part in start:
         if isinstance(part.content, own.Own):
             filled = own.fill_own(part.content, shapes, what=part.what, **of)
         elif part.part == "model":
@@ -136,7 +130,7 @@ def initial(start: Start, config: ml_collections.ConfigDict, abstract_state: Any
             filled = _fill_tower(part, shapes, text_depth=depth, **of)
         arrays |= filled.arrays
         resized |= filled.resized
-        where = f"{part.part} " if len(start.parts) > 1 else ""
+        where = f"{part.part} " if len(start) > 1 else ""
         ignored |= {where + key: reason for key, reason in filled.ignored.items()}
     student = "student/towers/"
     taught = any(name.startswith("teacher/") for name in arrays)
@@ -147,7 +141,7 @@ def initial(start: Start, config: ml_collections.ConfigDict, abstract_state: Any
             if name.startswith(student)
         }
     table = report(
-        "\n".join(_heading(part) for part in start.parts),
+        "\n".join(_heading(part) for part in start),
         {name: shape for name, shape in shapes.items() if name.startswith("student/")},
         Filled(arrays, resized, ignored),
         teacher="read too" if taught else "a copy of the student",
