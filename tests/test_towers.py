@@ -112,6 +112,32 @@ def test_every_state_of_the_text_encoder_and_every_logit_of_a_word_is_pytorchs()
     np.testing.assert_allclose(model.word_logits(states[-1]), golden["logits"], rtol=0, atol=1e-4)
 
 
+def test_the_names_that_transformers_5_has_in_memory_are_known_too():
+    renamed = {
+        "encoder.layer.": "layers.",
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+    }
+    arrays = {}
+    for key, value in read_weights(str(GOLDENS / "vit"), "vit").arrays.items():
+        for old, new in renamed.items():
+            key = key.replace(old, new)
+        arrays[key] = value
+    layout, arrays = recognise.image_tower(arrays, "vit")
+    assert layout is layouts.VIT_HF5
+    expected, _ = filled(config_of(), "vit", recognise.image_tower)
+    shapes = layouts.shapes_of({"image": expected["image"]})
+    found = fill(layout, arrays, shapes, text_depth=2, what="vit", allow_partial=False)
+    assert found.arrays.keys() == shapes.keys()
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"image": expected["image"]}):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_array_equal(found.arrays[name], leaf, err_msg=name)
+
+
 def test_heads_poolers_and_distillation_are_named_as_ignored():
     kinds = {}
     for name in ("vit", "deit", "timm"):
