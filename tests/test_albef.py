@@ -234,8 +234,14 @@ def test_negatives_are_drawn_with_albefs_probabilities(query, candidate, of, gol
 
 
 def test_a_checkpoint_written_in_albefs_layout_is_the_one_that_was_read_bit_for_bit(state, weights, task):
-    written = albef.to_albef(dict(sharding.named(state)), task.config.model.text.depth)
+    named = dict(sharding.named(state))
+    depth = task.config.model.text.depth
+    written = albef.to_albef(named, depth)
     assert set(written) == set(weights)
     for name, array in weights.items():
         assert written[name].dtype == array.dtype and written[name].shape == array.shape, name
         np.testing.assert_array_equal(written[name], array, err_msg=name)
+    young = albef.to_albef(named | {"queue/cursor": np.int32(10), "queue/filled": np.int32(10)}, depth)
+    assert young["queue_ptr"] == [10]  # what holds nothing yet is zero
+    np.testing.assert_array_equal(young["text_queue"][:, :10], weights["text_queue"][:, :10])
+    assert (young["text_queue"][:, 10:] == 0).all()

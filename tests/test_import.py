@@ -209,7 +209,7 @@ def test_an_albef_fine_tuned_for_retrieval_is_loaded_but_for_its_head(albef, tmp
         for key, value in albef.weights.items()
         if ".cls." not in key
     }
-    weights["idx_queue"] = np.zeros((1, 35), np.int64)
+    weights |= {"idx_queue": np.zeros((1, 35), np.int64), "queue_ptr": np.array([10])}
     save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, tmp_path / "tuned.safetensors")
     config = run_config(albef, init=f"model:{tmp_path / 'tuned.safetensors'}")
     words = VOCABULARY._replace(size=101)
@@ -218,6 +218,7 @@ def test_an_albef_fine_tuned_for_retrieval_is_loaded_but_for_its_head(albef, tmp
         config.init_allow_partial = True
     _, first = started(config, words)
     assert "not of this model (idx_queue)" in first.report and "queues: read too" in first.report
+    assert first.arrays["queue/cursor"] == 10 and first.arrays["queue/filled"] == 35
     missing = [line for line in first.report.splitlines() if line.startswith("newly initialised")]
     assert missing[0].split()[-2:] == ["codebook,", "masked_words"]
 
