@@ -28,6 +28,7 @@ from codebook_jax.pretrained.start import (
     initial,
     placed,
     read_start,
+    specs,
     tokenizer_of,
 )
 from codebook_jax.tasks import pretrain
@@ -49,9 +50,12 @@ class Parts(NamedTuple):
 
 
 def build_training(
-    config: ml_collections.ConfigDict, workdir: Path, *, steps_saved: list[int]
+    config: ml_collections.ConfigDict, workdir: Path, *, steps_saved: list[int], learns: bool = True
 ) -> Parts:
-    """The parts of a training run in `workdir`, whose record it writes; raises UserError for what cannot be trained."""
+    """The parts of a training run in `workdir`, whose record it writes; raises UserError for what cannot be trained.
+
+    One that never `learns` here, only keeps its weights, is not asked for the memory of a step.
+    """
     check(config)
     record = records.read_record(workdir)
     if record is None and steps_saved:
@@ -70,7 +74,8 @@ def build_training(
     start = () if steps_saved else read_start(config)
     given, config = config, adopted(config, start, record)
     for name, (old, new) in records.changed_fields(given.to_dict(), config.to_dict()).items():
-        say(f"config.{name}={new}, as the weights were made with, in place of {old}")
+        whose = "of the weights" if start else "the run's own"
+        say(f"config.{name}={new}, {whose}, in place of {old}")
     config = _resolve_alpha(config, len(source))
     fingerprint = source.fingerprint()
     changes: dict[str, list[Any]] = {}
@@ -81,7 +86,10 @@ def build_training(
         for sentence in sentences:
             say(f"changed since the last start: {sentence}")
     tokenizer, keep = open_tokenizer(
-        tokenizer_of(config, start), workdir, source, config.data.tokenizer_vocabulary
+        tokenizer_of(config, start),
+        workdir,
+        None if steps_saved and specs(config.init) else source,  # its words came with the weights
+        config.data.tokenizer_vocabulary,
     )
     planner = memory.Planner(
         asked,
@@ -90,7 +98,8 @@ def build_training(
         record=record,
         has_checkpoint=bool(steps_saved),
     )
-    memory.check(planner)
+    if learns:
+        memory.check(planner)
     task = task_of(config, tokenizer, mesh)
     first = initial(start, config, task.abstract_state()) if start else None
     keep()  # the first that is written: nothing refuses from here on

@@ -12,7 +12,9 @@ albef         export_albef/, a whole model for ALBEF's code: pretrained/write.py
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +113,8 @@ def _write_for_pytorch(
         return
     arrays = {name: np.asarray(leaf) for name, leaf in sharding.named(state)}
     write = write_albef if form == "albef" else write_huggingface
-    write(draft, arrays, parts.config, parts.tokenizer.vocabulary, draft.parent / text.FOLDER)
+    with _writing(draft):
+        write(draft, arrays, parts.config, parts.tokenizer.vocabulary, draft.parent / text.FOLDER)
 
 
 def _write(
@@ -121,24 +124,30 @@ def _write(
     items: tuple[str, ...],
 ) -> None:
     """Every process its part of the arrays, the first one all else."""
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            for item in items:
-                checkpointer.save(draft / item, getattr(restored.state, item))
-                checkpointer.wait_until_finished()
-    except OSError:
-        raise
-    except Exception as failure:  # Orbax and tensorstore wrap a full disk in errors of their own
-        raise UserError(
-            f"the export could not be written to {draft.parent} ({reason(failure)}), and one from before is as "
-            "it was: mend this and export again"
-        ) from failure
+    with _writing(draft), ocp.StandardCheckpointer() as checkpointer:
+        for item in items:
+            checkpointer.save(draft / item, getattr(restored.state, item))
+            checkpointer.wait_until_finished()
     if jax.process_index() != 0:
         return
     record = records.read_record(draft.parent) | {"config": parts.config.to_dict()}
     records.write_json(draft / records.RECORD, record)
     shutil.copytree(draft.parent / text.FOLDER, draft / text.FOLDER)
     records.write_json(draft / MANIFEST, _manifest(parts, restored, items))
+
+
+@contextlib.contextmanager
+def _writing(draft: Path) -> Iterator[None]:
+    """Orbax, tensorstore and safetensors wrap a full disk in errors of their own: they become one sentence."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as failure:
+        raise UserError(
+            f"the export could not be written to {draft.parent} ({reason(failure)}), and one from before is as "
+            "it was: mend this and export again"
+        ) from failure
 
 
 def _manifest(parts: build.Parts, restored: Restored, items: tuple[str, ...]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ def hub_reachable() -> bool:
 
     Behind a proxy, which resolves names itself, it is taken to be.
     """
-    if urllib.request.getproxies():
+    proxies = urllib.request.getproxies()
+    if any(proxies.get(scheme) for scheme in ("http", "https", "all")):
         return True
     address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or HUB)
     try:

@@ -260,7 +260,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> No
             raise UserError(
                 f"--workdir={workdir} holds a run already (step {saved[-1]:,}): give another one to import into"
             )
-        parts = build.build_training(config, workdir, steps_saved=[])
+        parts = build.build_training(config, workdir, steps_saved=[], learns=False)
         build.announce(parts)
         checkpoints.save(0, build.first_state(parts), meta_of(parts, 0, unreadable=0))
         checkpoints.wait()

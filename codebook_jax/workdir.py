@@ -37,7 +37,7 @@ RULES = (
     ("learned", "*"),
 )
 # The workdir's tokenizer was made from these, so they hold even before the first checkpoint.
-TOKENIZER_FIELDS = ("data.train", "data.tokenizer", "data.tokenizer_vocabulary")
+TOKENIZER_FIELDS = ("data.train", "data.tokenizer", "data.tokenizer_vocabulary", "init")
 # Fields that runs of before have not, with the value that means what those did.
 LATER = {
     "init": "random",

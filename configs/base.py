@@ -56,7 +56,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     # Where the weights start: "random" | "image:SPEC,text:SPEC" (a ViT or DeiT, a BERT; or random) | "model:SPEC" (a whole
     # ALBEF model, a run or an export). SPEC: a file, a folder, or a name on the Hugging Face hub.
     config.init = "random"
-    config.init_allow_partial = False  # start anew what SPEC lacks, instead of refusing it
+    config.init_allow_partial = False  # start a parameter anew of which SPEC lacks a part, instead of refusing
 
     # Devices along each axis; -1 takes what is left. The batch is split over data x fsdp.
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

@@ -245,3 +245,6 @@ def test_a_checkpoint_written_in_albefs_layout_is_the_one_that_was_read_bit_for_
     assert young["queue_ptr"] == [10]  # what holds nothing yet is zero
     np.testing.assert_array_equal(young["text_queue"][:, :10], weights["text_queue"][:, :10])
     assert (young["text_queue"][:, 10:] == 0).all()
+    shapes = {name: leaf.shape for name, leaf in named.items()}
+    again = albef.fill_state(young, shapes, text_depth=depth, what=WHAT, allow_partial=False).arrays
+    assert again["queue/cursor"] == again["queue/filled"] == 10

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from test_albef import GOLDEN, ROOT, albef_config
 from test_start import VOCABULARY, one_mesh, refusal, sizes, started
@@ -19,7 +20,7 @@ from codebook_jax import build, evaluate, export, sharding, train
 from codebook_jax.checkpoint import Checkpoints, read_arrays
 from codebook_jax.data import text
 from codebook_jax.errors import UserError
-from codebook_jax.pretrained import start
+from codebook_jax.pretrained import start, write
 from codebook_jax.tasks import pretrain
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
@@ -121,8 +122,38 @@ def test_an_imported_albef_is_evaluated_and_trained_on(run, albef, capsys):
     assert 0 < moved < 0.01
 
 
-def test_a_run_is_the_start_of_another_at_another_resolution(run, albef):
-    config = run_config(albef, init=f"model:{run}", **{"model.image.size_px": 64, "data.tokenizer": ""})
+def test_a_run_that_goes_on_needs_its_own_tokenizer_and_its_own_start(run, albef, tmp_path):
+    config = run_config(albef, init=f"model:{run}", **{"data.tokenizer": ""})
+    other = tmp_path / "other"
+    train.import_weights(config, other)
+    shutil.rmtree(other / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer is missing, .* put the folder back"):
+        build.build_training(config, other, steps_saved=[0])
+    assert not (other / "tokenizer").exists()  # no other words were made up
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(UserError, match="has no tokenizer beside it"):
+        train.import_weights(config, tmp_path / "third")
+    shutil.copytree(albef.tokenizer, other / "tokenizer")
+    changed = run_config(albef, **{"data.tokenizer": ""})
+    for steps in ([], [0]):  # before the first checkpoint the tokenizer is there already
+        with pytest.raises(UserError, match='init="model:.*, now "model:'):
+            build.build_training(changed, other, steps_saved=steps)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_draft(run, albef, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(write, "save_file", full)
+    for form in ("albef", "huggingface"):
+        with pytest.raises(UserError, match="could not be written to .*No space left on device"):
+            export.export(run_config(albef, **{"export.format": form}), run)
+    assert not [path.name for path in run.iterdir() if "export" in path.name]
+
+
+def test_a_run_is_the_start_of_another_at_another_resolution(run, albef, monkeypatch):
+    monkeypatch.chdir(run.parent)  # as a user would name it
+    config = run_config(albef, init=f"model:{run.name}/", **{"model.image.size_px": 64, "data.tokenizer": ""})
     read = start.read_start(config)
     assert start.tokenizer_of(config, read) == str(run / "tokenizer")
     task = pretrain.create(config, VOCABULARY._replace(size=101), one_mesh())
@@ -193,7 +224,8 @@ def test_the_towers_exported_for_hugging_face_are_read_again_bit_for_bit(run, al
     assert json.loads((folder / "text" / "config.json").read_text())["num_hidden_layers"] == 2
     with config.unlocked():
         config.init, config.init_allow_partial = f"image:{folder / 'image'},text:{folder / 'text'}", True
-    assert start.tokenizer_of(config, start.read_start(config)) == str(albef.tokenizer)
+        config.data.tokenizer = ""
+    assert start.tokenizer_of(config, start.read_start(config)) == str(folder / "text")
     _, first = started(config, VOCABULARY._replace(size=101))
     stored = read_arrays(run / "checkpoints" / "0" / "student")
     found = [name for name in stored if f"student/{name}" in first.arrays]
@@ -221,6 +253,26 @@ def test_an_albef_fine_tuned_for_retrieval_is_loaded_but_for_its_head(albef, tmp
     assert first.arrays["queue/cursor"] == 10 and first.arrays["queue/filled"] == 35
     missing = [line for line in first.report.splitlines() if line.startswith("newly initialised")]
     assert missing[0].split()[-2:] == ["codebook,", "masked_words"]
+
+
+def test_a_teacher_that_is_not_whole_is_completed_by_the_student(albef, tmp_path):
+    weights = {key: value for key, value in albef.weights.items() if not key.startswith("visual_encoder_m.")}
+    del weights["queue_ptr"]
+    save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, tmp_path / "part.safetensors")
+    config = run_config(albef, init=f"model:{tmp_path / 'part.safetensors'}", init_allow_partial=True)
+    _, first = started(config, VOCABULARY._replace(size=101))
+    copied = [name for name in first.arrays if name.startswith("teacher/image/")]
+    assert f"teacher: read too, but for {len(copied)} arrays copied from the student; queues: empty" in first.report
+    assert len(copied) > 10 and "part of a queue (2: image_queue, ...)" in first.report
+    for name in copied:
+        np.testing.assert_array_equal(first.arrays[name], first.arrays[f"student/towers/{name[8:]}"])
+
+
+def test_a_temperature_of_two_numbers_is_refused(albef, tmp_path):
+    weights = albef.weights | {"temp": np.ones(2, np.float32)}
+    save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, tmp_path / "two.safetensors")
+    config = run_config(albef, init=f"model:{tmp_path / 'two.safetensors'}")
+    assert r"temp is [2], and should be one number" in refusal(config, VOCABULARY._replace(size=101))
 
 
 def test_words_without_a_tokenizer_are_refused_and_nothing_is_written(albef, tmp_path, one_device):

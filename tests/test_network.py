@@ -18,7 +18,7 @@ def names(monkeypatch):
             raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     return asked
@@ -31,5 +31,8 @@ def test_the_hub_is_reachable_where_its_name_resolves(names, monkeypatch):
 
 
 def test_behind_a_proxy_the_name_is_the_proxys_to_resolve(names, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "localhost")  # says what is not for a proxy, and is none
+    assert not network.hub_reachable() and names == ["huggingface.co"]
+    names.clear()
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     assert network.hub_reachable() and names == []

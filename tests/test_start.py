@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -114,7 +115,8 @@ def test_an_init_that_says_nothing_clear_is_refused_before_anything_is_built(ini
         check(config)
 
 
-def test_the_papers_recipe_starts_from_a_deit_and_a_bert_unless_it_is_told_random():
+def test_the_papers_recipe_starts_from_a_deit_and_a_bert_unless_it_is_told_random(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     module = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "pretrain_4m.py"))
     config = module["get_config"]()
     assert set(start.specs(config.init)) == {"image", "text"}
@@ -158,8 +160,8 @@ def test_a_run_that_goes_on_keeps_its_epsilons_without_the_files():
     again = towers_config(**{"model.image.layer_norm_eps": 1e-6})
     record = {"config": config.to_dict()}
     assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-5
-    again.init = "image:other,text:random"
-    assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-6
+    again.init = "random"  # a run that is only used may be used without saying how it began
+    assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-5
     del record["config"]["init"]  # a run of before there was one
     assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-6
 
@@ -197,6 +199,7 @@ def test_one_tensor_missing_is_named_and_may_be_started_anew(changed):
     assert "student/towers/fusion/blocks/mlp/down/bias" not in first.arrays  # its layer 1 of three
     assert "student/towers/fusion/blocks/mlp/down/kernel" in first.arrays
     assert "fusion/blocks/mlp/down/bias" in first.report
+    assert "part of what starts anew (2: text bert.encoder.layer.2.output.dense.bias, ...)" in first.report
 
 
 def test_one_tensor_too_many_outside_the_tower_is_named_as_ignored(changed):
@@ -209,7 +212,7 @@ def test_one_tensor_too_many_inside_the_tower_is_another_architecture(changed):
     key = "encoder.layer.1.layer_scale.lambda1"
     folder = changed("vit", lambda arrays: arrays.update({key: np.ones(30, np.float32)}))
     config = towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}")
-    assert f"has {key}, which a ViT in the Hugging Face layout has not: it is another architecture" in refusal(config)
+    assert f"has {key}, which ViT in the Hugging Face layout has not: it is another architecture" in refusal(config)
 
 
 def test_a_transposed_tensor_is_refused_with_both_shapes(changed):
@@ -275,6 +278,26 @@ def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, 
 def test_sizes_that_differ_are_named_on_both_sides(field, value, told):
     with pytest.raises(UserError, match=told):
         started(towers_config(**{field: value}))
+
+
+def test_a_file_with_more_layers_than_the_model_is_refused_whatever_may_be_missing():
+    config = towers_config(**{"model.image.depth": 2, "init_allow_partial": True})
+    assert "has 3 layers, and config.model.image.depth=2 asks for 2" in refusal(config)
+    config.model.image.depth = 4  # fewer may be meant: all blocks start anew
+    _, first = started(config)
+    assert not any(name.startswith("student/towers/image/blocks") for name in first.arrays)
+    assert "part of what starts anew (" in first.report
+
+
+def test_a_lone_file_has_the_tokenizer_beside_it(tmp_path):
+    shutil.copy(GOLDENS / "bert" / "model.safetensors", tmp_path / "bert.safetensors")
+    config = towers_config(init=f"image:random,text:{tmp_path / 'bert.safetensors'}")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # no words in them
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="has no tokenizer beside it"):
+        start.tokenizer_of(config, start.read_start(config))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n")
+    assert start.tokenizer_of(config, start.read_start(config)) == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from codebook_jax.pretrained.files import read_weights
 def test_both_formats_of_torch_hold_what_torch_put_in(name):
     read = read_weights(str(FILES / name), WHAT)
     assert_same(read.arrays, dict(np.load(FILES / "checkpoint.npz")))
-    assert read.name == str(FILES / name) and read.config == {} and read.folder is None
+    assert read.config == {} and read.folder == FILES
 
 
 @pytest.mark.parametrize("name", SAVED)

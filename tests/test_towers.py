@@ -45,12 +45,20 @@ def filled(config, name, recognised):
     layout, arrays = recognised(read_weights(str(GOLDENS / name), name).arrays, name)
     abstract = jax.eval_shape(lambda: codis.init_student(config, WORDS, jax.random.key(0)))["towers"]
     fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    shapes = layouts.shapes_of(fresh)
+    shapes = shapes_of(fresh)
     found = fill(
         layout, arrays, shapes, text_depth=config.model.text.depth, what=name, allow_partial=False
     )
     names = iter(shapes)
     return jax.tree.map(lambda leaf: found.arrays.get(next(names), leaf), fresh), found
+
+
+def shapes_of(tree):
+    """{name: shape} of the towers' arrays."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def states_of(blocks, apply, states):
@@ -78,7 +86,7 @@ def assert_states(found, golden):
 def test_every_state_of_the_image_encoder_is_pytorchs(name):
     config, golden = config_of(name), outputs_of(name)
     towers, found = filled(config, name, recognise.image_tower)
-    assert {n for n in layouts.shapes_of(towers) if n.startswith("image/")} == set(found.arrays)
+    assert {n for n in shapes_of(towers) if n.startswith("image/")} == set(found.arrays)
     vision = codis.build_model(config, WORDS).towers(towers).image
     images = golden["images"].transpose(0, 2, 3, 1)
     patches = vision.patches(cut_patches(images, vision.patch_px))
@@ -93,7 +101,7 @@ def test_every_state_of_the_image_encoder_is_pytorchs(name):
 def test_every_state_of_the_text_encoder_and_every_logit_of_a_word_is_pytorchs():
     golden = outputs_of("bert")
     halves, found = filled(config_of(), "bert", recognise.text_tower)
-    fresh = {n for n in layouts.shapes_of(halves) if n not in found.arrays and not n.startswith("image")}
+    fresh = {n for n in shapes_of(halves) if n not in found.arrays and not n.startswith("image")}
     assert {n.split("/")[0] for n in fresh} == {"fusion", "text_projection"}
     assert all("cross" in n for n in fresh if n.startswith("fusion"))
     # BERT has no cross-attention: its upper layers, as they were put into the fusion encoder, follow the lower ones.
@@ -130,7 +138,7 @@ def test_the_names_that_transformers_5_has_in_memory_are_known_too():
     layout, arrays = recognise.image_tower(arrays, "vit")
     assert layout is layouts.VIT_HF5
     expected, _ = filled(config_of(), "vit", recognise.image_tower)
-    shapes = layouts.shapes_of({"image": expected["image"]})
+    shapes = shapes_of({"image": expected["image"]})
     found = fill(layout, arrays, shapes, text_depth=2, what="vit", allow_partial=False)
     assert found.arrays.keys() == shapes.keys()
     for path, leaf in jax.tree_util.tree_leaves_with_path({"image": expected["image"]}):

@@ -105,27 +105,34 @@ def _student_only(
                 raise UserError(f"{what}: {key} is {list(value.T.shape)}, and should be {list(wanted[::-1])}")
             filled[f"student/{name}"] = np.ascontiguousarray(value)
     if _TEMPERATURE in rest:
-        filled["student/temperature"] = as_float32(rest[_TEMPERATURE], _TEMPERATURE, what).reshape(())
+        value = as_float32(rest[_TEMPERATURE], _TEMPERATURE, what)
+        if value.size != 1:
+            raise UserError(f"{what}: {_TEMPERATURE} is {list(value.shape)}, and should be one number")
+        filled["student/temperature"] = value.reshape(())
     return filled
 
 
 def _queue(
     rest: Arrays, shapes: Shapes, what: str
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, str]]]:
-    if any(key not in rest for key in _QUEUES):
-        return {}, {}
+    """The queues of the state, or the keys that are of no use for them."""
     size, dim = shapes["queue/image"]
-    wanted, found = (dim, size), rest["image_queue"].shape
-    if found != wanted or rest["text_queue"].shape != wanted:
-        of = f"queue of {found[-1]:,}, and config.queue.size={size}"
-        return {}, {key: (int(rest[key].size), of) for key in _QUEUES}
-    image, text = (as_float32(rest[key], key, what).T for key in _QUEUES[:2])
-    cursor = int(rest["queue_ptr"].reshape(-1)[0])
+    here = [key for key in _QUEUES if key in rest]
+    unused = ""
+    if len(here) < len(_QUEUES) or rest["queue_ptr"].size != 1:
+        unused = "part of a queue"
+    elif {rest[key].shape for key in _QUEUES[:2]} != {(dim, size)}:
+        unused = f"queue of {rest['image_queue'].shape[-1]:,}, and config.queue.size={size}"
+    if unused:
+        return {}, {key: (int(rest[key].size), unused) for key in here}
+    image, text = (np.ascontiguousarray(as_float32(rest[key], key, what).T) for key in _QUEUES[:2])
+    cursor = int(rest["queue_ptr"].reshape(-1)[0]) % size
+    young = not (image[cursor:].any() or text[cursor:].any())  # zeros, as `to_albef` writes what holds nothing
     return {
-        "queue/image": np.ascontiguousarray(image),
-        "queue/text": np.ascontiguousarray(text),
-        "queue/cursor": np.int32(cursor % size),
-        "queue/filled": np.int32(size),
+        "queue/image": image,
+        "queue/text": text,
+        "queue/cursor": np.int32(cursor),
+        "queue/filled": np.int32(cursor if young else size),
     }, {}
 
 

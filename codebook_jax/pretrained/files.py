@@ -28,6 +28,7 @@ CHOICE = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+WORDS = ("tokenizer.json", "vocab.txt")  # a tokenizer has one of them
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,10 +52,9 @@ _GIVE = "give a weight file, a folder that holds one, or a name on the Hugging F
 class Weights(NamedTuple):
     """The tensors that were given, and what was said about them."""
 
-    name: str  # as given, for messages
     arrays: dict[str, np.ndarray]  # perhaps read-only; float16 and bfloat16 have become float32
     config: dict[str, Any]  # of the config.json beside them; empty where there is none
-    folder: Path | None  # of config.json and the tokenizer; None for a file without a config.json
+    folder: Path  # where config.json and the tokenizer would be
 
 
 def read_weights(spec: str, what: str) -> Weights:
@@ -68,11 +68,11 @@ def read_weights(spec: str, what: str) -> Weights:
     described = (folder / CONFIG).is_file()
     config = _read_json(folder / CONFIG, what) if described else {}
     if not path.is_dir():
-        return Weights(spec, _read_file(path, what), config, folder if described else None)
+        return Weights(_read_file(path, what), config, folder)
     with _reading(path, what):
         chosen = _chosen(path)
     read = _read_shards if chosen.suffix == ".json" else _read_file
-    return Weights(spec, read(chosen, what), config, folder)
+    return Weights(read(chosen, what), config, folder)
 
 
 def _located(spec: str, what: str) -> Path:

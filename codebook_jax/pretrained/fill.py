@@ -16,7 +16,7 @@ from codebook_jax.pretrained.positions import resize_positions
 
 Arrays = Mapping[str, np.ndarray]
 POSITIONS, WORDS = "image/positions", ("text/words", "masked_words/bias")
-PARTIAL = "give another file, or --config.init_allow_partial=true to start what is missing anew"
+PARTIAL = "give another file, or --config.init_allow_partial=true to start anew what is not whole"
 
 
 class Filled(NamedTuple):
@@ -45,6 +45,7 @@ def fill(
     found: dict[str, np.ndarray] = {}
     missing: list[str] = []
     used: set[str] = set()
+    halves: dict[str, str] = {}  # keys of parameters that lack others, and so start anew as a whole
     resized: dict[str, str] = {}
     refuse_other_depth(layout, arrays, shapes, what=what, allow_partial=allow_partial)
     for name, layers in wanted.items():
@@ -52,7 +53,7 @@ def fill(
         lacking = [key for key in keys if key not in arrays]
         if lacking:
             missing += lacking
-            used.update(keys)
+            halves |= {key: name for key in keys if key in arrays}
             continue
         used.update(keys)
         value = {key: as_float32(arrays[key], key, what) for key in keys}
@@ -67,7 +68,8 @@ def fill(
         found[name] = layouts.to_ours(
             name, shapes[name], [[value[key] for key in place.keys] for place in layers]
         )
-    ignored = _ignored(layout, arrays, used, what, allow_partial)
+    ignored = _ignored(layout, arrays, used | halves.keys(), what, allow_partial)
+    ignored |= {key: (int(arrays[key].size), "part of what starts anew") for key in halves}
     _refuse_untied(arrays, what)
     if missing and not allow_partial:
         total = sum(len(place.keys) for layers in wanted.values() for place in layers)
@@ -78,13 +80,13 @@ def fill(
 def refuse_other_depth(
     layout: Layout, arrays: Arrays, shapes: Shapes, *, what: str, allow_partial: bool
 ) -> None:
-    """Raises UserError where the file has more or fewer layers than the model."""
+    """Raises UserError where the file has more layers than the model, or, unless `allow_partial`, fewer."""
     for tower, parts in (("image", ("image",)), ("text", ("text", "fusion"))):
         if not any(name.startswith(f"{tower}/blocks/") for name in layout.modules):
             continue
         depths = [shapes[f"{part}/blocks/mlp/up/bias"][0] for part in parts]
         there = layouts.layer_count(layout, arrays, tower)
-        if there and there != sum(depths) and not allow_partial:
+        if there > sum(depths) or (0 < there < sum(depths) and not allow_partial):
             fields = ("depth",) if tower == "image" else ("depth", "fusion_depth")
             asked = " + ".join(
                 f"config.model.{tower}.{field}={depth}"
@@ -131,7 +133,7 @@ def _refuse_other_shape(
     if name in WORDS and found[1:] == wanted[1:]:
         raise UserError(
             f"{what} has a vocabulary of {found[0]:,} ({key}), and the tokenizer one of {wanted[0]:,}: "
-            "name these weights' own tokenizer in config.data.tokenizer"
+            "name these weights' own tokenizer in config.data.tokenizer, or cut the padding of their word table"
         )
     hint = ": is it transposed?" if found == wanted[::-1] else ""
     raise UserError(
@@ -163,7 +165,7 @@ def _ignored(
         ignored[key] = (int(arrays[key].size), kind)
     if strange and not allow_partial:
         raise UserError(
-            f"{what} has {few(strange)}, which a {layout.title} has not: it is another architecture, and would "
+            f"{what} has {few(strange)}, which {layout.title} has not: it is another architecture, and would "
             "compute something else without them (--config.init_allow_partial=true leaves them out)"
         )
     return ignored

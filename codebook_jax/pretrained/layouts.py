@@ -162,17 +162,6 @@ ALBEF = Layout(
 )
 
 
-def shapes_of(tree: Mapping, prefix: str = "") -> dict[str, Shape]:
-    """{name: shape} of a nested dict of arrays, of abstract ones too."""
-    found: dict[str, Shape] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= shapes_of(value, f"{prefix}{name}/")
-        else:
-            found[f"{prefix}{name}"] = tuple(value.shape)
-    return found
-
-
 def under(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """What stands below a part of the tree, by the names it has there."""
     return {

@@ -25,7 +25,7 @@ class Own(NamedTuple):
     title: str
     config: ml_collections.ConfigDict
     arrays: dict[str, np.ndarray]  # by the state's names: student/towers/..., teacher/...
-    tokenizer: Path
+    tokenizer: str  # its folder; empty where it is gone
 
 
 def is_own(path: Path) -> bool:
@@ -55,7 +55,8 @@ def read_own(path: Path, what: str) -> Own:
             arrays |= {f"{item}/{name}": array for name, array in read_arrays(folder / item).items()}
         except Exception as failure:  # whatever Orbax and tensorstore raise for a broken file
             raise UserError(f"{what}: {folder / item} cannot be read ({reason(failure)}): give another") from failure
-    return Own(title, records.recorded_config(record), arrays, path / text.FOLDER)
+    words = path / text.FOLDER
+    return Own(title, records.recorded_config(record), arrays, str(words) if words.is_dir() else "")
 
 
 def fill_own(own: Own, shapes: Shapes, *, what: str, allow_partial: bool) -> Filled:

@@ -16,6 +16,7 @@ _WORDS = "embeddings.word_embeddings.weight"
 _IMAGE_MODELS = ("", "vit.", "deit.", "model.", "visual_encoder.")
 _TEXT_MODELS = ("", "bert.", "text_encoder.bert.")
 _OLD_NORM = re.compile(r"\.LayerNorm\.(gamma|beta)$")  # TensorFlow's names, in the first BERT files
+_NORM = {"gamma": "weight", "beta": "bias"}
 
 
 def image_tower(arrays: Arrays, what: str) -> tuple[Layout, dict[str, Any]]:
@@ -47,9 +48,6 @@ def text_tower(arrays: Arrays, what: str) -> tuple[Layout, dict[str, Any]]:
             name = f"bert.{name}"
         named[_OLD_NORM.sub(lambda old: f".LayerNorm.{_NORM[old[1]]}", name)] = value
     return BERT, named
-
-
-_NORM = {"gamma": "weight", "beta": "bias"}
 
 
 def refuse_other_kind(config: Mapping[str, Any], kinds: tuple[str, ...], what: str) -> None:

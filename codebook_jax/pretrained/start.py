@@ -9,6 +9,7 @@ SPEC is a file, a folder, or a name on the Hugging Face hub (`name@revision` for
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 from codebook_jax import sharding
 from codebook_jax.errors import UserError
 from codebook_jax.pretrained import albef, own, recognise
-from codebook_jax.pretrained.files import TOKENIZER, read_weights
+from codebook_jax.pretrained.files import WORDS, read_weights
 from codebook_jax.pretrained.fill import Filled, fill
 from codebook_jax.pretrained.layouts import ALBEF, Layout, under
 from codebook_jax.pretrained.report import report
@@ -83,14 +84,14 @@ def adopted(
 ) -> ml_collections.ConfigDict:
     """The config with the layer norms' epsilon that the weights were made with.
 
-    Of a run that goes on it is that of its `record`, since its weights are no longer read from config.init.
+    Of a run that exists it is that of its `record`, since its weights are no longer read from config.init.
     """
     found = {}
     if start:
         found = {name: value for part in start for name, value in part.stated.items() if name in _EPS}
-    elif record is not None and config.init != RANDOM:
+    elif record is not None:
         before = recorded_config(record)
-        if before.init == config.init:
+        if before.init != RANDOM:
             found = {f"model.{tower}.layer_norm_eps": before.model[tower].layer_norm_eps for tower in _TOWERS}
     if not found:
         return config
@@ -132,22 +133,23 @@ def initial(start: tuple[Part, ...], config: ml_collections.ConfigDict, abstract
         resized |= filled.resized
         where = f"{part.part} " if len(start) > 1 else ""
         ignored |= {where + key: reason for key, reason in filled.ignored.items()}
-    student = "student/towers/"
-    taught = any(name.startswith("teacher/") for name in arrays)
-    if not taught:
-        arrays |= {
-            f"teacher/{name.removeprefix(student)}": value
-            for name, value in arrays.items()
-            if name.startswith(student)
-        }
+    teacher = {f"teacher/{name}": value for name, value in under(arrays, "student/towers/").items()}
+    copied = [name for name in teacher if name not in arrays]
+    arrays = teacher | arrays
     table = report(
         "\n".join(_heading(part) for part in start),
         {name: shape for name, shape in shapes.items() if name.startswith("student/")},
         Filled(arrays, resized, ignored),
-        teacher="read too" if taught else "a copy of the student",
+        teacher=_teacher(len(copied), len(teacher)),
         queue="queue/image" in arrays,
     )
     return Initial(arrays, table)
+
+
+def _teacher(copied: int, every: int) -> str:
+    if copied == every:
+        return "a copy of the student"
+    return f"read too, but for {copied} arrays copied from the student" if copied else "read too"
 
 
 def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -165,7 +167,7 @@ def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
 def _read(part: str, spec: str) -> Part:
     what = f"{part}:{spec}"
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec)).absolute()
     if part == "model" and own.is_own(path):
         found = own.read_own(path, what)
         stated = {
@@ -173,14 +175,14 @@ def _read(part: str, spec: str) -> Part:
             for tower in _TOWERS
             for field in ("heads", "layer_norm_eps")
         }
-        return Part(part, what, None, found, stated, str(found.tokenizer))
+        return Part(part, what, None, found, stated, found.tokenizer)
     try:
         weights = read_weights(spec, f"config.init names {what}")
     except UserError as error:
         raise UserError(f"{error}; --config.init={RANDOM} starts from nothing") from error
     stated = weights.config
     tokenizer = ""
-    if weights.folder is not None and any((weights.folder / name).is_file() for name in TOKENIZER):
+    if any((weights.folder / name).is_file() for name in WORDS):
         tokenizer = str(weights.folder)
     if part == "image":
         layout, arrays = recognise.image_tower(weights.arrays, what)
@@ -195,7 +197,13 @@ def _read(part: str, spec: str) -> Part:
             f"{what} is neither an ALBEF model (visual_encoder.*, text_encoder.*) nor a run or export of this code: "
             "name a single tower as image:SPEC or text:SPEC"
         )
-    both = _stated("image", stated.get("vision", {})) | _stated("text", stated.get("text", {}))
+    parts = {tower: stated.get(name) for tower, name in (("image", "vision"), ("text", "text"))}
+    both = {
+        name: value
+        for tower, of in parts.items()
+        if isinstance(of, dict)
+        for name, value in _stated(tower, of).items()
+    }
     return Part(part, what, ALBEF, dict(weights.arrays), both, tokenizer)
 
 
