@@ -8,10 +8,10 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
 from test_albef import GOLDEN, albef_config
@@ -116,7 +116,7 @@ def test_an_init_that_says_nothing_clear_is_refused_before_anything_is_built(ini
 
 
 def test_the_papers_recipe_starts_from_a_deit_and_a_bert_unless_it_is_told_random(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     module = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "pretrain_4m.py"))
     config = module["get_config"]()
     assert set(start.specs(config.init)) == {"image", "text"}

@@ -7,6 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
+import huggingface_hub.constants
 import ml_dtypes
 import numpy as np
 import pytest
