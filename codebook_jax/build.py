@@ -24,6 +24,7 @@ from codebook_jax.evaluation import retrieval
 from codebook_jax.metrics import say
 from codebook_jax.pretrained.start import (
     Initial,
+    Part,
     adopted,
     initial,
     placed,
@@ -72,11 +73,7 @@ def build_training(
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
     start = () if steps_saved else read_start(config)
-    given, config = config, adopted(config, start, record)
-    for name, (old, new) in records.changed_fields(given.to_dict(), config.to_dict()).items():
-        whose = "of the weights" if start else "the run's own"
-        say(f"config.{name}={new}, {whose}, in place of {old}")
-    config = _resolve_alpha(config, len(source))
+    config = _resolve_alpha(_adopt(config, start, record), len(source))
     fingerprint = source.fingerprint()
     changes: dict[str, list[Any]] = {}
     if record is not None:
@@ -91,13 +88,8 @@ def build_training(
         None if steps_saved and specs(config.init) else source,  # its words came with the weights
         config.data.tokenizer_vocabulary,
     )
-    planner = memory.Planner(
-        asked,
-        _create_of(config),
-        tokenizer.vocabulary.size,
-        record=record,
-        has_checkpoint=bool(steps_saved),
-    )
+    words, saved = tokenizer.vocabulary.size, bool(steps_saved)
+    planner = memory.Planner(asked, _create_of(config), words, record=record, has_checkpoint=saved)
     if learns:
         memory.check(planner)
     task = task_of(config, tokenizer, mesh)
@@ -132,9 +124,19 @@ def _resolve_alpha(
     """The config with `teacher.alpha_steps` a number: -1 is the steps of one epoch."""
     if config.teacher.alpha_steps >= 0:
         return config
-    resolved = ml_collections.ConfigDict(config.to_dict())
-    resolved.teacher.alpha_steps = max(1, examples // config.data.global_batch)
-    return resolved.lock()
+    steps = max(1, examples // config.data.global_batch)
+    return records.with_fields(config, {"teacher.alpha_steps": steps})
+
+
+def _adopt(
+    config: ml_collections.ConfigDict, start: tuple[Part, ...], record: dict[str, Any] | None
+) -> ml_collections.ConfigDict:
+    """The config with what the weights, or the run, were made with; says what that changes."""
+    resolved = adopted(config, start, record)
+    whose = "of the weights" if start else "the run's own"
+    for name, (old, new) in records.changed_fields(config.to_dict(), resolved.to_dict()).items():
+        say(f"config.{name}={new}, {whose}, in place of {old}")
+    return resolved
 
 
 def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Parts:

@@ -82,6 +82,11 @@ class Checkpoints:
         """The saved step that scored highest in validation; None when none was scored."""
         return _best_of(self.scores, self.steps())
 
+    def step_to_use(self) -> int | None:
+        """The best step in validation, the newest where none was scored; None when none is saved."""
+        best = self.best_step()
+        return max(self.steps(), default=None) if best is None else best
+
     def record_score(self, step: int, score: float, metric: str) -> None:
         """Remembers how the saved `step` did in validation; higher is better, NaN is never the best."""
         self.wait()

@@ -39,14 +39,11 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
 def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -> Restored:
     """The `items` of the checkpoint best in validation, or of the newest where none was scored; says which."""
     with Checkpoints(workdir, keep=parts.config.checkpoint.keep, create=False) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
+        step = checkpoints.step_to_use()
+        if step is None:
             raise UserError(f"--workdir={workdir} has no checkpoint yet: train it first")
-        best = checkpoints.best_step()
-        step = steps[-1] if best is None else best
-        say(
-            f"the checkpoint of step {step:,} ({'the newest' if best is None else 'the best in validation'})"
-        )
+        best = step == checkpoints.best_step()
+        say(f"the checkpoint of step {step:,} ({'the best in validation' if best else 'the newest'})")
         try:
             return checkpoints.restore(step, parts.task.abstract_state(), items)
         except UserError:

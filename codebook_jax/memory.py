@@ -124,15 +124,19 @@ class Planner:
 
     def _on_one_device(self, config: ml_collections.ConfigDict, shards: int) -> Any:
         """The task with one device's share of the batch; the queue stands in for the batch's other candidates."""
-        own = ml_collections.ConfigDict(config.to_dict())
         rows = max(config.data.global_batch // shards, 2)
-        own.data.global_batch = rows
-        own.itm.groups = max(config.itm.groups // shards, 1)
-        own.queue.size = config.queue.size + config.data.global_batch - rows
+        own = records.with_fields(
+            config,
+            {
+                "data.global_batch": rows,
+                "itm.groups": max(config.itm.groups // shards, 1),
+                "queue.size": config.queue.size + config.data.global_batch - rows,
+            },
+        )
         device = jax.local_devices()[:1]
         axes = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
         mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=device)
-        return self.create(own.lock(), self.vocabulary, mesh)
+        return self.create(own, self.vocabulary, mesh)
 
 
 def check(planner: Planner) -> None:

@@ -140,9 +140,16 @@ def resolve_groups(
             f"config.itm.groups={groups} does not split config.data.global_batch={config.data.global_batch} "
             "into equal groups: choose a divisor of the batch, or another batch"
         )
-    resolved = ml_collections.ConfigDict(config.to_dict())
-    resolved.itm.groups = groups
-    return resolved.lock()
+    return with_fields(config, {"itm.groups": groups})
+
+
+def with_fields(
+    config: ml_collections.ConfigDict, fields: dict[str, Any]
+) -> ml_collections.ConfigDict:
+    """A copy of the config with these fields, by their dotted names, locked."""
+    changed = ml_collections.ConfigDict(config.to_dict())
+    changed.update_from_flattened_dict(fields)
+    return changed.lock()
 
 
 def check_restart(

@@ -13,6 +13,8 @@ from codebook_jax.models.layers import dropout
 from codebook_jax.models.vit import cut_patches
 from configs import base
 
+pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
+
 VOCABULARY = 30_522  # BERT's, uncased
 TINY = {
     "model.image.size_px": 21,
@@ -34,14 +36,6 @@ TINY = {
     "codebook.size": 6,
 }
 WORDS = 23
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_that_compile_fast():
-    """What XLA does to make a program fast is not looked at here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tiny(**changes):

@@ -45,15 +45,15 @@ def fill(
     found: dict[str, np.ndarray] = {}
     missing: list[str] = []
     used: set[str] = set()
-    halves: dict[str, str] = {}  # keys of parameters that lack others, and so start anew as a whole
+    halves: set[str] = set()  # keys of parameters that lack others, and so start anew as a whole
     resized: dict[str, str] = {}
-    refuse_other_depth(layout, arrays, shapes, what=what, allow_partial=allow_partial)
+    _refuse_other_depth(layout, arrays, shapes, what=what, allow_partial=allow_partial)
     for name, layers in wanted.items():
         keys = [key for place in layers for key in place.keys]
         lacking = [key for key in keys if key not in arrays]
         if lacking:
             missing += lacking
-            halves |= {key: name for key in keys if key in arrays}
+            halves.update(key for key in keys if key in arrays)
             continue
         used.update(keys)
         value = {key: as_float32(arrays[key], key, what) for key in keys}
@@ -68,8 +68,8 @@ def fill(
         found[name] = layouts.to_ours(
             name, shapes[name], [[value[key] for key in place.keys] for place in layers]
         )
-    ignored = _ignored(layout, arrays, used | halves.keys(), what, allow_partial)
-    ignored |= {key: (int(arrays[key].size), "part of what starts anew") for key in halves}
+    ignored = _ignored(layout, arrays, used | halves, what, allow_partial)
+    ignored |= {key: (int(arrays[key].size), "part of what starts anew") for key in sorted(halves)}
     _refuse_untied(arrays, what)
     if missing and not allow_partial:
         total = sum(len(place.keys) for layers in wanted.values() for place in layers)
@@ -77,7 +77,7 @@ def fill(
     return Filled(found, resized, ignored)
 
 
-def refuse_other_depth(
+def _refuse_other_depth(
     layout: Layout, arrays: Arrays, shapes: Shapes, *, what: str, allow_partial: bool
 ) -> None:
     """Raises UserError where the file has more layers than the model, or, unless `allow_partial`, fewer."""
@@ -99,7 +99,7 @@ def as_float32(array: np.ndarray, key: str, what: str) -> Float[np.ndarray, "*so
     """The tensor in float32; raises UserError for whole numbers and for what is not finite."""
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise UserError(f"{what}: {key} holds {array.dtype} and not weights: give another file")
-    array = array.astype(np.float32)
+    array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise UserError(f"{what}: {key} holds values that are not finite: give a file that was not spoilt")
     return array
@@ -146,7 +146,7 @@ def _without_distillation(
     positions: Float[np.ndarray, "1 old width"], arrays: Arrays
 ) -> Float[np.ndarray, "1 new width"]:
     """Without the second place where DeiT's distillation token stood."""
-    distilled = any(re.search(r"(^|\.)(dist_token|distillation_token)$", key) for key in arrays)
+    distilled = any(re.search(layouts.DISTILLATION, key) for key in arrays)
     return np.delete(positions, 1, axis=1) if distilled and positions.ndim == 3 else positions
 
 

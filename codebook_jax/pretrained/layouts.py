@@ -69,7 +69,8 @@ _HEADS = (
     r"^(head|head_dist|classifier|cls_classifier|distillation_classifier|pre_logits)\.",
     "head",
 )
-_DISTILLATION = (r"(^|\.)(dist_token|distillation_token)$", "distillation token")
+DISTILLATION = r"(^|\.)(dist_token|distillation_token)$"  # DeiT's second token, with a position of its own
+_DISTILLATION = (DISTILLATION, "distillation token")
 _POOLER = (r"(^|\.)pooler\.", "pooler")
 _POSITION_NUMBERS = (r"(^|\.)position_ids$", "position numbers")
 _TIED = "output layer, tied to the words"

@@ -13,10 +13,10 @@ from codebook_jax.checkpoint import Checkpoints, read_arrays, reason
 from codebook_jax.data import text
 from codebook_jax.errors import UserError
 from codebook_jax.inference import MANIFEST
-from codebook_jax.pretrained.fill import PARTIAL, Filled, few, fitted_positions
+from codebook_jax.pretrained.fill import PARTIAL, POSITIONS, WORDS, Filled, few, fitted_positions
 from codebook_jax.pretrained.layouts import Shapes
 
-_POSITIONS, _WORDS = "towers/image/positions", ("towers/text/words", "towers/masked_words/bias")
+_WORDS = tuple(f"student/towers/{name}" for name in WORDS) + tuple(f"teacher/{name}" for name in WORDS)
 
 
 class Own(NamedTuple):
@@ -42,10 +42,9 @@ def read_own(path: Path, what: str) -> Own:
         folder, title = path, "an export"
     else:
         with Checkpoints(path, keep=1, create=False) as checkpoints:
-            steps, best = checkpoints.steps(), checkpoints.best_step()
-        if not steps:
+            step = checkpoints.step_to_use()
+        if step is None:
             raise UserError(f"{what} has no checkpoint yet: train it first")
-        step = steps[-1] if best is None else best
         folder, title = path / "checkpoints" / str(step), f"the checkpoint of step {step:,}"
     arrays = {}
     for item in ("student", "teacher"):
@@ -69,9 +68,9 @@ def fill_own(own: Own, shapes: Shapes, *, what: str, allow_partial: bool) -> Fil
         wanted = {name: shape for name, shape in wanted.items() if name.startswith("student/")}
     filled: dict[str, Any] = {}
     resized: dict[str, str] = {}
-    for name in wanted.keys() & own.arrays.keys():
+    for name in (name for name in wanted if name in own.arrays):
         array, note = own.arrays[name], ""
-        if name.endswith("image/positions"):
+        if name.endswith(POSITIONS):
             array, note = fitted_positions(array, wanted[name], name, what)
         _refuse_other_shape(name, array.shape, wanted[name], what)
         filled[name] = array
@@ -91,7 +90,7 @@ def fill_own(own: Own, shapes: Shapes, *, what: str, allow_partial: bool) -> Fil
 def _refuse_other_shape(name: str, found: tuple, wanted: tuple, what: str) -> None:
     if found == wanted:
         return
-    if name.partition("/")[2] in _WORDS and found[1:] == wanted[1:]:
+    if name in _WORDS and found[1:] == wanted[1:]:
         raise UserError(
             f"{what} has a vocabulary of {found[0]:,}, and the tokenizer one of {wanted[0]:,}: leave "
             "config.data.tokenizer empty to use the run's own"

@@ -25,7 +25,7 @@ from codebook_jax.pretrained.files import WORDS, read_weights
 from codebook_jax.pretrained.fill import Filled, fill
 from codebook_jax.pretrained.layouts import ALBEF, Layout, under
 from codebook_jax.pretrained.report import report
-from codebook_jax.workdir import recorded_config
+from codebook_jax.workdir import recorded_config, with_fields
 
 RANDOM = "random"
 FORMS = "config.init is random, model:SPEC, or image:SPEC,text:SPEC (SPEC: a file, a folder, a hub name, or random)"
@@ -93,11 +93,7 @@ def adopted(
         before = recorded_config(record)
         if before.init != RANDOM:
             found = {f"model.{tower}.layer_norm_eps": before.model[tower].layer_norm_eps for tower in _TOWERS}
-    if not found:
-        return config
-    resolved = ml_collections.ConfigDict(config.to_dict())
-    resolved.update_from_flattened_dict(found)
-    return resolved.lock()
+    return with_fields(config, found) if found else config
 
 
 def tokenizer_of(config: ml_collections.ConfigDict, start: tuple[Part, ...]) -> str:

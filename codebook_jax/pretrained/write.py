@@ -29,8 +29,8 @@ def write_huggingface(
 ) -> None:
     """`folder/image`, for ViTModel.from_pretrained, and `folder/text`, for BertModel.from_pretrained.
 
-    `arrays` are a train state's, by its names; the text half is a whole BERT of its own depth. Neither model has a pooler: pass add_pooling_layer=False. Fusion
-    encoder, projections and codebook have no place there.
+    `arrays` are a train state's, by its names; the text half is a whole BERT of its own depth. Neither model has a
+    pooler: pass add_pooling_layer=False. Fusion encoder, projections and codebook have no place there.
     """
     depth = config.model.text.depth
     towers = layouts.under(arrays, "student/towers/")
@@ -136,4 +136,3 @@ def _preprocessor(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "image_mean": list(MEAN),
         "image_std": list(STD),
     }
-
