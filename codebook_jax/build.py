@@ -18,6 +18,7 @@ from codebook_jax.checks import check
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source, open_source
+from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.text import Tokenizer, open_tokenizer, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
@@ -167,8 +168,10 @@ def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source
         role=role,
         size_px=config.model.image.size_px,
         scenes_examples=config.data.scenes_examples,
-        image_root=config.data.image_root,
         seed=config.seed,
+        image_root=config.data.image_root,
+        path_map=config.data.path_map,
+        damaged_shards=config.data.damaged_shards,
     )
 
 
@@ -226,8 +229,10 @@ def announce(parts: Parts) -> None:
     shards = sharding.data_shards(mesh)
     say(f"{config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained parameters")
     built_in = config.data.train.split(":")[0] == "scenes"
-    note = ": the built-in synthetic scenes, not real images" if built_in else ""
-    say(f"training data {config.data.train} ({len(parts.source):,} images{note})")
+    note = " (the built-in synthetic scenes, not real images)" if built_in else ""
+    say(f"training data {config.data.train}{note}")
+    for sentence in amount(parts.source, config.data.global_batch, config.train.steps):
+        say(sentence)
     if not built_in and config.data.eval.split(":")[0] == "scenes":
         say("validation uses the built-in synthetic scenes: name your own with --config.data.eval")
     if config.evaluation.images == -1 and retrieval.images_to_evaluate(config) < 1000:
@@ -241,6 +246,27 @@ def announce(parts: Parts) -> None:
         f"global batch {config.data.global_batch} = {shards} data shards x "
         f"{config.data.global_batch // shards} (accumulation {config.optimizer.accumulation})"
     )
+
+
+def amount(source: Source, global_batch: int, steps: int) -> list[str]:
+    """How much there is to train on, of how much that was listed, and what an epoch is."""
+    used = f"training on {len(source):,}"
+    if source.listed > len(source):
+        used += f" of {source.listed:,} listed pairs ({len(source) / source.listed:.1%})"
+    else:
+        used += " pairs"
+    epoch = f"an epoch is {len(source):,} pairs, {len(source) / global_batch:,.1f} steps; "
+    epoch += f"{steps:,} steps are {steps * global_batch / len(source):.3g} epochs"
+    sentences = [used, epoch]
+    if isinstance(source, Mixture):
+        weights = source.weights or [len(part) for part in source.sources]
+        for part, weight in zip(source.sources, weights, strict=True):
+            share = weight / sum(weights)
+            rounds = share * len(source) / len(part)
+            sentences.append(
+                f"  {share:.1%} of every epoch from {part!r}: each of its pairs {rounds:.3g} times"
+            )
+    return sentences
 
 
 def parameter_count(tree: Any) -> int:

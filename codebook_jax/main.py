@@ -1,4 +1,4 @@
-"""The command: `python -m codebook_jax.main --config=configs/base.py[:size] --workdir=DIR --mode=train|import|eval|export|show`.
+"""The command: `python -m codebook_jax.main --config=configs/base.py[:size] --workdir=DIR --mode=MODE`; MODES lists them.
 
 The only file that sees flags. A user's mistake ends it with one sentence on stderr and exit code 2.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -18,8 +19,17 @@ from ml_collections import ConfigDict, config_flags
 
 from codebook_jax.errors import UserError
 
-MODES = ("train", "import", "eval", "export", "show")
-NEEDS_CONFIG = ("train", "import")
+MODES = {  # name -> module.function(config, workdir) -> exit code, or None for 0
+    "train": "train.fit",
+    "import": "train.import_weights",
+    "eval": "evaluate.evaluate",
+    "export": "export.export",
+    "show": "figures.show",
+    "prepare": "prepare.prepare",
+    "check-data": "check_data.check_data",
+}
+WITHOUT_JAX = ("prepare", "check-data")
+NEEDS_CONFIG = ("train", "import", "prepare", "check-data")
 WRONG_TYPES = (
     ("invalid literal for int()", "needs a whole number"),
     ("could not convert string to float", "needs a number"),
@@ -45,7 +55,11 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
         "workdir", None, "the run's folder; an existing run goes on", flag_values=values
     )
     flags.DEFINE_enum(
-        "mode", "train", MODES, "train, or use what the workdir has learned", flag_values=values
+        "mode",
+        "train",
+        list(MODES),
+        "train, use what the workdir has learned, or see to the data",
+        flag_values=values,
     )
 
 
@@ -86,23 +100,11 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
 
 def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     """Does what `mode` says; the exit code."""
-    _join_other_processes()  # before anything asks JAX for its devices
-    from codebook_jax import (
-        evaluate,
-        export,
-        figures,
-        train,
-    )  # they import JAX: after the flags are known to be right
-
-    modes: dict[str, Callable[[ConfigDict | None, Path], None]] = {
-        "train": train.fit,
-        "import": train.import_weights,
-        "eval": evaluate.evaluate,
-        "export": export.export,
-        "show": figures.show,
-    }
-    modes[mode](config, workdir)
-    return 0
+    module, function = MODES[mode].split(".")
+    if mode not in WITHOUT_JAX:
+        _join_other_processes()  # before anything asks JAX for its devices
+    # Imported now: it may import JAX, after the flags are known to be right.
+    return getattr(importlib.import_module(f"codebook_jax.{module}"), function)(config, workdir) or 0
 
 
 def complain(sentence: str) -> int:

@@ -139,10 +139,12 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     )
 
     config.data = dict(
-        train="scenes",  # scenes | json:path/to/pairs.json(l)
+        train="scenes",  # SCHEME:PLACE[?OPTION=VALUE&...], as json:pairs.json; several with commas between (docs/data.md)
         eval="scenes",  # validation during training, and `--mode=eval` (for `scenes`: its test split) ...
         test="",  # ... unless this names another source
-        image_root="",  # of json: sources; empty: the annotation file's folder
+        image_root="",  # of sources that list files; empty: the list's folder
+        path_map="",  # OLD=NEW,...: how listed paths begin, and the folder that stands there on this machine
+        damaged_shards="refuse",  # of records: "refuse" | "skip" a shard that is missing or of another size than its manifest says
         scenes_examples=at["examples"],  # scenes an epoch
         global_batch=at["batch"],  # pairs a step over all devices; paper: 512
         tokenizer="",  # folder or hub name; empty: WordPiece trained on the training captions
@@ -181,5 +183,23 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     config.export = dict(
         format="codis",  # "codis", for codebook_jax.load | "huggingface", ViTModel and BertModel | "albef", for its code
         teacher=False,  # codis: the towers of the teacher too, to encode with; the folder becomes twice as large
+    )
+    config.prepare = dict(
+        source="",  # what --mode=prepare packs; empty: data.train
+        role="train",  # "train" | "validation" | "test": which split of the source; to evaluate, an image is one record
+        side_px=512,  # longest the shorter side of a kept picture may be; 0: every picture as it is
+        quality=95,  # of the JPEGs that are written anew; those small enough are kept as they are
+        shard_records=4096,  # records of the source a shard
+        processes=0,  # 0: one a CPU
+        beam_runner="",  # DirectRunner, DataflowRunner, ...: on Apache Beam, instead of processes here
+        beam_options="",  # of Beam, as "--project=NAME --region=NAME"
+    )
+
+    config.check = dict(
+        processes=0,  # 0: one a CPU
+        decode=True,  # read and decode every picture; false: look only whether it is there
+        least_side_px=32,  # a shorter side below is tiny
+        near_bits=3,  # of 64 by which the perceptual hashes of near-duplicates differ at most
+        max_bad_share=0.05,  # of listed records that are unusable, and of evaluation images in training: above, exit code 1
     )
     return config.lock()

@@ -1,13 +1,12 @@
 """Decoding and cropping, on files of the real formats made on the spot."""
 
 import io
-import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from codebook_jax.data.images import UnreadableImage, crop_box, decode, random_crop, resize_square
+from codebook_jax.data.images import Picture, UnreadableImage, decode, resize_square
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
 
@@ -155,37 +154,32 @@ def test_resizing_keeps_the_whole_picture_and_leaves_the_right_size_alone():
     assert resize_square(square, 24) is square
 
 
-def test_crops_keep_the_area_and_ratio_that_were_asked_for():
-    rng = np.random.default_rng(0)
-    areas, ratios = [], []
-    for _ in range(3000):
-        left, top, right, bottom = crop_box(480, 640, rng, scale=(0.2, 0.9), ratio=(0.75, 4 / 3))
-        assert 0 <= left < right <= 640 and 0 <= top < bottom <= 480
-        areas.append((right - left) * (bottom - top) / (480 * 640))
-        ratios.append(math.log((right - left) / (bottom - top)))
-    assert 0.19 < min(areas) < 0.22 and 0.85 < max(areas) < 0.91
-    assert abs(min(ratios) - math.log(0.75)) < 0.02 and abs(max(ratios) - math.log(4 / 3)) < 0.02
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"exif": b"Exif\0\0broken"}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_has_the_pixels_that_pillow_reads_and_its_size_before_them(mode, options):
+    noise = np.random.default_rng(0).integers(0, 256, (10, 13, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((104, 80)).convert(mode)
+    content = saved(image, "JPEG", **options)
+    picture = Picture(content)
+    assert (picture.height, picture.width) == (80, 104) and picture.shrinks == (1, 2, 4, 8)
+    whole = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    np.testing.assert_array_equal(picture.pixels(), whole)
+    for shrink in (2, 4, 8):
+        small = picture.pixels(shrink)
+        assert small.shape == (80 // shrink, 104 // shrink, 3)
+        mean = np.asarray(Image.fromarray(whole).resize(small.shape[1::-1], Image.Resampling.BOX))
+        assert np.abs(mean.astype(int) - small).mean() < 3
+        odd = Picture(saved(image.crop((0, 0, 101, 75)), "JPEG", **options)).pixels(shrink)
+        assert odd.shape == (-(-75 // shrink), -(-101 // shrink), 3)
 
 
-def test_a_picture_too_long_for_the_ratio_gives_its_middle():
-    rng = np.random.default_rng(0)
-    bounds = dict(scale=(0.9, 1.0), ratio=(0.75, 4 / 3))
-    assert crop_box(30, 400, rng, **bounds) == (180, 0, 220, 30)
-    assert crop_box(400, 30, rng, **bounds) == (0, 180, 30, 220)
-    assert crop_box(1, 1, rng, **bounds) == (0, 0, 1, 1)
-
-
-def test_the_same_draws_give_the_same_crop_and_no_pixel_of_outside():
-    image = np.zeros((60, 60, 3), np.uint8)
-    image[:, 30:] = 255
-
-    def crop(seed):
-        rng = np.random.default_rng(seed)
-        return random_crop(image, rng, scale=(0.1, 0.2), ratio=(1, 1), size_px=17)
-
-    np.testing.assert_array_equal(crop(3), crop(3))
-    crops = [crop(seed) for seed in range(60)]
-    assert all(one.shape == (17, 17, 3) for one in crops)
-    assert any(one.max() == 0 for one in crops) and any(one.min() == 255 for one in crops)
-    whole = random_crop(image, np.random.default_rng(0), scale=(1, 1), ratio=(1, 1), size_px=60)
-    np.testing.assert_array_equal(whole, image)
+def test_a_damaged_jpeg_is_judged_by_pillow_in_every_size():
+    content = saved(halves(size=(400, 300)), "JPEG")
+    for shrink in (1, 4):
+        with pytest.raises(UnreadableImage, match="truncated"):
+            Picture(content[: len(content) * 2 // 3]).pixels(shrink)
+    zeros = bytearray(content)
+    zeros[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
+    whole = np.asarray(Image.open(io.BytesIO(zeros)).convert("RGB"))  # Pillow reads over it
+    np.testing.assert_array_equal(Picture(bytes(zeros)).pixels(), whole)
+    assert Picture(bytes(zeros)).pixels(4).shape == (75, 100, 3)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from codebook_jax.data.images import decode
-from codebook_jax.data.sources import JsonSource, open_source
+from codebook_jax.data.sources import open_source
 from codebook_jax.errors import UserError
 
 EMOJI = Path(__file__).parent.parent / ".." / "shared" / "data" / "emoji"
@@ -129,16 +129,24 @@ BROKEN = {
         [{"image": "a", "caption": {"en": "x"}}],
         'key "caption": .* neither a text nor a list',
     ),
-    "caption null": ([{"image": "a", "caption": None}], 'key "caption": null is neither'),
     "caption list": ([{"image": "a", "caption": ["x", 3]}], 'key "caption": .* neither'),
-    "empty caption": ([{"image": "a", "caption": " "}], "empty caption"),
-    "no captions": ([{"image": "a", "caption": []}], "empty caption"),
+    "caption number": ([{"image": "a", "caption": 3}], 'key "caption": 3 is neither'),
+    "empty caption": ([{"image": "a", "caption": " "}], "lists no pairs"),
     "id type": (
         [{"image": "a", "caption": "x", "image_id": 1.5}],
         'key "image_id": 1.5 is not an id',
     ),
     "id truth": ([{"image": "a", "caption": "x", "image_id": True}], 'key "image_id": true'),
 }
+
+
+def test_entries_without_a_caption_are_left_out_and_counted(tmp_path):
+    empty = [{"image": f"{n}.jpg", "caption": text} for n, text in enumerate(("", " ", None, [], [""]))]
+    source = open_it(f"json:{write(tmp_path, [*ALBEF, *empty, {'image': 'e.jpg', 'caption': ['', 'six']}])}")
+    assert [len(source), source.listed] == [5, 10]
+    assert [name for name, _ in source.left_out] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert source.left_out[0][1].endswith("pairs.json[4] has no caption")
+    assert source[4].captions == ("six",) and source.name(4) == "e.jpg"
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -196,11 +204,16 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     ("spec", "role", "words"),
     [
         ("pairs.json", "train", "did you mean json:pairs.json"),
-        ("scene", "train", "use scenes, scenes:hard, json:"),
+        ("scene", "train", "use scenes, .*json:"),
         ("json:", "test", "use scenes"),
         ("", "train", "names no source"),
-        ("scenes:easy", "test", "names no source of test data"),
+        ("scenes:easy", "test", "there are no scenes:easy"),
         ("scenes:hard", "train", "for evaluation alone"),
+        ("scenes?wieght=2", "train", "did you mean weight"),
+        ("scenes?weight=0", "train", "weight=0 is not a number above 0"),
+        ("json:a.json?root=/b", "train", "use NAME=VALUE with weight, image_root"),
+        ("scenes?weight=2, scenes", "train", "1 of 2 sources have a weight"),
+        ("scenes?weight=2, scenes:hard?weight=1", "test", "weights are for training alone"),
     ],
 )
 def test_a_spec_that_names_nothing_is_refused_with_what_was_meant(spec, role, words):
@@ -258,7 +271,7 @@ def test_a_large_file_is_held_without_an_object_an_entry(tmp_path):
     )
     path = write(tmp_path, lines, "large.jsonl")
     tracemalloc.start()
-    source = JsonSource(path, merge=False)
+    source = open_it(f"json:{path}")
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(source) == 20_000

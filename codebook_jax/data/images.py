@@ -1,22 +1,92 @@
-"""From a picture in a file to uint8 RGB, and the crops and sizes that the models read."""
+"""From a picture in a file to uint8 RGB."""
 
 from __future__ import annotations
 
+import contextlib
 import io
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
+import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+_HEAD = 1 << 16  # bytes in which a file says how it is to be turned
+_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where it may say so
+_ORIENTATION = 0x0112  # EXIF
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
-_CROP_TRIES = 10  # torchvision's
 
 
 class UnreadableImage(Exception):
     """One short sentence: which picture cannot be read, and why."""
+
+
+class Picture:
+    """A picture whose size is known and whose pixels are not decoded yet."""
+
+    def __init__(self, image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike) -> None:
+        """Takes an array, the bytes of a file, or its path; raises UnreadableImage for what is no picture."""
+        self._array, self._content, self._pillow = None, b"", None
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise UnreadableImage(
+                    f"an array of {image.dtype} {image.shape} is not uint8 [height, width, 3]"
+                )
+            self._array = image
+            self.height, self.width = image.shape[:2]
+            return
+        self._name = f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image)
+        with _saying(self._name):
+            self._content = image if isinstance(image, bytes) else _read(image)
+            if not self._content:
+                raise UnreadableImage(f"{self._name}: the file is empty")
+            size = _plain_jpeg_size(self._content)
+            if size is None:
+                self._pillow = Image.open(io.BytesIO(self._content))
+                size = self._pillow.size[::-1]
+            height, width = size
+            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+                raise UnreadableImage(
+                    f"{self._name}: {width:,} x {height:,} pixels are over the limit of {Image.MAX_IMAGE_PIXELS:,}"
+                )
+            if self._pillow is not None:
+                self._array = self._decoded()
+                height, width = self._array.shape[:2]
+        self.height, self.width = height, width
+
+    def pixels(self, shrink: int = 1) -> np.ndarray:
+        """uint8 RGB [height / shrink, width / shrink, 3], rounded up: upright, transparency on white.
+
+        A JPEG is decoded at 1/2, 1/4 or 1/8 for less than its whole, with each pixel the mean of what it stands for;
+        others are decoded whole, and `shrink` must be 1. Raises UnreadableImage for what is cut short or damaged.
+        """
+        if shrink == 1 and self._array is not None:
+            return self._array
+        if shrink not in self.shrinks:
+            raise ValueError(f"shrink={shrink} is not one of {self.shrinks}")
+        size = -(-self.height // shrink), -(-self.width // shrink)
+        with _saying(self._name):
+            try:
+                pixels = simplejpeg.decode_jpeg(
+                    self._content, min_height=size[0], min_width=size[1], min_factor=shrink
+                )
+            except ValueError:  # strict: Pillow has the last word on what is damaged
+                self._pillow = Image.open(io.BytesIO(self._content))
+                pixels = self._decoded()
+        if pixels.shape[:2] != size:
+            pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BOX))
+        return pixels
+
+    @property
+    def shrinks(self) -> tuple[int, ...]:
+        """What `pixels` can divide the sides by."""
+        return (1,) if self._array is not None else (1, 2, 4, 8)
+
+    def _decoded(self) -> np.ndarray:
+        with self._pillow as opened:
+            opened.load()
+            return np.asarray(rgb(upright(opened)))
 
 
 def decode(image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike) -> np.ndarray:
@@ -25,35 +95,7 @@ def decode(image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLik
     Takes an array, the bytes of a file, or its path. Raises UnreadableImage for what is missing, empty, cut short,
     not a picture, or larger than Pillow's limit.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UnreadableImage(
-                f"an array of {image.dtype} {image.shape} is not uint8 [height, width, 3]"
-            )
-        return image
-    name = f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image)
-    try:
-        if isinstance(image, bytes):
-            content = image
-        else:
-            with open(image, "rb") as file:
-                content = file.read()
-        if not content:
-            raise UnreadableImage(f"{name}: the file is empty")
-        with Image.open(io.BytesIO(content)) as opened:
-            width, height = opened.size
-            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-                raise UnreadableImage(
-                    f"{name}: {width:,} x {height:,} pixels are over the limit of {Image.MAX_IMAGE_PIXELS:,}"
-                )
-            opened.load()
-            return np.asarray(rgb(upright(opened)))
-    except UnreadableImage:
-        raise
-    except (
-        Exception
-    ) as failure:  # decoders fail in every way there is: OSError, SyntaxError, struct.error, ...
-        raise UnreadableImage(f"{name}: {_reason(failure)}") from failure
+    return Picture(image).pixels()
 
 
 def resize_square(image: UInt8[np.ndarray, "height width 3"], size_px: int) -> np.ndarray:
@@ -61,56 +103,6 @@ def resize_square(image: UInt8[np.ndarray, "height width 3"], size_px: int) -> n
     if image.shape[:2] == (size_px, size_px):
         return image
     return np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BICUBIC))
-
-
-def random_crop(
-    image: UInt8[np.ndarray, "height width 3"],
-    rng: np.random.Generator,
-    *,
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    size_px: int,
-) -> np.ndarray:
-    """A random part of the picture in a square of `size_px`, bicubic.
-
-    `scale` bounds the area kept, `ratio` width over height before the resize. Drawn as torchvision's RandomResizedCrop.
-    """
-    box = crop_box(image.shape[0], image.shape[1], rng, scale=scale, ratio=ratio)
-    if box == (0, 0, image.shape[1], image.shape[0]):
-        return resize_square(image, size_px)
-    left, top, right, bottom = box
-    part = Image.fromarray(
-        image[top:bottom, left:right]
-    )  # cut first: no pixel outside the crop is blended in
-    return np.asarray(part.resize((size_px, size_px), Image.Resampling.BICUBIC))
-
-
-def crop_box(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    *,
-    scale: Sequence[float],
-    ratio: Sequence[float],
-) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random crop: ten tries, then the middle at the nearest ratio allowed."""
-    area = height * width
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for _ in range(_CROP_TRIES):
-        target = area * rng.uniform(scale[0], scale[1])
-        aspect = math.exp(rng.uniform(low, high))
-        across, down = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
-        if 0 < across <= width and 0 < down <= height:
-            top = int(rng.integers(0, height - down + 1))
-            left = int(rng.integers(0, width - across + 1))
-            return left, top, left + across, top + down
-    across, down = width, height
-    if width / height < ratio[0]:
-        down = max(1, round(width / ratio[0]))
-    elif width / height > ratio[1]:
-        across = max(1, round(height * ratio[1]))
-    left, top = (width - across) // 2, (height - down) // 2
-    return left, top, left + across, top + down
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -132,6 +124,43 @@ def rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that libjpeg-turbo alone decodes as Pillow would; None for any other file."""
+    if not content.startswith(b"\xff\xd8"):
+        return None
+    if any(content.find(mark, 0, _HEAD) >= 0 for mark in _TURNED) and _is_turned(content):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    return (height, width) if colours in ("YCbCr", "Gray") else None
+
+
+def _is_turned(content: bytes) -> bool:
+    with Image.open(io.BytesIO(content)) as opened:
+        try:
+            return opened.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        except Exception:  # as in `upright`
+            return False
+
+
+@contextlib.contextmanager
+def _saying(name: str) -> Iterator[None]:
+    """Turns what decoders raise, which is everything there is, into one sentence on `name`."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except Exception as failure:  # OSError, SyntaxError, struct.error, ...
+        raise UnreadableImage(f"{name}: {_reason(failure)}") from failure
 
 
 def _reason(failure: Exception) -> str:

@@ -23,8 +23,10 @@ import numpy as np
 from absl import flags
 
 from codebook_jax.data.batch import Batch
-from codebook_jax.data.images import UnreadableImage, decode, random_crop
+from codebook_jax.data.crops import random_crops
+from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.sources import Record, Source
+from codebook_jax.data.sources.mixture import training_order
 from codebook_jax.data.text import Tokenizer, swap_left_right
 from codebook_jax.errors import UserError
 
@@ -175,6 +177,17 @@ class _Made(NamedTuple):
     failure: str  # why there is no batch; empty: there is
 
 
+class _Row(NamedTuple):
+    """One row of a batch."""
+
+    example: int
+    record: Record
+    caption: str
+    flip: bool
+    views: list[np.ndarray]  # one where both are the same
+    reasons: list[str]  # why the records before it could not be read
+
+
 class _Maker:
     """Makes the batch of a step. It is pickled into every worker process, where it has threads of its own."""
 
@@ -199,8 +212,7 @@ class _Maker:
         self.size_px, self.max_tokens = size_px, max_tokens
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
         self.flip, self.same_view, self.threads = flip, same_view, threads
-        # Position in the run -> record: a new permutation each epoch, computed and not stored.
-        self.order = grain.MapDataset.range(len(source)).seed(seed % 2**32).shuffle().repeat()
+        self.order = training_order(source, seed)
         self._start_pool()
 
     def _start_pool(self) -> None:
@@ -228,16 +240,10 @@ class _Maker:
             """Reads, crops and captions these rows."""
             for at in part:
                 position = int(step) * self.global_batch + int(self.rows[at])
-                # The draws of a row, in a fixed order, whichever record it ends up with.
-                rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, position]))
-                example, record, image, reasons[at] = self._read(self.order[position])
-                drawn, mirrored = rng.random(2)
-                caption = record.captions[int(drawn * len(record.captions))]
-                flips[at] = self.flip and mirrored < 0.5
-                captions[at] = swap_left_right(caption) if flips[at] else caption
-                views[0, at] = self._crop(image, rng)
-                views[1, at] = views[0, at] if self.same_view else self._crop(image, rng)
-                numbers[:, at] = record.image_id, example, len(reasons[at])
+                row = self._read(position)
+                reasons[at], captions[at], flips[at] = row.reasons, row.caption, row.flip
+                views[0, at], views[1, at] = row.views[0], row.views[-1]
+                numbers[:, at] = row.record.image_id, row.example, len(row.reasons)
 
         parts = [range(at, min(at + _ROWS_A_TASK, count)) for at in range(0, count, _ROWS_A_TASK)]
         failure = ""
@@ -252,24 +258,37 @@ class _Maker:
         batch = Batch(views[0], views[1], flips, tokens, lengths, *numbers)
         return _Made(batch, tuple(why for row in reasons for why in row)[:_NAMED], failure)
 
-    def _read(self, first: int) -> tuple[int, Record, np.ndarray, list[str]]:
-        """The record `first` or the next one that can be read: (its index, it, its image, why not those before)."""
+    def _read(self, position: int) -> _Row:
+        """The record at this position of the run, or the next one of the source that can be read, cropped.
+
+        The draws are those of the position, in a fixed order, whichever record they end up with.
+        """
+        first = int(self.order[position])
         reasons: list[str] = []
         for further in range(min(len(self.source), MOST_SUBSTITUTES)):
             example = (first + further) % len(self.source)
+            rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, position]))
+            drawn, mirrored = rng.random(2)
             try:
                 record = self.source[example]
-                return example, record, decode(record.image), reasons
+                views = random_crops(
+                    Picture(record.image),
+                    rng,
+                    1 if self.same_view else 2,
+                    scale=self.crop_scale,
+                    ratio=self.crop_ratio,
+                    size_px=self.size_px,
+                )
             except UnreadableImage as error:
                 reasons.append(str(error))
+                continue
+            flip = self.flip and bool(mirrored < 0.5)
+            caption = record.captions[int(drawn * len(record.captions))]
+            caption = swap_left_right(caption) if flip else caption
+            return _Row(example, record, caption, flip, views, reasons)
         raise UserError(
             f"{self.source!r}: none of {len(reasons):,} images in a row could be read (first: {reasons[0]}): "
             "check config.data.image_root and the files"
-        )
-
-    def _crop(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return random_crop(
-            image, rng, scale=self.crop_scale, ratio=self.crop_ratio, size_px=self.size_px
         )
 
     def _threads(self) -> ThreadPoolExecutor:

@@ -1,0 +1,89 @@
+"""Random crops of a picture: drawn first, then decoded no larger than they need, cut, and resized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from codebook_jax.data.images import Picture
+
+cv2.setNumThreads(1)  # threads and worker processes are ours
+
+_CROP_TRIES = 10  # torchvision's
+
+
+def random_crops(
+    picture: Picture,
+    rng: np.random.Generator,
+    count: int,
+    *,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    size_px: int,
+) -> list[UInt8[np.ndarray, "size size 3"]]:
+    """`count` random parts of the picture, from one decoding, each in a square of `size_px`.
+
+    `scale` bounds the area kept, `ratio` width over height before the resize. Drawn as torchvision's RandomResizedCrop.
+    Raises UnreadableImage where the pixels cannot be decoded.
+    """
+    height, width = picture.height, picture.width
+    boxes = [crop_box(height, width, rng, scale=scale, ratio=ratio) for _ in range(count)]
+    least = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
+    shrink = max(by for by in picture.shrinks if by == 1 or least >= by * size_px)
+    pixels = picture.pixels(shrink)
+    return [
+        resize(pixels[top // shrink : -(-bottom // shrink), left // shrink : -(-right // shrink)], size_px)
+        for left, top, right, bottom in boxes
+    ]
+
+
+def resize(
+    part: UInt8[np.ndarray, "height width 3"], size_px: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    """The part in a square of `size_px`: enlarged bicubically, made smaller without aliasing.
+
+    Bicubic to twice the size and then the mean of 2 x 2 differs from Pillow's antialiased bicubic by less than Pillow's
+    bilinear does, and takes a quarter of its time; above a factor of 2, the mean of the area.
+    """
+    height, width = part.shape[:2]
+    if height <= size_px and width <= size_px:
+        if height == width == size_px:
+            return part
+        return np.asarray(Image.fromarray(part).resize((size_px, size_px), Image.Resampling.BICUBIC))
+    size, twice = (size_px, size_px), (2 * size_px, 2 * size_px)
+    if max(height, width) <= 2 * size_px:
+        part = cv2.resize(part, twice, interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(part, size, interpolation=cv2.INTER_AREA)
+
+
+def crop_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    *,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random crop: ten tries, then the middle at the nearest ratio allowed."""
+    area = height * width
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_CROP_TRIES):
+        target = area * rng.uniform(scale[0], scale[1])
+        aspect = math.exp(rng.uniform(low, high))
+        across, down = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            top = int(rng.integers(0, height - down + 1))
+            left = int(rng.integers(0, width - across + 1))
+            return left, top, left + across, top + down
+    across, down = width, height
+    if width / height < ratio[0]:
+        down = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        across = max(1, round(height * ratio[1]))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down

@@ -1,0 +1,230 @@
+"""Pairs that a file lists, with their images as files below a folder: what every list format becomes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from codebook_jax.data.sources.record import Record, checked
+from codebook_jax.data.sources.texts import Packer, Texts
+from codebook_jax.errors import UserError
+
+
+class Entry(NamedTuple):
+    """One entry of a list, as a reader of a format gives it."""
+
+    where: str  # "pairs.json[17]", for what is said of it
+    image: str  # as listed: a path below the image root, or one that the path map knows
+    captions: tuple[str, ...]  # none: the entry is left out
+    key: int | str | None  # names the image; None: its path does
+
+
+class Folders(NamedTuple):
+    """Where the images of a list are."""
+
+    root: str  # absolute
+    path_map: tuple[tuple[str, str], ...] = ()  # (how listed paths begin, what stands there on this machine)
+
+
+class Listed:
+    """The entries of a list as a source.
+
+    Entries with the same key are the same image; where there is none the image's path stands for it. Ids become
+    numbers from 0 in the order of the list. To train on, each entry is a record. To evaluate (`merge`), the entries
+    of one key and one path are one record with all their captions, so that an image listed once a caption is one
+    image.
+
+    Entries without a caption are left out, and counted. Image files are not looked at here: one that is missing is
+    found when it is read, and counted then.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        path: str,
+        entries: Iterable[Entry],
+        folders: Folders,
+        *,
+        merge: bool,
+        listed: int = 0,
+    ) -> None:
+        """`form` is the scheme. `listed` (0: as many as there are) counts what this list was made from.
+
+        Raises UserError for a list without entries, and for a path that leads out of the root.
+        """
+        self._form, self._path, self._folders = form, path, folders
+        self.left_out: list[tuple[str, str]] = []
+        entries = self._with_captions(_placed(entries, folders))
+        if merge:
+            entries = _merged(entries)
+        summary = _Summary(form)
+        self._images, self._captions, self._first = _columns(summary.of(entries))
+        if not len(self._images):
+            raise UserError(f"{path} lists no pairs: give a file with at least one entry")
+        self._ids, self._fingerprint = summary.ids(), summary.fingerprint()
+        self.listed = max(listed, len(self) + len(self.left_out))
+
+    def _with_captions(self, entries: Iterable[Entry]) -> Iterable[Entry]:
+        for entry in entries:
+            if entry.captions:
+                yield entry
+            else:
+                self.left_out.append((entry.image, f"{entry.where} has no caption"))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        path = located(self.name(index), self._folders)
+        return Record(path, self.captions(index), int(self._ids[index]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        first, stop = self._first[checked(index, len(self)) :][:2]
+        return tuple(self._captions[at] for at in range(first, stop))
+
+    def name(self, index: int) -> str:
+        return self._images[checked(index, len(self))]
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def __repr__(self) -> str:
+        return f"{self._form}({self._path!r}, images={len(self)})"
+
+
+class _Summary:
+    """What is known of all entries once they have passed: their numbers, and a hash of them."""
+
+    def __init__(self, form: str) -> None:
+        self._digest = hashlib.sha256(f"{form} 1".encode())
+        self._keys = array("q")  # 64 bits of a hash each: a table of millions of keys takes gigabytes
+
+    def of(self, entries: Iterable[Entry]) -> Iterable[Entry]:
+        for entry in entries:
+            key = entry.image if entry.key is None else entry.key
+            content = repr((entry.image, entry.captions, key))
+            self._digest.update(content.encode("utf-8", "surrogatepass"))
+            short = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8)
+            self._keys.append(int.from_bytes(short.digest(), "little", signed=True))
+            yield entry
+
+    def ids(self) -> np.ndarray:
+        """int32 [entries]: the number of each entry's key, from 0 in the order in which keys appear."""
+        keys = np.frombuffer(self._keys, np.int64)
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        places = np.empty(len(first), np.int32)
+        places[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
+        return places[which]
+
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()
+
+
+def folders_of(path: str, image_root: str, path_map: str) -> Folders:
+    """`image_root` (empty: the folder of the list at `path`), and the pairs of "OLD=NEW,OLD=NEW"."""
+    root = os.path.abspath(image_root or os.path.dirname(path))
+    pairs = []
+    for rule in filter(None, (part.strip() for part in path_map.split(","))):
+        old, equals, new = rule.rpartition("=")
+        if not equals or not old:
+            raise UserError(
+                f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give how listed paths begin and the "
+                "folder that stands there here, as /export/home/vl=/data, several with commas between"
+            )
+        pairs.append((old.rstrip("/") or "/", new))
+    return Folders(root, tuple(pairs))
+
+
+def located(image: str, folders: Folders) -> str:
+    """Where the image of an entry is on this machine."""
+    mapped = _mapped(image, folders.path_map)
+    return os.path.join(folders.root, image if mapped is None else mapped)
+
+
+def captions_in(where: str, key: str, captions: Any) -> tuple[str, ...]:
+    """A text or a list of texts as captions, without empty ones; raises UserError for anything else."""
+    texts = [captions] if isinstance(captions, str) else captions or []
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f'{where}, key "{key}": {shown(captions)} is neither a text nor a list of texts: give one of them'
+        )
+    return tuple(text for text in texts if text.strip())
+
+
+def keys_of(entry: Mapping[str, Any] | Sequence[str]) -> str:
+    """The keys of an entry, for what is said of it."""
+    keys = list(map(str, entry))
+    more = ", ..." if len(keys) > 10 else ""
+    return (", ".join(keys[:10]) + more) or "none"
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {dict: "object", list: "list", str: "text", bool: "truth value", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def shown(value: Any) -> str:
+    """A value as a file has it, not too long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _placed(entries: Iterable[Entry], folders: Folders) -> Iterable[Entry]:
+    """The entries with paths that are found below the root, or by the map."""
+    for entry in entries:
+        if _mapped(entry.image, folders.path_map) is None:
+            entry = entry._replace(image=_below(entry.where, entry.image, folders.root))
+        yield entry
+
+
+def _merged(entries: Iterable[Entry]) -> Iterable[Entry]:
+    """The entries, those of one key and one path as one with all their captions."""
+    merged: dict[tuple[int | str, str], Entry] = {}
+    for entry in entries:
+        key = entry.image if entry.key is None else entry.key, entry.image
+        before = merged.setdefault(key, entry)
+        if before is not entry:
+            further = tuple(new for new in entry.captions if new not in before.captions)
+            merged[key] = before._replace(captions=before.captions + further)
+    yield from merged.values()
+
+
+def _columns(entries: Iterable[Entry]) -> tuple[Texts, Texts, np.ndarray]:
+    """(images, captions, int64 [entries + 1]: the first caption of each), read once."""
+    images, captions, first = Packer(), Packer(), array("q", [0])
+    for entry in entries:
+        images.add(entry.image)
+        for caption in entry.captions:
+            captions.add(caption)
+        first.append(len(captions))
+    return images.texts(), captions.texts(), np.array(first, np.int64)
+
+
+def _mapped(image: str, path_map: tuple[tuple[str, str], ...]) -> str | None:
+    """The path with its beginning replaced; None where no rule of the map fits."""
+    for old, new in path_map:
+        if image == old or image.startswith(old.rstrip("/") + "/"):
+            return new.rstrip("/") + image[len(old.rstrip("/")) :]
+    return None
+
+
+def _below(where: str, image: str, root: str) -> str:
+    """The path as it is below the root; raises UserError for one that leads out of it."""
+    if not os.path.isabs(image) and "." not in image.split("/") and ".." not in image.split("/"):
+        if "//" not in image and "\0" not in image:
+            return image
+    path = os.path.normpath(os.path.join(root, image))
+    if "\0" in path or not path.startswith(root.rstrip(os.sep) + os.sep):
+        raise UserError(
+            f'{where}, key "image": {image!r} is outside the image root {root}: give paths below it, '
+            "set config.data.image_root to the folder that holds the images, or map the beginning of the "
+            "paths to a folder here, as --config.data.path_map=/export/home=/data"
+        )
+    return os.path.relpath(path, root)

@@ -1,0 +1,81 @@
+"""Several sources as one: their records one after another, and the order in which training meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from codebook_jax.data.sources.record import Record, Source, checked, digest
+
+
+class Mixture:
+    """The records of several sources, numbered through; images of two sources are never the same one."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None) -> None:
+        """`weights` (None: their sizes) are the shares of the training stream that the sources get."""
+        self.sources = tuple(sources)
+        self.weights = None if weights is None else tuple(float(weight) for weight in weights)
+        self.starts = np.cumsum([0, *map(len, self.sources)])
+        self.listed = sum(source.listed for source in self.sources)
+        self.left_out = tuple(item for source in self.sources for item in source.left_out)
+        # Ids of every source are below its length: a record has one id, and they are numbered from 0.
+        self._first_ids = self.starts
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        which, own = self.place(index)
+        record = self.sources[which][own]
+        return record._replace(image_id=record.image_id + int(self._first_ids[which]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        which, own = self.place(index)
+        return self.sources[which].captions(own)
+
+    def name(self, index: int) -> str:
+        which, own = self.place(index)
+        return self.sources[which].name(own)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(which source, index within it) of record `index`."""
+        which = int(np.searchsorted(self.starts, checked(index, len(self)), side="right")) - 1
+        return which, index - int(self.starts[which])
+
+    def fingerprint(self) -> str:
+        return digest([*(source.fingerprint() for source in self.sources), f"weights {self.weights}"])
+
+    def __repr__(self) -> str:
+        return f"mixture({', '.join(map(repr, self.sources))}; weights={self.weights})"
+
+
+def training_order(source: Source, seed: int) -> grain.MapDataset:
+    """Position in the run -> record of the source: random access, computed and not stored.
+
+    Of one source, and of a mixture without weights, every record comes once an epoch, in a new order each epoch.
+    With weights, each source goes through its own records so, and gets its share of every stretch of the stream; an
+    epoch is then as many pairs as all sources have records, so that one may come more than once and another in part.
+    """
+    if not isinstance(source, Mixture) or source.weights is None:
+        return _shuffled(len(source), seed)
+    parts = [
+        _shuffled(len(part), seed + 7919 * number).map(_Shift(int(start)))
+        for number, (part, start) in enumerate(zip(source.sources, source.starts, strict=False))
+    ]
+    return grain.MapDataset.mix(parts, source.weights)
+
+
+def _shuffled(length: int, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.range(length).seed(seed % 2**32).shuffle().repeat()
+
+
+class _Shift:
+    """Adds a number: a function that can be pickled."""
+
+    def __init__(self, by: int) -> None:
+        self._by = by
+
+    def __call__(self, index: int) -> int:
+        return int(index) + self._by

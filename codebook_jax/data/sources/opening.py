@@ -1,0 +1,151 @@
+"""From a config's text to a source: `json:PATH`, `records:FOLDER?weight=2`, several with commas between."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from codebook_jax.data.sources.mixture import Mixture
+from codebook_jax.data.sources.record import Source
+from codebook_jax.errors import UserError
+
+ROLES = ("train", "validation", "test")
+
+
+class Request(NamedTuple):
+    """What is asked of the opener of one scheme."""
+
+    place: str  # what stands after the scheme: a path, a name
+    options: Mapping[str, str]  # those that the scheme knows
+    role: str  # one of ROLES
+    settings: Settings
+
+    @property
+    def merge(self) -> bool:
+        """Whether an image is one record with all its captions: to evaluate, not to train."""
+        return self.role != "train"
+
+    @property
+    def image_root(self) -> str:
+        return self.options.get("image_root", self.settings.image_root)
+
+
+class Settings(NamedTuple):
+    """What the config says of every source."""
+
+    size_px: int  # of scenes
+    scenes_examples: int  # of training's scenes, as is the seed: those of validation and test are always the same
+    seed: int
+    image_root: str = ""
+    path_map: str = ""
+    damaged_shards: str = "refuse"
+
+
+class Scheme(NamedTuple):
+    opener: str  # module.function(Request) -> Source
+    form: str  # for messages
+    options: tuple[str, ...] = ()
+
+
+_FILES = ("image_root",)
+_KEYS = ("image_key", "caption_key", "id_key")
+SCHEMES = {
+    "scenes": Scheme("scenes.open_scenes", "scenes"),
+    "json": Scheme("json_files.open_json", "json:PAIRS.json(l)", (*_FILES, *_KEYS)),
+}
+
+
+def open_source(
+    spec: str,
+    *,
+    role: str,
+    size_px: int,
+    scenes_examples: int,
+    seed: int,
+    image_root: str = "",
+    path_map: str = "",
+    damaged_shards: str = "refuse",
+) -> Source:
+    """The source, or the mixture of sources, that `spec` names, as `role` ("train", "validation" or "test") uses it.
+
+    Raises UserError for what cannot be opened.
+    """
+    if role not in ROLES:
+        raise ValueError(f"role={role!r} is none of {ROLES}")
+    settings = Settings(size_px, scenes_examples, seed, image_root, path_map, damaged_shards)
+    parts = split_specs(spec)
+    opened = [_open(part, role, settings) for part in parts]
+    weights = [weight for _, weight in opened]
+    if len(opened) == 1:
+        return opened[0][0]
+    given = sum(weight is not None for weight in weights)
+    if given not in (0, len(weights)):
+        raise UserError(
+            f"{spec!r}: {given} of {len(weights)} sources have a weight: give ?weight= to each, or to none "
+            "(every record once an epoch)"
+        )
+    if given and role != "train":
+        raise UserError(f"{spec!r}: weights are for training alone: leave them out to evaluate")
+    return Mixture([source for source, _ in opened], weights if given else None)
+
+
+def split_specs(spec: str) -> list[str]:
+    """The parts of a mixture: a comma parts them where a scheme follows it."""
+    names = "|".join(SCHEMES)
+    return [part.strip() for part in re.split(rf",\s*(?=(?:{names})(?:[:?,]|$))", spec)]
+
+
+def forms() -> str:
+    """How sources can be named, for messages."""
+    return ", ".join(scheme.form for scheme in SCHEMES.values())
+
+
+def _open(spec: str, role: str, settings: Settings) -> tuple[Source, float | None]:
+    """The source, and its weight in a mixture."""
+    name, _, rest = spec.partition("?") if spec.startswith("scenes?") else spec.partition(":")
+    scheme = SCHEMES.get(name)
+    if scheme is None or (not rest and name != "scenes"):
+        hint = f"did you mean json:{spec}" if spec.endswith((".json", ".jsonl")) else f"use {forms()}"
+        raise UserError(f"{spec!r} names no source of {role} data: {hint}")
+    if spec.startswith("scenes?"):
+        rest = f"?{rest}"
+    place, options = _options(spec, rest, scheme.options)
+    weight = _weight(spec, options.pop("weight", None))
+    return _opener(scheme)(Request(place, options, role, settings)), weight
+
+
+def _options(spec: str, rest: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """(the place, {option: value}) of what follows a scheme; raises UserError for an option it does not know."""
+    place, mark, tail = rest.rpartition("?")
+    if not mark or not re.match(r"\w+=", tail):
+        return rest, {}
+    options = {}
+    for part in tail.split("&"):
+        name, equals, value = part.partition("=")
+        if not equals or name not in ("weight", *allowed):
+            known = ", ".join(("weight", *allowed))
+            close = difflib.get_close_matches(name, ("weight", *allowed), n=1)
+            hint = f"did you mean {close[0]}" if close and equals else f"use NAME=VALUE with {known}"
+            raise UserError(f"{spec!r}: {part!r} is no option of this source: {hint}")
+        options[name] = value
+    return place, options
+
+
+def _weight(spec: str, text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise UserError(f"{spec!r}: weight={text} is not a number above 0")
+    return weight
+
+
+def _opener(scheme: Scheme) -> Any:
+    module, function = scheme.opener.split(".")  # imported only now: some need a library of an extra
+    return getattr(importlib.import_module(f"codebook_jax.data.sources.{module}"), function)

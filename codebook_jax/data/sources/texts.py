@@ -1,0 +1,39 @@
+"""Millions of short texts without a Python object each: what they hold is all the memory they take."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+
+class Texts:
+    """A sequence of texts that never changes, as one run of UTF-8 bytes and where each begins."""
+
+    def __init__(self, packed: bytes, starts: np.ndarray) -> None:
+        self._packed, self._starts = packed, starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, stop = self._starts[index], self._starts[index + 1]
+        return self._packed[start:stop].decode("utf-8", "surrogatepass")
+
+
+class Packer:
+    """Gathers texts one at a time."""
+
+    def __init__(self) -> None:
+        self._packed, self._starts = bytearray(), array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def add(self, text: str) -> None:
+        self._packed += text.encode("utf-8", "surrogatepass")
+        self._starts.append(len(self._packed))
+
+    def texts(self) -> Texts:
+        """What was added so far."""
+        return Texts(bytes(self._packed), np.array(self._starts, np.int64))
