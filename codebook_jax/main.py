@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import difflib
 import errno
-import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -19,17 +18,9 @@ from ml_collections import ConfigDict, config_flags
 
 from codebook_jax.errors import UserError
 
-MODES = {  # name -> module.function(config, workdir) -> exit code, or None for 0
-    "train": "train.fit",
-    "import": "train.import_weights",
-    "eval": "evaluate.evaluate",
-    "export": "export.export",
-    "show": "figures.show",
-    "prepare": "prepare.prepare",
-    "check-data": "check_data.check_data",
-}
-WITHOUT_JAX = ("prepare", "check-data")
-NEEDS_CONFIG = ("train", "import", "prepare", "check-data")
+DATA_MODES = ("prepare", "check-data")  # need no devices
+MODES = ("train", "import", "eval", "export", "show", *DATA_MODES)
+NEEDS_CONFIG = ("train", "import", *DATA_MODES)
 WRONG_TYPES = (
     ("invalid literal for int()", "needs a whole number"),
     ("could not convert string to float", "needs a number"),
@@ -38,6 +29,8 @@ WRONG_TYPES = (
 )
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read by glibc when a program starts
+
+Mode = Callable[[ConfigDict | None, Path], int | None]  # the exit code; None is 0
 
 FLAGS = flags.FLAGS
 
@@ -57,7 +50,7 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
     flags.DEFINE_enum(
         "mode",
         "train",
-        list(MODES),
+        MODES,
         "train, use what the workdir has learned, or see to the data",
         flag_values=values,
     )
@@ -100,11 +93,23 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
 
 def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     """Does what `mode` says; the exit code."""
-    module, function = MODES[mode].split(".")
-    if mode not in WITHOUT_JAX:
-        _join_other_processes()  # before anything asks JAX for its devices
-    # Imported now: it may import JAX, after the flags are known to be right.
-    return getattr(importlib.import_module(f"codebook_jax.{module}"), function)(config, workdir) or 0
+    # Imported now: they import JAX or much else, after the flags are known to be right.
+    if mode in DATA_MODES:
+        from codebook_jax import check_data, prepare
+
+        modes: dict[str, Mode] = {"prepare": prepare.prepare, "check-data": check_data.check_data}
+        return modes[mode](config, workdir) or 0
+    _join_other_processes()  # before anything asks JAX for its devices
+    from codebook_jax import evaluate, export, figures, train
+
+    modes = {
+        "train": train.fit,
+        "import": train.import_weights,
+        "eval": evaluate.evaluate,
+        "export": export.export,
+        "show": figures.show,
+    }
+    return modes[mode](config, workdir) or 0
 
 
 def complain(sentence: str) -> int:

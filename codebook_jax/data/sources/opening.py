@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+from codebook_jax.data.sources import (
+    annotations,
+    builders,
+    hub,
+    json_files,
+    records,
+    scenes,
+    tables,
+    tar,
+)
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import Source
 from codebook_jax.errors import UserError
@@ -45,7 +54,7 @@ class Settings(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    opener: str  # module.function(Request) -> Source
+    open: Callable[[Request], Source]
     form: str  # for messages
     options: tuple[str, ...] = ()
 
@@ -53,17 +62,17 @@ class Scheme(NamedTuple):
 _FILES = ("image_root",)
 _KEYS = ("image_key", "caption_key", "id_key")
 SCHEMES = {
-    "scenes": Scheme("scenes.open_scenes", "scenes"),
-    "json": Scheme("json_files.open_json", "json:PAIRS.json(l)", (*_FILES, *_KEYS)),
-    "csv": Scheme("tables.open_csv", "csv:PAIRS.csv", (*_FILES, *_KEYS)),
-    "tsv": Scheme("tables.open_tsv", "tsv:PAIRS.tsv", (*_FILES, *_KEYS)),
-    "coco": Scheme("annotations.open_coco", "coco:CAPTIONS.json", (*_FILES, "per")),
-    "karpathy": Scheme("annotations.open_karpathy", "karpathy:DATASET.json", (*_FILES, "split", "per")),
-    "vg": Scheme("annotations.open_visual_genome", "vg:REGION_DESCRIPTIONS.json", (*_FILES, "per")),
-    "webdataset": Scheme("tar.open_webdataset", "webdataset:SHARDS.tar", ("caption_key",)),
-    "records": Scheme("records.open_records", "records:FOLDER"),
-    "tfds": Scheme("builders.open_tfds", "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
-    "hf": Scheme("hub.open_hugging_face", "hf:NAME_OR_FOLDER:SPLIT", _KEYS),
+    "scenes": Scheme(scenes.open_scenes, "scenes"),
+    "json": Scheme(json_files.open_json, "json:PAIRS.json(l)", (*_FILES, *_KEYS)),
+    "csv": Scheme(tables.open_csv, "csv:PAIRS.csv", (*_FILES, *_KEYS)),
+    "tsv": Scheme(tables.open_tsv, "tsv:PAIRS.tsv", (*_FILES, *_KEYS)),
+    "coco": Scheme(annotations.open_coco, "coco:CAPTIONS.json", (*_FILES, "per")),
+    "karpathy": Scheme(annotations.open_karpathy, "karpathy:DATASET.json", (*_FILES, "split", "per")),
+    "vg": Scheme(annotations.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", (*_FILES, "per")),
+    "webdataset": Scheme(tar.open_webdataset, "webdataset:SHARDS.tar", ("caption_key",)),
+    "records": Scheme(records.open_records, "records:FOLDER"),
+    "tfds": Scheme(builders.open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
+    "hf": Scheme(hub.open_hugging_face, "hf:NAME_OR_FOLDER:SPLIT", _KEYS),
 }
 
 
@@ -123,7 +132,7 @@ def _open(spec: str, role: str, settings: Settings) -> tuple[Source, float | Non
         rest = f"?{rest}"
     place, options = _options(spec, rest, scheme.options)
     weight = _weight(spec, options.pop("weight", None))
-    return _opener(scheme)(Request(place, options, role, settings)), weight
+    return scheme.open(Request(place, options, role, settings)), weight
 
 
 def _options(spec: str, rest: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -153,8 +162,3 @@ def _weight(spec: str, text: str | None) -> float | None:
     if not 0 < weight < float("inf"):
         raise UserError(f"{spec!r}: weight={text} is not a number above 0")
     return weight
-
-
-def _opener(scheme: Scheme) -> Any:
-    module, function = scheme.opener.split(".")  # imported only now: some need a library of an extra
-    return getattr(importlib.import_module(f"codebook_jax.data.sources.{module}"), function)

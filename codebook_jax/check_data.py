@@ -1,0 +1,2 @@
+def check_data(config, workdir):
+    raise NotImplementedError

@@ -1,0 +1,2 @@
+def prepare(config, workdir):
+    raise NotImplementedError
