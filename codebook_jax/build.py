@@ -17,7 +17,7 @@ from codebook_jax import workdir as records
 from codebook_jax.checks import check
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
-from codebook_jax.data.sources import Source, open_source
+from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.text import Tokenizer, open_tokenizer, tokenizer_for_run
 from codebook_jax.errors import UserError
@@ -159,20 +159,6 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
     )
     return Parts(config, mesh, None, None, tokenizer, task_of(config, tokenizer, mesh))
-
-
-def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source:
-    """The source `spec` names, as `role` ("train", "validation" or "test") uses it."""
-    return open_source(
-        spec,
-        role=role,
-        size_px=config.model.image.size_px,
-        scenes_examples=config.data.scenes_examples,
-        seed=config.seed,
-        image_root=config.data.image_root,
-        path_map=config.data.path_map,
-        damaged_shards=config.data.damaged_shards,
-    )
 
 
 def task_of(

@@ -9,6 +9,7 @@ import ml_collections
 
 from codebook_jax import build
 from codebook_jax.checkpoint import Checkpoints, Restored
+from codebook_jax.data.sources import source_of
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
 from codebook_jax.metrics import say
@@ -21,7 +22,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
     config = parts.config
     restored = restore_trained(parts, workdir, items=("student", "teacher"))
     spec = config.data.test or config.data.eval
-    source = build.source_of(config, spec, "test")
+    source = source_of(config, spec, "test")
     say(f"test data {spec}: {len(source):,} images")
     results = retrieval.evaluate(
         parts.task,

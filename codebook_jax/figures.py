@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from codebook_jax import build, evaluate
 from codebook_jax.data.images import decode
+from codebook_jax.data.sources import source_of
 from codebook_jax.data.text import clean
 from codebook_jax.evaluation.encoding import Gallery, encode_source, rows_over_shards
 from codebook_jax.evaluation.recall import recall_at_k
@@ -63,7 +64,7 @@ def show(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
     config = parts.config
     restored = evaluate.restore_trained(parts, workdir, ("student",))
     spec = config.data.test or config.data.eval
-    source = build.source_of(config, spec, "test")
+    source = source_of(config, spec, "test")
     say(f"test data {spec}: {len(source):,} images")
     student = restored.state.student
     images = images_to_evaluate(config) or len(source)

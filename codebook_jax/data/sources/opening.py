@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import ml_collections
+
 from codebook_jax.data.sources import (
     annotations,
     builders,
@@ -108,6 +110,20 @@ def open_source(
     if given and role != "train":
         raise UserError(f"{spec!r}: weights are for training alone: leave them out to evaluate")
     return Mixture([source for source, _ in opened], weights if given else None)
+
+
+def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source:
+    """The source `spec` names, as `role` uses it with the fields of `config`."""
+    return open_source(
+        spec,
+        role=role,
+        size_px=config.model.image.size_px,
+        scenes_examples=config.data.scenes_examples,
+        seed=config.seed,
+        image_root=config.data.image_root,
+        path_map=config.data.path_map,
+        damaged_shards=config.data.damaged_shards,
+    )
 
 
 def split_specs(spec: str) -> list[str]:
