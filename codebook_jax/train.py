@@ -97,7 +97,11 @@ class Run:
             say(f"{newest} on {self.stop.name}")
 
     def loop(self) -> None:
-        """One step after another: the data's position is the step, and scalars are read one step late."""
+        """One step after another; the data's position is the step.
+
+        Scalars are read one step late: the next batch is on its way to the device, and its step asked for, while the
+        step before it runs.
+        """
         pending = None
         with build.batches(self.parts, start_step=self.step) as batches:
             while self.step < self.config.train.steps and not self.stop.requested:

@@ -175,6 +175,35 @@ def test_a_run_logs_saves_and_evaluates_on_schedule_and_at_the_end(world, tmp_pa
     assert "step 13: R@1 of texts 13.0 %" in capsys.readouterr().out
 
 
+def test_the_next_batch_is_on_the_device_before_a_step_is_waited_for(world, tmp_path, monkeypatch):
+    events = []
+
+    class Watched:
+        def __init__(self, step, value):
+            self.step, self.value = step, value
+
+        def __bool__(self):
+            events.append(f"wait {self.step}")
+            return bool(self.value)
+
+        def item(self):
+            return self.value.item()
+
+    def watched(state, batch, real=OneWeight.step):
+        state, scalars = real(state, batch)
+        step = int(state.step)
+        return state, scalars | {"bad_step": Watched(step, scalars["bad_step"])}
+
+    def put(batch, mesh):
+        events.append(f"put {batch.example[0] // PAIRS + 1}")
+        return batch
+
+    monkeypatch.setattr(OneWeight, "step", staticmethod(watched))
+    monkeypatch.setattr(train.sharding, "put_batch", put)
+    train.fit(config_of(**{"train.steps": 4}), tmp_path)
+    assert events[:5] == ["put 1", "put 2", "wait 1", "put 3", "wait 2"]
+
+
 def test_the_best_checkpoint_outlives_the_newest(world, tmp_path):
     world.score = lambda step: 100.0 - step
     train.fit(config_of(**{"train.steps": 40, "checkpoint.keep": 1}), tmp_path)
