@@ -195,7 +195,8 @@ class Run:
         data = self.config.data
         say(
             f"input-bound: {share:.0%} of the step time is spent waiting for data; raise config.data.threads "
-            f"(now {data.threads}) or config.data.workers (now {data.workers})"
+            f"(now {data.threads}) or config.data.workers (now {data.workers}), or pack the pictures smaller "
+            "with --mode=prepare"
         )
 
     def evaluation_due(self) -> bool:

@@ -165,7 +165,7 @@ class BadRate:
             raise UserError(
                 f"{self._unreadable:,} of {tried:,} images could not be read, more than "
                 f"config.data.max_bad_rate={self._max_rate:g} allows (the first are named above): "
-                "mend or remove them, or raise the rate"
+                "--mode=check-data finds them all and lists the good ones; or raise the rate"
             )
 
 
