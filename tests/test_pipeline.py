@@ -113,7 +113,7 @@ def test_threads_and_reading_ahead_change_no_bit(stream, expected, threads, pref
     )
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 4])
 def test_worker_processes_change_no_bit_from_any_step_and_end_when_closed(
     stream, expected, workers
 ):
