@@ -6,10 +6,12 @@ other keys are passed over. The keys can have other names.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from codebook_jax.data.sources.listed import (
     Entry,
@@ -18,6 +20,7 @@ from codebook_jax.data.sources.listed import (
     folders_of,
     keys_of,
     kind_of,
+    reading,
     shown,
 )
 from codebook_jax.errors import UserError
@@ -26,6 +29,12 @@ if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
 USABLE, CHECK = "usable.jsonl", "check.json"  # what a check of the data writes
+_SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
+_OTHERS = (  # (keys, whose they are, the scheme that reads them)
+    ({"images", "annotations"}, "a caption file of COCO", "coco"),
+    ({"images"}, "a split of Karpathy", "karpathy"),
+    ({"regions"}, "Visual Genome", "vg"),
+)
 
 
 class Keys(NamedTuple):
@@ -39,32 +48,56 @@ class Keys(NamedTuple):
 def json_entries(path: str, keys: Keys) -> Iterator[Entry]:
     """The entries of a file; raises UserError, with the place, for what is not a pair."""
     for where, entry in read_json(path):
-        yield _pair(where, entry, keys)
+        yield _pair(path, where, entry, keys)
 
 
 def read_json(path: str) -> Iterator[tuple[str, Any]]:
     """("file[3]", entry) of a JSON list, or ("file line 3", entry) of a file with one entry a line."""
+    with _opened(path, "json") as file:
+        parts = iter(lambda: file.read(4096), "")
+        head = next((part for part in parts if not part.isspace()), "").lstrip()
+        if not head:
+            raise UserError(f"{path} is empty: give a JSON list of pairs, or one a line")
+        file.seek(0)
+        by_line = head[0] != "[" and (path.endswith(".jsonl") or _is_json(_first_line(file)))
+        file.seek(0)
+        if by_line:
+            yield from _line_entries(path, file)
+        else:
+            yield from _list_entries(path, file.read(), "json")
+
+
+def read_list(path: str, scheme: str) -> Iterator[tuple[str, Any]]:
+    """("file[3]", entry) of a JSON list; raises UserError, which says what `scheme` reads, for another file."""
+    with _opened(path, scheme) as file:
+        yield from _list_entries(path, file.read(), scheme)
+
+
+def read_object(path: str, scheme: str) -> dict[str, Any]:
+    """The JSON object of a whole file; raises UserError, which says what `scheme` reads, for another file."""
+    with _opened(path, scheme) as file:
+        text = file.read()
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            first = next((line for line in file if not line.isspace()), "")
-            file.seek(0)
-            if not first:
-                raise UserError(f"{path} is empty: give a JSON list of pairs, or one a line")
-            if first.lstrip()[0] == "[":
-                yield from _list_entries(path, file.read())
-            elif path.endswith(".jsonl") or _is_json(first):
-                yield from _line_entries(path, file)
-            else:
-                yield from _list_entries(path, file.read())
-    except UnicodeDecodeError as failure:
+        content = json.loads(text)
+    except ValueError as failure:
+        raise UserError(_broken(path, failure.lineno, failure)) from failure
+    if not isinstance(content, dict):
+        hint = f": a list of pairs is read with json:{path}" if isinstance(content, list) else ""
         raise UserError(
-            f"{path} is not UTF-8 text ({failure.reason} at byte {failure.start}): "
-            "give a JSON or JSONL file"
-        ) from failure
-    except OSError as failure:
-        raise UserError(
-            f"{path} cannot be read ({failure.strerror}): give the path of a JSON or JSONL file after json:"
-        ) from failure
+            f"{path} holds a JSON {kind_of(content)}, not an object as {scheme}: reads{hint}"
+        )
+    return content
+
+
+@contextlib.contextmanager
+def _opened(path: str, scheme: str) -> Iterator[TextIO]:
+    wanted = f"the path of a JSON{' or JSONL' * (scheme == 'json')} file after {scheme}:"
+    with reading(path, wanted), open(path, encoding="utf-8-sig") as file:
+        yield file
+
+
+def _first_line(lines: Iterator[str]) -> str:
+    return next((line for line in lines if not line.isspace()), "")
 
 
 def _is_json(text: str) -> bool:
@@ -75,19 +108,49 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _list_entries(path: str, text: str) -> Iterator[tuple[str, Any]]:
+def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]]:
+    """The entries one at a time: parsed all at once they take many times the memory of the text."""
+    decoder = json.JSONDecoder()
     try:
-        entries = json.loads(text)
+        at = _SPACE.match(text).end()
+        if text[at : at + 1] != "[":
+            raise UserError(_no_list(path, json.loads(text), scheme))
+        at, number = _SPACE.match(text, at + 1).end(), 0
+        closed = text[at : at + 1] == "]"
+        while not closed:
+            entry, at = decoder.raw_decode(text, at)
+            yield f"{path}[{number}]", entry
+            at, number = _SPACE.match(text, at).end(), number + 1
+            closed = text[at : at + 1] == "]"
+            if not closed and text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = at if closed else _SPACE.match(text, at + 1).end()
+        end = _SPACE.match(text, at + 1).end()
+        if end != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except ValueError as failure:
         raise UserError(_broken(path, failure.lineno, failure)) from failure
-    if not isinstance(entries, list):
-        keys = f" with the keys {keys_of(entries)}" if isinstance(entries, dict) else ""
-        raise UserError(
-            f"{path} holds a JSON {kind_of(entries)}{keys}, not a list of pairs: "
-            'write [{"image": ..., "caption": ...}, ...], or one such object a line'
-        )
-    for number, entry in enumerate(entries):
-        yield f"{path}[{number}]", entry
+
+
+def _no_list(path: str, content: Any, scheme: str) -> str:
+    keys = f" with the keys {keys_of(content)}" if isinstance(content, dict) else ""
+    held = f"{path} holds a JSON {kind_of(content)}{keys}, not a list"
+    if scheme != "json":
+        return f"{held} as {scheme}: reads: give the file as it was published"
+    return (
+        f"{held} of pairs: {_other_scheme(path, content)}"
+        'write [{"image": ..., "caption": ...}, ...], or one such object a line'
+    )
+
+
+def _other_scheme(path: str, content: Any) -> str:
+    """What is said of content that another scheme reads; empty for any other."""
+    if not isinstance(content, dict):
+        return ""
+    for keys, whose, scheme in _OTHERS:
+        if keys <= content.keys():
+            return f"{whose} is read with {scheme}:{path}; or "
+    return ""
 
 
 def _line_entries(path: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
@@ -106,7 +169,7 @@ def _broken(path: str, line: int, failure: ValueError) -> str:
     return f"{path} line {line} is not JSON ({why}): mend or remove it"
 
 
-def _pair(where: str, entry: Any, keys: Keys) -> Entry:
+def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
     if not isinstance(entry, dict):
         raise UserError(
             f'{where} is a {kind_of(entry)}, not a pair: write {{"image": ..., "caption": ...}}'
@@ -114,8 +177,8 @@ def _pair(where: str, entry: Any, keys: Keys) -> Entry:
     for name, key in (("image", keys.image), ("caption", keys.caption)):
         if key not in entry:
             raise UserError(
-                f'{where} has no key "{key}" (its keys: {keys_of(entry)}): name the one that is meant after the '
-                f"path, as ?{name}_key=NAME"
+                f'{where} has no key "{key}" (its keys: {keys_of(entry)}): {_other_scheme(path, entry)}name the '
+                f"one that is meant after the path, as ?{name}_key=NAME"
             )
     image = entry[keys.image]
     if not isinstance(image, str) or not image:
@@ -132,26 +195,30 @@ def _pair(where: str, entry: Any, keys: Keys) -> Entry:
 
 
 def open_json(request: Request) -> Listed:
-    """`json:PATH`: see the module."""
-    options = request.options
+    """`json:PATH`: see the module. The usable pairs of a check know where their pictures are, unless told otherwise."""
+    path, options = request.place, request.options
     keys = Keys(**{name: options.get(f"{name}_key", default) for name, default in Keys()._asdict().items()})
-    folders = folders_of(request.place, request.image_root, request.settings.path_map)
-    return Listed(
-        "json",
-        request.place,
-        json_entries(request.place, keys),
-        folders,
-        merge=request.merge,
-        listed=_listed_before(request.place),
-    )
+    check = _check_beside(path)
+    root = options.get("image_root") or check.image_root or request.image_root
+    folders = folders_of(path, root, request.settings.path_map)
+    entries = json_entries(path, keys)
+    return Listed("json", path, entries, folders, merge=request.merge, listed=check.listed)
 
 
-def _listed_before(path: str) -> int:
-    """How many pairs the usable ones at `path` were found among, where a check left that beside them; else 0."""
+class _Check(NamedTuple):
+    """What a check of the data says of the usable pairs that it left beside it."""
+
+    listed: int = 0  # among how many they were found
+    image_root: str = ""
+
+
+def _check_beside(path: str) -> _Check:
     folder, name = os.path.split(path)
+    if name != USABLE:
+        return _Check()
     try:
         with open(os.path.join(folder, CHECK), encoding="utf-8") as file:
             check = json.load(file)
-    except (OSError, ValueError):
-        return 0
-    return int(check.get("listed", 0)) if name == USABLE else 0
+        return _Check(int(check["listed"]), str(check.get("image_root") or ""))
+    except (OSError, ValueError, KeyError, TypeError):
+        return _Check()

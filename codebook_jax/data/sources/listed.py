@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class Folders(NamedTuple):
     """Where the images of a list are."""
 
     root: str  # absolute
-    path_map: tuple[tuple[str, str], ...] = ()  # (how listed paths begin, what stands there on this machine)
+    path_map: tuple[tuple[str, str], ...] = ()  # (how listed paths begin, the folder here); longest first
 
 
 class Listed:
@@ -127,7 +128,11 @@ class _Summary:
 
 
 def folders_of(path: str, image_root: str, path_map: str) -> Folders:
-    """`image_root` (empty: the folder of the list at `path`), and the pairs of "OLD=NEW,OLD=NEW"."""
+    """`image_root` (empty: the folder of the list at `path`), and the rules of "OLD=NEW,OLD=NEW".
+
+    Where several rules fit a path, the longest OLD holds. An empty NEW is the image root. Raises UserError for what
+    is no rule.
+    """
     root = os.path.abspath(image_root or os.path.dirname(path))
     pairs = []
     for rule in filter(None, (part.strip() for part in path_map.split(","))):
@@ -137,14 +142,29 @@ def folders_of(path: str, image_root: str, path_map: str) -> Folders:
                 f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give how listed paths begin and the "
                 "folder that stands there here, as /export/home/vl=/data, several with commas between"
             )
-        pairs.append((old.rstrip("/") or "/", new))
-    return Folders(root, tuple(pairs))
+        pairs.append((old.rstrip("/"), os.path.abspath(new) if new else root))
+    return Folders(root, tuple(sorted(pairs, key=lambda pair: -len(pair[0]))))
 
 
 def located(image: str, folders: Folders) -> str:
     """Where the image of an entry is on this machine."""
     mapped = _mapped(image, folders.path_map)
     return os.path.join(folders.root, image if mapped is None else mapped)
+
+
+@contextlib.contextmanager
+def reading(path: str, wanted: str) -> Iterator[None]:
+    """Says in one sentence why the file at `path` cannot be read; `wanted` is what to give instead."""
+    try:
+        yield
+    except UnicodeDecodeError as failure:
+        wrong = failure.object[failure.start : failure.end]
+        before = failure.object[max(0, failure.start - 20) : failure.start].decode(errors="replace")
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {wrong.hex()} after {before!r}): give {wanted}, saved as UTF-8"
+        ) from failure
+    except OSError as failure:
+        raise UserError(f"{path} cannot be read ({failure.strerror}): give {wanted}") from failure
 
 
 def captions_in(where: str, key: str, captions: Any) -> tuple[str, ...]:
@@ -181,6 +201,11 @@ def _placed(entries: Iterable[Entry], folders: Folders) -> Iterable[Entry]:
     for entry in entries:
         if _mapped(entry.image, folders.path_map) is None:
             entry = entry._replace(image=_below(entry.where, entry.image, folders.root))
+        elif ".." in entry.image.split("/") or "\0" in entry.image:
+            raise UserError(
+                f'{entry.where}, key "image": {entry.image!r} may lead out of the folder that config.data.path_map '
+                'gives: give paths without ".."'
+            )
         yield entry
 
 
@@ -210,8 +235,8 @@ def _columns(entries: Iterable[Entry]) -> tuple[Texts, Texts, np.ndarray]:
 def _mapped(image: str, path_map: tuple[tuple[str, str], ...]) -> str | None:
     """The path with its beginning replaced; None where no rule of the map fits."""
     for old, new in path_map:
-        if image == old or image.startswith(old.rstrip("/") + "/"):
-            return new.rstrip("/") + image[len(old.rstrip("/")) :]
+        if image.startswith(f"{old}/"):
+            return os.path.join(new, image[len(old) :].lstrip("/"))
     return None
 
 
@@ -220,6 +245,8 @@ def _below(where: str, image: str, root: str) -> str:
     if not os.path.isabs(image) and "." not in image.split("/") and ".." not in image.split("/"):
         if "//" not in image and "\0" not in image:
             return image
+    if "://" in image:
+        raise UserError(f'{where}, key "image": {image!r} is {_cure_of_address(image)}')
     path = os.path.normpath(os.path.join(root, image))
     if "\0" in path or not path.startswith(root.rstrip(os.sep) + os.sep):
         raise UserError(
@@ -228,3 +255,17 @@ def _below(where: str, image: str, root: str) -> str:
             "paths to a folder here, as --config.data.path_map=/export/home=/data"
         )
     return os.path.relpath(path, root)
+
+
+def _cure_of_address(image: str) -> str:
+    """What is said of an address that stands where a path should."""
+    scheme = image.partition("://")[0]
+    if scheme.lower() in ("http", "https"):
+        return (
+            "a URL, not a file: download the images with img2dataset and read its shards with webdataset:SHARDS.tar, "
+            "or name the column or key of the paths on this machine, as ?image_key=NAME"
+        )
+    return (
+        "not a path on this machine: map how it begins to a folder here, as "
+        f"--config.data.path_map={scheme}://PLACE=/data"
+    )

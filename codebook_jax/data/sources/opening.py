@@ -18,6 +18,7 @@ from codebook_jax.data.sources import (
     scenes,
     tables,
     tar,
+    visual_genome,
 )
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import Source
@@ -66,11 +67,11 @@ _KEYS = ("image_key", "caption_key", "id_key")
 SCHEMES = {
     "scenes": Scheme(scenes.open_scenes, "scenes"),
     "json": Scheme(json_files.open_json, "json:PAIRS.json(l)", (*_FILES, *_KEYS)),
-    "csv": Scheme(tables.open_csv, "csv:PAIRS.csv", (*_FILES, *_KEYS)),
-    "tsv": Scheme(tables.open_tsv, "tsv:PAIRS.tsv", (*_FILES, *_KEYS)),
+    "csv": Scheme(tables.open_csv, "csv:PAIRS.csv", (*_FILES, *_KEYS, "quotes")),
+    "tsv": Scheme(tables.open_tsv, "tsv:PAIRS.tsv", (*_FILES, *_KEYS, "quotes")),
     "coco": Scheme(annotations.open_coco, "coco:CAPTIONS.json", (*_FILES, "per")),
     "karpathy": Scheme(annotations.open_karpathy, "karpathy:DATASET.json", (*_FILES, "split", "per")),
-    "vg": Scheme(annotations.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", (*_FILES, "per")),
+    "vg": Scheme(visual_genome.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", (*_FILES, "per")),
     "webdataset": Scheme(tar.open_webdataset, "webdataset:SHARDS.tar", ("caption_key",)),
     "records": Scheme(records.open_records, "records:FOLDER"),
     "tfds": Scheme(builders.open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),

@@ -1,9 +1,155 @@
+"""Pairs in a table, CSV or TSV: a row a pair, the columns named by the first row or numbered from 0.
+
+Rows of the same image are the same image. Fields may stand in quotes; `?quotes=none` takes quotes as they are.
+"""
+
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-def open_csv(request):
-    raise NotImplementedError
+from codebook_jax.data.sources.listed import Entry, Listed, folders_of, keys_of, reading
+from codebook_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from codebook_jax.data.sources.opening import Request
+
+SEPARATORS = {"csv": (",", "commas"), "tsv": ("\t", "tabs")}
+USUAL = {  # what columns are called, as first found; not "id", which numbers rows as often as images
+    "image": (
+        *("image", "image_path", "image_name", "filepath", "file_path", "filename", "file_name"),
+        *("file", "path", "url"),
+    ),
+    "caption": ("caption", "text", "title", "captions"),
+    "id": ("image_id",),
+}
 
 
-def open_tsv(request):
-    raise NotImplementedError
+class Columns(NamedTuple):
+    """Where the parts of a pair stand in a row."""
+
+    image: int
+    caption: int
+    id: int | None
+    count: int  # of cells in every row
+    headed: bool  # whether the first row names them
+
+
+def open_csv(request: Request) -> Listed:
+    """`csv:PATH`: see the module."""
+    return _open(request, "csv")
+
+
+def open_tsv(request: Request) -> Listed:
+    """`tsv:PATH`: see the module."""
+    return _open(request, "tsv")
+
+
+def table_entries(path: str, form: str, options: Mapping[str, str]) -> Iterator[Entry]:
+    """The entries of a file; raises UserError, with the line, for a row that is no pair."""
+    rows = _rows(path, form, plain=_plain(path, form, options))
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path} is empty: give a table with a row for each pair")
+    columns = columns_of(path, form, first[1], options)
+    if not columns.headed:
+        yield _entry(path, *first, columns)
+    for line, row in rows:
+        yield _entry(path, line, row, columns)
+
+
+def columns_of(path: str, form: str, first: Sequence[str], options: Mapping[str, str]) -> Columns:
+    """The columns that the options ask for, by name or number, else those with usual names in the first row.
+
+    Raises UserError for a file whose columns stay unknown.
+    """
+    names = [name.strip().lower() for name in first]
+    given = {part: options.get(f"{part}_key") for part in USUAL}
+    numbered = {
+        part: int(key)
+        for part, key in given.items()
+        if key and key.isdecimal() and key not in first
+    }
+    places: dict[str, int | None] = {}
+    for part, usual in USUAL.items():
+        key = given[part]
+        if part in numbered:
+            places[part] = numbered[part] if numbered[part] < len(first) else None
+        elif key is not None:
+            places[part] = list(first).index(key) if key in first else None
+        else:
+            places[part] = next((names.index(name) for name in usual if name in names), None)
+        if places[part] is None and (key is not None or part != "id"):
+            raise UserError(_no_column(path, form, part, key, first))
+    headed = len(numbered) < sum(places[part] is not None for part in USUAL) or all(
+        names[at] in USUAL[part] for part, at in numbered.items()
+    )
+    return Columns(places["image"], places["caption"], places["id"], len(first), headed)
+
+
+def _open(request: Request, form: str) -> Listed:
+    folders = folders_of(request.place, request.image_root, request.settings.path_map)
+    entries = table_entries(request.place, form, request.options)
+    return Listed(form, request.place, entries, folders, merge=request.merge)
+
+
+def _plain(path: str, form: str, options: Mapping[str, str]) -> bool:
+    """Whether quotes are nothing but quotes."""
+    quotes = options.get("quotes", "csv")
+    if quotes not in ("csv", "none"):
+        raise UserError(f"{form}:{path}: quotes={quotes} is neither csv nor none")
+    return quotes == "none"
+
+
+def _rows(path: str, form: str, *, plain: bool) -> Iterator[tuple[int, list[str]]]:
+    """(number of the line on which it begins, cells) of every row that is not blank."""
+    separator, separators = SEPARATORS[form]
+    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    wanted = f"the path of a table with {separators} between its columns after {form}:"
+    with reading(path, wanted), open(path, encoding="utf-8-sig", newline="") as file:
+        # Strict: a stray quote would else swallow the rows up to the next one.
+        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as failure:
+                raise UserError(
+                    f"{path} line {line} is no row of a table ({failure}): put fields that hold quotes in quotes, "
+                    "with those inside doubled, or add ?quotes=none where quotes mean nothing"
+                ) from failure
+            if row is None:
+                return
+            if any(cell and not cell.isspace() for cell in row):
+                yield line, row
+
+
+def _entry(path: str, line: int, row: Sequence[str], columns: Columns) -> Entry:
+    where = f"{path} line {line}"
+    if len(row) != columns.count:
+        more = len(row) > columns.count
+        cure = "put fields that hold one in quotes" if more else "write the row with all of them"
+        raise UserError(
+            f"{where} has {len(row)} cell{'s' * (len(row) != 1)}, the first row {columns.count}: "
+            f"{'a separator too many' if more else 'one is missing'}, {cure}"
+        )
+    image, caption = row[columns.image].strip(), row[columns.caption]
+    if not image:
+        raise UserError(f"{where} names no image: give its path, or remove the row")
+    key = row[columns.id].strip() if columns.id is not None else ""
+    return Entry(where, image, (caption,) if caption.strip() else (), key or None)
+
+
+def _no_column(path: str, form: str, part: str, key: str | None, first: Sequence[str]) -> str:
+    other, (separator, separators) = next((o, s) for o, s in SEPARATORS.items() if o != form)
+    if len(first) == 1 and separator in first[0]:
+        return f"{path} has {separators} between its columns: read it with {other}:{path}"
+    shown = keys_of([name[:40] for name in first])
+    if key is not None:
+        return f"{path} has no column {key!r} for ?{part}_key (its first row: {shown}): name one of it, or number from 0"
+    usual = ", ".join(USUAL[part])
+    return (
+        f"{path} names no column of {part}s ({usual}) in its first row ({shown}): name one as ?{part}_key=NAME, or, "
+        "where the first row is a pair already, number them from 0 as ?image_key=0&caption_key=1"
+    )

@@ -1,2 +1,0 @@
-def check_data(config, workdir):
-    raise NotImplementedError

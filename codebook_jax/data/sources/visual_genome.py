@@ -1,0 +1,85 @@
+"""The phrases of Visual Genome: `region_descriptions.json`, with the images in VG_100K and VG_100K_2.
+
+A record is an image with all its distinct phrases, or with `?per=caption` an image with one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from codebook_jax.data.sources.annotations import identity, open_images, text_of, value_of
+from codebook_jax.data.sources.json_files import read_list
+from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of
+from codebook_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from codebook_jax.data.sources.opening import Request
+
+IMAGE_DATA = "image_data.json"
+FOLDERS = ("VG_100K", "VG_100K_2")
+
+
+def open_visual_genome(request: Request) -> Listed:
+    """`vg:PATH`: [{"id", "regions": [{"phrase"}]}]; see the module."""
+    root = request.image_root or os.path.dirname(request.place)
+    return open_images(request, "vg", region_entries(request.place, root))
+
+
+def region_entries(path: str, root: str) -> Iterator[Entry]:
+    """The images of the file; raises UserError, with the place, for what is no description of regions."""
+    paths: dict[int | str, str] | None = None
+    for where, image in read_list(path, "vg"):
+        regions = image.get("regions") if isinstance(image, dict) else None
+        if not isinstance(regions, list):
+            keys = f" (its keys: {keys_of(image)})" if isinstance(image, dict) else ""
+            raise UserError(f'{where} has no list "regions"{keys}: give region_descriptions.json')
+        key = identity(where, image, "id" if "id" in image else "image_id")
+        phrases: dict[str, None] = {}
+        for number, region in enumerate(regions):
+            place = f"{where} regions[{number}]"
+            phrases |= dict.fromkeys(
+                captions_in(place, "phrase", value_of(place, region, "phrase"))
+            )
+        paths = _paths(path, root) if paths is None else paths
+        if key not in paths:
+            raise UserError(
+                f"{where} is of image {key}, which is neither in {IMAGE_DATA} nor in {' or '.join(FOLDERS)}: "
+                f"put the published {IMAGE_DATA} beside {path}"
+            )
+        yield Entry(where, paths[key], tuple(phrases), key)
+
+
+def _paths(path: str, root: str) -> dict[int | str, str]:
+    """{image id: path below the root}, by image_data.json beside the file, else by what is in the folders."""
+    beside = os.path.join(os.path.dirname(path), IMAGE_DATA)
+    if os.path.exists(beside):
+        return dict(_described(where, image) for where, image in read_list(beside, "vg"))
+    found: dict[int | str, str] = {}
+    for folder in FOLDERS:
+        try:
+            names = os.listdir(os.path.join(root, folder))
+        except OSError:
+            continue
+        for name in names:
+            stem, _, suffix = name.partition(".")
+            if stem.isdecimal() and suffix.lower() == "jpg":
+                found[int(stem)] = f"{folder}/{name}"
+    if not found:
+        raise UserError(
+            f"nothing says in which of {' and '.join(FOLDERS)} an image of {path} is: put the published "
+            f"{IMAGE_DATA} beside it, or set config.data.image_root to the folder that holds both (now {root or '.'})"
+        )
+    return found
+
+
+def _described(where: str, image: Any) -> tuple[int | str, str]:
+    """(image id, path below the root) of an entry of image_data.json."""
+    key = identity(where, image, "id" if "image_id" not in image else "image_id")
+    parts = text_of(where, image, "url").split("/")
+    if len(parts) < 2 or parts[-2] not in FOLDERS:
+        raise UserError(
+            f'{where}, key "url": it does not end as VG_100K/NAME.jpg: give {IMAGE_DATA}'
+        )
+    return key, "/".join(parts[-2:])

@@ -1,0 +1,245 @@
+"""Every command of docs/data.md runs, on a few pictures laid out as the data sets are."""
+
+import io
+import json
+import os
+import re
+import shlex
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+from small_run import ROOT, SMALL
+
+from codebook_jax import build, main
+from codebook_jax.data.images import decode
+from codebook_jax.data.sources import source_of
+from codebook_jax.data.sources.opening import SCHEMES
+
+PAGE = ROOT / "docs" / "data.md"
+BUILT = "runs/mine"
+# Everything small, and nothing in further processes.
+FEW = {name: value for name, value in SMALL.items() if name != "data.scenes_examples"}
+FEW |= {"prepare.processes": 1, "check.processes": 1}
+
+
+def blocks(kind):
+    """The fenced blocks of one kind, in order."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """The arguments of every command of the page, in order."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [parts for line in lines if (parts := shlex.split(line, comments=True))]
+
+
+def picture(seed):
+    """A JPEG like no other."""
+    rng = np.random.default_rng(seed)
+    rough = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    rough.resize((80, 60), Image.Resampling.BICUBIC).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    path.write_bytes(content)
+
+
+def make_coco(folder):
+    for part, first, count in (("train2014", 0, 6), ("val2014", 100, 5)):
+        images = [
+            {"id": first + n, "file_name": f"COCO_{part}_{first + n:012}.jpg"} for n in range(count)
+        ]
+        texts = [
+            {"id": 2 * first + n, "image_id": first + n // 2, "caption": f"caption {n} of {part}"}
+            for n in range(2 * count)
+        ]
+        for image in images:
+            write(folder / part / image["file_name"], picture(image["id"]))
+        content = {"info": {}, "images": images, "licenses": [], "annotations": texts}
+        write(folder / "annotations" / f"captions_{part}.json", content)
+    splits = ["train"] * 6 + ["restval", "restval", "val", "val", "test"]
+    names = sorted(path.relative_to(folder) for path in folder.glob("*/*.jpg"))
+    write_splits(folder / "dataset_coco.json", names, splits)
+
+
+def write_splits(path, names, splits):
+    images = [
+        {"filename": name.name, "split": split, "imgid": number, "cocoid": 7 * number}
+        | ({"filepath": name.parent.name} if name.parent.name else {})
+        | {"sentences": [{"raw": f"{which} {number}"} for which in ("one", "two")]}
+        for number, (name, split) in enumerate(zip(names, splits, strict=True))
+    ]
+    write(path, {"images": images, "dataset": path.stem})
+
+
+def make_flickr30k(folder):
+    names = [Path(f"{number}.jpg") for number in range(1000, 1006)]
+    for number, name in enumerate(names):
+        write(folder / "flickr30k-images" / name, picture(1000 + number))
+    write_splits(folder / "dataset_flickr30k.json", names, ["train"] * 3 + ["val", "test", "test"])
+
+
+def make_visual_genome(folder):
+    places = {1: "VG_100K_2", 2: "VG_100K", 3: "VG_100K"}
+    for number, place in places.items():
+        write(folder / place / f"{number}.jpg", picture(2000 + number))
+    regions = [
+        {"regions": [{"phrase": f"thing {k} of {n}", "image_id": n} for k in range(3)], "id": n}
+        for n in places
+    ]
+    urls = [{"image_id": n, "url": f"https://a.org/{p}/{n}.jpg"} for n, p in places.items()]
+    write(folder / "region_descriptions.json", regions)
+    write(folder / "image_data.json", urls)
+
+
+def make_shards(folder, seed):
+    folder.mkdir(parents=True)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for number in range(3):
+                key = f"{shard:05}{number:04}"
+                caption = f"picture {key}"
+                for suffix, content in (
+                    ("jpg", picture(seed + 10 * shard + number)),
+                    ("json", json.dumps({"caption": caption, "key": key}).encode()),
+                    ("txt", caption.encode()),
+                ):
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def make_albef_lists(folder):
+    remote = "/export/home/project/VL/dataset"
+    image = f"{remote}/coco/images/train2014/COCO_train2014_000000000000.jpg"
+    write(folder / "coco.json", [{"image": image, "caption": "one"}])
+    write(folder / "vg.json", [{"image": f"{remote}/vg/VG_100K/2.jpg", "caption": "two"}])
+    image = "hdfs://cluster/coco/val2014/COCO_val2014_000000000100.jpg"
+    write(folder / "coco_val.json", [{"image": image, "caption": ["three", "four"]}])
+
+
+def make_own(folder):
+    """The lists that the page shows, and the pictures they name."""
+    table, lines = (text for text in blocks("") if "photos/" in text)
+    write(folder / "train.csv", table)
+    write(folder / "val.jsonl", lines)
+    for number, name in enumerate(re.findall(r"photos/\w+\.jpg", table + lines)):
+        write(folder / name, picture(3000 + number))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder with a little of everything, to run commands in."""
+    make_coco(tmp_path / "data" / "coco")
+    make_flickr30k(tmp_path / "data" / "flickr30k")
+    make_visual_genome(tmp_path / "data" / "vg")
+    make_shards(tmp_path / "data" / "cc3m", 4000)
+    make_shards(tmp_path / "data" / "sbu", 5000)
+    make_albef_lists(tmp_path / "data" / "albef")
+    make_own(tmp_path / "data" / "mine")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parsed(arguments, changes):
+    """The flags of a command line of the page, with further settings after them."""
+    values = flags.FlagValues()
+    argv = [argument.replace("=configs/", f"={ROOT}/configs/") for argument in arguments]
+    argv += [f"--config.{name}={value}" for name, value in changes.items()]
+    main.define_flags(values, argv)
+    main.parse(argv, values)
+    return values
+
+
+def read_all(config):
+    """The number of records that each role of a config has; every picture of them is decoded."""
+    counts = {}
+    data = config.data
+    specs = {"train": data.train, "validation": data.eval, "test": data.test}
+    for role, spec in ((role, spec) for role, spec in specs.items() if spec):
+        source = source_of(config, spec, role)
+        for index in range(len(source)):
+            record = source[index]
+            assert decode(record.image).ndim == 3 and all(record.captions)
+        counts[role] = len(source)
+    return counts
+
+
+def first_batch(config, workdir):
+    """Everything that training does before it compiles its first step."""
+    parts = build.build_training(config, workdir, steps_saved=[])
+    build.announce(parts)
+    with build.batches(parts, start_step=0) as stream:
+        batch = next(stream)
+    assert batch.skipped.sum() == 0 and (batch.text_length > 2).all()
+
+
+def run(arguments):
+    """Runs a command of the page; of training, it reads all there is, and once goes as far as the first batch."""
+    assert arguments[:3] == ["python", "-m", "codebook_jax.main"], arguments
+    values = parsed(arguments[2:], FEW)
+    workdir = Path(values.workdir)
+    if values.mode == "train":
+        if values.workdir == BUILT:
+            first_batch(values.config, workdir)
+        return read_all(values.config)
+    assert main.run(values.mode, values.config, workdir) == 0
+    return os.listdir(workdir)
+
+
+def test_every_command_of_the_page_runs(data, one_device):
+    done = {}
+    for arguments in commands():
+        try:
+            done[shlex.join(arguments)] = run(arguments)
+        except BaseException as error:
+            error.add_note(f"in {shlex.join(arguments)}")
+            raise
+    results = {
+        re.search(r"--workdir=(\S+)", command).group(1): made for command, made in done.items()
+    }
+    assert len(results) == len(commands())  # a workdir each
+    assert results["runs/coco"] == {"train": 6, "validation": 5}
+    assert results["runs/coco_karpathy"] == {"train": 8, "validation": 2}
+    assert results["runs/mixed"] == {"train": 6 + 3 + 6, "validation": 2}
+    assert results["runs/vg"] == {"train": 9, "validation": 2}
+    assert results["runs/albef_lists"] == {"train": 2, "validation": 1}
+    assert results["runs/coco_packed"] == {"train": 8, "validation": 2, "test": 1}
+    assert (
+        results["runs/mine_usable"] == results["runs/mine_packed"] == {"train": 2, "validation": 1}
+    )
+    for workdir, made in results.items():
+        if workdir.startswith("checks/"):
+            assert {"check.json", "usable.jsonl", "skipped.tsv", "report.html"} <= set(made)
+
+
+def test_the_page_names_every_scheme_with_its_options():
+    told = {}
+    for row in re.findall(r"^\| `.*\|$", PAGE.read_text(), re.MULTILINE):
+        _, names, _, options, _ = row.split("|")
+        options = options.replace("the three keys", "`image_key`, `caption_key`, `id_key`")
+        known = set(re.findall(r"`(\w+)`", options))
+        if "those of `json:`" in options:
+            known |= set(SCHEMES["json"].options)
+        told |= dict.fromkeys(re.findall(r"`(\w+)", names), known)
+    assert told == {name: set(scheme.options) for name, scheme in SCHEMES.items()}
+
+
+def test_the_page_gives_each_data_set_all_three_commands():
+    sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    named = {
+        section.splitlines()[0]: section for section in sections if "Sources" not in section[:8]
+    }
+    assert len(named) == 6
+    for name, section in named.items():
+        for words in ("--workdir=runs/", "--mode=check-data", "--mode=prepare"):
+            assert words in section, name
