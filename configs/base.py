@@ -199,7 +199,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         processes=0,  # 0: one a CPU
         decode=True,  # read and decode every picture; false: look only whether it is there
         least_side_px=32,  # a shorter side below is tiny
-        near_bits=3,  # of 64 by which the perceptual hashes of near-duplicates differ at most
+        near_bits=3,  # of 64, by which the perceptual hashes of near-duplicates differ at most
         max_bad_share=0.05,  # of listed records that are unusable, and of evaluation images in training: above, exit code 1
     )
     return config.lock()

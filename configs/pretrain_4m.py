@@ -21,7 +21,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     # Downloaded from the Hugging Face hub; folders do as well. `random` starts from nothing.
     config.init = "image:facebook/deit-base-patch16-224,text:google-bert/bert-base-uncased"
     config.train.steps = EPOCHS * PAIRS // config.data.global_batch
-    config.data.train = ""  # yours: json:PATH
+    config.data.train = ""  # yours: docs/data.md has the commands for these four
     config.data.eval = ""
     config.data.crop_scale = (0.2, 1.0)  # ALBEF
     config.data.flip = True  # ALBEF; left and right change places in the caption too

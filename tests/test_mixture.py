@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
-from codebook_jax.data.sources import open_source
-from codebook_jax.data.sources.mixture import training_order
+from codebook_jax.data.sources import Record, open_source
+from codebook_jax.data.sources.mixture import Mixture, training_order
 from codebook_jax.errors import UserError
 
 SIZES = (400, 300, 97)
@@ -55,6 +55,23 @@ def test_records_are_numbered_through_and_no_image_is_that_of_another_source(spe
     assert max(record.image_id for record in records) < source.listed
     with pytest.raises(IndexError):
         source[797]
+
+
+def test_ids_stay_apart_where_a_source_has_fewer_records_than_it_lists():
+    class Packed:
+        """The last three of ten, which keep their ids, as records of which some were skipped."""
+
+        listed, left_out = 10, ()
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return Record(b"", ("caption",), 7 + index)
+
+    source = Mixture([Packed(), Packed()])
+    ids = [source[index].image_id for index in range(6)]
+    assert len(set(ids)) == 6 and max(ids) < source.listed
 
 
 def test_what_each_source_left_out_is_told_of_all(specs, tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from codebook_jax.data.sources.record import Record, Source, checked, digest
+
+if TYPE_CHECKING:
+    import grain
 
 
 class Mixture:
@@ -20,8 +23,8 @@ class Mixture:
         self.starts = np.cumsum([0, *map(len, self.sources)])
         self.listed = sum(source.listed for source in self.sources)
         self.left_out = tuple(item for source in self.sources for item in source.left_out)
-        # Ids of every source are below its length: a record has one id, and they are numbered from 0.
-        self._first_ids = self.starts
+        # Ids of every source are below what it lists: those of packed records keep the numbers of their list.
+        self._first_ids = np.cumsum([0, *(source.listed for source in self.sources)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -60,6 +63,8 @@ def training_order(source: Source, seed: int) -> grain.MapDataset:
     """
     if not isinstance(source, Mixture) or source.weights is None:
         return _shuffled(len(source), seed)
+    import grain  # not above: it imports JAX, and whoever packs or checks needs no order
+
     parts = [
         _shuffled(len(part), seed + 7919 * number).map(_Shift(int(start)))
         for number, (part, start) in enumerate(zip(source.sources, source.starts, strict=False))
@@ -68,6 +73,8 @@ def training_order(source: Source, seed: int) -> grain.MapDataset:
 
 
 def _shuffled(length: int, seed: int) -> grain.MapDataset:
+    import grain
+
     return grain.MapDataset.range(length).seed(seed % 2**32).shuffle().repeat()
 
 

@@ -14,7 +14,7 @@ class Record(NamedTuple):
 
     image: np.ndarray | bytes | str  # uint8 RGB [H, W, 3], or the bytes of a file, or its path
     captions: tuple[str, ...]
-    image_id: int  # equal where the image is the same one
+    image_id: int  # equal where the image is the same one; from 0, below what the source lists
 
 
 class Source(Protocol):

@@ -1,2 +1,0 @@
-def prepare(config, workdir):
-    raise NotImplementedError

@@ -1,0 +1,256 @@
+"""The folder that pairs are packed into: one packing at a time, and what of an earlier one still holds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from codebook_jax.data.manifest import (
+    MANIFEST,
+    PROGRESS,
+    SKIPPED,
+    VERSION,
+    Manifest,
+    read_manifest,
+    read_skipped,
+    verify,
+    write_manifest,
+)
+from codebook_jax.data.packing import Receipt, index_name, shard_name
+from codebook_jax.data.progress import Progress
+from codebook_jax.errors import UserError
+from codebook_jax.workdir import RECORD, write_json
+
+LOCK, PLAN, SOURCE = ".lock", "plan.json", "source.pickle"
+
+
+def keep(folder: Path, shard: int, receipt: Receipt) -> None:
+    """Keeps what is known of a shard that was packed, until the manifest is written."""
+    write_json(folder / PROGRESS / f"{shard:05d}.json", receipt._asdict())
+
+
+class Folder:
+    """A folder of packed pairs, or one that becomes it.
+
+    Until the manifest is written, a plan says what is packed, and there is a receipt of each shard that is on the disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.source_file = path / PROGRESS / SOURCE
+        self._shards = 0
+
+    def check(self) -> None:
+        """Raises UserError where the folder holds something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--workdir={self.path} is a file: give a folder to pack into")
+        names = sorted(os.listdir(self.path)) if self.path.exists() else []
+        if RECORD in names:
+            raise UserError(
+                f"--workdir={self.path} holds a training run ({RECORD}): give another folder to pack into"
+            )
+        visible = [name for name in names if not name.startswith(".")]
+        foreign = [name for name in visible if not _is_own(name)]
+        if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise UserError(
+                f"--workdir={self.path} holds other files ({foreign[0]}{more}): give an empty folder to pack into"
+            )
+        if visible and MANIFEST not in names and not (self.path / PROGRESS / PLAN).exists():
+            raise UserError(
+                f"--workdir={self.path} holds shards ({visible[0]}, ...) without {MANIFEST}, which say nothing of what "
+                "they were packed from: remove them, or give another folder"
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from packing into the folder; raises UserError where one does."""
+        path = self.path / LOCK
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = _lock(path)
+        except PermissionError as failure:
+            raise UserError(
+                f"--workdir={self.path} cannot be written ({failure.strerror}): give a folder that can"
+            ) from failure
+        if descriptor is None:
+            raise UserError(
+                f"another process is packing into --workdir={self.path}: wait for it, or give another folder"
+            )
+        try:
+            self._sweep()
+            yield
+        finally:
+            self._sweep()  # processes that were ended leave drafts
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def plan(self) -> dict[str, Any] | None:
+        """{"source", "options", "place"} of a packing that has not come to its end; None where there is none."""
+        try:
+            return json.loads((self.path / PROGRESS / PLAN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def start(
+        self, plan: Mapping[str, Any], place: Mapping[str, str], shards: int
+    ) -> tuple[Manifest | None, list[tuple[str, str]]]:
+        """Makes ready to pack `shards` shards; (the manifest, (file, why) of what is damaged) of a finished folder.
+
+        `place` is where the pictures are, which may change. What was packed and still holds is among `kept` then.
+        Raises UserError, which says what differs, where the folder was begun with another source or other options.
+        """
+        self._shards = shards
+        if (self.path / MANIFEST).exists():
+            manifest = read_manifest(self.path)
+            self._refuse_another({"source": manifest.source, "options": manifest.options}, plan)
+            shutil.rmtree(self.path / PROGRESS, ignore_errors=True)
+            damaged = self._verified(manifest)
+            if damaged:
+                self._write_plan(plan, place)
+                self._keep_sound(manifest, {file for file, _ in damaged})
+            return manifest, damaged
+        begun = self.plan()
+        if begun is not None:
+            self._refuse_another(begun, plan)
+            if begun["place"] != place:
+                for shard, receipt in self.kept().items():
+                    if receipt.skipped:  # their pictures may be there now
+                        self._receipt_file(shard).unlink()
+        else:
+            shutil.rmtree(self.path / PROGRESS, ignore_errors=True)  # receipts without a plan
+        self._write_plan(plan, place)
+        return None, []
+
+    def kept(self) -> dict[int, Receipt]:
+        """The receipts of shards that are on the disk in full."""
+        receipts = {}
+        for shard in range(self._shards):
+            receipt = self._receipt(shard)
+            if receipt is not None:
+                receipts[shard] = receipt
+        return receipts
+
+    def finish(
+        self,
+        plan: Mapping[str, Any],
+        *,
+        listed: int,
+        left_out: Sequence[tuple[str, str]],
+        receipts: Sequence[Receipt],
+    ) -> Manifest:
+        """Writes the manifest of all shards; nothing else is left then."""
+        manifest = write_manifest(
+            self.path,
+            plan["source"],
+            plan["options"],
+            listed=listed,
+            left_out=left_out,
+            receipts=receipts,
+        )
+        shutil.rmtree(self.path / PROGRESS)
+        return manifest
+
+    def clear(self) -> None:
+        """Removes all that was packed."""
+        for name in os.listdir(self.path):
+            if _is_own(name):
+                (self.path / name).unlink()
+        shutil.rmtree(self.path / PROGRESS)
+
+    def _receipt_file(self, shard: int) -> Path:
+        return self.path / PROGRESS / f"{shard:05d}.json"
+
+    def _receipt(self, shard: int) -> Receipt | None:
+        """What is known of a shard; None where it is not packed, or its files are not there as they were."""
+        try:
+            receipt = Receipt(**json.loads(self._receipt_file(shard).read_text(encoding="utf-8")))
+            file = shard_name(shard, self._shards)
+            held = [(self.path / name).stat().st_size for name in (file, index_name(file))]
+        except (OSError, ValueError, TypeError):
+            return None
+        if held != [receipt.bytes, receipt.index_bytes]:
+            return None
+        return receipt._replace(skipped=tuple(map(tuple, receipt.skipped)))
+
+    def _sweep(self) -> None:
+        """Removes what processes that were killed have left half written."""
+        for folder in (self.path, self.path / PROGRESS):
+            for draft in folder.glob(".*.tmp"):
+                draft.unlink(missing_ok=True)
+
+    def _write_plan(self, plan: Mapping[str, Any], place: Mapping[str, str]) -> None:
+        write_json(self.path / PROGRESS / PLAN, {"version": VERSION, **plan, "place": place})
+
+    def _refuse_another(self, begun: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+        differ = []
+        old, new = begun["source"], plan["source"]
+        if old["fingerprint"] != new["fingerprint"]:
+            held = f"{old['repr']}, now {new['repr']}"
+            same = " with other content" if old["repr"] == new["repr"] else ""
+            differ.append(f"the source {held}{same}")
+        for name, value in plan["options"].items():
+            if begun["options"].get(name) != value:
+                before = json.dumps(begun["options"].get(name))
+                differ.append(f"config.prepare.{name}={before}, now {json.dumps(value)}")
+        if differ:
+            raise UserError(
+                f"--workdir={self.path} holds pairs that are packed otherwise: {'; '.join(differ)}: give the old "
+                "values to go on with it, or another --workdir"
+            )
+
+    def _verified(self, manifest: Manifest) -> list[tuple[str, str]]:
+        count = 2 * len(manifest.shards) + 1
+        print(f"packed to its end before: verifying {count:,} files", flush=True)
+        with Progress("verified", "files", count) as progress:
+            return verify(self.path, lambda _: progress.advance(1))
+
+    def _keep_sound(self, manifest: Manifest, damaged: set[str]) -> None:
+        """Keeps receipts of the shards of a finished folder that are as they were."""
+        lines = [] if SKIPPED in damaged else read_skipped(self.path)
+        rows = itertools.islice(lines, manifest.left_out, None)
+        for number, shard in enumerate(manifest.shards):
+            skipped = tuple(itertools.islice(rows, shard.skipped))
+            if len(skipped) == shard.skipped and not damaged & {name for name, _, _ in shard.files}:
+                keep(
+                    self.path,
+                    number,
+                    Receipt(
+                        shard.records,
+                        shard.captions,
+                        shard.bytes,
+                        shard.sha256,
+                        shard.index_bytes,
+                        shard.index_sha256,
+                        skipped,
+                    ),
+                )
+
+
+def _is_own(name: str) -> bool:
+    shard = name.startswith("pairs-") and name.endswith((".array_record", ".jsonl"))
+    return shard or name in (MANIFEST, SKIPPED)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None where another process does."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:  # a disk without locks
+            return descriptor
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # the process that held it has removed it meanwhile

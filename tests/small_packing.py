@@ -1,0 +1,170 @@
+"""A folder of pictures of every kind packed small; and, run as a program, packings that can be killed.
+
+The program reads a line of JSON a packing, forks, and packs: what it imports is imported once.
+"""
+
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from small_run import config_of
+
+from codebook_jax import prepare
+
+KINDS = {  # name: whether its bytes are to stay as they are
+    "plain.jpg": True,
+    "grey.jpg": True,
+    "progressive.jpg": True,
+    "upright.jpg": True,
+    "large.jpg": False,
+    "turned.jpg": False,
+    "cmyk.jpg": False,
+    "clear.png": False,
+    "deep.png": False,
+    "moving.gif": False,
+}
+BAD = {
+    "missing.jpg": "No such file or directory",
+    "empty.jpg": "0 bytes: the file is empty",
+    "text.jpg": "13 bytes: not a picture in a format that Pillow reads",
+    "cut.jpg": "bytes: image file is truncated",
+    "cut.png": "bytes: ",
+    "folder.jpg": "Is a directory",
+}
+SIDE_PX = 48
+PREPARE = tuple(config_of().prepare)  # the fields
+
+
+def picture(seed, height=40, width=60):
+    """A smooth picture like no other."""
+    rng = np.random.default_rng(seed)
+    rough = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    return rough.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(seed, **options):
+    file = io.BytesIO()
+    picture(seed).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+def write_kinds(folder):
+    """Every kind of picture, good and bad, listed in `pairs.json`; its path."""
+    folder.mkdir(exist_ok=True)
+    turned, upright = Image.Exif(), Image.Exif()
+    turned[0x0112], upright[0x0112] = 6, 1
+    (folder / "plain.jpg").write_bytes(jpeg(1))
+    picture(2).convert("L").save(folder / "grey.jpg", quality=80)
+    (folder / "progressive.jpg").write_bytes(jpeg(3, progressive=True))
+    (folder / "upright.jpg").write_bytes(jpeg(4, exif=upright))
+    picture(5, 200, 300).save(folder / "large.jpg", quality=95)
+    (folder / "turned.jpg").write_bytes(jpeg(6, exif=turned))
+    picture(7).convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    clear = picture(8).convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 30, 40))
+    clear.save(folder / "clear.png")
+    Image.fromarray(np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60)).save(
+        folder / "deep.png"
+    )
+    picture(10).save(folder / "moving.gif", save_all=True, append_images=[picture(11)])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("404 Not Found")
+    (folder / "cut.jpg").write_bytes(jpeg(12)[:700])
+    (folder / "cut.png").write_bytes((folder / "clear.png").read_bytes()[:900])
+    (folder / "folder.jpg").mkdir(exist_ok=True)
+    names = [
+        name for pair in zip(KINDS, [*BAD, *[None] * 9], strict=False) for name in pair if name
+    ]
+    entries = [
+        {"image": name, "caption": [f"a {name}", f"the {name}"], "image_id": f"id {name}"}
+        for name in names
+    ]
+    entries.insert(3, {"image": "plain.jpg", "caption": " "})
+    path = folder / "pairs.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def write_many(folder, count):
+    """`count` small JPEGs, listed in `pairs.json`; its path."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    entries = [{"image": f"{n}.jpg", "caption": f"picture {n}"} for n in range(count)]
+    path = folder / "pairs.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def packing_of(path, **changes):
+    """The config that packs the pairs of a JSON file; `changes` are fields of `prepare`, and dotted others."""
+    fields = {"source": f"json:{path}", "side_px": SIDE_PX, "shard_records": 4, "processes": 1}
+    prepared = {
+        f"prepare.{name}": value for name, value in (fields | changes).items() if name in PREPARE
+    }
+    others = {name: value for name, value in changes.items() if name not in PREPARE}
+    return config_of(**prepared, **others)
+
+
+def pack(path, workdir, **changes):
+    """Packs in this process, or from it; the exit code."""
+    return prepare.prepare(packing_of(path, **changes), workdir)
+
+
+def content(folder):
+    """{name: bytes} of all files of a folder, hidden ones too."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+class Slow:
+    """A source whose records take a while."""
+
+    def __init__(self, source, seconds):
+        self._source, self._seconds = source, seconds
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "_source":
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        time.sleep(self._seconds)
+        return self._source[index]
+
+    def __repr__(self):
+        return repr(self._source)
+
+
+def _serve():
+    opened = prepare._opened
+    for line in sys.stdin:
+        asked = json.loads(line)
+        child = os.fork()
+        if child:
+            print(f"forked {child}", flush=True)
+            os.waitpid(child, 0)
+            continue
+        os.setpgid(0, 0)
+        seconds = asked.pop("seconds")
+        prepare._opened = lambda config, s=seconds: Slow(opened(config), s)
+        code = 1
+        try:
+            code = pack(asked.pop("path"), Path(asked.pop("workdir")), **asked)
+        except Exception as failure:
+            print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
