@@ -1,5 +1,254 @@
+"""Tar shards of samples, as img2dataset writes them (WebDataset's format), read by index.
+
+A sample is the members of one key: KEY.jpg (or png, webp, gif, bmp) with its caption in KEY.txt, or under "caption" in
+KEY.json. The headers are read once, when the source is opened; images stay in the shards until they are asked for.
+"""
+
 from __future__ import annotations
 
+import contextlib
+import glob
+import itertools
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-def open_webdataset(request):
-    raise NotImplementedError
+import numpy as np
+
+from codebook_jax.data.images import UnreadableImage
+from codebook_jax.data.sources.record import Record, checked, digest
+from codebook_jax.data.sources.tar_index import Index, captions_of, index_shard
+from codebook_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from codebook_jax.data.sources.opening import Request
+
+DAMAGED = ("refuse", "skip")
+_INDEXING_THREADS = 4  # they wait for the disk together; more of them get into each other's way
+_MOST_OPEN = 128
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class Shards:
+    """The samples of tar shards, in the order of the shards; files are opened when they are first read from.
+
+    No two samples are known to be the same image: the id is the number of the record. Samples without an image or
+    without a caption are left out, and counted.
+    """
+
+    def __init__(
+        self, place: str, paths: Sequence[str], caption_key: str | None, *, damaged: str
+    ) -> None:
+        """`damaged` shards are missing or cut short: "refuse" raises UserError, "skip" takes the samples before that.
+
+        With `caption_key`, captions are what the JSON files have there. Raises UserError where nothing is left.
+        """
+        self._place, self._paths, self._caption_key = place, tuple(paths), caption_key
+        with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
+            indexes = []
+            for path, index in zip(
+                paths, pool.map(partial(_indexed, caption_key=caption_key), paths), strict=True
+            ):
+                if index.damage and damaged == "refuse":
+                    pool.shutdown(cancel_futures=True)
+                    raise UserError(_refusal(path, index.damage))
+                indexes.append(index)
+        self._indexes = tuple(indexes)
+        self._starts = np.cumsum([0, *(len(index.keys) for index in indexes)])
+        self.left_out = _left_out(paths, indexes)
+        self.listed = len(self) + len(self.left_out)
+        if not len(self):
+            raise UserError(_nothing(place, self.left_out))
+        self._fingerprint = digest(
+            ["webdataset 1", str(caption_key), *map(_summary, paths, indexes)]
+        )
+        self._files = _Files()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        which, own = self._found(index)
+        image, size = self._indexes[which].places[own, :2]
+        return Record(self._read(which, own, image, size), self._captions(which, own), int(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        try:
+            return self._captions(*self._found(index))
+        except UnreadableImage as failure:
+            raise UserError(
+                f"{failure}: see that the disk is there and the shard whole, then start again"
+            ) from failure
+
+    def name(self, index: int) -> str:
+        return self._name(*self._found(index))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def __repr__(self) -> str:
+        return f"webdataset({self._place!r}, images={len(self)})"
+
+    def _found(self, index: int) -> tuple[int, int]:
+        """(which shard, sample within it) of record `index`."""
+        which = int(np.searchsorted(self._starts, checked(index, len(self)), side="right")) - 1
+        return which, int(index - self._starts[which])
+
+    def _name(self, which: int, own: int) -> str:
+        return f"{os.path.basename(self._paths[which])}/{self._indexes[which].keys[own]}"
+
+    def _captions(self, which: int, own: int) -> tuple[str, ...]:
+        index = self._indexes[which]
+        content = self._read(which, own, *index.places[own, 2:])
+        key = (self._caption_key or "caption") if index.in_json[own] else None
+        captions = captions_of(content, key)
+        if not captions:
+            raise UnreadableImage(
+                f"{self._name(which, own)}: the shard is not what it was at start"
+            )
+        return captions
+
+    def _read(self, which: int, own: int, start: int, size: int) -> bytes:
+        """A part of a shard; raises UnreadableImage where it cannot be read, or is no longer there."""
+        try:
+            content = self._files[self._paths[which]].read(int(start), int(size))
+        except OSError as failure:
+            raise UnreadableImage(f"{self._name(which, own)}: {failure.strerror}") from failure
+        if len(content) < size:
+            raise UnreadableImage(
+                f"{self._name(which, own)}: the shard is not what it was at start"
+            )
+        return content
+
+
+def open_webdataset(request: Request) -> Shards:
+    """`webdataset:PLACE`: a tar file, a folder of them, or several as `*.tar` or `{00000..00331}.tar`."""
+    damaged = request.settings.damaged_shards
+    if damaged not in DAMAGED:
+        raise UserError(f"config.data.damaged_shards={damaged!r} is neither refuse nor skip")
+    paths = shard_paths(request.place)
+    return Shards(request.place, paths, request.options.get("caption_key"), damaged=damaged)
+
+
+def shard_paths(place: str) -> list[str]:
+    """The shards that a place names, a pattern's and a folder's sorted; raises UserError where there are none.
+
+    What is named in full, ranges in braces too, need not be there.
+    """
+    if "://" in place or place.startswith("pipe:"):
+        raise UserError(
+            f"webdataset:{place} is not on this machine: download the shards and give their path"
+        )
+    if os.path.isdir(place):
+        paths = sorted(glob.glob(os.path.join(glob.escape(place), "*.tar")))
+        if not paths:
+            raise UserError(
+                f"{place} holds no .tar files: give a folder of shards, or the path of one"
+            )
+        return paths
+    paths = []
+    for path in [place] if os.path.exists(place) else _unfolded(place):
+        paths += sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+    if not paths:
+        raise UserError(
+            f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, or several as "
+            "data/*.tar or data/{00000..00331}.tar"
+        )
+    return paths
+
+
+def _unfolded(place: str) -> list[str]:
+    """The paths that ranges {00..12} and lists {a,b} in braces stand for, as a shell has them."""
+    choices = []
+    for number, part in enumerate(re.split(r"\{([^{}]*)\}", place)):
+        bounds = _RANGE.fullmatch(part)
+        if number % 2 == 0:
+            choices.append([part])
+        elif bounds:
+            first, last = bounds.groups()
+            width = max(map(len, bounds.groups())) if "0" in (first[0], last[0]) else 0
+            choices.append([f"{n:0{width}d}" for n in range(int(first), int(last) + 1)])
+        else:
+            choices.append(part.split(","))
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _indexed(path: str, caption_key: str | None) -> Index:
+    try:
+        return index_shard(path, caption_key)
+    except OSError as failure:
+        nothing = np.zeros((0, 4), np.int64)
+        why = f"cannot be read ({failure.strerror})"
+        return Index((), nothing, np.zeros(0, bool), [], "", why)
+
+
+def _refusal(path: str, damage: str) -> str:
+    return (
+        f"{path} {damage}: fetch it again, or go without what is missing with "
+        "--config.data.damaged_shards=skip"
+    )
+
+
+def _left_out(paths: Sequence[str], indexes: Sequence[Index]) -> list[tuple[str, str]]:
+    """(name, why) of samples, and of shards that are damaged."""
+    left_out = []
+    for path, index in zip(paths, indexes, strict=True):
+        shard = os.path.basename(path)
+        left_out += [(f"{shard}/{key}", f"{shard}/{key} {why}") for key, why in index.left_out]
+        if index.damage:
+            left_out.append((shard, f"{path} {index.damage}: what would follow is left out"))
+    return left_out
+
+
+def _nothing(place: str, left_out: Sequence[tuple[str, str]]) -> str:
+    if not left_out:
+        return f"webdataset:{place} has no samples: give shards that hold KEY.jpg and KEY.txt"
+    return (
+        f"webdataset:{place} has no sample with an image and a caption (first: {left_out[0][1]}): give shards that "
+        "hold KEY.jpg and KEY.txt, or name where the caption stands in KEY.json as ?caption_key=NAME"
+    )
+
+
+def _summary(path: str, index: Index) -> str:
+    return f"{os.path.basename(path)} {index.fingerprint} {index.damage}"
+
+
+class _File:
+    """An open file that several threads read from; closed when the last of them has let go of it."""
+
+    def __init__(self, path: str) -> None:
+        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, start: int, size: int) -> bytes:
+        return os.pread(self._number, size, start)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # it may never have been opened
+            os.close(self._number)
+
+
+class _Files:
+    """Files by path, those read from last kept open; in another process they are opened anew."""
+
+    def __init__(self) -> None:
+        self._lock, self._open = threading.Lock(), OrderedDict()
+
+    def __getitem__(self, path: str) -> _File:
+        with self._lock:
+            if path in self._open:
+                self._open.move_to_end(path)
+                return self._open[path]
+        file = _File(path)  # not under the lock: on a network disk all threads would wait
+        with self._lock:
+            self._open[path] = file
+            if len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)
+        return file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Files, ()

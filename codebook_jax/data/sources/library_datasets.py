@@ -1,0 +1,77 @@
+"""What data sets of other libraries have in common: NAME:SPLIT, and parts with names of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from codebook_jax.data.sources.listed import keys_of
+from codebook_jax.errors import UserError
+
+USUAL = {  # what parts are called, as first found; not the ids, which number examples as often as images
+    "image": ("image", "img", "jpg", "jpeg", "png", "webp"),
+    "caption": ("caption", "captions", "text", "texts", "sentences", "sentence", "txt"),
+}
+_TEXTS = (
+    "text",
+    "caption",
+    "raw",
+    "sentence",
+)  # what captions are called that have ids beside them
+_PART = r"[A-Za-z_][\w.-]*(?:\[[^\]]*\])?"  # as train, train[:50%]
+_SPLIT = re.compile(rf":({_PART}(?:\+{_PART})*)$")
+
+
+def place_and_split(place: str) -> tuple[str, str | None]:
+    """(NAME, SPLIT) of NAME:SPLIT; None where no split follows."""
+    found = None if os.path.isdir(place) else _SPLIT.search(place)
+    return (place, None) if found is None else (place[: found.start()], found[1])
+
+
+def only_split(what: str, splits: Sequence[str]) -> str:
+    """The split of a data set that has one; raises UserError for another, where one has to be named."""
+    if len(splits) == 1:
+        return splits[0]
+    raise UserError(
+        f"{what} has the splits {keys_of(splits)}: name one, as {what}:{splits[0]}"
+        if splits
+        else f"{what} has no splits: give a data set that holds examples"
+    )
+
+
+def chosen_part(what: str, part: str, given: str | None, names: Sequence[str]) -> str:
+    """The name, `given` or usual, of the `part` of an example; raises UserError where there is none."""
+    held = f"it has {keys_of(names)}"
+    if given is not None and given not in names:
+        raise UserError(f"{what} has no {given!r} for ?{part}_key ({held}): name one of them")
+    found = given or next((name for name in USUAL[part] if name in names), None)
+    if found is None:
+        usual = ", ".join(USUAL[part])
+        raise UserError(
+            f"{what} names no {part} ({usual}; {held}): say which it is, as ?{part}_key=NAME"
+        )
+    return found
+
+
+def texts_in(value: Any) -> tuple[str, ...]:
+    """The texts of a text, a list of texts, or of lists of objects with a text; blank ones and all else left out."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        text = value.strip()
+        return (text,) if text else ()
+    if isinstance(value, Mapping):
+        return texts_in(next((value[name] for name in _TEXTS if name in value), None))
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(text for part in value for text in texts_in(part))
+    return ()
+
+
+def first_line(failure: BaseException) -> str:
+    """What a library said, without its further lines."""
+    lines = str(failure).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(failure).__name__
