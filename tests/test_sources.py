@@ -223,6 +223,11 @@ def test_a_spec_that_names_nothing_is_refused_with_what_was_meant(spec, role, wo
         open_it("scenes", scenes_examples=0)
 
 
+def test_a_way_with_damaged_shards_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="damaged_shards='mend' is not one of refuse, skip"):
+        open_it("scenes", damaged_shards="mend")
+
+
 def test_scenes_are_a_source_in_every_role():
     train = open_it("scenes")
     assert len(train) == 50 and train[3].image.shape == (32, 32, 3)

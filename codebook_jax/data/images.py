@@ -12,8 +12,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-_HEAD = 1 << 16  # bytes in which a file says how it is to be turned
-_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where it may say so
+_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where a file may say how it is to be turned
 _ORIENTATION = 0x0112  # EXIF
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
@@ -135,13 +134,22 @@ def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG that libjpeg-turbo alone decodes as Pillow would; None for any other file."""
     if not content.startswith(b"\xff\xd8"):
         return None
-    if any(content.find(mark, 0, _HEAD) >= 0 for mark in _TURNED) and _is_turned(content):
+    head = _before_pixels(content)
+    if any(mark in head for mark in _TURNED) and _is_turned(content):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
     return (height, width) if colours in ("YCbCr", "Gray") else None
+
+
+def _before_pixels(content: bytes) -> bytes:
+    """The segments of a JPEG up to its first scan, or up to what is no segment."""
+    at = 2
+    while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return content[:at]
 
 
 def _is_turned(content: bytes) -> bool:

@@ -184,7 +184,6 @@ class _Row(NamedTuple):
     record: Record
     caption: str
     flip: bool
-    views: list[np.ndarray]  # one where both are the same
     reasons: list[str]  # why the records before it could not be read
 
 
@@ -230,7 +229,7 @@ class _Maker:
 
     def __call__(self, step: int) -> _Made:
         count = len(self.rows)
-        views = np.empty((2, count, self.size_px, self.size_px, 3), np.uint8)
+        views = np.empty((1 if self.same_view else 2, count, self.size_px, self.size_px, 3), np.uint8)
         numbers = np.zeros((3, count), np.int32)  # image id, example, skipped
         flips = np.zeros(count, bool)
         captions: list[str] = [""] * count
@@ -240,9 +239,8 @@ class _Maker:
             """Reads, crops and captions these rows."""
             for at in part:
                 position = int(step) * self.global_batch + int(self.rows[at])
-                row = self._read(position)
+                row = self._read(position, views[:, at])
                 reasons[at], captions[at], flips[at] = row.reasons, row.caption, row.flip
-                views[0, at], views[1, at] = row.views[0], row.views[-1]
                 numbers[:, at] = row.record.image_id, row.example, len(row.reasons)
 
         parts = [range(at, min(at + _ROWS_A_TASK, count)) for at in range(0, count, _ROWS_A_TASK)]
@@ -255,11 +253,11 @@ class _Maker:
         except UserError as error:
             failure = str(error)
         tokens, lengths, _ = self.tokenizer.encode(captions, self.max_tokens)
-        batch = Batch(views[0], views[1], flips, tokens, lengths, *numbers)
+        batch = Batch(views[0], views[-1], flips, tokens, lengths, *numbers)
         return _Made(batch, tuple(why for row in reasons for why in row)[:_NAMED], failure)
 
-    def _read(self, position: int) -> _Row:
-        """The record at this position of the run, or the next one of the source that can be read, cropped.
+    def _read(self, position: int, views: np.ndarray) -> _Row:
+        """The record at this position of the run, or the next one of the source that can be read, cropped into `views`.
 
         The draws are those of the position, in a fixed order, whichever record they end up with.
         """
@@ -271,13 +269,14 @@ class _Maker:
             drawn, mirrored = rng.random(2)
             try:
                 record = self.source[example]
-                views = random_crops(
+                random_crops(
                     Picture(record.image),
                     rng,
-                    1 if self.same_view else 2,
+                    len(views),
                     scale=self.crop_scale,
                     ratio=self.crop_ratio,
                     size_px=self.size_px,
+                    out=views,
                 )
             except UnreadableImage as error:
                 reasons.append(str(error))
@@ -285,7 +284,7 @@ class _Maker:
             flip = self.flip and bool(mirrored < 0.5)
             caption = record.captions[int(drawn * len(record.captions))]
             caption = swap_left_right(caption) if flip else caption
-            return _Row(example, record, caption, flip, views, reasons)
+            return _Row(example, record, caption, flip, reasons)
         raise UserError(
             f"{self.source!r}: none of {len(reasons):,} images in a row could be read (first: {reasons[0]}): "
             "check config.data.image_root and the files"

@@ -25,6 +25,7 @@ from codebook_jax.data.sources.record import Source
 from codebook_jax.errors import UserError
 
 ROLES = ("train", "validation", "test")
+DAMAGED = ("refuse", "skip")  # what is done about damaged shards
 
 
 class Request(NamedTuple):
@@ -96,6 +97,10 @@ def open_source(
     """
     if role not in ROLES:
         raise ValueError(f"role={role!r} is none of {ROLES}")
+    if damaged_shards not in DAMAGED:
+        raise UserError(
+            f"config.data.damaged_shards={damaged_shards!r} is not one of {', '.join(DAMAGED)}"
+        )
     settings = Settings(size_px, scenes_examples, seed, image_root, path_map, damaged_shards)
     parts = split_specs(spec)
     opened = [_open(part, role, settings) for part in parts]
