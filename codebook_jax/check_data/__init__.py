@@ -27,6 +27,7 @@ from codebook_jax.data.sources.opening import split_specs
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, open_tokenizer
 from codebook_jax.errors import UserError
+from codebook_jax.workdir import write_json
 
 _EXAMPLES = 10  # repeated captions that are shown
 _ROWS = {  # of the table: name of a count -> what it says
@@ -198,7 +199,7 @@ def _write(
     outputs.write_skipped(workdir / outputs.SKIPPED, parts)
     with outputs.written_whole(workdir / outputs.PAGE) as file:
         file.write(page("The data", rows, parts, leaks, max_tokens))
-    outputs.write_check(
+    write_json(
         workdir / CHECK,
         {
             "listed": listed,

@@ -12,9 +12,11 @@ from typing import IO, Any
 import numpy as np
 
 from codebook_jax.check_data.findings import Part
+from codebook_jax.data.images import UnreadableImage
+from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.errors import UserError
-from codebook_jax.workdir import RECORD, write_json
+from codebook_jax.workdir import RECORD
 
 SKIPPED, PAGE = "skipped.tsv", "report.html"
 
@@ -40,12 +42,21 @@ def image_root(parts: list[Part]) -> str | None:
     """The folder that all pictures of these sources are below; None where they are no files."""
     folders = set()
     for part in parts:
-        if not isinstance(image := part.source[int(part.images.first[0])].image, str):
-            return None
-        folders.add(os.path.dirname(image))
         for record in part.images.first.tolist():
-            folders.add(os.path.dirname(part.source[record].image))
+            image = _file_of(part.source, record)
+            if image is None:
+                return None
+            folders.add(os.path.dirname(image))
     return os.path.commonpath(folders)
+
+
+def _file_of(source: Source, record: int) -> str | None:
+    """The path of a record's picture; None where it is no file of its own."""
+    try:
+        image = source[record].image
+    except UnreadableImage:
+        return None
+    return image if isinstance(image, str) else None
 
 
 def write_usable(path: Path, parts: list[Part], root: str | None) -> None:
@@ -69,11 +80,6 @@ def write_skipped(path: Path, parts: list[Part]) -> None:
             for name, reason in rows:
                 fields = (part.label, name, reason)
                 file.write("\t".join(" ".join(field.split()) for field in fields) + "\n")
-
-
-def write_check(path: Path, content: dict[str, Any]) -> None:
-    """All numbers, as JSON."""
-    write_json(path, content)
 
 
 @contextlib.contextmanager
