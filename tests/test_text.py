@@ -69,6 +69,15 @@ def test_mirroring_swaps_left_and_right_as_words(caption, mirrored):
     assert swap_left_right(mirrored) == caption
 
 
+def test_half_a_character_costs_no_caption(tokenizer):
+    halves = json.loads(r'"a red \ud83d square \ude00"')
+    assert clean(halves) == "a red square"
+    np.testing.assert_array_equal(
+        tokenizer.encode([halves], 24)[0], tokenizer.encode(["a red square"], 24)[0]
+    )
+    assert train_vocabulary([halves], 100).get_vocab().keys() >= {"red", "square"}
+
+
 def test_the_kept_tokenizer_is_read_by_transformers_and_gives_the_same_tokens(tokenizer, reference):
     captions = ["A small red circle!", "to the left of a zebra", "", "???", "étoile 東京"]
     tokens, lengths, truncated = tokenizer.encode(captions, 32)

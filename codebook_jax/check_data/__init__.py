@@ -6,7 +6,10 @@ table on the terminal, check.json, usable.jsonl, skipped.tsv and report.html in 
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import ml_collections
@@ -15,8 +18,8 @@ from rich.table import Table
 
 from codebook_jax.check_data import outputs
 from codebook_jax.check_data.captions import read_captions
-from codebook_jax.check_data.findings import Leak, Part, leak, same_pictures
-from codebook_jax.check_data.inspection import inspect
+from codebook_jax.check_data.findings import Leak, Part, joined_part, leak, part_of
+from codebook_jax.check_data.inspection import inspect, keep_quiet
 from codebook_jax.check_data.page import page
 from codebook_jax.data.manifest import verify
 from codebook_jax.data.progress import Progress
@@ -29,7 +32,6 @@ from codebook_jax.data.text import Tokenizer, open_tokenizer
 from codebook_jax.errors import UserError
 from codebook_jax.workdir import write_json
 
-_EXAMPLES = 10  # repeated captions that are shown
 _ROWS = {  # of the table: name of a count -> what it says
     "listed": "listed records",
     "without_caption": "without a caption",
@@ -56,7 +58,8 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     workdir = Path(workdir)
     outputs.check_folder(workdir)
     try:
-        with stoppable():
+        with stoppable(), warnings.catch_warnings():
+            keep_quiet()
             return _checked(config, workdir)
     except Stopped as stop:
         print(f"stopped by {stop}: nothing is written", file=sys.stderr, flush=True)
@@ -66,20 +69,19 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
 def _checked(config: ml_collections.ConfigDict, workdir: Path) -> int:
     sources = _sources(config)
     damaged = _damaged_shards(config)
-    training = next(source for label, source in sources if label == "training")
     tokenizer, _ = open_tokenizer(
-        config.data.tokenizer, workdir, training, config.data.tokenizer_vocabulary
+        config.data.tokenizer, workdir, sources["training"], config.data.tokenizer_vocabulary
     )
-    parts = [_part(config, label, source, tokenizer) for label, source in sources]
-    trained = [part for part in parts if part.label == "training"]
+    parts = {label: _parts(config, label, source, tokenizer) for label, source in sources.items()}
+    training, *_ = trained = parts.pop("training")
+    others = list(itertools.chain(*parts.values()))
     leaks = [
-        leak(part, other, config.check.near_bits, config.check.decode)
-        for part in parts
-        if part.label != "training"
-        for other in trained
+        leak(part, training, config.check.near_bits, config.check.decode)
+        for part in others
+        if not isinstance(part.source, Mixture)
     ]
-    verdicts = [*damaged, *_verdicts(config, parts, leaks)]
-    _write(config, workdir, parts, leaks, verdicts)
+    verdicts = [*damaged, *_verdicts(config, [training, *others], leaks)]
+    _write(config, workdir, trained, others, leaks, verdicts)
     return 1 if verdicts else 0
 
 
@@ -100,40 +102,54 @@ def _check(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _sources(config: ml_collections.ConfigDict) -> list[tuple[str, Source]]:
-    """(label, source) of all that is checked, those of a mixture one by one; no scenes beside real pictures."""
-    found: list[tuple[str, Source]] = []
+def _sources(config: ml_collections.ConfigDict) -> dict[str, Source]:
+    """All that is checked, by label; no built-in scenes beside real pictures, which have nothing in common."""
     data = config.data
-    built_in = data.train.startswith("scenes")
+    built_in = _is_built_in(data.train)
+    found = {}
     for label, spec, role in (
         ("training", data.train, "train"),
         ("validation", data.eval, "validation"),
         ("test", data.test, "test"),
     ):
-        if not spec or (spec.startswith("scenes") and not built_in):
-            continue
-        source = source_of(config, spec, role)
-        parts = source.sources if isinstance(source, Mixture) else [source]
-        found += [(label, part) for part in parts]
+        if spec and (built_in or not _is_built_in(spec)):
+            found[label] = source_of(config, spec, role)
+        elif spec:
+            print(f"{label} data are the built-in scenes: not checked", flush=True)
     return found
+
+
+def _is_built_in(spec: str) -> bool:
+    return any(re.match(r"scenes\b", part) for part in split_specs(spec))
 
 
 def _damaged_shards(config: ml_collections.ConfigDict) -> list[str]:
     """A sentence on each packed folder of which a file is not as it was packed."""
+    specs = itertools.chain(*map(split_specs, (config.data.train, config.data.eval, config.data.test)))
+    packed = (spec.removeprefix("records:") for spec in specs if spec.startswith("records:"))
+    folders = dict.fromkeys(spec.partition("?")[0] for spec in packed)
     sentences = []
-    for spec in (config.data.train, config.data.eval, config.data.test):
-        for part in split_specs(spec):
-            scheme, _, rest = part.partition(":")
-            if scheme != "records" or not config.check.decode:
-                continue
-            folder = rest.partition("?")[0]
-            damaged = verify(folder)
-            if damaged:
-                sentences.append(
-                    f"{len(damaged):,} files of {folder} are damaged (first: {damaged[0][1]}): run its --mode=prepare "
-                    "command again, which makes them anew"
-                )
+    for folder in folders if config.check.decode else ():
+        damaged = verify(folder)
+        if damaged:
+            sentences.append(
+                f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its --mode=prepare command "
+                "again, which makes them anew"
+            )
     return sentences
+
+
+def _parts(
+    config: ml_collections.ConfigDict, label: str, source: Source, tokenizer: Tokenizer
+) -> list[Part]:
+    """What is found of a source; of a mixture, of all of it and then of each source."""
+    if not isinstance(source, Mixture):
+        return [_part(config, label, source, tokenizer)]
+    parts = [
+        _part(config, f"{label} {number}", part, tokenizer)
+        for number, part in enumerate(source.sources, 1)
+    ]
+    return [joined_part(label, source, parts, config.check.near_bits), *parts]
 
 
 def _part(
@@ -149,8 +165,9 @@ def _part(
             least_side_px=given.least_side_px,
             tell=progress.advance,
         )
-    captions = read_captions(source, images.which, tokenizer, examples=_EXAMPLES)
-    return Part(label, source, images, captions, *same_pictures(images, given.near_bits))
+    with Progress("read the captions of", "records", len(source)) as progress:
+        said = read_captions(source, tokenizer, progress.advance)
+    return part_of(label, source, images, said, given.near_bits)
 
 
 def _verdicts(
@@ -158,21 +175,24 @@ def _verdicts(
 ) -> list[str]:
     """A sentence on each share that is above the limit."""
     limit = config.check.max_bad_share
+    over = f"more than config.check.max_bad_share={limit:g}"
     sentences = []
     for part in parts:
-        bad = part.source.listed - int(part.usable_records.sum())
-        if bad > limit * part.source.listed:
+        listed, held = part.source.listed, len(part.source) + len(part.source.left_out)
+        bad = listed - int(part.usable_records.sum())
+        if bad > limit * listed:
+            before = f", {listed - held:,} of them since before the list was made" if listed > held else ""
+            which = "the others" if before else "them"
             sentences.append(
-                f"{bad:,} of {part.source.listed:,} listed records of {part.label} are unusable "
-                f"({bad / part.source.listed:.1%}), more than config.check.max_bad_share={limit:g}: {outputs.SKIPPED} "
-                f"names them; train on {USABLE}, or mend them"
+                f"{bad:,} of {listed:,} listed records of {part.label} are unusable ({bad / listed:.1%}), {over}"
+                f"{before}: {outputs.SKIPPED} names {which}; train on {USABLE}, or mend them"
             )
     for one in leaks:
         count, images = int(one.leaked.sum()), len(one.content)
         if count > limit * images:
             sentences.append(
                 f"{count:,} of {images:,} pictures of {one.evaluation.label} are in training too ({count / images:.1%}), "
-                f"more than config.check.max_bad_share={limit:g}: take them out of one of the two, {CHECK} names them"
+                f"{over}: take them out of one of the two, {CHECK} names them"
             )
     return sentences
 
@@ -180,50 +200,61 @@ def _verdicts(
 def _write(
     config: ml_collections.ConfigDict,
     workdir: Path,
-    parts: list[Part],
+    trained: list[Part],
+    others: list[Part],
     leaks: list[Leak],
     verdicts: list[str],
 ) -> None:
-    """Leaves the files, and shows the table."""
+    """Leaves the files, and shows the table; the first of `trained` is all that is trained on."""
     max_tokens = config.model.text.max_tokens
+    parts = [*trained, *others]
     counts = [part.counts(max_tokens) for part in parts]
-    trained = [part for part in parts if part.label == "training"]
-    root = outputs.image_root(trained)
+    root = outputs.image_root(trained[0])
     rows = [["", *(part.label for part in parts)]]
     rows += [[text, *(f"{count[name]:,}" for count in counts)] for name, text in _ROWS.items()]
-    listed, usable = (
-        sum(count[name] for count, part in zip(counts, parts, strict=True) if part in trained)
-        for name in ("listed", "usable")
-    )
-    outputs.write_usable(workdir / USABLE, trained, root)
-    outputs.write_skipped(workdir / outputs.SKIPPED, parts)
+    outputs.write_usable(workdir / USABLE, trained[1:] or trained, root)
+    single = [part for part in parts if not isinstance(part.source, Mixture)]
+    outputs.write_skipped(workdir / outputs.SKIPPED, single)
     with outputs.written_whole(workdir / outputs.PAGE) as file:
         file.write(page("The data", rows, parts, leaks, max_tokens))
     write_json(
         workdir / CHECK,
         {
-            "listed": listed,
-            "usable": usable,
+            "listed": counts[0]["listed"],
+            "usable": counts[0]["usable"],
             "image_root": root,
             "max_tokens": max_tokens,
             "sources": [
                 {"label": part.label, "source": repr(part.source), **count}
+                | {"most_repeated": [one._asdict() for one in part.captions.most_repeated]}
                 for part, count in zip(parts, counts, strict=True)
             ],
-            "leaks": [one.counts() | {"names": _leaked_names(one)} for one in leaks],
+            "leaks": [one.counts() | {"pictures": list(one.named())} for one in leaks],
             "verdicts": verdicts,
         },
     )
     _show(rows, leaks, verdicts)
-    print(f"training on {usable:,} of {listed:,} listed pairs ({usable / max(1, listed):.1%})")
+    for sentence in _advice(workdir, trained[0], root):
+        print(sentence, flush=True)
+
+
+def _advice(workdir: Path, training: Part, root: str | None) -> list[str]:
+    """How to go on."""
+    usable, listed = int(training.usable_records.sum()), training.source.listed
+    sentences = [f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})"]
     if root is not None:
-        print(f"train with --config.data.train=json:{workdir / USABLE}")
-    print(f"{workdir / outputs.PAGE} shows samples, {workdir / outputs.SKIPPED} names what is unusable", flush=True)
-
-
-def _leaked_names(one: Leak) -> list[str]:
-    source, first = one.evaluation.source, one.evaluation.images.first
-    return [source.name(int(first[at])) for at in one.leaked.nonzero()[0]]
+        sentences.append(f"train with --config.data.train=json:{workdir / USABLE}")
+    elif usable:
+        sentences.append(
+            f"these pictures are no files by themselves, so {USABLE} lists their places: train on the source as it is, "
+            "which passes over what is unusable, or pack the others with --mode=prepare"
+        )
+    if root is not None and isinstance(training.source, Mixture) and training.source.weights:
+        sentences.append(f"{USABLE} has no weights: every pair comes once an epoch")
+    sentences.append(
+        f"{workdir / outputs.PAGE} shows samples, {workdir / outputs.SKIPPED} names what is unusable"
+    )
+    return sentences
 
 
 def _show(rows: list[list[str]], leaks: list[Leak], verdicts: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,14 @@ LONGEST = 512  # tokens that are told apart
 _AT_ONCE = 4096  # captions
 
 
+class Said(NamedTuple):
+    """What is kept of every caption of a source, as the model reads it."""
+
+    lengths: np.ndarray  # int64 [LONGEST + 1], how many captions have so many tokens, [CLS] and [SEP] included
+    keys: np.ndarray  # uint64 [captions], of the text
+    records: np.ndarray  # int64 [captions]
+
+
 class Repeated(NamedTuple):
     """A caption that several pictures have, as the model reads it."""
 
@@ -24,7 +33,7 @@ class Repeated(NamedTuple):
 class Captions(NamedTuple):
     """The captions of a source."""
 
-    lengths: np.ndarray  # int64 [LONGEST + 1], how many captions have so many tokens, [CLS] and [SEP] included
+    lengths: np.ndarray  # int64 [LONGEST + 1], as of Said
     repeated: int  # captions that more than one picture has
     most_repeated: list[Repeated]
 
@@ -38,51 +47,55 @@ class Captions(NamedTuple):
 
 
 def read_captions(
-    source: Source, which: np.ndarray, tokenizer: Tokenizer, *, examples: int
-) -> Captions:
-    """Reads every caption; `which` [records] numbers the pictures. At most `examples` repeated ones are kept."""
+    source: Source, tokenizer: Tokenizer, tell: Callable[[int], None] = lambda records: None
+) -> Said:
+    """Reads every caption; `tell` is called with how many more records are done."""
     lengths = np.zeros(LONGEST + 1, np.int64)
-    keys: list[np.ndarray] = []
-    records: list[np.ndarray] = []
+    keys: list[np.ndarray] = [np.empty(0, np.uint64)]
+    records: list[np.ndarray] = [np.empty(0, np.int64)]
     texts, owners = [], []
-
-    def read() -> None:
-        cleaned = [clean(text) for text in texts]
-        _, tokens, _ = tokenizer.encode(texts, LONGEST)
-        lengths[:] += np.bincount(tokens, minlength=LONGEST + 1)
-        keys.append(np.array([short_hash(text) for text in cleaned], np.uint64))
-        records.append(np.array(owners, np.int64))
-        texts.clear()
-        owners.clear()
-
+    told = 0
     for record in range(len(source)):
         for caption in source.captions(record):
             texts.append(caption)
             owners.append(record)
-        if len(texts) >= _AT_ONCE:
-            read()
-    if texts:
-        read()
-    return Captions(lengths, *_repeated(source, np.concatenate(keys), np.concatenate(records), which, examples))
+        if len(texts) >= _AT_ONCE or record + 1 == len(source):
+            _, tokens, _ = tokenizer.encode(texts, LONGEST)
+            lengths += np.bincount(tokens, minlength=LONGEST + 1)
+            keys.append(np.array([short_hash(clean(text)) for text in texts], np.uint64))
+            records.append(np.array(owners, np.int64))
+            tell(record + 1 - told)
+            texts, owners, told = [], [], record + 1
+    return Said(lengths, np.concatenate(keys), np.concatenate(records))
 
 
-def _repeated(
-    source: Source, keys: np.ndarray, records: np.ndarray, which: np.ndarray, examples: int
-) -> tuple[int, list[Repeated]]:
-    """(captions whose text several pictures have, the texts that most have); a picture's own repetition is none."""
-    pairs = np.unique(np.stack([keys, which[records].astype(np.uint64)], axis=1), axis=0)
-    texts, images = np.unique(pairs[:, 0], return_counts=True)
-    several = texts[images > 1]
-    count = int(np.isin(keys, several).sum())
-    most = np.argsort(-images, kind="stable")[:examples]
+def joined_captions(parts: Sequence[Said], starts: Sequence[int]) -> Said:
+    """The captions of several sources, whose records begin at `starts`, as those of one."""
+    return Said(
+        np.sum([part.lengths for part in parts], axis=0),
+        np.concatenate([part.keys for part in parts]),
+        np.concatenate([part.records + start for part, start in zip(parts, starts, strict=True)]),
+    )
+
+
+def compared_captions(said: Said, source: Source, which: np.ndarray, *, examples: int) -> Captions:
+    """The captions of `source` by the pictures that have them, which `which` [records] numbers.
+
+    A picture that has a caption twice repeats nothing. At most `examples` repeated ones are kept, the most repeated.
+    """
+    images = which[said.records]
+    order = np.lexsort((images, said.keys))
+    keys, images = said.keys[order], images[order]
+    new = np.ones(len(keys), bool)
+    new[1:] = (keys[1:] != keys[:-1]) | (images[1:] != images[:-1])
+    texts, counts = np.unique(keys[new], return_counts=True)
+    repeated = int(np.isin(said.keys, texts[counts > 1]).sum())
+    most = np.argsort(-counts, kind="stable")[:examples]
     found = []
-    for text, of_images in zip(texts[most], images[most], strict=True):
+    for text, of_images in zip(texts[most].tolist(), counts[most].tolist(), strict=True):
         if of_images > 1:
-            record = int(records[np.argmax(keys == text)])
-            caption = next(
-                cleaned
-                for cleaned in map(clean, source.captions(record))
-                if short_hash(cleaned) == int(text)
-            )
-            found.append(Repeated(caption, int(of_images)))
-    return count, found
+            record = int(said.records[np.argmax(said.keys == text)])
+            captions = map(clean, source.captions(record))
+            caption = next(one for one in captions if short_hash(one) == text)
+            found.append(Repeated(caption, of_images))
+    return Captions(said.lengths, repeated, found)

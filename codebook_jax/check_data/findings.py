@@ -1,30 +1,47 @@
-"""What a check of the data found: of every source, and between training and evaluation."""
+"""What a check of the data found: of every source, and between training and evaluation.
+
+Whether two pictures are the same is told by three kinds of evidence: the same content (the bytes of the files; where
+nothing is decoded, their path), the same look (perceptual hashes that differ in few bits), and the same file name. Names
+such as COCO_val2014_000000391895 mean something, and those such as 1 or img_00001 are everyone's. So a name counts from
+eight characters on, or six that are all digits, unless it is one of running numbers: of the names in its source that are
+alike but for their last number, there are 20 or more, and over half of them follow another by one or two.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from codebook_jax.check_data.captions import Captions
-from codebook_jax.check_data.inspection import Images, Status, short_hash
+from codebook_jax.check_data.captions import Captions, Said, compared_captions, joined_captions
+from codebook_jax.check_data.inspection import Images, Status, joined, short_hash
 from codebook_jax.check_data.likeness import earlier_twin, first_match
 from codebook_jax.data.sources import Source
+from codebook_jax.data.sources.mixture import Mixture
 
-_LEAST_STEM = 8  # characters: shorter names are running numbers, and everyone's
+_EXAMPLES = 10  # repeated captions that are kept
+_LEAST_STEM, _LEAST_DIGITS = 8, 6  # characters
+_LEAST_SERIES, _NEXT = 20, 2
+_NUMBER = re.compile(r"(\d+)\D*$")
 
 
 class Part(NamedTuple):
-    """One source as it was found; of a mixture each source is one."""
+    """One source as it was found, or a mixture of sources that were."""
 
-    label: str  # "training", "validation", "test"
+    label: str  # "training", "training 1" of a mixture, "validation", "test"
     source: Source
     images: Images
+    said: Said
     captions: Captions
     copies: np.ndarray  # int64 [images], the first picture of the same content before it; -1: none
     twins: np.ndarray  # int64 [images], the first one before it that looks the same and is no copy; -1: none
+
+    def name(self, image: int) -> str:
+        """What the source calls a picture."""
+        return self.source.name(int(self.images.first[image]))
 
     @property
     def usable_records(self) -> np.ndarray:
@@ -52,71 +69,124 @@ class Part(NamedTuple):
 
 
 class Leak(NamedTuple):
-    """Pictures of an evaluation source that are in training too: for each of its pictures one in training, or -1.
-
-    With the numbers of both pictures, in the order of trust: the same content, the same look, the same name alone.
-    """
+    """Pictures of an evaluation source that are in training too: for each of its pictures one in training, or -1."""
 
     evaluation: Part
     training: Part
-    content: np.ndarray  # int64 [images of the evaluation]
+    content: np.ndarray  # int64 [images of the evaluation], the number of the picture in training
     look: np.ndarray
     name: np.ndarray
     decoded: bool
 
     @property
     def leaked(self) -> np.ndarray:
-        """bool [images]: by content or look; where nothing was decoded, by name."""
-        by_sight = (self.content >= 0) | (self.look >= 0)
-        return by_sight if self.decoded else self.name >= 0
+        """bool [images]: by content or look; where nothing was decoded, by name too."""
+        sure = (self.content >= 0) | (self.look >= 0)
+        return sure if self.decoded else sure | (self.name >= 0)
+
+    @property
+    def name_alone(self) -> np.ndarray:
+        """bool [images]: nothing but the name is the same."""
+        return (self.name >= 0) & (self.content < 0) & (self.look < 0)
 
     def counts(self) -> dict[str, Any]:
         """The numbers of the report, by name."""
         return {
             "evaluation": self.evaluation.label,
-            "training": repr(self.training.source),
             "images": len(self.content),
             "leaked": int(self.leaked.sum()),
             "same_content": int((self.content >= 0).sum()),
             "same_look": int(((self.look >= 0) & (self.content < 0)).sum()),
-            "same_name_alone": int(((self.name >= 0) & (self.content < 0) & (self.look < 0)).sum()),
+            "same_name_alone": int(self.name_alone.sum()),
         }
+
+    def named(self) -> Iterator[dict[str, str]]:
+        """{"name", "training", "evidence"} of each that is leaked, by its surest evidence, or has the same name."""
+        for at in np.flatnonzero(self.leaked | self.name_alone).tolist():
+            evidence, other = next(
+                (evidence, int(found[at]))
+                for evidence, found in (
+                    ("content", self.content),
+                    ("look", self.look),
+                    ("name", self.name),
+                )
+                if found[at] >= 0
+            )
+            names = self.evaluation.name(at), self.training.name(other)
+            yield {"name": names[0], "training": names[1], "evidence": evidence}
+
+
+def part_of(label: str, source: Source, images: Images, said: Said, near_bits: int) -> Part:
+    """A source with what its pictures and captions have in common."""
+    captions = compared_captions(said, source, images.which, examples=_EXAMPLES)
+    return Part(label, source, images, said, captions, *same_pictures(images, near_bits))
+
+
+def joined_part(label: str, mixture: Mixture, parts: Sequence[Part], near_bits: int) -> Part:
+    """The sources of a mixture as one: pictures and captions are compared across them."""
+    starts = mixture.starts[:-1].tolist()
+    images = joined([part.images for part in parts], starts)
+    said = joined_captions([part.said for part in parts], starts)
+    return part_of(label, mixture, images, said, near_bits)
 
 
 def same_pictures(images: Images, near_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """(copies, twins) as of `Part`: among the pictures that were decoded."""
-    decoded = np.flatnonzero(images.sides[:, 0] > 0)
-    copies = _placed(earlier_twin(images.content[decoded], 0), decoded, len(images.first))
-    comparable = np.flatnonzero(images.comparable)
-    twins = _placed(earlier_twin(images.look[comparable], near_bits), comparable, len(images.first))
+    """(copies, twins) as of `Part`, among pictures with different ids: the source knows of the others itself."""
+    count = len(images.first)
+    known = _one_an_id(images, images.content != 0)
+    copies = _placed(earlier_twin(images.content[known], 0), known, count)
+    comparable = _one_an_id(images, images.comparable)
+    twins = _placed(earlier_twin(images.look[comparable], near_bits), comparable, count)
     return copies, np.where(copies >= 0, -1, twins)
 
 
 def leak(evaluation: Part, training: Part, near_bits: int, decoded: bool) -> Leak:
     """Which pictures of the evaluation training has too."""
     ours, theirs = evaluation.images, training.images
-    shown, seen = (np.flatnonzero(images.sides[:, 0] > 0) for images in (ours, theirs))
-    content = _matched(ours.content, theirs.content, shown, seen, 0)
+    known = (np.flatnonzero(images.content) for images in (ours, theirs))
+    content = _matched(ours.content, theirs.content, *known, 0)
     comparable = (np.flatnonzero(images.comparable) for images in (ours, theirs))
     look = _matched(ours.look, theirs.look, *comparable, near_bits)
     names, other_names = _stems(evaluation), _stems(training)
-    named, other_named = np.flatnonzero(names), np.flatnonzero(other_names)
-    name = _matched(names, other_names, named, other_named, 0)
+    name = _matched(names, other_names, np.flatnonzero(names), np.flatnonzero(other_names), 0)
     return Leak(evaluation, training, content, look, name, decoded)
+
+
+def _one_an_id(images: Images, chosen: np.ndarray) -> np.ndarray:
+    """The numbers of the chosen pictures, of each id the first one."""
+    numbers = np.flatnonzero(chosen)
+    _, first = np.unique(images.ids[numbers], return_index=True)
+    return numbers[np.sort(first)]
 
 
 def _stems(part: Part) -> np.ndarray:
     """uint64 [images]: a hash of each file's name without its folder and ending; 0 for one that says too little."""
-    return np.fromiter(
-        (_stem_hash(part.source.name(int(record))) for record in part.images.first),
-        np.uint64,
-        len(part.images.first),
-    )
+    count = len(part.images.first)
+    stems, series = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+    numbers = np.zeros(count, np.int64)
+    for at in range(count):
+        stem = re.sub(r"\.\w{1,5}$", "", os.path.basename(part.name(at)))
+        if len(stem) < (_LEAST_DIGITS if stem.isdecimal() else _LEAST_STEM):
+            continue
+        stems[at] = short_hash(stem)
+        number = _NUMBER.search(stem)
+        if number:
+            digits = number.group(1)
+            padded = len(digits) if digits[0] == "0" else 0  # 000000012 does not go on from 2333071
+            alike = f"{stem[: number.start(1)]}/{padded}/{stem[number.end(1) :]}"
+            series[at], numbers[at] = short_hash(alike), int(digits[-18:])
+    stems[_running(series, numbers)] = 0
+    return stems
 
 
-def _stem_hash(name: str) -> int:
-    stem = re.sub(r"\.\w{1,5}$", "", os.path.basename(name))
-    return short_hash(stem) if len(stem) >= _LEAST_STEM else 0
+def _running(series: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """bool: which numbers are among running ones of their series; series 0 is none."""
+    kinds, which, counts = np.unique(series, return_inverse=True, return_counts=True)
+    order = np.lexsort((numbers, which))
+    follows = (np.diff(which[order]) == 0) & (np.diff(numbers[order]) <= _NEXT)
+    following = np.bincount(which[order][1:][follows], minlength=len(kinds))
+    dense = (counts >= _LEAST_SERIES) & (2 * following > counts) & (kinds != 0)
+    return dense[which]
 
 
 def _matched(

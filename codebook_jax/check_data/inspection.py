@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import multiprocessing
 import os
 import pickle
 import signal
+import stat
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
@@ -20,6 +23,7 @@ from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.sources import Source
+from codebook_jax.data.stop import SIGNALS
 from codebook_jax.errors import UserError
 
 _TASK = 128  # pictures that a process is given at once
@@ -43,7 +47,8 @@ class Images(NamedTuple):
     first: np.ndarray  # int64 [images], the first record of each
     which: np.ndarray  # int32 [records], the picture of each record
     status: np.ndarray  # uint8 [images], of Status
-    content: np.ndarray  # uint64 [images], of the SHA-256 of the file, or of the pixels of an array
+    ids: np.ndarray  # int64 [images], what the source calls the same image; -1 where it could not be asked
+    content: np.ndarray  # uint64 [images], of the SHA-256 of the file or array; undecoded, of the path; 0: not known
     look: np.ndarray  # uint64 [images], the perceptual hash
     comparable: np.ndarray  # bool [images], whether that hash means something
     sides: np.ndarray  # int32 [images, 2], height and width
@@ -58,6 +63,7 @@ class _Found(NamedTuple):
     """What is known of one picture."""
 
     status: Status
+    image_id: int = -1
     content: int = 0
     look: int = 0
     comparable: bool = False
@@ -76,26 +82,59 @@ def inspect(
 ) -> Images:
     """Inspects every picture once; `tell` is called with (how many more are done, how many of them are bad).
 
-    Without `decode`, files are only looked for, and what is no file counts as usable. Raises UserError where a process
-    is ended from outside.
+    Without `decode`, files are only looked for, and what is no file counts as usable, unread. Raises UserError where a
+    process is ended from outside.
     """
     first, which = _distinct(source)
     found = {
         "status": np.zeros(len(first), np.uint8),
+        "ids": np.full(len(first), -1),
         "content": np.zeros(len(first), np.uint64),
         "look": np.zeros(len(first), np.uint64),
         "comparable": np.zeros(len(first), bool),
         "sides": np.zeros((len(first), 2), np.int32),
     }
     reasons: dict[int, str] = {}
-    for start, rows in _inspected(source, first, processes, decode, least_side_px):
-        for at, row in enumerate(rows, start):
-            found["status"][at], found["content"][at], found["look"][at] = row[:3]
-            found["comparable"][at], found["sides"][at] = row.comparable, (row.height, row.width)
-            if row.status is not Status.USABLE:
-                reasons[at] = row.reason
-        tell(len(rows), sum(row.status is not Status.USABLE for row in rows))
+    if not decode and not is_of_files(source):
+        tell(len(first), 0)
+        return Images(first, which, **found, reasons=reasons)
+    inspected = contextlib.closing(_inspected(source, first, processes, decode, least_side_px))
+    with inspected as tasks:
+        for start, rows in tasks:
+            for at, row in enumerate(rows, start):
+                for name, value in zip(("status", "ids", "content", "look"), row[:4], strict=True):
+                    found[name][at] = value
+                found["comparable"][at], found["sides"][at] = row.comparable, (row.height, row.width)
+                if row.status is not Status.USABLE:
+                    reasons[at] = row.reason
+            tell(len(rows), sum(row.status is not Status.USABLE for row in rows))
     return Images(first, which, **found, reasons=reasons)
+
+
+def is_of_files(source: Source) -> bool:
+    """Whether its pictures are files by themselves, so that `source[i].image` is a path and is never read by it."""
+    for record in range(min(len(source), _TASK)):
+        try:
+            return isinstance(source[record].image, str)
+        except UnreadableImage:
+            continue
+    return False
+
+
+def joined(parts: Sequence[Images], starts: Sequence[int]) -> Images:
+    """The pictures of several sources, whose records begin at `starts`, as those of one."""
+    names = ("status", "content", "look", "comparable", "sides")
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    firsts, whiches, ids, reasons, before = [], [], [], {}, 0
+    for part, start in zip(parts, starts, strict=True):
+        firsts.append(part.first + start)
+        whiches.append(part.which + np.int32(before))
+        ids.append(np.where(part.ids < 0, -1, part.ids + start))
+        reasons |= {before + at: reason for at, reason in part.reasons.items()}
+        before += len(part.first)
+    return Images(
+        np.concatenate(firsts), np.concatenate(whiches), ids=np.concatenate(ids), reasons=reasons, **columns
+    )
 
 
 def _distinct(source: Source) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +165,7 @@ def _inspected(
         return
     context = multiprocessing.get_context("spawn")
     given = pickle.dumps(source, protocol=pickle.HIGHEST_PROTOCOL), decode, least_side_px
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, context, initializer=_start, initargs=given) as pool:
         try:
             running = {pool.submit(_work, part): start for start, part in tasks}
@@ -136,8 +176,10 @@ def _inspected(
                 "a process that looks at pictures was ended from outside, as Linux does where memory runs out: start "
                 f"the same command again, if need be with fewer, as --config.check.processes={max(1, processes // 2)}"
             ) from failure
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()  # the pool would wait for what they are at
+            raise
 
 
 _own: tuple[Source, bool, int]  # of a worker process
@@ -146,10 +188,16 @@ _own: tuple[Source, bool, int]  # of a worker process
 def _start(source: bytes, decode: bool, least_side_px: int) -> None:
     """What a worker process does first: it leaves signals to the first one, and does not outlive it."""
     global _own
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    keep_quiet()
     _own = pickle.loads(source), decode, least_side_px
+
+
+def keep_quiet() -> None:
+    """What Pillow warns of is found here, or does no harm: broken EXIF blocks, a line each."""
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _end_with_parent() -> None:
@@ -164,28 +212,35 @@ def _work(records: list[int]) -> list[_Found]:
 
 def _inspect(source: Source, record: int, decode: bool, least_side_px: int) -> _Found:
     try:
-        image = source[record].image
+        image, _, image_id = source[record]
     except UnreadableImage as failure:
         return _Found(Status.UNDECODABLE, reason=str(failure))
-    if isinstance(image, str):
-        absent = _absent(image)
-        if absent is not None or not decode:
-            return absent or _Found(Status.USABLE)
-    elif not decode:
-        return _Found(Status.USABLE)
-    try:
-        return _looked_at(image, least_side_px)
-    except UnreadableImage as failure:
-        empty = isinstance(image, bytes) and not image
-        return _Found(Status.EMPTY if empty else Status.UNDECODABLE, reason=str(failure))
+    found = _unreadable(image) if isinstance(image, str) else None
+    if found is None and not decode:
+        content = short_hash(os.path.abspath(image)) if isinstance(image, str) else 0
+        found = _Found(Status.USABLE, content=content)
+    if found is None:
+        try:
+            found = _looked_at(image, least_side_px)
+        except UnreadableImage as failure:
+            empty = isinstance(image, bytes) and not image
+            found = _Found(Status.EMPTY if empty else Status.UNDECODABLE, reason=str(failure))
+    return found._replace(image_id=image_id)
 
 
-def _absent(path: str) -> _Found | None:
+def _unreadable(path: str) -> _Found | None:
+    """What can be said of a file without opening it: only one with something in it is opened."""
     try:
-        size = os.stat(path).st_size
-    except (OSError, ValueError):
-        return _Found(Status.MISSING, reason=f"{path}: there is no such file")
-    return None if size else _Found(Status.EMPTY, reason=f"{path}: the file is empty")
+        about = os.stat(path)
+    except (OSError, ValueError) as failure:
+        absent = isinstance(failure, FileNotFoundError | NotADirectoryError | ValueError)
+        why = "there is no such file" if absent else failure.strerror
+        return _Found(Status.MISSING, reason=f"{path}: {why}")
+    if stat.S_ISDIR(about.st_mode):
+        return _Found(Status.UNDECODABLE, reason=f"{path}: this is a folder")
+    if not stat.S_ISREG(about.st_mode):  # to read from a pipe may never end
+        return _Found(Status.UNDECODABLE, reason=f"{path}: this is no file of pixels")
+    return None if about.st_size else _Found(Status.EMPTY, reason=f"{path}: the file is empty")
 
 
 def _looked_at(image: np.ndarray | bytes | str, least_side_px: int) -> _Found:
@@ -202,6 +257,8 @@ def _looked_at(image: np.ndarray | bytes | str, least_side_px: int) -> _Found:
     try:
         picture = Picture(content)
         short = min(picture.height, picture.width)
+        if not short:
+            raise UnreadableImage(f"{picture.width} x {picture.height} pixels are none")
         pixels = picture.pixels(max(by for by in picture.shrinks if by == 1 or short >= by * _LOOK_PX))
     except UnreadableImage as failure:
         why = str(failure).rpartition(": ")[2] if isinstance(content, bytes) else str(failure)
@@ -216,4 +273,12 @@ def _looked_at(image: np.ndarray | bytes | str, least_side_px: int) -> _Found:
         reason = f"{name}: {sizes[1]} x {sizes[0]} pixels, fewer than config.check.least_side_px={least_side_px}"
     comparable = bool(np.asarray(grey).std() >= _FLAT)
     content_hash = int.from_bytes(sha256.digest()[:8], "little")
-    return _Found(status, content_hash, int(look), comparable, *sizes, reason)
+    return _Found(
+        status,
+        content=content_hash,
+        look=int(look),
+        comparable=comparable,
+        height=sizes[0],
+        width=sizes[1],
+        reason=reason,
+    )

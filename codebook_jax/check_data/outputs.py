@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from codebook_jax.check_data.findings import Part
-from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources import Source
+from codebook_jax.check_data.inspection import is_of_files
 from codebook_jax.data.sources.json_files import CHECK, USABLE
+from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.errors import UserError
 from codebook_jax.workdir import RECORD
 
@@ -33,53 +33,49 @@ def check_folder(workdir: Path) -> None:
     foreign = sorted({*names} - {CHECK, USABLE, SKIPPED, PAGE})
     foreign = [name for name in foreign if not name.startswith(".")]
     if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
-            f"--workdir={workdir} holds other files ({foreign[0]}, ...): give an empty folder for the report"
+            f"--workdir={workdir} holds other files ({foreign[0]}{more}): give an empty folder for the report"
         )
 
 
-def image_root(parts: list[Part]) -> str | None:
-    """The folder that all pictures of these sources are below; None where they are no files."""
-    folders = set()
-    for part in parts:
-        for record in part.images.first.tolist():
-            image = _file_of(part.source, record)
-            if image is None:
-                return None
-            folders.add(os.path.dirname(image))
-    return os.path.commonpath(folders)
-
-
-def _file_of(source: Source, record: int) -> str | None:
-    """The path of a record's picture; None where it is no file of its own."""
-    try:
-        image = source[record].image
-    except UnreadableImage:
+def image_root(training: Part) -> str | None:
+    """The folder that all usable pictures are below; None where there are none, or they are no files."""
+    source = training.source
+    pieces = source.sources if isinstance(source, Mixture) else [source]
+    if not all(map(is_of_files, pieces)):
         return None
-    return image if isinstance(image, str) else None
+    images = training.images
+    folders = {os.path.dirname(source[record].image) for record in images.first[images.usable].tolist()}
+    return os.path.commonpath(folders) if folders else None
 
 
-def write_usable(path: Path, parts: list[Part], root: str | None) -> None:
-    """One usable record a line: as `json:` reads it where pictures are files, else its place in the source."""
+def write_usable(path: Path, parts: Sequence[Part], root: str | None) -> None:
+    """One usable record a line: as `json:` reads it where pictures are files, else its place in the source.
+
+    `parts` are the sources of a mixture, or the one source; images of two are never the same one.
+    """
     first_id = 0
     with written_whole(path) as file:
         for part in parts:
             for record in np.flatnonzero(part.usable_records).tolist():
-                file.write(json.dumps(_entry(part, record, root, first_id), ensure_ascii=False) + "\n")
+                entry = _place(part, record) if root is None else _pair(part, record, root, first_id)
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             first_id += part.source.listed
 
 
-def write_skipped(path: Path, parts: list[Part]) -> None:
+def write_skipped(path: Path, parts: Sequence[Part]) -> None:
     """source, name, reason of each record that is not usable, with tabs between."""
     with written_whole(path) as file:
         for part in parts:
-            rows = list(part.source.left_out)
-            for record in np.flatnonzero(~part.usable_records).tolist():
-                reason = part.images.reasons[int(part.images.which[record])]
-                rows.append((part.source.name(record), reason))
-            for name, reason in rows:
+            for name, reason in (*part.source.left_out, *_unusable(part)):
                 fields = (part.label, name, reason)
                 file.write("\t".join(" ".join(field.split()) for field in fields) + "\n")
+
+
+def _unusable(part: Part) -> Iterator[tuple[str, str]]:
+    for record in np.flatnonzero(~part.usable_records).tolist():
+        yield part.source.name(record), part.images.reasons[int(part.images.which[record])]
 
 
 @contextlib.contextmanager
@@ -95,11 +91,12 @@ def written_whole(path: Path) -> Iterator[IO[str]]:
         draft.unlink(missing_ok=True)
 
 
-def _entry(part: Part, record: int, root: str | None, first_id: int) -> dict[str, Any]:
-    captions = list(part.source.captions(record))
-    if root is None:
-        name = part.source.name(record)
-        return {"source": repr(part.source), "index": record, "name": name, "caption": captions}
-    read = part.source[record]
-    image = os.path.relpath(read.image, root)
-    return {"image": image, "caption": captions, "image_id": first_id + read.image_id}
+def _pair(part: Part, record: int, root: str, first_id: int) -> dict[str, Any]:
+    image, captions, image_id = part.source[record]
+    path = os.path.relpath(image, root)
+    return {"image": path, "caption": list(captions), "image_id": first_id + image_id}
+
+
+def _place(part: Part, record: int) -> dict[str, Any]:
+    captions, name = list(part.source.captions(record)), part.source.name(record)
+    return {"source": repr(part.source), "index": record, "name": name, "caption": captions}

@@ -17,6 +17,7 @@ from codebook_jax.data.sources import Source
 _SAMPLES, _EXAMPLES = 48, 8
 _THUMB_PX = 128
 _BARS = 40
+_SHOWN = 0.999  # of the values, before the last bar
 _WIDTH, _HEIGHT = 640, 140
 _STYLE = (
     "body{font:15px sans-serif;color:#1c1e22;max-width:1100px;margin:2em auto;padding:0 1em}"
@@ -33,32 +34,42 @@ def page(
     """The whole page; `rows` are those of the table on the terminal, the first its head."""
     body = [f"<h1>{_text(title)}</h1>", _table(rows)]
     for part in parts:
-        body += [f"<h2>{_text(part.label)}</h2><p>{_text(repr(part.source))}</p>"]
-        lengths = np.repeat(np.arange(len(part.captions.lengths)), part.captions.lengths)
-        cut = part.captions.truncated(max_tokens)
-        body += [
-            f"<h3>Tokens a caption; {cut:,} of {part.captions.count:,} are longer than the {max_tokens} that are read</h3>",
-            _histogram(lengths, mark=max_tokens),
-        ]
-        shorter = part.images.sides.min(axis=1)
-        if shorter.any():
-            body += ["<h3>Shorter side of a picture, px</h3>", _histogram(shorter[shorter > 0])]
-        body += ["<h3>A sample</h3>", _sample(part)]
-        body += _pairs("Copies of another picture", part, part, part.copies)
-        body += _pairs("Pictures that look like another", part, part, part.twins)
-        if part.captions.most_repeated:
-            repeated = [("caption", "pictures")]
-            repeated += [(one.caption, f"{one.images:,}") for one in part.captions.most_repeated]
-            body += ["<h3>Captions of several pictures</h3>", _table(repeated)]
+        body += _about(part, max_tokens)
     for one in leaks:
         where = f"of {one.evaluation.label} in training"
-        for found, what in ((one.content, "The same file"), (one.look, "The same look"), (one.name, "The same name")):
+        for found, what in (
+            (one.content, "The same file" if one.decoded else "The same path"),
+            (np.where(one.content < 0, one.look, -1), "The same look"),
+            (np.where(one.name_alone, one.name, -1), "The same name alone"),
+        ):
             body += _pairs(f"{what}: {where}", one.evaluation, one.training, found)
     content = "\n".join(body)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{content}</body></html>\n"
     )
+
+
+def _about(part: Part, max_tokens: int) -> list[str]:
+    """What is shown of one source."""
+    cut = part.captions.truncated(max_tokens)
+    body = [
+        f"<h2>{_text(part.label)}</h2><p>{_text(repr(part.source))}</p>",
+        f"<h3>Tokens a caption; {cut:,} of {part.captions.count:,} are longer than the {max_tokens} that are read</h3>",
+        _histogram(part.captions.lengths, mark=max_tokens),
+    ]
+    sides = part.images.sides[part.images.sides[:, 0] > 0]
+    if len(sides):
+        for name, side in (("Shorter", sides.min(axis=1)), ("Longer", sides.max(axis=1))):
+            body += [f"<h3>{name} side of a picture, px</h3>", _histogram(np.bincount(side))]
+    body += ["<h3>A sample</h3>", _sample(part)]
+    body += _pairs("Copies of another picture", part, part, part.copies)
+    body += _pairs("Pictures that look like another", part, part, part.twins)
+    if part.captions.most_repeated:
+        repeated = [("caption", "pictures")]
+        repeated += [(one.caption, f"{one.images:,}") for one in part.captions.most_repeated]
+        body += ["<h3>Captions of several pictures</h3>", _table(repeated)]
+    return body
 
 
 def _text(text: str) -> str:
@@ -73,24 +84,33 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{cells}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def _histogram(values: np.ndarray, mark: int | None = None) -> str:
-    """Bars of equal width, as SVG, with a line at `mark`."""
-    top = int(max(values.max(initial=1), mark or 0)) + 1
+def _histogram(counts: np.ndarray, mark: int | None = None) -> str:
+    """Bars of equal width, as SVG, with a line at `mark`; `counts` [values] is how often each value comes.
+
+    The last bar holds the few values that would make the others narrow.
+    """
+    reached = np.cumsum(counts) >= _SHOWN * counts.sum()
+    top = max(int(np.argmax(reached)), mark or 0, 1) + 1
     step = -(-top // _BARS)
-    counts = np.bincount(values // step, minlength=-(-top // step))
-    width = _WIDTH / len(counts)
-    highest = max(1, int(counts.max()))
-    bars = [
-        f'<rect x="{number * width:.1f}" y="{_HEIGHT - count / highest * _HEIGHT:.1f}" width="{max(width - 1, 1):.1f}" '
-        f'height="{count / highest * _HEIGHT:.1f}"><title>{number * step} to {number * step + step - 1}: {count:,}'
-        "</title></rect>"
-        for number, count in enumerate(counts.tolist())
-    ]
+    bars = -(-top // step)
+    held = np.bincount(np.minimum(np.arange(len(counts)) // step, bars - 1), counts, bars).astype(int)
+    width, highest = _WIDTH / bars, max(1, int(held.max()))
+    shapes = []
+    for number, count in enumerate(held.tolist()):
+        height = count / highest * _HEIGHT
+        upto = "or more" if number + 1 == bars else f"to {number * step + step - 1}"
+        shapes.append(
+            f'<rect x="{number * width:.1f}" y="{_HEIGHT - height:.1f}" width="{max(width - 1, 1):.1f}" '
+            f'height="{height:.1f}"><title>{number * step} {upto}: {count:,}</title></rect>'
+        )
     if mark is not None:
         at = (mark + 1) / step * width
-        bars.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{_HEIGHT}"/>')
-    ends = f'<text x="0" y="{_HEIGHT + 14}">0</text><text x="{_WIDTH - 40}" y="{_HEIGHT + 14}">{top - 1:,}</text>'
-    return f'<svg width="{_WIDTH}" height="{_HEIGHT + 20}">{"".join(bars)}{ends}</svg>'
+        shapes.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{_HEIGHT}"/>')
+    ends = (
+        f'<text x="0" y="{_HEIGHT + 14}">0</text>'
+        f'<text x="{_WIDTH}" y="{_HEIGHT + 14}" text-anchor="end">{(bars - 1) * step:,} or more</text>'
+    )
+    return f'<svg width="{_WIDTH}" height="{_HEIGHT + 20}">{"".join(shapes)}{ends}</svg>'
 
 
 def _sample(part: Part) -> str:

@@ -55,7 +55,8 @@ def resize(
     """The part in a square of `size_px`, in `out` if given: enlarged bicubically, made smaller without aliasing.
 
     Interpolated to twice the size, and then the mean of 2 x 2: as near to Pillow's antialiased bicubic as Pillow's
-    bilinear is, in a quarter of its time. Above a factor of 2.5, where that would pass over pixels, the mean of the area.
+    bilinear is (near a factor of 2.5 a little less), in a quarter of its time. Above that, where interpolation would
+    pass over pixels, the mean of the area.
     """
     height, width = part.shape[:2]
     size, twice = (size_px, size_px), (2 * size_px, 2 * size_px)

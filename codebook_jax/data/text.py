@@ -70,7 +70,11 @@ class Tokenizer:
 
 
 def clean(caption: str) -> str:
-    """The caption in lower case without punctuation; hyphens and slashes become spaces (ALBEF)."""
+    """The caption in lower case without punctuation; hyphens and slashes become spaces (ALBEF).
+
+    Halves of characters, which JSON can hold and tokenizers refuse, are left out.
+    """
+    caption = caption.encode("utf-8", "ignore").decode("utf-8")
     caption = _PUNCTUATION.sub("", caption.lower())
     caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
     return " ".join(caption.split())

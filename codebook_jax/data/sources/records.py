@@ -22,7 +22,6 @@ from codebook_jax.errors import UserError
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
-DAMAGED = ("refuse", "skip")
 _INDEXES_HELD = 8
 _READER_OPTIONS = "readahead_buffer_size:0"  # records are read alone, in no order
 _READER_BUFFER_BYTES = 1 << 15
@@ -130,8 +129,6 @@ class Records:
 def open_records(request: Request) -> Records:
     """`records:FOLDER`: see the module."""
     damaged = request.settings.damaged_shards
-    if damaged not in DAMAGED:
-        raise UserError(f"config.data.damaged_shards={damaged!r} is neither refuse nor skip")
     manifest = read_manifest(request.place)
     return Records(request.place, manifest, merge=request.merge, damaged=damaged)
 

@@ -28,7 +28,6 @@ from codebook_jax.errors import UserError
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
-DAMAGED = ("refuse", "skip")
 _INDEXING_THREADS = 4  # they wait for the disk together; more of them get into each other's way
 _MOST_OPEN = 128
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -129,8 +128,6 @@ class Shards:
 def open_webdataset(request: Request) -> Shards:
     """`webdataset:PLACE`: a tar file, a folder of them, or several as `*.tar` or `{00000..00331}.tar`."""
     damaged = request.settings.damaged_shards
-    if damaged not in DAMAGED:
-        raise UserError(f"config.data.damaged_shards={damaged!r} is neither refuse nor skip")
     paths = shard_paths(request.place)
     return Shards(request.place, paths, request.options.get("caption_key"), damaged=damaged)
 
