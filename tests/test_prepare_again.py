@@ -156,16 +156,16 @@ def test_a_signal_in_the_first_process_is_an_exit_code(tmp_path, monkeypatch, ca
 
     def stopping(image, *options):
         if image.endswith("/6.jpg"):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
         return real(image, *options)
 
     monkeypatch.setattr(packing, "packed_picture", stopping)
-    before = signal.getsignal(signal.SIGINT)
-    assert pack(source, tmp_path / "packed") == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.getsignal(signal.SIGTERM)
+    assert pack(source, tmp_path / "packed") == 143
+    assert signal.getsignal(signal.SIGTERM) is before
     assert (
         capsys.readouterr().err
-        == "stopped by SIGINT: 1 shard is packed; the same command goes on\n"
+        == "stopped by SIGTERM: 1 shard is packed; the same command goes on\n"
     )
     monkeypatch.undo()
     assert pack(source, tmp_path / "packed") == 0
