@@ -10,7 +10,6 @@ import os
 import pickle
 import signal
 import stat
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +22,8 @@ from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.sources import Source
-from codebook_jax.data.stop import SIGNALS
+from codebook_jax.data.sources.texts import numbered
+from codebook_jax.data.stop import SIGNALS, end_with_parent
 from codebook_jax.errors import UserError
 
 _TASK = 128  # pictures that a process is given at once
@@ -140,11 +140,7 @@ def joined(parts: Sequence[Images], starts: Sequence[int]) -> Images:
 def _distinct(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """(the first record of every name, the name's number of every record), in the order of the source."""
     keys = np.fromiter((short_hash(source.name(at)) for at in range(len(source))), np.uint64, len(source))
-    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    places = np.empty(len(first), np.int32)
-    places[order] = np.arange(len(first), dtype=np.int32)
-    return first[order], places[which]
+    return numbered(keys)
 
 
 def short_hash(text: str) -> int:
@@ -190,7 +186,7 @@ def _start(source: bytes, decode: bool, least_side_px: int) -> None:
     global _own
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    end_with_parent()
     keep_quiet()
     _own = pickle.loads(source), decode, least_side_px
 
@@ -198,11 +194,6 @@ def _start(source: bytes, decode: bool, least_side_px: int) -> None:
 def keep_quiet() -> None:
     """What Pillow warns of is found here, or does no harm: broken EXIF blocks, a line each."""
     warnings.filterwarnings("ignore", module="PIL")
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _work(records: list[int]) -> list[_Found]:

@@ -8,11 +8,9 @@ be saved but the step.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
@@ -27,6 +25,7 @@ from codebook_jax.data.crops import random_crops
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.sources import Record, Source
 from codebook_jax.data.sources.mixture import training_order
+from codebook_jax.data.stop import end_with_parent
 from codebook_jax.data.text import Tokenizer, swap_left_right
 from codebook_jax.errors import UserError
 
@@ -320,19 +319,9 @@ def _start_resource_tracker() -> None:
 
 def _start_worker(index: int, count: int) -> None:
     """What a worker process does first: it leaves signals to the run, and does not outlive it."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGUSR1,
-    ):  # a terminal and a scheduler send them to every process
+    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to every process by a terminal, a scheduler
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # the run was killed and could not end its workers, which would wait for ever
-
-    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+    end_with_parent()
 
 
 def _say(sentence: str) -> None:

@@ -1,8 +1,10 @@
-"""Signals that end a long work on data: it leaves at once, with what it has kept."""
+"""How a long work on data ends before its end: by a signal, at once, with what it has kept; its workers with it."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -42,3 +44,13 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Sees to it that this worker process ends once the one that started it was killed, and could not end it."""
+    threading.Thread(target=_outlive_nobody, name="parent watch", daemon=True).start()
+
+
+def _outlive_nobody() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import pickle
 import signal
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ from typing import NamedTuple
 
 from codebook_jax.data.packing import Packing, Told, full_disk_named, write_shard
 from codebook_jax.data.sources import Source
+from codebook_jax.data.stop import end_with_parent
 from codebook_jax.errors import UserError
 from codebook_jax.prepare.folder import keep
 
@@ -117,7 +116,7 @@ def _work(job: Job, connection: Connection) -> None:
         signal.signal(
             number, signal.SIG_IGN
         )  # sent to every process; the first one ends the others
-    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    end_with_parent()
     warnings.filterwarnings("ignore", module="PIL")  # of broken EXIF blocks, a line each
     try:
         source = job.source()
@@ -131,8 +130,3 @@ def _work(job: Job, connection: Connection) -> None:
         connection.send(failure)
     except Exception:
         connection.send(traceback.format_exc())
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)  # it was killed and could not end this process, which would go on writing

@@ -12,6 +12,7 @@ import numpy as np
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.library_datasets import first_line, texts_in
 from codebook_jax.data.sources.record import Record, checked
+from codebook_jax.data.sources.texts import numbered
 from codebook_jax.errors import UserError
 
 _ROWS_AT_ONCE = 10_000
@@ -48,7 +49,7 @@ class Rows:
             raise UserError(_nothing(what, columns, table.features, bool(silent.all())))
         self._first, self._ids = np.arange(len(self._rows) + 1), None
         if self._keys is not None:
-            self._ids = _from_zero(_numbers(what, self._keys)[self._rows])
+            self._ids = numbered(_numbers(what, self._keys)[self._rows])[1]
             content.update(self._ids.astype("<i4").tobytes())
             if merge:
                 self._merge()
@@ -170,14 +171,6 @@ def _numbers(what: str, keys: Any) -> np.ndarray:
     without = numbers < 0
     numbers[without] = len(encoded.dictionary) + np.arange(without.sum())
     return numbers
-
-
-def _from_zero(numbers: np.ndarray) -> np.ndarray:
-    """int32: the numbers as from 0, in the order in which they first appear."""
-    _, first, which = np.unique(numbers, return_index=True, return_inverse=True)
-    places = np.empty(len(first), np.int32)
-    places[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
-    return places[which]
 
 
 def _nothing(what: str, columns: Columns, features: Any, silent: bool) -> str:

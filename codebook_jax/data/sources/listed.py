@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codebook_jax.data.sources.record import Record, checked
-from codebook_jax.data.sources.texts import Packer, Texts
+from codebook_jax.data.sources.texts import Packer, Texts, numbered
 from codebook_jax.errors import UserError
 
 
@@ -117,11 +117,7 @@ class _Summary:
 
     def ids(self) -> np.ndarray:
         """int32 [entries]: the number of each entry's key, from 0 in the order in which keys appear."""
-        keys = np.frombuffer(self._keys, np.int64)
-        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-        places = np.empty(len(first), np.int32)
-        places[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
-        return places[which]
+        return numbered(np.frombuffer(self._keys, np.int64))[1]
 
     def fingerprint(self) -> str:
         return self._digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Millions of short texts without a Python object each: what they hold is all the memory they take."""
+"""Millions of short texts, and of keys, without a Python object each: what they hold is all the memory they take."""
 
 from __future__ import annotations
 
@@ -37,3 +37,12 @@ class Packer:
     def texts(self) -> Texts:
         """What was added so far."""
         return Texts(bytes(self._packed), np.array(self._starts, np.int64))
+
+
+def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [kinds]: where each key first appears, int32 [keys]: its number), from 0 in the order of appearance."""
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    places = np.empty(len(first), np.int32)
+    places[order] = np.arange(len(first), dtype=np.int32)
+    return first[order], places[which]
