@@ -242,8 +242,8 @@ def amount(source: Source, global_batch: int, steps: int) -> list[str]:
     else:
         used += " pairs"
     epoch = f"an epoch is {len(source):,} pairs, {len(source) / global_batch:,.1f} steps; "
-    epochs = steps * global_batch / len(source)
-    epoch += f"{steps:,} steps are {epochs:.3g} epoch{'s' * (epochs != 1)}"
+    epochs = f"{steps * global_batch / len(source):.3g}"
+    epoch += f"{steps:,} steps are {epochs} epoch{'s' * (epochs != '1')}"
     sentences = [used, epoch]
     if isinstance(source, Mixture):
         weights = source.weights or [len(part) for part in source.sources]

@@ -128,9 +128,10 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
+        goes_on = "" if FLAGS.mode in DATA_MODES else ", it goes on from the newest checkpoint"
         return complain(
             f"no space left while writing {error.filename or FLAGS.workdir}: free some and start the same "
-            "command again, it goes on from the newest checkpoint"
+            f"command again{goes_on}"
         )
 
 
