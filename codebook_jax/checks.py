@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ml_collections
 
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, refuse_below
 from codebook_jax.models.layers import REMAT
 from codebook_jax.pretrained.start import specs
 
@@ -57,8 +57,7 @@ SHARES = (
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, with the field and its value, for what no run can be started with."""
     for name, minimum in LEAST.items():
-        if (value := _of(config, name)) < minimum:
-            raise UserError(f"config.{name}={value} is too small: give at least {minimum}")
+        refuse_below(name, _of(config, name), minimum)
     for name, allowed in CHOICES.items():
         if (value := _of(config, name)) not in allowed:
             raise UserError(f"config.{name}={value!r} is not one of {', '.join(allowed)}")

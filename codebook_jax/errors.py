@@ -1,5 +1,17 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and what several modules refuse or recognise alike."""
+
+from __future__ import annotations
+
+import errno
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 
 
 class UserError(Exception):
     """A user's mistake in one sentence: what was given, what is wrong, what to do. `main` prints it and exits 2."""
+
+
+def refuse_below(field: str, value: float, least: float) -> None:
+    """Raises UserError where a field of the config, by its dotted name, is below the least it can be."""
+    if value < least:
+        raise UserError(f"config.{field}={value} is too small: give at least {least}")

@@ -6,7 +6,6 @@ The only file that sees flags. A user's mistake ends it with one sentence on std
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from codebook_jax.errors import UserError
+from codebook_jax.errors import FULL_DISK, UserError
 
 DATA_MODES = ("prepare", "check-data")  # need no devices
 MODES = ("train", "import", "eval", "export", "show", *DATA_MODES)
@@ -27,7 +26,6 @@ WRONG_TYPES = (
     ("('Non-boolean argument", "needs true or false"),
     ("Failed to parse", "is a section: set its fields, as --config.SECTION.FIELD=value"),
 )
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read by glibc when a program starts
 
 Mode = Callable[[ConfigDict | None, Path], int | None]  # the exit code; None is 0

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import tensorboardX
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+
+from codebook_jax.data.progress import Bar, duration
+from codebook_jax.workdir import written_whole
 
 FILE = "metrics.jsonl"
 Scalar = int | float | str | None
@@ -123,20 +124,13 @@ class ProgressReport:
 
     def __init__(self, *, start: int, steps: int) -> None:
         self._steps, self._start, self._began = steps, start, time.monotonic()
-        self._bar, self._task = None, None
+        self._bar: Bar | None = None
         self._silent = jax.process_index() != 0
         self._pace: float | None = None
 
     def __enter__(self) -> ProgressReport:
         if not self._silent and sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("compiling", total=self._steps, completed=self._start)
-            self._bar.start()
+            self._bar = Bar(self._steps, self._start, "compiling")
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -145,7 +139,7 @@ class ProgressReport:
 
     def advance(self, step: int) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(step)
 
     def report(self, step: int, row: Mapping[str, Scalar]) -> None:
         """Shows a logged row: loss, pace, share of time that waits for data, time left."""
@@ -155,14 +149,14 @@ class ProgressReport:
         if step > self._start + 1:  # the first step compiles
             self._pace = step_s if self._pace is None else 0.7 * self._pace + 0.3 * step_s
         left = (
-            "" if self._pace is None else f"  {_duration((self._steps - step) * self._pace)} left"
+            "" if self._pace is None else f"  {duration((self._steps - step) * self._pace)} left"
         )
         text = (
             f"loss {_short(row['loss'])}  {step_s:.3g} s/step  {row['time/pairs_per_s']:.3g} pairs/s  "
             f"data wait {row['time/data_wait_share']:.0%}{left}"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(step, text)
         else:
             print(f"step {step:,}/{self._steps:,}  {text}", file=sys.stderr, flush=True)
 
@@ -174,12 +168,8 @@ def _cut(path: Path, step: int, redo_evaluation: bool) -> None:
     rows = [row for row in read_rows(path) if row["step"] <= step]
     if redo_evaluation:
         rows = [row for row in rows if row["step"] < step or not is_evaluation(row)]
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "w", encoding="utf-8") as file:
+    with written_whole(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _value(scalar: Any) -> Scalar:
@@ -191,11 +181,3 @@ def _value(scalar: Any) -> Scalar:
 
 def _short(value: Scalar) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_collections
 
@@ -66,15 +68,46 @@ PACKAGES = (
 
 def write_json(path: Path | str, value: Any) -> None:
     """Writes `value` as JSON so that a reader sees the old file or the new one, never a part."""
+    with written_whole(path) as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[str]]:
+    """A text file, in UTF-8, that gets its name once it is written to its end; `errors` are those of `open`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with open(draft, "w", encoding="utf-8", errors=errors, newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> list[str]:
+    """The names in a folder that a mode of another kind writes to, sorted; raises UserError where it holds other things.
+
+    Hidden files are nobody's. `purpose` ends a sentence: "to pack into".
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file: give a folder {purpose}")
+    names = sorted(os.listdir(workdir)) if workdir.exists() else []
+    if RECORD in names:
+        raise UserError(
+            f"--workdir={workdir} holds a training run ({RECORD}): give another folder {purpose}"
+        )
+    foreign = [name for name in names if not (name.startswith(".") or is_own(name))]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(
+            f"--workdir={workdir} holds other files ({foreign[0]}{more}): give an empty folder {purpose}"
+        )
+    return names
 
 
 def read_record(workdir: Path | str) -> dict[str, Any] | None:

@@ -150,8 +150,8 @@ def test_a_worker_that_is_killed_is_told_of_in_a_sentence(server, tmp_path):
     wait_for(lambda: group_is_gone(pid), "the end of the other worker")
 
 
-def test_a_signal_in_the_first_process_is_an_exit_code(tmp_path, monkeypatch, capsys):
-    source = write_many(tmp_path / "pictures", 12)
+def stop_in_the_second_shard(monkeypatch):
+    """SIGTERM arrives at the third picture of the second shard."""
     real = packing.packed_picture
 
     def stopping(image, *options):
@@ -160,6 +160,11 @@ def test_a_signal_in_the_first_process_is_an_exit_code(tmp_path, monkeypatch, ca
         return real(image, *options)
 
     monkeypatch.setattr(packing, "packed_picture", stopping)
+
+
+def test_a_signal_in_the_first_process_is_an_exit_code(tmp_path, monkeypatch, capsys):
+    source = write_many(tmp_path / "pictures", 12)
+    stop_in_the_second_shard(monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     assert pack(source, tmp_path / "packed") == 143
     assert signal.getsignal(signal.SIGTERM) is before
@@ -176,14 +181,7 @@ def begun(tmp_path, monkeypatch):
     """A source of 12 pictures, and a folder that holds its first shard."""
     source = write_many(tmp_path / "pictures", 12)
     monkeypatch.setattr(prepare, "shard_count", lambda *_: 3)
-    real = packing.packed_picture
-
-    def stopping(image, *options):
-        if image.endswith("/6.jpg"):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(image, *options)
-
-    monkeypatch.setattr(packing, "packed_picture", stopping)
+    stop_in_the_second_shard(monkeypatch)
     assert pack(source, tmp_path / "packed") == 143
     monkeypatch.undo()
     return source, tmp_path / "packed"

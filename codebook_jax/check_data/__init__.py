@@ -29,8 +29,8 @@ from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.opening import split_specs
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, open_tokenizer
-from codebook_jax.errors import UserError
-from codebook_jax.workdir import write_json
+from codebook_jax.errors import UserError, refuse_below
+from codebook_jax.workdir import check_folder, write_json, written_whole
 
 _ROWS = {  # of the table: name of a count -> what it says
     "listed": "listed records",
@@ -56,7 +56,7 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     """
     _check(config)
     workdir = Path(workdir)
-    outputs.check_folder(workdir)
+    check_folder(workdir, outputs.is_own, "for the report")
     try:
         with stoppable(), warnings.catch_warnings():
             keep_quiet()
@@ -88,8 +88,7 @@ def _checked(config: ml_collections.ConfigDict, workdir: Path) -> int:
 def _check(config: ml_collections.ConfigDict) -> None:
     given = config.check
     for name, least in (("processes", 0), ("least_side_px", 0), ("near_bits", 0)):
-        if given[name] < least:
-            raise UserError(f"config.check.{name}={given[name]} is too small: give at least {least}")
+        refuse_below(f"check.{name}", given[name], least)
     if given.near_bits > 15:
         raise UserError(
             f"config.check.near_bits={given.near_bits} of 64 calls unlike pictures alike: give at most 15"
@@ -215,7 +214,7 @@ def _write(
     outputs.write_usable(workdir / USABLE, trained[1:] or trained, root)
     single = [part for part in parts if not isinstance(part.source, Mixture)]
     outputs.write_skipped(workdir / outputs.SKIPPED, single)
-    with outputs.written_whole(workdir / outputs.PAGE) as file:
+    with written_whole(workdir / outputs.PAGE, errors=outputs.ERRORS) as file:
         file.write(page("The data", rows, parts, leaks, max_tokens))
     write_json(
         workdir / CHECK,

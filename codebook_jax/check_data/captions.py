@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codebook_jax.check_data.inspection import short_hash
 from codebook_jax.data.sources import Source
+from codebook_jax.data.sources.texts import short_hash
 from codebook_jax.data.text import Tokenizer, clean
 
 LONGEST = 512  # tokens that are told apart

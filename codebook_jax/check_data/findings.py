@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codebook_jax.check_data.captions import Captions, Said, compared_captions, joined_captions
-from codebook_jax.check_data.inspection import Images, Status, joined, short_hash
+from codebook_jax.check_data.inspection import Images, Status, joined
 from codebook_jax.check_data.likeness import earlier_twin, first_match
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.mixture import Mixture
+from codebook_jax.data.sources.texts import short_hash
 
 _EXAMPLES = 10  # repeated captions that are kept
 _LEAST_STEM, _LEAST_DIGITS = 8, 6  # characters

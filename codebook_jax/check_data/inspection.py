@@ -22,7 +22,7 @@ from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.sources import Source
-from codebook_jax.data.sources.texts import numbered
+from codebook_jax.data.sources.texts import numbered, short_hash
 from codebook_jax.data.stop import SIGNALS, end_with_parent
 from codebook_jax.errors import UserError
 
@@ -143,12 +143,6 @@ def _distinct(source: Source) -> tuple[np.ndarray, np.ndarray]:
     return numbered(keys)
 
 
-def short_hash(text: str) -> int:
-    """64 bits of a text's hash."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
 def _inspected(
     source: Source, records: np.ndarray, processes: int, decode: bool, least_side_px: int
 ) -> Iterator[tuple[int, list[_Found]]]:
@@ -237,23 +231,12 @@ def _unreadable(path: str) -> _Found | None:
 def _looked_at(image: np.ndarray | bytes | str, least_side_px: int) -> _Found:
     """Raises UnreadableImage for what cannot be decoded to its end."""
     name = image if isinstance(image, str) else "the picture"
-    if isinstance(image, str):
-        try:
-            with open(image, "rb") as file:
-                content = file.read()
-        except OSError as failure:
-            raise UnreadableImage(f"{name}: {failure.strerror}") from failure
-    else:
-        content = image
-    try:
-        picture = Picture(content)
-        short = min(picture.height, picture.width)
-        if not short:
-            raise UnreadableImage(f"{picture.width} x {picture.height} pixels are none")
-        pixels = picture.pixels(max(by for by in picture.shrinks if by == 1 or short >= by * _LOOK_PX))
-    except UnreadableImage as failure:
-        why = str(failure).rpartition(": ")[2] if isinstance(content, bytes) else str(failure)
-        raise UnreadableImage(f"{name}: {why}") from failure
+    picture = Picture(image, name)
+    short = min(picture.height, picture.width)
+    if not short:
+        raise UnreadableImage(f"{name}: {picture.width} x {picture.height} pixels are none")
+    pixels = picture.pixels(max(by for by in picture.shrinks if by == 1 or short >= by * _LOOK_PX))
+    content = picture.content
     sha256 = hashlib.sha256(content if isinstance(content, bytes) else np.ascontiguousarray(content))
     grey = Image.fromarray(pixels).convert("L")
     look = np.packbits(imagehash.phash(grey).hash.ravel()).view(">u8")[0]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,28 +14,15 @@ from codebook_jax.check_data.findings import Part
 from codebook_jax.check_data.inspection import is_of_files
 from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.errors import UserError
-from codebook_jax.workdir import RECORD
+from codebook_jax.workdir import written_whole
 
 SKIPPED, PAGE = "skipped.tsv", "report.html"
+ERRORS = "backslashreplace"  # half characters of names and captions
 
 
-def check_folder(workdir: Path) -> None:
-    """Raises UserError where the folder holds something else than an earlier check."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file: give a folder for the report")
-    names = os.listdir(workdir) if workdir.exists() else []
-    if RECORD in names:
-        raise UserError(
-            f"--workdir={workdir} holds a training run ({RECORD}): give another folder for the report"
-        )
-    foreign = sorted({*names} - {CHECK, USABLE, SKIPPED, PAGE})
-    foreign = [name for name in foreign if not name.startswith(".")]
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise UserError(
-            f"--workdir={workdir} holds other files ({foreign[0]}{more}): give an empty folder for the report"
-        )
+def is_own(name: str) -> bool:
+    """Whether an earlier check has left a file of this name."""
+    return name in (CHECK, USABLE, SKIPPED, PAGE)
 
 
 def image_root(training: Part) -> str | None:
@@ -56,7 +42,7 @@ def write_usable(path: Path, parts: Sequence[Part], root: str | None) -> None:
     `parts` are the sources of a mixture, or the one source; images of two are never the same one.
     """
     first_id = 0
-    with written_whole(path) as file:
+    with written_whole(path, errors=ERRORS) as file:
         for part in parts:
             for record in np.flatnonzero(part.usable_records).tolist():
                 entry = _place(part, record) if root is None else _pair(part, record, root, first_id)
@@ -66,7 +52,7 @@ def write_usable(path: Path, parts: Sequence[Part], root: str | None) -> None:
 
 def write_skipped(path: Path, parts: Sequence[Part]) -> None:
     """source, name, reason of each record that is not usable, with tabs between."""
-    with written_whole(path) as file:
+    with written_whole(path, errors=ERRORS) as file:
         for part in parts:
             for name, reason in (*part.source.left_out, *_unusable(part)):
                 fields = (part.label, name, reason)
@@ -76,19 +62,6 @@ def write_skipped(path: Path, parts: Sequence[Part]) -> None:
 def _unusable(part: Part) -> Iterator[tuple[str, str]]:
     for record in np.flatnonzero(~part.usable_records).tolist():
         yield part.source.name(record), part.images.reasons[int(part.images.which[record])]
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[str]]:
-    """A text file that gets its name once it is written to its end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _pair(part: Part, record: int, root: str, first_id: int) -> dict[str, Any]:

@@ -24,8 +24,15 @@ class UnreadableImage(Exception):
 class Picture:
     """A picture whose size is known and whose pixels are not decoded yet."""
 
-    def __init__(self, image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike) -> None:
-        """Takes an array, the bytes of a file, or its path; raises UnreadableImage for what is no picture."""
+    def __init__(
+        self,
+        image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike,
+        name: str | None = None,
+    ) -> None:
+        """Takes an array, the bytes of a file, or its path; raises UnreadableImage for what is no picture.
+
+        `name` (None: the path, or how many bytes) is what its sentence calls the picture.
+        """
         self._array, self._content, self._pillow = None, b"", None
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -35,7 +42,7 @@ class Picture:
             self._array = image
             self.height, self.width = image.shape[:2]
             return
-        self._name = f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image)
+        self._name = name or (f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image))
         with _saying(self._name):
             self._content = image if isinstance(image, bytes) else _read(image)
             if not self._content:
@@ -76,6 +83,11 @@ class Picture:
         if pixels.shape[:2] != size:
             pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BOX))
         return pixels
+
+    @property
+    def content(self) -> bytes | np.ndarray:
+        """The bytes of the file; the array where there is none."""
+        return self._content or self._array
 
     @property
     def shrinks(self) -> tuple[int, ...]:

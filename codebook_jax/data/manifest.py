@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from codebook_jax.data.packing import Receipt, file_sha256, index_name, shard_name
 from codebook_jax.errors import UserError
-from codebook_jax.workdir import write_json
+from codebook_jax.workdir import write_json, written_whole
 
 MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
 PROGRESS = ".progress"  # the folder of what is known until the manifest is written
@@ -198,16 +197,8 @@ def _write_skipped(
     path: Path, left_out: Sequence[tuple[str, str]], receipts: Sequence[Receipt]
 ) -> str:
     """Writes the lines of all that is left out; their hash."""
-    sha256 = hashlib.sha256()
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "wb") as file:
+    with written_whole(path, errors="backslashreplace") as file:
         for rows in (left_out, *(receipt.skipped for receipt in receipts)):
             for row in rows:
-                fields = (re.sub(r"[\t\r\n]+", " ", field) for field in row)
-                line = ("\t".join(fields) + "\n").encode("utf-8", "backslashreplace")
-                sha256.update(line)
-                file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    return sha256.hexdigest()
+                file.write("\t".join(re.sub(r"[\t\r\n]+", " ", field) for field in row) + "\n")
+    return file_sha256(path)

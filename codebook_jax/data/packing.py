@@ -17,7 +17,6 @@ is written follows from the source and the options alone: two runs leave the sam
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -32,13 +31,12 @@ import numpy as np
 from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
-from codebook_jax.errors import UserError
+from codebook_jax.errors import FULL_DISK, UserError
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources.record import Record, Source
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _LONGEST_JPEG_PX = 65_500  # libjpeg's
 _TOLD_EVERY = 64  # records
 
@@ -248,8 +246,8 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as failure:
-        full = getattr(failure, "errno", None) in _FULL_DISK
-        if not full and not any(os.strerror(number) in str(failure) for number in _FULL_DISK):
+        full = getattr(failure, "errno", None) in FULL_DISK
+        if not full and not any(os.strerror(number) in str(failure) for number in FULL_DISK):
             raise
         raise UserError(
             f"no space left while writing shards to {folder}: free some and start the same command again, it goes on "

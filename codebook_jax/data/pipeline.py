@@ -27,7 +27,7 @@ from codebook_jax.data.sources import Record, Source
 from codebook_jax.data.sources.mixture import training_order
 from codebook_jax.data.stop import end_with_parent
 from codebook_jax.data.text import Tokenizer, swap_left_right
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, refuse_below
 
 MOST_SUBSTITUTES = 1000  # records in a row that may be unreadable
 _NAMED = 3  # unreadable images that a stream names
@@ -71,8 +71,7 @@ def training_batches(
         ("threads", threads, 1),
         ("prefetch", prefetch, 1),
     ):
-        if value < least:
-            raise UserError(f"config.data.{name}={value} is too small: give at least {least}")
+        refuse_below(f"data.{name}", value, least)
     if len(source) == 0:
         raise UserError(f"{source!r} has no records to train on")
     maker = _Maker(

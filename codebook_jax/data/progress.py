@@ -5,11 +5,31 @@ from __future__ import annotations
 import sys
 import time
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
 _EVERY_S = 30.0
+
+
+class Bar:
+    """A bar on stderr, for a terminal, with how many of `total` are done and a text."""
+
+    def __init__(self, total: int, done: int, text: str) -> None:
+        columns = (
+            rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.description}"),
+        )
+        self._bar = rich.progress.Progress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task(text, total=total, completed=done)
+        self._bar.start()
+
+    def update(self, done: int, text: str | None = None) -> None:
+        """Shows how many are done; without a text, that of before."""
+        self._bar.update(self._task, completed=done, description=text)
+
+    def stop(self) -> None:
+        self._bar.stop()
 
 
 class Progress:
@@ -22,18 +42,11 @@ class Progress:
         self._verb, self._unit, self._total = verb, unit, total
         self._before, self._done, self._skipped = done, done, skipped
         self._began = self._said = time.monotonic()
-        self._bar, self._task = None, None
+        self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Bar(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("starting", total=self._total, completed=self._done)
-            self._bar.start()
+            self._bar = Bar(self._total, self._done, "starting")
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -45,7 +58,7 @@ class Progress:
         self._done, self._skipped = self._done + count, self._skipped + skipped
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=self._text(now))
+            self._bar.update(self._done, self._text(now))
         elif now - self._said >= _EVERY_S:
             self._said = now
             counts = f"{self._verb} {self._done:,}/{self._total:,}"
@@ -54,11 +67,14 @@ class Progress:
     def _text(self, now: float) -> str:
         pace = (self._done - self._before) / max(now - self._began, 1e-9)
         bad = f"  {self._skipped:,} skipped" if self._skipped else ""
-        left = f"  {_duration((self._total - self._done) / pace)} left" if pace else ""
+        left = f"  {duration((self._total - self._done) / pace)} left" if pace else ""
         return f"{pace:,.0f} {self._unit}/s{bad}{left}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in the largest unit that leaves a number above one."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

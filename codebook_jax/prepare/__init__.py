@@ -21,7 +21,7 @@ from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import ROLES, Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.stop import Stopped, stoppable
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, refuse_below
 from codebook_jax.prepare import beam, workers
 from codebook_jax.prepare.folder import Folder
 
@@ -53,10 +53,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
     if not 1 <= given.quality <= 100:
         raise UserError(f"config.prepare.quality={given.quality} is not between 1 and 100")
     for name, least in (("side_px", 0), ("shard_records", 1), ("processes", 0)):
-        if given[name] < least:
-            raise UserError(
-                f"config.prepare.{name}={given[name]} is too small: give at least {least}"
-            )
+        refuse_below(f"prepare.{name}", given[name], least)
     if given.beam_options and not given.beam_runner:
         raise UserError(
             f"config.prepare.beam_options={given.beam_options!r} is for Apache Beam: name its runner too, as "

@@ -26,7 +26,7 @@ from codebook_jax.data.manifest import (
 from codebook_jax.data.packing import Receipt, index_name, shard_name
 from codebook_jax.data.progress import Progress
 from codebook_jax.errors import UserError
-from codebook_jax.workdir import RECORD, write_json
+from codebook_jax.workdir import check_folder, write_json
 
 LOCK, PLAN, SOURCE = ".lock", "plan.json", "source.pickle"
 
@@ -49,20 +49,8 @@ class Folder:
 
     def check(self) -> None:
         """Raises UserError where the folder holds something else."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--workdir={self.path} is a file: give a folder to pack into")
-        names = sorted(os.listdir(self.path)) if self.path.exists() else []
-        if RECORD in names:
-            raise UserError(
-                f"--workdir={self.path} holds a training run ({RECORD}): give another folder to pack into"
-            )
+        names = check_folder(self.path, _is_own, "to pack into")
         visible = [name for name in names if not name.startswith(".")]
-        foreign = [name for name in visible if not _is_own(name)]
-        if foreign:
-            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            raise UserError(
-                f"--workdir={self.path} holds other files ({foreign[0]}{more}): give an empty folder to pack into"
-            )
         if visible and MANIFEST not in names and not (self.path / PROGRESS / PLAN).exists():
             raise UserError(
                 f"--workdir={self.path} holds shards ({visible[0]}, ...) without {MANIFEST}, which say nothing of what "

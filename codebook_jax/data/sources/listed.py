@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codebook_jax.data.sources.record import Record, checked
-from codebook_jax.data.sources.texts import Packer, Texts, numbered
+from codebook_jax.data.sources.texts import Packer, Texts, numbered, short_hash
 from codebook_jax.errors import UserError
 
 
@@ -104,20 +104,19 @@ class _Summary:
 
     def __init__(self, form: str) -> None:
         self._digest = hashlib.sha256(f"{form} 1".encode())
-        self._keys = array("q")  # 64 bits of a hash each: a table of millions of keys takes gigabytes
+        self._keys = array("Q")  # 64 bits of a hash each: a table of millions of keys takes gigabytes
 
     def of(self, entries: Iterable[Entry]) -> Iterable[Entry]:
         for entry in entries:
             key = entry.image if entry.key is None else entry.key
             content = repr((entry.image, entry.captions, key))
             self._digest.update(content.encode("utf-8", "surrogatepass"))
-            short = hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8)
-            self._keys.append(int.from_bytes(short.digest(), "little", signed=True))
+            self._keys.append(short_hash(repr(key)))
             yield entry
 
     def ids(self) -> np.ndarray:
         """int32 [entries]: the number of each entry's key, from 0 in the order in which keys appear."""
-        return numbered(np.frombuffer(self._keys, np.int64))[1]
+        return numbered(np.frombuffer(self._keys, np.uint64))[1]
 
     def fingerprint(self) -> str:
         return self._digest.hexdigest()

@@ -145,13 +145,11 @@ def forms() -> str:
 
 def _open(spec: str, role: str, settings: Settings) -> tuple[Source, float | None]:
     """The source, and its weight in a mixture."""
-    name, _, rest = spec.partition("?") if spec.startswith("scenes?") else spec.partition(":")
+    name, rest = re.match(r"(?:(\w+)(?::|(?=\?)|$))?(.*)", spec, re.DOTALL).groups()
     scheme = SCHEMES.get(name)
-    if scheme is None or (not rest and name != "scenes"):
+    if scheme is None or (name != "scenes" and not rest.partition("?")[0]):
         hint = f"did you mean json:{spec}" if spec.endswith((".json", ".jsonl")) else f"use {forms()}"
         raise UserError(f"{spec!r} names no source of {role} data: {hint}")
-    if spec.startswith("scenes?"):
-        rest = f"?{rest}"
     place, options = _options(spec, rest, scheme.options)
     weight = _weight(spec, options.pop("weight", None))
     return scheme.open(Request(place, options, role, settings)), weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 
 import numpy as np
@@ -46,3 +47,9 @@ def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     places = np.empty(len(first), np.int32)
     places[order] = np.arange(len(first), dtype=np.int32)
     return first[order], places[which]
+
+
+def short_hash(text: str) -> int:
+    """64 bits of a text's hash."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
