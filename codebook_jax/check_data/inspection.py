@@ -8,7 +8,6 @@ import hashlib
 import multiprocessing
 import os
 import pickle
-import signal
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from PIL import Image
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.texts import numbered, short_hash
-from codebook_jax.data.stop import SIGNALS, end_with_parent
+from codebook_jax.data.stop import serve_parent
 from codebook_jax.errors import UserError
 
 _TASK = 128  # pictures that a process is given at once
@@ -178,9 +177,7 @@ _own: tuple[Source, bool, int]  # of a worker process
 def _start(source: bytes, decode: bool, least_side_px: int) -> None:
     """What a worker process does first: it leaves signals to the first one, and does not outlive it."""
     global _own
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    serve_parent()
     keep_quiet()
     _own = pickle.loads(source), decode, least_side_px
 

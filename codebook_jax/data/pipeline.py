@@ -25,7 +25,7 @@ from codebook_jax.data.crops import random_crops
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.sources import Record, Source
 from codebook_jax.data.sources.mixture import training_order
-from codebook_jax.data.stop import end_with_parent
+from codebook_jax.data.stop import serve_parent
 from codebook_jax.data.text import Tokenizer, swap_left_right
 from codebook_jax.errors import UserError, refuse_below
 
@@ -317,10 +317,8 @@ def _start_resource_tracker() -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """What a worker process does first: it leaves signals to the run, and does not outlive it."""
-    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to every process by a terminal, a scheduler
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    """What a worker process does first, as Grain calls it."""
+    serve_parent((signal.SIGINT, signal.SIGUSR1))
 
 
 def _say(sentence: str) -> None:

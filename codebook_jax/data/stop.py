@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -46,11 +46,16 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_with_parent() -> None:
-    """Sees to it that this worker process ends once the one that started it was killed, and could not end it."""
+def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:
+    """What a worker process does first: it leaves these signals to its parent, which ends it, and does not outlive it.
+
+    A terminal and a scheduler send them to every process.
+    """
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_outlive_nobody, name="parent watch", daemon=True).start()
 
 
 def _outlive_nobody() -> None:
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os._exit(1)  # it was killed, and could not end this process

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from codebook_jax.data.packing import Packing, Told, full_disk_named, write_shard
 from codebook_jax.data.sources import Source
-from codebook_jax.data.stop import end_with_parent
+from codebook_jax.data.stop import serve_parent
 from codebook_jax.errors import UserError
 from codebook_jax.prepare.folder import keep
 
@@ -112,11 +112,7 @@ def _died(code: int | None, count: int) -> str:
 
 def _work(job: Job, connection: Connection) -> None:
     """What a process does: packs the shards it is told to, until it is told None."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # sent to every process; the first one ends the others
-    end_with_parent()
+    serve_parent()
     warnings.filterwarnings("ignore", module="PIL")  # of broken EXIF blocks, a line each
     try:
         source = job.source()
