@@ -1,0 +1,162 @@
+"""Starts N processes of one run on this machine: for tests, and for boxes with several GPUs.
+
+    python launch/local.py --processes=2 -- python -m codebook_jax.main --config=configs/base.py:tiny --workdir=runs/two
+
+Each line of output begins with the number of its process. SIGTERM, SIGINT and SIGUSR1 go on to all of them. When one
+fails, the others have `--grace` seconds to end by themselves. `--restarts=R` then starts all of them again, up to R
+times, unless it was a user's mistake (exit code 2). The exit code is that of the first that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+USERS_MISTAKE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parsed(argv)
+    for attempt in range(options.restarts + 1):
+        group = Group(options)
+        code = group.run()
+        if code in (0, USERS_MISTAKE) or group.signalled or attempt == options.restarts:
+            return code
+        print(f"local.py: starting all {options.processes} again ({attempt + 1} of {options.restarts})", flush=True)
+    raise AssertionError("the loop returns")
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, required=True, help="how many to start")
+    parser.add_argument(
+        "--devices", type=int, default=0, help="virtual devices of each on a CPU; 0: those there are"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs of this machine to divide among them; 0: each sees all"
+    )
+    parser.add_argument("--restarts", type=int, default=0, help="how often to start again after a failure")
+    parser.add_argument("--grace", type=float, default=60.0, help="seconds for the others after one failed")
+    parser.add_argument("--port", type=int, default=0, help="of process 0; 0: a free one")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what to start")
+    options = parser.parse_args(argv)
+    if options.command[:1] == ["--"]:
+        del options.command[0]
+    if not options.command:
+        parser.error("a command is missing: give it after --, as -- python -m codebook_jax.main --config=...")
+    if options.processes < 1:
+        parser.error(f"--processes={options.processes}: give at least 1")
+    if options.gpus % options.processes:
+        parser.error(f"--gpus={options.gpus} does not divide among --processes={options.processes}")
+    return options
+
+
+class Group:
+    """The processes of one start."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.signalled = False
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def run(self) -> int:
+        """Starts all, waits for all; the exit code of the first that failed, 0 when none did."""
+        port = self.options.port or free_port()
+        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
+        try:
+            for own in range(self.options.processes):
+                given = {**os.environ, **environment(self.options, port, own, os.environ)}
+                self._running.append(
+                    subprocess.Popen(
+                        self.options.command, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                    )
+                )
+            echoes = [
+                threading.Thread(target=_echo, args=(own, process), daemon=True)
+                for own, process in enumerate(self._running)
+            ]
+            for echo in echoes:
+                echo.start()
+            code = self._wait()
+            for echo in echoes:
+                echo.join(timeout=5)
+            return code
+        finally:
+            for process in self._running:
+                if process.poll() is None:
+                    process.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _wait(self) -> int:
+        first, until = 0, None
+        while (alive := [process for process in self._running if process.poll() is None]) or until is None:
+            failed = [(own, p.returncode) for own, p in enumerate(self._running) if p.returncode not in (None, 0)]
+            if failed and until is None:
+                own, first = failed[0]
+                until = time.monotonic() + self.options.grace
+                print(f"local.py: process {own} {_ending(first)}", flush=True)
+            if not alive:
+                break
+            if until is not None and time.monotonic() > until:
+                print(f"local.py: {len(alive)} did not end in {self.options.grace:.0f} s and are killed", flush=True)
+                for process in alive:
+                    process.kill()
+                    process.wait()
+            time.sleep(0.05)
+        return first if first >= 0 else 128 - first
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.signalled = True
+        for process in self._running:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def environment(
+    options: argparse.Namespace, port: int, own: int, given: Mapping[str, str]
+) -> dict[str, str]:
+    """What process `own` is told of the run."""
+    told = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(options.processes),
+        "JAX_PROCESS_ID": str(own),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if options.devices:
+        flag = f"--xla_force_host_platform_device_count={options.devices}"
+        told |= {"XLA_FLAGS": f"{given.get('XLA_FLAGS', '')} {flag}".strip(), "JAX_PLATFORMS": "cpu"}
+    if options.gpus:
+        each = options.gpus // options.processes
+        told["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(own * each + gpu) for gpu in range(each))
+    return told
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _echo(own: int, process: subprocess.Popen[bytes]) -> None:
+    for line in process.stdout:
+        sys.stdout.buffer.write(f"[{own}] ".encode() + line)
+        sys.stdout.buffer.flush()
+
+
+def _ending(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

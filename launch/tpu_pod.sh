@@ -1,0 +1,361 @@
+#!/bin/bash
+# A run on a Cloud TPU slice: requests the slice, installs, starts on all workers, starts again what was preempted.
+
+set -euo pipefail
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+readonly HERE MISTAKE=2 PREEMPTED=75 # exit codes of main
+readonly PATIENCE=20                 # how often in a row the workers may be out of reach
+
+usage() {
+    cat <<'TEXT'
+bash launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION ...] [-- ARGUMENT OF codebook_jax.main ...]
+
+  run      requests the slice or takes the one of that name, installs, starts on all workers, shows the log of
+           worker 0 until the run ends. If the slice is preempted it is requested anew and the same command started
+           again, which goes on from the newest checkpoint. If the run is going on already, as after this command
+           was interrupted, it is only watched.
+  create   the slice and the installation alone
+  attach   shows the log of a run that goes on, and says how it ended; starts nothing
+  status   the state of the slice, and of the run on each worker
+  stop     has the run save and end; the slice stays, and costs
+  delete   the slice and its request
+
+  --project=ID            of Google Cloud (else that of gcloud)
+  --type=TYPE             accelerator type, as v5litepod-16 (run, create)
+  --runtime=VERSION       software of the TPU machines, as v2-alpha-tpuv5-lite (run, create)
+  --spot                  a slice that costs less and may be taken away
+  --create-flag=FLAG      a further flag for `gcloud compute tpus queued-resources create`; may be repeated
+  --source=SOURCE         a checkout, or git+https://HOST/REPOSITORY[@REF] (the checkout of this script)
+  --mount=bucket:NAME     mounts a bucket by gcsfuse, or --mount=nfs:HOST:/SHARE an NFS share as Filestore's,
+  --mount-at=FOLDER       there, on all workers (/mnt/codebook): the place for --workdir
+  --max-restarts=N        how often a run that failed, other than by preemption, is started again (5)
+  --delete-when-done      deletes the slice after the last step
+  --poll=SECONDS          between two looks at the slice (30)
+  --dry-run               prints every command for a slice that does not exist yet, and runs none
+
+  bash launch/tpu_pod.sh run --name=first --zone=us-west4-a --type=v5litepod-16 --runtime=v2-alpha-tpuv5-lite \
+      --spot --mount=bucket:my-runs -- --config=configs/base.py --workdir=/mnt/codebook/first
+TEXT
+}
+
+complain() {
+    printf 'error: %s\n' "$1" >&2
+    exit "$MISTAKE"
+}
+
+say() { [[ -n $DRY_RUN ]] || printf '%s: %s\n' "$NAME" "$1" >&2; }
+
+give_up() {
+    say "$1; the run may be going on: the same command watches it again"
+    exit 1
+}
+
+# Runs the words as a command; in a dry run prints them instead, as one could type them.
+act() {
+    if [[ -n $DRY_RUN ]]; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@" </dev/null # ssh would read what is typed here
+    fi
+}
+
+tpus() {
+    local words=(gcloud compute tpus "$@" "--zone=$ZONE")
+    [[ -z $PROJECT ]] || words+=("--project=$PROJECT")
+    act "${words[@]}"
+}
+
+copy_to_workers() { tpus tpu-vm scp "$1" "$NAME:$2" --worker=all; }
+
+# on_worker WHICH COMMAND [ARGUMENT ...] of tpu_worker.sh; the remote shell takes the quotes off once.
+on_worker() {
+    local which=$1 command="bash tpu_worker.sh"
+    shift
+    command+=$(printf ' %q' "$@")
+    tpus tpu-vm ssh "$NAME" "--worker=$which" "--command=$command"
+}
+
+# Sets SLICE: NONE, or what Google calls the state of the request. Fails where that cannot be known.
+look_at_slice() {
+    local look=(queued-resources describe "$NAME" '--format=value(state.state)') said
+    if [[ -n $DRY_RUN ]]; then
+        tpus "${look[@]}"
+        SLICE=$ASSUMED
+    elif said=$(tpus "${look[@]}" 2>"$SCRATCH/said"); then
+        SLICE=${said:-UNKNOWN}
+    elif grep -qiE 'not[ _]found' "$SCRATCH/said"; then
+        SLICE=NONE
+    else
+        cat "$SCRATCH/said" >&2
+        return 1
+    fi
+}
+
+create_slice() {
+    local words=(queued-resources create "$NAME" "--node-id=$NAME" "--accelerator-type=$TYPE" "--runtime-version=$RUNTIME")
+    [[ -z $SPOT ]] || words+=(--spot)
+    tpus "${words[@]}" ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"}
+    ASSUMED=ACTIVE
+}
+
+delete_slice() { tpus queued-resources delete "$NAME" --force --quiet; }
+
+# Returns when the slice is there; requests it if need be.
+await_slice() {
+    local before='' away=0
+    while ((away < PATIENCE)); do
+        if ! look_at_slice; then
+            [[ -n $SLICE ]] || exit 1 # not even once: the zone, the project or the login is wrong
+            away=$((away + 1))
+            sleep "$POLL"
+            continue
+        fi
+        away=0
+        [[ $SLICE == "$before" ]] || say "the slice is $SLICE"
+        before=$SLICE
+        case $SLICE in
+            ACTIVE) return ;;
+            NONE) create_slice ;;
+            SUSPENDED) delete_slice ;; # preempted; a request serves once
+            FAILED)
+                tpus queued-resources describe "$NAME" >&2 || true
+                say "the request failed; after a look at why: bash launch/tpu_pod.sh delete --name=$NAME --zone=$ZONE"
+                exit 1
+                ;;
+            *) sleep "$POLL" ;;
+        esac
+    done
+    give_up "Google Cloud cannot be reached"
+}
+
+pack_source() {
+    [[ ! -e $SCRATCH/source.tar.gz ]] || return 0 # a restart has the code of the start
+    local tar_it=(tar -czf "$SCRATCH/source.tar.gz" -C "$SOURCE")
+    if [[ -n $DRY_RUN ]]; then
+        act "${tar_it[@]}" .
+    elif [[ -d $SOURCE/.git ]]; then # what git does not ignore, and its record of the commit
+        git -C "$SOURCE" ls-files -z --cached --others --exclude-standard |
+            while IFS= read -r -d '' file; do
+                [[ ! -e $SOURCE/$file ]] || printf '%s\0' "$file"
+            done >"$SCRATCH/files"
+        printf '.git\0' >>"$SCRATCH/files"
+        "${tar_it[@]}" --null -T "$SCRATCH/files"
+    else
+        "${tar_it[@]}" --exclude=.venv --exclude=__pycache__ .
+    fi
+}
+
+install() {
+    local source=$SOURCE
+    if [[ $SOURCE != git+* ]]; then
+        source=codebook_source.tar.gz
+        pack_source && copy_to_workers "$SCRATCH/source.tar.gz" "$source" || return
+    fi
+    on_worker all install "$source" || return
+    [[ -z $MOUNT ]] || on_worker all mount "$MOUNT" "$MOUNT_AT"
+}
+
+# Sets RUN to what the workers say of the run: none, running, finished, mistake, stopped, preempted or failed.
+look_at_run() {
+    local said states
+    if [[ -n $DRY_RUN ]]; then
+        on_worker all state
+        RUN=$ASSUMED_RUN
+        return
+    fi
+    said=$(on_worker all state 2>"$SCRATCH/said") || { tail -n 3 "$SCRATCH/said" >&2 && return 1; }
+    states=$(sed -n 's/^.*state: //p' <<<"$said")
+    [[ -n $states ]] || return 1
+    if grep -q '^running$' <<<"$states"; then
+        RUN=running
+    elif grep -q " $MISTAKE\$" <<<"$states"; then
+        RUN=mistake
+    elif ! grep -qv ' 0$' <<<"$states"; then
+        RUN=finished
+    elif grep -q '^stopped' <<<"$states"; then
+        RUN=stopped
+    elif grep -q " $PREEMPTED\$" <<<"$states"; then
+        RUN=preempted
+    elif ! grep -qv '^none$' <<<"$states"; then
+        RUN=none
+    else
+        RUN=failed
+    fi
+    STATES=$(sort <<<"$states" | uniq -c | sed 's/^ *//' | paste -sd, -)
+}
+
+# Shows the log until the run ends or the slice is gone, through lost connections; sets RUN.
+watch_run() {
+    local shown='' away=0
+    while ((away < PATIENCE)); do
+        if look_at_slice && [[ $SLICE != ACTIVE ]]; then
+            RUN=preempted STATES="the slice is $SLICE"
+            return
+        fi
+        [[ -n $shown ]] || ! on_worker 0 follow "watcher$$" || shown=yes
+        if look_at_run; then
+            away=0
+            if [[ $RUN != running ]]; then
+                # What came while the connection was lost; the mistake may be that of another worker.
+                [[ -n $shown ]] || on_worker 0 last 20 || true
+                [[ $RUN != mistake && $RUN != failed ]] || on_worker all last 5 || true
+                return
+            fi
+        else
+            away=$((away + 1))
+            say "the workers cannot be reached"
+        fi
+        sleep "$POLL"
+    done
+    give_up "the workers have been out of reach $PATIENCE times"
+}
+
+# Says how the run ended, and ends with the exit code for it, unless the run is to be started again.
+conclude() {
+    case $RUN in
+        finished)
+            say "the run has done its last step"
+            if [[ -n $DELETE_WHEN_DONE ]]; then delete_slice; else say "the slice is still there, and costs"; fi
+            exit 0
+            ;;
+        stopped)
+            say "the run was stopped (${STATES:-}); the same command goes on"
+            exit 0
+            ;;
+        mistake)
+            say "the run ended with a mistake (exit code $MISTAKE), told above"
+            exit "$MISTAKE"
+            ;;
+    esac
+}
+
+supervise() {
+    local restarts=0 away=0
+    while ((away < PATIENCE)); do
+        await_slice
+        if ! { copy_to_workers "$HERE/tpu_worker.sh" tpu_worker.sh && look_at_run; }; then
+            away=$((away + 1))
+            say "the workers cannot be reached"
+            sleep "$POLL"
+            continue
+        fi
+        away=0
+        if [[ $RUN == running ]]; then
+            say "the run is going on already"
+            watch_run
+        elif install && on_worker all start "$@"; then
+            ASSUMED_RUN=finished
+            watch_run
+        else
+            RUN=failed STATES="it could not be started"
+        fi
+        conclude
+        if [[ $RUN == preempted ]]; then
+            say "preempted (${STATES:-})"
+        elif ((restarts < MAX_RESTARTS)); then
+            restarts=$((restarts + 1))
+            say "the run failed (${STATES:-}): restart $restarts of $MAX_RESTARTS"
+        else
+            say "the run failed (${STATES:-}), and not for the first time: --max-restarts=$MAX_RESTARTS"
+            exit 1
+        fi
+        sleep "$POLL"
+    done
+    give_up "the workers have been out of reach $PATIENCE times"
+}
+
+stop_run() {
+    on_worker all stop
+    while look_at_run && [[ $RUN == running ]]; do sleep "$POLL"; done
+    say "on the workers: ${STATES:-unknown}"
+}
+
+COMMAND='' NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' SPOT='' CREATE_FLAGS=() DELETE_WHEN_DONE='' DRY_RUN=''
+SOURCE=$(dirname "$HERE") MOUNT='' MOUNT_AT=/mnt/codebook MAX_RESTARTS=5 POLL=30
+SLICE='' RUN='' STATES=''               # what was last seen; STATES: of the run on the workers, counted
+ASSUMED=ACTIVE ASSUMED_RUN=finished     # what a dry run takes for seen
+
+[[ $# -gt 0 ]] || { usage >&2 && exit "$MISTAKE"; }
+while (($#)); do
+    case $1 in
+        --) break ;;
+        -h | --help) usage && exit 0 ;;
+        --name=*) NAME=${1#*=} ;;
+        --zone=*) ZONE=${1#*=} ;;
+        --project=*) PROJECT=${1#*=} ;;
+        --type=*) TYPE=${1#*=} ;;
+        --runtime=*) RUNTIME=${1#*=} ;;
+        --spot) SPOT=yes ;;
+        --create-flag=*) CREATE_FLAGS+=("${1#*=}") ;;
+        --source=*) SOURCE=${1#*=} ;;
+        --mount=*) MOUNT=${1#*=} ;;
+        --mount-at=*) MOUNT_AT=${1#*=} ;;
+        --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
+        --delete-when-done) DELETE_WHEN_DONE=yes ;;
+        --poll=*) POLL=${1#*=} ;;
+        --dry-run) DRY_RUN=yes ;;
+        -*) complain "there is no option $1: --help lists them, and what is for codebook_jax.main comes after --" ;;
+        *)
+            [[ -z $COMMAND ]] || complain "'$1' is one command too many after $COMMAND: give one"
+            COMMAND=$1
+            ;;
+    esac
+    shift
+done
+
+case $COMMAND in
+    run | create | attach | status | stop | delete) ;;
+    '') complain "the command is missing: give one of run, create, attach, status, stop, delete" ;;
+    *) complain "there is no command $COMMAND: give one of run, create, attach, status, stop, delete" ;;
+esac
+[[ $NAME =~ ^[a-z][a-z0-9-]*$ ]] || complain "--name=$NAME is not a name for a slice: give small letters, digits and hyphens, as --name=first"
+[[ -n $ZONE ]] || complain "--zone is missing: give the zone of the slice, as --zone=us-west4-a"
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || complain "--max-restarts=$MAX_RESTARTS is not a whole number"
+[[ $POLL =~ ^[0-9]+$ ]] || complain "--poll=$POLL is not a whole number of seconds"
+[[ $SOURCE == git+* || -e $SOURCE/codebook_jax/main.py ]] || complain "--source=$SOURCE is neither a checkout of codebook_jax nor git+https://..."
+[[ -z $MOUNT || $MOUNT == bucket:?* || $MOUNT == nfs:?*:/* ]] || complain "--mount=$MOUNT is neither bucket:NAME nor nfs:HOST:/SHARE"
+[[ $COMMAND == run || $# -le 1 ]] || complain "$COMMAND takes no arguments after --"
+if [[ $COMMAND == run || $COMMAND == create ]]; then
+    [[ -n $TYPE ]] || complain "--type is missing: give the accelerator type of the slice, as --type=v5litepod-16"
+    [[ -n $RUNTIME ]] || complain "--runtime is missing: give the software of its machines, as --runtime=v2-alpha-tpuv5-lite"
+    ASSUMED=NONE ASSUMED_RUN=none
+fi
+if [[ $COMMAND == run ]]; then
+    [[ $# -gt 1 ]] || complain "the arguments of codebook_jax.main are missing: give them after --, as -- --config=configs/base.py --workdir=$MOUNT_AT/first"
+    shift # the --
+    for argument; do
+        case $argument in
+            --workdir=/* | --workdir=*://*) ;; # main refuses the second kind, and says why
+            --workdir=*) complain "$argument would be a folder of each worker alone: give one that all share, as --workdir=$MOUNT_AT/first" ;;
+            --preempted_exit_code*) complain "$argument: this script sets that flag itself: leave it out" ;;
+        esac
+    done
+fi
+command -v gcloud >/dev/null || [[ -n $DRY_RUN ]] || complain "there is no gcloud here: install the Google Cloud CLI"
+
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+
+case $COMMAND in
+    run) supervise "$@" ;;
+    create)
+        await_slice
+        copy_to_workers "$HERE/tpu_worker.sh" tpu_worker.sh
+        install
+        ;;
+    attach)
+        watch_run
+        conclude
+        say "the run is not going on: $RUN (${STATES:-})"
+        exit 1
+        ;;
+    status)
+        look_at_slice
+        [[ -n $DRY_RUN ]] || say "the slice is $SLICE"
+        [[ $SLICE != ACTIVE ]] || { look_at_run && say "the run is $RUN (${STATES:-})"; }
+        ;;
+    stop) stop_run ;;
+    delete) delete_slice ;;
+esac

@@ -1,0 +1,127 @@
+"""Starting a run under SLURM, with stand-ins for srun and scontrol; and what holds for all launchers."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from launched import BATCH, HARD, JOBSETS, LAUNCH, POD, launch, make_world, recorded
+
+
+@pytest.fixture
+def world(tmp_path):
+    return make_world(tmp_path)
+
+
+def test_shellcheck_finds_nothing():
+    scripts = [*LAUNCH.glob("*.sh"), BATCH]
+    assert len(scripts) == 3
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, "--shell=bash", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_main_knows_the_exit_code_that_all_launchers_ask_for():
+    from codebook_jax import main
+
+    values = flags.FlagValues()
+    main.define_flags(values, [])
+    assert "preempted_exit_code" in values
+    for script, text in (
+        (path, path.read_text()) for path in (POD, BATCH, LAUNCH / "tpu_worker.sh")
+    ):
+        assert "PREEMPTED=75" in text, script
+    assert JOBSETS.read_text().count("codebook_jax.main, --preempted_exit_code=75]") == 2
+
+
+def batch(world, *words, **changes):
+    job = {"SLURM_JOB_ID": "7", "PYTHON": "python3.13", **changes}
+    return launch(BATCH, *words, world=world, **job)
+
+
+def test_a_job_passes_its_arguments_on_unchanged(world):
+    assert batch(world, *HARD).returncode == 0
+    (words,) = recorded(world / "srun")
+    python = words.index("python3.13")
+    expected = ["-m", "codebook_jax.main", "--preempted_exit_code=75", *HARD]
+    assert words[python + 1 :] == expected
+    assert all(word.startswith("--") for word in words[:python])
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (75, 0, True),
+        (75, 2, True),
+        (75, 3, False),
+        (1, 0, True),
+        (134, 2, True),
+        (1, 3, False),
+        (2, 0, False),
+        (0, 0, False),
+    ],
+)
+def test_a_job_goes_back_to_the_queue_unless_it_is_done_or_mistaken(
+    world, code, restarts, requeued
+):
+    count = {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}  # not set on a first start
+    done = batch(world, *HARD, CODE_OF_srun=str(code), MAX_RESTARTS="3", **count)
+    assert done.returncode == code
+    assert recorded(world / "scontrol") == ([["requeue", "7"]] if requeued else [])
+    assert ("MAX_RESTARTS" in done.stderr) == (restarts == 3)
+
+
+def test_a_job_that_slurm_does_not_take_back_says_so(world):
+    done = batch(world, *HARD, CODE_OF_srun="75", CODE_OF_scontrol="1")
+    assert done.returncode == 75 and "does not take job 7 back" in done.stderr
+
+
+def test_a_dry_job_shows_its_command_and_runs_nothing(world):
+    shown = launch(BATCH, *HARD, world=world, DRY_RUN="1").stdout.splitlines()[0]
+    assert not (world / "srun").exists() and not (world / "scontrol").exists()
+    assert batch(world, *HARD).returncode == 0
+    (words,) = recorded(world / "srun")
+    ran = ["srun", *words]
+    ran[ran.index("python3.13")] = ".venv/bin/python"
+    assert shlex.split(shown) == ran
+
+
+def test_slurm_signals_the_tasks_and_gives_each_all_gpus_to_see():
+    options = [line.split()[1] for line in BATCH.read_text().splitlines() if line[:8] == "#SBATCH "]
+    assert {"--signal=USR1@120", "--requeue", "--open-mode=append"} <= set(options)
+    assert {"--ntasks-per-node=8", "--gres=gpu:8"} <= set(options)
+    assert not any("gpus-per-task" in option for option in options)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "said"),
+    [
+        ([], {}, "no arguments"),
+        (HARD, {"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many"),
+        (HARD, {"PYTHON": "no/python"}, "no/python"),
+        (HARD, {"SLURM_JOB_ID": ""}, "not a SLURM job"),
+        ([*HARD, "--preempted_exit_code=3"], {}, "leave it out"),
+    ],
+)
+def test_a_mistaken_job_is_refused_in_a_sentence(world, words, changes, said):
+    done = batch(world, *words, **changes)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (world / "srun").exists()
+
+
+def test_the_commands_of_the_page_are_accepted(world):
+    page = (LAUNCH / "README.md").read_text().replace("\\\n", " ")
+    commands = [
+        shlex.split(line) for line in page.splitlines() if "launch/" in line and line[0] in "bsD"
+    ]
+    assert len(commands) == 8
+    for words in commands:
+        if "launch/tpu_pod.sh" in words:
+            done = launch(POD, words[2], "--dry-run", *words[3:], world=world)
+        else:
+            done = launch(
+                BATCH, *words[words.index("launch/slurm.sbatch") + 1 :], world=world, DRY_RUN="1"
+            )
+        assert done.returncode == 0, (words, done.stderr)
