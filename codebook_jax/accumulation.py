@@ -2,8 +2,13 @@
 
 The features of the whole batch meet in one loss, so its gradient is not a sum over passes. Several passes therefore
 first embed everything without a gradient, take the gradient in the features, and then give each pass its share as
-the cotangent of its features (GradCache; Gao et al. 2021). What compares pairs inside a pass is added there. Without
-dropout the result is that of one pass, to rounding.
+the cotangent of its features (GradCache; Gao et al. 2021). What compares pairs inside a pass is added there.
+
+So the result is that of one pass, to rounding, in all four losses, but for two things. Dropout draws its masks a pass.
+And matching draws its negatives inside groups that have to be in one pass (`itm.groups`), since it needs image tokens and
+text states, which are not kept: with the same number of groups it is equal too; with the default, data shards x passes,
+the candidates of a pair are those of its shard in its pass, and more passes leave each pair fewer. Alignment and codebook
+always compare with the whole batch.
 """
 
 from __future__ import annotations

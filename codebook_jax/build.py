@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import memory, sharding
+from codebook_jax import axes, memory, sharding
 from codebook_jax import workdir as records
 from codebook_jax.checks import check
 from codebook_jax.data.batch import Batch
@@ -22,6 +22,7 @@ from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.text import Tokenizer, open_tokenizer, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
+from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.metrics import say
 from codebook_jax.pretrained.start import (
     Initial,
@@ -33,6 +34,7 @@ from codebook_jax.pretrained.start import (
     specs,
     tokenizer_of,
 )
+from codebook_jax.processes import peers
 from codebook_jax.tasks import pretrain
 
 TASKS = {"pretrain": pretrain.create}
@@ -65,8 +67,8 @@ def build_training(
             f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config with: "
             "put the file back, or give another --workdir"
         )
-    asked = config
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    config = asked = axes.kept(config, record)
+    mesh = sharding.mesh_of(config.mesh)
     batch, passes = config.data.global_batch, config.optimizer.accumulation
     sharding.check_batch(mesh, batch, passes)
     config = records.resolve_groups(config, record, data_shards=sharding.data_shards(mesh))
@@ -89,14 +91,21 @@ def build_training(
         None if steps_saved and specs(config.init) else source,  # its words came with the weights
         config.data.tokenizer_vocabulary,
     )
+    facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": tokenizer.vocabulary.size}
+    peers.connected().compare("data", facts, "every host has to read the same files")
     words, saved = tokenizer.vocabulary.size, bool(steps_saved)
     planner = memory.Planner(asked, _create_of(config), words, record=record, has_checkpoint=saved)
-    if learns:
+    split = axes.chosen(config, planner)
+    mesh = sharding.mesh_of(split.mesh)
+    if learns:  # else those who train it choose, on their devices
+        config = split
         memory.check(planner)
+    if "mesh.fsdp" in changes:
+        changes["mesh.fsdp"][1] = config.mesh.fsdp
     task = task_of(config, tokenizer, mesh)
     first = initial(start, config, task.abstract_state()) if start else None
-    keep()  # the first that is written: nothing refuses from here on
     if jax.process_index() == 0:
+        keep()  # the first that is written: nothing refuses from here on
         records.write_record(
             workdir,
             record,
@@ -151,10 +160,8 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
     if not own:
         config = adopted(config, (), record)
     config = records.trained_config(workdir, record, config)
-    axes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
-    if own and not sharding.fits(*axes):
-        axes = -1, 1, 1  # it was trained on other devices
-    mesh = sharding.make_mesh(*axes)
+    config = axes.of_trained(config, record, asked=not own)
+    mesh = sharding.mesh_of(config.mesh)
     tokenizer = tokenizer_for_run(
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
     )
@@ -197,12 +204,20 @@ def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator
     return contextlib.closing(stream)
 
 
-def validate(parts: Parts, state: Any, *, last: bool) -> dict[str, dict[str, float]]:
+def validate(
+    parts: Parts, state: Any, *, last: bool, progress: Progress | None = None
+) -> dict[str, dict[str, float]]:
     """Retrieval on the validation data by protocol; re-ranked at the end of training, or always if so configured."""
     config = parts.config
     rerank = config.evaluation.rerank_top_k > 0 and (last or config.evaluation.rerank_on_schedule)
     return retrieval.evaluate(
-        parts.task, state, parts.validation, parts.tokenizer, config, rerank=rerank
+        parts.task,
+        state,
+        parts.validation,
+        parts.tokenizer,
+        config,
+        rerank=rerank,
+        progress=progress,
     )
 
 
@@ -232,6 +247,9 @@ def announce(parts: Parts) -> None:
         f"global batch {config.data.global_batch} = {shards} data shards x "
         f"{config.data.global_batch // shards} (accumulation {config.optimizer.accumulation})"
     )
+    if devices > 1:
+        say(f"mesh {axes.said(mesh, config.mesh.slices)}")
+        say(sharding.describe(parts.task.abstract_state(), mesh))
 
 
 def amount(source: Source, global_batch: int, steps: int) -> list[str]:

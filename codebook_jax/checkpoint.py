@@ -17,7 +17,8 @@ from flax import traverse_util
 
 from codebook_jax.errors import UserError
 from codebook_jax.metrics import say
-from codebook_jax.workdir import write_json
+from codebook_jax.processes import peers
+from codebook_jax.workdir import write_json, write_probe
 
 ITEMS = (
     "student",
@@ -28,6 +29,7 @@ ITEMS = (
 REST = "rest"
 META = "meta"
 BEST = "best.json"
+LEAST_ROOM = 0.9  # of a state's bytes that have to be free: floats that have learned hardly compress
 
 
 class Restored(NamedTuple):
@@ -110,12 +112,27 @@ class Checkpoints:
             return False
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         arguments[META] = ocp.args.JsonSave({"step": step, "saved_at": time.time(), **meta})
+        self._check_room(step, state)
         self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
         except Exception as failure:
             raise self._failure(failure) from failure
         return True
+
+    def _check_room(self, step: int, state: Any) -> None:
+        """Raises UserError where this process cannot write, or all of them would run out of room.
+
+        Of several processes Orbax has one wait for another that failed while it wrote, for many minutes.
+        """
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        try:
+            write_probe(self._folder)
+            free = shutil.disk_usage(self._folder).free
+        except OSError as problem:
+            raise self._failure_of(step, problem.strerror) from problem
+        if free < size * LEAST_ROOM:
+            raise self._failure_of(step, f"{free / 1e6:,.0f} MB are free for {size / 1e6:,.0f} MB: No space left on device")
 
     def wait(self) -> None:
         """Returns when nothing is being written; raises UserError when the last save failed."""
@@ -131,13 +148,19 @@ class Checkpoints:
         Damaged newer ones are renamed, never deleted, once an older one has been read. Raises UserError when
         shapes differ from `abstract_state`, or when there are checkpoints and none can be read.
         """
-        damaged: list[tuple[int, Exception]] = []
+        damaged: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
             try:
                 restored = self.restore(step, abstract_state)
             except (UserError, jax.errors.JaxRuntimeError):  # the second: the device, not the file
                 raise
             except Exception as failure:
+                restored, own = None, reason(failure)
+            else:
+                own = ""
+            # Where the state is split over processes, one alone may have read the damaged part.
+            failures = filter(None, peers.connected().exchange("restored", own))
+            if (failure := next(failures, None)) is not None:
                 damaged.append((step, failure))
                 continue
             for bad_step, failure in damaged:
@@ -149,7 +172,7 @@ class Checkpoints:
             step, failure = damaged[0]
             raise UserError(
                 f"none of the {len(damaged)} checkpoints in {self._folder} can be read (step {step:,}: "
-                f"{reason(failure)}): repair them, or start again in another --workdir"
+                f"{failure}): repair them, or start again in another --workdir"
             )
         return None
 
@@ -193,7 +216,7 @@ class Checkpoints:
                 f"{'; '.join(differences[:3])}{more}; give the config it was trained with, or another --workdir"
             )
 
-    def _set_aside(self, step: int, failure: Exception) -> None:
+    def _set_aside(self, step: int, failure: str) -> None:
         aside = self._folder / f"damaged-{step}"
         if jax.process_index() == 0:
             number = 1
@@ -202,14 +225,19 @@ class Checkpoints:
                 aside = self._folder / f"damaged-{step}-{number}"
             (self._folder / str(step)).rename(aside)
         say(
-            f"the checkpoint of step {step:,} is damaged ({reason(failure)}); it is set aside as "
+            f"the checkpoint of step {step:,} is damaged ({failure}); it is set aside as "
             f"{aside.name}, and the newest good one is used"
         )
         self._manager.reload()
 
-    def _failure(self, failure: Exception) -> UserError:
+    def _failure(self, failure: Exception) -> Exception:
+        if jax.process_count() > 1 and peers.of_a_peer(failure):
+            return failure  # nobody can mend it here
         step, self._saving = self._saving, None
         self._failed.append(step)
+        return self._failure_of(step, reason(failure))
+
+    def _failure_of(self, step: int, why: str) -> UserError:
         self._manager.reload()  # it has already forgotten the steps that this save would have pushed out
         steps = self.steps()
         kept = (
@@ -218,7 +246,7 @@ class Checkpoints:
             else "there is no complete one yet"
         )
         return UserError(
-            f"the checkpoint of step {step:,} could not be written to {self._folder} ({reason(failure)}); "
+            f"the checkpoint of step {step:,} could not be written to {self._folder} ({why}); "
             f"{kept}: mend this and start the same command again"
         )
 
@@ -305,6 +333,6 @@ def reason(failure: Exception) -> str:
         return "No space left on device"
     if "Disk quota exceeded" in text:
         return "Disk quota exceeded"
-    line = text.splitlines()[0] if text else ""
+    line = text.splitlines()[0].partition(" See full TensorStore details")[0] if text else ""
     line = line if len(line) <= 160 else f"{line[:157]}..."
     return f"{type(failure).__name__}: {line}"

@@ -22,6 +22,7 @@ LEAST = {
     "data.global_batch": 2,
     "data.workers": 0,
     "data.threads": 1,
+    "data.patience_s": 1,
     "codebook.size": 2,
     "codebook.iterations": 1,
     "codebook.queue_samples": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
+UNREACHABLE = (errno.EROFS, errno.ESTALE, errno.EIO, errno.ETIMEDOUT)  # a folder that is gone
 
 
 class UserError(Exception):

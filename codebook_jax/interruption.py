@@ -7,13 +7,43 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
     """A signal arrived inside `Interruption.may_interrupt`."""
+
+
+class Stuck(Exception):
+    """What was waited for did not come in time."""
+
+
+@contextlib.contextmanager
+def patience(limit_s: float, what: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Inside, waiting for `what` is said every tenth of `limit_s`, and after all of it raises Stuck.
+
+    Outside the main thread, where Python has no handlers, it is waited for without an end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began = time.monotonic()
+
+    def ring(number: int, frame: object) -> None:
+        waited = time.monotonic() - began
+        if waited > 0.95 * limit_s:
+            raise Stuck(f"{what} did not come in {limit_s:.0f} s")
+        warn(f"waiting for {what} for {waited:.0f} s; after {limit_s:.0f} s the run ends")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, limit_s / 10, limit_s / 10)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Interruption:

@@ -6,20 +6,25 @@ The only file that sees flags. A user's mistake ends it with one sentence on std
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from codebook_jax.errors import FULL_DISK, UserError
+from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
+from codebook_jax.plan.options import PlanOptions, environment
+from codebook_jax.processes import joining, peers, shared_folder
 
 DATA_MODES = ("prepare", "check-data")  # need no devices
-MODES = ("train", "import", "eval", "export", "show", *DATA_MODES)
-NEEDS_CONFIG = ("train", "import", *DATA_MODES)
+MODES = ("train", "import", "eval", "export", "show", "plan", *DATA_MODES)
+NEEDS_CONFIG = ("train", "import", "plan", *DATA_MODES)
+WRITES_A_RUN = ("train", "import")
 WRONG_TYPES = (
     ("invalid literal for int()", "needs a whole number"),
     ("could not convert string to float", "needs a number"),
@@ -49,9 +54,28 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
         "mode",
         "train",
         MODES,
-        "train, use what the workdir has learned, or see to the data",
+        "train, use what the workdir has learned, see to the data, or foresee what training needs",
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "preempted_exit_code",
+        0,
+        "the exit code of a training that a signal ended before its last step, after saving",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where no launcher says it", flag_values=values
+    )
+    flags.DEFINE_integer("processes", None, "how many make up the run", flag_values=values)
+    flags.DEFINE_integer("process", None, "the number of this one, from 0", flag_values=values)
+    flags.DEFINE_integer(
+        "join_timeout_s", 300, "for how long the processes look for each other", flag_values=values
+    )
+    default = PlanOptions()
+    flags.DEFINE_string("plan.chip", default.chip, "for --mode=plan: the accelerator", flag_values=values)
+    flags.DEFINE_integer("plan.devices", default.devices, "and how many of them", flag_values=values)
+    flags.DEFINE_integer("plan.slices", default.slices, "in how many slices", flag_values=values)
+    flags.DEFINE_string("plan.json", default.json, "a file for its figures", flag_values=values)
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
@@ -80,9 +104,9 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
         raise UserError(f"{rest[1]!r} is not a flag: flags begin with --, as --workdir=DIR")
     if config is None and values.mode in NEEDS_CONFIG:
         raise UserError("--config is missing: give one, as --config=configs/base.py:tiny")
-    if not values.workdir:
+    if not values.workdir and values.mode != "plan":
         raise UserError("--workdir is missing: give the folder of the run, as --workdir=runs/first")
-    if "://" in values.workdir:
+    if "://" in (values.workdir or ""):
         raise UserError(
             f"--workdir={values.workdir} is not a folder on this machine: give a local or mounted one"
         )
@@ -97,11 +121,11 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
 
         modes: dict[str, Mode] = {"prepare": prepare.prepare, "check-data": check_data.check_data}
         return modes[mode](config, workdir) or 0
-    _join_other_processes()  # before anything asks JAX for its devices
+    _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
     from codebook_jax import evaluate, export, figures, train
 
     modes = {
-        "train": train.fit,
+        "train": lambda config, workdir: 0 if train.fit(config, workdir) else FLAGS.preempted_exit_code,
         "import": train.import_weights,
         "eval": evaluate.evaluate,
         "export": export.export,
@@ -117,36 +141,91 @@ def complain(sentence: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code of the run the flags ask for; a user's mistake is one sentence and 2."""
+    """The exit code of the run the flags ask for; a user's mistake is one sentence and 2.
+
+    One of several processes tells the others why it ends, and ends at once: what Python does at a normal exit would
+    wait for them.
+    """
     del argv
     try:
-        return run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir))
-    except UserError as error:
-        return complain(str(error))
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+        if FLAGS.mode == "plan":
+            return _plan()
+        code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir))
+        peers.connected().leave()
+        return code
+    except Exception as error:
+        known = error if isinstance(error, UserError) else _about_files(error)
+        if "jax" in sys.modules:
+            peers.connected().end_all(known or error)
+        if known is None:
             raise
+        return complain(str(known))
+
+
+def _plan() -> int:
+    options = PlanOptions(
+        **{name: FLAGS[f"plan.{name}"].value for name in PlanOptions._fields}
+    )
+    os.environ |= environment(options.devices)  # read when JAX is imported
+    from codebook_jax.plan import plan
+
+    plan(FLAGS.config, options)
+    return 0
+
+
+def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -> None:
+    """Connects to the processes of one run, where there are others, and sees that all do the same in one workdir."""
+    found = joining.find(
+        os.environ,
+        coordinator=FLAGS.coordinator,
+        count=FLAGS.processes,
+        own=FLAGS.process,
+        on_a_tpu=joining.on_a_tpu(),
+        has_kubernetes=importlib.util.find_spec("kubernetes") is not None,
+    )
+    if found is None:
+        return
+    joining.join(found, timeout_s=FLAGS.join_timeout_s)
+    others = peers.connected()
+    others.watch()
+    print(joining.describe(found), flush=True)
+    others.compare("start", _facts(mode, config), "start all with the same command, code and versions")
+    if warning := others.clocks():
+        print(warning, flush=True)
+    if mode in WRITES_A_RUN:
+        shared_folder.check(others, workdir)
+
+
+def _facts(mode: str, config: ConfigDict | None) -> dict[str, Any]:
+    """What has to be the same on every host."""
+    import jax
+
+    from codebook_jax import workdir as records
+
+    facts = {"--mode": mode, "code": records.code_digest()}
+    facts |= {f"version of {name}": version for name, version in records.package_versions().items()}
+    facts |= {"devices of a process": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind}
+    if config is not None:
+        facts |= {f"config.{name}": value for name, value in records.flat(config.to_dict()).items()}
+    return facts
+
+
+def _about_files(error: Exception) -> UserError | None:
+    """The sentence of a disk that is full or cannot be reached; None for other errors."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in FULL_DISK:
         goes_on = "" if FLAGS.mode in DATA_MODES else ", it goes on from the newest checkpoint"
-        return complain(
+        return UserError(
             f"no space left while writing {error.filename or FLAGS.workdir}: free some and start the same "
             f"command again{goes_on}"
         )
-
-
-def _join_other_processes() -> None:
-    """Connects to the processes of one run, where the environment names their coordinator."""
-    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
-        return
-    import jax
-
-    try:
-        count, own = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            "JAX_COORDINATOR_ADDRESS is set, but JAX_NUM_PROCESSES and JAX_PROCESS_ID are not both numbers: "
-            "set all three, or none"
-        ) from error
-    jax.distributed.initialize(num_processes=count, process_id=own)
+    if error.errno in UNREACHABLE:
+        return UserError(
+            f"{error.filename or FLAGS.workdir} cannot be reached any more ({error.strerror}): mend this and start "
+            "the same command again"
+        )
+    return None
 
 
 def _parse_or_leave(argv: Sequence[str]) -> list[str]:

@@ -10,9 +10,9 @@ splits them, what lies between them over `tensor` where it has the axes of heads
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import ml_collections
 
 from codebook_jax import sharding
 from codebook_jax import workdir as records
+from codebook_jax.capacity import device_memory
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
@@ -49,7 +50,7 @@ class Estimate(NamedTuple):
         return sum(self)
 
     def __str__(self) -> str:
-        return f"{_size(self.total)} ({self.parts()})"
+        return f"{size_of(self.total)} ({self.parts()})"
 
     def parts(self) -> str:
         """Each part in the unit of the total."""
@@ -58,7 +59,10 @@ class Estimate(NamedTuple):
 
 
 class Planner:
-    """Estimates of one run under changes of its config; each takes about two seconds the first time."""
+    """Estimates of one run under changes of its config; each takes about two seconds, and none when asked again.
+
+    Those that differ in the mesh alone, with as many data shards, take a tenth: their step is traced once.
+    """
 
     def __init__(
         self,
@@ -68,16 +72,30 @@ class Planner:
         *,
         record: dict[str, Any] | None = None,
         has_checkpoint: bool = False,
+        in_float32: bool | None = None,
     ) -> None:
         self.config, self.create = config, create
+        # Whether bfloat16 is computed in float32; None: as it is here, where XLA does so on a CPU.
+        self.in_float32 = in_float32
         self.record, self.has_checkpoint = record, has_checkpoint  # what an old run holds fixed
         self.vocabulary = Vocabulary(vocabulary_size, 0, 1, 2, 3, (0, 1, 2, 3))  # ids do not matter here
+        self._traced: dict[Any, tuple[Any, Any, Any]] = {}
+        self._estimated: dict[Any, Estimate] = {}
+
+    @functools.cached_property
+    def has(self) -> int | None:
+        """Bytes that the run can have on a device, asked once; None where nobody can tell."""
+        return device_memory()
+
+    def settle(self, changes: Mapping[str, Any]) -> None:
+        """Takes `changes` into the config that all later ones are changes of."""
+        self.config = records.with_fields(self.config, changes)
 
     def with_changes(self, changes: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh]:
         """The config with `changes` by dotted name, and its mesh; raises UserError where they do not fit together."""
         config = ml_collections.ConfigDict(self.config.to_dict())
         config.update_from_flattened_dict(changes)
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = sharding.mesh_of(config.mesh)
         batch, passes = config.data.global_batch, config.optimizer.accumulation
         sharding.check_batch(mesh, batch, passes)
         config = records.resolve_groups(config, self.record, data_shards=sharding.data_shards(mesh))
@@ -97,17 +115,26 @@ class Planner:
     def estimate(self, changes: Mapping[str, Any] = MappingProxyType({})) -> Estimate:
         """Of the config with `changes` by dotted name; raises UserError where they do not fit together."""
         config, mesh = self.with_changes(changes)
-        task = self._on_one_device(config, sharding.data_shards(mesh))
-        state = task.abstract_state()
-        batch = abstract_batch(task.config)
-        queue = jax.tree.map(  # the traced one is longer: see _on_one_device
+        known = _identity(config), tuple(mesh.shape.values())
+        if known not in self._estimated:
+            self._estimated[known] = self._estimate(config, mesh)
+        return self._estimated[known]
+
+    def _estimate(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Estimate:
+        shards = sharding.data_shards(mesh)
+        known = _identity(config), shards
+        if known not in self._traced:
+            task = self.on_one_device(config, shards)
+            state, batch = task.abstract_state(), abstract_batch(task.config)
+            self._traced[known] = state, batch, task.step.trace(state, batch).jaxpr.jaxpr
+        state, batch, program = self._traced[known]
+        queue = jax.tree.map(  # the traced one is longer: see on_one_device
             lambda leaf: jax.ShapeDtypeStruct((config.queue.size, *leaf.shape[1:]), leaf.dtype) if leaf.ndim else leaf,
             state.queue,
         )
         places = sharding.state_shardings(state.replace(queue=queue), mesh)
         student = _held(state.student, places.student)
-        program = task.step.trace(state, batch).jaxpr.jaxpr
-        between = peak(program, _splitter(config, state.student, places.student, mesh), in_place=True)
+        between = peak(program, _splitter(config, state.student, places.student, mesh, self.in_float32), in_place=True)
         # Donated parameters are still read while the new ones are written: XLA copies them. Learning holds gradients,
         # updates and that copy.
         between = max(between, 2 * student) + student
@@ -122,7 +149,7 @@ class Planner:
             activations=max(between - gradients, 0) + 2 * images,  # the next batch is already there
         )
 
-    def _on_one_device(self, config: ml_collections.ConfigDict, shards: int) -> Any:
+    def on_one_device(self, config: ml_collections.ConfigDict, shards: int) -> Any:
         """The task with one device's share of the batch; the queue stands in for the batch's other candidates."""
         rows = max(config.data.global_batch // shards, 2)
         own = records.with_fields(
@@ -144,15 +171,15 @@ def check(planner: Planner) -> None:
 
     `config.train.memory_check` False only says it.
     """
-    need, has = planner.estimate(), device_memory()
+    need, has = planner.estimate(), planner.has
     if has is None:
         say(f"memory a device: {need}; what it has is not known")
         return
     if need.total <= has * (1 - MARGIN) or not planner.config.train.memory_check:
-        say(f"memory a device: {_size(need.total)} of {_size(has)} ({need.parts()})")
+        say(f"memory a device: {size_of(need.total)} of {size_of(has)} ({need.parts()})")
         return
     raise UserError(
-        f"training needs {need} of memory a device, and {jax.local_devices()[0].device_kind} has {_size(has)}: "
+        f"training needs {need} of memory a device, and {jax.local_devices()[0].device_kind} has {size_of(has)}: "
         f"{advice(planner, need, has * (1 - MARGIN))}; --config.train.memory_check=False tries all the same"
     )
 
@@ -179,7 +206,7 @@ def advice(planner: Planner, need: Estimate, limit: float) -> str:
     if not found:
         return "no batch size, accumulation, remat, dtype or fsdp would do: take a smaller model or more devices"
     ways = [
-        f"{' '.join(f'--config.{name}={value}' for name, value in changes.items())} ({_size(estimate.total)})"
+        f"{' '.join(f'--config.{name}={value}' for name, value in changes.items())} ({size_of(estimate.total)})"
         for changes, estimate in found
     ]
     return f"what fits is {', or '.join(ways)}"
@@ -258,39 +285,6 @@ def _first_that_fits(
     return (last, most), (last, most)
 
 
-def device_memory() -> int | None:
-    """Bytes that this run can have on a device, the least of all processes; None where nobody can tell.
-
-    On a CPU: what the host has free, shared by its devices.
-    """
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        free = _host_memory()
-        found = None if free is None else free // jax.local_device_count()
-    else:
-        found = (device.memory_stats() or {}).get("bytes_limit")
-    if jax.process_count() > 1:  # all have to come to the same answer
-        from jax.experimental import multihost_utils
-
-        everyone = multihost_utils.process_allgather(jnp.float32(found or jnp.inf))
-        return int(everyone.min()) if jnp.isfinite(everyone.min()) else None
-    return found
-
-
-def _host_memory() -> int | None:
-    """Free memory of the host, or what its container may still take where that is less."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(limit - int((group / "memory.current").read_text()) + int(stat.get("inactive_file", 0)))
-    return max(min(found), 0) if found else None
-
-
 def abstract_batch(config: ml_collections.ConfigDict) -> Batch:
     """Shapes and types of a whole batch."""
     rows, side, length = config.data.global_batch, config.model.image.size_px, config.model.text.max_tokens
@@ -306,14 +300,17 @@ def _held(tree: Any, places: Any) -> int:
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in parts)
 
 
-def _splitter(config: ml_collections.ConfigDict, student: Any, places: Any, mesh: jax.sharding.Mesh) -> Bytes:
+def _splitter(
+    config: ml_collections.ConfigDict, student: Any, places: Any, mesh: jax.sharding.Mesh, in_float32: bool | None
+) -> Bytes:
     """Bytes a device of what a step computes, by shape."""
     split = {}
     for leaf, place in zip(jax.tree.leaves(student), jax.tree.leaves(places), strict=True):
         split[leaf.shape] = math.prod(place.shard_shape(leaf.shape)) / math.prod(leaf.shape)
     towers = (config.model.image, config.model.text)
     tensor_axes = {size for tower in towers for size in (tower.heads, tower.mlp_width or 4 * tower.width) if size % mesh.shape["tensor"] == 0}
-    in_float32 = jax.default_backend() == "cpu"  # XLA computes bfloat16 there as float32
+    if in_float32 is None:
+        in_float32 = jax.default_backend() == "cpu"
 
     def bytes_of(aval: Any) -> int:
         dtype = getattr(aval, "dtype", None)
@@ -328,10 +325,15 @@ def _splitter(config: ml_collections.ConfigDict, student: Any, places: Any, mesh
     return bytes_of
 
 
+def _identity(config: ml_collections.ConfigDict) -> str:
+    """A config in all but its mesh."""
+    return repr(sorted((name, repr(part)) for name, part in config.to_dict().items() if name != "mesh"))
+
+
 def _holds(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> bool:
     now = config.to_dict()
     return all(now["model"][name.removeprefix("model.")] == value for name, value in changes.items())
 
 
-def _size(count: float) -> str:
+def size_of(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -5,50 +5,59 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from codebook_jax import slices as device_slices
 from codebook_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the batch is split over both together
+COPIES = ("teacher", "moments")  # the parts of a train state that have the student's names once more
 
-# First match wins; the same names stand in student, teacher and optimizer moments, so one table shards them alike.
-# The first axis of what is in `blocks` counts the layers. An axis that does not divide is left whole.
-TABLE: tuple[tuple[str, P], ...] = (
-    (r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/.*(qkv|key_value)/bias$", P(None, None, "tensor", None)),
-    (r"blocks/.*query/kernel$", P(None, "fsdp", "tensor", None)),
-    (r"blocks/.*query/bias$", P(None, "tensor", None)),
-    (r"blocks/.*out/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"blocks/.*up/kernel$", P(None, "fsdp", "tensor")),
-    (r"blocks/.*up/bias$", P(None, "tensor")),
-    (r"blocks/.*down/kernel$", P(None, "tensor", "fsdp")),
+# What it is called when the table is printed, pattern, axes. First match wins; the same names stand in student, teacher and
+# optimizer moments, so one table shards them alike. The first axis of what is in `blocks` counts the layers. An axis
+# that does not divide is left whole.
+TABLE: tuple[tuple[str, str, P], ...] = (
+    ("attention", r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor", None)),
+    ("attention", r"blocks/.*(qkv|key_value)/bias$", P(None, None, "tensor", None)),
+    ("attention", r"blocks/.*query/kernel$", P(None, "fsdp", "tensor", None)),
+    ("attention", r"blocks/.*query/bias$", P(None, "tensor", None)),
+    ("attention", r"blocks/.*out/kernel$", P(None, "tensor", None, "fsdp")),
+    ("feed-forward", r"blocks/.*up/kernel$", P(None, "fsdp", "tensor")),
+    ("feed-forward", r"blocks/.*up/bias$", P(None, "tensor")),
+    ("feed-forward", r"blocks/.*down/kernel$", P(None, "tensor", "fsdp")),
     # Over fsdp alone: split over tensor too, XLA (jax 0.10) gets the gradient of L_mlm wrong on mesh data 2, fsdp 2, tensor 2.
-    (r"text/words$", P(None, "fsdp")),
-    (r"masked_words/transform/kernel$", P("fsdp", "tensor")),
-    (r"(patches|image_projection|text_projection)/kernel$", P("fsdp", None)),
-    (r"codebook/codes$", P("tensor", None)),
-    (r"queue/(image|text)$", P("tensor", None)),
-    (r".*", P()),
+    ("word embeddings", r"text/words$", P(None, "fsdp")),
+    ("masked-word head", r"masked_words/transform/kernel$", P("fsdp", "tensor")),
+    ("patches, projections", r"(patches|image_projection|text_projection)/kernel$", P("fsdp", None)),
+    ("codebook", r"codebook/codes$", P("tensor", None)),
+    ("queues", r"queue/(image|text)$", P("tensor", None)),
+    ("all else", r".*", P()),
 )
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, *, slices: int = 0) -> Mesh:
     """The mesh over all devices; one of the three sizes may be -1 and takes what the others leave.
 
-    Raises UserError, with the numbers, for sizes that do not fit the devices.
+    fsdp 0 is one that nobody has chosen (axes.py does): 1, or what the others leave where both are given. `slices`: see
+    slices.py. Raises UserError, with the numbers, for sizes that do not fit the devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     devices = jax.device_count()
     given = ", ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items())
+    if fsdp == 0:
+        sizes["fsdp"] = 1 if -1 in (data, tensor) else -1
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"{given}: give whole numbers from 1, and -1 for at most one of them")
+        raise UserError(
+            f"{given}: give whole numbers from 1, -1 for at most one of them, and 0 for fsdp alone"
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = max(devices // fixed, 1)
@@ -57,8 +66,18 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
         raise UserError(
             f"{given} does not fit {devices} device{plural}: their product must be the number of devices"
         )
+    shape = tuple(sizes.values())
     # Auto axes: gathers and reshapes of the batch are the partitioner's to place.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    placed = device_slices.arranged(shape, jax.devices(), slices)
+    if placed is None:
+        return jax.make_mesh(shape, AXES, axis_types=types)
+    return Mesh(placed, AXES, axis_types=types)
+
+
+def mesh_of(axes: ml_collections.ConfigDict) -> Mesh:
+    """The mesh that `config.mesh` describes."""
+    return make_mesh(axes.data, axes.fsdp, axes.tensor, slices=axes.slices)
 
 
 def data_shards(mesh: Mesh) -> int:
@@ -66,10 +85,13 @@ def data_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def fits(*sizes: int) -> bool:
-    """Whether a mesh of these sizes, -1 for what is left, can be made of the devices there are."""
-    fixed = math.prod(size for size in sizes if size != -1)
-    return jax.device_count() % fixed == 0 if -1 in sizes else jax.device_count() == fixed
+def fits(data: int, fsdp: int, tensor: int, *, slices: int = 0) -> bool:
+    """Whether a mesh of these sizes can be made of the devices there are."""
+    try:
+        make_mesh(data, fsdp, tensor, slices=slices)
+    except UserError:
+        return False
+    return True
 
 
 def check_batch(mesh: Mesh, global_batch: int, accumulation: int) -> None:
@@ -121,12 +143,17 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The table's axes for a parameter, without those that do not divide its shape."""
-    spec = next(spec for pattern, spec in TABLE if re.search(pattern, name))
+    spec = _rule(name)[1]
     axes = [
         axis if axis is not None and size % mesh.shape[axis] == 0 else None
         for axis, size in zip(spec, shape, strict=False)
     ]
     return P(*axes)
+
+
+def _rule(name: str) -> tuple[str, P]:
+    """What the table calls a parameter, and the axes it has for it."""
+    return next((group, spec) for group, pattern, spec in TABLE if re.search(pattern, name))
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -175,6 +202,12 @@ def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """`tree` with every array whole on every device."""
+    place = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place), tree)
+
+
 def split_rows(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
     """[rows, ...] as [parts, rows / parts, ...], each part holding equally many rows of every shard."""
     shards = data_shards(mesh)
@@ -191,18 +224,61 @@ def join_rows(parts: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(chunks.reshape(-1, *rest), batch_sharding(mesh))
 
 
-def describe(abstract_state: Any, mesh: Mesh) -> str:
-    """The part of the table that matched: pattern, axes, how many arrays, bytes in all and a device."""
-    rows: dict[str, list[Any]] = {}
+class Row(NamedTuple):
+    """A line of the printed table: arrays of a state that are called and split alike."""
+
+    group: str
+    arrays: int  # of the student, or of what is no parameter
+    largest: tuple[int, ...]  # shape of the largest of them
+    spec: P  # its axes
+    own: int  # bytes a device: of the student, or of what is no parameter
+    copies: int  # bytes a device that teacher and moments add
+
+
+def table(abstract_state: Any, mesh: Mesh) -> list[Row]:
+    """Where the arrays of a train state are, most bytes first; all that is whole everywhere is one row, two with queues."""
+    rows: dict[tuple[str, frozenset[str]], Row] = {}
     for name, leaf in named(abstract_state):
-        pattern = next(pattern for pattern, _ in TABLE if re.search(pattern, name))
+        part = name.split("/")[0]
+        parameter = part in ("student", *COPIES)
         spec = spec_of(name, leaf.shape, mesh)
-        split = math.prod(mesh.shape[axis] for axis in spec if axis is not None)
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        row = rows.setdefault(f"{pattern}|{spec}", [pattern, spec, 0, 0, 0])
-        row[2:] = [row[2] + 1, row[3] + size, row[4] + size // split]
-    lines = [f"{'parameters matching':44} {'split over':44} arrays     MB  MB a device"]
-    for pattern, spec, count, size, own in sorted(rows.values(), key=lambda row: -row[3]):
-        axes = ", ".join("-" if axis is None else axis for axis in spec) or "whole"
-        lines.append(f"{pattern:44} {axes:44} {count:6} {size / 1e6:6,.0f} {own / 1e6:12,.0f}")
-    return "\n".join(lines)
+        axes = frozenset(axis for axis in spec if axis is not None and mesh.shape[axis] > 1)
+        group = _rule(name)[0]
+        if not axes:
+            group = "whole on every device" if parameter else "queues and counts, whole"
+        own = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+        size = math.prod(own) * leaf.dtype.itemsize
+        row = rows.get((group, axes), Row(group, 0, (), P(), 0, 0))
+        if part in COPIES:
+            row = row._replace(copies=row.copies + size)
+        else:
+            if math.prod(leaf.shape) >= math.prod(row.largest):
+                row = row._replace(largest=leaf.shape, spec=spec)
+            row = row._replace(arrays=row.arrays + 1, own=row.own + size)
+        rows[group, axes] = row
+    return sorted(rows.values(), key=lambda row: -row.own - row.copies)
+
+
+def describe(abstract_state: Any, mesh: Mesh) -> str:
+    """The table as text: what is split how, and megabytes a device, with their sum."""
+    rows = table(abstract_state, mesh)
+    lines = [("MB a device", "arrays", "largest", "split over", "itself", "its teacher, moments")]
+    for row in rows:
+        axes = [axis if axis is not None and mesh.shape[axis] > 1 else "-" for axis in row.spec]
+        split = " x ".join(axes) if set(axes) - {"-"} else ""
+        shape = " x ".join(map(str, row.largest)) or "1"
+        copies = f"{row.copies / 1e6:,.2f}" if row.copies else ""
+        lines.append((row.group, str(row.arrays), shape, split, f"{row.own / 1e6:,.2f}", copies))
+    own, copies = sum(row.own for row in rows), sum(row.copies for row in rows)
+    lines.append(("sum", str(sum(row.arrays for row in rows)), "", "", f"{own / 1e6:,.2f}", f"{copies / 1e6:,.2f}"))
+    return _columns(lines, right=(1, 4, 5))
+
+
+def _columns(lines: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
+    """Lines of cells as text, each column as wide as it has to be; those of `right` end flush."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    text = []
+    for line in lines:
+        cells = zip(line, widths, strict=True)
+        text.append("  ".join(c.rjust(w) if at in right else c.ljust(w) for at, (c, w) in enumerate(cells)).rstrip())
+    return "\n".join(text)

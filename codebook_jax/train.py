@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -19,9 +20,13 @@ from codebook_jax.checkpoint import Checkpoints, Restored
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
-from codebook_jax.interruption import Interrupted, Interruption
+from codebook_jax.evaluation.encoding import to_host
+from codebook_jax.interruption import Interrupted, Interruption, Stuck, patience
 from codebook_jax.metrics import Clock, Metrics, ProgressReport, say
 from codebook_jax.pretrained.start import specs
+from codebook_jax.processes import peers
+from codebook_jax.processes.agreement import Agreement, Tally
+from codebook_jax.processes.joining import end
 
 INPUT_BOUND_SHARE = (
     0.3  # of a step's time; prefetching keeps it near zero until the data cannot keep up
@@ -29,12 +34,20 @@ INPUT_BOUND_SHARE = (
 SCORE = "mean of the recalls of student/dual in validation"
 
 
-def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
-    """Trains as `config` says, going on from the newest checkpoint of `workdir` if it has one."""
+def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
+    """Trains as `config` says, going on from the newest checkpoint of `workdir` if it has one.
+
+    False when a signal ended it before its last step.
+    """
     workdir = Path(workdir).absolute()
     build.check(config)
+    records.check_writable(workdir)
     with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints, Interruption() as stop:
-        parts = build.build_training(config, workdir, steps_saved=checkpoints.steps())
+        saved = checkpoints.steps()
+        peers.connected().compare(
+            "checkpoints", {"saved steps": saved}, "all hosts have to see one and the same workdir"
+        )
+        parts = build.build_training(config, workdir, steps_saved=saved)
         build.announce(parts)
         restored = checkpoints.restore_newest(parts.task.abstract_state())
         if restored is None:
@@ -49,7 +62,13 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
             ProgressReport(start=step, steps=config.train.steps) as progress,
             memory.explaining(parts.planner),
         ):
-            Run(parts, checkpoints, metrics, progress, stop, restored).finish()
+            run = Run(parts, checkpoints, metrics, progress, stop, restored)
+            try:
+                run.finish()
+            except Exception as error:
+                peers.connected().end_all(error, checkpoints.wait)
+                raise
+            return run.step >= config.train.steps
 
 
 class Run:
@@ -72,10 +91,17 @@ class Run:
             stop,
         )
         self.state, self.step = start.state, start.step
+        self.agreement = Agreement(parts.mesh)
+        self.agreed = False  # a process was asked to stop, and all know it
         self.bad_in_row = 0
         self.warned_input_bound = False
         self.clock = Clock()
         self.bad_rate = BadRate(self.config.data.max_bad_rate, start.meta["unreadable"])
+
+    @property
+    def stopping(self) -> bool:
+        """Whether to stop here; where there are several processes, all of them at the same step."""
+        return self.stop.requested if self.agreement.alone else self.agreed
 
     def finish(self) -> None:
         """Trains to the last step or a signal, and leaves the newest state saved and evaluated."""
@@ -85,16 +111,17 @@ class Run:
         elif self.step and self.evaluation_due() and self.step not in self.checkpoints.scores:
             self.evaluate()  # its first evaluation was cut short
         self.loop()
+        self.agreed |= self.agreement.any(self.stop.requested)
         self.checkpoints.wait()
         if self.step and self.step not in self.checkpoints.steps():
             self.save()
-        if not self.stop.requested and self.step not in self.checkpoints.scores:
+        if not self.stopping and self.step not in self.checkpoints.scores:
             self.evaluate()
         self.checkpoints.wait()
-        if self.stop.requested:
+        if self.stopping:
             saved = self.checkpoints.steps()
             newest = f"saved step {saved[-1]:,}" if saved else "nothing to save"
-            say(f"{newest} on {self.stop.name}")
+            say(f"{newest} on {self.stop.name or 'a signal to another process'}")
 
     def loop(self) -> None:
         """One step after another; the data's position is the step.
@@ -103,16 +130,23 @@ class Run:
         step before it runs.
         """
         pending = None
-        with build.batches(self.parts, start_step=self.step) as batches:
-            while self.step < self.config.train.steps and not self.stop.requested:
+        with contextlib.ExitStack() as streams:
+            batches = streams.enter_context(build.batches(self.parts, start_step=self.step))
+            while self.step < self.config.train.steps and not self.stopping:
                 batch = self.next_batch(batches)
-                if batch is None:
+                if batch is None and self.agreement.alone:
                     break
+                if batch is None:  # the others count on this step: the same stream without workers
+                    config = records.with_fields(self.config, {"data.workers": 0})
+                    alike = build.batches(self.parts._replace(config=config), start_step=self.step)
+                    batches = streams.enter_context(alike)
+                    continue
                 placed = sharding.put_batch(batch, self.parts.mesh)
+                tally = self.agreement.tally(self.stop.requested, batch, placed)
                 self.state, scalars = self.parts.task.step(self.state, placed)
                 self.step += 1
                 self.settle(pending)
-                pending = _Pending(self.step, scalars, batch.example, int(np.sum(batch.skipped)))
+                pending = _Pending(self.step, scalars, placed.example, tally)
                 evaluate = self.evaluation_due()
                 if evaluate or self.step % self.config.checkpoint.every_steps == 0:
                     self.settle(pending)
@@ -123,10 +157,16 @@ class Run:
             self.settle(pending)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None when its worker processes died of the signal that stops this run too."""
+        """The next batch; None when its worker processes died of the signal that stops this run too.
+
+        One that does not come in `data.patience_s` ends the process, since whoever hangs there cannot be joined.
+        """
         began = time.monotonic()
         try:
-            batch = next(batches)
+            with patience(self.config.data.patience_s, f"the batch of step {self.step + 1:,}", say):
+                batch = next(batches)
+        except Stuck as stuck:
+            self.give_up(stuck)
         except UserError:
             raise
         except Exception:
@@ -136,11 +176,26 @@ class Run:
         self.clock.waited(time.monotonic() - began)
         return batch
 
+    def give_up(self, stuck: Stuck) -> NoReturn:
+        """Saves what can be saved without the other processes, and ends."""
+        if self.agreement.alone and self.step not in self.checkpoints.steps():
+            self.save()
+        if self.agreement.alone:
+            self.checkpoints.wait()
+        saved = self.checkpoints.steps()
+        kept = f"step {saved[-1]:,} is saved" if saved else "nothing is saved"
+        sentence = f"{stuck}; {kept}: see whether the place of the training data answers, and start again"
+        peers.connected().fail(sentence)
+        end(sentence, 1)
+
     def settle(self, pending: _Pending | None) -> None:
         """Reads a step's scalars: counts what was bad, logs what is due. Raises UserError when the run must stop."""
         if pending is None:
             return
-        self.bad_rate.add(unreadable=pending.unreadable, read=len(pending.examples))
+        self.agreed |= bool(pending.tally.stop)
+        self.bad_rate.add(
+            unreadable=int(pending.tally.unreadable), read=self.config.data.global_batch
+        )
         self.progress.advance(pending.step)
         bad = bool(pending.scalars["bad_step"])
         logged = pending.step % self.config.log_every_steps == 0 or pending.step == 1
@@ -151,25 +206,23 @@ class Run:
         row["data/skipped"] = self.bad_rate.unreadable
         self.bad_in_row = int(row["bad_in_row"])
         if bad:
-            row |= {
-                "bad/terms": ", ".join(broken_terms(row)),
-                "bad/examples": str(pending.examples.tolist()),
-            }
+            examples = to_host(pending.examples).tolist()
+            row |= {"bad/terms": ", ".join(broken_terms(row)), "bad/examples": str(examples)}
         if logged:
             row |= self.clock.report(self.config.data.global_batch)
             self.progress.report(pending.step, row)
             self.warn_if_input_bound(row)
         self.metrics.write(pending.step, row)
         if bad:
-            self.report_bad(pending, row["bad/terms"])
+            self.report_bad(pending.step, row["bad/terms"], examples)
 
-    def report_bad(self, pending: _Pending, terms: str) -> None:
+    def report_bad(self, step: int, terms: str, examples: list[int]) -> None:
         """Says which step was not finite; raises UserError when too many were in a row."""
         most = self.config.optimizer.max_bad_steps
-        some = ", ".join(str(example) for example in pending.examples[:8])
-        more = f" and {len(pending.examples) - 8} more" if len(pending.examples) > 8 else ""
+        some = ", ".join(str(example) for example in examples[:8])
+        more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""
         say(
-            f"step {pending.step:,} was left out: {terms} not finite; {self.bad_in_row} in a row, {most} end "
+            f"step {step:,} was left out: {terms} not finite; {self.bad_in_row} in a row, {most} end "
             f"the run; its examples: {some}{more} (all in metrics.jsonl)"
         )
         if self.bad_in_row >= most:
@@ -181,7 +234,7 @@ class Run:
                 else "nothing was saved"
             )
             raise UserError(
-                f"stopped at step {pending.step:,}: {most} steps in a row were not finite ({terms}); {newest}: "
+                f"stopped at step {step:,}: {most} steps in a row were not finite ({terms}); {newest}: "
                 "try a lower config.optimizer.learning_rate, config.optimizer.clip_norm=1, or "
                 "config.model.dtype=float32"
             )
@@ -222,10 +275,12 @@ class Run:
             return
         began = time.monotonic()
         try:
-            with self.stop.may_interrupt():
-                protocols = build.validate(
-                    self.parts, self.state, last=self.step >= self.config.train.steps
-                )
+            last = self.step >= self.config.train.steps
+            if self.agreement.alone:
+                with self.stop.may_interrupt():
+                    protocols = build.validate(self.parts, self.state, last=last)
+            else:
+                protocols = build.validate(self.parts, self.state, last=last, progress=self.interrupt)
         except Interrupted:
             return
         row = flat_evaluation(protocols)
@@ -242,14 +297,21 @@ class Run:
         )
 
 
+    def interrupt(self, what: str, done: int, of: int) -> None:
+        """Between two batches of an evaluation: raises Interrupted on all processes when one is to stop."""
+        self.agreed |= self.agreement.any(self.stop.requested)
+        if self.agreed:
+            raise Interrupted
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pending:
     """A step whose scalars are still on the device."""
 
     step: int
     scalars: dict[str, jax.Array]
-    examples: np.ndarray
-    unreadable: int
+    examples: jax.Array  # numbers of the batch's records
+    tally: Tally
 
 
 def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import IO, Any
 
 import ml_collections
 
-from codebook_jax.errors import UserError
+from codebook_jax.errors import FULL_DISK, UserError
 
 RECORD = "config.json"
 
@@ -28,6 +30,7 @@ RULES = (
         "free",
         "data.workers",
         "data.threads",
+        "data.patience_s",
         "data.prefetch",
         "data.max_bad_rate",
         "data.image_root",
@@ -47,8 +50,10 @@ TOKENIZER_FIELDS = ("data.train", "data.tokenizer", "data.tokenizer_vocabulary",
 LATER = {
     "init": "random",
     "init_allow_partial": False,
+    "mesh.slices": 0,
     "data.path_map": "",
     "data.damaged_shards": "refuse",
+    "data.patience_s": 600.0,
     "export.format": "codis",
     "model.image.mlp_width": 0,
     "model.text.mlp_width": 0,
@@ -87,6 +92,35 @@ def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[st
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def check_writable(workdir: Path) -> None:
+    """Makes the run's folder, where it is not there; raises UserError where nothing can be written to it."""
+    try:
+        write_probe(workdir)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise UserError(
+            f"--workdir={workdir} cannot be written to ({error.strerror}): give a folder that can"
+        ) from error
+
+
+def write_probe(folder: Path) -> None:
+    """Writes a small file into the folder, and removes it; raises OSError where that fails."""
+    path = folder / f".writable-{secrets.token_hex(8)}"  # process numbers of two hosts may be the same
+    with written_whole(path) as file:
+        file.write("\n")
+    path.unlink()
+
+
+def code_digest() -> str:
+    """Of the package's own files: what two hosts compute alike, whatever git knows of it."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> list[str]:
@@ -129,7 +163,7 @@ def read_record(workdir: Path | str) -> dict[str, Any] | None:
 def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config a run was last started with, locked."""
     config = ml_collections.ConfigDict(_with_tuples(record["config"]))
-    known = _flat(record["config"])
+    known = flat(record["config"])
     config.update_from_flattened_dict({name: value for name, value in LATER.items() if name not in known})
     return config.lock()
 
@@ -269,7 +303,7 @@ def kind_of(name: str) -> str:
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
     """{dotted name: [old, new]} of the fields in both that differ; fields of another version are passed over."""
-    before, after = _flat(json.loads(json.dumps(old))), _flat(json.loads(json.dumps(new)))
+    before, after = flat(json.loads(json.dumps(old))), flat(json.loads(json.dumps(new)))
     return {
         name: [before[name], after[name]]
         for name in after
@@ -320,11 +354,12 @@ def _with_tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted name: value} of a config's nested sections."""
+    found = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            found[f"{prefix}{name}"] = value
+    return found

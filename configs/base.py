@@ -58,8 +58,9 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     config.init = "random"
     config.init_allow_partial = False  # start a parameter anew of which SPEC lacks a part, instead of refusing
 
-    # Devices along each axis; -1 takes what is left. The batch is split over data x fsdp.
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    # Devices along each axis; -1 takes what is left. The batch is split over data x fsdp; parameters, teacher and moments over
+    # fsdp (0: as few as make them fit into memory) and tensor. slices: parts of a slow network; 0: as the devices say.
+    config.mesh = dict(data=-1, fsdp=0, tensor=1, slices=0)
 
     config.model = dict(
         dim=at["dim"],  # joint space; paper: 256
@@ -158,6 +159,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         workers=0,  # processes; 0: threads only
         threads=2 if tiny else 16,  # a process
         prefetch=4 if tiny else 16,  # batches read ahead
+        patience_s=600.0,  # without the next batch, after which the run saves and ends; a tenth of it is said
         max_bad_rate=0.01,  # share of unreadable images above which training stops
     )
 

@@ -78,7 +78,11 @@ class Group:
                 given = {**os.environ, **environment(self.options, port, own, os.environ)}
                 self._running.append(
                     subprocess.Popen(
-                        self.options.command, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                        self.options.command,
+                        env=given,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,  # Ctrl-C would reach them twice, and a second one leaves unsaved
                     )
                 )
             echoes = [

@@ -35,29 +35,6 @@ SMALL = {
     "evaluation.rerank_top_k": 2,
 }
 
-# Runs the command with its stream of batches wrapped; FROM the environment: what happens before which batch.
-COMMAND = """
-import contextlib, os, signal, sys, time
-from absl import app
-from codebook_jax import build, main
-real = build.batches
-@contextlib.contextmanager
-def batches(parts, *, start_step):
-    def wrapped(stream):
-        for position, batch in enumerate(stream, start_step):
-            if position == int(os.environ.get("KILL_BEFORE", -1)):
-                os.kill(os.getpid(), signal.SIGKILL)
-            if position >= int(os.environ.get("SLOW_FROM", 10**9)):
-                time.sleep(0.5)
-            yield batch
-    with real(parts, start_step=start_step) as stream:
-        yield wrapped(stream)
-build.batches = batches
-main.define_flags()
-app.run(main.main, flags_parser=main._parse_or_leave)
-"""
-
-
 def config_of(**changes):
     config = base.get_config("tiny")
     config.update_from_flattened_dict(SMALL | changes)
@@ -67,4 +44,4 @@ def config_of(**changes):
 def command(workdir, **changes):
     fields = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
     config = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
-    return [sys.executable, "-c", COMMAND, config, f"--workdir={workdir}", *fields]
+    return [sys.executable, str(ROOT / "tests" / "faulty_run.py"), config, f"--workdir={workdir}", *fields]

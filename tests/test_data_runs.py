@@ -58,7 +58,7 @@ def test_a_run_on_files_of_which_some_are_bad_ends_and_counts_each_once_an_epoch
             cwd=ROOT,
         )
 
-    assert run({"KILL_BEFORE": "45"}).returncode == -signal.SIGKILL
+    assert run({"FAULT": "kill:*:45"}).returncode == -signal.SIGKILL
     done = run({}, **{"data.workers": 2})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "training on 504 of 506 listed pairs (99.6%)" in done.stdout

@@ -66,7 +66,7 @@ def imported(albef, one_device_environment, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("imported") / "run"
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *_: one_mesh())
+        patch.setattr(sharding, "make_mesh", lambda *_, **__: one_mesh())
         for module in (train, build):
             patch.setattr(module, "say", said.append)
         train.import_weights(run_config(albef), workdir)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_train import OneWeight, config_of, world  # noqa: F401
 
-from codebook_jax import build, liveness, memory, train
+from codebook_jax import build, liveness, memory, sharding, train
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.memory import Estimate
@@ -65,11 +65,33 @@ def test_xla_recomputes_what_remat_says_and_gathers_weights_but_no_rows_for_fsdp
 
 
 def test_state_is_counted_exactly(need):
-    state = planner_of()._on_one_device(planner_of().with_changes({})[0], 8).abstract_state()
+    state = planner_of().on_one_device(planner_of().with_changes({})[0], 8).abstract_state()
     count = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert need.parameters == count(state.student)
     assert need.moments == count(state.moments)
     assert need.queues == 2 * 128 * 64 * 4 + 2 * 16_384 * 4 + 3 * 4  # features, winners, cursors and a count
+
+
+def test_what_the_table_at_the_start_prints_is_what_is_counted():
+    planner = planner_of({"mesh.fsdp": 2, "mesh.tensor": 2})
+    config, mesh = planner.with_changes({})
+    state = pretrain.create(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)), mesh).abstract_state()
+    rows = sharding.table(state, mesh)
+    need = planner.estimate()
+    others = [row for row in rows if row.group.startswith("queue")]
+    assert sum(row.own for row in rows if row not in others) == need.parameters
+    assert sum(row.copies for row in rows) == need.teacher + need.moments
+    counts = 3 * 4  # the step, bad steps in a row and in all
+    assert sum(row.own for row in others) == need.queues + counts
+
+
+def test_estimates_that_differ_in_the_mesh_alone_trace_one_step(monkeypatch):
+    planner, traced = planner_of(), []
+    create = planner.create
+    planner.create = lambda *given: traced.append(given) or create(*given)
+    found = [planner.estimate({"mesh.fsdp": n}) for n in (1, 4, 1)]
+    assert len(traced) == 1 and found[0] == found[2] == planner_of({"mesh.fsdp": 1}).estimate()
+    assert found[1] == planner_of({"mesh.fsdp": 4}).estimate()
 
 
 def test_remat_and_passes_lower_the_activations_and_nothing_else(need):
@@ -87,10 +109,10 @@ def test_fsdp_splits_parameters_teacher_and_moments(need):
 
 
 def test_a_half_wide_type_lowers_the_activations_where_the_device_computes_in_it(need, monkeypatch):
-    narrow = planner_of({"model.dtype": "bfloat16"})
-    assert narrow.estimate().activations > 0.95 * need.activations  # a CPU computes in float32
+    narrow = {"model.dtype": "bfloat16"}
+    assert planner_of(narrow).estimate().activations > 0.95 * need.activations  # a CPU computes in float32
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert narrow.estimate().activations < 0.75 * need.activations
+    assert planner_of(narrow).estimate().activations < 0.75 * need.activations
 
 
 def test_peak_counts_what_is_alive_together_and_no_more():

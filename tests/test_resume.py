@@ -90,7 +90,7 @@ def test_a_killed_run_resumed_with_two_workers_is_the_straight_run(
 ):
     killed = subprocess.run(
         command(tmp_path / "run"),
-        env=one_device_environment | {"KILL_BEFORE": "11"},
+        env=one_device_environment | {"FAULT": "kill:*:11"},
         capture_output=True,
         cwd=ROOT,
     )
@@ -108,7 +108,7 @@ def test_sigterm_to_every_process_saves_and_the_resumed_run_is_the_straight_run(
     workdir = tmp_path / "run"
     process = subprocess.Popen(
         command(workdir, **{"data.workers": 2}),
-        env=one_device_environment | {"SLOW_FROM": "7"},
+        env=one_device_environment | {"FAULT": "slow:*:7"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

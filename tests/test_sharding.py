@@ -72,14 +72,35 @@ def test_a_device_holds_about_a_quarter_of_the_state(abstract):
     assert total / 4 < own < 1.2 * total / 4  # what is whole, or split over one axis alone
 
 
-def test_the_table_printed_at_the_start_counts_every_byte(abstract):
+def test_the_table_printed_at_the_start_counts_every_byte_of_a_device(abstract):
     mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-    lines = sharding.describe(abstract, mesh).splitlines()[1:]
-    arrays = sum(int(line.split()[-3]) for line in lines)
-    megabytes = sum(int(line.split()[-2].replace(",", "")) for line in lines)
-    assert arrays == len(jax.tree.leaves(abstract))
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)) / 1e6
-    assert abs(megabytes - total) <= len(lines)  # each line is rounded
+    held = lambda tree: sum(  # noqa: E731
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+    rows = sharding.table(abstract, mesh)
+    copies = held((abstract.teacher, abstract.moments))
+    assert sum(row.copies for row in rows) == copies
+    assert sum(row.own for row in rows) == held(abstract) - copies
+    lines = sharding.describe(abstract, mesh).splitlines()
+    assert len(lines) == len(rows) + 2 <= 15
+    own, others = (float(cell.replace(",", "")) for cell in lines[-1].split()[-2:])
+    assert abs(own + others - held(abstract) / 1e6) < 0.02
+
+
+def test_the_table_names_what_is_split_how(abstract):
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    lines = sharding.describe(abstract, mesh).splitlines()
+    (words,) = [line for line in lines if line.startswith("word embeddings")]
+    assert "30522 x 768" in words and "- x fsdp" in words
+    assert words.split()[-2:] == [f"{30_522 * 768 * 4 / 2 / 1e6:.2f}", f"{3 * 30_522 * 768 * 4 / 2 / 1e6:.2f}"]
+    (queues,) = [line for line in lines if line.startswith("queues  ")]
+    assert "tensor x -" in queues and queues.split()[-1] == f"{2 * 65_536 * 256 * 4 / 2 / 1e6:.2f}"
+    assert not [line for line in lines if "$" in line or "(" in line]
+
+
+def test_what_is_whole_everywhere_is_a_line_for_parameters_and_one_for_queues(abstract):
+    mesh = sharding.make_mesh(-1, 1, 1)
+    assert [row.group for row in sharding.table(abstract, mesh)] == ["whole on every device", "queues and counts, whole"]
 
 
 def test_an_axis_that_does_not_divide_is_left_whole():
@@ -96,6 +117,12 @@ def test_one_mesh_size_may_be_what_the_others_leave():
     assert sharding.data_shards(sharding.make_mesh(-1, 2, 2)) == 4
 
 
+def test_an_fsdp_that_nobody_chose_is_one_or_what_the_others_leave():
+    assert dict(sharding.make_mesh(-1, 0, 2).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert dict(sharding.make_mesh(2, 0, 1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(sharding.make_mesh(8, 0, -1).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
@@ -105,6 +132,8 @@ def test_one_mesh_size_may_be_what_the_others_leave():
         ((-1, -1, 1), "-1 for at most one of them"),
         ((0, 1, 8), "config.mesh.data=0"),
         ((-2, 2, 2), "config.mesh.data=-2"),
+        ((-1, 0, -1), "0 for fsdp alone"),
+        ((3, 0, 1), "config.mesh.data=3, config.mesh.fsdp=0, config.mesh.tensor=1 does not fit 8"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_numbers(sizes, words):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +117,9 @@ def world(monkeypatch):
         build, "batches", lambda parts, *, start_step: contextlib.closing(stream(start_step))
     )
     monkeypatch.setattr(build, "validate", validate)
-    monkeypatch.setattr(train.sharding, "put_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr(
+        train.sharding, "put_batch", lambda batch, mesh: jax.tree.map(jnp.asarray, batch)
+    )
     return world
 
 
@@ -315,16 +318,49 @@ def test_workers_that_die_of_the_same_signal_do_not_keep_the_run_from_saving(
 ):
     def die(step):
         if step == 6:
-            signal.setitimer(
-                signal.ITIMER_REAL, 0.2
-            )  # the signal reaches this process after its workers
+            # The signal reaches this process after its workers.
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
             raise RuntimeError("Worker process was terminated unexpectedly with exit code -15")
 
-    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
     world.before_batch = die
     train.fit(config_of(), tmp_path)
-    signal.signal(signal.SIGALRM, before)
     assert "saved step 6 on SIGTERM" in capsys.readouterr().out and saved_steps(tmp_path)[-1] == 6
+
+
+def test_a_batch_that_does_not_come_is_waited_for_aloud_then_the_step_is_saved_and_the_run_ends(
+    world, tmp_path, monkeypatch, capsys
+):
+    class Ended(BaseException):
+        pass
+
+    def end(sentence, code):
+        raise Ended(sentence, code)
+
+    monkeypatch.setattr(train, "end", end)  # it would leave this process
+    world.before_batch = lambda step: step == 7 and time.sleep(60)
+    config = config_of(**{"data.patience_s": 1.0})
+    with pytest.raises(Ended) as ended:
+        train.fit(config, tmp_path)
+    sentence, code = ended.value.args
+    assert "the batch of step 8 did not come in 1 s; step 7 is saved" in sentence and code == 1
+    assert "waiting for the batch of step 8 for 0 s; after 1 s the run ends" in capsys.readouterr().out
+    world.before_batch = lambda step: None
+    train.fit(config, tmp_path)
+    train.fit(config_of(), tmp_path / "straight")
+    assert rows_of(tmp_path) == rows_of(tmp_path / "straight")
+
+
+def test_a_run_says_whether_it_came_to_its_end(world, tmp_path):
+    world.before_batch = lambda step: step == 6 and os.kill(os.getpid(), signal.SIGTERM)
+    assert train.fit(config_of(), tmp_path) is False
+    world.before_batch = lambda step: None
+    assert train.fit(config_of(), tmp_path) is True
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_built(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run cannot be written to .*: give a folder that can"):
+        train.fit(config_of(), tmp_path / "file" / "run")
 
 
 def test_workers_that_die_of_something_else_end_the_run(world, tmp_path, monkeypatch):

@@ -182,6 +182,7 @@ class TextEncoder(nnx.Module):
         )
         self.depth, self.dropout, self.compute = depth, dropout, compute
 
+    @jax.named_scope("text")
     def __call__(
         self,
         tokens: Int[Array, "texts tokens"],
@@ -233,6 +234,7 @@ class FusionEncoder(nnx.Module):
         )
         self.depth, self.dropout, self.compute = depth, dropout, compute
 
+    @jax.named_scope("fusion")
     def __call__(
         self,
         text_states: Float[Array, "images texts tokens width"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -24,6 +25,7 @@ class MaskedWordHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((vocabulary_size,)))
         self.dtype = dtype
 
+    @jax.named_scope("words")
     def __call__(
         self, states: Float[Array, "*some width"], words: Float[Array, "vocab width"]
     ) -> Float[Array, "*some vocab"]:
@@ -44,5 +46,6 @@ class MatchingHead(nnx.Module):
     def __init__(self, width: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.classes = Dense(width, 2, std=std, dtype=None, rngs=rngs)
 
+    @jax.named_scope("matching")
     def __call__(self, cls: Float[Array, "*some width"]) -> Float[Array, "*some 2"]:
         return self.classes(cls)

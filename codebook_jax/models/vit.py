@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -73,6 +74,7 @@ class VisionTransformer(nnx.Module):
         )
         self.norm = layer_norm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
 
+    @jax.named_scope("image")
     def __call__(
         self, images: Float[Array, "images side side 3"]
     ) -> Float[Array, "images tokens width"]:

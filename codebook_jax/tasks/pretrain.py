@@ -125,7 +125,8 @@ class Pretraining:
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         draw_key, dropout_key = jax.random.split(key)
-        inputs = draw_inputs(batch, draw_key, self.config, self.vocabulary)
+        with jax.named_scope("draw"):
+            inputs = draw_inputs(batch, draw_key, self.config, self.vocabulary)
         taught = self.passes.over(functools.partial(self.teach, state.teacher), inputs)
         plan = self.assign(taught.features, state)
         (loss, scalars), gradients = self.passes.gradients(
@@ -148,6 +149,7 @@ class Pretraining:
         scalars = {"loss": loss, **scalars, "gradient_norm": gradient_norm, "bad_step": ~good}
         return after, scalars | self.report(state, after, inputs, plan)
 
+    @jax.named_scope("teach")
     def teach(self, towers: Any, inputs: Inputs) -> Taught:
         """Features of the teacher's view of the images and of the texts, and its states of the hidden words."""
         towers = self.model.towers(towers)
@@ -160,6 +162,7 @@ class Pretraining:
             masked_states = _at_positions(fused, inputs.masked.positions)
         return jax.lax.stop_gradient(Taught(Pair(image, text), masked_states))
 
+    @jax.named_scope("assign")
     def assign(self, features: Pair, state: TrainState) -> Float[Array, "2 rows codes"] | None:
         """The transport plan of the teacher's image and text features over the codewords.
 
@@ -184,6 +187,7 @@ class Pretraining:
             valid=valid,
         )
 
+    @jax.named_scope("embed")
     def embed(self, student: Any, inputs: Inputs, key: Key[Array, ""]) -> Learned:
         """What the student makes of its view of the images, and of the texts, before they meet."""
         towers = self.model.towers(student["towers"])
@@ -191,6 +195,7 @@ class Pretraining:
         text, states, masked_states = self._read(towers, inputs, jax.random.fold_in(key, 0))
         return Learned(Pair(image, text), image_tokens, states, masked_states)
 
+    @jax.named_scope("compare")
     def compare(
         self,
         features: Pair,
@@ -204,12 +209,15 @@ class Pretraining:
         """L_ica and L_code of the global batch's features, weighted; `own` has the codebook and the temperature."""
         config, scalars, loss = self.config, {}, jnp.float32(0)
         if config.losses.alignment:
+            # Every row's candidates are the whole batch and the queue. Left to itself, XLA splits the candidates instead of
+            # the rows: it gathers the queues for it and moves the logits.
+            candidates, candidate_id = sharding.whole((teacher_features, image_id), self.mesh)
             alignment = losses.alignment_loss(
                 features,
-                teacher_features,
+                candidates,
                 state.queue.features,
                 state.queue.valid,
-                image_id,
+                candidate_id,
                 temperature=own["temperature"],
                 alpha=self.alpha(_updates(state)),
                 intra_weight=config.alignment.intra_weight,
@@ -231,6 +239,7 @@ class Pretraining:
         scalars["features/std"] = jnp.stack(features).std(axis=1).mean()  # towards 0: collapse
         return loss, scalars
 
+    @jax.named_scope("pair")
     def pair(
         self,
         student: Any,
@@ -287,6 +296,7 @@ class Pretraining:
             loss += config.losses.masked_lm * scalars["loss/masked_lm"]
         return loss, scalars
 
+    @jax.named_scope("learn")
     def learn(self, state: TrainState, gradients: Any) -> TrainState:
         """The student after the optimizer, the teacher after its average."""
         alignment = self.config.alignment
@@ -302,6 +312,7 @@ class Pretraining:
         averaged = teacher.average(state.teacher, student["towers"], self.momentum(_updates(state)))
         return state.replace(student=student, moments=moments, teacher=averaged)
 
+    @jax.named_scope("remember")
     def remember(
         self, state: TrainState, features: Pair, plan: Float[Array, "2 rows codes"] | None
     ) -> TrainState:
@@ -312,6 +323,7 @@ class Pretraining:
         winners = jnp.argmax(plan[:, : features.image.shape[0]], axis=-1)
         return state.replace(usage=usage.record(state.usage, winners))
 
+    @jax.named_scope("report")
     def report(
         self,
         before: TrainState,

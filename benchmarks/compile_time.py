@@ -1,0 +1,120 @@
+"""Compile time of the training step against depth: `python benchmarks/compile_time.py`.
+
+One process a row; nothing is allocated, the step is traced on shapes and compiled as for training. All rows have a small
+global batch, one pass, and no remat, because a scan with remat holds one block an iteration whatever
+`model.scan_unroll` is: the unrolled row then differs from the scanned one in that field alone. `huge` and `base` as they
+are configured, with remat, are rows too. Goals: scanned at most a third of unrolled; huge at most 1.3 times base. Seconds
+are by the clock; those of the process, on all cores, are beside them and say more on a machine that does other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+BATCH = 16
+WORDS = 30_522  # BERT's
+SCANNED, UNROLLED, HUGE = "base, scanned", "base, unrolled", "huge, scanned"
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    SCANNED: ("base", {"model.remat": "none"}),
+    UNROLLED: ("base", {"model.remat": "none", "model.scan_unroll": 12}),  # the deepest tower's depth
+    HUGE: ("huge", {"model.remat": "none"}),
+    "base, scanned, remat": ("base", {}),
+    "huge, scanned, remat": ("huge", {}),
+}
+GOALS = (  # (what, row, against, most times)
+    ("scanned / unrolled", SCANNED, UNROLLED, 1 / 3),
+    ("huge / base", HUGE, SCANNED, 1.3),
+    ("huge / base, with remat", "huge, scanned, remat", "base, scanned, remat", 1.3),
+)
+RATIOS = ("all_s", "cpu_s", "instructions")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), help=f"of: {'; '.join(ROWS)}")
+    parser.add_argument("--repeat", type=int, default=1, help="processes a row; the fastest counts")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="a JSON file for the figures")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(*ROWS[options.one])))
+        return
+    figures: dict[str, Any] = {"batch": BATCH, "cores": os.cpu_count(), "rows": {}, "goals": {}}
+    print(f"{'':24} {'trace, s':>9} {'lower, s':>9} {'compile, s':>11} {'all, s':>8} {'of CPUs, s':>11} {'instructions':>13}", flush=True)
+    for name in options.rows:
+        row = min((run_alone(name) for _ in range(options.repeat)), key=lambda found: found["all_s"])
+        figures["rows"][name] = row
+        print(
+            f"{name:24} {row['trace_s']:9.1f} {row['lower_s']:9.1f} {row['compile_s']:11.1f} {row['all_s']:8.1f} "
+            f"{row['cpu_s']:11.1f} {row['instructions']:13,}",
+            flush=True,
+        )
+    for what, row, against, most in GOALS:
+        if {row, against} <= figures["rows"].keys():
+            ratio = {by: figures["rows"][row][by] / figures["rows"][against][by] for by in RATIOS}
+            figures["goals"][what] = ratio | {"at_most": most}
+            print(f"{what}: {', '.join(f'{value:.2f} ({by})' for by, value in ratio.items())}; goal {most:.2f}")
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def run_alone(name: str) -> dict[str, Any]:
+    """What one process of this script reports of a row."""
+    command = [sys.executable, __file__, "--one", name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(size: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Seconds to trace, lower and compile the step of a size, and how long the compiled program is."""
+    import jax
+
+    from codebook_jax import memory, sharding, workdir
+    from codebook_jax.data.text import Vocabulary
+    from codebook_jax.tasks import pretrain
+    from configs import base
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = base.get_config(size)
+    config.update_from_flattened_dict({"data.global_batch": BATCH} | fields)
+    mesh = sharding.make_mesh(-1, 1, 1)
+    config = workdir.resolve_groups(config, None, data_shards=sharding.data_shards(mesh))
+    vocabulary = Vocabulary(WORDS, 0, 101, 102, 103, (0, 100, 101, 102, 103))
+    task = pretrain.create(config, vocabulary, mesh)
+    state, batch = task.abstract_state(), memory.abstract_batch(config)
+    times, began = [time.perf_counter()], time.process_time()
+    traced = task.step.trace(state, batch)
+    times.append(time.perf_counter())
+    lowered = traced.lower()
+    times.append(time.perf_counter())
+    compiled = lowered.compile()
+    times.append(time.perf_counter())
+    trace, lower, compile_ = (after - before for before, after in itertools.pairwise(times))
+    return {
+        "trace_s": trace,
+        "lower_s": lower,
+        "compile_s": compile_,
+        "all_s": trace + lower + compile_,
+        "cpu_s": time.process_time() - began,
+        "instructions": sum(" = " in line for line in compiled.as_text().splitlines()),
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+if __name__ == "__main__":
+    main()

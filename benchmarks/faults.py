@@ -1,0 +1,499 @@
+"""What a run of two processes does in each of many faults: `python benchmarks/faults.py [--only NAME ...] [--out FILE]`.
+
+Every row starts a small run of two real processes on this machine, puts one fault into it, waits for it to end, starts
+the same command again without the fault, and compares what is left with an undisturbed run: every logged number and
+every array of the last checkpoint. Times are in seconds. A full disk and a folder that becomes read-only are mounts,
+which need root on Linux; without it those rows are left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+FAULTY = ROOT / "tests" / "faulty_run.py"
+STEPS, EVERY = 24, 4
+FLAGS = {
+    "model.image.size_px": 32,
+    "model.image.width": 32,
+    "model.image.depth": 1,
+    "model.image.heads": 2,
+    "model.text.width": 32,
+    "model.text.depth": 1,
+    "model.text.fusion_depth": 1,
+    "model.text.heads": 2,
+    "model.dim": 16,
+    "codebook.size": 16,
+    "codebook.iterations": 5,
+    "queue.size": 32,
+    "mesh.fsdp": 2,  # each process holds one half of the state
+    "data.global_batch": 8,
+    "data.scenes_examples": 64,
+    "data.tokenizer_vocabulary": 200,
+    "data.threads": 1,
+    "data.prefetch": 2,
+    "optimizer.warmup_steps": 5,
+    "optimizer.max_bad_steps": 5,
+    "train.steps": STEPS,
+    "log_every_steps": 1,
+    "checkpoint.every_steps": EVERY,
+    "evaluation.every_steps": 0,
+    "evaluation.images": 8,
+    "evaluation.batch": 8,
+    "evaluation.rerank_top_k": 0,
+}
+
+
+class Row(NamedTuple):
+    """What one fault led to."""
+
+    fault: str
+    happened: str  # exit codes and the sentence of the process that had none put into it
+    ended_s: float | None  # from the fault to the end of the last process
+    resumed_s: float | None  # from the next start to its first step
+    lost_steps: int | None  # that had been made and were made again
+    final: str  # beside the undisturbed run
+
+
+class Run:
+    """Processes of one start, and what they say."""
+
+    def __init__(
+        self, workdir: Path, *, fault: str = "", changes: dict[str, Any] | None = None,
+        own: dict[int, list[str]] | None = None, processes: int = 2, started: int | None = None,
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.workdir, self.began = workdir, time.monotonic()
+        self.logs = [workdir.with_name(f"{workdir.name}.{n}.log") for n in range(processes)]
+        fields = [f"--config.{name}={value}" for name, value in (FLAGS | (changes or {})).items()]
+        config = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
+        self.processes = []
+        for number in range(processes if started is None else started):
+            environment = os.environ | {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(number),
+                "JAX_PLATFORMS": "cpu",
+                "PYTHONUNBUFFERED": "1",
+                "FAULT": fault or "none:0:0",
+            }
+            command = [sys.executable, str(FAULTY), config, f"--workdir={workdir}", *fields]
+            with open(self.logs[number], "wb") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [*command, *(own or {}).get(number, [])],
+                        env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
+                    )
+                )
+
+    def rows(self) -> list[dict[str, Any]]:
+        path = self.workdir / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def step(self) -> int:
+        """The last step that was logged and moved something."""
+        good = [row["step"] for row in self.rows() if row.get("loss") is not None]
+        return max(good, default=0)
+
+    def wait_for(self, ready: Callable[[], bool], limit_s: float = 240) -> None:
+        """Raises RuntimeError with all that was said where it does not get there."""
+        until = time.monotonic() + limit_s
+        while not ready():
+            if all(process.poll() is not None for process in self.processes):
+                raise RuntimeError(f"it ended too early:\n{self.said()}")
+            if time.monotonic() > until:
+                raise RuntimeError(f"it did not get there in {limit_s} s:\n{self.said()}")
+            time.sleep(0.01)
+
+    def end(self, limit_s: float = 240) -> list[int]:
+        """Exit codes, once all have ended; those that hang are killed and count as None."""
+        until = time.monotonic() + limit_s
+        codes = []
+        for process in self.processes:
+            try:
+                codes.append(process.wait(max(until - time.monotonic(), 0.1)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                codes.append(None)
+        return codes
+
+    def said(self) -> str:
+        return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+    def sentence(self) -> str:
+        """The one that matters: an error's, else of what was saved."""
+        for log in self.logs:
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+            for start in ("error: ", "saved step", "the checkpoint of step", "the clock"):
+                found = [line for line in lines if line.startswith(start)]
+                if found:
+                    return found[-1].removeprefix("error: ")
+        fatal = re.search(r"Terminating process because[^.]*\.", self.said())
+        return fatal.group() if fatal else ""
+
+
+class Faults:
+    """The rows, made in one folder beside one undisturbed run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.straight = folder / "straight"
+        run = Run(self.straight)
+        if run.end() != [0, 0]:
+            raise RuntimeError(run.said())
+
+    # -- each returns its row
+
+    def kill_at_random(self, number: int, seed: int) -> Row:
+        """SIGKILL of one process at a random moment between its first step and its last."""
+        draw = random.Random(seed)
+        workdir, victim = self.folder / f"kill{number}", draw.randrange(2)
+        run = Run(workdir, fault="slow:*:0")
+        at = draw.uniform(1, STEPS - 2)
+        run.wait_for(lambda: run.step() >= int(at))
+        during_save = number % 4 == 0
+        if during_save:
+            checkpoints = workdir / "checkpoints"
+            run.wait_for(lambda: any("tmp" in path.name for path in checkpoints.iterdir()) or run.step() >= STEPS - 1)
+        else:
+            time.sleep((at % 1) * 0.2)
+        run.processes[victim].kill()
+        when = " during a save" if during_save else ""
+        return self.ended(f"SIGKILL of process {victim} at step {run.step()}{when}", run)
+
+    def sigterm_to_one(self) -> Row:
+        run = Run(self.folder / "term1", fault="slow:*:0")
+        run.wait_for(lambda: run.step() >= 12)
+        run.processes[1].send_signal(signal.SIGTERM)
+        return self.ended("SIGTERM to one process", run)
+
+    def sigterm_to_all(self) -> Row:
+        """To the process groups, with the worker processes that read the data."""
+        workers = {"data.workers": 2}
+        run = Run(self.folder / "terms", fault="slow:*:0", changes=workers)
+        run.wait_for(lambda: run.step() >= 12)
+        for process in run.processes:
+            os.killpg(process.pid, signal.SIGTERM)
+        return self.ended("SIGTERM to all, their data workers too", run)
+
+    def sigterm_to_workers_of_one(self) -> Row:
+        workers = {"data.workers": 2}
+        run = Run(self.folder / "termw", fault="slow:*:0", changes=workers)
+        run.wait_for(lambda: run.step() >= 12)
+        os.killpg(run.processes[1].pid, signal.SIGUSR1)
+        return self.ended("SIGUSR1 to one host's processes, data workers too", run)
+
+    def coordinator_gone(self) -> Row:
+        run = Run(self.folder / "coordinator", fault="slow:*:0")
+        run.wait_for(lambda: run.step() >= 13)
+        run.processes[0].kill()
+        return self.ended("the coordinator (process 0) killed", run)
+
+    def hangs(self) -> Row:
+        return self.inside("a process that hangs (SIGSTOP)", "stop:1:13", frees=True)
+
+    def stuck_input(self) -> Row:
+        changes = {"data.patience_s": 10}
+        return self.inside("stuck input on one host (patience 10 s)", "stuck:1:13", changes=changes)
+
+    def nan(self) -> Row:
+        return self.inside("NaN in the codebook of all", "nan:*:13")
+
+    def crash(self) -> Row:
+        return self.inside("an unforeseen exception on one host", "raise:1:13")
+
+    def worker_killed(self) -> Row:
+        return self.inside("a data worker killed (out of memory)", "kill-worker:1:13", changes={"data.workers": 2})
+
+    def clock(self) -> Row:
+        return self.inside("clocks an hour apart", "clock:1:0")
+
+    def other_code(self) -> Row:
+        return self.inside("other code on one host", "code:1:0")
+
+    def other_config(self) -> Row:
+        run = Run(self.folder / "config", own={1: ["--config.optimizer.learning_rate=0.1"]})
+        return self.ended("another config on one host", run)
+
+    def not_shared(self) -> Row:
+        other = self.folder / "elsewhere"
+        run = Run(self.folder / "shared", own={1: [f"--workdir={other}"]})
+        return self.ended("a workdir that is not shared", run)
+
+    def missing_process(self) -> Row:
+        run = Run(self.folder / "missing", started=1, own={0: ["--join_timeout_s=10"]})
+        return self.ended("a process that never starts (join time-out 10 s)", run)
+
+    def bad_record(self) -> Row:
+        """One picture of the list is cut short; the undisturbed run has it too, in one process."""
+        from PIL import Image
+
+        pictures = self.folder / "pictures"
+        pictures.mkdir()
+        draw = np.random.default_rng(0)
+        pairs = []
+        for n in range(64):
+            Image.fromarray(draw.integers(0, 255, (40, 40, 3), np.uint8)).save(pictures / f"{n}.jpg")
+            pairs.append({"image": f"{n}.jpg", "caption": f"noise number {n}", "image_id": n})
+        (pictures / "3.jpg").write_bytes((pictures / "3.jpg").read_bytes()[:200])
+        (pictures / "pairs.json").write_text(json.dumps(pairs))
+        changes = {"data.train": f"json:{pictures / 'pairs.json'}", "data.max_bad_rate": 0.1}
+        alone = Run(self.folder / "alone", processes=1, changes=changes | {"mesh.fsdp": 1})
+        alone.end()
+        run = Run(self.folder / "bad", changes=changes)
+        codes = run.end()
+        skipped = [row["data/skipped"] for row in run.rows() if "data/skipped" in row][-1]
+        expected = [row["data/skipped"] for row in alone.rows() if "data/skipped" in row][-1]
+        happened = f"exit codes {codes}; {skipped} substitutes counted (one process: {expected})"
+        return Row("a bad record", happened, None, None, 0, "trains to the end")
+
+    def truncated(self, number: int) -> Row:
+        """The newest checkpoint's largest file of one item cut in half."""
+        item = ("student", "teacher", "moments", "queue", "meta")[number]
+        workdir = self.folder / f"cut{number}"
+        run = Run(workdir)
+        run.end()
+        files = [path for path in (workdir / "checkpoints" / str(STEPS) / item).rglob("*") if path.is_file()]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+        return self.resumed(f"newest checkpoint cut short in {item}/", "", run, None, reached=STEPS)
+
+    def full_disk(self) -> Row:
+        place = self.folder / "disk"
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], check=True)
+        try:
+            run = Run(place / "run", changes={"checkpoint.keep": 100})
+            codes = run.end()
+            happened, reached = f"exit codes {codes}: {run.sentence()}", run.step()
+            subprocess.run(["mount", "-o", "remount,size=200m", str(place)], check=True)
+            return self.resumed("disk full", happened, run, None, reached, changes={"checkpoint.keep": 100})
+        finally:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+    def read_only(self) -> Row:
+        place = self.folder / "ro"
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)], check=True)
+        try:
+            run = Run(place / "run", fault="slow:*:0")
+            run.wait_for(lambda: run.step() >= 12)
+            began = time.monotonic()
+            # Over itself: what is open for writing is on the mount below, and would keep it from becoming read-only.
+            subprocess.run(["mount", "--bind", str(place), str(place)], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
+            codes = run.end()
+            ended = time.monotonic() - began
+            happened, reached = f"exit codes {codes}: {run.sentence()}", run.step()
+            subprocess.run(["umount", "-l", str(place)], check=True)
+            return self.resumed("checkpoint folder becomes read-only", happened, run, ended, reached)
+        finally:
+            while place.is_mount():
+                subprocess.run(["umount", "-l", str(place)], check=True)
+
+    # -- pieces
+
+    def inside(
+        self, name: str, fault: str, *, changes: dict[str, Any] | None = None, frees: bool = False
+    ) -> Row:
+        """A fault that the process puts into itself."""
+        run = Run(self.folder / fault.replace(":", "_").replace("*", "all"), fault=fault, changes=changes)
+        step = int(fault.rsplit(":", 1)[1])
+        if step:
+            run.wait_for(lambda: run.step() >= min(step, STEPS) - 1)
+        if frees:
+            began = time.monotonic()
+            code = run.processes[0].wait(240)
+            ended = time.monotonic() - began
+            run.processes[1].kill()
+            happened = f"exit codes {[code, 'killed after']}: {run.sentence()}"
+            return self.resumed(name, happened, run, ended, run.step())
+        return self.ended(name, run)
+
+    def ended(self, name: str, run: Run) -> Row:
+        """Waits for the end after a fault, and starts again."""
+        began = time.monotonic()
+        codes = run.end()
+        ended = time.monotonic() - began
+        return self.resumed(name, f"exit codes {codes}: {run.sentence()}", run, ended, run.step())
+
+    def resumed(
+        self, name: str, happened: str, run: Run, ended_s: float | None, reached: int,
+        changes: dict[str, Any] | None = None,
+    ) -> Row:
+        """Starts the same command again, to its end, and compares."""
+        again = Run(run.workdir, changes=changes)
+        resumed_s: list[float] = []
+
+        def going() -> bool:
+            if "step " in again.said() and re.search(r"^step \d+/", again.said(), re.M):
+                resumed_s.append(time.monotonic() - again.began)
+                return True
+            return all(process.poll() is not None for process in again.processes)
+
+        again.wait_for(going)
+        codes = again.end()
+        if codes != [0, 0]:
+            raise RuntimeError(f"{name}: it did not go on, exit codes {codes}:\n{again.said()}")
+        found = re.search(r"resuming at step ([\d,]+)", again.said())
+        start = int(found.group(1).replace(",", "")) if found else 0
+        if not happened:
+            happened = again.sentence()
+        lost = max(reached - start, 0)
+        return Row(
+            name,
+            happened,
+            None if ended_s is None else round(ended_s, 1),
+            round(resumed_s[0], 1) if resumed_s else None,
+            lost,
+            self.compared(again),
+        )
+
+    def compared(self, run: Run) -> str:
+        """The logged numbers and the last checkpoint's arrays beside those of the undisturbed run."""
+        timeless = lambda rows: [  # noqa: E731
+            {name: value for name, value in row.items() if not name.startswith("time/")} for row in rows
+        ]
+        same_rows = timeless(run.rows()) == timeless(Run.rows(_At(self.straight)))
+        largest = 0.0
+        mine, theirs = _arrays(run.workdir), _arrays(self.straight)
+        for name, array in theirs.items():
+            largest = max(largest, float(np.max(np.abs(mine[name] - array), initial=0)))
+        if same_rows and largest == 0:
+            return "bit for bit"
+        return f"{'same' if same_rows else 'other'} metrics, arrays off by {largest:.1e}"
+
+
+class _At(NamedTuple):
+    workdir: Path
+
+
+def _arrays(workdir: Path) -> dict[str, np.ndarray]:
+    sys.path.insert(0, str(ROOT))
+    from absl import logging
+
+    from codebook_jax.checkpoint import read_arrays
+
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of what these folders never have
+
+    folder = workdir / "checkpoints" / str(STEPS)
+    items = ("student", "teacher", "moments", "queue")
+    return {
+        f"{item}/{name}": np.asarray(array, np.float64)
+        for item in items
+        for name, array in read_arrays(folder / item).items()
+    }
+
+
+def rows_of(faults: Faults) -> dict[str, Callable[[], Row]]:
+    """Each row by its name."""
+    named: dict[str, Callable[[], Row]] = {
+        f"kill{n}": lambda n=n: faults.kill_at_random(n, seed=n) for n in range(20)
+    }
+    named |= {f"truncated{n}": lambda n=n: faults.truncated(n) for n in range(5)}
+    for method in (
+        faults.coordinator_gone, faults.sigterm_to_one, faults.sigterm_to_all, faults.sigterm_to_workers_of_one,
+        faults.hangs, faults.stuck_input, faults.nan, faults.crash, faults.worker_killed, faults.bad_record,
+        faults.clock, faults.other_code, faults.other_config, faults.not_shared, faults.missing_process,
+    ):
+        named[method.__name__] = method
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux":
+        named |= {"full_disk": faults.full_disk, "read_only": faults.read_only}
+    return named
+
+
+def table(rows: list[Row]) -> str:
+    """As Markdown; rows of one kind are one line with the worst of their figures."""
+    lines = ["| fault | exit codes, and what was said | ends, s | goes on, s | steps lost | then |"]
+    lines.append("|---|---|---|---|---|---|")
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(re.split(r" of process \d| in \w+/", row.fault)[0], []).append(row)
+    for kind, same in kinds.items():
+        name = kind if len(same) == 1 else f"{kind}, {_varied(same)}"
+        happened = " or ".join(dict.fromkeys(_brief(row.happened) for row in same))
+        worst = [
+            max((value for row in same if (value := getattr(row, figure)) is not None), default="")
+            for figure in ("ended_s", "resumed_s", "lost_steps")
+        ]
+        final = " or ".join(dict.fromkeys(row.final for row in same))
+        lines.append(f"| {name} | {happened} | {worst[0]} | {worst[1]} | {worst[2]} | {final} |")
+    return "\n".join(lines)
+
+
+def _varied(rows: list[Row]) -> str:
+    """What rows of one kind differ in."""
+    if rows[0].fault.startswith("SIGKILL"):
+        saves = sum("during a save" in row.fault for row in rows)
+        first = sum("process 0" in row.fault for row in rows)
+        return f"{len(rows)} moments, {saves} in a save, {first} times of process 0"
+    return f"{len(rows)} places: {', '.join(row.fault.rsplit(' ', 1)[1] for row in rows)}"
+
+
+def _brief(happened: str) -> str:
+    """Without hosts, folders and figures that differ from row to row."""
+    for pattern, replacement in (
+        (r"(process \d+) on \S+?(?=[\s:,])", r"\1"),
+        (r"/\S*/(run|checkpoints|\w+)\b", r"\1"),
+        (r"step \d+", "step N"),
+        (r"\|", "/"),
+    ):
+        happened = re.sub(pattern, replacement, happened)
+    return happened if len(happened) <= 170 else f"{happened[:167]}..."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", help="names of rows; all without it")
+    parser.add_argument("--out", help="a JSON file for the rows")
+    parser.add_argument("--table-of", help="only the table of such a file")
+    options = parser.parse_args()
+    if options.table_of:
+        print(table([Row(**row) for row in json.loads(Path(options.table_of).read_text())]))
+        return
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    folder = Path(tempfile.mkdtemp(prefix="faults"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+    rows, failed = [], []
+    try:
+        faults = Faults(folder)
+        named = rows_of(faults)
+        for name in options.only or named:
+            try:
+                row = named[name]()
+            except Exception as failure:
+                failed.append(name)
+                print(f"{name} FAILED: {failure}", flush=True)
+                continue
+            rows.append(row)
+            print(f"{name}: {row._asdict()}", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(table(rows))
+    if options.out:
+        Path(options.out).write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""How much memory a device has for a run."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+
+def device_memory() -> int | None:
+    """Bytes that this run can have on a device, the least of all processes; None where nobody can tell.
+
+    On a CPU: what the host has free, shared by its devices.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        free = _host_memory()
+        found = None if free is None else free // jax.local_device_count()
+    else:
+        found = (device.memory_stats() or {}).get("bytes_limit")
+    if jax.process_count() > 1:  # all have to come to the same answer
+        from jax.experimental import multihost_utils
+
+        everyone = multihost_utils.process_allgather(jnp.float32(found or jnp.inf))
+        return int(everyone.min()) if jnp.isfinite(everyone.min()) else None
+    return found
+
+
+def _host_memory() -> int | None:
+    """Free memory of the host, or what its container may still take where that is less."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(limit - int((group / "memory.current").read_text()) + int(stat.get("inactive_file", 0)))
+    return max(min(found), 0) if found else None

@@ -1,0 +1,25 @@
+"""`--mode=plan`: what a training run will need and where its time goes, before there are devices to run it on.
+
+`options.py` what is asked; `chips.py` what accelerators are given to do; `hlo.py` and `collectives.py` what a compiled
+step sends over which links; `operations.py` its operations by part; `timing.py` the step's bound; `report.py` how it is
+said; `foresight.py` all of it together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_collections
+
+from codebook_jax.plan.options import PlanOptions
+
+
+def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, Any]:
+    """Says what training with `config` on `options.devices` chips needs; its figures.
+
+    Raises UserError for an unknown chip and for what does not fit together. JAX has to have that many devices:
+    `options.environment` before it is imported.
+    """
+    from codebook_jax.plan import foresight  # JAX, after its environment is set
+
+    return foresight.foresee(config, options)

@@ -1,0 +1,187 @@
+"""A whole plan: the mesh, the memory, the real step compiled for virtual devices, and from it what bounds its time."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from codebook_jax import axes, build, checks, memory, sharding
+from codebook_jax import workdir as records
+from codebook_jax.errors import UserError
+from codebook_jax.metrics import say
+from codebook_jax.plan import hlo, operations, report, timing
+from codebook_jax.plan.chips import Chip, chip_of
+from codebook_jax.plan.options import PlanOptions
+from codebook_jax.plan.timing import Joined
+from codebook_jax.pretrained.start import specs
+
+BERT_WORDS = 30_522
+# Collectives come from the partitioner, before what these leave out: making the program fast on a CPU.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# An update reads a parameter, its gradient, two moments and the teacher's, and writes all but the gradient.
+UPDATE_ACCESSES = 9
+
+
+class Step(NamedTuple):
+    """The step of a config on a mesh: nothing in it is an array."""
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    traced: Any
+    parameters: int  # that are trained
+
+
+def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, Any]:
+    """The figures of a plan, said and written to `options.json`. Raises UserError: see plan.plan."""
+    chip = chip_of(options.chip)
+    _check_options(options)
+    config = _plannable(config, options.slices)
+    planner = memory.Planner(config, build.TASKS[config.task], _words(config), in_float32=False)
+    planner.has = chip.memory
+    config = axes.chosen(config, planner)
+    need = planner.estimate()
+    limit = chip.memory * (1 - memory.MARGIN)
+    ways = [] if need.total <= limit else memory.fitting_settings(planner, need, limit)
+    by_fsdp = _by_fsdp(planner)
+    step = _traced(planner)
+    moved = _moved(planner, step, need.parameters)
+    began = time.perf_counter()
+    compiled = step.traced.lower().compile(compiler_options=QUICK)
+    seconds = time.perf_counter() - began
+    figures = {
+        "chip": chip._asdict(),
+        "devices": options.devices,
+        "slices": options.slices,
+        "mesh": dict(step.mesh.shape),
+        "batch": {"global": step.config.data.global_batch, "accumulation": step.config.optimizer.accumulation},
+        "train_steps": step.config.train.steps,
+        "parameters": step.parameters,
+        "memory": _memory_figures(need, chip, compiled, ways) | {"by_fsdp": by_fsdp},
+        "compile_s": round(seconds, 1),
+    }
+    figures |= _time_figures(step, chip, options, moved, compiled.as_text())
+    say(report.text(figures))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def _check_options(options: PlanOptions) -> None:
+    """Raises UserError where the devices are not this process's or do not make up the slices, or the file has no folder."""
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise UserError(f"--plan.json={options.json}: there is no folder {Path(options.json).parent}")
+    if jax.device_count() != options.devices:
+        raise UserError(
+            f"--plan.devices={options.devices} needs as many virtual devices, and this process has "
+            f"{jax.device_count()}: start it as `python -m codebook_jax.main --mode=plan`"
+        )
+    if options.slices < 1 or options.devices % options.slices:
+        raise UserError(
+            f"--plan.slices={options.slices} does not split --plan.devices={options.devices} into equal parts: "
+            "give a divisor"
+        )
+
+
+def _plannable(config: ml_collections.ConfigDict, slices: int) -> ml_collections.ConfigDict:
+    """The config, checked; no data is read for a plan, so it need not name any."""
+    named = {f"data.{name}": config.data[name] or "scenes" for name in ("train", "eval")}
+    config = records.with_fields(config, named | {"mesh.slices": slices})
+    checks.check(config)
+    if config.task not in build.TASKS:
+        raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(build.TASKS)}")
+    return config
+
+
+def _words(config: ml_collections.ConfigDict) -> int:
+    """Entries of the vocabulary: BERT's where a tokenizer or weights that bring one are named, else the most it may have."""
+    given = config.data.tokenizer or {"text", "model"} & specs(config.init).keys()
+    return BERT_WORDS if given else config.data.tokenizer_vocabulary
+
+
+def _by_fsdp(planner: memory.Planner) -> dict[str, int]:
+    """What a device would need with fsdp 1, 2, 4, ... on as many devices and data shards."""
+    shards = sharding.data_shards(planner.with_changes({})[1])
+    sizes = [2**k for k in range(shards.bit_length()) if shards % 2**k == 0]
+    found = {}
+    for size in sizes:
+        changes = {"mesh.data": -1, "mesh.fsdp": size}
+        if planner.possible(changes):
+            found[str(size)] = planner.estimate(changes).total
+    return found
+
+
+def _traced(planner: memory.Planner) -> Step:
+    config, mesh = planner.with_changes({})
+    task = planner.create(config, planner.vocabulary, mesh)
+    state = task.abstract_state()
+    traced = task.step.trace(state, memory.abstract_batch(config))
+    return Step(config, mesh, traced, build.parameter_count(state.student))
+
+
+def _moved(planner: memory.Planner, step: Step, held: int) -> dict[operations.Key, operations.Operations]:
+    """Bytes that a device moves in its memory, by part and pass, of which it has `held` bytes of parameters."""
+    task = planner.on_one_device(step.config, sharding.data_shards(step.mesh))
+    program = task.step.trace(task.abstract_state(), memory.abstract_batch(task.config)).jaxpr.jaxpr
+    found = operations.count(program, lambda aval: math.prod(aval.shape) * aval.dtype.itemsize)
+    own = {key: part.times(1 / step.mesh.shape["tensor"]) for key, part in found.items()}
+    key = "optimizer and teacher's average", "forward"
+    update = operations.Operations(moved=UPDATE_ACCESSES * held)
+    return own | {key: own.get(key, operations.Operations()) + update}
+
+
+def _memory_figures(need: memory.Estimate, chip: Chip, compiled: Any, ways: list[Any]) -> dict[str, Any]:
+    found = compiled.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return {
+        "need": {**need._asdict(), "total": need.total},
+        "has": chip.memory,
+        "fits": need.total <= chip.memory * (1 - memory.MARGIN),
+        "what_fits": [{"changes": changes, "total": estimate.total} for changes, estimate in ways],
+        "assigned_by_xla_for_a_cpu": {"held": held, "in_between": found.temp_size_in_bytes},
+    }
+
+
+def _time_figures(
+    step: Step, chip: Chip, options: PlanOptions, moved: dict[operations.Key, operations.Operations], program: str
+) -> dict[str, Any]:
+    found = operations.count(step.traced.jaxpr.jaxpr, lambda aval: 0)
+    whole = operations.total(found)
+    own = whole.times(1 / options.devices)._replace(moved=operations.total(moved).moved)
+    slice_size = options.devices // options.slices
+    domain = min(chip.domain or slice_size, slice_size)
+    domains = tuple(device.id // domain for device in step.mesh.devices.flat)
+    sent = timing.sent_by_axes(
+        hlo.collectives(program), dict(step.mesh.shape), Joined(chip, slice_size, domains)
+    )
+    times = timing.times(chip, own, sent)
+    ends = {"overlapped": times.overlapped, "serial": times.serial}
+    rows, steps = step.config.data.global_batch, step.config.train.steps
+    return {
+        "operations": {
+            part: {name: of.products for name, of in passes.items()}
+            for part, passes in operations.by_part(found).items()
+        },
+        "operations_total": whole.products,
+        "moved": {
+            part: sum(of.moved for of in passes.values()) for part, passes in operations.by_part(moved).items()
+        },
+        "sent": [part._asdict() for part in sent],
+        "seconds": times._asdict() | ends | {"at_the_least": _least(times)},
+        "utilisation_assumed": timing.UTILISATION,
+        "bound_by": times.bound_by,
+        "communication_share": times.communication / times.serial,
+        "images_per_s": {name: rows / seconds for name, seconds in ends.items()},
+        "days": {name: steps * seconds / 86_400 for name, seconds in ends.items()},
+        "chip_hours": {name: steps * seconds / 3_600 * options.devices for name, seconds in ends.items()},
+    }
+
+
+def _least(times: timing.Times) -> float:
+    """Seconds that no step can be faster than: products at the peak, all that is sent sent meanwhile."""
+    return max(times.compute_at_peak, times.memory, times.communication)

@@ -1,0 +1,53 @@
+"""What all processes have to know of each other in every step: that one of them is to stop, how much was unreadable."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from codebook_jax import sharding
+from codebook_jax.data.batch import Batch
+
+
+class Tally(NamedTuple):
+    """Of a step, over all processes; still on the device."""
+
+    stop: Any  # bool: a process was asked to stop before this step began there
+    unreadable: Any  # pictures that were replaced in its batch
+
+
+class Agreement:
+    """Sums over the processes that do not wait for the step before: every process reads the same of the same step.
+
+    Asked to stop, a process may be a step ahead of another; what they agree on is the first step whose tally says so.
+    One process agrees with itself at once, without a device.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh) -> None:
+        self.alone = jax.process_count() == 1
+        if self.alone:
+            return
+        self._rows = sharding.batch_sharding(mesh)
+        self._shards = sharding.data_shards(mesh)
+        whole = NamedSharding(mesh, P())
+        tally = lambda stop, skipped: Tally(stop.any(), skipped.sum())  # noqa: E731
+        self._tally = jax.jit(tally, out_shardings=whole)
+        self._any = jax.jit(lambda stop: stop.any(), out_shardings=whole)
+
+    def tally(self, stop: bool, own: Batch, placed: Batch) -> Tally:
+        """Of a step: its batch as this process read its rows, and as it lies on the devices."""
+        if self.alone:
+            return Tally(stop, int(np.sum(own.skipped)))
+        return self._tally(self._flags(stop), placed.skipped)
+
+    def any(self, stop: bool) -> bool:
+        """Whether any process says so; all wait for it."""
+        return stop if self.alone else bool(self._any(self._flags(stop)))
+
+    def _flags(self, stop: bool) -> jax.Array:
+        flags = np.full(self._shards, stop)
+        return jax.make_array_from_callback(flags.shape, self._rows, lambda index: flags[index])

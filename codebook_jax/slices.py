@@ -1,0 +1,81 @@
+"""Devices in several slices, with a slower network between them: which place in the mesh each one gets.
+
+A slice is what `slice_index` of the devices says: a slice of a TPU pod, or a GPU host. The data axis is split over the
+slices first, because it sends least and waits least: the sum of the gradients, once a step. What is then left of the
+slices is split by fsdp, which gathers the parameters of every block; tensor, which adds up in every layer, never crosses
+from one slice to another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental import mesh_utils
+
+from codebook_jax.errors import UserError
+
+
+def groups_of(devices: Sequence[Any], slices: int = 0) -> list[list[Any]]:
+    """The devices of each slice; `slices` 0: as they say themselves, a number: that many, in order if they say another.
+
+    Raises UserError when the slices are not of one size.
+    """
+    said = _said(devices)
+    groups = [[device for device in devices if _slice_index(device) == index] for index in said]
+    if slices and slices != len(said):
+        if slices < 0 or len(devices) % slices:
+            plural = "s" if len(devices) != 1 else ""
+            raise UserError(
+                f"config.mesh.slices={slices} does not split {len(devices)} device{plural} into equal parts: "
+                "give a divisor of their number, or 0 for what the devices say"
+            )
+        own = len(devices) // slices
+        groups = [list(devices[start : start + own]) for start in range(0, len(devices), own)]
+    counts = [len(group) for group in groups]
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"the slices have {', '.join(map(str, counts))} devices: a mesh needs as many in each, "
+            "or --config.mesh.slices=1 to take all as one"
+        )
+    return groups
+
+
+def across(sizes: Sequence[int], slices: int) -> tuple[int, int, int]:
+    """Over how many slices each axis of a mesh (data, fsdp, tensor) goes; raises UserError where tensor would have to."""
+    data, fsdp, tensor = sizes
+    over_data = math.gcd(data, slices)
+    over_fsdp = slices // over_data
+    if fsdp % over_fsdp:
+        own = math.prod(sizes) // slices
+        raise UserError(
+            f"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not a multiple of the {slices} slices of {own} "
+            f"devices, and config.mesh.tensor={tensor} has to stay inside one: give a tensor that divides {own}, or "
+            "--config.mesh.slices=1 to take all devices as one slice"
+        )
+    return over_data, over_fsdp, 1
+
+
+def arranged(sizes: Sequence[int], devices: Sequence[Any], slices: int = 0) -> np.ndarray | None:
+    """The devices as an array of these sizes (data, fsdp, tensor); None for one slice, whose order is JAX's to choose."""
+    groups = groups_of(devices, slices)
+    said = len(_said(devices))
+    if len(groups) == 1:
+        return None if said == 1 else np.array(devices).reshape(sizes)
+    between = across(sizes, len(groups))
+    inside = tuple(size // count for size, count in zip(sizes, between, strict=True))
+    if said == len(groups):
+        return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    # Slice by slice along each axis, and within a slice in order: [over, inside] of every axis becomes one.
+    blocks = np.array(groups).reshape(*between, *inside)
+    return blocks.transpose(0, 3, 1, 4, 2, 5).reshape(sizes)
+
+
+def _slice_index(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
+
+
+def _said(devices: Sequence[Any]) -> list[int]:
+    return sorted({_slice_index(device) for device in devices})

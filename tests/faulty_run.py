@@ -1,0 +1,118 @@
+"""The command, with a fault put into a process of the run: what tests and benchmarks/faults.py start.
+
+FAULT in the environment is `KIND:PROCESS:STEP` (PROCESS * for all): before the batch after STEP the process is killed, loses a
+data worker (kill-worker), hangs (stop), does not get its batch (stuck) or fails (raise), from then on it is slow; its codebook is nan in
+STEP; its clock or code is another from the start. The flags are those of codebook_jax.main.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+def main() -> None:
+    from absl import app, logging
+
+    from codebook_jax import main as command
+
+    kind, process, step = os.environ.get("FAULT", "none:0:0").split(":")
+    if process in ("*", os.environ.get("JAX_PROCESS_ID", "0")):
+        put(kind, int(step))
+    logging.set_verbosity(logging.FATAL)  # as the command itself does
+    command.define_flags()
+    app.run(command.main, flags_parser=command._parse_or_leave)
+
+
+def put(kind: str, step: int) -> None:
+    """Makes this process fail in its way, at the batch of `step`."""
+    if kind == "none":
+        return
+    if kind == "clock":
+        real = time.time
+        time.time = lambda: real() + 3600
+    elif kind == "code":
+        from codebook_jax import workdir
+
+        workdir.code_digest = lambda: "other code"
+    elif kind == "nan":
+        _poison(step)
+    else:
+        _before_batches(lambda at: _act(kind, at, step))
+
+
+def _act(kind: str, at: int, step: int) -> None:
+    if kind == "slow" and at >= step:
+        time.sleep(0.3)
+    if at != step:
+        return
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "kill-worker":
+        import multiprocessing
+
+        multiprocessing.active_children()[0].kill()
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "stuck":
+        time.sleep(3600)
+    elif kind == "raise":
+        raise RuntimeError("something that nobody foresaw")
+
+
+def _before_batches(act: Callable[[int], None]) -> None:
+    """`act` with the number of each batch before it is given out."""
+    from codebook_jax import build
+
+    real = build.batches
+
+    @contextlib.contextmanager
+    def batches(parts: Any, *, start_step: int) -> Iterator[Iterator[Any]]:
+        def acting(stream: Iterator[Any]) -> Iterator[Any]:
+            for at, batch in enumerate(stream, start_step):
+                act(at)
+                yield batch
+
+        with real(parts, start_step=start_step) as stream:
+            yield acting(stream)
+
+    build.batches = batches
+
+
+def _poison(step: int) -> None:
+    """The codebook becomes NaN before a step, as a chip that miscomputes leaves it."""
+    import jax
+    import jax.numpy as jnp
+
+    from codebook_jax.tasks import pretrain
+
+    real = pretrain.Pretraining.__init__
+
+    def made(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        compiled, done = self.step, [0]
+
+        def poisoned(state: Any, batch: Any) -> Any:
+            done[0] += 1
+            if done[0] == step:
+                broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.student["codebook"])
+                state = state.replace(student={**state.student, "codebook": broken})
+            return compiled(state, batch)
+
+        poisoned.trace = compiled.trace
+        self.step = poisoned
+
+    pretrain.Pretraining.__init__ = made
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    main()
