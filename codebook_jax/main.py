@@ -183,9 +183,8 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
         on_a_tpu=joining.on_a_tpu(),
         has_kubernetes=importlib.util.find_spec("kubernetes") is not None,
     )
-    if found is None:
+    if found is None or not joining.join(found, timeout_s=FLAGS.join_timeout_s):
         return
-    joining.join(found, timeout_s=FLAGS.join_timeout_s)
     others = peers.connected()
     others.watch()
     print(joining.describe(found), flush=True)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from codebook_jax.errors import UserError
-from codebook_jax.processes.joining import Joining, find
+from codebook_jax.processes.joining import Joining, find, join
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -85,6 +85,18 @@ def test_kubernetes_and_cloud_tpus_are_left_to_jax():
 def test_half_given_flags_are_refused(given, words):
     with pytest.raises(UserError, match=words):
         find({}, **given)
+
+
+def test_a_tpu_machine_whose_surroundings_name_no_others_is_alone(monkeypatch):
+    import jax
+
+    def found_nothing(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", found_nothing)
+    assert join(Joining("Cloud TPU", detection=None), timeout_s=60) is False
+    with pytest.raises(UserError, match="could not join: coordinator_address should be defined"):
+        join(Joining("SLURM", detection="slurm"), timeout_s=60)
 
 
 def test_a_process_that_nobody_joins_ends_with_a_sentence_on_why():

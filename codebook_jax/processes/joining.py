@@ -74,8 +74,11 @@ def on_a_tpu() -> bool:
     return "tpu" in asked and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def join(joining: Joining, *, timeout_s: int) -> None:
-    """Connects to the others; a process that finds them not in `timeout_s` ends with 1 and a sentence on why."""
+def join(joining: Joining, *, timeout_s: int) -> bool:
+    """Connects to the others; a process that finds them not in `timeout_s` ends with 1 and a sentence on why.
+
+    False on a TPU machine whose surroundings name no others: it is alone.
+    """
     import jax
 
     def give_up() -> None:
@@ -96,6 +99,8 @@ def join(joining: Joining, *, timeout_s: int) -> None:
             shutdown_timeout_seconds=SHUTDOWN_S,
         )
     except (ValueError, RuntimeError, OSError) as error:
+        if joining.detection is None and isinstance(error, ValueError):  # nothing was found
+            return False
         raise UserError(
             f"{_who(joining)} could not join: {str(error).splitlines()[0]}; give --coordinator=HOST:PORT "
             "--processes=N --process=I"
@@ -103,6 +108,7 @@ def join(joining: Joining, *, timeout_s: int) -> None:
     finally:
         timer.cancel()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would swallow it where nobody asks JAX
+    return True
 
 
 def describe(joining: Joining) -> str:

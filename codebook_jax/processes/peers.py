@@ -20,7 +20,7 @@ from typing import Any
 from codebook_jax.errors import UserError
 from codebook_jax.processes.joining import end
 
-CHECK_S = 300  # most that the slowest process may be behind the first at a check
+CHECK_S = 600  # most that the slowest process may be behind the first at a check
 BEAT_S = 2.0
 LOST_S = 30.0  # without a beat: a process that is killed, or whose host is gone; a long parse of JSON is shorter
 FINISH_S = 20.0  # most that a save under way is waited for before an error ends all
