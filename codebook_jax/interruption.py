@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -21,8 +21,8 @@ class Stuck(Exception):
 
 
 @contextlib.contextmanager
-def patience(limit_s: float, what: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Inside, waiting for `what` is said every tenth of `limit_s`, and after all of it raises Stuck.
+def patience(limit_s: float, what: str) -> Iterator[None]:
+    """Inside, waiting for `what` is said every tenth of `limit_s` on stderr, and after all of it raises Stuck.
 
     Outside the main thread, where Python has no handlers, it is waited for without an end.
     """
@@ -35,7 +35,8 @@ def patience(limit_s: float, what: str, warn: Callable[[str], None]) -> Iterator
         waited = time.monotonic() - began
         if waited > 0.95 * limit_s:
             raise Stuck(f"{what} did not come in {limit_s:.0f} s")
-        warn(f"waiting for {what} for {waited:.0f} s; after {limit_s:.0f} s the run ends")
+        # Not print, which may be in progress below us; and on every process, since any may be the one that waits.
+        os.write(2, f"waiting for {what} for {waited:.0f} s; after {limit_s:.0f} s the run ends\n".encode())
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, limit_s / 10, limit_s / 10)

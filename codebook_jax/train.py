@@ -163,7 +163,7 @@ class Run:
         """
         began = time.monotonic()
         try:
-            with patience(self.config.data.patience_s, f"the batch of step {self.step + 1:,}", say):
+            with patience(self.config.data.patience_s, f"the batch of step {self.step + 1:,}"):
                 batch = next(batches)
         except Stuck as stuck:
             self.give_up(stuck)

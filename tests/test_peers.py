@@ -169,7 +169,7 @@ def test_why_one_failed_reaches_the_others(monkeypatch):
     watching(store, 0, ends)
     watching(store, 1, Ends()).fail("the disk is full")
     until(lambda: ends.sentences)
-    assert "because of process 1 on host1: the disk is full" in ends.sentences[0][0]
+    assert "process 0 on host0 ends: process 1 on host1: the disk is full" in ends.sentences[0][0]
 
 
 def test_a_process_that_is_done_is_not_taken_for_lost():

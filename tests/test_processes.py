@@ -166,7 +166,7 @@ def test_a_signal_to_one_process_has_both_save_the_same_step_and_a_killed_one_en
     assert codes == [1, -signal.SIGKILL], said
     assert time.monotonic() - began < 60
     host = socket.gethostname()
-    assert f"because of process 1 on {host} has not been heard of for 30 s" in said[0]
+    assert f"process 0 on {host} ends: process 1 on {host} has not been heard of for 30 s" in said[0]
     series = losses(workdir)
     np.testing.assert_allclose(series[:STEPS], losses(of_two.workdir)[: len(series)], rtol=1e-4)
 

@@ -328,7 +328,7 @@ def test_workers_that_die_of_the_same_signal_do_not_keep_the_run_from_saving(
 
 
 def test_a_batch_that_does_not_come_is_waited_for_aloud_then_the_step_is_saved_and_the_run_ends(
-    world, tmp_path, monkeypatch, capsys
+    world, tmp_path, monkeypatch, capfd
 ):
     class Ended(BaseException):
         pass
@@ -343,7 +343,7 @@ def test_a_batch_that_does_not_come_is_waited_for_aloud_then_the_step_is_saved_a
         train.fit(config, tmp_path)
     sentence, code = ended.value.args
     assert "the batch of step 8 did not come in 1 s; step 7 is saved" in sentence and code == 1
-    assert "waiting for the batch of step 8 for 0 s; after 1 s the run ends" in capsys.readouterr().out
+    assert "waiting for the batch of step 8 for 0 s; after 1 s the run ends" in capfd.readouterr().err
     world.before_batch = lambda step: None
     train.fit(config, tmp_path)
     train.fit(config_of(), tmp_path / "straight")

@@ -222,7 +222,7 @@ class Peers:
         self._leave_mark()
         if self.own == 0:
             self._wait_for_others()
-        self._give_up(f"{self.name(self.own)} ends, because of {why}; the same command goes on from the newest checkpoint", 1)
+        self._give_up(f"{self.name(self.own)} ends: {why}; the same command goes on from the newest checkpoint", 1)
 
     def _lost(self, heard: dict[int, tuple[str, float]]) -> int | None:
         """A process whose last beat is too long ago."""
