@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-GIVEN_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+# Set before what follows: processes that run tests side by side inherit what the first of them makes of the environment.
+GIVEN_XLA_FLAGS = os.environ.setdefault("XLA_FLAGS_BEFORE_TESTS", os.environ.get("XLA_FLAGS", ""))
 os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"

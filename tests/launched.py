@@ -91,7 +91,8 @@ def make_world(tmp_path):
 
 
 def environment(world, **changes):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    own = ("SLURM_", "PYTHON", "MAX_RESTARTS", "DRY_RUN")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return {**kept, "PATH": f"{world}/bin:/usr/bin:/bin", "WORLD": str(world), **changes}
 
 
