@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from train_step import run_alone  # noqa: E402
 
 BATCH = 16
 WORDS = 30_522  # BERT's
@@ -53,7 +54,7 @@ def main() -> None:
     figures: dict[str, Any] = {"batch": BATCH, "cores": os.cpu_count(), "rows": {}, "goals": {}}
     print(f"{'':24} {'trace, s':>9} {'lower, s':>9} {'compile, s':>11} {'all, s':>8} {'of CPUs, s':>11} {'instructions':>13}", flush=True)
     for name in options.rows:
-        row = min((run_alone(name) for _ in range(options.repeat)), key=lambda found: found["all_s"])
+        row = min((run_alone(__file__, ["--one", name]) for _ in range(options.repeat)), key=lambda found: found["all_s"])
         figures["rows"][name] = row
         print(
             f"{name:24} {row['trace_s']:9.1f} {row['lower_s']:9.1f} {row['compile_s']:11.1f} {row['all_s']:8.1f} "
@@ -68,15 +69,6 @@ def main() -> None:
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def run_alone(name: str) -> dict[str, Any]:
-    """What one process of this script reports of a row."""
-    command = [sys.executable, __file__, "--one", name]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(size: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -9,66 +9,43 @@ which need root on Linux; without it those rows are left out, and said.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from absl import logging
 
 ROOT = Path(__file__).parent.parent
-FAULTY = ROOT / "tests" / "faulty_run.py"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from fault_table import Row, read, table  # noqa: E402
+from small_run import command, together  # noqa: E402
+
+from codebook_jax.checkpoint import read_arrays  # noqa: E402
+from codebook_jax.metrics import FILE, read_rows  # noqa: E402
+from codebook_jax.workdir import write_json  # noqa: E402
+
 STEPS, EVERY = 24, 4
-FLAGS = {
-    "model.image.size_px": 32,
-    "model.image.width": 32,
-    "model.image.depth": 1,
-    "model.image.heads": 2,
-    "model.text.width": 32,
-    "model.text.depth": 1,
-    "model.text.fusion_depth": 1,
-    "model.text.heads": 2,
-    "model.dim": 16,
-    "codebook.size": 16,
-    "codebook.iterations": 5,
-    "queue.size": 32,
+CHANGES = {
     "mesh.fsdp": 2,  # each process holds one half of the state
-    "data.global_batch": 8,
-    "data.scenes_examples": 64,
-    "data.tokenizer_vocabulary": 200,
-    "data.threads": 1,
-    "data.prefetch": 2,
-    "optimizer.warmup_steps": 5,
     "optimizer.max_bad_steps": 5,
     "train.steps": STEPS,
-    "log_every_steps": 1,
     "checkpoint.every_steps": EVERY,
     "evaluation.every_steps": 0,
-    "evaluation.images": 8,
-    "evaluation.batch": 8,
     "evaluation.rerank_top_k": 0,
 }
-
-
-class Row(NamedTuple):
-    """What one fault led to."""
-
-    fault: str
-    happened: str  # exit codes and the sentence of the process that had none put into it
-    ended_s: float | None  # from the fault to the end of the last process
-    resumed_s: float | None  # from the next start to its first step
-    lost_steps: int | None  # that had been made and were made again
-    final: str  # beside the undisturbed run
 
 
 class Run:
@@ -78,36 +55,17 @@ class Run:
         self, workdir: Path, *, fault: str = "", changes: dict[str, Any] | None = None,
         own: dict[int, list[str]] | None = None, processes: int = 2, started: int | None = None,
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.workdir, self.began = workdir, time.monotonic()
         self.logs = [workdir.with_name(f"{workdir.name}.{n}.log") for n in range(processes)]
-        fields = [f"--config.{name}={value}" for name, value in (FLAGS | (changes or {})).items()]
-        config = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
-        self.processes = []
-        for number in range(processes if started is None else started):
-            environment = os.environ | {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(number),
-                "JAX_PLATFORMS": "cpu",
-                "PYTHONUNBUFFERED": "1",
-                "FAULT": fault or "none:0:0",
-            }
-            command = [sys.executable, str(FAULTY), config, f"--workdir={workdir}", *fields]
-            with open(self.logs[number], "wb") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*command, *(own or {}).get(number, [])],
-                        env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
-                    )
-                )
+        given = command(workdir, **CHANGES | (changes or {}))
+        commands = [[*given, *(own or {}).get(n, [])] for n in range(processes if started is None else started)]
+        told = {"JAX_PLATFORMS": "cpu", "FAULT": fault or "none:0:0"}
+        with contextlib.ExitStack() as open_logs:
+            outputs = [open_logs.enter_context(open(log, "w")) for log in self.logs]
+            self.processes = together(commands, os.environ | told, outputs, processes)
 
     def rows(self) -> list[dict[str, Any]]:
-        path = self.workdir / "metrics.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        return rows_of(self.workdir)
 
     def step(self) -> int:
         """The last step that was logged and moved something."""
@@ -279,23 +237,16 @@ class Faults:
         return self.resumed(f"newest checkpoint cut short in {item}/", "", run, None, reached=STEPS)
 
     def full_disk(self) -> Row:
-        place = self.folder / "disk"
-        place.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], check=True)
-        try:
-            run = Run(place / "run", changes={"checkpoint.keep": 100})
+        with mounted(self.folder / "disk", "6m") as place:
+            keep = {"checkpoint.keep": 100}
+            run = Run(place / "run", changes=keep)
             codes = run.end()
             happened, reached = f"exit codes {codes}: {run.sentence()}", run.step()
             subprocess.run(["mount", "-o", "remount,size=200m", str(place)], check=True)
-            return self.resumed("disk full", happened, run, None, reached, changes={"checkpoint.keep": 100})
-        finally:
-            subprocess.run(["umount", "-l", str(place)], check=True)
+            return self.resumed("disk full", happened, run, None, reached, changes=keep)
 
     def read_only(self) -> Row:
-        place = self.folder / "ro"
-        place.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)], check=True)
-        try:
+        with mounted(self.folder / "ro", "200m") as place:
             run = Run(place / "run", fault="slow:*:0")
             run.wait_for(lambda: run.step() >= 12)
             began = time.monotonic()
@@ -307,9 +258,6 @@ class Faults:
             happened, reached = f"exit codes {codes}: {run.sentence()}", run.step()
             subprocess.run(["umount", "-l", str(place)], check=True)
             return self.resumed("checkpoint folder becomes read-only", happened, run, ended, reached)
-        finally:
-            while place.is_mount():
-                subprocess.run(["umount", "-l", str(place)], check=True)
 
     # -- pieces
 
@@ -374,7 +322,7 @@ class Faults:
         timeless = lambda rows: [  # noqa: E731
             {name: value for name, value in row.items() if not name.startswith("time/")} for row in rows
         ]
-        same_rows = timeless(run.rows()) == timeless(Run.rows(_At(self.straight)))
+        same_rows = timeless(run.rows()) == timeless(rows_of(self.straight))
         largest = 0.0
         mine, theirs = _arrays(run.workdir), _arrays(self.straight)
         for name, array in theirs.items():
@@ -384,18 +332,25 @@ class Faults:
         return f"{'same' if same_rows else 'other'} metrics, arrays off by {largest:.1e}"
 
 
-class _At(NamedTuple):
-    workdir: Path
+def rows_of(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl so far."""
+    path = workdir / FILE
+    return read_rows(path) if path.exists() else []
+
+
+@contextlib.contextmanager
+def mounted(place: Path, size: str) -> Iterator[Path]:
+    """A file system in memory of that size; whatever was mounted there is away afterwards."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        while place.is_mount():
+            subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def _arrays(workdir: Path) -> dict[str, np.ndarray]:
-    sys.path.insert(0, str(ROOT))
-    from absl import logging
-
-    from codebook_jax.checkpoint import read_arrays
-
-    logging.set_verbosity(logging.FATAL)  # Orbax warns of what these folders never have
-
     folder = workdir / "checkpoints" / str(STEPS)
     items = ("student", "teacher", "moments", "queue")
     return {
@@ -405,7 +360,7 @@ def _arrays(workdir: Path) -> dict[str, np.ndarray]:
     }
 
 
-def rows_of(faults: Faults) -> dict[str, Callable[[], Row]]:
+def named_rows(faults: Faults) -> dict[str, Callable[[], Row]]:
     """Each row by its name."""
     named: dict[str, Callable[[], Row]] = {
         f"kill{n}": lambda n=n: faults.kill_at_random(n, seed=n) for n in range(20)
@@ -422,76 +377,33 @@ def rows_of(faults: Faults) -> dict[str, Callable[[], Row]]:
     return named
 
 
-def table(rows: list[Row]) -> str:
-    """As Markdown; rows of one kind are one line with the worst of their figures."""
-    lines = ["| fault | exit codes, and what was said | ends, s | goes on, s | steps lost | then |"]
-    lines.append("|---|---|---|---|---|---|")
-    kinds: dict[str, list[Row]] = {}
-    for row in rows:
-        kinds.setdefault(re.split(r" of process \d| in \w+/", row.fault)[0], []).append(row)
-    for kind, same in kinds.items():
-        name = kind if len(same) == 1 else f"{kind}, {_varied(same)}"
-        happened = " or ".join(dict.fromkeys(_brief(row.happened) for row in same))
-        worst = [
-            max((value for row in same if (value := getattr(row, figure)) is not None), default="")
-            for figure in ("ended_s", "resumed_s", "lost_steps")
-        ]
-        final = " or ".join(dict.fromkeys(row.final for row in same))
-        lines.append(f"| {name} | {happened} | {worst[0]} | {worst[1]} | {worst[2]} | {final} |")
-    return "\n".join(lines)
-
-
-def _varied(rows: list[Row]) -> str:
-    """What rows of one kind differ in."""
-    if rows[0].fault.startswith("SIGKILL"):
-        saves = sum("during a save" in row.fault for row in rows)
-        first = sum("process 0" in row.fault for row in rows)
-        return f"{len(rows)} moments, {saves} in a save, {first} times of process 0"
-    return f"{len(rows)} places: {', '.join(row.fault.rsplit(' ', 1)[1] for row in rows)}"
-
-
-def _brief(happened: str) -> str:
-    """Without hosts, folders and figures that differ from row to row."""
-    for pattern, replacement in (
-        (r"(process \d+) on \S+?(?=[\s:,])", r"\1"),
-        (r"/\S*/(run|checkpoints|\w+)\b", r"\1"),
-        (r"step \d+", "step N"),
-        (r"\|", "/"),
-    ):
-        happened = re.sub(pattern, replacement, happened)
-    return happened if len(happened) <= 170 else f"{happened[:167]}..."
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="names of rows; all without it")
-    parser.add_argument("--out", help="a JSON file for the rows")
-    parser.add_argument("--table-of", help="only the table of such a file")
+    parser.add_argument("--out", help="a JSON file for the rows, where those of other names stay")
     options = parser.parse_args()
-    if options.table_of:
-        print(table([Row(**row) for row in json.loads(Path(options.table_of).read_text())]))
-        return
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of what these folders never have
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     folder = Path(tempfile.mkdtemp(prefix="faults"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-    rows, failed = [], []
+    rows = read(options.out) if options.out and Path(options.out).exists() else {}
+    failed = []
     try:
-        faults = Faults(folder)
-        named = rows_of(faults)
-        for name in options.only or named:
+        made = named_rows(Faults(folder))
+        for name in options.only or made:
             try:
-                row = named[name]()
+                rows[name] = made[name]()
             except Exception as failure:
                 failed.append(name)
                 print(f"{name} FAILED: {failure}", flush=True)
                 continue
-            rows.append(row)
-            print(f"{name}: {row._asdict()}", flush=True)
+            print(f"{name}: {rows[name]._asdict()}", flush=True)
+            if options.out:
+                kept = {each: rows[each]._asdict() for each in made if each in rows}
+                write_json(options.out, kept)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(table(rows))
-    if options.out:
-        Path(options.out).write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    print(table(list(rows.values())))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

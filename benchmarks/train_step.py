@@ -57,7 +57,7 @@ def main() -> None:
     print(f"{'':36} {'step, s':>8} {'pairs/s':>8} {'compile, s':>10} {'peak, GB':>9}", flush=True)
     names = options.rows if options.rows is not None else ON_A_CPU
     for name in names:
-        row = run_alone(["--one", name, "--steps", str(options.steps)])
+        row = run_alone(__file__, ["--one", name, "--steps", str(options.steps)])
         figures[name] = row
         print(
             f"{name:36} {row['step_s']:8.3f} {row['pairs_per_s']:8.2f} {row['compile_s']:10.1f} "
@@ -69,9 +69,9 @@ def main() -> None:
         Path(options.out).write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def run_alone(arguments: list[str]) -> dict[str, float]:
-    """What one process of this script reports."""
-    command = [sys.executable, __file__, *arguments]
+def run_alone(script: str, arguments: list[str]) -> dict[str, Any]:
+    """What one process of a benchmark reports in its last line, which is JSON."""
+    command = [sys.executable, script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=HUGE_PAGES | os.environ, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stderr[-3000:])

@@ -73,8 +73,7 @@ def possible(mesh: Any, asked_slices: int) -> list[int]:
     """What fsdp may be on these data shards: inside a slice first, there and beyond from small to large."""
     shards, tensor = sharding.data_shards(mesh), mesh.shape["tensor"]
     count = len(slices.groups_of(list(mesh.devices.flat), asked_slices))
-    divisors = [n for n in range(1, shards + 1) if shards % n == 0]
-    return sorted(divisors, key=lambda n: slices.across((shards // n, n, tensor), count)[1] > 1)
+    return sorted(sharding.possible_fsdp(mesh), key=lambda n: slices.across((shards // n, n, tensor), count)[1] > 1)
 
 
 def said(mesh: Any, asked_slices: int) -> str:

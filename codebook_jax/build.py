@@ -78,22 +78,17 @@ def build_training(
     start = () if steps_saved else read_start(config)
     config = _resolve_alpha(_adopt(config, start, record), len(source))
     fingerprint = source.fingerprint()
-    changes: dict[str, list[Any]] = {}
-    if record is not None:
-        changes, sentences = records.check_restart(
-            workdir, record, config, fingerprint, has_checkpoint=bool(steps_saved)
-        )
-        for sentence in sentences:
-            say(f"changed since the last start: {sentence}")
+    saved = bool(steps_saved)
+    changes = _changes(workdir, record, config, fingerprint, has_checkpoint=saved)
     tokenizer, keep = open_tokenizer(
         tokenizer_of(config, start),
         workdir,
-        None if steps_saved and specs(config.init) else source,  # its words came with the weights
+        None if saved and specs(config.init) else source,  # its words came with the weights
         config.data.tokenizer_vocabulary,
     )
-    facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": tokenizer.vocabulary.size}
+    words = tokenizer.vocabulary.size
+    facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": words}
     peers.connected().compare("data", facts, "every host has to read the same files")
-    words, saved = tokenizer.vocabulary.size, bool(steps_saved)
     planner = memory.Planner(asked, _create_of(config), words, record=record, has_checkpoint=saved)
     split = axes.chosen(config, planner)
     mesh = sharding.mesh_of(split.mesh)
@@ -117,6 +112,25 @@ def build_training(
             step=max(steps_saved, default=0),
         )
     return Parts(config, mesh, source, validation, tokenizer, task, planner, first)
+
+
+def _changes(
+    workdir: Path,
+    record: dict[str, Any] | None,
+    config: ml_collections.ConfigDict,
+    fingerprint: str,
+    *,
+    has_checkpoint: bool,
+) -> dict[str, list[Any]]:
+    """What changed since the last start, {name: [old, new]}, which is said; raises UserError where it may not."""
+    if record is None:
+        return {}
+    changes, sentences = records.check_restart(
+        workdir, record, config, fingerprint, has_checkpoint=has_checkpoint
+    )
+    for sentence in sentences:
+        say(f"changed since the last start: {sentence}")
+    return changes
 
 
 def first_state(parts: Parts) -> Any:

@@ -6,7 +6,8 @@ import contextlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+
+from codebook_jax.processes import peers
 
 
 def device_memory() -> int | None:
@@ -20,12 +21,8 @@ def device_memory() -> int | None:
         found = None if free is None else free // jax.local_device_count()
     else:
         found = (device.memory_stats() or {}).get("bytes_limit")
-    if jax.process_count() > 1:  # all have to come to the same answer
-        from jax.experimental import multihost_utils
-
-        everyone = multihost_utils.process_allgather(jnp.float32(found or jnp.inf))
-        return int(everyone.min()) if jnp.isfinite(everyone.min()) else None
-    return found
+    everyone = peers.connected().exchange("memory", found)  # all have to come to the same answer
+    return min((each for each in everyone if each is not None), default=None)
 
 
 def _host_memory() -> int | None:

@@ -121,13 +121,7 @@ class Planner:
         return self._estimated[known]
 
     def _estimate(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Estimate:
-        shards = sharding.data_shards(mesh)
-        known = _identity(config), shards
-        if known not in self._traced:
-            task = self.on_one_device(config, shards)
-            state, batch = task.abstract_state(), abstract_batch(task.config)
-            self._traced[known] = state, batch, task.step.trace(state, batch).jaxpr.jaxpr
-        state, batch, program = self._traced[known]
+        state, batch, program = self.traced_on_one_device(config, mesh)
         queue = jax.tree.map(  # the traced one is longer: see on_one_device
             lambda leaf: jax.ShapeDtypeStruct((config.queue.size, *leaf.shape[1:]), leaf.dtype) if leaf.ndim else leaf,
             state.queue,
@@ -148,6 +142,16 @@ class Planner:
             gradients=gradients,
             activations=max(between - gradients, 0) + 2 * images,  # the next batch is already there
         )
+
+    def traced_on_one_device(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+        """(state, batch, program) of one device's step, all of them abstract; traced once for as many data shards."""
+        shards = sharding.data_shards(mesh)
+        known = _identity(config), shards
+        if known not in self._traced:
+            task = self.on_one_device(config, shards)
+            state, batch = task.abstract_state(), abstract_batch(task.config)
+            self._traced[known] = state, batch, task.step.trace(state, batch).jaxpr.jaxpr
+        return self._traced[known]
 
     def on_one_device(self, config: ml_collections.ConfigDict, shards: int) -> Any:
         """The task with one device's share of the batch; the queue stands in for the batch's other candidates."""
@@ -247,8 +251,8 @@ def _accumulations(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
 
 def _fsdps(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
     mesh = planner.with_changes({})[1]
-    most, now = sharding.data_shards(mesh), mesh.shape["fsdp"]
-    return [(now / n, {"mesh.data": -1, "mesh.fsdp": n}) for n in range(now + 1, most + 1) if most % n == 0]
+    now = mesh.shape["fsdp"]
+    return [(now / n, {"mesh.data": -1, "mesh.fsdp": n}) for n in sharding.possible_fsdp(mesh) if n > now]
 
 
 def _batches(planner: Planner) -> list[tuple[float, dict[str, Any]]]:

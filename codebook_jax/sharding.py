@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -85,6 +86,12 @@ def data_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def possible_fsdp(mesh: Mesh) -> list[int]:
+    """What fsdp may be on as many data shards, smallest first."""
+    shards = data_shards(mesh)
+    return [size for size in range(1, shards + 1) if shards % size == 0]
+
+
 def fits(data: int, fsdp: int, tensor: int, *, slices: int = 0) -> bool:
     """Whether a mesh of these sizes can be made of the devices there are."""
     try:
@@ -139,6 +146,19 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(placement, np.asarray(rows)), batch
     )
+
+
+def to_device(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """A batch that every process holds whole, split over the mesh's batch axes."""
+    placement = batch_sharding(mesh)
+    return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array as NumPy, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -20,7 +20,6 @@ from codebook_jax.checkpoint import Checkpoints, Restored
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation.encoding import to_host
 from codebook_jax.interruption import Interrupted, Interruption, Stuck, patience
 from codebook_jax.metrics import Clock, Metrics, ProgressReport, say
 from codebook_jax.pretrained.start import specs
@@ -206,7 +205,7 @@ class Run:
         row["data/skipped"] = self.bad_rate.unreadable
         self.bad_in_row = int(row["bad_in_row"])
         if bad:
-            examples = to_host(pending.examples).tolist()
+            examples = sharding.to_host(pending.examples).tolist()
             row |= {"bad/terms": ", ".join(broken_terms(row)), "bad/examples": str(examples)}
         if logged:
             row |= self.clock.report(self.config.data.global_batch)
@@ -295,7 +294,6 @@ class Run:
             f"{row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %)"
             + ("; the best so far" if best == self.step else f"; the best is that of step {best}")
         )
-
 
     def interrupt(self, what: str, done: int, of: int) -> None:
         """Between two batches of an evaluation: raises Interrupted on all processes when one is to stop."""

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 USERS_MISTAKE = 2
@@ -75,11 +75,18 @@ class Group:
         before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
         try:
             for own in range(self.options.processes):
-                given = {**os.environ, **environment(self.options, port, own, os.environ)}
+                told = environment(
+                    own,
+                    self.options.processes,
+                    port,
+                    devices=self.options.devices,
+                    gpus=self.options.gpus,
+                    flags=os.environ.get("XLA_FLAGS", ""),
+                )
                 self._running.append(
                     subprocess.Popen(
                         self.options.command,
-                        env=given,
+                        env={**os.environ, **told},
                         stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,  # Ctrl-C would reach them twice, and a second one leaves unsaved
@@ -128,25 +135,26 @@ class Group:
 
 
 def environment(
-    options: argparse.Namespace, port: int, own: int, given: Mapping[str, str]
+    own: int, processes: int, port: int, *, devices: int = 0, gpus: int = 0, flags: str = ""
 ) -> dict[str, str]:
-    """What process `own` is told of the run."""
+    """What process `own` is told of the run; `flags` are those that XLA has already."""
     told = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(options.processes),
+        "JAX_NUM_PROCESSES": str(processes),
         "JAX_PROCESS_ID": str(own),
         "PYTHONUNBUFFERED": "1",
     }
-    if options.devices:
-        flag = f"--xla_force_host_platform_device_count={options.devices}"
-        told |= {"XLA_FLAGS": f"{given.get('XLA_FLAGS', '')} {flag}".strip(), "JAX_PLATFORMS": "cpu"}
-    if options.gpus:
-        each = options.gpus // options.processes
+    if devices:
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        told |= {"XLA_FLAGS": f"{flags} {flag}".strip(), "JAX_PLATFORMS": "cpu"}
+    if gpus:
+        each = gpus // processes
         told["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(own * each + gpu) for gpu in range(each))
     return told
 
 
 def free_port() -> int:
+    """One that nobody listens to on this machine just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

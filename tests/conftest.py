@@ -58,6 +58,14 @@ def one_device(one_device_environment, monkeypatch):
         jax.config.update(name, value)
 
 
+@pytest.fixture
+def world(monkeypatch):
+    """Of a run whose model is one weight: what a test may change, see one_weight.py."""
+    from one_weight import make_world
+
+    return make_world(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def straight(one_device_environment, tmp_path_factory):
     """Twenty steps of a small run without a stop, and what it printed. Copy it before changing it."""

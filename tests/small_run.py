@@ -1,9 +1,11 @@
 """A whole run, made small: one of its kind is trained once a test session (`straight`, in conftest.py)."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 from configs import base
+from launch import local
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -34,6 +36,26 @@ SMALL = {
     "evaluation.batch": 8,
     "evaluation.rerank_top_k": 2,
 }
+
+def together(commands, environment, outputs=None, count=None):
+    """Processes of one run of `count` (as many as there are commands), each told of the others as launch/local.py does.
+
+    What they say goes to the files of `outputs`, or to pipes.
+    """
+    port, count = local.free_port(), count or len(commands)
+    return [
+        subprocess.Popen(
+            command,
+            env={**environment, **local.environment(own, count, port)},
+            stdout=outputs[own] if outputs else subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        for own, command in enumerate(commands)
+    ]
+
 
 def config_of(**changes):
     config = base.get_config("tiny")

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from test_albef import GOLDEN, ROOT, albef_config
+from small_run import together
+from test_albef import GOLDEN, albef_config
 from test_start import VOCABULARY, one_mesh, refusal, sizes, started
 
 from codebook_jax import build, evaluate, export, sharding, train
@@ -183,12 +182,12 @@ def test_an_export_is_the_start_of_another_run_without_its_teacher(run, albef):
 
 
 TWO = """
-import sys
+import os, sys
 from types import SimpleNamespace
 import jax
-tests, port, process, weights, tokenizer, workdir = sys.argv[1:]
+tests, weights, tokenizer, workdir = sys.argv[1:]
 sys.path.insert(0, tests)
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+jax.distributed.initialize(num_processes=2, process_id=int(os.environ["JAX_PROCESS_ID"]))
 from test_import import run_config
 from codebook_jax import export, train
 albef = SimpleNamespace(file=weights, tokenizer=tokenizer)
@@ -199,18 +198,11 @@ export.export(config, workdir)
 
 
 def test_two_processes_that_split_the_weights_import_and_export_them_bit_for_bit(albef, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    arguments = [str(path) for path in (albef.file, albef.tokenizer, tmp_path / "run")]
-    command = [sys.executable, "-c", TWO, str(Path(__file__).parent), port]
-    both = [
-        subprocess.Popen([*command, process, *arguments], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for process in "01"
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    arguments = [Path(__file__).parent, albef.file, albef.tokenizer, tmp_path / "run"]
+    both = together([[sys.executable, "-c", TWO, *map(str, arguments)]] * 2, environment)
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
     written = load_file(tmp_path / "run" / "export_albef" / "model.safetensors")
     assert set(written) == set(albef.weights)
     for key, value in albef.weights.items():

@@ -5,12 +5,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from test_train import OneWeight, config_of, world  # noqa: F401
+from one_weight import OneWeight, config_of
 
 from codebook_jax import build, liveness, memory, sharding, train
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.memory import Estimate
+from codebook_jax.plan import foresight
 from codebook_jax.tasks import pretrain
 from configs import base
 
@@ -44,10 +45,7 @@ def assigned_by_xla(changes=None):
     config, mesh = planner_of(changes).with_changes({})
     task = pretrain.create(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)), mesh)
     lowered = task.step.trace(task.abstract_state(), memory.abstract_batch(config)).lower()
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    found = lowered.compile(compiler_options=quick).memory_analysis()
-    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return held, found.temp_size_in_bytes
+    return foresight.assigned_by_xla(lowered.compile(compiler_options=foresight.QUICK))
 
 
 def test_estimate_is_near_what_xla_assigns(one_device):
@@ -217,7 +215,7 @@ def test_virtual_devices_share_the_memory_of_their_host():
     assert 0 < memory.device_memory() <= 1024 * int(total) / jax.local_device_count()
 
 
-def test_a_device_that_runs_out_of_memory_in_the_loop_is_a_sentence(world, monkeypatch, tmp_path):  # noqa: F811
+def test_a_device_that_runs_out_of_memory_in_the_loop_is_a_sentence(world, monkeypatch, tmp_path):
     def step(self, state, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 

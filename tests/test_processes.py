@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_run import ROOT, command
+from small_run import ROOT, command, together
 
 from codebook_jax.metrics import read_rows
 
@@ -55,26 +55,11 @@ def went(workdir, environment, fault=""):
     return done.stdout
 
 
-def both(workdir, environment, own=(), fault="", **changes):
-    """Two processes of one run, as local.py starts them but for what the second is given besides."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for number in range(2):
-        told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-        told |= {"JAX_PROCESS_ID": str(number), "FAULT": fault or "none:0:0", "TF_CPP_MIN_LOG_LEVEL": "1"}
-        processes.append(
-            subprocess.Popen(
-                [*command(workdir, **CHANGES | changes), *(own if number else ())],
-                env=environment | told,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=ROOT,
-            )
-        )
-    return processes
+def both(workdir, environment, own=(), fault="none:0:0", **changes):
+    """Two processes of one run; the second is given `own` flags besides."""
+    first = command(workdir, **CHANGES | changes)
+    told = {"FAULT": fault, "TF_CPP_MIN_LOG_LEVEL": "1"}
+    return together([first, [*first, *own]], environment | told)
 
 
 def ends(processes, limit_s=120):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Float, Int, UInt8
 
 from codebook_jax import sharding
@@ -74,9 +73,9 @@ def encode_source(
             pixels = np.stack([image for _, _, image in readable])
             for name, weights in towers.items():
                 features, tokens = encode_image_rows(task, weights, pixels, rows)
-                tables[name][0].add(to_host(features)[: len(pixels)])
+                tables[name][0].add(sharding.to_host(features)[: len(pixels)])
                 if name in with_tokens:
-                    tables[name][1].add(to_host(tokens)[: len(pixels)])
+                    tables[name][1].add(sharding.to_host(tokens)[: len(pixels)])
         if progress is not None:
             progress("images", chunk[-1][0] + 1, count)
     _say_unreadable(source, unreadable, count)
@@ -107,7 +106,7 @@ def encode_image_rows(
     task: Any, towers: Any, images: UInt8[np.ndarray, "images side side 3"], rows: int
 ) -> tuple[jax.Array, jax.Array]:
     """Features and tokens of at most `rows` images, padded to exactly `rows`: the rows past the images say nothing."""
-    return task.encode_images(towers, to_device(padded(images, rows), task.mesh))
+    return task.encode_images(towers, sharding.to_device(padded(images, rows), task.mesh))
 
 
 def encode_text_rows(
@@ -118,7 +117,7 @@ def encode_text_rows(
     rows: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Features and states of at most `rows` texts, padded to exactly `rows`: the rows past the texts say nothing."""
-    placed = to_device(padded(tokens, rows), task.mesh), to_device(padded(lengths, rows), task.mesh)
+    placed = sharding.to_device(padded(tokens, rows), task.mesh), sharding.to_device(padded(lengths, rows), task.mesh)
     return task.encode_texts(towers, *placed)
 
 
@@ -133,19 +132,6 @@ def padded(array: np.ndarray, rows: int) -> np.ndarray:
     if len(array) == rows:
         return array
     return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
-
-
-def to_device(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
-    """A batch that every process holds whole, split over the mesh's batch axes."""
-    placement = sharding.batch_sharding(mesh)
-    return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array as NumPy, on every process."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
 
 
 class _Table:
@@ -180,9 +166,9 @@ def _encode_texts(
         part = slice(start, start + rows)
         count = len(tokens[part])
         feature_rows, state_rows = encode_text_rows(task, towers, tokens[part], lengths[part], rows)
-        features.add(to_host(feature_rows)[:count])
+        features.add(sharding.to_host(feature_rows)[:count])
         if keep_states:
-            states.add(to_host(state_rows)[:count])
+            states.add(sharding.to_host(state_rows)[:count])
         if progress is not None:
             progress("texts", start + count, len(tokens))
     return features.filled, states.filled if keep_states else None

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Float, Int
 
+from codebook_jax import sharding
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation.encoding import (
@@ -18,8 +19,6 @@ from codebook_jax.evaluation.encoding import (
     Progress,
     encode_source,
     rows_over_shards,
-    to_device,
-    to_host,
 )
 from codebook_jax.evaluation.recall import (
     RANKS,
@@ -156,7 +155,7 @@ def match_pairs(
         chosen = np.arange(start, start + rows).clip(max=len(row_images) - 1)
         texts = row_texts[chosen]
         placed = [
-            to_device(part, task.mesh)
+            sharding.to_device(part, task.mesh)
             for part in (features.image_tokens[row_images[chosen]], features.text_states[texts], gallery.text_lengths[texts])
         ]
         running = start, task.match(student, *placed)
@@ -251,7 +250,7 @@ def write_eval_json(path: Path | str, results: Mapping[str, Mapping[str, float]]
 def _fetch(pending: tuple[int, Any] | None, logits: Float[np.ndarray, "rows texts"]) -> None:
     if pending is not None:
         start, values = pending
-        logits[start : start + values.shape[0]] = to_host(values)[: len(logits) - start]
+        logits[start : start + values.shape[0]] = sharding.to_host(values)[: len(logits) - start]
 
 
 def _cells(values: Mapping[str, str]) -> str:

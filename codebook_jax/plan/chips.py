@@ -37,8 +37,8 @@ class Chip(NamedTuple):
 # A100: the data sheet of the A100 80GB SXM, NVLink 600 GB/s both ways; DGX A100, eight 200 Gb/s ports.
 # TPUs: docs.cloud.google.com/tpu/docs/v4, v5p, v5e, v6e; a product with every bit of float32 is six of bfloat16
 # (jax.lax.Precision.HIGHEST). ICI: half of "bidirectional bandwidth per chip"; v4: its "all-reduce bandwidth per pod" by
-# 4 096 chips. Network: v5p 50 Gb/s a
-# chip; v5e two 100 Gb/s ports, v6e four 200 Gb/s ports for eight chips; v4 states none: v5e's.
+# 4 096 chips. Network: v5p 50 Gb/s a chip; v5e two 100 Gb/s ports, v6e four 200 Gb/s ports for eight chips; v4 states
+# none: v5e's.
 # Ends of a torus's axis are joined from whole cubes of 4 x 4 x 4 (v4, v5p) or an axis of 16 (v5e, v6e) on.
 CHIPS = {
     chip.name: chip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -68,8 +67,15 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
     figures |= _time_figures(step, chip, options, moved, compiled.as_text())
     say(report.text(figures))
     if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        records.write_json(options.json, figures)
     return figures
+
+
+def assigned_by_xla(compiled: Any) -> tuple[int, int]:
+    """Bytes on a device that a compiled program is given and gives back, and that it needs in between."""
+    found = compiled.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held, found.temp_size_in_bytes
 
 
 def _check_options(options: PlanOptions) -> None:
@@ -105,11 +111,9 @@ def _words(config: ml_collections.ConfigDict) -> int:
 
 
 def _by_fsdp(planner: memory.Planner) -> dict[str, int]:
-    """What a device would need with fsdp 1, 2, 4, ... on as many devices and data shards."""
-    shards = sharding.data_shards(planner.with_changes({})[1])
-    sizes = [2**k for k in range(shards.bit_length()) if shards % 2**k == 0]
+    """What a device would need with each possible fsdp on as many devices and data shards."""
     found = {}
-    for size in sizes:
+    for size in sharding.possible_fsdp(planner.with_changes({})[1]):
         changes = {"mesh.data": -1, "mesh.fsdp": size}
         if planner.possible(changes):
             found[str(size)] = planner.estimate(changes).total
@@ -126,8 +130,7 @@ def _traced(planner: memory.Planner) -> Step:
 
 def _moved(planner: memory.Planner, step: Step, held: int) -> dict[operations.Key, operations.Operations]:
     """Bytes that a device moves in its memory, by part and pass, of which it has `held` bytes of parameters."""
-    task = planner.on_one_device(step.config, sharding.data_shards(step.mesh))
-    program = task.step.trace(task.abstract_state(), memory.abstract_batch(task.config)).jaxpr.jaxpr
+    _, _, program = planner.traced_on_one_device(step.config, step.mesh)
     found = operations.count(program, lambda aval: math.prod(aval.shape) * aval.dtype.itemsize)
     own = {key: part.times(1 / step.mesh.shape["tensor"]) for key, part in found.items()}
     key = "optimizer and teacher's average", "forward"
@@ -136,14 +139,13 @@ def _moved(planner: memory.Planner, step: Step, held: int) -> dict[operations.Ke
 
 
 def _memory_figures(need: memory.Estimate, chip: Chip, compiled: Any, ways: list[Any]) -> dict[str, Any]:
-    found = compiled.memory_analysis()
-    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    held, between = assigned_by_xla(compiled)
     return {
         "need": {**need._asdict(), "total": need.total},
         "has": chip.memory,
         "fits": need.total <= chip.memory * (1 - memory.MARGIN),
         "what_fits": [{"changes": changes, "total": estimate.total} for changes, estimate in ways],
-        "assigned_by_xla_for_a_cpu": {"held": held, "in_between": found.temp_size_in_bytes},
+        "assigned_by_xla_for_a_cpu": {"held": held, "in_between": between},
     }
 
 

@@ -242,4 +242,3 @@ def _why(joining: Joining) -> str:
         local = " (that is this machine itself)" if host.startswith(("127.", "localhost")) else ""
         return f"the coordinator {address}{local} cannot be reached ({error}): has process 0 started there, is the port open?"
     return f"the coordinator {address} answers, but not all processes have come: look at the logs of the others"
-

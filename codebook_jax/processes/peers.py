@@ -197,7 +197,7 @@ class Peers:
     def _watch(self) -> None:
         heard: dict[int, tuple[str, float]] = {}
         beats, silent_since = 0, time.monotonic()
-        while not self._stop.wait(self._beat_s):
+        while not self._stop.is_set():
             beats += 1
             try:
                 self._client.key_value_set(f"{STORE}/alive/{self.own}", str(beats), allow_overwrite=True)
@@ -210,11 +210,12 @@ class Peers:
                         continue
                 silent_since = time.monotonic()
             except Exception as error:
+                ended = []
                 if time.monotonic() - silent_since > self._lost_s:
                     self._give_up(f"{self.name(0)}, the coordinator, cannot be reached ({error})", 1)
-                continue
             if ended:
                 self._end(ended[0])
+            self._stop.wait(self._beat_s)
 
     def _end(self, why: str) -> None:
         if self._stop.is_set():

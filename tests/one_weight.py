@@ -1,0 +1,151 @@
+"""A run whose model is one weight, in a world that a test may change."""
+
+import contextlib
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from codebook_jax import build, train
+from codebook_jax.data.batch import Batch
+from codebook_jax.metrics import read_rows
+from configs import base
+
+PAIRS = 4
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    student: Any
+    teacher: Any
+    moments: Any
+    queue: Any
+    bad_in_row: Any
+
+
+class OneWeight:
+    """A task whose step is bad when the batch's first image holds 255, or the weight is not finite."""
+
+    def init_state(self, seed: int) -> State:
+        weight = {"w": jax.random.normal(jax.random.key(seed), (3,))}
+        copies = [jax.tree.map(jnp.copy, weight) for _ in range(3)]
+        return State(jnp.int32(0), weight, *copies, jnp.int32(0))
+
+    def abstract_state(self) -> State:
+        leaves = jax.eval_shape(self.init_state, 0)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), leaves
+        )
+
+    @staticmethod
+    @jax.jit
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        bad = (batch.image[0] == 255) | ~jnp.isfinite(state.student["w"]).all()
+        loss = jnp.where(bad, jnp.nan, (state.student["w"] ** 2).sum())
+        moved = 0.9 * state.student["w"] + 0.001 * batch.example.sum()
+        weight = {"w": jnp.where(bad, state.student["w"], moved)}
+        row = jnp.where(bad, state.bad_in_row + 1, 0)
+        scalars = {
+            "loss": loss,
+            "loss/good": jnp.float32(1),
+            "loss/broken": loss,
+            "bad_step": bad,
+            "bad_in_row": row,
+        }
+        return state.replace(step=state.step + 1, student=weight, bad_in_row=row), scalars
+
+
+def batch_at(step: int, poisoned: bool = False, unreadable: int = 0) -> Batch:
+    examples = np.arange(step * PAIRS, (step + 1) * PAIRS, dtype=np.int32)
+    image = np.full(PAIRS, 255 if poisoned else 0, np.uint8)
+    skipped = np.array([unreadable] + [0] * (PAIRS - 1), np.int32)
+    return Batch(image, image, image, image, image, examples, examples, skipped)
+
+
+class Source:
+    def fingerprint(self) -> str:
+        return "fixed"
+
+    def __len__(self) -> int:
+        return 1000
+
+
+def make_world(monkeypatch):
+    """What a test may change: which steps are poisoned, what reading does, how evaluation scores."""
+    world = SimpleNamespace(
+        poisoned=set(), unreadable={}, before_batch=lambda step: None, evaluated=[]
+    )
+    world.score = lambda step: float(step)
+    world.during_evaluation = lambda: None
+
+    def stream(start_step):
+        for step in itertools.count(start_step):
+            world.before_batch(step)
+            yield batch_at(step, step in world.poisoned, world.unreadable.get(step, 0))
+
+    def validate(parts, state, *, last):
+        world.during_evaluation()
+        step = int(state.step)
+        world.evaluated.append((step, last))
+        recalls = {f"{side}_r{k}": world.score(step) for side in ("txt", "img") for k in (1, 5, 10)}
+        return {
+            "student/dual": recalls | {"chance_r1": 0.1},
+            "teacher/dual": recalls | {"chance_r1": 0.1},
+        }
+
+    def parts(config, workdir, *, steps_saved):
+        return build.Parts(config, None, Source(), None, None, OneWeight())
+
+    monkeypatch.setattr(build, "build_training", parts)
+    monkeypatch.setattr(build, "announce", lambda parts: None)
+    monkeypatch.setattr(
+        build, "batches", lambda parts, *, start_step: contextlib.closing(stream(start_step))
+    )
+    monkeypatch.setattr(build, "validate", validate)
+    monkeypatch.setattr(
+        train.sharding, "put_batch", lambda batch, mesh: jax.tree.map(jnp.asarray, batch)
+    )
+    return world
+
+
+def config_of(**changes: Any) -> ml_collections.ConfigDict:
+    config = base.get_config("tiny")
+    values = {
+        "train.steps": 12,
+        "data.global_batch": PAIRS,
+        "log_every_steps": 2,
+        "checkpoint.every_steps": 4,
+        "evaluation.every_steps": 6,
+    }
+    config.update_from_flattened_dict(values | changes)
+    return config
+
+
+def saved_steps(workdir):
+    return sorted(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+    )
+
+
+def rows_of(workdir):
+    """Rows without the fields that measure time."""
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")} for row in rows
+    ]
+
+
+def final_weight(workdir, step):
+    from codebook_jax.checkpoint import Checkpoints
+
+    with Checkpoints(workdir, keep=3) as checkpoints:
+        return np.asarray(
+            checkpoints.restore(step, OneWeight().abstract_state()).state.student["w"]
+        )
