@@ -40,6 +40,10 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
+def _handlers() -> dict[str, Any]:
+    return {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, REST)} | {META: ocp.JsonCheckpointHandler()}
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a run, one folder a step, each complete or not there.
 
@@ -55,9 +59,16 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=create, preservation_policy=_NewestAndBest(keep, self.scores)
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, REST)}
-        handlers[META] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
+        # The manager's own reader waits for all processes when it has read, for ever for one that could not.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(multiprocessing_options=alone), **_handlers()
+            ),
+            multiprocessing_options=alone,
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -69,6 +80,7 @@ class Checkpoints:
             if error is None:
                 raise
         finally:
+            self._reader.close()
             self._manager.close()
             if jax.process_index() == 0:
                 for (
@@ -182,20 +194,20 @@ class Checkpoints:
         """The checkpoint of `step`, each array placed as `abstract_state` says; fields not in `items` are None.
 
         Raises UserError when a name, shape or type differs from `abstract_state`, and whatever the reading
-        raises when the files are damaged.
+        raises when the files are damaged. No process waits for another.
         """
         wanted = {name: tree for name, tree in _items(abstract_state).items() if name in items}
         self._compare(step, wanted)
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         arguments[META] = ocp.args.JsonRestore()
-        stored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        stored = self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**arguments))
         trees = {name: stored[name] for name in wanted}
         return Restored(step, _state(abstract_state, trees), stored[META])
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the state of `step`: step, config, seed, data, versions."""
         arguments = ocp.args.Composite(**{META: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=arguments)[META]
+        return self._reader.restore(self._folder / str(step), args=arguments)[META]
 
     def _compare(self, step: int, wanted: dict[str, Any]) -> None:
         stored = self._manager.item_metadata(step)
@@ -224,6 +236,7 @@ class Checkpoints:
                 number += 1
                 aside = self._folder / f"damaged-{step}-{number}"
             (self._folder / str(step)).rename(aside)
+        peers.connected().exchange("set_aside", "")  # nobody looks for steps before it is renamed
         say(
             f"the checkpoint of step {step:,} is damaged ({failure}); it is set aside as "
             f"{aside.name}, and the newest good one is used"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_run import ROOT, together
 
 from codebook_jax.checkpoint import Checkpoints
 from codebook_jax.errors import UserError
@@ -158,6 +159,26 @@ def test_the_newest_good_checkpoint_is_used_and_a_damaged_one_set_aside(damage, 
         checkpoints.save(3, state_of(3), {})  # its place is free again
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         assert_same(checkpoints.restore_newest(abstract(state_of(0))).state, state_of(3))
+
+
+def test_a_part_that_one_process_alone_cannot_read_is_damaged_for_both_and_neither_waits(tmp_path, one_device_environment):
+    def both(what):
+        command = [sys.executable, str(ROOT / "tests" / "checkpoint_of_two.py"), str(tmp_path), what]
+        processes = together([command, command], one_device_environment)
+        try:
+            said = [process.communicate(timeout=120)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], said
+        return said
+
+    both("save")
+    newest = tmp_path / "checkpoints" / "2"
+    os.truncate(_largest(newest / "student" / "ocdbt.process_1"), 20)
+    for said in both("restore"):
+        assert "restored 1; there are [1]" in said
+    assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
 
 
 def test_nothing_is_renamed_when_no_checkpoint_can_be_read(tmp_path):
