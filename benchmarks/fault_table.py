@@ -61,6 +61,8 @@ def _brief(happened: str) -> str:
         (r"(process \d+) on \S+?(?=[\s:,])", r"\1"),
         (r"/\S*/(run|checkpoints|\w+)\b", r"\1"),
         (r"step \d+", "step N"),
+        (r"damaged \(.*\); it is", "damaged (what reading it raised); it is"),
+        (r"damaged-\d+", "damaged-N"),
         (r"\|", "/"),
     ):
         happened = re.sub(pattern, replacement, happened)
