@@ -1,9 +1,9 @@
-"""Compile time of the training step against depth: `python benchmarks/compile_time.py`.
+"""Compile time of the training step against depth: `python benchmarks/compile_time.py [--compiler tpu]`.
 
 One process a row; nothing is allocated, the step is traced on shapes and compiled as for training. All rows have a small
 global batch, one pass, and no remat, because a scan with remat holds one block an iteration whatever
 `model.scan_unroll` is: the unrolled row then differs from the scanned one in that field alone. `huge` and `base` as they
-are configured, with remat, are rows too. Goals: scanned at most a third of unrolled; huge at most 1.3 times base. Seconds
+are configured, with remat, are rows too. `--compiler tpu` compiles for one v5p by libtpu, which needs no TPU. Goals: scanned at most a third of unrolled; huge at most 1.3 times base. Seconds
 are by the clock; those of the process, on all cores, are beside them and say more on a machine that does other work.
 """
 
@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from train_step import run_alone  # noqa: E402
+
+from codebook_jax.plan.options import COMPILERS, PlanOptions, environment  # noqa: E402
 
 BATCH = 16
 WORDS = 30_522  # BERT's
@@ -45,16 +47,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=list(ROWS), help=f"of: {'; '.join(ROWS)}")
     parser.add_argument("--repeat", type=int, default=1, help="processes a row; the fastest counts")
+    parser.add_argument("--compiler", choices=COMPILERS, default="cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*ROWS[options.one])))
+        print(json.dumps(measure(*ROWS[options.one], options.compiler)))
         return
-    figures: dict[str, Any] = {"batch": BATCH, "cores": os.cpu_count(), "rows": {}, "goals": {}}
+    figures: dict[str, Any] = {"batch": BATCH, "cores": os.cpu_count(), "compiler": options.compiler, "rows": {}, "goals": {}}
     print(f"{'':24} {'trace, s':>9} {'lower, s':>9} {'compile, s':>11} {'all, s':>8} {'of CPUs, s':>11} {'instructions':>13}", flush=True)
     for name in options.rows:
-        row = min((run_alone(__file__, ["--one", name]) for _ in range(options.repeat)), key=lambda found: found["all_s"])
+        own = ["--one", name, "--compiler", options.compiler]
+        row = min((run_alone(__file__, own) for _ in range(options.repeat)), key=lambda found: found["all_s"])
         figures["rows"][name] = row
         print(
             f"{name:24} {row['trace_s']:9.1f} {row['lower_s']:9.1f} {row['compile_s']:11.1f} {row['all_s']:8.1f} "
@@ -71,19 +75,23 @@ def main() -> None:
         Path(options.out).write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def measure(size: str, fields: dict[str, Any]) -> dict[str, Any]:
+def measure(size: str, fields: dict[str, Any], compiler: str) -> dict[str, Any]:
     """Seconds to trace, lower and compile the step of a size, and how long the compiled program is."""
+    if compiler == "tpu":
+        os.environ |= environment(PlanOptions(devices=1, compiler=compiler))
     import jax
 
     from codebook_jax import memory, sharding, workdir
     from codebook_jax.data.text import Vocabulary
+    from codebook_jax.plan import chips, tpu
     from codebook_jax.tasks import pretrain
     from configs import base
 
     jax.config.update("jax_enable_compilation_cache", False)
     config = base.get_config(size)
     config.update_from_flattened_dict({"data.global_batch": BATCH} | fields)
-    mesh = sharding.make_mesh(-1, 1, 1)
+    devices = tpu.devices(chips.CHIPS["v5p"], 1) if compiler == "tpu" else None
+    mesh = sharding.make_mesh(-1, 1, 1, devices=devices)
     config = workdir.resolve_groups(config, None, data_shards=sharding.data_shards(mesh))
     vocabulary = Vocabulary(WORDS, 0, 101, 102, 103, (0, 100, 101, 102, 103))
     task = pretrain.create(config, vocabulary, mesh)
@@ -104,7 +112,7 @@ def measure(size: str, fields: dict[str, Any]) -> dict[str, Any]:
         "cpu_s": time.process_time() - began,
         "instructions": sum(" = " in line for line in compiled.as_text().splitlines()),
         "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     }
 
 

@@ -1,7 +1,8 @@
 """The plans and tables of docs/scale.md: `python benchmarks/plan_table.py`, a quarter of an hour on two cores.
 
 Each plan is one process of `--mode=plan`; its figures go to `results/plans.json`, and a plan that is there is not made again
-unless it is named with `--plans`. The tables are written into the page, between its marks.
+unless it is named with `--plans`; those whose names end with `libtpu` need it installed. The tables are written into the
+page, between its marks.
 """
 
 from __future__ import annotations
@@ -33,17 +34,25 @@ PLANS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "huge, 256 v5p, 64 a chip": ("huge", "v5p", 256, {"data.global_batch": 16_384}),
     "huge, 256 v5p, 64 a chip, fsdp 8": ("huge", "v5p", 256, {"data.global_batch": 16_384, "mesh.fsdp": 8}),
 }
+LIBTPU = (  # compiled by a TPU's own compiler too
+    "base, 64 v5p",
+    "base, 8 v5p, 64 a chip",
+    "base, 256 v5p, 64 a chip",
+    "huge, 256 v5p, 64 a chip",
+    "huge, 256 v5p, 64 a chip, fsdp 8",
+)
+JOBS = {name: (*of, "cpu") for name, of in PLANS.items()} | {f"{name}, libtpu": (*PLANS[name], "tpu") for name in LIBTPU}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plans", nargs="*", default=None, help=f"of: {'; '.join(PLANS)}")
+    parser.add_argument("--plans", nargs="*", default=None, help=f"of: {'; '.join(JOBS)}")
     parser.add_argument("--again", action="store_true", help="all plans")
     options = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    missing = [name for name in PLANS if name not in found or options.again]
+    missing = [name for name in JOBS if name not in found or options.again]
     for name in missing if options.plans is None else options.plans:
-        found[name] = planned(*PLANS[name])
+        found[name] = planned(*JOBS[name])
         print(f"{name}: compiled in {found[name]['compile_s']} s", flush=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(with_tables(PAGE.read_text(), found))
@@ -51,21 +60,21 @@ def main() -> None:
 
 def with_tables(page: str, found: dict[str, Any]) -> str:
     """The page with each table between its marks made anew."""
-    found = {name: found[name] for name in PLANS}
-    for make in (needs, fsdp, weak_scaling, parts):
+    plans = {name: found[name] for name in PLANS}
+    for make in (needs, fsdp, weak_scaling, parts, libtpu):
         before, mark, rest = page.partition(f"<!-- {make.__name__} -->\n")
         _, end, after = rest.partition(f"<!-- end of {make.__name__} -->")
-        page = f"{before}{mark}{make(found)}\n{end}{after}"
+        page = f"{before}{mark}{make(found if make is libtpu else plans)}\n{end}{after}"
     return page
 
 
-def planned(size: str, chip: str, devices: int, fields: dict[str, Any]) -> dict[str, Any]:
+def planned(size: str, chip: str, devices: int, fields: dict[str, Any], compiler: str) -> dict[str, Any]:
     """The figures of one plan."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
         command = [sys.executable, "-m", "codebook_jax.main", "--mode=plan", f"--config=configs/base.py:{size}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
-        command += [f"--plan.chip={chip}", f"--plan.devices={devices}", f"--plan.json={out}"]
+        command += [f"--plan.chip={chip}", f"--plan.devices={devices}", f"--plan.compiler={compiler}", f"--plan.json={out}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
@@ -153,6 +162,29 @@ def parts(found: dict[str, Any]) -> str:
         rows.append([part, *(f"{share:.1%}" for share in shares)])
     whole = [f"{found[name]['operations_total'] / 1e12:,.0f}" for name in names]
     return table(["share of the products", *names], [*rows, ["TFLOP a step", *whole]])
+
+
+def libtpu(found: dict[str, Any]) -> str:
+    """What libtpu needs and sends beside what is estimated and what XLA's partitioner for CPUs sends."""
+    heads = ["", "GB a chip: estimated", "libtpu: held", "in between", "program", "GB sent: for CPUs", "libtpu", "collectives"]
+    heads += ["communication, ms", "efficiency, none of it hidden"]
+    rows = []
+    for name in LIBTPU:
+        plan, own = found[name], found[f"{name}, libtpu"]
+        assigned, seconds = own["memory"]["assigned_by_xla"], own["seconds"]
+        work = seconds["serial"] - seconds["communication"]
+        rows.append(
+            [
+                name,
+                f"{own['memory']['need']['total'] / 1e9:.1f}",
+                *(f"{assigned[part] / 1e9:.1f}" for part in ("held", "in_between", "program")),
+                *(f"{sum(part['bytes'] for part in of['sent']) / 1e9:.2f}" for of in (plan, own)),
+                sum(part["count"] for part in own["sent"]),
+                f"{1e3 * seconds['communication']:.1f}",
+                f"{work / seconds['serial']:.1%}" if "64 a chip" in name else "",
+            ]
+        )
+    return table(heads, rows)
 
 
 if __name__ == "__main__":

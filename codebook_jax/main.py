@@ -75,6 +75,7 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
     flags.DEFINE_string("plan.chip", default.chip, "for --mode=plan: the accelerator", flag_values=values)
     flags.DEFINE_integer("plan.devices", default.devices, "and how many of them", flag_values=values)
     flags.DEFINE_integer("plan.slices", default.slices, "in how many slices", flag_values=values)
+    flags.DEFINE_string("plan.compiler", default.compiler, "who compiles its step: cpu, or tpu (libtpu, for the chip itself: minutes)", flag_values=values)
     flags.DEFINE_string("plan.json", default.json, "a file for its figures", flag_values=values)
 
 
@@ -166,7 +167,7 @@ def _plan() -> int:
     options = PlanOptions(
         **{name: FLAGS[f"plan.{name}"].value for name in PlanOptions._fields}
     )
-    os.environ |= environment(options.devices)  # read when JAX is imported
+    os.environ |= environment(options)  # read when JAX is imported
     from codebook_jax.plan import plan
 
     plan(FLAGS.config, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,14 +43,16 @@ TABLE: tuple[tuple[str, str, P], ...] = (
 )
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, *, slices: int = 0) -> Mesh:
-    """The mesh over all devices; one of the three sizes may be -1 and takes what the others leave.
+def make_mesh(
+    data: int, fsdp: int, tensor: int, *, slices: int = 0, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh over all devices, or those given; one of the three sizes may be -1 and takes what the others leave.
 
     fsdp 0 is one that nobody has chosen (axes.py does): 1, or what the others leave where both are given. `slices`: see
     slices.py. Raises UserError, with the numbers, for sizes that do not fit the devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     given = ", ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items())
     if fsdp == 0:
         sizes["fsdp"] = 1 if -1 in (data, tensor) else -1
@@ -61,24 +63,24 @@ def make_mesh(data: int, fsdp: int, tensor: int, *, slices: int = 0) -> Mesh:
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
-        sizes[free[0]] = max(devices // fixed, 1)
-    if math.prod(sizes.values()) != devices:
-        plural = "s" if devices != 1 else ""
+        sizes[free[0]] = max(len(devices) // fixed, 1)
+    if math.prod(sizes.values()) != len(devices):
+        plural = "s" if len(devices) != 1 else ""
         raise UserError(
-            f"{given} does not fit {devices} device{plural}: their product must be the number of devices"
+            f"{given} does not fit {len(devices)} device{plural}: their product must be the number of devices"
         )
     shape = tuple(sizes.values())
     # Auto axes: gathers and reshapes of the batch are the partitioner's to place.
     types = (AxisType.Auto,) * len(AXES)
-    placed = device_slices.arranged(shape, jax.devices(), slices)
+    placed = device_slices.arranged(shape, devices, slices)
     if placed is None:
-        return jax.make_mesh(shape, AXES, axis_types=types)
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     return Mesh(placed, AXES, axis_types=types)
 
 
-def mesh_of(axes: ml_collections.ConfigDict) -> Mesh:
-    """The mesh that `config.mesh` describes."""
-    return make_mesh(axes.data, axes.fsdp, axes.tensor, slices=axes.slices)
+def mesh_of(axes: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `config.mesh` describes, over all devices or those given."""
+    return make_mesh(axes.data, axes.fsdp, axes.tensor, slices=axes.slices, devices=devices)
 
 
 def data_shards(mesh: Mesh) -> int:

@@ -74,7 +74,7 @@ def arranged(sizes: Sequence[int], devices: Sequence[Any], slices: int = 0) -> n
 
 
 def _slice_index(device: Any) -> int:
-    return getattr(device, "slice_index", 0)
+    return getattr(device, "slice_index", None) or 0  # libtpu describes the devices of a single slice without one
 
 
 def _said(devices: Sequence[Any]) -> list[int]:

@@ -41,7 +41,7 @@ def one_device(one_device_environment, monkeypatch):
 
     from codebook_jax import sharding
 
-    def make_mesh(data, fsdp, tensor, *, slices=0):
+    def make_mesh(data, fsdp, tensor, *, slices=0, devices=None):
         kinds = (AxisType.Auto,) * len(sharding.AXES)
         return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
 

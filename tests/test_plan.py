@@ -344,7 +344,7 @@ def test_a_plan_counts_two_sums_for_each_iteration_of_the_transport(planned):
 
 def test_memory_of_a_plan_is_near_what_xla_assigns(planned):
     memory_of = planned[0]["memory"]
-    assigned = sum(memory_of["assigned_by_xla_for_a_cpu"].values())
+    assigned = sum(memory_of["assigned_by_xla"].values())
     assert 0.7 * assigned < memory_of["need"]["total"] < 1.4 * assigned
     assert memory_of["by_fsdp"]["1"] == memory_of["need"]["total"] > memory_of["by_fsdp"]["8"]
 
@@ -369,6 +369,7 @@ def test_a_plan_adds_up(planned):
         ({}, PlanOptions(devices=4), "--plan.devices=4 needs as many virtual devices, and this process has 8"),
         ({}, PlanOptions(json="no/such/plan.json"), "--plan.json=no/such/plan.json: there is no folder no/such"),
         ({}, PlanOptions(slices=3), "--plan.slices=3 does not split --plan.devices=8"),
+        ({}, PlanOptions(chip="v5e", slices=2, compiler="tpu"), "--plan.compiler=tpu plans for one slice, and --plan.slices=2"),
         ({"mesh.fsdp": 3}, PlanOptions(), "does not fit 8 devices"),
         ({"data.global_batch": 60}, PlanOptions(), "global_batch=60 does not split over 8 data shards .*: 64 would"),
     ],
@@ -381,10 +382,10 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(changes, options, words
 
 def test_the_environment_of_a_plan_replaces_a_number_of_devices_and_keeps_other_flags(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_other=1")
-    flags = environment(64)["XLA_FLAGS"].split()
+    flags = environment(PlanOptions(devices=64))["XLA_FLAGS"].split()
     assert sorted(flags) == ["--xla_force_host_platform_device_count=64", "--xla_other=1"]
     with pytest.raises(UserError, match="devices=0"):
-        environment(0)
+        environment(PlanOptions(devices=0))
 
 
 def test_the_tables_of_the_page_are_those_of_the_figures():

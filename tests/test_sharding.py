@@ -117,6 +117,12 @@ def test_one_mesh_size_may_be_what_the_others_leave():
     assert sharding.data_shards(sharding.make_mesh(-1, 2, 2)) == 4
 
 
+def test_a_mesh_is_made_of_the_devices_that_are_given():
+    some = jax.devices()[4:]
+    mesh = sharding.make_mesh(-1, 2, 1, devices=some)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1} and set(mesh.devices.flat) == set(some)
+
+
 def test_an_fsdp_that_nobody_chose_is_one_or_what_the_others_leave():
     assert dict(sharding.make_mesh(-1, 0, 2).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
     assert dict(sharding.make_mesh(2, 0, 1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}

@@ -1,7 +1,8 @@
 """`--mode=plan`: what a training run will need and where its time goes, before there are devices to run it on.
 
-`options.py` what is asked; `chips.py` what accelerators are given to do; `hlo.py` what a compiled step sends; `operations.py` its operations by part; `timing.py` the step's bound; `report.py` how it is
-said; `foresight.py` all of it together.
+`options.py` what is asked; `chips.py` what accelerators are given to do; `tpu.py` slices that libtpu compiles for; `hlo.py`
+what a compiled step sends; `operations.py` its operations by part; `timing.py` the step's bound; `report.py` how it is said;
+`foresight.py` all of it together.
 """
 
 from __future__ import annotations

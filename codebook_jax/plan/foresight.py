@@ -14,7 +14,7 @@ from codebook_jax import axes, build, checks, memory, sharding
 from codebook_jax import workdir as records
 from codebook_jax.errors import UserError
 from codebook_jax.metrics import say
-from codebook_jax.plan import hlo, operations, report, timing
+from codebook_jax.plan import hlo, operations, report, timing, tpu
 from codebook_jax.plan.chips import Chip, chip_of
 from codebook_jax.plan.options import PlanOptions
 from codebook_jax.plan.timing import Joined
@@ -40,6 +40,7 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
     """The figures of a plan, said and written to `options.json`. Raises UserError: see plan.plan."""
     chip = chip_of(options.chip)
     _check_options(options)
+    described = tpu.devices(chip, options.devices) if options.compiler == "tpu" else None
     config = _plannable(config, options.slices)
     planner = memory.Planner(config, build.TASKS[config.task], _words(config), in_float32=False)
     planner.has = chip.memory
@@ -48,15 +49,16 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
     limit = chip.memory * (1 - memory.MARGIN)
     ways = [] if need.total <= limit else memory.fitting_settings(planner, need, limit)
     by_fsdp = _by_fsdp(planner)
-    step = _traced(planner)
+    step = _traced(planner, described)
     moved = _moved(planner, step, need.parameters)
     began = time.perf_counter()
-    compiled = step.traced.lower().compile(compiler_options=QUICK)
+    compiled = _compiled(planner, step, options)
     seconds = time.perf_counter() - began
     figures = {
         "chip": chip._asdict(),
         "devices": options.devices,
         "slices": options.slices,
+        "compiler": options.compiler,
         "mesh": dict(step.mesh.shape),
         "batch": {"global": step.config.data.global_batch, "accumulation": step.config.optimizer.accumulation},
         "train_steps": step.config.train.steps,
@@ -71,11 +73,19 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
     return figures
 
 
-def assigned_by_xla(compiled: Any) -> tuple[int, int]:
-    """Bytes on a device that a compiled program is given and gives back, and that it needs in between."""
+class Assigned(NamedTuple):
+    """Bytes on a device that a compiled program is given and gives back, needs in between, and takes itself."""
+
+    held: int
+    in_between: int
+    program: int
+
+
+def assigned_by_xla(compiled: Any) -> Assigned:
+    """What the compiler says that its program takes of a device's memory."""
     found = compiled.memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return held, found.temp_size_in_bytes
+    return Assigned(held, found.temp_size_in_bytes, found.generated_code_size_in_bytes)
 
 
 def _check_options(options: PlanOptions) -> None:
@@ -91,6 +101,11 @@ def _check_options(options: PlanOptions) -> None:
         raise UserError(
             f"--plan.slices={options.slices} does not split --plan.devices={options.devices} into equal parts: "
             "give a divisor"
+        )
+    if options.compiler == "tpu" and options.slices > 1:
+        raise UserError(
+            f"--plan.compiler=tpu plans for one slice, and --plan.slices={options.slices}: what libtpu has sent from one "
+            "slice to another is not read here; leave out one of the two flags"
         )
 
 
@@ -120,12 +135,32 @@ def _by_fsdp(planner: memory.Planner) -> dict[str, int]:
     return found
 
 
-def _traced(planner: memory.Planner) -> Step:
+def _traced(planner: memory.Planner, described: list[Any] | None) -> Step:
+    """On the virtual devices, or on those that a compiler describes."""
     config, mesh = planner.with_changes({})
+    if described is not None:
+        mesh = sharding.mesh_of(config.mesh, described)
     task = planner.create(config, planner.vocabulary, mesh)
     state = task.abstract_state()
     traced = task.step.trace(state, memory.abstract_batch(config))
     return Step(config, mesh, traced, build.parameter_count(state.student))
+
+
+def _compiled(planner: memory.Planner, step: Step, options: PlanOptions) -> Any:
+    """The step's program; raises UserError, with what would fit, where a compiler refuses it for want of memory."""
+    lowered = step.traced.lower()
+    if options.compiler == "cpu":
+        return lowered.compile(compiler_options=QUICK)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (said := tpu.out_of_memory(error)) is None:
+            raise
+        need = planner.estimate()
+        advice = memory.advice(planner, need, min(planner.has, need.total * memory.AGAIN))
+        raise UserError(
+            f"the step does not fit, says the compiler for {options.chip} ({said}); it was estimated to need {need}: {advice}"
+        ) from error
 
 
 def _moved(planner: memory.Planner, step: Step, held: int) -> dict[operations.Key, operations.Operations]:
@@ -139,13 +174,12 @@ def _moved(planner: memory.Planner, step: Step, held: int) -> dict[operations.Ke
 
 
 def _memory_figures(need: memory.Estimate, chip: Chip, compiled: Any, ways: list[Any]) -> dict[str, Any]:
-    held, between = assigned_by_xla(compiled)
     return {
         "need": {**need._asdict(), "total": need.total},
         "has": chip.memory,
         "fits": need.total <= chip.memory * (1 - memory.MARGIN),
         "what_fits": [{"changes": changes, "total": estimate.total} for changes, estimate in ways],
-        "assigned_by_xla_for_a_cpu": {"held": held, "in_between": between},
+        "assigned_by_xla": assigned_by_xla(compiled)._asdict(),
     }
 
 

@@ -1,7 +1,8 @@
 """The collectives of a compiled program, read from its text (`compiled.as_text()`): what is sent, how often, between whom.
 
-A collective in a loop counts as often as the loop turns, one that is started and awaited apart counts once, and of a
-conditional's branches the one that sends most counts.
+A collective in a loop counts as often as the loop turns, and of a conditional's branches the one that sends most counts.
+One that is started and awaited apart counts once; a TPU's program repeats it, with its channel, in every fusion that computes
+beside it. It also writes a reduce-scatter as a fusion of a sum and a slice.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Collective(NamedTuple):
     groups: tuple[tuple[int, ...], ...]  # of devices by their place in the mesh; pairs (from, to) of a permutation
     times: int  # that a step does it
     where: str  # the operation it was made for, as JAX names it
+    channel: str = ""  # what tells it from all others of the program, where XLA gives it one
+    early: bool = False  # started before it is awaited, so that something may be computed beside it
 
     @property
     def group_size(self) -> int:
@@ -116,6 +119,7 @@ class _Program:
         """The collectives of a computation that is run so often, and of what it calls."""
         lines = self.computations.get(name.lstrip("%"), [])
         named: dict[str, str] = {}
+        under_way: set[str] = set()
         for line in lines:
             named[line.split(" = ", 1)[0].split()[-1].lstrip("%")] = line
             if _SENDS.search(line) is None or (instruction := _read(line)) is None:
@@ -132,7 +136,15 @@ class _Program:
                 yield from max(branches, key=lambda found: sum(c.sent * n for c, n in found), default=[])
             elif opcode in ("call", "fusion", "async-start"):  # what a reduction applies sends nothing
                 for called in _called(instruction.line):
-                    yield from self.walk(called, times)
+                    for found, n in self.walk(called, times):
+                        if opcode == "fusion" and found.channel in under_way:
+                            continue
+                        if opcode == "fusion" and self._starts(called):
+                            under_way.add(found.channel)
+                            found = found._replace(early=True)
+                        if opcode == "fusion" and called.startswith("all-reduce-scatter"):
+                            found = found._replace(kind="reduce-scatter")
+                        yield found, n
 
     def _collective(self, own: _Instruction, kind: str, named: dict[str, str]) -> Collective:
         given = [_read(named[name]) for name in own.operands]
@@ -141,8 +153,21 @@ class _Program:
         if own.opcode.endswith("-start") and len(results) > len(operands) > 0 and kind != "all-reduce":
             results = results[len(operands) : 2 * len(operands)]  # (operands, results, what the runtime keeps)
         operation = re.search(r'op_name="([^"]*)"', own.line)
-        groups = _groups(own.line, self.devices)
-        return Collective(kind, operands or results, results, groups, 1, operation.group(1) if operation else "")
+        channel = re.search(r"\bchannel_id=(\d+)", own.line)
+        return Collective(
+            kind,
+            operands or results,
+            results,
+            _groups(own.line, self.devices),
+            1,
+            operation.group(1) if operation else "",
+            channel.group(1) if channel else "",
+            own.opcode.endswith("-start"),
+        )
+
+    def _starts(self, fusion: str) -> bool:
+        """Whether a TPU starts here what other fusions of the same channel go on with."""
+        return any('custom_call_target="AsyncCollectiveStart"' in line for line in self.computations.get(fusion, []))
 
     def _turns(self, loop: _Instruction) -> int:
         """How often a loop turns, as XLA states it, else by the bound that its condition compares with."""

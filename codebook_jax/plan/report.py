@@ -31,7 +31,7 @@ def _setting(figures: dict[str, Any]) -> list[str]:
 
 def _memory(figures: dict[str, Any]) -> list[str]:
     found = figures["memory"]
-    need, xla = found["need"], found["assigned_by_xla_for_a_cpu"]
+    need = found["need"]
     lines = ["memory a device, estimated for the chip (bfloat16 is two bytes)"]
     lines += [f"  {name:12} {size_of(size):>9}" for name, size in need.items() if name != "total"]
     answer = "fits" if found["fits"] else "DOES NOT FIT"
@@ -44,11 +44,15 @@ def _memory(figures: dict[str, Any]) -> list[str]:
     if len(found["by_fsdp"]) > 1:
         sizes = ", ".join(f"{fsdp}: {size_of(total)}" for fsdp, total in found["by_fsdp"].items())
         lines.append(f"  the sum by fsdp: {sizes}")
-    lines.append(
-        f"  XLA for a CPU, which computes bfloat16 in float32: {size_of(xla['held'])} held, "
-        f"{size_of(xla['in_between'])} in between"
-    )
-    return lines
+    return [*lines, _assigned(found["assigned_by_xla"], figures["compiler"], found["has"])]
+
+
+def _assigned(xla: dict[str, int], compiler: str, has: float) -> str:
+    said = f"{size_of(xla['held'])} held, {size_of(xla['in_between'])} in between"
+    if compiler == "cpu":
+        return f"  XLA for a CPU, which computes bfloat16 in float32: {said}"
+    whole = sum(xla.values())
+    return f"  libtpu for this chip: {said}, {size_of(xla['program'])} of program: {size_of(whole)} of {size_of(has)}: fits"
 
 
 def _operations(figures: dict[str, Any]) -> list[str]:
@@ -77,9 +81,12 @@ def _sent(figures: dict[str, Any]) -> list[str]:
         f"{1e3 * row['seconds']:8.2f} {1e3 * row['latency']:14.2f}"
         for row in sent
     ]
+    if figures["compiler"] == "tpu":
+        early = sum(row["early"] for row in sent)
+        return [*lines, f"  as libtpu places them; {early / 1e6:,.2f} MB are started early, with something computed beside them"]
     lines.append(
-        "  as the partitioner for CPUs places them, products' gradients in float32 and summed whole: a TPU or GPU sends "
-        "them in bfloat16, and with fsdp only each device's share, so this is rather too much"
+        "  as the partitioner for CPUs places them, products' gradients in float32: a TPU or GPU sends them in bfloat16, so "
+        "this is rather too much; --plan.compiler=tpu says what a TPU sends"
     )
     return lines
 

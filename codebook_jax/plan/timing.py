@@ -27,6 +27,7 @@ class Sent(NamedTuple):
     bytes: float
     seconds: float
     latency: float  # the part of the seconds that does not depend on the bytes
+    early: float = 0.0  # the part of the bytes that is started before it is awaited
 
 
 class Times(NamedTuple):
@@ -98,6 +99,7 @@ def sent_by_axes(found: Iterable[Collective], mesh: dict[str, int], joined: Join
             bytes=row.bytes + n * collective.sent,
             seconds=row.seconds + n * seconds,
             latency=row.latency + n * latency,
+            early=row.early + n * collective.sent * collective.early,
         )
     return sorted(rows.values(), key=lambda row: -row.seconds)
 
