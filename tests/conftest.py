@@ -11,6 +11,15 @@ GIVEN_XLA_FLAGS = os.environ.setdefault("XLA_FLAGS_BEFORE_TESTS", os.environ.get
 os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+LONGEST = "test_processes.py"  # of all files; begun last it would be run while the other process has nothing to do
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist's own order: files with most tests first
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,14 @@
 import threading
 import time
 
+import pytest
+
 from codebook_jax.errors import UserError
 from codebook_jax.processes import peers, shared_folder
 from codebook_jax.processes.peers import Peers
+
+# The thread that watches fails where the process would have ended.
+ends_in_a_thread = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 class Store:
@@ -163,6 +168,7 @@ def test_a_process_that_is_not_heard_of_ends_the_others(monkeypatch):
     assert "goes on from the newest checkpoint" in sentence
 
 
+@ends_in_a_thread
 def test_why_one_failed_reaches_the_others(monkeypatch):
     monkeypatch.setattr(peers, "LINGER_S", 0.1)
     store, ends = Store(2), Ends()
@@ -182,6 +188,7 @@ def test_a_process_that_is_done_is_not_taken_for_lost():
     assert ends.sentences == []
 
 
+@ends_in_a_thread
 def test_a_coordinator_that_does_not_answer_ends_the_others():
     store, ends = Store(2), Ends()
     watching(store, 1, ends)

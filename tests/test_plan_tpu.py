@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_run import SMALL
 
+from codebook_jax import memory
 from codebook_jax.errors import UserError
-from codebook_jax.plan import chips, hlo, options, report, tpu
+from codebook_jax.plan import chips, foresight, hlo, options, report, tpu
 from codebook_jax.plan.options import PlanOptions, environment
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +95,19 @@ def test_a_plan_by_libtpu_says_so():
     said = report.text(figures)
     assert "libtpu for this chip: 3.3 GB held, 4.0 GB in between, 153 MB of program: 7.4 GB of 95.0 GB: fits" in said
     assert "as libtpu places them" in said and "partitioner for CPUs" not in said
+
+
+@pytest.mark.parametrize(("compiler", "fits"), [("cpu", False), ("tpu", True)])
+def test_what_libtpu_has_found_room_for_fits_whatever_was_estimated(compiler, fits):
+    need = memory.Estimate(*[3e9] * 6)  # of a chip's 16 GB
+    found = SimpleNamespace(
+        argument_size_in_bytes=4, output_size_in_bytes=2, alias_size_in_bytes=1, temp_size_in_bytes=7, generated_code_size_in_bytes=3
+    )
+    compiled = SimpleNamespace(memory_analysis=lambda: found)
+    ways = [({"data.global_batch": 8}, need)]
+    figures = foresight._memory_figures(need, chips.CHIPS["v5e"], compiled, ways, PlanOptions(compiler=compiler))
+    assert figures["fits"] is fits and len(figures["what_fits"]) == (not fits)
+    assert figures["assigned_by_xla"] == {"held": 5, "in_between": 7, "program": 3}
 
 
 def plan(out, changes, *flags):

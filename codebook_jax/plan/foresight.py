@@ -63,7 +63,7 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
         "batch": {"global": step.config.data.global_batch, "accumulation": step.config.optimizer.accumulation},
         "train_steps": step.config.train.steps,
         "parameters": step.parameters,
-        "memory": _memory_figures(need, chip, compiled, ways) | {"by_fsdp": by_fsdp},
+        "memory": _memory_figures(need, chip, compiled, ways, options) | {"by_fsdp": by_fsdp},
         "compile_s": round(seconds, 1),
     }
     figures |= _time_figures(step, chip, options, moved, compiled.as_text())
@@ -173,12 +173,15 @@ def _moved(planner: memory.Planner, step: Step, held: int) -> dict[operations.Ke
     return own | {key: own.get(key, operations.Operations()) + update}
 
 
-def _memory_figures(need: memory.Estimate, chip: Chip, compiled: Any, ways: list[Any]) -> dict[str, Any]:
+def _memory_figures(
+    need: memory.Estimate, chip: Chip, compiled: Any, ways: list[Any], options: PlanOptions
+) -> dict[str, Any]:
+    fits = need.total <= chip.memory * (1 - memory.MARGIN) or options.compiler == "tpu"  # which has found room for all
     return {
         "need": {**need._asdict(), "total": need.total},
         "has": chip.memory,
-        "fits": need.total <= chip.memory * (1 - memory.MARGIN),
-        "what_fits": [{"changes": changes, "total": estimate.total} for changes, estimate in ways],
+        "fits": fits,
+        "what_fits": [] if fits else [{"changes": changes, "total": estimate.total} for changes, estimate in ways],
         "assigned_by_xla": assigned_by_xla(compiled)._asdict(),
     }
 
