@@ -3,8 +3,9 @@
 One process a row; nothing is allocated, the step is traced on shapes and compiled as for training. All rows have a small
 global batch, one pass, and no remat, because a scan with remat holds one block an iteration whatever
 `model.scan_unroll` is: the unrolled row then differs from the scanned one in that field alone. `huge` and `base` as they
-are configured, with remat, are rows too. `--compiler tpu` compiles for one v5p by libtpu, which needs no TPU. Goals: scanned at most a third of unrolled; huge at most 1.3 times base. Seconds
-are by the clock; those of the process, on all cores, are beside them and say more on a machine that does other work.
+are configured, with remat, are rows too. `--compiler tpu` compiles for one v5p by libtpu, which needs no TPU. Goals:
+scanned at most a third of unrolled; huge at most 1.3 times base. Seconds are by the clock; those of the process, on all
+cores, are beside them and say more on a machine that does other work.
 """
 
 from __future__ import annotations

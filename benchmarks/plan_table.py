@@ -60,11 +60,10 @@ def main() -> None:
 
 def with_tables(page: str, found: dict[str, Any]) -> str:
     """The page with each table between its marks made anew."""
-    plans = {name: found[name] for name in PLANS}
     for make in (needs, fsdp, weak_scaling, parts, libtpu):
         before, mark, rest = page.partition(f"<!-- {make.__name__} -->\n")
         _, end, after = rest.partition(f"<!-- end of {make.__name__} -->")
-        page = f"{before}{mark}{make(found if make is libtpu else plans)}\n{end}{after}"
+        page = f"{before}{mark}{make(found)}\n{end}{after}"
     return page
 
 
@@ -99,7 +98,7 @@ def needs(found: dict[str, Any]) -> str:
     """Memory and time of each plan."""
     heads = ["", "batch", "GB a chip, of", "step, ms", "at least", "bound by", "images/s", "days", "chip-hours"]
     rows = []
-    for name, plan in found.items():
+    for name, plan in ((name, found[name]) for name in PLANS):
         memory, seconds = plan["memory"], {k: 1e3 * v for k, v in plan["seconds"].items() if k != "bound_by"}
         rows.append(
             [
@@ -121,7 +120,7 @@ def fsdp(found: dict[str, Any]) -> str:
     """Gigabytes a chip by fsdp."""
     sizes = [str(2**k) for k in range(9)]
     rows = []
-    for name, plan in found.items():
+    for name, plan in ((name, found[name]) for name in PLANS):
         by = plan["memory"]["by_fsdp"]
         if len(by) > 6 and "fsdp" not in name:
             rows.append([name, *(f"{by[size] / 1e9:.1f}" if size in by else "" for size in sizes)])
@@ -132,7 +131,7 @@ def weak_scaling(found: dict[str, Any]) -> str:
     """Seconds of one chip over those of many with as large a share of the batch, where nothing is hidden and where all is."""
     heads = ["64 pairs a chip", "chips", "GB sent a chip", "collectives", "communication, ms", "of it latency", "efficiency"]
     rows = []
-    for name, plan in found.items():
+    for name, plan in ((name, found[name]) for name in PLANS):
         if "64 a chip" not in name:
             continue
         size = name.split(",")[0]

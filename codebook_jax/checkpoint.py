@@ -198,16 +198,18 @@ class Checkpoints:
         """
         wanted = {name: tree for name, tree in _items(abstract_state).items() if name in items}
         self._compare(step, wanted)
-        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        arguments[META] = ocp.args.JsonRestore()
-        stored = self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**arguments))
+        stored = self._read(step, {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()})
         trees = {name: stored[name] for name in wanted}
         return Restored(step, _state(abstract_state, trees), stored[META])
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the state of `step`: step, config, seed, data, versions."""
-        arguments = ocp.args.Composite(**{META: ocp.args.JsonRestore()})
-        return self._reader.restore(self._folder / str(step), args=arguments)[META]
+        return self._read(step, {})[META]
+
+    def _read(self, step: int, arguments: dict[str, Any]) -> Any:
+        """What was saved as META, and the items of `arguments`."""
+        arguments = arguments | {META: ocp.args.JsonRestore()}
+        return self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**arguments))
 
     def _compare(self, step: int, wanted: dict[str, Any]) -> None:
         stored = self._manager.item_metadata(step)

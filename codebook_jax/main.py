@@ -75,7 +75,12 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
     flags.DEFINE_string("plan.chip", default.chip, "for --mode=plan: the accelerator", flag_values=values)
     flags.DEFINE_integer("plan.devices", default.devices, "and how many of them", flag_values=values)
     flags.DEFINE_integer("plan.slices", default.slices, "in how many slices", flag_values=values)
-    flags.DEFINE_string("plan.compiler", default.compiler, "who compiles its step: cpu, or tpu (libtpu, for the chip itself: minutes)", flag_values=values)
+    flags.DEFINE_string(
+        "plan.compiler",
+        default.compiler,
+        "who compiles its step: cpu, or tpu (libtpu, for the chip itself: minutes)",
+        flag_values=values,
+    )
     flags.DEFINE_string("plan.json", default.json, "a file for its figures", flag_values=values)
 
 

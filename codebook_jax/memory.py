@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -194,14 +195,23 @@ def explaining(planner: Planner | None) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or planner is None:
+        reason = out_of_memory(error)
+        if reason is None or planner is None:
             raise
         need = planner.estimate()
-        reason = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().split("\n")[0].rstrip(".")
         raise UserError(
             f"a device ran out of memory ({reason}); training was estimated to need {need}: "
             f"{advice(planner, need, need.total * AGAIN)}"
         ) from error
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What a device, or a compiler for TPUs, says that is needed and what there is; None for another error."""
+    _, exhausted, said = str(error).partition("RESOURCE_EXHAUSTED:")
+    if not exhausted:
+        return None
+    by_libtpu = re.search(r"[Uu]sed \S+ of \S+ hbm|[\w ]+\(\S+\) exceeds available HBM \(\S+?\)", said)
+    return by_libtpu.group(0).strip() if by_libtpu else said.strip().split("\n")[0].rstrip(".")
 
 
 def advice(planner: Planner, need: Estimate, limit: float) -> str:

@@ -8,10 +8,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import numpy as np
-from test_checkpoint import State, abstract
+from test_checkpoint import abstract
 
 from codebook_jax.checkpoint import Checkpoints
 from codebook_jax.processes import joining
+from codebook_jax.state import TrainState
 
 joining.join(joining.find(os.environ), timeout_s=60)
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -22,7 +23,7 @@ place = jax.sharding.NamedSharding(mesh, jax.P("fsdp"))
 def state(step):
     """A half of every array on each process."""
     array = jax.make_array_from_callback(whole.shape, place, lambda index: step * whole[index])
-    return State(step=array, student={"w": array}, teacher={"w": array}, moments={"w": array}, queue={"w": array}, usage=array)
+    return TrainState(array, *[{"w": array}] * 4, *[array] * 3)
 
 
 with Checkpoints(sys.argv[1], keep=3) as checkpoints:

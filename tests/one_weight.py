@@ -5,7 +5,6 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -14,30 +13,21 @@ import numpy as np
 from codebook_jax import build, train
 from codebook_jax.data.batch import Batch
 from codebook_jax.metrics import read_rows
+from codebook_jax.state import TrainState
 from configs import base
 
 PAIRS = 4
 
 
-@flax.struct.dataclass
-class State:
-    step: Any
-    student: Any
-    teacher: Any
-    moments: Any
-    queue: Any
-    bad_in_row: Any
-
-
 class OneWeight:
     """A task whose step is bad when the batch's first image holds 255, or the weight is not finite."""
 
-    def init_state(self, seed: int) -> State:
+    def init_state(self, seed: int) -> TrainState:
         weight = {"w": jax.random.normal(jax.random.key(seed), (3,))}
-        copies = [jax.tree.map(jnp.copy, weight) for _ in range(3)]
-        return State(jnp.int32(0), weight, *copies, jnp.int32(0))
+        copies = [jax.tree.map(jnp.copy, weight) for _ in range(4)]
+        return TrainState(jnp.int32(0), weight, *copies, jnp.int32(0), jnp.int32(0))
 
-    def abstract_state(self) -> State:
+    def abstract_state(self) -> TrainState:
         leaves = jax.eval_shape(self.init_state, 0)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(
@@ -46,7 +36,7 @@ class OneWeight:
 
     @staticmethod
     @jax.jit
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         bad = (batch.image[0] == 255) | ~jnp.isfinite(state.student["w"]).all()
         loss = jnp.where(bad, jnp.nan, (state.student["w"] ** 2).sum())
         moved = 0.9 * state.student["w"] + 0.001 * batch.example.sum()

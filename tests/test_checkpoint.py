@@ -10,7 +10,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,37 +19,30 @@ from small_run import ROOT, together
 
 from codebook_jax.checkpoint import Checkpoints
 from codebook_jax.errors import UserError
+from codebook_jax.state import TrainState
 
 OPTIMIZER = optax.adamw(1e-3)
 
 
-@flax.struct.dataclass
-class State:
-    step: Any
-    student: Any
-    teacher: Any
-    moments: Any
-    queue: Any
-    usage: Any
-
-
-def state_of(seed: int, width: int = 7) -> State:
+def state_of(seed: int, width: int = 7) -> TrainState:
     keys = jax.random.split(jax.random.key(seed), 3)
     student = {
         "towers": {"image": {"blocks": jax.random.normal(keys[0], (3, width, 5))}},
         "temperature": jnp.float32(0.07),
     }
-    return State(
+    return TrainState(
         step=jnp.int32(seed),
         student=student,
         teacher=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), student["towers"]),
         moments=OPTIMIZER.init(student),
         queue={"image": jax.random.normal(keys[1], (11, 5)), "cursor": jnp.int32(4)},
         usage=jax.random.uniform(keys[2], (13,)),
+        bad_in_row=jnp.int32(0),
+        bad_total=jnp.int32(2),
     )
 
 
-def abstract(state: State) -> State:
+def abstract(state: TrainState) -> TrainState:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
     )
@@ -227,7 +219,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def heavy(seed: int) -> State:
+def heavy(seed: int) -> TrainState:
     """1.6 MB of noise: two such states do not fit on the small disk."""
     return state_of(seed).replace(usage=jax.random.normal(jax.random.key(seed), (400_000,)))
 

@@ -243,3 +243,11 @@ def test_the_page_gives_each_data_set_all_three_commands():
     for name, section in named.items():
         for words in ("--workdir=runs/", "--mode=check-data", "--mode=prepare"):
             assert words in section, name
+
+
+def test_the_table_of_faults_is_that_of_the_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import fault_table
+
+    rows = fault_table.read(fault_table.RESULTS)
+    assert fault_table.table(list(rows.values())) in (ROOT / "README.md").read_text()

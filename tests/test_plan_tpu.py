@@ -84,10 +84,10 @@ def test_what_no_compiler_for_tpus_can_do_is_refused_in_a_sentence(monkeypatch):
 def test_what_libtpu_says_of_memory_is_cut_to_the_numbers():
     said = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
     error = RuntimeError(f"{said}temporaries (556.58G) exceeds available HBM (15.75G). HLO module: jit__step.")
-    assert tpu.out_of_memory(error).endswith("for HLO temporaries (556.58G) exceeds available HBM (15.75G)")
+    assert memory.out_of_memory(error).endswith("for HLO temporaries (556.58G) exceeds available HBM (15.75G)")
     older = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.1G of 15.7G hbm. Exceeded")
-    assert tpu.out_of_memory(older) == "Used 17.1G of 15.7G hbm"
-    assert tpu.out_of_memory(RuntimeError("INTERNAL: something else")) is None
+    assert memory.out_of_memory(older) == "Used 17.1G of 15.7G hbm"
+    assert memory.out_of_memory(RuntimeError("INTERNAL: something else")) is None
 
 
 def test_a_plan_by_libtpu_says_so():
@@ -98,14 +98,17 @@ def test_a_plan_by_libtpu_says_so():
 
 
 @pytest.mark.parametrize(("compiler", "fits"), [("cpu", False), ("tpu", True)])
-def test_what_libtpu_has_found_room_for_fits_whatever_was_estimated(compiler, fits):
+def test_what_libtpu_has_found_room_for_fits_whatever_was_estimated(compiler, fits, monkeypatch):
     need = memory.Estimate(*[3e9] * 6)  # of a chip's 16 GB
     found = SimpleNamespace(
         argument_size_in_bytes=4, output_size_in_bytes=2, alias_size_in_bytes=1, temp_size_in_bytes=7, generated_code_size_in_bytes=3
     )
     compiled = SimpleNamespace(memory_analysis=lambda: found)
     ways = [({"data.global_batch": 8}, need)]
-    figures = foresight._memory_figures(need, chips.CHIPS["v5e"], compiled, ways, PlanOptions(compiler=compiler))
+    monkeypatch.setattr(memory, "fitting_settings", lambda planner, need, limit: ways)
+    planner = SimpleNamespace(estimate=lambda: need, has=chips.CHIPS["v5e"].memory)
+    monkeypatch.setattr(foresight, "_by_fsdp", lambda planner: {})
+    figures = foresight._memory_figures(planner, compiled, compiler)
     assert figures["fits"] is fits and len(figures["what_fits"]) == (not fits)
     assert figures["assigned_by_xla"] == {"held": 5, "in_between": 7, "program": 3}
 

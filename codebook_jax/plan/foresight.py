@@ -45,12 +45,8 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
     planner = memory.Planner(config, build.TASKS[config.task], _words(config), in_float32=False)
     planner.has = chip.memory
     config = axes.chosen(config, planner)
-    need = planner.estimate()
-    limit = chip.memory * (1 - memory.MARGIN)
-    ways = [] if need.total <= limit else memory.fitting_settings(planner, need, limit)
-    by_fsdp = _by_fsdp(planner)
     step = _traced(planner, described)
-    moved = _moved(planner, step, need.parameters)
+    moved = _moved(planner, step)
     began = time.perf_counter()
     compiled = _compiled(planner, step, options)
     seconds = time.perf_counter() - began
@@ -63,7 +59,7 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
         "batch": {"global": step.config.data.global_batch, "accumulation": step.config.optimizer.accumulation},
         "train_steps": step.config.train.steps,
         "parameters": step.parameters,
-        "memory": _memory_figures(need, chip, compiled, ways, options) | {"by_fsdp": by_fsdp},
+        "memory": _memory_figures(planner, compiled, options.compiler),
         "compile_s": round(seconds, 1),
     }
     figures |= _time_figures(step, chip, options, moved, compiled.as_text())
@@ -137,9 +133,8 @@ def _by_fsdp(planner: memory.Planner) -> dict[str, int]:
 
 def _traced(planner: memory.Planner, described: list[Any] | None) -> Step:
     """On the virtual devices, or on those that a compiler describes."""
-    config, mesh = planner.with_changes({})
-    if described is not None:
-        mesh = sharding.mesh_of(config.mesh, described)
+    config, _ = planner.with_changes({})
+    mesh = sharding.mesh_of(config.mesh, described)
     task = planner.create(config, planner.vocabulary, mesh)
     state = task.abstract_state()
     traced = task.step.trace(state, memory.abstract_batch(config))
@@ -154,7 +149,7 @@ def _compiled(planner: memory.Planner, step: Step, options: PlanOptions) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if (said := tpu.out_of_memory(error)) is None:
+        if (said := memory.out_of_memory(error)) is None:
             raise
         need = planner.estimate()
         advice = memory.advice(planner, need, min(planner.has, need.total * memory.AGAIN))
@@ -163,26 +158,27 @@ def _compiled(planner: memory.Planner, step: Step, options: PlanOptions) -> Any:
         ) from error
 
 
-def _moved(planner: memory.Planner, step: Step, held: int) -> dict[operations.Key, operations.Operations]:
-    """Bytes that a device moves in its memory, by part and pass, of which it has `held` bytes of parameters."""
+def _moved(planner: memory.Planner, step: Step) -> dict[operations.Key, operations.Operations]:
+    """Bytes that a device moves in its memory, by part and pass."""
     _, _, program = planner.traced_on_one_device(step.config, step.mesh)
     found = operations.count(program, lambda aval: math.prod(aval.shape) * aval.dtype.itemsize)
     own = {key: part.times(1 / step.mesh.shape["tensor"]) for key, part in found.items()}
     key = "optimizer and teacher's average", "forward"
-    update = operations.Operations(moved=UPDATE_ACCESSES * held)
+    update = operations.Operations(moved=UPDATE_ACCESSES * planner.estimate().parameters)
     return own | {key: own.get(key, operations.Operations()) + update}
 
 
-def _memory_figures(
-    need: memory.Estimate, chip: Chip, compiled: Any, ways: list[Any], options: PlanOptions
-) -> dict[str, Any]:
-    fits = need.total <= chip.memory * (1 - memory.MARGIN) or options.compiler == "tpu"  # which has found room for all
+def _memory_figures(planner: memory.Planner, compiled: Any, compiler: str) -> dict[str, Any]:
+    need, limit = planner.estimate(), planner.has * (1 - memory.MARGIN)
+    fits = need.total <= limit or compiler == "tpu"  # which has found room for all
+    ways = [] if fits else memory.fitting_settings(planner, need, limit)
     return {
         "need": {**need._asdict(), "total": need.total},
-        "has": chip.memory,
+        "has": planner.has,
         "fits": fits,
-        "what_fits": [] if fits else [{"changes": changes, "total": estimate.total} for changes, estimate in ways],
+        "what_fits": [{"changes": changes, "total": estimate.total} for changes, estimate in ways],
         "assigned_by_xla": assigned_by_xla(compiled)._asdict(),
+        "by_fsdp": _by_fsdp(planner),
     }
 
 

@@ -134,15 +134,18 @@ class _Program:
             elif opcode == "conditional":
                 branches = [list(self.walk(branch, times)) for branch in _called(instruction.line)]
                 yield from max(branches, key=lambda found: sum(c.sent * n for c, n in found), default=[])
-            elif opcode in ("call", "fusion", "async-start"):  # what a reduction applies sends nothing
+            elif opcode in ("call", "async-start"):  # what a reduction applies sends nothing
+                for called in _called(instruction.line):
+                    yield from self.walk(called, times)
+            elif opcode == "fusion":
                 for called in _called(instruction.line):
                     for found, n in self.walk(called, times):
-                        if opcode == "fusion" and found.channel in under_way:
+                        if found.channel in under_way:
                             continue
-                        if opcode == "fusion" and self._starts(called):
+                        if self._starts(called):
                             under_way.add(found.channel)
                             found = found._replace(early=True)
-                        if opcode == "fusion" and called.startswith("all-reduce-scatter"):
+                        if called.startswith("all-reduce-scatter"):
                             found = found._replace(kind="reduce-scatter")
                         yield found, n
 

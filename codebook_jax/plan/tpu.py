@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
@@ -44,11 +43,3 @@ def devices(chip: Chip, count: int) -> list[Any]:
             "or plan for v5e, v5p or v6e"
         )
     return found
-
-
-def out_of_memory(error: Exception) -> str | None:
-    """What a compiler for TPUs says that a program needs, and what there is; None for another error."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return None
-    said = re.search(r"[Uu]sed \S+ of \S+ hbm|[\w ]+\(\S+\) exceeds available HBM \(\S+?\)", str(error))
-    return said.group(0).strip() if said else str(error).splitlines()[0]
