@@ -18,6 +18,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from codebook_jax import workdir as records
+from codebook_jax.ambient import key_of
 from codebook_jax.checkpoint import read_arrays
 from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
@@ -252,7 +253,7 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     config = _config(folder)
     tokenizer = tokenizer_for_run("", folder, None, 0)
     expected = jax.eval_shape(
-        lambda: codis.init_student(config, tokenizer.vocabulary.size, jax.random.key(0))
+        lambda: codis.init_student(config, tokenizer.vocabulary.size, key_of(0))
     )
     student = _restored(folder, "student", expected)
     teacher_towers = _restored(folder, "teacher", expected["towers"]) if teacher else None

@@ -133,7 +133,9 @@ def _similarities(
 ) -> Float[Array, "rows 2 candidates"]:
     """Cosines of every row to the candidates of both modalities, batch before queue; candidates get no gradient."""
     batch, kept = (
-        jnp.einsum("rd,mcd->rmc", rows, jax.lax.stop_gradient(jnp.stack(part)))
+        jnp.einsum(
+            "rd,mcd->rmc", rows, jax.lax.stop_gradient(jnp.stack(part)), precision="highest"
+        )
         for part in (teacher, queue)
     )
     return jnp.concatenate([batch, kept], axis=-1)

@@ -6,7 +6,10 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from codebook_jax.ambient import default_types
 
 # Decided by name, since stacked biases have two axes and more (ALBEF and timm decide by the number of axes).
 NO_DECAY = re.compile(r"(^|/)(bias|scale|positions|temperature|codebook)(/|$)")
@@ -17,7 +20,8 @@ def schedule(
 ) -> optax.Schedule:
     """Linear from `ends` to `peak` over the warm-up, then a cosine back to `ends` at the last step (ALBEF's)."""
     warmup_steps = min(warmup_steps, steps - 1)
-    return optax.warmup_cosine_decay_schedule(ends, peak, warmup_steps, max(steps, 1), ends)
+    rate = optax.warmup_cosine_decay_schedule(ends, peak, warmup_steps, max(steps, 1), ends)
+    return lambda count: rate(jnp.asarray(count, jnp.float32))
 
 
 def adamw(
@@ -32,7 +36,13 @@ def adamw(
     """AdamW over the student's parameters, after clipping the global gradient norm where `clip_norm` > 0."""
     steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
     steps.append(optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed))
-    return optax.chain(*steps)
+    chain = optax.chain(*steps)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with default_types():  # optax corrects its moments in JAX's default float
+            return chain.update(updates, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def decayed(parameters: Any) -> Any:

@@ -37,22 +37,23 @@ def mask_words(
     Source: Devlin et al. 2019, 3.1. Departure: the fixed number of slots.
     """
     choose_key, lot_key, kind_key, word_key = jax.random.split(key, 4)
-    special = jnp.isin(tokens, jnp.array(vocabulary.special_ids))
-    chosen = jax.random.bernoulli(choose_key, probability, tokens.shape) & ~special
-    lot = jnp.where(chosen, jax.random.uniform(lot_key, tokens.shape), -1.0)
+    special = jnp.isin(tokens, jnp.array(vocabulary.special_ids, tokens.dtype))
+    chosen = jax.random.bernoulli(choose_key, jnp.float32(probability), tokens.shape) & ~special
+    lot = jnp.where(chosen, jax.random.uniform(lot_key, tokens.shape, jnp.float32), -1.0)
     lots, positions = jax.lax.top_k(lot, slots)
     used = lots >= 0
     positions = jnp.where(used, positions, 0)
     words = jnp.take_along_axis(tokens, positions, axis=1)
-    kind = jax.random.uniform(kind_key, used.shape)
-    plain = jnp.array([i for i in range(vocabulary.size) if i not in vocabulary.special_ids])
-    random_words = plain[jax.random.randint(word_key, used.shape, 0, len(plain))]
+    kind = jax.random.uniform(kind_key, used.shape, jnp.float32)
+    plain = [i for i in range(vocabulary.size) if i not in vocabulary.special_ids]
+    random_places = jax.random.randint(word_key, used.shape, 0, len(plain), jnp.int32)
+    random_words = jnp.array(plain, tokens.dtype)[random_places]
     shown = jnp.where(
         kind < mask_share,
         vocabulary.mask_id,
         jnp.where(kind < mask_share + random_share, random_words, words),
     ).astype(tokens.dtype)
-    row = jnp.arange(len(tokens))[:, None]
+    row = jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
     # Slots not used write past the end, which a scatter drops.
     where = jnp.where(used, positions, tokens.shape[1])
     return MaskedText(tokens.at[row, where].set(shown, mode="drop"), positions, words, used)
@@ -81,6 +82,7 @@ def draw_negatives(
     logit + noise is a draw from the softmax. No gradient passes. Source: Li et al. 2021, 3.2.
     """
     split = lambda x: x.reshape(groups, -1, x.shape[-1])  # noqa: E731
-    cosines = jnp.einsum("gqd,gcd->gqc", split(queries), split(candidates)).reshape(noise.shape)
+    cosines = jnp.einsum("gqd,gcd->gqc", split(queries), split(candidates), precision="highest")
+    cosines = cosines.reshape(noise.shape)
     logits = jnp.where(allowed, jax.lax.stop_gradient(cosines / temperature) + noise, NEVER)
-    return jnp.argmax(logits, axis=-1)
+    return jax.lax.argmax(logits, 1, jnp.int32)

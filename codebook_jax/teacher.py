@@ -18,6 +18,7 @@ def momentum_at(step: Int[Array, ""], *, momentum: float, ramp: bool) -> Float[A
     Source: Duan et al. 2022, 3 (constant); the ramp is ours, for runs shorter than 1 / (1 - momentum) steps.
     """
     constant = jnp.asarray(momentum, jnp.float32)
+    step = jnp.asarray(step, jnp.float32)
     return jnp.minimum(constant, (1 + step) / (10 + step)) if ramp else constant
 
 
@@ -42,7 +43,7 @@ class Queue:
     @property
     def valid(self) -> Bool[Array, "queue"]:
         """Which places hold a feature yet."""
-        return jnp.arange(self.image.shape[0]) < self.filled
+        return jnp.arange(self.image.shape[0], dtype=jnp.int32) < self.filled
 
 
 def empty_queue(size: int, dim: int) -> Queue:
@@ -54,7 +55,7 @@ def empty_queue(size: int, dim: int) -> Queue:
 def enqueue(queue: Queue, features: Pair) -> Queue:
     """The queue with one batch of features in place of its oldest; its size need not be a multiple of the batch."""
     size, batch = queue.image.shape[0], features.image.shape[0]
-    places = (queue.cursor + jnp.arange(batch)) % size
+    places = (queue.cursor + jnp.arange(batch, dtype=jnp.int32)) % size
     put = lambda ring, new: ring.at[places].set(new.astype(ring.dtype), unique_indices=True)  # noqa: E731
     return Queue(
         put(queue.image, features.image),
@@ -66,5 +67,6 @@ def enqueue(queue: Queue, features: Pair) -> Queue:
 
 def newest(queue: Queue, count: int) -> tuple[Pair, Bool[Array, "count"]]:
     """The `count` newest features, and which of them there are yet."""
-    places = (queue.cursor - 1 - jnp.arange(count)) % queue.image.shape[0]
-    return Pair(queue.image[places], queue.text[places]), jnp.arange(count) < queue.filled
+    back = jnp.arange(count, dtype=jnp.int32)
+    places = (queue.cursor - 1 - back) % queue.image.shape[0]
+    return Pair(queue.image[places], queue.text[places]), back < queue.filled

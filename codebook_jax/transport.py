@@ -13,6 +13,8 @@ from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 
+from codebook_jax.ambient import default_types
+
 # Stands for minus infinity in float32 and float64 alike, without the NaN of inf - inf.
 _NEVER = -1e30
 
@@ -75,13 +77,14 @@ def row_error(
     """Total L1 distance of the row sums from the uniform marginal over the valid rows."""
     rows = plan.sum(-1)
     here = jnp.ones(rows.shape, bool) if valid is None else valid
+    here = here.astype(rows.dtype)
     target = here / jnp.maximum(here.sum(-1, keepdims=True), 1)
     return jnp.abs(rows - target).sum(-1)
 
 
 def _log_marginal(here: Bool[Array, "batch"], kind) -> Float[Array, "batch"]:
     """log of the uniform marginal over the rows that are here; practically minus infinity elsewhere."""
-    count = jnp.maximum(here.sum(), 1).astype(kind)
+    count = jnp.maximum(here.sum(dtype=kind), 1)
     return jnp.where(here, -jnp.log(count), _NEVER)
 
 
@@ -89,24 +92,26 @@ def _rows_to_marginal(
     scores: Float[Array, "batch codes"], here: Bool[Array, "batch"]
 ) -> Float[Array, "batch codes"]:
     """Scale every row to its exact marginal: the last half-iteration of both solvers."""
-    count = jnp.maximum(here.sum(), 1).astype(scores.dtype)
-    return jax.nn.softmax(scores, axis=-1) * (here / count)[:, None]
+    here = here.astype(scores.dtype)
+    return jax.nn.softmax(scores, axis=-1) * (here / jnp.maximum(here.sum(), 1))[:, None]
 
 
 def _sinkhorn(cost, here, *, epsilon: float, iterations: int):
     # A row that is not here has marginal zero, so ott leaves it without mass. A fixed count (threshold < 0) costs the
     # same every step and never waits for the host; inner_iterations must divide it, or ott silently runs fewer.
-    marginal = here / jnp.maximum(here.sum(), 1).astype(cost.dtype)
-    problem = linear_problem.LinearProblem(
-        geometry.Geometry(cost_matrix=cost, epsilon=epsilon), a=marginal
-    )
-    solved = sinkhorn.Sinkhorn(
-        threshold=-1.0,
-        min_iterations=iterations,
-        max_iterations=iterations,
-        inner_iterations=iterations,
-        lse_mode=True,
-    )(problem)
+    marginal = here.astype(cost.dtype)
+    marginal = marginal / jnp.maximum(marginal.sum(), 1)
+    with default_types(cost.dtype):
+        problem = linear_problem.LinearProblem(
+            geometry.Geometry(cost_matrix=cost, epsilon=epsilon), a=marginal
+        )
+        solved = sinkhorn.Sinkhorn(
+            threshold=-1.0,
+            min_iterations=iterations,
+            max_iterations=iterations,
+            inner_iterations=iterations,
+            lse_mode=True,
+        )(problem)
     return _rows_to_marginal((solved.g[None, :] - cost) / epsilon, here)
 
 

@@ -29,7 +29,7 @@ def record(usage: Usage, winners: Int[Array, "2 batch"]) -> Usage:
     """The window with one batch in place of its oldest samples; of a batch larger than it, the first samples."""
     window = usage.winners.shape[1]
     winners = winners[:, :window].astype(jnp.int32)
-    places = (usage.cursor + jnp.arange(winners.shape[1])) % window
+    places = (usage.cursor + jnp.arange(winners.shape[1], dtype=jnp.int32)) % window
     ring = usage.winners.at[:, places].set(winners, unique_indices=True)
     return Usage(ring, (usage.cursor + winners.shape[1]) % window)
 
@@ -37,11 +37,11 @@ def record(usage: Usage, winners: Int[Array, "2 batch"]) -> Usage:
 def perplexity_and_unused(usage: Usage, codes: int) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
     """exp(entropy) of the winners, and the share of codewords that won nothing, by modality (image, text)."""
     here = usage.winners >= 0
-    row = jnp.arange(2)[:, None]
-    counts = jnp.zeros((2, codes)).at[row, jnp.where(here, usage.winners, codes)].add(1, mode="drop")
+    row = jnp.arange(2, dtype=jnp.int32)[:, None]
+    counts = jnp.zeros((2, codes), jnp.float32).at[row, jnp.where(here, usage.winners, codes)].add(1, mode="drop")
     share = counts / jnp.maximum(counts.sum(axis=1, keepdims=True), 1)
     entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0), 1)
-    return jnp.exp(entropy), (counts == 0).mean(axis=1)
+    return jnp.exp(entropy), (counts == 0).mean(axis=1, dtype=jnp.float32)
 
 
 def soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "2 batch codes"]:
@@ -58,13 +58,14 @@ def codebook_scalars(
     soft = soft_codes(plan, batch)
     perplexity, unused = perplexity_and_unused(usage, plan.shape[-1])
     valid = jnp.sum(plan, axis=-1) > 0
+    codes = jax.lax.argmax(soft, 2, jnp.int32)
     return {
         "codebook/perplexity": perplexity.mean(),
         "codebook/perplexity_image": perplexity[0],
         "codebook/perplexity_text": perplexity[1],
         "codebook/unused_share": unused.mean(),
         "codebook/assignment_entropy": -jnp.sum(jax.scipy.special.xlogy(soft, soft), -1).mean(),
-        "codebook/agreement": jnp.mean(jnp.argmax(soft[0], -1) == jnp.argmax(soft[1], -1)),
+        "codebook/agreement": jnp.mean(codes[0] == codes[1], dtype=jnp.float32),
         "transport/column_error": column_error(plan).max(),
         "transport/row_error": row_error(plan, valid).max(),
     }

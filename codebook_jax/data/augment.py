@@ -74,7 +74,8 @@ def normalise(
 ) -> Float[Array, "batch side side 3"]:
     """Pixels in 0..255 as the encoders expect them; computed in float32, since bfloat16 has no 256 even steps."""
     images = images.astype(jnp.float32) / 255
-    return ((images - jnp.array(MEAN)) / jnp.array(STD)).astype(dtype)
+    mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
+    return ((images - mean) / std).astype(dtype)
 
 
 def draw(
@@ -82,10 +83,10 @@ def draw(
 ) -> tuple[Int32[Array, "batch layers"], Float32[Array, "batch layers"]]:
     """Each image's operations, with replacement, and their signs; an operation that is skipped counts as identity."""
     which, whether, sign = jax.random.split(key, 3)
-    operations = jax.random.randint(which, (batch, layers), 0, len(Operation))
-    applied = jax.random.bernoulli(whether, APPLY_PROBABILITY, (batch, layers))
+    operations = jax.random.randint(which, (batch, layers), 0, len(Operation), jnp.int32)
+    applied = jax.random.bernoulli(whether, jnp.float32(APPLY_PROBABILITY), (batch, layers))
     signs = jax.random.rademacher(sign, (batch, layers), jnp.float32)
-    return jnp.where(applied, operations, Operation.IDENTITY), signs
+    return jnp.where(applied, operations, Operation.IDENTITY.value), signs
 
 
 def apply(
@@ -100,7 +101,8 @@ def apply(
     amount = signs * (magnitude / HIGHEST_MAGNITUDE)
 
     images = look_up(images, _tables(histograms(images), operations, enhance))
-    images = sharpen(images, jnp.where(operations == Operation.SHARPNESS, enhance, 1.0))
+    sharper = operations == Operation.SHARPNESS.value
+    images = sharpen(images, jnp.where(sharper, jnp.float32(enhance), jnp.float32(1)))
     return warp(images, _matrices(operations, amount, images.shape[1]))
 
 
@@ -116,26 +118,27 @@ def histograms(images: UInt8[Array, "batch side side 3"]) -> Int32[Array, "batch
 
 def auto_contrast_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "batch 3 256"]:
     """Stretches the values that occur over 0..255; a channel of one value stays (PIL's autocontrast, no cutoff)."""
-    low = jnp.argmax(counts > 0, axis=-1, keepdims=True)
-    high = 255 - jnp.argmax(counts[..., ::-1] > 0, axis=-1, keepdims=True)
-    values = jnp.arange(256)
+    first = lambda counts: jax.lax.argmax(counts > 0, counts.ndim - 1, jnp.int32)[..., None]  # noqa: E731
+    low, high = first(counts), 255 - first(counts[..., ::-1])
+    values = jnp.arange(256, dtype=jnp.int32)
     stretched = (values - low) * 255 // jnp.maximum(high - low, 1)
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), values)
 
 
 def equalise_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "batch 3 256"]:
     """Makes the values that occur about equally frequent; a channel of one value stays (PIL's equalize)."""
-    values = jnp.arange(256)
+    values = jnp.arange(256, dtype=jnp.int32)
     last = jnp.max(jnp.where(counts > 0, values, 0), axis=-1, keepdims=True)
-    step = jnp.sum(jnp.where(values == last, 0, counts), axis=-1, keepdims=True) // 255
-    below = jnp.cumsum(counts, axis=-1) - counts
+    others = jnp.where(values == last, 0, counts)
+    step = jnp.sum(others, axis=-1, keepdims=True, dtype=jnp.int32) // 255
+    below = jnp.cumsum(counts, axis=-1, dtype=jnp.int32) - counts
     levelled = (step // 2 + below) // jnp.maximum(step, 1)
     return jnp.where(step > 0, jnp.minimum(levelled, 255), values)
 
 
 def brightness_table(factor: float) -> Int32[Array, "256"]:
     """Multiplies every value by a factor; 1 is the image itself."""
-    return jnp.clip(jnp.arange(256) * jnp.float32(factor), 0, 255).astype(jnp.int32)
+    return jnp.clip(jnp.arange(256, dtype=jnp.float32) * factor, 0, 255).astype(jnp.int32)
 
 
 def look_up(
@@ -149,7 +152,7 @@ def look_up(
 def _tables(
     counts: Int32[Array, "batch 3 256"], operations: Int32[Array, "batch"], factor: float
 ) -> Int32[Array, "batch 3 256"]:
-    unchanged = jnp.broadcast_to(jnp.arange(256), counts.shape)
+    unchanged = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32), counts.shape)
     return _choose(
         {
             Operation.AUTO_CONTRAST: auto_contrast_tables(counts),
@@ -162,7 +165,7 @@ def _tables(
 
 
 def _bins(images: UInt8[Array, "batch side side 3"]) -> Int32[Array, "batch values"]:
-    return (images.astype(jnp.int32) + 256 * jnp.arange(3)).reshape(len(images), -1)
+    return (images.astype(jnp.int32) + 256 * jnp.arange(3, dtype=jnp.int32)).reshape(len(images), -1)
 
 
 # Sharpness.
@@ -181,11 +184,12 @@ def sharpen(
     rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
     box = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     smooth = (box + 4 * values + 6) // 13  # rounded to the nearest; thirteenths have no halves
-    place = jnp.arange(side)
+    place = jnp.arange(side, dtype=jnp.int32)
     inside = (place > 0) & (place < side - 1)
     smooth = jnp.where((inside[:, None] & inside)[..., None], smooth, values)
     # The only rounding before the floor is the product's, so no compilation gives another value.
-    change = jnp.floor(factors[:, None, None, None] * (values - smooth)).astype(jnp.int32)
+    difference = (values - smooth).astype(jnp.float32)
+    change = jnp.floor(factors[:, None, None, None] * difference).astype(jnp.int32)
     sharp = smooth + change
     return jnp.clip(sharp, 0, 255).astype(jnp.uint8)
 
@@ -204,7 +208,8 @@ def warp(
     """
     batch, side = images.shape[:2]
     matrices = (matrices * 2**_ONE_BITS).astype(jnp.int32)[:, :, :, None, None]
-    column, row = jnp.arange(side), jnp.arange(side)[:, None]
+    column = jnp.arange(side, dtype=jnp.int32)
+    row = column[:, None]
 
     def share(position):  # the fraction, in steps of 1/256
         steps = position >> _ONE_BITS + 1 - _SHARE_BITS & (1 << _SHARE_BITS) - 1
@@ -241,19 +246,21 @@ def warp(
 
 def shear_matrix(x: Float32[Array, ""], y: Float32[Array, ""]) -> Float32[Array, "2 3"]:
     """Looks x times the row further right and y times the column further down, from the top left corner."""
-    return jnp.eye(2, 3) + jnp.array([[0, x, 0], [y, 0, 0]])
+    return jnp.array([[1, x, 0], [y, 1, 0]], jnp.float32)
 
 
 def translate_matrix(x: Float32[Array, ""], y: Float32[Array, ""]) -> Float32[Array, "2 3"]:
     """Looks x pixels further right and y pixels further down."""
-    return jnp.eye(2, 3) + jnp.array([[0, 0, x], [0, 0, y]])
+    return jnp.array([[1, 0, x], [0, 1, y]], jnp.float32)
 
 
 def rotate_matrix(degrees: Float32[Array, ""], side: int) -> Float32[Array, "2 3"]:
     """Turns the image anticlockwise about its centre."""
     cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
     centre = side / 2
-    return jnp.array([[cos, -sin, centre * (1 - cos + sin)], [sin, cos, centre * (1 - cos - sin)]])
+    return jnp.array(
+        [[cos, -sin, centre * (1 - cos + sin)], [sin, cos, centre * (1 - cos - sin)]], jnp.float32
+    )
 
 
 def _matrices(
@@ -268,7 +275,7 @@ def _matrices(
             Operation.TRANSLATE_Y: jax.vmap(translate_matrix)(none, pixels),
             Operation.ROTATE: jax.vmap(rotate_matrix, (0, None))(amounts * _ROTATE_DEGREES, side),
         },
-        jnp.broadcast_to(jnp.eye(2, 3), (len(amounts), 2, 3)),
+        jnp.broadcast_to(jnp.eye(2, 3, dtype=jnp.float32), (len(amounts), 2, 3)),
         operations,
     )
 
@@ -279,8 +286,8 @@ def _choose(
     operations: Int32[Array, "batch"],
 ) -> Shaped[Array, "batch ..."]:
     """Row i of the array that belongs to operation i, or of `otherwise` where there is none."""
-    chosen = operations == jnp.array(list(by_operation))[:, None]
-    chosen = jnp.concatenate([chosen, ~chosen.any(axis=0, keepdims=True)])
+    chosen = operations == jnp.array(list(by_operation), jnp.int32)[:, None]
+    chosen = jnp.concatenate([chosen, ~chosen.any(axis=0, keepdims=True)]).astype(jnp.float32)
     rows = jnp.stack([*by_operation.values(), otherwise])
     # A product with a one-hot vector, exact in float32, and not a select: a select's branches would be fused into the
     # reads of `look_up` and `warp`, and computed again for every pixel.

@@ -21,7 +21,7 @@ class SelfAttention(nnx.Module):
     def __init__(
         self, width: int, heads: int, *, std: float, value_std: float, dtype: Any, rngs: nnx.Rngs
     ) -> None:
-        stds = jnp.array([std, std, value_std])[:, None, None]
+        stds = jnp.array([std, std, value_std], jnp.float32)[:, None, None]
         self.qkv = Dense(width, (3, heads, width // heads), std=stds, dtype=dtype, rngs=rngs)
         self.out = Dense((heads, width // heads), width, std=value_std, dtype=dtype, rngs=rngs)
 

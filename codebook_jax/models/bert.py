@@ -162,9 +162,9 @@ class TextEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         normal = nnx.initializers.truncated_normal(embedding_std)
-        self.words = nnx.Param(normal(rngs.params(), (vocabulary_size, width)))
-        self.positions = nnx.Param(normal(rngs.params(), (max_positions, width)))
-        self.segment = nnx.Param(normal(rngs.params(), (2, width)))  # only row 0 is used, as ALBEF
+        self.words = nnx.Param(normal(rngs.params(), (vocabulary_size, width), jnp.float32))
+        self.positions = nnx.Param(normal(rngs.params(), (max_positions, width), jnp.float32))
+        self.segment = nnx.Param(normal(rngs.params(), (2, width), jnp.float32))  # row 0 is used, as ALBEF
         self.norm = layer_norm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
         self.blocks = stack(
             lambda r: TextBlock(

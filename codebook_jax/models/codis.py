@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from codebook_jax import sharding
+from codebook_jax.ambient import key_of
 from codebook_jax.models.bert import FusionEncoder, TextEncoder
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
@@ -98,7 +99,7 @@ def build_model(
     config: ml_collections.ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
 ) -> Model:
     """The graphs of the model that `config` describes, for parameters split over `mesh`; allocates nothing."""
-    modules = nnx.eval_shape(lambda: _modules(config, vocabulary_size, nnx.Rngs(params=0), mesh))
+    modules = nnx.eval_shape(lambda: _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh))
     return Model(*(nnx.split(module)[0] for module in modules), mesh)
 
 
@@ -108,7 +109,7 @@ def init_student(
     """Fresh parameters of the student, float32. Codewords are unit vectors in random directions."""
     tower_key, code_key = jax.random.split(key)
     towers, matching = _modules(config, vocabulary_size, nnx.Rngs(params=tower_key))
-    codes = jax.random.normal(code_key, (config.codebook.size, config.model.dim))
+    codes = jax.random.normal(code_key, (config.codebook.size, config.model.dim), jnp.float32)
     return {
         "towers": nnx.to_pure_dict(nnx.split(towers)[1]),
         "matching": nnx.to_pure_dict(nnx.split(matching)[1]),

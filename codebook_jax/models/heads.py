@@ -22,7 +22,7 @@ class MaskedWordHead(nnx.Module):
     ) -> None:
         self.transform = Dense(width, width, std=std, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-        self.bias = nnx.Param(jnp.zeros((vocabulary_size,)))
+        self.bias = nnx.Param(jnp.zeros((vocabulary_size,), jnp.float32))
         self.dtype = dtype
 
     @jax.named_scope("words")

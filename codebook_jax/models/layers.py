@@ -42,8 +42,9 @@ class Dense(nnx.Module):
         self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         self.dtype = dtype  # None: that of its input, at least float32
         normal = nnx.initializers.truncated_normal(1.0)
-        self.kernel = nnx.Param(std * normal(rngs.params(), (*self.inputs, *self.outputs)))
-        self.bias = nnx.Param(jnp.zeros(self.outputs))
+        shape = (*self.inputs, *self.outputs)
+        self.kernel = nnx.Param(std * normal(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(self.outputs, jnp.float32))
 
     def __call__(self, x: Float[Array, "*some_and_inputs"]) -> Float[Array, "*some_and_outputs"]:
         dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
@@ -101,7 +102,7 @@ def dropout(x: Float[Array, "*some"], rate: float, key: Key[Array, ""] | None) -
     """Drops a share `rate` of the entries and scales the rest; without a key it changes nothing."""
     if key is None or rate == 0:
         return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    kept = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 

@@ -62,9 +62,9 @@ class VisionTransformer(nnx.Module):
         self.patches = Dense(
             patch_px * patch_px * 3, width, std=init_std, dtype=compute.dtype, rngs=rngs
         )
-        self.cls = nnx.Param(normal(rngs.params(), (1, 1, width)))
+        self.cls = nnx.Param(normal(rngs.params(), (1, 1, width), jnp.float32))
         places = nnx.initializers.truncated_normal(position_std)
-        self.positions = nnx.Param(places(rngs.params(), (1, patches + 1, width)))
+        self.positions = nnx.Param(places(rngs.params(), (1, patches + 1, width), jnp.float32))
         self.blocks = stack(
             lambda r: VisionBlock(
                 width, heads, mlp_width, eps=layer_norm_eps, std=init_std, compute=compute, rngs=r

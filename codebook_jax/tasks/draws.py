@@ -47,13 +47,15 @@ def draw_inputs(
             mask_share=config.mlm.mask_share,
             random_share=config.mlm.random_share,
         )
-        word_weight = masked.used / jnp.maximum(masked.used.sum(), 1)
+        word_weight = masked.used.astype(jnp.float32)
+        word_weight = word_weight / jnp.maximum(word_weight.sum(), 1)
     noise, allowed, match_weight = None, None, None
     if config.losses.matching:
         allowed = may_be_negatives(batch.image_id, config.itm.groups)
         shape = allowed.shape
         noise = Pair(
-            jax.random.gumbel(image_noise, shape), jax.random.gumbel(text_noise, shape)
+            jax.random.gumbel(image_noise, shape, jnp.float32),
+            jax.random.gumbel(text_noise, shape, jnp.float32),
         )
         some = allowed.any(axis=1).astype(jnp.float32)
         match_weight = jnp.stack([jnp.ones_like(some), some, some], axis=1)

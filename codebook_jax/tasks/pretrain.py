@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from codebook_jax import losses, optimizer, sharding, teacher, usage
 from codebook_jax.accumulation import Passes, Scalars
+from codebook_jax.ambient import key_of, same_draws
 from codebook_jax.data import augment
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
@@ -77,7 +78,7 @@ class Pretraining:
         )
         self.pass_groups = config.itm.groups // o.accumulation
         self.passes = Passes(o.accumulation, mesh)
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        shapes = jax.eval_shape(self._init, key_of(0))
         self.shardings = sharding.state_shardings(shapes, mesh)
         self._abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -87,7 +88,7 @@ class Pretraining:
         rows = sharding.batch_sharding(mesh)
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self.step = jax.jit(
-            self._step,
+            same_draws(self._step),
             donate_argnums=0,
             in_shardings=(self.shardings, rows),
             out_shardings=(self.shardings, whole),
@@ -104,7 +105,7 @@ class Pretraining:
 
     def init_state(self, seed: int) -> TrainState:
         """A fresh state, created where it will live."""
-        return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
+        return jax.jit(same_draws(self._init), out_shardings=self.shardings)(key_of(seed))
 
     def _init(self, key: Key[Array, ""]) -> TrainState:
         config = self.config
@@ -123,7 +124,7 @@ class Pretraining:
     # -- the step
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        key = jax.random.fold_in(key_of(self.config.seed), state.step)
         draw_key, dropout_key = jax.random.split(key)
         with jax.named_scope("draw"):
             inputs = draw_inputs(batch, draw_key, self.config, self.vocabulary)
@@ -279,8 +280,8 @@ class Pretraining:
             match = jnp.broadcast_to(jnp.array([True, False, False]), inputs.match_weight.shape)
             flat = logits.reshape(-1, 2), match.ravel(), inputs.match_weight.ravel()
             scalars["loss/matching"] = losses.matching_loss(*flat)
-            right = (jnp.argmax(logits, axis=-1) == MATCH) == match
-            scalars["matching/accuracy"] = jnp.sum(inputs.match_weight * right)
+            right = (_likeliest(logits) == MATCH) == match
+            scalars["matching/accuracy"] = jnp.sum(jnp.where(right, inputs.match_weight, 0))
             loss += config.losses.matching * scalars["loss/matching"]
         if inputs.masked is not None:
             logits = towers.word_logits(_at_positions(fused[:, 0], inputs.masked.positions))
@@ -291,8 +292,8 @@ class Pretraining:
                 inputs.word_weight,
                 alpha=alpha,
             )
-            right = jnp.argmax(logits, axis=-1) == inputs.masked.words
-            scalars["masked_lm/accuracy"] = jnp.sum(inputs.word_weight * right)
+            right = _likeliest(logits) == inputs.masked.words
+            scalars["masked_lm/accuracy"] = jnp.sum(jnp.where(right, inputs.word_weight, 0))
             loss += config.losses.masked_lm * scalars["loss/masked_lm"]
         return loss, scalars
 
@@ -320,7 +321,7 @@ class Pretraining:
         state = state.replace(queue=teacher.enqueue(state.queue, features))
         if plan is None:
             return state
-        winners = jnp.argmax(plan[:, : features.image.shape[0]], axis=-1)
+        winners = _likeliest(plan[:, : features.image.shape[0]])
         return state.replace(usage=usage.record(state.usage, winners))
 
     @jax.named_scope("report")
@@ -342,7 +343,9 @@ class Pretraining:
             "bad_total": after.bad_total,
         }
         if inputs.allowed is not None:
-            scalars["matching/without_negative"] = jnp.sum(~inputs.allowed.any(axis=1))
+            scalars["matching/without_negative"] = jnp.sum(
+                ~inputs.allowed.any(axis=1), dtype=jnp.int32
+            )
         if plan is not None:
             scalars |= usage.codebook_scalars(after.usage, plan, len(inputs.tokens))
         return scalars
@@ -351,8 +354,8 @@ class Pretraining:
 
     def alpha(self, updates: Array) -> Array:
         """Weight of the teacher's soft targets: 0, rising over the first `teacher.alpha_steps`."""
-        ramp = jnp.minimum(updates / max(self.config.teacher.alpha_steps, 1), 1)
-        return jnp.float32(self.config.teacher.alpha) * ramp
+        ramp = updates.astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
+        return jnp.float32(self.config.teacher.alpha) * jnp.minimum(ramp, 1)
 
     def momentum(self, updates: Array) -> Array:
         of = self.config.teacher
@@ -402,6 +405,10 @@ class Pretraining:
         return image, draw(learned.image, taught.text, noise=inputs.noise.image)
 
 
+def _likeliest(scores: Float[Array, "*some choices"]) -> Int[Array, "*some"]:
+    return jax.lax.argmax(scores, scores.ndim - 1, jnp.int32)
+
+
 def _updates(state: TrainState) -> Array:
     """Steps that moved something: where the schedules are."""
     return state.step - state.bad_total
@@ -419,6 +426,6 @@ def _if_good(good: Array, after: TrainState, before: TrainState) -> TrainState:
     return chosen.replace(
         step=before.step + 1,
         bad_in_row=jnp.where(good, 0, before.bad_in_row + 1),
-        bad_total=before.bad_total + ~good,
+        bad_total=before.bad_total + (~good).astype(jnp.int32),
     )
 
