@@ -22,6 +22,11 @@ def key_of(seed: int) -> Key[jax.Array, ""]:
     return jax.random.key(np.uint32(seed % 2**32), impl="threefry2x32")
 
 
+def wide_enough(*dtypes: DTypeLike) -> jnp.dtype:
+    """The type that holds all of these, at least float32 (JAX's own promotion may be set to refuse)."""
+    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
 def same_draws(program: Callable[..., Any]) -> Callable[..., Any]:
     """`program`, drawing the same numbers whether or not JAX_THREEFRY_PARTITIONABLE is set."""
 

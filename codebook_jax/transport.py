@@ -13,7 +13,7 @@ from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 
-from codebook_jax.ambient import default_types
+from codebook_jax.ambient import default_types, wide_enough
 
 # Stands for minus infinity in float32 and float64 alike, without the NaN of inf - inf.
 _NEVER = -1e30
@@ -23,7 +23,7 @@ def codeword_costs(
     features: Float[Array, "*some batch dim"], codes: Float[Array, "codes dim"]
 ) -> Float[Array, "*some batch codes"]:
     """Cosine distance 1 - z.c of unit features to codewords, in at least float32 (Duan et al. 2022, 3.1)."""
-    kind = jnp.promote_types(jnp.promote_types(features.dtype, codes.dtype), jnp.float32)
+    kind = wide_enough(features.dtype, codes.dtype)
     features, codes = features.astype(kind), codes.astype(kind)
     return 1 - jnp.einsum("...bd,kd->...bk", features, codes, precision="highest")
 
@@ -49,7 +49,7 @@ def transport_plan(
 
     Source: Duan et al. 2022, 3.1; Cuturi 2013; Xie et al. 2018 (IPOT). Departure: the log domain, and a last row update.
     """
-    kind = jnp.promote_types(cost.dtype, jnp.float32)
+    kind = wide_enough(cost.dtype)
     cost = jax.lax.stop_gradient(cost).astype(kind)
     here = jnp.all(jnp.isfinite(cost), axis=-1)
     if valid is not None:

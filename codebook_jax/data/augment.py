@@ -85,7 +85,8 @@ def draw(
     which, whether, sign = jax.random.split(key, 3)
     operations = jax.random.randint(which, (batch, layers), 0, len(Operation), jnp.int32)
     applied = jax.random.bernoulli(whether, jnp.float32(APPLY_PROBABILITY), (batch, layers))
-    signs = jax.random.rademacher(sign, (batch, layers), jnp.float32)
+    positive = jax.random.bernoulli(sign, jnp.float32(0.5), (batch, layers))
+    signs = jnp.where(positive, jnp.float32(1), jnp.float32(-1))
     return jnp.where(applied, operations, Operation.IDENTITY.value), signs
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from codebook_jax.ambient import default_types
 from codebook_jax.models.layers import Dense
 
 
@@ -33,14 +34,8 @@ class SelfAttention(nnx.Module):
         implementation: str | None,
     ) -> Float[Array, "batch tokens width"]:
         qkv = self.qkv(x)
-        attended = jax.nn.dot_product_attention(
-            qkv[:, :, 0],
-            qkv[:, :, 1],
-            qkv[:, :, 2],
-            key_value_seq_lengths=lengths,
-            implementation=implementation,
-        )
-        return self.out(attended)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        return self.out(_attended(query, key, value, lengths, implementation))
 
 
 class CrossAttention(nnx.Module):
@@ -69,7 +64,18 @@ class CrossAttention(nnx.Module):
         implementation: str | None,
     ) -> Float[Array, "images tokens width"]:
         """`tokens` may hold several texts of one image after another: queries do not see each other."""
-        attended = jax.nn.dot_product_attention(
-            self.query(x), keys_values[:, :, 0], keys_values[:, :, 1], implementation=implementation
+        key, value = keys_values[:, :, 0], keys_values[:, :, 1]
+        return self.out(_attended(self.query(x), key, value, None, implementation))
+
+
+def _attended(
+    query: Float[Array, "batch queries heads head_width"],
+    key: Float[Array, "batch keys heads head_width"],
+    value: Float[Array, "batch keys heads head_width"],
+    lengths: Int[Array, "batch"] | None,
+    implementation: str | None,
+) -> Float[Array, "batch queries heads head_width"]:
+    with default_types(query.dtype):
+        return jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=lengths, implementation=implementation
         )
-        return self.out(attended)

@@ -16,9 +16,9 @@ from codebook_jax.models.attention import CrossAttention, SelfAttention
 from codebook_jax.models.layers import (
     Compute,
     FeedForward,
+    LayerNorm,
     dropout,
     keys_of,
-    layer_norm,
     scan,
     stack,
 )
@@ -48,9 +48,9 @@ class TextBlock(nnx.Module):
     ) -> None:
         of = dict(dtype=compute.dtype, rngs=rngs)
         self.attention = SelfAttention(width, heads, std=std, value_std=value_std, **of)
-        self.attention_norm = layer_norm(width, eps=eps, **of)
+        self.attention_norm = LayerNorm(width, eps=eps, **of)
         self.mlp = FeedForward(width, mlp_width, std=std, **of)
-        self.mlp_norm = layer_norm(width, eps=eps, **of)
+        self.mlp_norm = LayerNorm(width, eps=eps, **of)
 
     def __call__(
         self,
@@ -87,7 +87,7 @@ class FusionBlock(TextBlock):
         )
         of = dict(dtype=compute.dtype, rngs=rngs)
         self.cross = CrossAttention(width, image_width, heads, std=std, **of)
-        self.cross_norm = layer_norm(width, eps=eps, **of)
+        self.cross_norm = LayerNorm(width, eps=eps, **of)
 
     def __call__(
         self,
@@ -165,7 +165,7 @@ class TextEncoder(nnx.Module):
         self.words = nnx.Param(normal(rngs.params(), (vocabulary_size, width), jnp.float32))
         self.positions = nnx.Param(normal(rngs.params(), (max_positions, width), jnp.float32))
         self.segment = nnx.Param(normal(rngs.params(), (2, width), jnp.float32))  # row 0 is used, as ALBEF
-        self.norm = layer_norm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
+        self.norm = LayerNorm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
         self.blocks = stack(
             lambda r: TextBlock(
                 width,

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from codebook_jax import sharding
-from codebook_jax.ambient import key_of
+from codebook_jax.ambient import key_of, wide_enough
 from codebook_jax.models.bert import FusionEncoder, TextEncoder
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
@@ -120,7 +120,7 @@ def init_student(
 
 def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
     """Rows of length one, in at least float32; a row of zeros stays one, with a finite gradient."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(wide_enough(x.dtype))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from codebook_jax.models.layers import Dense, gelu, layer_norm
+from codebook_jax.ambient import wide_enough
+from codebook_jax.models.layers import Dense, LayerNorm, gelu
 
 MATCH = 1  # the class of a matching pair (ALBEF)
 
@@ -21,7 +22,7 @@ class MaskedWordHead(nnx.Module):
         self, width: int, vocabulary_size: int, *, eps: float, std: float, dtype: Any, rngs: nnx.Rngs
     ) -> None:
         self.transform = Dense(width, width, std=std, dtype=dtype, rngs=rngs)
-        self.norm = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros((vocabulary_size,), jnp.float32))
         self.dtype = dtype
 
@@ -35,7 +36,7 @@ class MaskedWordHead(nnx.Module):
             "...w,vw->...v",
             x,
             words.astype(self.dtype),
-            preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
+            preferred_element_type=wide_enough(self.dtype),
         )
         return logits + self.bias[...]
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from codebook_jax import sharding
+from codebook_jax.ambient import default_types, wide_enough
 
 REMAT = ("none", "blocks", "dots")
 
@@ -47,7 +48,7 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(self.outputs, jnp.float32))
 
     def __call__(self, x: Float[Array, "*some_and_inputs"]) -> Float[Array, "*some_and_outputs"]:
-        dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
+        dtype = self.dtype or wide_enough(x.dtype)
         rows = x.reshape(-1, math.prod(self.inputs)).astype(dtype)
         kernel = self.kernel[...].reshape(rows.shape[1], -1).astype(dtype)
         y = _product(rows, kernel) + self.bias[...].reshape(-1).astype(dtype)
@@ -81,9 +82,15 @@ def gelu(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-def layer_norm(width: int, *, eps: float, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
     """Layer normalisation as BERT's and ViT's: the variance in two passes, in float32."""
-    return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+    def __init__(self, width: int, *, eps: float, dtype: Any, rngs: nnx.Rngs) -> None:
+        super().__init__(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
+        with default_types(x.dtype):
+            return super().__call__(x)
 
 
 class FeedForward(nnx.Module):

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from codebook_jax.models.attention import SelfAttention
-from codebook_jax.models.layers import Compute, Dense, FeedForward, layer_norm, scan, stack
+from codebook_jax.models.layers import Compute, Dense, FeedForward, LayerNorm, scan, stack
 
 
 class VisionBlock(nnx.Module):
@@ -26,9 +26,9 @@ class VisionBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         of = dict(dtype=compute.dtype, rngs=rngs)
-        self.attention_norm = layer_norm(width, eps=eps, **of)
+        self.attention_norm = LayerNorm(width, eps=eps, **of)
         self.attention = SelfAttention(width, heads, std=std, value_std=std, **of)
-        self.mlp_norm = layer_norm(width, eps=eps, **of)
+        self.mlp_norm = LayerNorm(width, eps=eps, **of)
         self.mlp = FeedForward(width, mlp_width, std=std, **of)
 
     def __call__(
@@ -72,7 +72,7 @@ class VisionTransformer(nnx.Module):
             depth,
             rngs,
         )
-        self.norm = layer_norm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
+        self.norm = LayerNorm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
 
     @jax.named_scope("image")
     def __call__(
