@@ -5,6 +5,8 @@ One batch says little: with fewer samples than codewords most must be unused (bs
 
 from __future__ import annotations
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,11 @@ def perplexity_and_unused(usage: Usage, codes: int) -> tuple[Float[Array, "2"], 
     return jnp.exp(entropy), (counts == 0).mean(axis=1, dtype=jnp.float32)
 
 
+def unused_if_uniform(samples: Int[Array, "*some"], codes: int) -> Float[Array, "*some"]:
+    """The share of `codes` codewords that `samples` draws with equal chances leave out, (1 - 1 / codes)^samples."""
+    return jnp.exp(jnp.asarray(samples, jnp.float32) * math.log1p(-1 / codes))
+
+
 def soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "2 batch codes"]:
     """q = N T of the batch's rows: each sums to 1, but that of a row left out of the transport."""
     rows = plan[:, :batch]
@@ -59,11 +66,13 @@ def codebook_scalars(
     perplexity, unused = perplexity_and_unused(usage, plan.shape[-1])
     valid = jnp.sum(plan, axis=-1) > 0
     codes = jax.lax.argmax(soft, 2, jnp.int32)
+    samples = jnp.sum(usage.winners[0] >= 0, dtype=jnp.int32)  # as many of both modalities
     return {
         "codebook/perplexity": perplexity.mean(),
         "codebook/perplexity_image": perplexity[0],
         "codebook/perplexity_text": perplexity[1],
         "codebook/unused_share": unused.mean(),
+        "codebook/unused_share_uniform": unused_if_uniform(samples, plan.shape[-1]),
         "codebook/assignment_entropy": -jnp.sum(jax.scipy.special.xlogy(soft, soft), -1).mean(),
         "codebook/agreement": jnp.mean(codes[0] == codes[1], dtype=jnp.float32),
         "transport/column_error": column_error(plan).max(),

@@ -9,7 +9,13 @@ import pytest
 
 from codebook_jax.losses import Pair
 from codebook_jax.teacher import average, empty_queue, enqueue, momentum_at, newest
-from codebook_jax.usage import empty_usage, perplexity_and_unused, record
+from codebook_jax.usage import (
+    codebook_scalars,
+    empty_usage,
+    perplexity_and_unused,
+    record,
+    unused_if_uniform,
+)
 
 _ENQUEUE, _RECORD = jax.jit(enqueue), jax.jit(record)
 _NEWEST = jax.jit(newest, static_argnums=1)
@@ -105,6 +111,26 @@ def test_perplexity_is_the_number_of_codewords_used_evenly():
     perplexity, unused = _STATISTICS(_RECORD(empty_usage(20), winners), 8)
     np.testing.assert_allclose(perplexity, [4, 1], rtol=1e-6)
     np.testing.assert_allclose(unused, [1 / 2, 7 / 8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("codes", "samples"), [(2, 1), (50, 7), (50, 80), (300, 300)])
+def test_uniform_use_leaves_out_the_share_of_codewords_that_a_simulation_leaves_out(codes, samples):
+    draws = np.random.default_rng(codes).integers(0, codes, (4000, samples))
+    unused = [1 - len(np.unique(row)) / codes for row in draws]
+    error = np.std(unused) / np.sqrt(len(unused))
+    np.testing.assert_allclose(
+        unused_if_uniform(samples, codes), np.mean(unused), atol=4 * error + 1e-6
+    )
+
+
+def test_the_share_of_uniform_use_is_that_of_the_samples_in_the_window():
+    plan = jnp.full((2, 3, 40), 1 / 120, jnp.float32)
+    scalars = jax.jit(codebook_scalars, static_argnums=2)
+    usage = empty_usage(10)
+    for filled in (3, 6, 9, 10, 10):
+        usage = _RECORD(usage, jnp.zeros((2, 3), jnp.int32))
+        uniform = scalars(usage, plan, 3)["codebook/unused_share_uniform"]
+        np.testing.assert_allclose(uniform, (1 - 1 / 40) ** filled, rtol=1e-5)
 
 
 def test_a_window_without_samples_uses_no_codeword_and_has_perplexity_one():

@@ -78,8 +78,49 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def gelu(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
-    """The exact GELU, x times the normal distribution function, by erf as PyTorch's (jax.nn's erfc is slow on a CPU)."""
+    """The exact GELU, x times the normal distribution function, by erf as PyTorch's (jax.nn's erfc is slow on a CPU).
+
+    In bfloat16 1 + erf would lose all digits of a negative x: there it is computed in float32, by the upper tail.
+    """
+    if x.dtype == jnp.bfloat16:
+        return _gelu_of_bfloat16(x)
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@jax.custom_vjp
+def _gelu_of_bfloat16(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
+    wide, size = x.astype(jnp.float32), jnp.abs(x).astype(jnp.float32)
+    root, ratio = _upper_tail(size)
+    return (jnp.maximum(wide, 0) - root * (size * ratio * root)).astype(x.dtype)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return _gelu_of_bfloat16(x), x  # all that the backward pass keeps
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    size = jnp.abs(x).astype(jnp.float32)
+    root, ratio = _upper_tail(size)
+    slope = root * ((ratio - size * math.sqrt(0.5 / math.pi)) * root)  # at -size; both slopes add up to 1
+    slope = jnp.where(x < 0, slope, 1 - slope)
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+_gelu_of_bfloat16.defvjp(_gelu_forward, _gelu_backward)
+
+# Abramowitz & Stegun 26.2.17 with one power more, and coefficients of our own that make the largest relative error
+# smallest over 0..16: 5e-6, a hundredth of what bfloat16 rounds.
+_TAIL_SCALE = 0.31
+_TAIL = (0.12386133, 0.12043419, 0.13345889, 0.015689409, 0.18049944, -0.073945604)
+
+
+def _upper_tail(x: Float[Array, "*some"]) -> tuple[Float[Array, "*some"], Float[Array, "*some"]]:
+    """(root, ratio) with P(normal > x) = ratio root^2 for x >= 0, where root^2 itself may be too small for float32."""
+    t = 1 / (1 + _TAIL_SCALE * x)
+    ratio = jnp.zeros_like(x)
+    for coefficient in reversed(_TAIL):
+        ratio = (ratio + coefficient) * t
+    return jnp.exp(-0.25 * x * x), ratio
 
 
 class LayerNorm(nnx.LayerNorm):
