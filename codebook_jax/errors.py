@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 from collections.abc import Iterable
 
@@ -22,5 +21,7 @@ def refuse_below(field: str, value: float, least: float) -> None:
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """The end of a sentence about a misspelt name: the nearest of `names`; empty where none is near."""
+    import difflib  # not above: this module is imported before Ctrl-C is caught, see console.py
+
     close = difflib.get_close_matches(given, list(names), n=1)
     return f" ... did you mean {close[0]}?" if close else ""

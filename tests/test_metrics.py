@@ -200,8 +200,7 @@ def test_a_signal_cuts_short_only_what_may_be_interrupted():
 def test_a_second_ctrl_c_leaves_at_once():
     script = """
         import signal, sys
-        from codebook_jax.data import progress
-from codebook_jax.interruption import Interruption
+        from codebook_jax.interruption import Interruption
         with Interruption():
             signal.raise_signal(signal.SIGINT)
             print("still here", flush=True)
