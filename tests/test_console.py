@@ -78,6 +78,17 @@ def test_a_disk_that_has_space_again_gets_the_rest():
     assert ended(script, redirect=f">{FULL}") == (0, "", "kept\n")
 
 
+def test_an_output_that_does_not_block_gets_all_of_it():
+    script = """
+        import os
+        from codebook_jax import console
+        os.set_blocking(1, False)
+        console.keep_output()
+        print("x" * 1_000_000)
+    """
+    assert ended(script) == (0, "x" * 1_000_000 + "\n", "")
+
+
 def test_a_name_that_an_output_has_no_letters_for_is_escaped():
     script = f"""
         import sys
