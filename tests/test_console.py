@@ -66,6 +66,20 @@ def test_an_output_that_cannot_be_written_ends_nothing(redirect):
     assert code == 0 and "Traceback" not in errors and "Exception" not in errors
 
 
+def test_a_terminal_that_is_closed_ends_nothing():
+    ours, theirs = os.openpty()
+    script = PRINTS.replace("for number", "sys.stdin.readline()\n    for number")
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    os.close(ours)
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
 def test_a_disk_that_has_space_again_gets_the_rest():
     script = """
         import os, sys
