@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import pytest
@@ -216,7 +217,7 @@ class Pairs(list):
 
 def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(capsys):
     def summary(count):
-        config = config_of(**{"data.global_batch": 8, "evaluation.images": 3})
+        config = config_of(**{"data.global_batch": 8})
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         parts = build.Parts(config, mesh, Pairs(range(count)), range(7), None, OneWeight())
         build.announce(parts)
@@ -225,7 +226,16 @@ def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(caps
     small = summary(5)
     assert "global_batch=8" in small and " 5 training pairs" in small and "=5 or less" in small
     assert "warning" not in summary(8)
-    assert "3 of 7 images" in small
+
+
+def test_the_summary_of_a_run_is_short_and_names_what_validation_leaves_out(capsys):
+    config = config_of(**{"data.global_batch": 8, "evaluation.images": 3})
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    build.announce(build.Parts(config, mesh, Pairs(range(8)), range(7), None, OneWeight()))
+    print(build.whereabouts(config, Path("a run")))
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) <= 9  # and one on memory
+    assert "3 of 7 images" in said and "--logdir='a run'" in said
 
 
 def test_a_bar_leaves_an_output_that_is_a_file_alone(tmp_path, monkeypatch):

@@ -74,8 +74,6 @@ def test_a_straight_run_says_what_it_does_and_learns(straight):
     assert "8 pairs = 1 data shards x 8 (accumulation 1)" in straight.said
     assert "8 of 1,000 images" in straight.said and str(straight.workdir) in straight.said
     assert straight.said.index("validation at step 10") < straight.said.index("--mode=export")
-    summary, _, _ = straight.said.partition("validation at step 10")
-    assert len(summary.splitlines()) <= 10
     assert "step 20/20" in straight.progress
     rows = [row for row in rows_of(straight.workdir) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
