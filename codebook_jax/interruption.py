@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterator
 
 from codebook_jax.console import write_now
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+from codebook_jax.data.stop import SIGNALS
 
 
 class Interrupted(Exception):
