@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from codebook_jax.main import HUGE_PAGES  # noqa: E402
+from codebook_jax.console import HUGE_PAGES  # noqa: E402
 
 # name, size, fields. The two-loss row is the size whose step a prototype needed 0.39 s for, on other two cores.
 ROWS = {

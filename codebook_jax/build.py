@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -230,60 +231,91 @@ def validate(
         parts.validation,
         parts.tokenizer,
         config,
+        images=retrieval.images_to_evaluate(config),
         rerank=rerank,
         progress=progress,
     )
 
 
 def announce(parts: Parts) -> None:
-    """Says once what is trained, on what, and on how many devices."""
+    """Prints a summary: what is trained, on what, how it is validated, and how it is split over several devices."""
     config, mesh = parts.config, parts.mesh
     parameters = parameter_count(parts.task.abstract_state().student)
-    devices = mesh.devices.size
-    kind = mesh.devices.flat[0].device_kind
+    devices, processes = mesh.devices.size, jax.process_count()
     shards = sharding.data_shards(mesh)
-    say(f"{config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained parameters")
-    built_in = config.data.train.split(":")[0] == "scenes"
-    note = " (the built-in synthetic scenes, not real images)" if built_in else ""
-    say(f"training data {config.data.train}{note}")
-    for sentence in amount(parts.source, config.data.global_batch, config.train.steps):
-        say(sentence)
-    if not built_in and config.data.eval.split(":")[0] == "scenes":
-        say("validation uses the built-in synthetic scenes: name your own with --config.data.eval")
-    if config.evaluation.images == -1 and retrieval.images_to_evaluate(config) < 1000:
-        count = retrieval.images_to_evaluate(config)
-        say(f"this is a CPU: evaluation takes {count} images, --config.evaluation.images=N sets it")
-    plural = "s" if devices != 1 else ""
+    batch = config.data.global_batch
     say(
-        f"{devices} device{plural} ({kind}), {jax.process_count()} process{'es' * (jax.process_count() > 1)}"
+        f"model       {config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained parameters\n"
+        f"devices     {devices} device{'s' * (devices != 1)} ({mesh.devices.flat[0].device_kind}), "
+        f"{processes} process{'es' * (processes > 1)}\n"
+        f"data        {_named(config.data.train)}"
     )
+    for sentence in amount(parts.source, batch, config.train.steps):
+        say(f"            {sentence}")
     say(
-        f"global batch {config.data.global_batch} = {shards} data shards x "
-        f"{config.data.global_batch // shards} (accumulation {config.optimizer.accumulation})"
+        f"batch       {batch} pairs = {shards} data shards x {batch // shards} "
+        f"(accumulation {config.optimizer.accumulation})"
     )
+    say(f"validation  {_validation(parts)}")
+    if len(parts.source) < batch:
+        say(
+            f"warning: config.data.global_batch={batch} is more than the {len(parts.source):,} training pairs, so a step "
+            f"has the same pair several times: set --config.data.global_batch={len(parts.source)} or less, or give "
+            "more data"
+        )
     if devices > 1:
         say(f"mesh {axes.said(mesh, config.mesh.slices)}")
         say(sharding.describe(parts.task.abstract_state(), mesh))
 
 
+def whereabouts(config: ml_collections.ConfigDict, workdir: Path) -> str:
+    """Where a training writes, how to watch it, to stop it and to go on."""
+    kept = config.checkpoint
+    return (
+        f"written to  {workdir}: checkpoints every {kept.every_steps:,} steps (the newest {kept.keep} and the best), "
+        "metrics.jsonl\n"
+        f"watch it    tensorboard --logdir={shlex.quote(str(workdir))}\n"
+        "stop it     Ctrl-C saves and ends; the same command goes on from there"
+    )
+
+
+def _named(spec: str) -> str:
+    """A data source for the summary: scenes are no data of the user's."""
+    built_in = spec.split(":")[0] == "scenes"
+    return spec + " (the built-in synthetic scenes, not real images)" * built_in
+
+
+def _validation(parts: Parts) -> str:
+    """On what and when a training validates."""
+    config = parts.config
+    own = config.data.train.split(":")[0] != "scenes"
+    spec = _named(config.data.eval) if own else config.data.eval
+    every = config.evaluation.every_steps
+    when = f"every {every:,} steps and at the end" if every else "at the end"
+    images, listed = retrieval.images_to_evaluate(config), len(parts.validation)
+    if not images or images >= listed:
+        return f"all {listed:,} images of {spec}, {when}"
+    why = ", since this is a CPU" if config.evaluation.images == -1 and images < 1000 else ""
+    return f"{images:,} of {listed:,} images of {spec}{why} (config.evaluation.images), {when}"
+
+
 def amount(source: Source, global_batch: int, steps: int) -> list[str]:
     """How much there is to train on, of how much that was listed, and what an epoch is."""
-    used = f"training on {len(source):,}"
+    used = f"{len(source):,}"
     if source.listed > len(source):
         used += f" of {source.listed:,} listed pairs ({len(source) / source.listed:.1%})"
     else:
         used += " pairs"
-    epoch = f"an epoch is {len(source):,} pairs, {len(source) / global_batch:,.1f} steps; "
     epochs = f"{steps * global_batch / len(source):.3g}"
-    epoch += f"{steps:,} steps are {epochs} epoch{'s' * (epochs != '1')}"
-    sentences = [used, epoch]
+    used += f"; an epoch is {len(source) / global_batch:,.1f} steps, {steps:,} steps are {epochs} "
+    sentences = [used + f"epoch{'s' * (epochs != '1')}"]
     if isinstance(source, Mixture):
         weights = source.weights or [len(part) for part in source.sources]
         for part, weight in zip(source.sources, weights, strict=True):
             share = weight / sum(weights)
             rounds = share * len(source) / len(part)
             sentences.append(
-                f"  {share:.1%} of every epoch from {part!r}: each of its pairs {rounds:.3g} times"
+                f"{share:.1%} of every epoch from {part!r}: each of its pairs {rounds:.3g} times"
             )
     return sentences
 

@@ -9,6 +9,7 @@ import ml_collections
 
 from codebook_jax import build
 from codebook_jax.checkpoint import Checkpoints, Restored
+from codebook_jax.data.progress import Stages
 from codebook_jax.data.sources import source_of
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
@@ -16,22 +17,31 @@ from codebook_jax.metrics import say
 
 
 def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
-    """Writes `workdir/eval.json` and prints its table; without `config` the run's own settings hold."""
+    """Writes `workdir/eval.json` and prints its table; without `config` the run's own settings hold.
+
+    All test images are evaluated: the run's own evaluation.images is for its training, only that of a given `config` cuts
+    them here.
+    """
     workdir = Path(workdir).absolute()
+    images = max(0, config.evaluation.images) if config is not None else 0
     parts = build.build_trained(config, workdir)
     config = parts.config
     restored = restore_trained(parts, workdir, items=("student", "teacher"))
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test")
-    say(f"test data {spec}: {len(source):,} images")
-    results = retrieval.evaluate(
-        parts.task,
-        restored.state,
-        source,
-        parts.tokenizer,
-        config,
-        rerank=config.evaluation.rerank_top_k > 0,
-    )
+    first = f", of which config.evaluation.images={images} takes the first" if images else ""
+    say(f"test data {spec}: {len(source):,} images{first}")
+    with Stages("evaluated", silent=jax.process_index() != 0) as progress:
+        results = retrieval.evaluate(
+            parts.task,
+            restored.state,
+            source,
+            parts.tokenizer,
+            config,
+            images=images,
+            rerank=config.evaluation.rerank_top_k > 0,
+            progress=progress,
+        )
     if jax.process_index() == 0:
         retrieval.write_eval_json(workdir / "eval.json", results)
     say(retrieval.format_table(results))

@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
+from codebook_jax import devices
 from codebook_jax import workdir as records
 from codebook_jax.ambient import key_of
 from codebook_jax.checkpoint import read_arrays
@@ -244,6 +245,7 @@ def _token_chunks(
 
 def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     """The model of an export folder, or of a workdir that has one; see `codebook_jax.load`."""
+    devices.check_platforms()
     folder = _export_folder(Path(path).absolute())
     manifest = _manifest(folder)
     if teacher and "teacher" not in manifest["items"]:

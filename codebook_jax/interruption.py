@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from codebook_jax.console import write_now
+from codebook_jax.data.stop import SIGNALS
 
 
 class Interrupted(Exception):
@@ -35,8 +36,8 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
         waited = time.monotonic() - began
         if waited > 0.95 * limit_s:
             raise Stuck(f"{what} did not come in {limit_s:.0f} s")
-        # Not print, which may be in progress below us; and on every process, since any may be the one that waits.
-        os.write(2, f"waiting for {what} for {waited:.0f} s; after {limit_s:.0f} s the run ends\n".encode())
+        # On every process, since any may be the one that waits.
+        write_now(f"waiting for {what} for {waited:.0f} s; after {limit_s:.0f} s the run ends\n")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, limit_s / 10, limit_s / 10)
@@ -48,7 +49,9 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
 
 
 class Interruption:
-    """Remembers the first of SIGTERM, SIGINT and SIGUSR1; a second SIGINT leaves the process at once.
+    """Remembers the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP; a second SIGINT leaves the process at once.
+
+    SIGHUP comes from a terminal that is closed; where it is ignored, as under nohup, it stays so.
 
     Use it in a `with`; leaving restores the handlers that were there. Outside the main thread, where Python
     has no handlers, nothing is caught.
@@ -61,7 +64,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            caught = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._receive) for number in caught}
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -95,8 +100,7 @@ class Interruption:
             os._exit(128 + number)
         if not self.requested:
             self.name = signal.Signals(number).name
-            text = f"\n{self.name}: saving after this step (Ctrl-C leaves at once, unsaved)\n"
-            os.write(2, text.encode())  # print may be in progress below us, and is not re-entrant
+            write_now(f"\n{self.name}: saving after this step (Ctrl-C leaves at once, unsaved)\n")
         if self._raises:
             self._raises = False
             raise Interrupted

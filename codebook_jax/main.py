@@ -1,15 +1,22 @@
-"""The command: `python -m codebook_jax.main --config=configs/base.py[:size] --workdir=DIR --mode=MODE`; MODES lists them.
+"""The command: `codebook-jax --config=configs/base.py[:size] --workdir=DIR --mode=MODE`; modes.py lists the modes.
 
 The only file that sees flags. A user's mistake ends it with one sentence on stderr and exit code 2.
 """
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # before the imports below take their time: Ctrl-C is to be caught from here on
+    from codebook_jax import console
+
+    sys.exit(console.command())
+
 import difflib
 import importlib.util
 import os
 import re
-import sys
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +24,12 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
+from codebook_jax import console, modes
+from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
 from codebook_jax.plan.options import PlanOptions, environment
 from codebook_jax.processes import joining, peers, shared_folder
 
 DATA_MODES = ("prepare", "check-data")  # need no devices
-MODES = ("train", "import", "eval", "export", "show", "plan", *DATA_MODES)
 NEEDS_CONFIG = ("train", "import", "plan", *DATA_MODES)
 WRITES_A_RUN = ("train", "import")
 WRONG_TYPES = (
@@ -31,7 +38,7 @@ WRONG_TYPES = (
     ("('Non-boolean argument", "needs true or false"),
     ("Failed to parse", "is a section: set its fields, as --config.SECTION.FIELD=value"),
 )
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read by glibc when a program starts
+HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 
 Mode = Callable[[ConfigDict | None, Path], int | None]  # the exit code; None is 0
 
@@ -50,13 +57,7 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
     flags.DEFINE_string(
         "workdir", None, "the run's folder; an existing run goes on", flag_values=values
     )
-    flags.DEFINE_enum(
-        "mode",
-        "train",
-        MODES,
-        "train, use what the workdir has learned, see to the data, or foresee what training needs",
-        flag_values=values,
-    )
+    flags.DEFINE_string("mode", "train", ", ".join(modes.MODES), flag_values=values)
     flags.DEFINE_integer(
         "preempted_exit_code",
         0,
@@ -94,8 +95,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         if error.flagname.startswith(("config.", "noconfig.")):
             raise UserError(f"--config=FILE is missing before --{error.flagname}") from error
-        close = difflib.get_close_matches(error.flagname, list(values), n=1)
-        hint = f" ... did you mean --{close[0]}?" if close else ""
+        hint = did_you_mean(f"--{error.flagname}", [f"--{name}" for name in values])
         raise UserError(f"there is no flag --{error.flagname}{hint}") from error
     except (AttributeError, KeyError) as error:
         raise UserError(_unknown_field(argv)) from error
@@ -108,6 +108,8 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
             )
     if rest[1:]:
         raise UserError(f"{rest[1]!r} is not a flag: flags begin with --, as --workdir=DIR")
+    if values.mode not in modes.MODES:
+        raise UserError(modes.unknown(values.mode))
     if config is None and values.mode in NEEDS_CONFIG:
         raise UserError("--config is missing: give one, as --config=configs/base.py:tiny")
     if not values.workdir and values.mode != "plan":
@@ -125,19 +127,25 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     if mode in DATA_MODES:
         from codebook_jax import check_data, prepare
 
-        modes: dict[str, Mode] = {"prepare": prepare.prepare, "check-data": check_data.check_data}
-        return modes[mode](config, workdir) or 0
+        data_modes: dict[str, Mode] = {
+            "prepare": prepare.prepare,
+            "check-data": check_data.check_data,
+        }
+        return data_modes[mode](config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
-    from codebook_jax import evaluate, export, figures, train
+    from codebook_jax import devices, evaluate, export, figures, train
 
-    modes = {
+    devices.check_platforms()
+
+    others: dict[str, Mode] = {
         "train": lambda config, workdir: 0 if train.fit(config, workdir) else FLAGS.preempted_exit_code,
         "import": train.import_weights,
         "eval": evaluate.evaluate,
         "export": export.export,
         "show": figures.show,
     }
-    return modes[mode](config, workdir) or 0
+    with console.interruptible():
+        return others[mode](config, workdir) or 0
 
 
 def complain(sentence: str) -> int:
@@ -159,6 +167,13 @@ def main(argv: Sequence[str]) -> int:
         code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir))
         peers.connected().leave()
         return code
+    except KeyboardInterrupt:
+        sentence = f"stopped by SIGINT: --mode={FLAGS.mode} has not finished"
+        print(sentence, file=sys.stderr, flush=True)
+        if "jax" in sys.modules and peers.connected().count > 1:
+            peers.connected().fail(sentence)
+            os._exit(128 + signal.SIGINT)  # a normal exit would wait for the others
+        return 128 + signal.SIGINT
     except Exception as error:
         known = error if isinstance(error, UserError) else _about_files(error)
         if "jax" in sys.modules:
@@ -175,7 +190,8 @@ def _plan() -> int:
     os.environ |= environment(options)  # read when JAX is imported
     from codebook_jax.plan import plan
 
-    plan(FLAGS.config, options)
+    with console.interruptible():
+        plan(FLAGS.config, options)
     return 0
 
 
@@ -191,6 +207,9 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
     )
     if found is None or not joining.join(found, timeout_s=FLAGS.join_timeout_s):
         return
+    from codebook_jax import devices
+
+    devices.check_platforms()
     others = peers.connected()
     others.watch()
     print(joining.describe(found), flush=True)
@@ -234,6 +253,11 @@ def _about_files(error: Exception) -> UserError | None:
 
 
 def _parse_or_leave(argv: Sequence[str]) -> list[str]:
+    if len(argv) == 1:
+        sys.exit(complain(f"no arguments: {modes.BEGIN}"))
+    if any(argument in HELP for argument in argv[1:]):
+        print(modes.help_text())
+        sys.exit(0)
     try:
         return parse(argv)
     except UserError as error:
@@ -254,12 +278,7 @@ def _unknown_field(argv: Sequence[str]) -> str:
             if not isinstance(section, ConfigDict):
                 return f"{given}: {given.partition(f'.{name}')[0]} is a value and has no fields"
             if name not in section:
-                close = difflib.get_close_matches(name, section.keys(), n=1)
-                hint = (
-                    f" ... did you mean {close[0]}?"
-                    if close
-                    else f" (it has {', '.join(section.keys())})"
-                )
+                hint = did_you_mean(name, section) or f" (it has {', '.join(section)})"
                 return f"{given}: the config has no field {name}{hint}"
             section = section[name]
     return f"the command line does not fit the config: {' '.join(overrides)}"
@@ -273,11 +292,9 @@ def _one_sentence(error: Exception) -> str:
         return re.sub(r"^\w+(\.\w+)*: ", "", detail.strip().splitlines()[-1])  # the error's type
     if isinstance(error, OSError):
         path = re.search(r"No such file or directory: '([^']+)'", text)
-        return (
-            f"--config: there is no file {path.group(1)}"
-            if path
-            else f"--config: {text.splitlines()[-1]}"
-        )
+        if not path:
+            return f"--config: {text.splitlines()[-1]}"
+        return f"--config: there is no file {path.group(1)}{_near_config(Path(path.group(1)))}"
     if "in argv before a value for" in text:
         return "--config=FILE goes before the fields it sets, such as --config.data.global_batch=64"
     for problem, meaning in WRONG_TYPES:
@@ -287,18 +304,18 @@ def _one_sentence(error: Exception) -> str:
     return re.sub(r"^flag ", "", text.splitlines()[0])
 
 
-def _with_huge_pages() -> None:
-    """Starts this program again, as the same process, with malloc asking Linux for huge pages.
+def _near_config(missing: Path) -> str:
+    """Names a config file that may have been meant, in the same folder or in configs/."""
+    files = [*missing.parent.glob("*.py"), *Path("configs").glob("*.py")]
+    near = difflib.get_close_matches(missing.stem, [file.stem for file in files], n=1, cutoff=0.5)
+    found = [str(file) for file in files if file.stem in near]
+    if found:
+        return f" ... did you mean {found[0]}?"
+    return f" (there are {', '.join(map(str, files))})" if files else ""
 
-    A CPU otherwise spends a quarter of a step on page faults.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ.update(HUGE_PAGES)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
-
-if __name__ == "__main__":
-    _with_huge_pages()
+def command() -> None:
+    """Reads the command line, runs it and exits; console.command comes before it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # XLA's notices to its own developers
     logging.set_verbosity(logging.FATAL)  # Orbax logs the trace of what it also raises
     define_flags()

@@ -14,12 +14,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import build, memory, sharding
+from codebook_jax import build, memory, modes, sharding
 from codebook_jax import workdir as records
 from codebook_jax.checkpoint import Checkpoints, Restored
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
+from codebook_jax.evaluation.retrieval import counted
 from codebook_jax.interruption import Interrupted, Interruption, Stuck, patience
 from codebook_jax.metrics import Clock, Metrics, ProgressReport, say
 from codebook_jax.pretrained.start import specs
@@ -48,6 +49,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
         )
         parts = build.build_training(config, workdir, steps_saved=saved)
         build.announce(parts)
+        say(build.whereabouts(config, workdir))
         restored = checkpoints.restore_newest(parts.task.abstract_state())
         if restored is None:
             restored = Restored(0, build.first_state(parts), {"unreadable": 0})
@@ -67,7 +69,10 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
             except Exception as error:
                 peers.connected().end_all(error, checkpoints.wait)
                 raise
-            return run.step >= config.train.steps
+            done = run.step >= config.train.steps
+    if done:
+        say(next_steps(run.step, workdir))
+    return done
 
 
 class Run:
@@ -291,7 +296,7 @@ class Run:
         best = self.checkpoints.best_step()
         say(
             f"validation at step {self.step:,}: R@1 of texts {row['eval/txt_r1']:.1f} %, of images "
-            f"{row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %)"
+            f"{row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %) on {counted(protocols['student/dual'])}"
             + ("; the best so far" if best == self.step else f"; the best is that of step {best}")
         )
 
@@ -329,7 +334,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> No
         build.announce(parts)
         checkpoints.save(0, build.first_state(parts), meta_of(parts, 0, unreadable=0))
         checkpoints.wait()
-    say(f"imported into {workdir}: --mode=eval, --mode=export and training go on from there")
+    say(next_steps(0, workdir))
 
 
 def meta_of(parts: build.Parts, step: int, *, unreadable: int) -> dict[str, Any]:
@@ -341,6 +346,14 @@ def meta_of(parts: build.Parts, step: int, *, unreadable: int) -> dict[str, Any]
         "unreadable": unreadable,
         "versions": records.package_versions(),
     }
+
+
+def next_steps(step: int, workdir: Path) -> str:
+    """What a trained run can be used for, with the command for each."""
+    uses = [name for name, mode in modes.MODES.items() if mode.group in modes.USES]
+    width = max(map(len, uses))
+    lines = [f"  {name:{width}}  {modes.command_line(name, workdir)}" for name in uses]
+    return "\n".join([f"{workdir} holds the model of step {step:,}; what can be done with it:", *lines])
 
 
 def resumption(restored: Restored, global_batch: int) -> str:

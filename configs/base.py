@@ -6,6 +6,8 @@ Each number names its source: "paper" (Duan et al., CVPR 2022), "ALBEF" (Li et a
 
 import ml_collections
 
+from codebook_jax.errors import did_you_mean
+
 # One column a size. Towers: ViT-B/L/H and BERT-base/large above `small`; the two small ones are ours.
 SIZES = {
     "tiny": dict(
@@ -44,7 +46,8 @@ SIZES = {
 def get_config(size: str = "base") -> ml_collections.ConfigDict:
     """The locked config of one size; raises ValueError for a size that does not exist."""
     if size not in SIZES:
-        raise ValueError(f"configs/base.py has no size {size!r}; the sizes are {', '.join(SIZES)}.")
+        sizes = f"the sizes are {', '.join(SIZES)}{did_you_mean(size, SIZES)}"
+        raise ValueError(f"configs/base.py has no size {size!r}; {sizes}")
     at = SIZES[size]
     tiny = size == "tiny"
     config = ml_collections.ConfigDict()
@@ -170,7 +173,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
 
     config.evaluation = dict(
         every_steps=200 if tiny else 5000,  # 0: only at the end
-        images=-1,  # most images evaluated; 0: all; -1: 1 000, and 32 above `tiny` on a CPU
+        images=-1,  # most in validation during training; 0: all; -1: 1 000, and 32 above `tiny` on a CPU. --mode=eval takes all
         batch=64 if tiny else 256,
         rerank_top_k=16 if tiny else 128,  # candidates that matching re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
         rerank_on_schedule=False,  # also during training

@@ -2,7 +2,7 @@
 
     python launch/local.py --processes=2 -- python -m codebook_jax.main --config=configs/base.py:tiny --workdir=runs/two
 
-Each line of output begins with the number of its process. SIGTERM, SIGINT and SIGUSR1 go on to all of them. When one
+Each line of output begins with the number of its process. SIGTERM, SIGINT, SIGUSR1 and SIGHUP go on to all of them. When one
 fails, the others have `--grace` seconds to end by themselves. `--restarts=R` then starts all of them again, up to R
 times, unless it was a user's mistake (exit code 2). The exit code is that of the first that failed.
 """
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 USERS_MISTAKE = 2
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = group.run()
         if code in (0, USERS_MISTAKE) or group.signalled or attempt == options.restarts:
             return code
-        print(f"local.py: starting all {options.processes} again ({attempt + 1} of {options.restarts})", flush=True)
+        _write(f"local.py: starting all {options.processes} again ({attempt + 1} of {options.restarts})\n".encode())
     raise AssertionError("the loop returns")
 
 
@@ -72,7 +72,11 @@ class Group:
     def run(self) -> int:
         """Starts all, waits for all; the exit code of the first that failed, 0 when none did."""
         port = self.options.port or free_port()
-        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
+        before = {
+            number: signal.signal(number, self._pass_on)
+            for number in PASSED_ON
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN  # nohup
+        }
         try:
             for own in range(self.options.processes):
                 told = environment(
@@ -116,11 +120,12 @@ class Group:
             if failed and until is None:
                 own, first = failed[0]
                 until = time.monotonic() + self.options.grace
-                print(f"local.py: process {own} {_ending(first)}", flush=True)
+                _write(f"local.py: process {own} {_ending(first)}\n".encode())
             if not alive:
                 break
             if until is not None and time.monotonic() > until:
-                print(f"local.py: {len(alive)} did not end in {self.options.grace:.0f} s and are killed", flush=True)
+                grace = f"{self.options.grace:.0f} s"
+                _write(f"local.py: {len(alive)} did not end in {grace} and are killed\n".encode())
                 for process in alive:
                     process.kill()
                     process.wait()
@@ -162,8 +167,16 @@ def free_port() -> int:
 
 def _echo(own: int, process: subprocess.Popen[bytes]) -> None:
     for line in process.stdout:
-        sys.stdout.buffer.write(f"[{own}] ".encode() + line)
+        _write(f"[{own}] ".encode() + line)
+
+
+def _write(line: bytes) -> None:
+    """Prints a line; once its reader is gone it goes nowhere, so that no process waits to be read."""
+    try:
+        sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _ending(code: int) -> str:

@@ -20,16 +20,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 def main() -> None:
-    from absl import app, logging
+    from codebook_jax import console
 
+    console.begin()
     from codebook_jax import main as command
 
     kind, process, step = os.environ.get("FAULT", "none:0:0").split(":")
     if process in ("*", os.environ.get("JAX_PROCESS_ID", "0")):
         put(kind, int(step))
-    logging.set_verbosity(logging.FATAL)  # as the command itself does
-    command.define_flags()
-    app.run(command.main, flags_parser=command._parse_or_leave)
+    command.command()
 
 
 def put(kind: str, step: int) -> None:
@@ -114,5 +113,4 @@ def _poison(step: int) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     main()

@@ -85,10 +85,8 @@ def make_world(monkeypatch):
         step = int(state.step)
         world.evaluated.append((step, last))
         recalls = {f"{side}_r{k}": world.score(step) for side in ("txt", "img") for k in (1, 5, 10)}
-        return {
-            "student/dual": recalls | {"chance_r1": 0.1},
-            "teacher/dual": recalls | {"chance_r1": 0.1},
-        }
+        counts = {"chance_r1": 0.1, "images": 8, "images_listed": 9, "left_out": 0}
+        return {"student/dual": recalls | counts, "teacher/dual": recalls | counts}
 
     def parts(config, workdir, *, steps_saved):
         return build.Parts(config, None, Source(), None, None, OneWeight())

@@ -83,3 +83,13 @@ def test_what_cannot_be_meant_is_refused():
     ):
         done = subprocess.run([*LOCAL, *options], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and words in done.stderr
+
+
+def test_a_reader_that_is_gone_does_not_hold_the_processes_up(tmp_path):
+    code = f"[print('x' * 99, flush=True) for _ in range(3000)]; open({str(tmp_path / 'done')!r}, 'w')"
+    command = [*LOCAL, "--processes=1", "--", sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()  # as head does
+    assert process.wait(timeout=60) == 0 and (tmp_path / "done").exists()
+    assert process.stderr.read() == b""

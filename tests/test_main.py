@@ -1,6 +1,8 @@
 """A mistake on the command line is one sentence on stderr and exit code 2."""
 
+import configparser
 import errno
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from codebook_jax import main
+from codebook_jax import main, modes
 from codebook_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +98,7 @@ def test_a_trained_run_needs_no_config():
         ),
         (
             [CONFIG, WORKDIR, "--mode=trian"],
-            "--mode=trian: value should be one of <train|import|eval",
+            "--mode=trian is none of train, import, eval",
         ),
         ([CONFIG, "--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
         ([CONFIG, WORKDIR, "seed=3"], "'seed=3' is not a flag"),
@@ -108,6 +110,54 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(arguments, sentence):
         parsed(*arguments)
     assert str(refusal.value).startswith(sentence)
     assert "\n" not in str(refusal.value) and "Traceback" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, near",
+    [
+        ([CONFIG.replace("tiny", "tinny"), WORKDIR], "tiny"),
+        (["--config=configs/bas.py:tiny", WORKDIR], "configs/base.py"),
+        (["--config=elsewhere/base.py:tiny", WORKDIR], "configs/base.py"),
+        ([WORKDIR, "--mode=evla"], "eval"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_one_that_is_near(arguments, near, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=f"did you mean (.*/)?{near}\\?"):
+        parsed(*arguments)
+
+
+def test_the_former_name_of_a_mode_leads_to_its_new_one(monkeypatch):
+    monkeypatch.setattr(modes, "RENAMED", {"paint": "export"})
+    assert "--mode=export" in modes.unknown("paint")
+
+
+@pytest.mark.parametrize("name", modes.MODES)
+def test_every_mode_is_in_the_help_with_an_example_that_is_right(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    example = modes.MODES[name].example
+    assert parsed(*shlex.split(example)).mode == name and example in modes.help_text()
+
+
+def test_without_arguments_the_command_says_how_to_begin(capsys):
+    with pytest.raises(SystemExit) as end:
+        main._parse_or_leave(["codebook-jax"])
+    assert end.value.code == 2 and modes.MODES["train"].example in capsys.readouterr().err
+
+
+def test_the_console_script_and_the_module_do_the_same():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    name, place = settings["options.entry_points"]["console_scripts"].strip().split(" = ")
+    module, function = place.split(":")
+    script = f"from {module} import {function}; {function}()"
+    both = [
+        subprocess.run([sys.executable, *way, "--help"], capture_output=True, text=True, cwd=ROOT)
+        for way in (["-m", "codebook_jax.main"], ["-c", script])
+    ]
+    assert name == modes.PROGRAM
+    for done in both:
+        assert (done.returncode, done.stdout, done.stderr) == (0, modes.help_text() + "\n", "")
 
 
 def test_the_command_prints_the_sentence_alone_and_exits_2():
@@ -146,6 +196,11 @@ def test_a_user_error_of_the_run_exits_2_and_a_full_disk_is_said(fails_with):
         OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
     )
     assert code == 2 and said.startswith("error: no space left while writing runs/x/metrics.jsonl")
+
+
+def test_an_interrupted_mode_is_one_sentence_and_exits_130(fails_with):
+    code, said = fails_with(KeyboardInterrupt())
+    assert code == 130 and len(said.splitlines()) == 1 and "SIGINT" in said
 
 
 def test_an_error_of_ours_keeps_its_trace(fails_with):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebook_jax.data import progress
 from codebook_jax.interruption import Interrupted, Interruption
 from codebook_jax.metrics import Clock, Metrics, ProgressReport, read_rows
 
@@ -162,6 +163,26 @@ def test_a_signal_is_remembered_and_the_old_handlers_come_back():
         assert stop.requested and stop.name == "SIGTERM" and stop.arrives_within(seconds=0)
         signal.raise_signal(signal.SIGTERM)  # schedulers send more than one
     assert before == {number: signal.getsignal(number) for number in before}
+
+
+def test_a_terminal_that_closes_does_not_end_a_run_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_stages_of_a_long_work_are_each_told_with_the_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_EVERY_S", 0)
+    with progress.Stages("evaluated") as stages:
+        for unit, done in (("images", 2), ("images", 4), ("texts", 3), ("texts", 5), ("texts", 1)):
+            stages(unit, done, 5)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "3/5", "5/5", "1/5"]
+    assert all(" left" in line for line in lines) and "texts/s" in lines[2]
 
 
 def test_a_signal_cuts_short_only_what_may_be_interrupted():

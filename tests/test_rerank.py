@@ -71,7 +71,6 @@ def config_of(**changes):
         {
             "model.image.size_px": SIDE,
             "model.text.max_tokens": TOKENS,
-            "evaluation.images": 0,
             "evaluation.batch": 8,
             "evaluation.rerank_top_k": 7,
         }
@@ -80,11 +79,11 @@ def config_of(**changes):
     return config
 
 
-def evaluate(source, *, noise=0.3, rerank=True, **changes):
+def evaluate(source, *, noise=0.3, rerank=True, images=0, **changes):
     mesh = sharding.make_mesh(-1, 1, 1)
     state = SimpleNamespace(student={"towers": 0.0}, teacher=2.0)
     return retrieval.evaluate(
-        Oracle(mesh, noise), state, source, Digits(), config_of(**changes), rerank=rerank
+        Oracle(mesh, noise), state, source, Digits(), config_of(**changes), images=images, rerank=rerank
     )
 
 
@@ -163,6 +162,8 @@ def test_the_table_says_what_is_at_chance(capsys):
 
 
 def test_only_as_many_images_as_asked_are_read():
-    results = evaluate(Numbers(37), rerank=False, **{"evaluation.images": 10})
-    assert results["student/dual"]["images"] == 10
+    results = evaluate(Numbers(37), rerank=False, images=10)
+    values = results["student/dual"]
+    assert (values["images"], values["images_listed"]) == (10, 37)
+    assert retrieval.format_table(results).startswith("10 of 37 images")
     assert jax.device_count() == 8  # rows were padded over eight devices all along

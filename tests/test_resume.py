@@ -71,7 +71,9 @@ def copy_of(straight, workdir, *, newest):
 
 def test_a_straight_run_says_what_it_does_and_learns(straight):
     assert "built-in synthetic scenes, not real images" in straight.said
-    assert "global batch 8 = 1 data shards x 8 (accumulation 1)" in straight.said
+    assert "8 pairs = 1 data shards x 8 (accumulation 1)" in straight.said
+    assert "8 of 1,000 images" in straight.said and str(straight.workdir) in straight.said
+    assert straight.said.index("validation at step 10") < straight.said.index("--mode=export")
     assert "step 20/20" in straight.progress
     rows = [row for row in rows_of(straight.workdir) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -205,6 +207,9 @@ def test_a_weight_that_is_not_finite_stops_the_run_with_its_losses_and_saves_not
 
 
 def test_the_best_checkpoint_is_evaluated_on_the_test_data(straight, capsys):
+    assert json.loads((straight.workdir / "config.json").read_text())["config"]["evaluation"][
+        "images"
+    ] == 8  # of its validation
     evaluate.evaluate(None, straight.workdir)
     said = capsys.readouterr().out
     best = json.loads((straight.workdir / "best.json").read_text())["step"]
@@ -214,6 +219,19 @@ def test_the_best_checkpoint_is_evaluated_on_the_test_data(straight, capsys):
     assert {"txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "chance_r1"} <= results[
         "student/dual"
     ].keys()
+    assert {(values["images"], values["images_listed"]) for values in results.values()} == {(1000, 1000)}
+
+
+def test_an_evaluation_that_its_config_cuts_says_so_where_its_figures_are(
+    straight, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight.workdir, workdir)
+    evaluate.evaluate(config_of(), workdir)
+    (head,) = [line for line in capsys.readouterr().out.splitlines() if " texts" in line]
+    assert "8 of 1,000 images" in head
+    results = json.loads((workdir / "eval.json").read_text())["student/dual"]
+    assert (results["images"], results["images_listed"]) == (8, 1000)
 
 
 def test_a_folder_without_a_run_cannot_be_evaluated(tmp_path):

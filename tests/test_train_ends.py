@@ -27,7 +27,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_leave_good_checkpoints(
     assert np.isfinite(final_weight(tmp_path, 4)).all()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_saves_the_step_in_progress_and_the_next_start_goes_on_exactly(
     name, world, tmp_path, capsys
 ):

@@ -318,7 +318,7 @@ def _start_resource_tracker() -> None:
 
 def _start_worker(index: int, count: int) -> None:
     """What a worker process does first, as Grain calls it."""
-    serve_parent((signal.SIGINT, signal.SIGUSR1))
+    serve_parent((signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
 
 
 def _say(sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -20,7 +21,10 @@ class Bar:
             rich.progress.BarColumn(),
             rich.progress.TextColumn("{task.description}"),
         )
-        self._bar = rich.progress.Progress(*columns, console=Console(stderr=True))
+        # A stdout that goes to a file stays out of the bar's terminal.
+        self._bar = rich.progress.Progress(
+            *columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()
+        )
         self._task = self._bar.add_task(text, total=total, completed=done)
         self._bar.start()
 
@@ -69,6 +73,31 @@ class Progress:
         bad = f"  {self._skipped:,} skipped" if self._skipped else ""
         left = f"  {duration((self._total - self._done) / pace)} left" if pace else ""
         return f"{pace:,.0f} {self._unit}/s{bad}{left}"
+
+
+class Stages:
+    """Work in stages that are told of as (unit, done, total): a Progress for each; use it in a `with`."""
+
+    def __init__(self, verb: str, *, silent: bool = False) -> None:
+        self._verb, self._silent = verb, silent
+        self._unit, self._done = "", 0
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._open.close()
+
+    def __call__(self, unit: str, done: int, total: int) -> None:
+        if self._silent:
+            return
+        if unit != self._unit or done < self._done:
+            self._open.close()
+            self._progress = self._open.enter_context(Progress(self._verb, unit, total))
+            self._unit, self._done = unit, 0
+        self._progress.advance(done - self._done)
+        self._done = done
 
 
 def duration(seconds: float) -> str:

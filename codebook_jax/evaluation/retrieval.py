@@ -39,16 +39,18 @@ def evaluate(
     tokenizer: Tokenizer,
     config: ml_collections.ConfigDict,
     *,
+    images: int,
     rerank: bool,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """Recalls in percent by protocol: `student/dual`, `teacher/dual` and, with `rerank`, `student/reranked`.
 
-    Beside the recalls each has its chance levels, `images`, `texts`, `left_out` (unreadable images), `truncated`
+    The first `images` images (0: all) and their captions are the gallery. Beside the recalls each protocol has its
+    chance levels, `images`, `images_listed` (of the source), `texts`, `left_out` (unreadable images), `truncated`
     (captions) and `rerank_top_k` (0: not re-ranked). Raises UserError when no image can be read.
     """
     top_k = config.evaluation.rerank_top_k if rerank else 0
-    images = images_to_evaluate(config) or len(source)
+    images = min(images or len(source), len(source))
     gallery = encode_source(
         task,
         {"student": state.student["towers"], "teacher": state.teacher},
@@ -65,6 +67,7 @@ def evaluate(
     ids = gallery.image_ids, gallery.text_image_ids
     shared = chance_at_k(*ids) | {
         "images": len(gallery.image_ids),
+        "images_listed": len(source),
         "texts": len(gallery.text_image_ids),
         "left_out": gallery.left_out,
         "truncated": gallery.truncated,
@@ -89,7 +92,10 @@ def evaluate(
 
 
 def images_to_evaluate(config: ml_collections.ConfigDict) -> int:
-    """`evaluation.images`; -1 is 1 000, and 32 for a model above `tiny` on a CPU, where more would take an hour."""
+    """Images of a validation during training (0: all): `evaluation.images`.
+
+    -1 is 1 000, and 32 for a model above `tiny` on a CPU, where more would take an hour.
+    """
     if config.evaluation.images >= 0:
         return config.evaluation.images
     return 32 if jax.default_backend() == "cpu" and config.size != "tiny" else 1000
@@ -214,19 +220,29 @@ def promoted(
     return result
 
 
+def counted(values: Mapping[str, float]) -> str:
+    """How many images were evaluated, and of how many where they were cut: "1,000 of 5,000 images"."""
+    listed = values["images_listed"]
+    cut = values["images"] + values["left_out"] < listed
+    return f"{values['images']:,}" + f" of {listed:,}" * cut + " images"
+
+
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The recalls of every protocol, chance below them, for a terminal; says which is no better than chance."""
+    """How much was evaluated, the recalls of every protocol, and chance below them, for a terminal.
+
+    Names the protocols that are no better than chance.
+    """
     any_result = next(iter(results.values()))
     names = [f"{prefix}{k}" for prefix in ("txt_r", "img_r") for k in RANKS]
     chance = {name: any_result[name.replace("_r", "_chance_r")] for name in names}
     width = max(16, *(len(protocol) for protocol in results))
     block = 8 * len(RANKS)
-    lines = [f"{'':{width}} {'image to text':>{block}}   {'text to image':>{block}}"]
+    lines = [f"{counted(any_result)}, {any_result['texts']:,} texts" + _remarks(results)]
+    lines.append(f"{'':{width}} {'image to text':>{block}}   {'text to image':>{block}}")
     lines.append(f"{'recall, %':{width}}" + _cells({name: f"R@{name.split('_r')[1]}" for name in names}))
     for protocol, values in results.items():
         lines.append(f"{protocol:{width}}" + _cells({name: f"{values[name]:.2f}" for name in names}))
     lines.append(f"{'chance':{width}}" + _cells({name: f"{value:.2f}" for name, value in chance.items()}))
-    lines.append(f"{any_result['images']:,} images, {any_result['texts']:,} texts" + _remarks(results))
     lines += [f"{protocol} is at chance" for protocol, values in results.items() if at_chance(values)]
     return "\n".join(lines)
 

@@ -1,0 +1,134 @@
+"""The terminal: output that cannot be written never ends a run, and Ctrl-C ends the command with one sentence.
+
+`command` is what the console script and `python -m codebook_jax.main` start. It comes before the imports that take a
+second, so this module imports Python's own library alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+
+from codebook_jax.errors import FULL_DISK
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read by glibc when a program starts
+
+
+def command() -> None:
+    """Runs the command line and exits; the console script `codebook-jax`."""
+    begin()
+    from codebook_jax import main
+
+    main.command()
+
+
+def begin() -> None:
+    """Makes Ctrl-C and unwritable output harmless; on Linux the process first starts again with huge pages."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell leaves it in the background
+        signal.signal(signal.SIGINT, _leave)
+    _with_huge_pages()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    keep_output()
+
+
+def keep_output() -> None:
+    """Replaces stdout and stderr by streams that escape what they cannot encode, and drop what cannot be written.
+
+    After a closed pipe or terminal everything is dropped, after a full disk only what did not fit. A standard file that
+    is closed becomes /dev/null: otherwise the next file to be opened would get its number, and what is printed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            _discard(number)
+    sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
+
+
+def write_now(text: str) -> None:
+    """Writes to stderr from a signal handler, where print may be in progress below and is not re-entrant."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode("ascii", "backslashreplace"))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, the first Ctrl-C raises KeyboardInterrupt, so drafts are removed; another one leaves at once.
+
+    Does nothing in a process that did not `begin`.
+    """
+    if signal.getsignal(signal.SIGINT) is not _leave:
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, _leave)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _leave)
+
+
+class _Lasting(io.FileIO):
+    """A file descriptor whose writes never fail."""
+
+    def write(self, data) -> int:
+        rest = memoryview(data).cast("B")
+        while rest:
+            try:
+                rest = rest[os.write(self.fileno(), rest) :]
+            except BlockingIOError:
+                select.select([], [self.fileno()], [])
+            except OSError as error:
+                if error.errno not in FULL_DISK:  # there may be space again; a closed pipe stays closed
+                    _discard(self.fileno())
+                break
+        return len(data)
+
+
+def _lasting(before: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
+    """A text stream like `before` (None: its file was closed at start) on file `number`."""
+    raw = _Lasting(number, "w", closefd=False)
+    unbuffered = before is not None and before.write_through
+    return io.TextIOWrapper(
+        raw if unbuffered else io.BufferedWriter(raw),
+        encoding="utf-8" if before is None else before.encoding,
+        errors="backslashreplace",
+        line_buffering=before is None or before.line_buffering,
+        write_through=unbuffered,
+    )
+
+
+def _discard(number: int) -> None:
+    """From now on what is written to a file descriptor goes nowhere, from native code too."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+    os.set_inheritable(number, True)
+
+
+def _leave(number: int, frame: object) -> None:
+    """Ends the process at once: unwinding out of a half-done import prints traces."""
+    write_now(f"stopped by {signal.Signals(number).name}\n")
+    os._exit(128 + number)
+
+
+def _with_huge_pages() -> None:
+    """Starts this program again, as the same process, with malloc asking Linux for huge pages.
+
+    A CPU otherwise spends a quarter of a step on page faults.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ.update(HUGE_PAGES)
+        # Ctrl-C waits until the program that is started has a handler for it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,0 +1,252 @@
+"""What cannot be printed costs nothing, and Ctrl-C is one sentence; in processes of their own."""
+
+import io
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+from one_weight import OneWeight, saved_steps
+from small_run import ROOT, config_of
+
+from codebook_jax import build, console, sharding
+from codebook_jax.data.progress import Bar
+
+FULL = "/dev/full"
+NAME = "bïld🐱.jpg"
+
+
+def started(script, *, redirect="", environment=None, **options):
+    """A script behind a shell's redirections; both outputs are pipes otherwise."""
+    command = ["bash", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, textwrap.dedent(script)]
+    everything = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(environment or {})}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=everything,
+        cwd=ROOT,
+        **options,
+    )
+
+
+def ended(script, **options):
+    process = started(script, **options)
+    said, errors = process.communicate(timeout=120)
+    return process.returncode, said.decode(), errors.decode()
+
+
+PRINTS = f"""
+    import os, sys, warnings
+    from codebook_jax import console
+    console.keep_output()
+    for number in range(3):
+        print("{NAME}" * 5000, flush=True)
+        print("{NAME}", file=sys.stderr)
+        console.write_now("{NAME}")
+        warnings.warn("{NAME}")
+    opened = os.open(sys.argv[0] if os.path.exists(sys.argv[0]) else os.devnull, os.O_RDONLY)
+    sys.exit(0 if opened > 2 else 3)
+"""
+
+
+@pytest.mark.parametrize(
+    "redirect", [f">{FULL}", f"2>{FULL}", f">{FULL} 2>&1", ">&-", "2>&-", "<&- >&- 2>&-", "| true"]
+)
+def test_an_output_that_cannot_be_written_ends_nothing(redirect):
+    if redirect == "| true":
+        process = started(PRINTS)
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(timeout=60) == 0
+        return
+    code, _, errors = ended(PRINTS, redirect=redirect)
+    assert code == 0 and "Traceback" not in errors and "Exception" not in errors
+
+
+def test_a_terminal_that_is_closed_ends_nothing():
+    ours, theirs = os.openpty()
+    script = PRINTS.replace("for number", "sys.stdin.readline()\n    for number")
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    os.close(ours)
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
+def test_a_disk_that_has_space_again_gets_the_rest():
+    script = """
+        import os, sys
+        from codebook_jax import console
+        console.keep_output()
+        print("lost", flush=True)
+        os.dup2(2, 1)
+        print("kept", flush=True)
+    """
+    assert ended(script, redirect=f">{FULL}") == (0, "", "kept\n")
+
+
+def test_an_output_that_does_not_block_gets_all_of_it():
+    script = """
+        import os
+        from codebook_jax import console
+        os.set_blocking(1, False)
+        console.keep_output()
+        print("x" * 1_000_000)
+    """
+    assert ended(script) == (0, "x" * 1_000_000 + "\n", "")
+
+
+def test_a_name_that_an_output_has_no_letters_for_is_escaped():
+    script = f"""
+        import sys
+        from codebook_jax import console
+        console.keep_output()
+        print("{NAME}", "\\udce9.jpg")
+    """
+    code, said, _ = ended(script, environment={"PYTHONIOENCODING": "ascii"})
+    assert code == 0 and said == "b\\xefld\\U0001f431.jpg \\udce9.jpg\n"
+    code, said, _ = ended(script, environment={"PYTHONIOENCODING": "utf-8"})
+    assert code == 0 and said == f"{NAME} \\udce9.jpg\n"
+
+
+TRAINS = """
+    import os, signal, sys
+    from codebook_jax import console
+    console.begin()
+    import pytest
+    from one_weight import make_world
+    from codebook_jax import main
+    world = make_world(pytest.MonkeyPatch())
+    world.before_batch = lambda step: print("batch", step, flush=True)
+    sys.argv[1:] = ["--config=configs/base.py:tiny", "--workdir=" + os.environ["RUN"]] + [
+        f"--config.{field}" for field in ("data.global_batch=4", "train.steps=12", "log_every_steps=1",
+        "checkpoint.every_steps=4", "evaluation.every_steps=6")]
+    main.command()
+"""
+
+
+def test_a_training_whose_outputs_are_gone_is_saved_to_its_end_and_exits_0(tmp_path):
+    workdir = tmp_path / NAME
+    environment = {"RUN": str(workdir), "PYTHONIOENCODING": "ascii", "JAX_PLATFORMS": "cpu"}
+    process = started(TRAINS, redirect=f"2>{FULL}", environment=environment)
+    assert process.stdout.readline()
+    process.stdout.close()  # as head does
+    assert process.wait(timeout=120) == 0
+    assert saved_steps(workdir)[-1] == 12
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 12 + 2
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["huge pages", "started again"])
+def test_ctrl_c_while_the_command_starts_is_one_sentence(known):
+    script = """
+        import os, signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGINT)
+        from codebook_jax import console
+        console.begin()
+        print("not reached")
+    """
+    environment = dict(os.environ)
+    environment.pop("GLIBC_TUNABLES", None)
+    given = console.HUGE_PAGES if known else {}
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=environment | given | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (process.returncode, process.stdout) == (130, "")
+    assert process.stderr == "stopped by SIGINT\n"
+
+
+def test_ctrl_c_in_a_mode_lets_it_clear_up_and_a_second_one_does_not_wait():
+    script = """
+        import os, signal, time
+        from codebook_jax import console
+        console.begin()
+        try:
+            with console.interruptible():
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(60)
+                finally:
+                    print("cleared", flush=True)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+    """
+    assert ended(script) == (130, "cleared\n", "stopped by SIGINT\n")
+
+
+@pytest.mark.parametrize(
+    "asked, call, words",
+    [
+        ("gpuu", "devices.check_platforms()", ("gpuu", "did you mean gpu?", "(cpu)")),
+        ("cuda", "inference.load('.')", ("cuda", "codebook_jax[cuda]", "(cpu)")),
+    ],
+)
+def test_a_platform_that_is_not_here_is_refused_with_what_is(asked, call, words):
+    if asked == "cuda" and jax.default_backend() != "cpu":
+        pytest.skip("this machine has a GPU")
+    script = f"""
+        from codebook_jax import UserError, {call.partition(".")[0]}
+        try:
+            {call}
+        except UserError as error:
+            print(error)
+    """
+    code, said, errors = ended(script, environment={"JAX_PLATFORMS": asked})
+    assert code == 0, errors
+    assert len(said.splitlines()) == 1 and f"JAX_PLATFORMS={asked}" in said
+    assert all(word in said for word in words)
+
+
+class Pairs(list):
+    listed = 5
+
+
+def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(capsys):
+    def summary(count):
+        config = config_of(**{"data.global_batch": 8})
+        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        parts = build.Parts(config, mesh, Pairs(range(count)), range(7), None, OneWeight())
+        build.announce(parts)
+        return capsys.readouterr().out
+
+    small = summary(5)
+    assert "global_batch=8" in small and " 5 training pairs" in small and "=5 or less" in small
+    assert "warning" not in summary(8)
+
+
+def test_the_summary_of_a_run_is_short_and_names_what_validation_leaves_out(capsys):
+    config = config_of(**{"data.global_batch": 8, "evaluation.images": 3})
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    build.announce(build.Parts(config, mesh, Pairs(range(8)), range(7), None, OneWeight()))
+    print(build.whereabouts(config, Path("a run")))
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) <= 9  # and one on memory
+    assert "3 of 7 images" in said and "--logdir='a run'" in said
+
+
+def test_a_bar_leaves_an_output_that_is_a_file_alone(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with open(tmp_path / "log", "w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        bar = Bar(10, 0, "working")
+        print("a sentence", flush=True)
+        bar.stop()
+    assert (tmp_path / "log").read_text() == "a sentence\n"
