@@ -13,11 +13,15 @@ from codebook_jax.data.sources import source_of
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
 from codebook_jax.metrics import say
+from codebook_jax.workdir import check_outputs
+
+FILE = "eval.json"
 
 
 def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
     """Writes `workdir/eval.json` and prints its table; without `config` the run's own settings hold."""
     workdir = Path(workdir).absolute()
+    check_outputs(workdir, (FILE,))
     parts = build.build_trained(config, workdir)
     config = parts.config
     restored = restore_trained(parts, workdir, items=("student", "teacher"))
@@ -32,9 +36,9 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
         config,
         rerank=config.evaluation.rerank_top_k > 0,
     )
-    if jax.process_index() == 0:
-        retrieval.write_eval_json(workdir / "eval.json", results)
     say(retrieval.format_table(results))
+    if jax.process_index() == 0:
+        retrieval.write_eval_json(workdir / FILE, results)
 
 
 def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -> Restored:
