@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from codebook_jax import build
-from codebook_jax.checkpoint import Checkpoints, Restored
+from codebook_jax.checkpoint import FOLDER, Checkpoints, Restored
 from codebook_jax.data.sources import source_of
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
@@ -54,7 +54,9 @@ def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -
         except UserError:
             raise
         except Exception as failure:
+            advice = "start training again, which sets it aside and goes on from the newest good one"
+            if not (workdir / FOLDER / str(step)).exists():
+                advice = "a run that is training here has removed it, start the same command again"
             raise UserError(
-                f"the checkpoint of step {step:,} in {workdir} cannot be read ({type(failure).__name__}): "
-                "start training again, which sets it aside and goes on from the newest good one"
+                f"the checkpoint of step {step:,} in {workdir} cannot be read ({type(failure).__name__}): {advice}"
             ) from failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import importlib.metadata
@@ -103,22 +104,18 @@ def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str
     A mode calls it before it loads anything, so that no work is lost. `folder` need not exist.
     """
     with refused(folder):
-        places = {next(place for place in (folder, *folder.absolute().parents) if place.exists())}
+        write_probe(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
     for name in (*files, *folders):
-        path = folder / name
+        path, kind = folder / name, "file" if name in files else "folder"
         with refused(path):
-            kind = "file" if name in files else "folder"
             if path.exists() and path.is_dir() != (kind == "folder"):
                 raise UserError(
                     f"{path} is no {kind}, and a {kind} of this name is to be written: move it away, or give another place"
                 )
-            if path.is_dir():
-                places.add(path)
+            if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             with contextlib.suppress(FileNotFoundError):
-                os.lstat(_draft_of(path))  # too long, or below a file
-    for place in places:
-        with refused(place):
-            write_probe(place)
+                os.lstat(_draft_of(path))  # its name may be too long
 
 
 def write_probe(folder: Path) -> None:
@@ -164,9 +161,10 @@ def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> 
 
     Hidden files are nobody's. `purpose` ends a sentence: "to pack into".
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file: give a folder {purpose}")
-    names = sorted(os.listdir(workdir)) if workdir.exists() else []
+    with refused(workdir):
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir={workdir} is a file: give a folder {purpose}")
+        names = sorted(os.listdir(workdir)) if workdir.exists() else []
     if RECORD in names:
         raise UserError(
             f"--workdir={workdir} holds a training run ({RECORD}): give another folder {purpose}"

@@ -30,7 +30,6 @@ from codebook_jax.data.sources.opening import split_specs
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, open_tokenizer
 from codebook_jax.errors import UserError, refuse_below
-from codebook_jax.processes.ownership import owned
 from codebook_jax.workdir import check_folder, check_outputs, write_json, written_whole
 
 _ROWS = {  # of the table: name of a count -> what it says
@@ -60,7 +59,7 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     check_folder(workdir, outputs.is_own, "for the report")
     check_outputs(workdir, (USABLE, outputs.SKIPPED, outputs.PAGE, CHECK))
     try:
-        with stoppable(), owned(workdir), warnings.catch_warnings():
+        with stoppable(), warnings.catch_warnings():
             keep_quiet()
             return _checked(config, workdir)
     except Stopped as stop:
