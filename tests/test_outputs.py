@@ -1,5 +1,6 @@
 """What a mode will write is tried before anything is loaded, and results are shown before they are written."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -14,6 +15,7 @@ import codebook_jax
 from codebook_jax import build, check_data, evaluate, export, prepare, train
 from codebook_jax import workdir as records
 from codebook_jax.errors import UserError
+from codebook_jax.evaluate import restore_trained
 from codebook_jax.plan import PlanOptions, foresight, plan
 from codebook_jax.processes.ownership import owned
 from configs import base
@@ -161,6 +163,25 @@ def test_an_evaluation_is_shown_though_it_cannot_be_written(tmp_path, monkeypatc
     with pytest.raises(UserError, match="eval.json"):
         evaluate.evaluate(None, tmp_path)
     assert "12.34" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("there, advice", [(True, "start training again"), (False, "the same command again")])
+def test_a_checkpoint_that_training_removed_is_not_called_damaged(there, advice, tmp_path, monkeypatch):
+    step = tmp_path / "checkpoints" / "5"
+
+    class Damaged:
+        step_to_use = best_step = lambda self: 5
+
+        def restore(self, *_):
+            if not there:
+                step.rmdir()
+            raise FileNotFoundError(step)
+
+    step.mkdir(parents=True)
+    parts = SimpleNamespace(config=config_of(), task=SimpleNamespace(abstract_state=lambda: None))
+    monkeypatch.setattr(evaluate, "Checkpoints", lambda *_, **__: contextlib.nullcontext(Damaged()))
+    with pytest.raises(UserError, match=f"step 5 .*{advice}"):
+        restore_trained(parts, tmp_path, ("student",))
 
 
 def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):

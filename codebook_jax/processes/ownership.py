@@ -57,7 +57,7 @@ def owned(folder: Path, name: str = FILE) -> Iterator[None]:
     path, own = folder / name, _this_process()
     descriptor = _claim(path, own)
     left = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, descriptor, own, left), daemon=True)
+    beating = threading.Thread(target=_beat, args=(path, own, left), daemon=True)
     beating.start()
     try:
         yield
@@ -123,7 +123,7 @@ def _put(path: Path, own: Owner) -> int:
     return descriptor
 
 
-def _beat(path: Path, descriptor: int, own: Owner, left: threading.Event) -> None:
+def _beat(path: Path, own: Owner, left: threading.Event) -> None:
     for beat in itertools.count(1):
         if left.wait(BEAT_S):
             return
@@ -134,8 +134,11 @@ def _beat(path: Path, descriptor: int, own: Owner, left: threading.Event) -> Non
                 f"for {WATCH_S:.0f} s: it goes on there",
                 1,
             )
-        with contextlib.suppress(OSError):  # a disk that is full or away: whoever writes the results reports it
-            _write(descriptor, own._replace(beat=f"{beat:09}"))
+        with (
+            contextlib.suppress(OSError),  # a disk that is full or away: whoever writes the results reports it
+            open(path, "r+b") as file,  # by its name: a mounted bucket loses what is written to a renamed file
+        ):
+            _write(file.fileno(), own._replace(beat=f"{beat:09}"))
 
 
 def _is_alive(path: Path, owner: Owner, locked: bool | None) -> bool:
