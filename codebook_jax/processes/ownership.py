@@ -37,7 +37,7 @@ class Owner(NamedTuple):
 
     host: str
     pid: int
-    since: str  # for people alone
+    since: str  # for people alone, as the next
     command: str
     boot: str  # with the host a machine; empty where there is no /proc, as the next two
     pid_namespace: str
@@ -79,8 +79,8 @@ def _claim(path: Path, own: Owner) -> int:
             owner = _read(path)
             if owner is not None and _is_alive(path, owner, locked):
                 raise UserError(
-                    f"--workdir={path.parent} is in use by process {owner.pid} on {owner.host} since {owner.since} "
-                    f"({owner.command[:200]}): wait for it, end it, or give another folder"
+                    f"--workdir={path.parent} is in use by process {owner.pid} on {owner.host} since {owner.since}: "
+                    "wait for it, end it, or give another folder"
                 )
             # Another process may be writing its name just now. A child of a dead one, or a dead host, keeps the lock.
             settled = locked is not False and _is_at(path, descriptor)
