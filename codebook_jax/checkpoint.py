@@ -29,6 +29,7 @@ ITEMS = (
 REST = "rest"
 META = "meta"
 BEST = "best.json"
+FOLDER = "checkpoints"
 LEAST_ROOM = 0.9  # of a state's bytes that have to be free: floats that have learned hardly compress
 
 
@@ -52,7 +53,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path | str, *, keep: int, create: bool = True) -> None:
         self._workdir = Path(workdir).absolute()
-        self._folder = self._workdir / "checkpoints"
+        self._folder = self._workdir / FOLDER
         self._saving: int | None = None
         self._failed: list[int] = []
         self.scores: dict[int, float] = _read_scores(self._workdir / BEST)

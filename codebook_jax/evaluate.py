@@ -8,12 +8,15 @@ import jax
 import ml_collections
 
 from codebook_jax import build
-from codebook_jax.checkpoint import Checkpoints, Restored
+from codebook_jax.checkpoint import FOLDER, Checkpoints, Restored
 from codebook_jax.data.progress import Stages
 from codebook_jax.data.sources import source_of
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
 from codebook_jax.metrics import say
+from codebook_jax.workdir import check_outputs
+
+FILE = "eval.json"
 
 
 def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
@@ -23,13 +26,14 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
     them here.
     """
     workdir = Path(workdir).absolute()
+    check_outputs(workdir, (FILE,))
     images = max(0, config.evaluation.images) if config is not None else 0
     parts = build.build_trained(config, workdir)
     config = parts.config
     restored = restore_trained(parts, workdir, items=("student", "teacher"))
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test")
-    first = f", of which config.evaluation.images={images} takes the first" if images else ""
+    first = f", of which config.evaluation.images={images} takes the first" if 0 < images < len(source) else ""
     say(f"test data {spec}: {len(source):,} images{first}")
     with Stages("evaluated", silent=jax.process_index() != 0) as progress:
         results = retrieval.evaluate(
@@ -42,9 +46,9 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
             rerank=config.evaluation.rerank_top_k > 0,
             progress=progress,
         )
-    if jax.process_index() == 0:
-        retrieval.write_eval_json(workdir / "eval.json", results)
     say(retrieval.format_table(results))
+    if jax.process_index() == 0:
+        retrieval.write_eval_json(workdir / FILE, results)
 
 
 def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -> Restored:
@@ -60,7 +64,9 @@ def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -
         except UserError:
             raise
         except Exception as failure:
+            advice = "start training again, which sets it aside and goes on from the newest good one"
+            if not (workdir / FOLDER / str(step)).exists():
+                advice = "a run that is training here has removed it, start the same command again"
             raise UserError(
-                f"the checkpoint of step {step:,} in {workdir} cannot be read ({type(failure).__name__}): "
-                "start training again, which sets it aside and goes on from the newest good one"
+                f"the checkpoint of step {step:,} in {workdir} cannot be read ({type(failure).__name__}): {advice}"
             ) from failure

@@ -32,6 +32,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.inference import FOLDER, FORMAT, MANIFEST
 from codebook_jax.metrics import say
 from codebook_jax.pretrained.write import write_albef, write_huggingface
+from codebook_jax.processes.ownership import owned
 
 
 class Format(NamedTuple):
@@ -78,28 +79,21 @@ def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> Non
     if name == "codis" and parts.config.export.teacher:
         items += ("teacher",)
     folder = workdir / form.folder
-    restored = evaluate.restore_trained(parts, workdir, items)
-    first = jax.process_index() == 0
-    if first:
-        _begin(folder)
-    _together("the draft's folder is empty")
-    draft = _draft(folder)
-    try:
+    draft, first = _draft(folder), jax.process_index() == 0
+    with _alone(folder) if first else contextlib.nullcontext():
+        _together("the draft's folder is empty")
+        restored = evaluate.restore_trained(parts, workdir, items)
         if name == "codis":
             _write(draft, parts, restored, items)
         else:
             _write_for_pytorch(draft, name, parts, restored, items)
-    except BaseException:
-        if first:  # it takes the space that another try needs
-            shutil.rmtree(draft, ignore_errors=True)
-        raise
-    if first:
-        again = ", in place of the one before" if _put_in_place(folder) else ""
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
-        for line in form.use:
-            say(line.format(folder=folder))
-    _together("the export is in place")
+        if first:
+            again = ", in place of the one before" if _put_in_place(folder) else ""
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
+            for line in form.use:
+                say(line.format(folder=folder))
+        _together("the export is in place")
 
 
 def _write_for_pytorch(
@@ -179,13 +173,24 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
 
 
-def _begin(folder: Path) -> None:
-    """An empty draft, whatever an export that was killed has left."""
-    if _replaced(folder).exists() and not folder.exists():
-        _replaced(folder).rename(folder)
-    for leftover in (_draft(folder), _replaced(folder)):
-        shutil.rmtree(leftover, ignore_errors=True)
-    _draft(folder).mkdir()
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """An empty draft that no other export writes to; raises UserError where one does, or the folder cannot be replaced."""
+    records.check_outputs(folder.parent, folders=(folder.name,))
+    with owned(folder.parent, f".{folder.name}.running"):
+        if _replaced(folder).exists() and not folder.exists():
+            _replaced(folder).rename(folder)  # an export was killed
+        for leftover in (_draft(folder), _replaced(folder)):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with records.refused(folder):
+            if folder.exists():
+                folder.rename(_replaced(folder))
+                _replaced(folder).rename(folder)
+            _draft(folder).mkdir()
+        try:
+            yield
+        finally:
+            shutil.rmtree(_draft(folder), ignore_errors=True)  # it takes the space that another try needs
 
 
 def _put_in_place(folder: Path) -> bool:

@@ -246,7 +246,7 @@ def _token_chunks(
 def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     """The model of an export folder, or of a workdir that has one; see `codebook_jax.load`."""
     devices.check_platforms()
-    folder = _export_folder(Path(path).absolute())
+    folder = _export_folder(Path(os.path.expanduser(path)).absolute())
     manifest = _manifest(folder)
     if teacher and "teacher" not in manifest["items"]:
         raise UserError(

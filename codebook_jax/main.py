@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if FLAGS.mode == "plan":
             return _plan()
-        code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir))
+        code = run(FLAGS.mode, FLAGS.config, Path(os.path.expanduser(FLAGS.workdir)))
         peers.connected().leave()
         return code
     except KeyboardInterrupt:
@@ -187,6 +187,7 @@ def _plan() -> int:
     options = PlanOptions(
         **{name: FLAGS[f"plan.{name}"].value for name in PlanOptions._fields}
     )
+    options = options._replace(json=os.path.expanduser(options.json))
     os.environ |= environment(options)  # read when JAX is imported
     from codebook_jax.plan import plan
 

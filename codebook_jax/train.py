@@ -16,17 +16,19 @@ import numpy as np
 
 from codebook_jax import build, memory, modes, sharding
 from codebook_jax import workdir as records
-from codebook_jax.checkpoint import Checkpoints, Restored
+from codebook_jax.checkpoint import BEST, FOLDER, Checkpoints, Restored
+from codebook_jax.data import text
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.retrieval import counted
 from codebook_jax.interruption import Interrupted, Interruption, Stuck, patience
-from codebook_jax.metrics import Clock, Metrics, ProgressReport, say
+from codebook_jax.metrics import FILE, Clock, Metrics, ProgressReport, say
 from codebook_jax.pretrained.start import specs
 from codebook_jax.processes import peers
 from codebook_jax.processes.agreement import Agreement, Tally
 from codebook_jax.processes.joining import end
+from codebook_jax.processes.ownership import owned
 
 INPUT_BOUND_SHARE = (
     0.3  # of a step's time; prefetching keeps it near zero until the data cannot keep up
@@ -41,8 +43,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
     """
     workdir = Path(workdir).absolute()
     build.check(config)
-    records.check_writable(workdir)
-    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints, Interruption() as stop:
+    with _own_checkpoints(config, workdir) as checkpoints, Interruption() as stop:
         saved = checkpoints.steps()
         peers.connected().compare(
             "checkpoints", {"saved steps": saved}, "all hosts have to see one and the same workdir"
@@ -325,7 +326,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> No
         raise UserError(
             "config.init=random names no weights to import: give them, as --config.init=model:ALBEF.pth"
         )
-    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+    with _own_checkpoints(config, workdir) as checkpoints:
         if saved := checkpoints.steps():
             raise UserError(
                 f"--workdir={workdir} holds a run already (step {saved[-1]:,}): give another one to import into"
@@ -335,6 +336,17 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> No
         checkpoints.save(0, build.first_state(parts), meta_of(parts, 0, unreadable=0))
         checkpoints.wait()
     say(next_steps(0, workdir))
+
+
+@contextlib.contextmanager
+def _own_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[Checkpoints]:
+    """The checkpoints of a workdir that only this run writes to; raises UserError if another does, or nobody can."""
+    records.check_outputs(workdir, (records.RECORD, FILE, BEST), (FOLDER, text.FOLDER))
+    alone = owned(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        peers.connected().exchange("workdir owned", None)
+        with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+            yield checkpoints
 
 
 def meta_of(parts: build.Parts, step: int, *, unreadable: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import importlib.metadata
@@ -11,13 +12,13 @@ import os
 import platform
 import secrets
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import ml_collections
 
-from codebook_jax.errors import FULL_DISK, UserError
+from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
 
 RECORD = "config.json"
 
@@ -82,36 +83,68 @@ def write_json(path: Path | str, value: Any) -> None:
 def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[str]]:
     """A text file, in UTF-8, that gets its name once it is written to its end; `errors` are those of `open`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = _draft_of(path)
+    with refused(path, *UNREACHABLE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(draft, "w", encoding="utf-8", errors=errors, newline="\n")
     try:
-        with open(draft, "w", encoding="utf-8", errors=errors, newline="\n") as file:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
+        with refused(path, *UNREACHABLE):
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def check_writable(workdir: Path) -> None:
-    """Makes the run's folder, where it is not there; raises UserError where nothing can be written to it."""
-    try:
-        write_probe(workdir)
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise
-        raise UserError(
-            f"--workdir={workdir} cannot be written to ({error.strerror}): give a folder that can"
-        ) from error
+def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
+    """Raises UserError where one of these files and folders could not be written into `folder`; leaves nothing there.
+
+    A mode calls it before it loads anything, so that no work is lost. `folder` need not exist.
+    """
+    with refused(folder):
+        write_probe(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
+    for name in (*files, *folders):
+        path, kind = folder / name, "file" if name in files else "folder"
+        with refused(path):
+            if path.exists() and path.is_dir() != (kind == "folder"):
+                raise UserError(
+                    f"{path} is no {kind}, and a {kind} of this name is to be written: move it away, or give another place"
+                )
+            if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(_draft_of(path))  # its name may be too long
 
 
 def write_probe(folder: Path) -> None:
     """Writes a small file into the folder, and removes it; raises OSError where that fails."""
-    path = folder / f".writable-{secrets.token_hex(8)}"  # process numbers of two hosts may be the same
-    with written_whole(path) as file:
-        file.write("\n")
-    path.unlink()
+    path = folder / f".writable-{secrets.token_hex(8)}"
+    try:
+        with open(path, "xb") as file:
+            file.write(b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # two hosts may share process numbers
+
+
+@contextlib.contextmanager
+def refused(path: Path, *but: int) -> Iterator[None]:
+    """Raises UserError in place of an OSError, but for those numbers and a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (*FULL_DISK, *but):
+            raise
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): make that possible, or give another place"
+        ) from error
 
 
 def code_digest() -> str:
@@ -128,9 +161,10 @@ def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> 
 
     Hidden files are nobody's. `purpose` ends a sentence: "to pack into".
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file: give a folder {purpose}")
-    names = sorted(os.listdir(workdir)) if workdir.exists() else []
+    with refused(workdir):
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir={workdir} is a file: give a folder {purpose}")
+        names = sorted(os.listdir(workdir)) if workdir.exists() else []
     if RECORD in names:
         raise UserError(
             f"--workdir={workdir} holds a training run ({RECORD}): give another folder {purpose}"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codebook_jax import workdir as records
 from codebook_jax.check_data import check_data
 from codebook_jax.check_data.captions import compared_captions, read_captions
 from codebook_jax.check_data.findings import leak, part_of
@@ -372,6 +373,17 @@ def test_a_folder_with_other_things_is_left_alone(data, tmp_path):
         (tmp_path / name / name).write_text("{}")
         with pytest.raises(UserError, match=words):
             check_data(config_of(data), tmp_path / name)
+
+
+def test_what_was_found_is_shown_though_it_cannot_be_written(data, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    monkeypatch.setattr(records, "write_probe", lambda *_: None)
+    with pytest.raises(PermissionError):
+        check_data(config_of(data, **{"check.decode": False}), tmp_path)
+    assert "listed records" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

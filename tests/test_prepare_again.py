@@ -111,7 +111,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_bytes_of_a_packing_left_a
     assert finished == sorted(finished) and 2 < finished[-1] < 25
     server.start(source, workdir, seconds=0, processes=2)
     server.until("packed 99 of 100 listed pairs")
-    wait_for(lambda: not (workdir / ".lock").exists(), "the end")
+    wait_for(lambda: not (workdir / ".running").exists(), "the end")
     assert content(workdir) == content(tmp_path / "alone")
 
 
@@ -120,7 +120,7 @@ def test_a_signal_ends_it_with_a_sentence_and_leaves_no_process_and_no_half_shar
     workdir = tmp_path / "packed"
     pid = server.start(source, workdir, seconds=0.1, processes=2)
     wait_for(lambda: list((workdir / ".progress").glob("0*.json")), "a shard")
-    with pytest.raises(UserError, match="another process is packing into --workdir="):
+    with pytest.raises(UserError, match="--workdir=.* is in use by process"):
         pack(source, workdir)
     os.killpg(pid, signal.SIGTERM)
     said = server.until("stopped by SIGTERM")
@@ -321,11 +321,11 @@ def test_the_lock_is_free_again_after_a_refusal_and_its_file_is_gone(tmp_path):
     folder = Folder(tmp_path / "packed")
     with folder.locked():
         with (
-            pytest.raises(UserError, match="another process is packing"),
+            pytest.raises(UserError, match="is in use by process"),
             Folder(folder.path).locked(),
         ):
             pass
-        assert (folder.path / ".lock").exists()
+        assert (folder.path / ".running").exists()
     with folder.locked():
         pass
     assert list(folder.path.iterdir()) == []

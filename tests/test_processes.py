@@ -18,6 +18,7 @@ import pytest
 from small_run import ROOT, command, together
 
 from codebook_jax.metrics import read_rows
+from codebook_jax.processes.ownership import owned
 
 STEPS = 12
 CHANGES = {
@@ -171,3 +172,12 @@ def test_another_config_or_workdir_on_one_host_is_refused_by_name_before_anythin
     assert codes == [2, 2], said
     assert "is not one folder for all processes: process 1 on" in said[0]
     assert not other.exists() and os.listdir(workdir) == []
+
+
+def test_a_workdir_in_use_ends_all_processes_with_the_sentence_of_the_first(environment, tmp_path):
+    with owned(tmp_path):
+        codes, said = ends(both(tmp_path, environment(1)))
+    assert codes == [2, 1], said
+    for text in said:
+        assert f"--workdir={tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}" in text
+    assert list(tmp_path.iterdir()) == []

@@ -87,21 +87,36 @@ def test_a_straight_run_says_what_it_does_and_learns(straight):
     assert record["config"]["itm"]["groups"] == 1 and record["data"]["examples"] == 64
 
 
-def test_a_killed_run_resumed_with_two_workers_is_the_straight_run(
+def test_a_run_keeps_others_out_until_it_is_killed_and_resumed_it_is_the_straight_run(
     straight, one_device_environment, tmp_path
 ):
-    killed = subprocess.run(
-        command(tmp_path / "run"),
-        env=one_device_environment | {"FAULT": "kill:*:11"},
-        capture_output=True,
+    workdir = tmp_path / "run"
+    first = subprocess.Popen(
+        command(workdir, **{"data.workers": 1}),
+        env=one_device_environment | {"FAULT": "stop:*:11"},
+        stdout=subprocess.DEVNULL,
         cwd=ROOT,
+        start_new_session=True,
     )
-    assert killed.returncode == -signal.SIGKILL
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+    stopped = os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert stopped.si_status == signal.SIGSTOP
+    second = subprocess.run(
+        command(workdir), env=one_device_environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
+    assert f"--workdir={workdir} is in use by process {first.pid}" in second.stderr
+    evaluate.evaluate(None, workdir)
+    assert "student/dual" in json.loads((workdir / "eval.json").read_text())
+    first.kill()  # alone: its worker ends by itself
+    with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 12, "loss": 3.')
-    said = went_on(tmp_path / "run", one_device_environment, **{"data.workers": 2})
-    assert "resuming at step " in said and "data.workers=0, now 2" in said
-    assert_same_run(tmp_path / "run", straight.workdir)
+    said = went_on(workdir, one_device_environment, **{"data.workers": 2})
+    assert "resuming at step " in said and "data.workers=1, now 2" in said
+    assert "watching" not in said  # nothing is waited for
+    assert_same_run(workdir, straight.workdir)
+    first.wait()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(first.pid, 0)
 
 
 def test_sigterm_to_every_process_saves_and_the_resumed_run_is_the_straight_run(

@@ -92,7 +92,7 @@ def test_a_run_says_whether_it_came_to_its_end(world, tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_built(world, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run cannot be written to .*: give a folder that can"):
+    with pytest.raises(UserError, match="file/run cannot be written .*: .*give another place"):
         train.fit(config_of(), tmp_path / "file" / "run")
 
 

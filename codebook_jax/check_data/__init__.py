@@ -30,7 +30,7 @@ from codebook_jax.data.sources.opening import split_specs
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, open_tokenizer
 from codebook_jax.errors import UserError, refuse_below
-from codebook_jax.workdir import check_folder, write_json, written_whole
+from codebook_jax.workdir import check_folder, check_outputs, write_json, written_whole
 
 _ROWS = {  # of the table: name of a count -> what it says
     "listed": "listed records",
@@ -57,6 +57,7 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     _check(config)
     workdir = Path(workdir)
     check_folder(workdir, outputs.is_own, "for the report")
+    check_outputs(workdir, (USABLE, outputs.SKIPPED, outputs.PAGE, CHECK))
     try:
         with stoppable(), warnings.catch_warnings():
             keep_quiet()
@@ -204,13 +205,14 @@ def _write(
     leaks: list[Leak],
     verdicts: list[str],
 ) -> None:
-    """Leaves the files, and shows the table; the first of `trained` is all that is trained on."""
+    """Shows the table, and leaves the files; the first of `trained` is all that is trained on."""
     max_tokens = config.model.text.max_tokens
     parts = [*trained, *others]
     counts = [part.counts(max_tokens) for part in parts]
     root = outputs.image_root(trained[0])
     rows = [["", *(part.label for part in parts)]]
     rows += [[text, *(f"{count[name]:,}" for count in counts)] for name, text in _ROWS.items()]
+    _show(rows, leaks, verdicts)
     outputs.write_usable(workdir / USABLE, trained[1:] or trained, root)
     single = [part for part in parts if not isinstance(part.source, Mixture)]
     outputs.write_skipped(workdir / outputs.SKIPPED, single)
@@ -232,7 +234,6 @@ def _write(
             "verdicts": verdicts,
         },
     )
-    _show(rows, leaks, verdicts)
     for sentence in _advice(workdir, trained[0], root):
         print(sentence, flush=True)
 

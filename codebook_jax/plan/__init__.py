@@ -7,11 +7,13 @@ what a compiled step sends; `operations.py` its operations by part; `timing.py` 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from codebook_jax.plan.options import PlanOptions
+from codebook_jax.workdir import check_outputs
 
 
 def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, Any]:
@@ -20,6 +22,9 @@ def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, A
     Raises UserError for an unknown chip and for what does not fit together. JAX has to have that many devices:
     `options.environment` before it is imported.
     """
+    if options.json:
+        path = Path(options.json)
+        check_outputs(path.parent, (path.name,))
     from codebook_jax.plan import foresight  # JAX, after its environment is set
 
     return foresight.foresee(config, options)

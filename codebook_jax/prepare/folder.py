@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -26,9 +25,10 @@ from codebook_jax.data.manifest import (
 from codebook_jax.data.packing import Receipt, index_name, shard_name
 from codebook_jax.data.progress import Progress
 from codebook_jax.errors import UserError
-from codebook_jax.workdir import check_folder, write_json
+from codebook_jax.processes.ownership import owned
+from codebook_jax.workdir import check_folder, check_outputs, write_json
 
-LOCK, PLAN, SOURCE = ".lock", "plan.json", "source.pickle"
+PLAN, SOURCE = "plan.json", "source.pickle"
 
 
 def keep(folder: Path, shard: int, receipt: Receipt) -> None:
@@ -60,25 +60,13 @@ class Folder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from packing into the folder; raises UserError where one does."""
-        path = self.path / LOCK
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = _lock(path)
-        except PermissionError as failure:
-            raise UserError(
-                f"--workdir={self.path} cannot be written ({failure.strerror}): give a folder that can"
-            ) from failure
-        if descriptor is None:
-            raise UserError(
-                f"another process is packing into --workdir={self.path}: wait for it, or give another folder"
-            )
-        try:
-            self._sweep()
-            yield
-        finally:
-            self._sweep()  # processes that were ended leave drafts
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+        check_outputs(self.path, (MANIFEST, SKIPPED), (PROGRESS,))
+        with owned(self.path):
+            try:
+                self._sweep()
+                yield
+            finally:
+                self._sweep()  # processes that were ended leave drafts
 
     def plan(self) -> dict[str, Any] | None:
         """{"source", "options", "place"} of a packing that has not come to its end; None where there is none."""
@@ -225,20 +213,3 @@ class Folder:
 def _is_own(name: str) -> bool:
     shard = name.startswith("pairs-") and name.endswith((".array_record", ".jsonl"))
     return shard or name in (MANIFEST, SKIPPED)
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock; None where another process does."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:  # a disk without locks
-            return descriptor
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
-        os.close(descriptor)  # the process that held it has removed it meanwhile

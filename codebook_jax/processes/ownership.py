@@ -1,0 +1,241 @@
+"""One writer at a time in a folder, on this machine or another: `with owned(folder)`.
+
+A hidden file in the folder names its owner. Between processes of one machine the process number decides, which a killed
+owner cannot hold on to. The owner on another machine is alive if the file's beat moves: no clocks are compared, and a file
+system without locks, or with locks of one host alone, does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import platform
+import secrets
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from codebook_jax.errors import UserError
+from codebook_jax.processes.joining import end
+
+FILE = ".running"
+BEAT_S = 5.0
+WATCH_S = 30.0  # without a beat an owner is gone; a long parse of JSON, which lets no thread run, is shorter
+CLAIM_S = 2.0  # most that another process needs to write its name once it has the lock
+
+
+class Owner(NamedTuple):
+    """What the file says."""
+
+    host: str
+    pid: int
+    since: str  # for people alone, as the next
+    command: str
+    boot: str  # with the host a machine; empty where there is no /proc, as the next two
+    pid_namespace: str
+    started: str  # since the boot: another process of this number has another one
+    token: str
+    beat: str = "0" * 9  # of one length, so that no reader sees a part of the file
+
+
+@contextlib.contextmanager
+def owned(folder: Path, name: str = FILE) -> Iterator[None]:
+    """Keeps other processes from owning the folder; raises UserError naming the one that does.
+
+    The file goes when the block is left. If another process takes over meanwhile, because this one or its disk had
+    stopped for `WATCH_S`, this process ends at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, own = folder / name, _this_process()
+    descriptor = _claim(path, own)
+    left = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, own, left), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        left.set()
+        beating.join(BEAT_S)  # a disk that hangs keeps it
+        if _is(_read(path), own):
+            with contextlib.suppress(OSError):  # whoever comes next sees that this process is gone
+                path.unlink()
+        os.close(descriptor)
+
+
+def _claim(path: Path, own: Owner) -> int:
+    """An open file at `path` that names this process and is locked; raises UserError where another process owns it."""
+    end_of_patience = time.monotonic() + CLAIM_S
+    while True:
+        with _opened(path) as descriptor:
+            locked = _lock(descriptor)
+            owner = _read(path)
+            if owner is not None and _is_alive(path, owner, locked):
+                raise UserError(
+                    f"--workdir={path.parent} is in use by process {owner.pid} on {owner.host} since {owner.since}: "
+                    "wait for it, end it, or give another folder"
+                )
+            # Another process may be writing its name just now. A child of a dead one, or a dead host, keeps the lock.
+            settled = locked is not False and _is_at(path, descriptor)
+            if (settled or time.monotonic() > end_of_patience) and _is(_read(path), owner):
+                return _put(path, own)
+        time.sleep(0.1)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except PermissionError:  # another user's
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _put(path: Path, own: Owner) -> int:
+    """A new file in place of the one at `path`, whose lock a child of a dead process, or a dead host, may still have."""
+    draft = path.with_name(f"{path.name}.{own.token}")
+    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        _lock(descriptor)
+        _write(descriptor, own)
+        draft.replace(path)
+    except BaseException:
+        os.close(descriptor)
+        draft.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+def _beat(path: Path, own: Owner, left: threading.Event) -> None:
+    for beat in itertools.count(1):
+        if left.wait(BEAT_S):
+            return
+        owner = _read(path)
+        if owner is not None and not _is(owner, own) and not left.is_set():
+            end(
+                f"process {owner.pid} on {owner.host} has taken over --workdir={path.parent}, since nothing was heard of this one "
+                f"for {WATCH_S:.0f} s: it goes on there",
+                1,
+            )
+        with (
+            contextlib.suppress(OSError),  # a disk that is full or away: whoever writes the results reports it
+            open(path, "r+b") as file,  # by its name: a mounted bucket loses what is written to a renamed file
+        ):
+            _write(file.fileno(), own._replace(beat=f"{beat:09}"))
+
+
+def _is_alive(path: Path, owner: Owner, locked: bool | None) -> bool:
+    here = _this_process()
+    if (owner.host, owner.boot) == (here.host, here.boot):
+        if owner.pid_namespace == here.pid_namespace:
+            return _runs(owner)
+        if locked:  # another container of this machine: the kernel has let go of its lock
+            return False
+    return _beats(path, owner)
+
+
+def _beats(path: Path, owner: Owner) -> bool:
+    """Whether the owner is seen to be alive; it may also leave meanwhile, or be another process then."""
+    print(
+        f"--workdir={path.parent} was in use by process {owner.pid} on {owner.host}, which has not left it: "
+        f"watching for {WATCH_S:.0f} s whether it is alive",
+        flush=True,
+    )
+    last = time.monotonic() + WATCH_S
+    while time.monotonic() < last:
+        time.sleep(min(0.5, WATCH_S / 10))
+        os.listdir(path.parent)  # makes a network file system ask its server
+        now = _read(path)
+        if now is None and path.exists():  # a network file system shows a part
+            continue
+        if not _is(now, owner):
+            return False
+        if now.beat != owner.beat:
+            return True
+    return False
+
+
+def _runs(owner: Owner) -> bool:
+    """Whether a process of this machine runs; one that ended and was not waited for does not."""
+    try:
+        state, started = _status(owner.pid)
+        return state not in "ZX" and started == owner.started
+    except OSError:
+        pass
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _this_process() -> Owner:
+    boot = namespace = started = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+        started = _status(os.getpid())[1]
+    return Owner(
+        host=platform.node(),
+        pid=os.getpid(),
+        since=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=shlex.join(sys.orig_argv),
+        boot=boot,
+        pid_namespace=namespace,
+        started=started,
+        token=secrets.token_hex(8),
+    )
+
+
+def _status(pid: int) -> tuple[str, str]:
+    """(state, start in ticks since the boot) of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]
+
+
+def _is(one: Owner | None, other: Owner | None) -> bool:
+    return (one and one.token) == (other and other.token)
+
+
+def _read(path: Path) -> Owner | None:
+    """What the file says; None where it says nothing, or is not there."""
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(descriptor: int, owner: Owner) -> None:
+    os.pwrite(descriptor, json.dumps(owner._asdict()).encode(), 0)
+    os.fsync(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Whether this process has the lock of an open file now; None where the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

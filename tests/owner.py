@@ -1,0 +1,35 @@
+"""A process that owns a folder until its standard input ends: `owner.py FOLDER`, what tests start.
+
+In its environment HOST is the name of its machine, PID_NAMESPACE that of its container; FORKS has it leave a child behind.
+"""
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from codebook_jax.errors import UserError
+from codebook_jax.processes import ownership
+
+BEAT_S, WATCH_S = 0.2, 2.0
+
+
+def main():
+    ownership.BEAT_S, ownership.WATCH_S = BEAT_S, WATCH_S
+    if host := os.environ.get("HOST"):
+        platform.node = lambda: host
+    if namespace := os.environ.get("PID_NAMESPACE"):
+        os.readlink = lambda path: namespace
+    try:
+        with ownership.owned(Path(sys.argv[1])):
+            if os.environ.get("FORKS") and not os.fork():
+                time.sleep(60)
+            print("owns", flush=True)
+            sys.stdin.read()
+    except UserError as refusal:
+        print(f"refused: {refusal}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
