@@ -19,7 +19,14 @@ from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.text import Tokenizer, open_tokenizer, tokenizer_for_run
+from codebook_jax.data.text import (
+    Tokenizer,
+    open_tokenizer,
+    said_unknown,
+    spelling,
+    tokenizer_for_run,
+    unknown_in,
+)
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import Progress
@@ -85,6 +92,7 @@ def build_training(
         workdir,
         None if saved and specs(config.init) else source,  # its words came with the weights
         config.data.tokenizer_vocabulary,
+        **spelling(config.data),
     )
     words = tokenizer.vocabulary.size
     facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": words}
@@ -248,6 +256,8 @@ def announce(parts: Parts) -> None:
     say(f"training data {config.data.train}{note}")
     for sentence in amount(parts.source, config.data.global_batch, config.train.steps):
         say(sentence)
+    unknown, records = unknown_in(parts.source, parts.tokenizer)
+    say(said_unknown(unknown, f"the captions of {records:,} of the pairs"))
     if not built_in and config.data.eval.split(":")[0] == "scenes":
         say("validation uses the built-in synthetic scenes: name your own with --config.data.eval")
     if config.evaluation.images == -1 and retrieval.images_to_evaluate(config) < 1000:
