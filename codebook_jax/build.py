@@ -20,7 +20,14 @@ from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.text import Tokenizer, open_tokenizer, tokenizer_for_run
+from codebook_jax.data.text import (
+    Tokenizer,
+    open_tokenizer,
+    said_unknown,
+    spelling,
+    tokenizer_for_run,
+    unknown_in,
+)
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import Progress
@@ -86,6 +93,7 @@ def build_training(
         workdir,
         None if saved and specs(config.init) else source,  # its words came with the weights
         config.data.tokenizer_vocabulary,
+        **spelling(config.data),
     )
     words = tokenizer.vocabulary.size
     facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": words}
@@ -247,15 +255,14 @@ def announce(parts: Parts) -> None:
     say(
         f"model       {config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained parameters\n"
         f"devices     {devices} device{'s' * (devices != 1)} ({mesh.devices.flat[0].device_kind}), "
-        f"{processes} process{'es' * (processes > 1)}\n"
+        f"{processes} process{'es' * (processes > 1)}; a batch of {batch} pairs = {shards} data shards x "
+        f"{batch // shards} (accumulation {config.optimizer.accumulation})\n"
         f"data        {_named(config.data.train)}"
     )
     for sentence in amount(parts.source, batch, config.train.steps):
         say(f"            {sentence}")
-    say(
-        f"batch       {batch} pairs = {shards} data shards x {batch // shards} "
-        f"(accumulation {config.optimizer.accumulation})"
-    )
+    unknown, records = unknown_in(parts.source, parts.tokenizer)
+    say(f"words       {said_unknown(unknown, f'the captions of {records:,} of the pairs')}")
     say(f"validation  {_validation(parts)}")
     if len(parts.source) < batch:
         say(

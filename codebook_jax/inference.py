@@ -23,7 +23,13 @@ from codebook_jax.ambient import key_of
 from codebook_jax.checkpoint import read_arrays
 from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
-from codebook_jax.data.text import Tokenizer, Vocabulary, tokenizer_for_run
+from codebook_jax.data.text import (
+    Tokenizer,
+    Vocabulary,
+    few_words,
+    has_words,
+    tokenizer_for_run,
+)
 from codebook_jax.errors import UserError
 from codebook_jax.given import Picture, Pictures, Texts, as_pictures, as_texts, pixels_of
 from codebook_jax.models import codis
@@ -50,7 +56,7 @@ class Codis:
     [height, width, 3] or [height, width], or one array [images, height, width, 3]. They are read as in the
     evaluation: upright, on white, the whole picture resized to the model's square. Arrays that are not uint8 are
     refused, since their range cannot be known. Wherever it takes texts: one or a list of strings. Texts longer than
-    the model reads lose their end, with a warning. What cannot be read raises UserError and names which one.
+    the model reads lose their end, with a warning, and there is one for words that the tokenizer does not know. What cannot be read raises UserError and names which one.
     """
 
     def __init__(
@@ -217,10 +223,11 @@ class Codis:
     def _tokenised(
         self, texts: list[str]
     ) -> tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, "texts"]]:
-        """Tokens and lengths; warns of ends left out."""
+        """Tokens and lengths; warns of ends left out, and of unknown words."""
         most = self.config.model.text.max_tokens
         tokens, lengths, truncated = self._tokenizer.encode(texts, most)
-        wordless = np.flatnonzero(lengths <= 2)  # [CLS] [SEP]
+        worded = np.array([has_words(text) for text in texts], bool)
+        wordless = np.flatnonzero((lengths <= 2) | ~worded)  # [CLS] [SEP]
         if len(wordless):
             raise UserError(
                 f"text {wordless[0]}, {texts[wordless[0]]!r}, has no words: leave it out"
@@ -229,6 +236,12 @@ class Codis:
             warnings.warn(
                 f"{truncated:,} of {len(texts):,} texts are longer than the {most} tokens that this model reads: "
                 "their ends are left out",
+                stacklevel=3,
+            )
+        if self._tokenizer.unknown(tokens, lengths).count:
+            words = self._tokenizer.unknown_words(texts)
+            warnings.warn(
+                f"this model's tokenizer does not know {few_words(words)}: they all read as the same unknown word",
                 stacklevel=3,
             )
         return tokens, lengths

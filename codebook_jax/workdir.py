@@ -42,11 +42,14 @@ RULES = (
     ("free", "prepare.*", "check.*"),
     ("fixed", "task", "size", "seed", "init", "model.*", "codebook.size", "queue.size", "itm.groups"),
     ("fixed", "data.train", "data.scenes_examples", "data.global_batch"),
-    ("fixed", "data.tokenizer", "data.tokenizer_vocabulary"),
+    ("fixed", "data.tokenizer", "data.tokenizer_*"),
     ("learned", "*"),
 )
 # The workdir's tokenizer was made from these, so they hold even before the first checkpoint.
-TOKENIZER_FIELDS = ("data.train", "data.tokenizer", "data.tokenizer_vocabulary", "init")
+TOKENIZER_FIELDS = (
+    *("data.train", "data.tokenizer", "data.tokenizer_vocabulary", "init"),
+    *("data.tokenizer_lowercase", "data.tokenizer_strip_accents"),
+)
 # Fields that runs of before have not, with the value that means what those did.
 LATER = {
     "init": "random",
@@ -55,6 +58,8 @@ LATER = {
     "data.path_map": "",
     "data.damaged_shards": "refuse",
     "data.patience_s": 600.0,
+    "data.tokenizer_lowercase": True,
+    "data.tokenizer_strip_accents": False,  # theirs did: they keep it, and go on by the same command
     "export.format": "codis",
     "model.image.mlp_width": 0,
     "model.text.mlp_width": 0,

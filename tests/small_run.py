@@ -24,7 +24,7 @@ SMALL = {
     "queue.size": 32,
     "data.global_batch": 8,
     "data.scenes_examples": 64,
-    "data.tokenizer_vocabulary": 200,
+    "data.tokenizer_vocabulary": 500,
     "data.threads": 1,
     "data.prefetch": 2,
     "optimizer.warmup_steps": 5,

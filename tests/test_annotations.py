@@ -62,7 +62,7 @@ def test_coco_has_a_record_an_image_with_all_its_captions(tmp_path):
         ]
         assert source.listed == 3
         assert source.left_out == [
-            ("COCO_val2014_000000000074.jpg", f"{path} images[2] has no caption")
+            ("COCO_val2014_000000000074.jpg", f"{path} images[2] has no caption with words")
         ]
     assert open_it(f"coco:{path}")[0].image == str(path.parent / "COCO_val2014_000000000042.jpg")
 

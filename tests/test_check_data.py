@@ -202,8 +202,9 @@ def test_captions_are_counted_by_tokens_and_by_the_pictures_that_share_them(data
     assert captions.repeated == 8 and captions.most_repeated[0].images == 8
     assert captions.most_repeated[0].caption == "a picture <script>alert1< script>"
     _, lengths, _ = tokenizer.encode(["number 1", SCRIPT], 100)
-    assert captions.lengths[lengths[0]] >= 2 and captions.truncated(lengths[1] - 1) == 8
-    assert captions.truncated(lengths[1]) == 0
+    assert captions.lengths[lengths[0]] >= 2 and captions.lengths[lengths[1]] == 8
+    assert captions.truncated(lengths[1] - 1) == 8 + captions.truncated(lengths[1])
+    assert captions.truncated(32) == 0 and captions.unknown.count == 0 < captions.unknown.tokens
 
 
 def test_without_decoding_files_are_only_looked_for(data, tmp_path):

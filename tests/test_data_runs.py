@@ -43,7 +43,7 @@ def test_a_run_on_files_of_which_some_are_bad_ends_and_counts_each_once_an_epoch
         "data.train": source,
         "data.eval": source,
         "data.max_bad_rate": 0.02,
-        "data.tokenizer_vocabulary": 200,
+        "data.tokenizer_vocabulary": 500,
         "train.steps": 63,  # an epoch of 504 at batch 8
         "checkpoint.every_steps": 20,
         "evaluation.every_steps": 0,

@@ -18,6 +18,7 @@ from small_run import ROOT, SMALL
 import codebook_jax
 from codebook_jax import build, evaluate, export, figures, inference
 from codebook_jax.data.images import resize_square
+from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 
 TEXTS = ["a red circle above a blue star", "a green ring", "a large moon left of a small cross"]
@@ -201,6 +202,25 @@ def test_a_text_that_is_cut_is_reported(model):
         model.match(np.zeros((4, 4, 3), np.uint8), LONG)
 
 
+def test_words_that_no_caption_had_have_features_of_their_own(model, recwarn):
+    features = model.encode_text(["xylophone", "红", "🙂", "फूल", "फल"])
+    alike = features @ features.T - np.eye(5)
+    assert alike.max() < 1 - 1e-5 and not recwarn.list
+
+
+def test_words_that_a_tokenizer_does_not_know_are_named(exported, tmp_path):
+    fresh = codebook_jax.load(exported.folder)
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "star"]))
+    (given / "config.json").write_text('{"model_type": "bert"}')
+    fresh._tokenizer = tokenizer_for_run(str(given), tmp_path / "run", None, 0)
+    with pytest.warns(UserWarning, match="'xylophone', '红'") as caught:
+        features = fresh.encode_text(["xylophone", "star", "红"])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    np.testing.assert_allclose(features[0], features[2], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "call, sentence",
     [
@@ -223,6 +243,7 @@ def test_a_text_that_is_cut_is_reported(model):
         (lambda m: m.encode_text(["a", None]), "text 1 is a NoneType"),
         (lambda m: m.encode_text(None), "texts=None cannot be read"),
         (lambda m: m.encode_text(["a star", "?!"]), "text 1, '\\?!', has no words"),
+        (lambda m: m.encode_text(["a star", "…。"]), "text 1, '…。', has no words"),
         (lambda m: m.match([b""] * 2, ["a"] * 3), "2 images and 3 texts are no pairs"),
         (lambda m: m.codes(), "either images=... or texts=..."),
         (lambda m: m.codes(texts="a", top_k=17), "top_k=17 is not between 1 and the 16 codewords"),

@@ -134,8 +134,8 @@ def test_rows_without_a_picture_or_a_caption_are_left_out_and_counted(tmp_path, 
     assert [len(source), source.listed] == [6, 10]
     what = f"hf:{tmp_path}/p/a.parquet row"
     assert list(source.left_out) == [
-        (f"{what} 1", f"{what} 1 has no caption"),
-        (f"{what} 2", f"{what} 2 has no caption"),
+        (f"{what} 1", f"{what} 1 has no caption with words"),
+        (f"{what} 2", f"{what} 2 has no caption with words"),
         (f"{what} 3", f"{what} 3 has no image"),
         (f"{what} 8", f"{what} 8 has no image"),
     ]

@@ -17,7 +17,6 @@ from test_start import VOCABULARY, one_mesh, refusal, sizes, started
 
 from codebook_jax import build, evaluate, export, sharding, train
 from codebook_jax.checkpoint import Checkpoints, read_arrays
-from codebook_jax.data import text
 from codebook_jax.errors import UserError
 from codebook_jax.pretrained import start, write
 from codebook_jax.tasks import pretrain
@@ -32,8 +31,12 @@ def albef(tmp_path_factory):
     with np.load(GOLDEN) as stored:
         weights = {name[6:]: stored[name] for name in stored.files if name.startswith("state/")}
     save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, folder / "albef.safetensors")
-    captions = [" ".join(f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst")]
-    text._in_transformers(text.train_vocabulary(captions, 101)).save_pretrained(folder / "words")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    words += [f"{a}{b}" for a in "aeio" for b in letters[1:12]]
+    (folder / "words").mkdir()
+    (folder / "words" / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "words" / "config.json").write_text('{"model_type": "bert"}')
     return SimpleNamespace(file=folder / "albef.safetensors", tokenizer=folder / "words", weights=weights)
 
 

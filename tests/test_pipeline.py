@@ -238,6 +238,17 @@ def test_every_caption_of_a_record_is_drawn_as_often(stream, tokenizer):
     assert len(words) == 3 and counts.min() > 0.28 * counts.sum()
 
 
+def test_a_picture_whose_caption_has_an_unclear_side_is_not_flipped_and_no_other_draw_changes(stream):
+    sides = {name: Numbered(20, captions=(name,)) for name in ("on the left", "a dog", "all left")}
+    place, none, unclear = (taken(stream(source, flip=True), 5) for source in sides.values())
+    for batch, plain, kept in zip(place, none, unclear, strict=True):
+        assert batch.flip.any() and not kept.flip.any()
+        np.testing.assert_array_equal(batch.flip, plain.flip)
+        np.testing.assert_array_equal(batch.image, kept.image)
+        np.testing.assert_array_equal(batch.teacher_image, kept.teacher_image)
+        np.testing.assert_array_equal(kept.tokens, np.repeat(kept.tokens[:1], BATCH, axis=0))
+
+
 def test_a_flip_is_drawn_for_half_the_rows_and_swaps_left_and_right_before_the_tokens(
     stream, tokenizer
 ):

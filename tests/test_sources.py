@@ -145,7 +145,7 @@ def test_entries_without_a_caption_are_left_out_and_counted(tmp_path):
     source = open_it(f"json:{write(tmp_path, [*ALBEF, *empty, {'image': 'e.jpg', 'caption': ['', 'six']}])}")
     assert [len(source), source.listed] == [5, 10]
     assert [name for name, _ in source.left_out] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg"]
-    assert source.left_out[0][1].endswith("pairs.json[4] has no caption")
+    assert source.left_out[0][1].endswith("pairs.json[4] has no caption with words")
     assert source[4].captions == ("six",) and source.name(4) == "e.jpg"
 
 

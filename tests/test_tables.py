@@ -41,7 +41,7 @@ def test_a_table_is_read_by_the_names_its_first_row_has(tmp_path, form, separato
     assert captions(source) == [(ROWS[n][1],) for n in (0, 1, 2, 4)]
     assert [record.image_id for record in records(source)] == [0, 1, 0, 2]
     assert source.listed == 5 and [name for name, _ in source.left_out] == ["d.jpg"]
-    assert source.left_out[0][1].endswith("line 6 has no caption")  # one row before it takes two
+    assert source.left_out[0][1].endswith("line 6 has no caption with words")  # one row before it takes two
 
 
 def test_rows_of_one_image_are_one_record_to_evaluate(tmp_path):

@@ -28,7 +28,7 @@ from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.opening import split_specs
 from codebook_jax.data.stop import Stopped, stoppable
-from codebook_jax.data.text import Tokenizer, open_tokenizer
+from codebook_jax.data.text import Tokenizer, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError, refuse_below
 from codebook_jax.workdir import check_folder, check_outputs, write_json, written_whole
 
@@ -46,6 +46,8 @@ _ROWS = {  # of the table: name of a count -> what it says
     "captions": "captions",
     "truncated": "longer than is read",
     "repeated": "of several pictures",
+    "tokens": "tokens",
+    "unknown_tokens": "unknown tokens",
 }
 
 
@@ -71,7 +73,11 @@ def _checked(config: ml_collections.ConfigDict, workdir: Path) -> int:
     sources = _sources(config)
     damaged = _damaged_shards(config)
     tokenizer, _ = open_tokenizer(
-        config.data.tokenizer, workdir, sources["training"], config.data.tokenizer_vocabulary
+        config.data.tokenizer,
+        workdir,
+        sources["training"],
+        config.data.tokenizer_vocabulary,
+        **spelling(config.data),
     )
     parts = {label: _parts(config, label, source, tokenizer) for label, source in sources.items()}
     training, *_ = trained = parts.pop("training")
@@ -241,7 +247,10 @@ def _write(
 def _advice(workdir: Path, training: Part, root: str | None) -> list[str]:
     """How to go on."""
     usable, listed = int(training.usable_records.sum()), training.source.listed
-    sentences = [f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})"]
+    sentences = [
+        f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})",
+        said_unknown(training.captions.unknown, "all training captions"),
+    ]
     if root is not None:
         sentences.append(f"train with --config.data.train=json:{workdir / USABLE}")
     elif usable:

@@ -9,9 +9,8 @@ import numpy as np
 
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.texts import short_hash
-from codebook_jax.data.text import Tokenizer, clean
+from codebook_jax.data.text import LONGEST, Tokenizer, Unknown, clean
 
-LONGEST = 512  # tokens that are told apart
 _AT_ONCE = 4096  # captions
 
 
@@ -21,6 +20,8 @@ class Said(NamedTuple):
     lengths: np.ndarray  # int64 [LONGEST + 1], how many captions have so many tokens, [CLS] and [SEP] included
     keys: np.ndarray  # uint64 [captions], of the text
     records: np.ndarray  # int64 [captions]
+    silent: np.ndarray  # bool [records]: no caption of which the tokenizer makes a token; the others count nowhere
+    unknown: Unknown  # tokens
 
 
 class Repeated(NamedTuple):
@@ -36,6 +37,7 @@ class Captions(NamedTuple):
     lengths: np.ndarray  # int64 [LONGEST + 1], as of Said
     repeated: int  # captions that more than one picture has
     most_repeated: list[Repeated]
+    unknown: Unknown
 
     @property
     def count(self) -> int:
@@ -53,6 +55,7 @@ def read_captions(
     lengths = np.zeros(LONGEST + 1, np.int64)
     keys: list[np.ndarray] = [np.empty(0, np.uint64)]
     records: list[np.ndarray] = [np.empty(0, np.int64)]
+    silent, unknown = np.ones(len(source), bool), np.zeros(2, np.int64)
     texts, owners = [], []
     told = 0
     for record in range(len(source)):
@@ -60,13 +63,26 @@ def read_captions(
             texts.append(caption)
             owners.append(record)
         if len(texts) >= _AT_ONCE or record + 1 == len(source):
-            _, tokens, _ = tokenizer.encode(texts, LONGEST)
-            lengths += np.bincount(tokens, minlength=LONGEST + 1)
+            texts, owners = _readable(tokenizer, texts, owners)
+            tokens, counts, _ = tokenizer.encode(texts, LONGEST)
+            lengths += np.bincount(counts, minlength=LONGEST + 1)
+            unknown += tokenizer.unknown(tokens, counts)
             keys.append(np.array([short_hash(clean(text)) for text in texts], np.uint64))
             records.append(np.array(owners, np.int64))
+            silent[owners] = False
             tell(record + 1 - told)
             texts, owners, told = [], [], record + 1
-    return Said(lengths, np.concatenate(keys), np.concatenate(records))
+    return Said(
+        lengths, np.concatenate(keys), np.concatenate(records), silent, Unknown(*unknown.tolist())
+    )
+
+
+def _readable(
+    tokenizer: Tokenizer, texts: list[str], owners: list[int]
+) -> tuple[list[str], list[int]]:
+    read = set(tokenizer.readable(texts))
+    kept = [(text, owner) for text, owner in zip(texts, owners, strict=True) if text in read]
+    return [text for text, _ in kept], [owner for _, owner in kept]
 
 
 def joined_captions(parts: Sequence[Said], starts: Sequence[int]) -> Said:
@@ -75,6 +91,8 @@ def joined_captions(parts: Sequence[Said], starts: Sequence[int]) -> Said:
         np.sum([part.lengths for part in parts], axis=0),
         np.concatenate([part.keys for part in parts]),
         np.concatenate([part.records + start for part, start in zip(parts, starts, strict=True)]),
+        np.concatenate([part.silent for part in parts]),
+        Unknown(*np.sum([part.unknown for part in parts], axis=0).tolist()),
     )
 
 
@@ -98,4 +116,4 @@ def compared_captions(said: Said, source: Source, which: np.ndarray, *, examples
             captions = map(clean, source.captions(record))
             caption = next(one for one in captions if short_hash(one) == text)
             found.append(Repeated(caption, of_images))
-    return Captions(said.lengths, repeated, found)
+    return Captions(said.lengths, repeated, found, said.unknown)

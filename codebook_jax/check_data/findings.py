@@ -47,14 +47,14 @@ class Part(NamedTuple):
     @property
     def usable_records(self) -> np.ndarray:
         """bool [records]"""
-        return self.images.usable[self.images.which]
+        return self.images.usable[self.images.which] & ~self.said.silent
 
     def counts(self, max_tokens: int) -> dict[str, int]:
         """The numbers of the report, by name."""
         status = {kind: int((self.images.status == kind).sum()) for kind in Status}
         return {
             "listed": self.source.listed,
-            "without_caption": len(self.source.left_out),
+            "without_caption": len(self.source.left_out) + int(self.said.silent.sum()),
             "usable": int(self.usable_records.sum()),
             "images": len(self.images.first),
             "missing": status[Status.MISSING],
@@ -66,6 +66,8 @@ class Part(NamedTuple):
             "captions": self.captions.count,
             "truncated": self.captions.truncated(max_tokens),
             "repeated": self.captions.repeated,
+            "tokens": self.captions.unknown.tokens,
+            "unknown_tokens": self.captions.unknown.count,
         }
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.sources import Source
+from codebook_jax.data.sources.record import WithoutCaption
 from codebook_jax.data.sources.texts import numbered, short_hash
 from codebook_jax.data.stop import serve_parent
 from codebook_jax.errors import UserError
@@ -195,6 +196,8 @@ def _work(records: list[int]) -> list[_Found]:
 def _inspect(source: Source, record: int, decode: bool, least_side_px: int) -> _Found:
     try:
         image, _, image_id = source[record]
+    except WithoutCaption:  # `read_captions` finds it too, and counts it
+        return _Found(Status.USABLE)
     except UnreadableImage as failure:
         return _Found(Status.UNDECODABLE, reason=str(failure))
     found = _unreadable(image) if isinstance(image, str) else None

@@ -13,6 +13,7 @@ import numpy as np
 from codebook_jax.check_data.findings import Part
 from codebook_jax.check_data.inspection import is_of_files
 from codebook_jax.data.sources.json_files import CHECK, USABLE
+from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.workdir import written_whole
 
@@ -61,7 +62,9 @@ def write_skipped(path: Path, parts: Sequence[Part]) -> None:
 
 def _unusable(part: Part) -> Iterator[tuple[str, str]]:
     for record in np.flatnonzero(~part.usable_records).tolist():
-        yield part.source.name(record), part.images.reasons[int(part.images.which[record])]
+        image = int(part.images.which[record])
+        name = part.source.name(record)
+        yield name, part.images.reasons.get(image) or f"{name} {NO_CAPTION}"
 
 
 def _pair(part: Part, record: int, root: str, first_id: int) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from absl import flags
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.crops import random_crops
 from codebook_jax.data.images import Picture, UnreadableImage
+from codebook_jax.data.mirror import mirrored
 from codebook_jax.data.sources import Record, Source
 from codebook_jax.data.sources.mixture import training_order
 from codebook_jax.data.stop import serve_parent
-from codebook_jax.data.text import Tokenizer, swap_left_right
+from codebook_jax.data.text import UNREAD, Tokenizer
 from codebook_jax.errors import UserError, refuse_below
 
 MOST_SUBSTITUTES = 1000  # records in a row that may be unreadable
@@ -57,7 +58,7 @@ def training_batches(
 
     An epoch shows every record of the source once, in a new order, and the next goes on within the same batch. One
     caption of a record is drawn. With `flip`, half the rows are to be mirrored on the device, and left and right
-    change places in their captions. `teacher_view` is "independent" (its own crop of the same image) or "same".
+    change places in their captions; not those of a caption that `mirrored` finds unclear. `teacher_view` is "independent" (its own crop of the same image) or "same".
 
     A record whose image cannot be read gives way to the next one in the source. Raises UserError for settings that
     cannot be run with, and from `next` when nothing can be read.
@@ -264,9 +265,10 @@ class _Maker:
         for further in range(min(len(self.source), MOST_SUBSTITUTES)):
             example = (first + further) % len(self.source)
             rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, position]))
-            drawn, mirrored = rng.random(2)
+            drawn, flipped = rng.random(2)
             try:
                 record = self.source[example]
+                caption = self._drawn_caption(record, drawn, example)
                 random_crops(
                     Picture(record.image),
                     rng,
@@ -279,14 +281,20 @@ class _Maker:
             except UnreadableImage as error:
                 reasons.append(str(error))
                 continue
-            flip = self.flip and bool(mirrored < 0.5)
-            caption = record.captions[int(drawn * len(record.captions))]
-            caption = swap_left_right(caption) if flip else caption
-            return _Row(example, record, caption, flip, reasons)
+            other = mirrored(caption) if self.flip and flipped < 0.5 else None
+            flip = other is not None
+            return _Row(example, record, other if flip else caption, flip, reasons)
         raise UserError(
-            f"{self.source!r}: none of {len(reasons):,} images in a row could be read (first: {reasons[0]}): "
+            f"{self.source!r}: none of {len(reasons):,} pairs in a row could be read (first: {reasons[0]}): "
             "check config.data.image_root and the files"
         )
+
+    def _drawn_caption(self, record: Record, drawn: float, example: int) -> str:
+        """One of the captions that the tokenizer makes something of; raises UnreadableImage where there is none."""
+        captions = self.tokenizer.readable(record.captions)
+        if not captions:
+            raise UnreadableImage(f"{self.source.name(example)} {UNREAD}")
+        return captions[int(drawn * len(captions))]
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:

@@ -7,15 +7,17 @@ import os
 import platform
 import re
 import shutil
-from collections import Counter
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ml_collections
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 
+from codebook_jax.data.vocabulary import CLS, MASK, PAD, SEP, UNKNOWN, train_vocabulary, whole
 from codebook_jax.errors import UserError
 from codebook_jax.network import hub_reachable
 
@@ -24,11 +26,16 @@ if TYPE_CHECKING:
 
 FOLDER = "tokenizer"  # in a workdir
 MOST_CAPTIONS_READ = 200_000  # to train a vocabulary
-MOST_LETTERS = 1000  # of a trained vocabulary
-PAD, UNKNOWN, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"  # BERT
+SAMPLED = 2000  # captions that the share of unknown tokens is told by
+MOST_UNKNOWN = 0.01  # share of tokens, above which there is a warning
+UNREAD = "has no caption of which the tokenizer makes a token"
+LONGEST = 512  # tokens of a caption that are told apart
 
 _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
-_SIDE = re.compile(r"\b(left|right)(?=(?:s|most|ward|wards|hand|handed|side)?\b)", re.IGNORECASE)
+_LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # the four are letters that show nothing
+_SHOWS_NOTHING = "\ufffd\u2800\u115f\u1160"  # the first is what a lost encoding leaves
+_NAMED = 5  # unknown words
+_CLEANS = "cleans_captions"  # in tokenizer_config.json: what we train needs no `clean`; runs of before have it not
 
 
 class Vocabulary(NamedTuple):
@@ -45,16 +52,25 @@ class Vocabulary(NamedTuple):
 class Tokenizer:
     """Captions to tokens. It can be pickled, and used from several threads."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
-        self._tokenizer = tokenizer
-        self.vocabulary = vocabulary
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        vocabulary: Vocabulary,
+        *,
+        unknown_id: int | None = None,
+        cleans: bool = False,
+    ) -> None:
+        """`unknown_id` (None: it has none) stands for words that it does not know; `cleans`: it cleans captions itself."""
+        self._tokenizer, self._cleans = tokenizer, cleans
+        self._prepared = whole if cleans else clean
+        self.vocabulary, self.unknown_id = vocabulary, unknown_id
 
     def encode(
         self, captions: Sequence[str], max_tokens: int
     ) -> tuple[Int[np.ndarray, "captions tokens"], Int[np.ndarray, "captions"], int]:
         """Tokens ([CLS] words [SEP], padded), how many are not padding, and how many captions lost their end."""
         pad, cls, sep = self.vocabulary.pad_id, self.vocabulary.cls_id, self.vocabulary.sep_id
-        texts = [clean(caption) for caption in captions]
+        texts = [self._prepared(caption) for caption in captions]
         # Cut and padded here: the tokenizer's own way is a setting of an object that threads share.
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens = np.full((len(captions), max_tokens), pad, np.int32)
@@ -68,32 +84,67 @@ class Tokenizer:
             lengths[row] = len(ids)
         return tokens, lengths, truncated
 
+    def readable(self, captions: Sequence[str]) -> Sequence[str]:
+        """Those of these captions, which have words, that it makes any token of."""
+        if self._cleans:  # of each
+            return captions
+        texts = [self._prepared(caption) for caption in captions]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [caption for caption, found in zip(captions, encodings, strict=True) if found.ids]
+
+    def unknown_words(self, captions: Iterable[str]) -> list[str]:
+        """What it reads as the unknown token, each once."""
+        found: dict[str, None] = {}
+        for text in map(self._prepared, captions):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                if number == self.unknown_id:
+                    found[text[start:stop]] = None
+        return list(found)
+
+    def unknown(
+        self, tokens: Int[np.ndarray, "captions tokens"], lengths: Int[np.ndarray, "captions"]
+    ) -> Unknown:
+        """How many of these tokens, as `encode` gives them, are unknown."""
+        ends = 2 * len(lengths)  # [CLS] and [SEP]
+        found = 0 if self.unknown_id is None else int((tokens == self.unknown_id).sum())
+        return Unknown(found, int(lengths.sum()) - ends)
+
+
+class Unknown(NamedTuple):
+    """How many of some tokens a tokenizer does not know."""
+
+    count: int
+    tokens: int
+
+    @property
+    def share(self) -> float:
+        return self.count / max(1, self.tokens)
+
+
+def has_words(caption: str) -> bool:
+    """Whether anything is left of a caption once it is clean: a letter, a digit, or a symbol as an emoji.
+
+    Every source leaves out captions without. Punctuation, spaces, control and zero-width characters are none, nor is
+    the mark that a lost encoding leaves.
+    """
+    if _LETTER.search(caption):
+        return True
+    left = clean(unicodedata.normalize("NFKC", caption))
+    return any(unicodedata.category(c)[0] in "LNS" and c not in _SHOWS_NOTHING for c in left)
+
+
+def few_words(words: Sequence[str]) -> str:
+    """Some of these words in quotes, and how many more there are."""
+    more = f" and {len(words) - _NAMED:,} more" if len(words) > _NAMED else ""
+    return ", ".join(map(repr, words[:_NAMED])) + more
+
 
 def clean(caption: str) -> str:
-    """The caption in lower case without punctuation; hyphens and slashes become spaces (ALBEF).
-
-    Halves of characters, which JSON can hold and tokenizers refuse, are left out.
-    """
-    caption = caption.encode("utf-8", "ignore").decode("utf-8")
-    caption = _PUNCTUATION.sub("", caption.lower())
+    """The caption in lower case without punctuation; hyphens and slashes become spaces (ALBEF)."""
+    caption = _PUNCTUATION.sub("", whole(caption).lower())
     caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
     return " ".join(caption.split())
-
-
-def swap_left_right(caption: str) -> str:
-    """The caption of the mirrored image: left and right change places, as words of their own, in their case.
-
-    Also in leftmost, left-hand, leftward and the like; not in bright, upright or copyright.
-    """
-
-    def swapped(match: re.Match) -> str:
-        word = match.group()
-        other = "right" if word.lower() == "left" else "left"
-        if word.isupper():
-            return other.upper()
-        return other.capitalize() if word[0].isupper() else other
-
-    return _SIDE.sub(swapped, caption)
 
 
 class Opened(NamedTuple):
@@ -104,27 +155,38 @@ class Opened(NamedTuple):
 
 
 def tokenizer_for_run(
-    spec: str, workdir: Path | str, source: Source | None, vocabulary_size: int
+    spec: str, workdir: Path | str, source: Source | None, vocabulary_size: int, **spelling: bool
 ) -> Tokenizer:
     """The tokenizer of a run, kept in its workdir: see `open_tokenizer`."""
-    opened = open_tokenizer(spec, workdir, source, vocabulary_size)
+    opened = open_tokenizer(spec, workdir, source, vocabulary_size, **spelling)
     opened.keep()
     return opened.tokenizer
 
 
 def open_tokenizer(
-    spec: str, workdir: Path | str, source: Source | None, vocabulary_size: int
+    spec: str,
+    workdir: Path | str,
+    source: Source | None,
+    vocabulary_size: int,
+    *,
+    lowercase: bool = True,
+    strip_accents: bool = False,
 ) -> Opened:
     """The tokenizer of a run: the workdir's own where it has one, else that of `spec`; nothing is written yet.
 
-    `spec` is a folder or a name on the Hugging Face hub; empty, a WordPiece vocabulary of at most `vocabulary_size`
-    entries is trained on the captions of `source`. Raises UserError where none can be had.
+    `spec` is a folder or a name on the Hugging Face hub; empty, `train_vocabulary` makes one of the captions of
+    `source`, and `lowercase` and `strip_accents` are for that alone. Raises UserError where none can be had.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads and workers are ours
     folder = Path(workdir) / FOLDER
     if folder.is_dir():
         own = _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
         return Opened(own, lambda: None)
+    if spec and (strip_accents or not lowercase):
+        raise UserError(
+            f"config.data.tokenizer={spec!r} spells words in its own way: leave config.data.tokenizer_lowercase "
+            "and config.data.tokenizer_strip_accents as they were, or config.data.tokenizer empty to train one"
+        )
     if spec:
         loaded = _load(spec, f"config.data.tokenizer={spec!r}")
     elif source is None:
@@ -132,71 +194,50 @@ def open_tokenizer(
             f"{folder} is missing, and without it the run's tokens have no meaning: put the folder back"
         )
     else:
-        loaded = _in_transformers(train_vocabulary(captions_of(source), vocabulary_size))
+        spelling = {"lowercase": lowercase, "strip_accents": strip_accents}
+        trained = train_vocabulary(captions_of(source), vocabulary_size, **spelling)
+        loaded = _in_transformers(trained)
     tokenizer = _wrapped(loaded, spec or "the trained vocabulary")
     return Opened(tokenizer, lambda: _keep(loaded, folder))
 
 
 def captions_of(source: Source, most: int = MOST_CAPTIONS_READ) -> Iterator[str]:
     """At most `most` captions, from records spread evenly over the source."""
-    each = max(1, len(source.captions(0)))
-    records = min(len(source), max(1, most // each))
     read = 0
-    for record in range(records):
-        for caption in source.captions(record * len(source) // records):
+    for record in _spread(source, most):
+        for caption in source.captions(record):
             if read == most:
                 return
             read += 1
             yield caption
 
 
-def train_vocabulary(captions: Iterable[str], size: int) -> tokenizers.Tokenizer:
-    """A WordPiece tokenizer of at most `size` entries (more only where the letters alone are more).
+def _spread(source: Source, most: int) -> list[int]:
+    """Records, evenly over the source, that have about `most` captions."""
+    records = min(len(source), max(1, most // max(1, len(source.captions(0)))))
+    return [record * len(source) // records for record in range(records)]
 
-    The same captions give the same entries in the same order. The library's trainer alone does not: it numbers the
-    letters inside words as a hash table happens to hold them. Here all letters are numbered before it starts.
-    """
-    from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-    specials = [PAD, UNKNOWN, CLS, SEP, MASK]
-    counts = Counter(word for caption in captions for word in clean(caption).split())
-    words = sorted(counts)
-    normalizer = normalizers.BertNormalizer()
-    letters = Counter()
-    for word in words:
-        for letter in normalizer.normalize_str(word):
-            letters[letter] += counts[word]
-    letters.pop(" ", None)  # the normalizer sets Chinese characters apart
-    most = min(MOST_LETTERS, max(1, (size - len(specials)) // 3))
-    kept = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:most])
+def unknown_in(source: Source, tokenizer: Tokenizer) -> tuple[Unknown, int]:
+    """(how many tokens of a sample of the captions are unknown, how many records that is)."""
+    tokens, lengths, _ = tokenizer.encode([*captions_of(source, SAMPLED)], LONGEST)
+    return tokenizer.unknown(tokens, lengths), len(_spread(source, SAMPLED))
 
-    trained = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    trained.normalizer = normalizer
-    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        show_progress=False,
-        special_tokens=[*specials, *kept, *(f"##{letter}" for letter in kept)],
-        limit_alphabet=len(kept),
-        initial_alphabet=kept,
+
+def said_unknown(unknown: Unknown, captions: str) -> str:
+    """A sentence on the share of unknown tokens in these `captions`, with what to do where it is large."""
+    said = f"unknown tokens: {unknown.count:,} of {unknown.tokens:,} ({unknown.share:.2%}) in {captions}"
+    if unknown.share <= MOST_UNKNOWN:
+        return said
+    return (
+        f"warning: {said}: the words there all read as the same one; give a tokenizer of their language as "
+        "config.data.tokenizer, or leave it empty to train one"
     )
-    repeated = (" ".join([word] * min(counts[word], 10_000)) for word in words)
-    trained.train_from_iterator(repeated, trainer)
 
-    vocabulary = trained.get_vocab()
-    wordpiece = tokenizers.Tokenizer(
-        models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=100)
-    )
-    wordpiece.normalizer = normalizer
-    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    wordpiece.decoder = tokenizers.decoders.WordPiece()
-    wordpiece.post_processor = processors.TemplateProcessing(
-        single=f"{CLS} $A {SEP}",
-        pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
-        special_tokens=[(CLS, vocabulary[CLS]), (SEP, vocabulary[SEP])],
-    )
-    wordpiece.add_special_tokens(specials)
-    return wordpiece
+
+def spelling(data: ml_collections.ConfigDict) -> dict[str, bool]:
+    """What config.data says of how a trained vocabulary spells words."""
+    return {"lowercase": data.tokenizer_lowercase, "strip_accents": data.tokenizer_strip_accents}
 
 
 def _transformers() -> Any:
@@ -214,6 +255,7 @@ def _in_transformers(tokenizer: tokenizers.Tokenizer) -> Any:
         cls_token=CLS,
         sep_token=SEP,
         mask_token=MASK,
+        **{_CLEANS: True},
     )
 
 
@@ -256,6 +298,8 @@ def _wrapped(loaded: Any, name: str) -> Tokenizer:
             mask_id=ids["mask"],
             special_ids=tuple(sorted(set(loaded.all_special_ids))),
         ),
+        unknown_id=loaded.unk_token_id,
+        cleans=bool(getattr(loaded, "init_kwargs", {}).get(_CLEANS)),
     )
 
 

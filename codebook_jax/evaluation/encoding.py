@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from codebook_jax import sharding
 from codebook_jax.data.images import UnreadableImage, decode, resize_square
 from codebook_jax.data.sources import Record, Source
-from codebook_jax.data.text import Tokenizer
+from codebook_jax.data.text import UNREAD, Tokenizer
 from codebook_jax.errors import UserError
 from codebook_jax.metrics import say
 
@@ -65,7 +65,7 @@ def encode_source(
     kept: list[tuple[int, Record]] = []
     tables = {name: (_Table(count), _Table(count)) for name in towers}
     unreadable: list[str] = []
-    for chunk in _read(source, count, rows, size_px, threads):
+    for chunk in _read(source, tokenizer, count, rows, size_px, threads):
         readable = [(at, record, image) for at, record, image in chunk if record is not None]
         unreadable += [image for _, record, image in chunk if record is None]
         kept += [(at, record) for at, record, _ in readable]
@@ -175,13 +175,17 @@ def _encode_texts(
 
 
 def _read(
-    source: Source, count: int, rows: int, size_px: int, threads: int
+    source: Source, tokenizer: Tokenizer, count: int, rows: int, size_px: int, threads: int
 ) -> Iterator[Sequence[tuple[int, Record | None, Any]]]:
     """Chunks of (position, record, image); for what cannot be read (position, None, why). Reads one chunk ahead."""
 
     def read(position: int) -> tuple[int, Record | None, Any]:
         try:
             record = source[position]
+            captions = tuple(tokenizer.readable(record.captions))
+            if not captions:
+                raise UnreadableImage(f"{source.name(position)} {UNREAD}")
+            record = record._replace(captions=captions)
             return position, record, resize_square(decode(record.image), size_px)
         except UnreadableImage as error:
             return position, None, str(error)

@@ -20,7 +20,8 @@ from codebook_jax.data.sources.library_datasets import (
     place_and_split,
     texts_in,
 )
-from codebook_jax.data.sources.record import Record, checked
+from codebook_jax.data.sources.listed import NO_CAPTION
+from codebook_jax.data.sources.record import Record, WithoutCaption, checked
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Examples:
         example = self._example(checked(index, len(self)))
         captions = texts_in(example[self._caption])
         if not captions:
-            raise UnreadableImage(f"{self._numbered(index)} has no caption")
+            raise WithoutCaption(f"{self._numbered(index)} {NO_CAPTION}")
         return Record(example[self._image], captions, int(index))
 
     def captions(self, index: int) -> tuple[str, ...]:

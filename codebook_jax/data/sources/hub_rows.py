@@ -11,6 +11,7 @@ import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.library_datasets import first_line, texts_in
+from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.record import Record, checked
 from codebook_jax.data.sources.texts import numbered
 from codebook_jax.errors import UserError
@@ -55,7 +56,7 @@ class Rows:
                 self._merge()
         self._fingerprint = content.hexdigest()
         self.left_out = [
-            (self._called(row), f"{what} row {row} has no {'caption' if silent[row] else 'image'}")
+            (self._called(row), f"{what} row {row} {NO_CAPTION if silent[row] else 'has no image'}")
             for row in np.flatnonzero(silent | imageless).tolist()
         ]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from codebook_jax.data.sources.listed import keys_of
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
 USUAL = {  # what parts are called, as first found; not the ids, which number examples as often as images
@@ -58,12 +59,11 @@ def chosen_part(what: str, part: str, given: str | None, names: Sequence[str]) -
 
 
 def texts_in(value: Any) -> tuple[str, ...]:
-    """The texts of a text, a list of texts, or of lists of objects with a text; blank ones and all else left out."""
+    """The texts of a text, a list of texts, or of lists of objects with a text; those without words and all else left out."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):
-        text = value.strip()
-        return (text,) if text else ()
+        return (value.strip(),) if has_words(value) else ()
     if isinstance(value, Mapping):
         return texts_in(next((value[name] for name in _TEXTS if name in value), None))
     if isinstance(value, list | tuple | np.ndarray):

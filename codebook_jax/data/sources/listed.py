@@ -14,7 +14,10 @@ import numpy as np
 
 from codebook_jax.data.sources.record import Record, checked
 from codebook_jax.data.sources.texts import Packer, Texts, numbered, short_hash
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
+
+NO_CAPTION = "has no caption with words"
 
 
 class Entry(NamedTuple):
@@ -41,7 +44,7 @@ class Listed:
     of one key and one path are one record with all their captions, so that an image listed once a caption is one
     image.
 
-    Entries without a caption are left out, and counted. Image files are not looked at here: one that is missing is
+    Entries without a caption that has words are left out, and counted. Image files are not looked at here: one that is missing is
     found when it is read, and counted then.
     """
 
@@ -67,7 +70,13 @@ class Listed:
         summary = _Summary(form)
         self._images, self._captions, self._first = _columns(summary.of(entries))
         if not len(self._images):
-            raise UserError(f"{path} lists no pairs: give a file with at least one entry")
+            why = "lists no pairs: give a file with at least one entry"
+            if self.left_out:
+                why = (
+                    f"lists no pairs with a caption: none of {len(self.left_out):,} has words (first: "
+                    f"{self.left_out[0][1]}): name the key or column that holds captions, or save them anew as UTF-8"
+                )
+            raise UserError(f"{path} {why}")
         self._ids, self._fingerprint = summary.ids(), summary.fingerprint()
         self.listed = max(listed, len(self) + len(self.left_out))
 
@@ -76,7 +85,7 @@ class Listed:
             if entry.captions:
                 yield entry
             else:
-                self.left_out.append((entry.image, f"{entry.where} has no caption"))
+                self.left_out.append((entry.image, f"{entry.where} {NO_CAPTION}"))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -163,13 +172,13 @@ def reading(path: str, wanted: str) -> Iterator[None]:
 
 
 def captions_in(where: str, key: str, captions: Any) -> tuple[str, ...]:
-    """A text or a list of texts as captions, without empty ones; raises UserError for anything else."""
+    """A text or a list of texts as captions, without those that have no words; raises UserError for anything else."""
     texts = [captions] if isinstance(captions, str) else captions or []
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(
             f'{where}, key "{key}": {shown(captions)} is neither a text nor a list of texts: give one of them'
         )
-    return tuple(text for text in texts if text.strip())
+    return tuple(text for text in texts if has_words(text))
 
 
 def keys_of(entry: Mapping[str, Any] | Sequence[str]) -> str:

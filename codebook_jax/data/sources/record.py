@@ -8,6 +8,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from codebook_jax.data.images import UnreadableImage
+
+
+class WithoutCaption(UnreadableImage):
+    """A record that turns out to have no caption with words when it is read."""
+
 
 class Record(NamedTuple):
     """An image with all its captions."""
@@ -26,7 +32,8 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`; raises UnreadableImage where the source itself must read the image and cannot."""
+        """Record `index`; raises UnreadableImage where the source itself must read the image and
+        cannot, and WithoutCaption where only reading could tell."""
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of record `index`, without making its image."""

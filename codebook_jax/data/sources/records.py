@@ -7,7 +7,7 @@ import os
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -16,7 +16,9 @@ import numpy as np
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.manifest import Manifest, Shard, misfits, read_manifest
 from codebook_jax.data.packing import index_name, unpack
-from codebook_jax.data.sources.record import Record, checked, digest
+from codebook_jax.data.sources.listed import NO_CAPTION
+from codebook_jax.data.sources.record import Record, WithoutCaption, checked, digest
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,12 +64,15 @@ class Records:
         own = self._members(index)[0]
         shard, place = self._place(own)
         content = self._content(shard, place)
-        captions = content["captions"] if self._images is None else self.captions(index)
-        return Record(content["image"], tuple(captions), content["image_id"])
+        alone = self._images is None
+        captions = _with_words(content["captions"]) if alone else self.captions(index)
+        if not captions:  # packed before these were left out
+            raise WithoutCaption(f"{self._folder}/{shard.file}, record {place} {NO_CAPTION}")
+        return Record(content["image"], captions, content["image_id"])
 
     def captions(self, index: int) -> tuple[str, ...]:
         texts = (text for own in self._members(index) for text in self._entry(own)["captions"])
-        return tuple(texts) if self._images is None else tuple(dict.fromkeys(texts))
+        return _with_words(texts if self._images is None else dict.fromkeys(texts))
 
     def name(self, index: int) -> str:
         return self._entry(self._members(index)[0])["name"]
@@ -131,6 +136,10 @@ def open_records(request: Request) -> Records:
     damaged = request.settings.damaged_shards
     manifest = read_manifest(request.place)
     return Records(request.place, manifest, merge=request.merge, damaged=damaged)
+
+
+def _with_words(captions: Iterable[str]) -> tuple[str, ...]:
+    return tuple(filter(has_words, captions))
 
 
 def _sound(

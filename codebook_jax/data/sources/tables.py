@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from codebook_jax.data.sources.listed import Entry, Listed, folders_of, keys_of, reading
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _entry(path: str, line: int, row: Sequence[str], columns: Columns) -> Entry:
     if not image:
         raise UserError(f"{where} names no image: give its path, or remove the row")
     key = row[columns.id].strip() if columns.id is not None else ""
-    return Entry(where, image, (caption,) if caption.strip() else (), key or None)
+    return Entry(where, image, (caption,) if has_words(caption) else (), key or None)
 
 
 def _no_column(path: str, form: str, part: str, key: str | None, first: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from codebook_jax.data.sources.texts import Packer, Texts
+from codebook_jax.data.text import has_words
 
 IMAGES = (b"jpg", b"jpeg", b"png", b"webp", b"gif", b"bmp")
 _BLOCK = 512
@@ -51,7 +52,7 @@ class _Sample:
     def __init__(self, key: bytes) -> None:
         self.key = key
         self.image: Place | None = None
-        self.text: Place | None = None  # of a caption that is not blank
+        self.text: Place | None = None  # of a caption that has words
         self.json: Place | None = None
 
 
@@ -88,7 +89,7 @@ def index_shard(path: str, caption_key: str | None) -> Index:
 
 
 def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
-    """The captions, without blank ones, that a text file (`key` None) or a JSON file at `key` holds."""
+    """The captions, without those that have no words, that a text file (`key` None) or a JSON file at `key` holds."""
     if key is None:
         texts = [content.decode("utf-8", "replace").removeprefix("\ufeff")]
     else:
@@ -99,7 +100,7 @@ def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
         value = held.get(key) if isinstance(held, dict) else None
         texts = value if isinstance(value, list) else [value]
     stripped = (text.strip() for text in texts if isinstance(text, str))
-    return tuple(text for text in stripped if text)
+    return tuple(text for text in stripped if has_words(text))
 
 
 def _lacking(sample: _Sample, window: _Window, caption_key: str | None) -> str:

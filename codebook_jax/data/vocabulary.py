@@ -1,0 +1,131 @@
+"""A vocabulary trained on captions of any language: no two spellings become the same tokens, and no word is unknown."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+PAD, UNKNOWN, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"  # BERT
+_SPECIALS = [PAD, UNKNOWN, CLS, SEP, MASK]
+_INSIDE = "##"  # before the tokens inside a word; BERT
+_MOST_COUNTED = 10_000  # times that a word counts
+_LEAST_PAIRS = 2  # times that a pair occurs before it is a token: rarer ones teach nothing
+_LONGEST = 48  # bytes of a token, 16 letters of Thai: else captions without spaces become one
+
+# Spaces in place of what stands between words: the zero width space, and punctuation that is not ASCII. Not the
+# apostrophes of man’s and צה״ל, nor the dot of Catalan's col·legi.
+_BETWEEN = r"[\u200B\uFF5E]|[\p{P}&&[^\x00-\x7F\u2018\u2019\u05F3\u05F4\u00B7]]"
+# Left out: ALBEF's punctuation, those apostrophes, control characters, and marks of direction and order. Kept are
+# the joiners, which Hindi, Persian and emoji are spelled with, and the keycaps # and *.
+_LEFT_OUT = (
+    r"""[,.'!?"():;~\u2018\u2019\u05F3\u05F4]|[*#](?!\uFE0F?\u20E3)|[\p{Cc}&&[^\s]]"""
+    r"|[\u00AD\u061C\u200E\u200F\u202A-\u202E\u2060-\u2064\u2066-\u206F\uFEFF]"
+)
+
+
+def whole(caption: str) -> str:
+    """The caption without halves of characters, which JSON can hold and tokenizers refuse."""
+    return caption.encode("utf-8", "ignore").decode("utf-8")
+
+
+def train_vocabulary(
+    captions: Iterable[str], size: int, *, lowercase: bool = True, strip_accents: bool = False
+) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer of at most `size` entries (more only where the bytes alone are more).
+
+    Words are cut into the bytes of UTF-8 and these joined again as the captions teach, so letters that no caption has
+    are still told apart, and scripts without spaces need no words. Entries inside a word begin with ##, as BERT's.
+
+    The same captions give the same entries in the same order. The library's trainer alone does not: it numbers the
+    letters inside words as a hash table happens to hold them. Here all letters are numbered before it starts. Those
+    that the captions lack come last: they change no other number.
+    """
+    normalizer = _normalizer(lowercase=lowercase, strip_accents=strip_accents)
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    counts = Counter(
+        word for caption in captions for word in normalizer.normalize_str(whole(caption)).split()
+    )
+    words = sorted(counts)
+    held = sorted(set("".join(piece for word in words for piece, _ in cut.pre_tokenize_str(word))))
+    base = [*held, *(f"{_INSIDE}{letter}" for letter in held)]
+    others = [letter for letter in _byte_letters(cut, normalizer) if letter not in set(base)]
+
+    trained = tokenizers.Tokenizer(models.BPE(continuing_subword_prefix=_INSIDE))
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), cut])
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(1, size - len(others)),
+        min_frequency=_LEAST_PAIRS,
+        show_progress=False,
+        special_tokens=[*_SPECIALS, *base],
+        limit_alphabet=len(held),
+        initial_alphabet=held,
+        continuing_subword_prefix=_INSIDE,
+        max_token_length=_LONGEST,
+    )
+    repeated = (" ".join([word] * min(counts[word], _MOST_COUNTED)) for word in words)
+    trained.train_from_iterator(repeated, trainer)
+    vocabulary = trained.get_vocab()
+    vocabulary |= {letter: len(vocabulary) + at for at, letter in enumerate(others)}
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    return _assembled(vocabulary, merges, normalizer, trained.pre_tokenizer)
+
+
+def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normalizer:
+    """Captions as they are read: what ALBEF's clean-up does to English, for every script.
+
+    NFKC and not NFC: what it makes the same besides are ways to write or store the same letters (full and half width,
+    ligatures, presentation forms), which a keyboard or an old encoding chose. It keeps every mark and accent.
+    """
+    steps = [normalizers.Replace(Regex(_BETWEEN), " "), normalizers.NFKC()]
+    if lowercase:
+        steps.append(normalizers.Lowercase())
+    if strip_accents:
+        steps += [normalizers.NFD(), normalizers.StripAccents(), normalizers.NFC()]
+    steps += [
+        normalizers.Replace(Regex(_LEFT_OUT), ""),
+        normalizers.Replace(Regex("[-/]"), " "),  # ALBEF
+        normalizers.Replace("<person>", "person"),  # ALBEF
+    ]
+    return normalizers.Sequence(steps)
+
+
+def _byte_letters(cut: pre_tokenizers.ByteLevel, normalizer: normalizers.Normalizer) -> list[str]:
+    """Every byte that text in UTF-8 can have, as the byte level writes it, where in a word it can stand."""
+    plain = [
+        c for c in map(chr, range(0x21, 0x7F)) if normalizer.normalize_str(c) == c or c in "#*"
+    ]
+    leading = [chr(byte) for byte in range(0xC2, 0xF5)]
+    following = [cut.pre_tokenize_str(chr(code))[0][0][1] for code in range(0x80, 0xC0)]
+    inside = [*filter(str.isalnum, plain), *leading, *following]  # punctuation is a word of its own
+    return [*plain, *leading, *(f"{_INSIDE}{letter}" for letter in inside)]
+
+
+def _assembled(
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    normalizer: normalizers.Normalizer,
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+) -> tokenizers.Tokenizer:
+    assembled = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=UNKNOWN, continuing_subword_prefix=_INSIDE)
+    )
+    assembled.normalizer, assembled.pre_tokenizer = normalizer, pre_tokenizer
+    assembled.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex(f"^(?!{_INSIDE})"), "Ġ"),  # the byte level's space
+            decoders.Replace(Regex(f"^{_INSIDE}"), ""),
+            decoders.ByteLevel(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    assembled.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A {SEP}",
+        pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+        special_tokens=[(CLS, vocabulary[CLS]), (SEP, vocabulary[SEP])],
+    )
+    assembled.add_special_tokens(_SPECIALS)
+    return assembled
