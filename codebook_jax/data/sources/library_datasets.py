@@ -58,9 +58,15 @@ def chosen_part(what: str, part: str, given: str | None, names: Sequence[str]) -
 
 
 def texts_in(value: Any) -> tuple[str, ...]:
-    """The texts of a text, a list of texts, or of lists of objects with a text; blank ones and all else left out."""
+    """The texts of a text, a list of texts, or of lists of objects with a text; blank ones and all else left out.
+
+    Bytes that are not UTF-8 are no text.
+    """
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return ()
     if isinstance(value, str):
         text = value.strip()
         return (text,) if text else ()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codebook_jax.data.sources.record import Record, checked
-from codebook_jax.data.sources.texts import Packer, Texts, numbered, short_hash
+from codebook_jax.data.sources.texts import Packer, Texts, not_utf8, numbered, short_hash
 from codebook_jax.errors import UserError
 
 
@@ -153,11 +153,7 @@ def reading(path: str, wanted: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as failure:
-        wrong = failure.object[failure.start : failure.end]
-        before = failure.object[max(0, failure.start - 20) : failure.start].decode(errors="replace")
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {wrong.hex()} after {before!r}): give {wanted}, saved as UTF-8"
-        ) from failure
+        raise UserError(f"{path} {not_utf8(failure)}: give {wanted}, saved as UTF-8") from failure
     except OSError as failure:
         raise UserError(f"{path} cannot be read ({failure.strerror}): give {wanted}") from failure
 
