@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.given import Picture, Pictures, Texts, as_pictures, as_texts, pixels_of
 from codebook_jax.models import codis
 from codebook_jax.models.heads import MATCH
+from codebook_jax.strict_json import parse_json
 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
@@ -243,7 +243,7 @@ def _token_chunks(
 
 def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     """The model of an export folder, or of a workdir that has one; see `codebook_jax.load`."""
-    folder = _export_folder(Path(path).absolute())
+    folder = _export_folder(Path(path).expanduser().absolute())
     manifest = _manifest(folder)
     if teacher and "teacher" not in manifest["items"]:
         raise UserError(
@@ -293,7 +293,7 @@ def _export_folder(path: Path) -> Path:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         number, _, _ = manifest["format"], manifest["items"], manifest["step"]
     except (OSError, ValueError, TypeError, KeyError) as failure:
         raise _damaged(folder / MANIFEST, failure) from failure

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -23,10 +24,22 @@ def parse_json(text: str | bytes) -> Any:
     Departures from Python's own reader: a key that an object has twice is an error, and so is nesting that is too deep
     for the stack; whole numbers that are too long become `TooLong`.
     """
+    with _one_kind_of_error():
+        return _DECODER.decode(text if isinstance(text, str) else _decoded(text))
+
+
+def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+    """(the value that begins at `start`, where it ends), otherwise as `parse_json`."""
+    with _one_kind_of_error():
+        return _DECODER.raw_decode(text, start)
+
+
+@contextlib.contextmanager
+def _one_kind_of_error() -> Iterator[None]:
     try:
-        return DECODER.decode(text if isinstance(text, str) else _decoded(text))
+        yield
     except RecursionError as failure:
-        raise ValueError(TOO_DEEP) from failure
+        raise ValueError("lists or objects are nested too deeply") from failure
 
 
 def _decoded(text: bytes) -> str:
@@ -49,5 +62,4 @@ def _whole_number(digits: str) -> int | TooLong:
         return TooLong(digits)
 
 
-TOO_DEEP = "lists or objects are nested too deeply"
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole_number)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole_number)

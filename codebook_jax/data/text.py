@@ -219,6 +219,7 @@ def _in_transformers(tokenizer: tokenizers.Tokenizer) -> Any:
 
 def _load(name: str, what: str) -> Any:
     """The tokenizer of a folder or of the hub; raises UserError beginning with `what`."""
+    name = os.path.expanduser(name)
     try:
         here = os.path.isdir(name) or not hub_reachable()
         return _transformers().AutoTokenizer.from_pretrained(name, local_files_only=here)

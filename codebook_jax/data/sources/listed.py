@@ -128,7 +128,7 @@ def folders_of(path: str, image_root: str, path_map: str) -> Folders:
     Where several rules fit a path, the longest OLD holds. An empty NEW is the image root. Raises UserError for what
     is no rule.
     """
-    root = os.path.abspath(image_root or os.path.dirname(path))
+    root = os.path.abspath(os.path.expanduser(image_root) or os.path.dirname(path))
     pairs = []
     for rule in filter(None, (part.strip() for part in path_map.split(","))):
         old, equals, new = rule.rpartition("=")
@@ -137,7 +137,7 @@ def folders_of(path: str, image_root: str, path_map: str) -> Folders:
                 f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give how listed paths begin and the "
                 "folder that stands there here, as /export/home/vl=/data, several with commas between"
             )
-        pairs.append((old.rstrip("/"), os.path.abspath(new) if new else root))
+        pairs.append((old.rstrip("/"), os.path.abspath(os.path.expanduser(new)) if new else root))
     return Folders(root, tuple(sorted(pairs, key=lambda pair: -len(pair[0]))))
 
 
@@ -183,7 +183,7 @@ def kind_of(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as a file has it, not too long."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

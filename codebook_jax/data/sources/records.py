@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from array import array
@@ -18,6 +17,7 @@ from codebook_jax.data.manifest import Manifest, Shard, misfits, read_manifest
 from codebook_jax.data.packing import index_name, unpack
 from codebook_jax.data.sources.record import Record, checked, digest
 from codebook_jax.errors import UserError
+from codebook_jax.strict_json import parse_json
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
@@ -106,7 +106,7 @@ class Records:
         """A line of an index."""
         shard, place = self._place(own)
         try:
-            return json.loads(self._indexes[shard.file][place])
+            return parse_json(self._indexes[shard.file][place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
                 f"{self._folder}/{index_name(shard.file)}, line {place + 1} cannot be read ({failure}): run the "

@@ -23,7 +23,13 @@ import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.record import Record, checked, digest
-from codebook_jax.data.sources.tar_index import COMPRESSED, Index, captions_of, index_shard, unpacking
+from codebook_jax.data.sources.tar_index import (
+    COMPRESSED,
+    Index,
+    captions_of,
+    index_shard,
+    unpacking,
+)
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
