@@ -197,7 +197,7 @@ def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
         raise UserError(
             f'{where}, key "{keys.id}": {shown(key)} is not an id: give a whole number or a text'
         )
-    return Entry(where, image, captions, key)
+    return Entry(where, image, captions, None if key == "" else key)
 
 
 def open_json(request: Request) -> Listed:
