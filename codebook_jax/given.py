@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from codebook_jax.data.images import UnreadableImage, decode, rgb, upright
+from codebook_jax.data.images import UnreadableImage, decode, rgb
 from codebook_jax.errors import UserError
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -52,7 +52,7 @@ def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height widt
 
 def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     try:
-        return np.asarray(rgb(upright(picture)))
+        return np.asarray(rgb(picture))
     except Exception as failure:  # a file that Pillow opened and cannot read to its end
         raise UnreadableImage(f"the PIL image cannot be read: {failure}") from failure
 
