@@ -44,8 +44,8 @@ class Codes(NamedTuple):
 class Codis:
     """A loaded model. Use it from any number of threads.
 
-    Wherever it takes images: one or a list of file paths, contents of files (bytes), PIL images, or uint8 arrays
-    [height, width, 3] or [height, width], or one array [images, height, width, 3]. They are read as in the
+    Wherever it takes images: one or several (a list, a generator, an array) of file paths, open binary files, contents
+    of files (bytes), PIL images, or uint8 arrays [height, width, 3] or [height, width]. They are read as in the
     evaluation: upright, on white, the whole picture resized to the model's square. Arrays that are not uint8 are
     refused, since their range cannot be known. Wherever it takes texts: one or a list of strings. Texts longer than
     the model reads lose their end, with a warning. What cannot be read raises UserError and names which one.
