@@ -18,20 +18,20 @@ class TooLong:
         return f"{self._digits[:8]}... ({len(self._digits):,} digits)"
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
     """The content of a JSON text; raises ValueError with one sentence for anything that is not JSON.
 
-    Departures from Python's own reader: a key that an object has twice is an error, and so is nesting that is too deep
-    for the stack; whole numbers that are too long become `TooLong`.
+    Departures from Python's own reader: a key that an object has twice is a ValueError, and so is nesting that is too
+    deep for the stack. `of_data`: whole numbers that are too long become `TooLong`, so that others can be read.
     """
     with _one_kind_of_error():
-        return _DECODER.decode(text if isinstance(text, str) else _decoded(text))
+        return (_OF_DATA if of_data else _STRICT).decode(text if isinstance(text, str) else _decoded(text))
 
 
 def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """(the value that begins at `start`, where it ends), otherwise as `parse_json`."""
+    """(the value that begins at `start`, where it ends), otherwise as `parse_json` of data."""
     with _one_kind_of_error():
-        return _DECODER.raw_decode(text, start)
+        return _OF_DATA.raw_decode(text, start)
 
 
 @contextlib.contextmanager
@@ -62,4 +62,5 @@ def _whole_number(digits: str) -> int | TooLong:
         return TooLong(digits)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole_number)
+_STRICT = json.JSONDecoder(object_pairs_hook=_object)
+_OF_DATA = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole_number)

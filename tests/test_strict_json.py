@@ -38,9 +38,12 @@ def test_what_is_not_json_is_a_value_error_of_one_line(text, words):
     assert "\n" not in str(raised.value)
 
 
-def test_a_number_of_thousands_of_digits_is_told_from_others_and_costs_no_memory_to_show():
-    number = parse_json('{"a": %s}' % ("7" * 5000))["a"]
+def test_a_number_of_thousands_of_digits_stands_for_itself_in_data_alone():
+    text = '{"a": %s}' % ("7" * 5000)
+    number = parse_json(text, of_data=True)["a"]
     assert not isinstance(number, int) and "5,000 digits" in str(number)
+    with pytest.raises(ValueError, match="5000 digits"):
+        parse_json(text)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
     with _opened(path, scheme) as file:
         text = file.read()
     try:
-        content = parse_json(text)
+        content = parse_json(text, of_data=True)
     except ValueError as failure:
         raise UserError(_broken(path, failure)) from failure
     if not isinstance(content, dict):
@@ -103,7 +103,7 @@ def _first_line(lines: Iterator[str]) -> str:
 
 def _is_json(text: str) -> bool:
     try:
-        parse_json(text)
+        parse_json(text, of_data=True)
     except json.JSONDecodeError:  # where JSON ends at another line
         return False
     except ValueError:
@@ -117,7 +117,7 @@ def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]
     try:
         at = _SPACE.match(text).end()
         if text[at : at + 1] != "[":
-            raise UserError(_no_list(path, parse_json(text), scheme))
+            raise UserError(_no_list(path, parse_json(text, of_data=True), scheme))
         at = _SPACE.match(text, at + 1).end()
         closed = text[at : at + 1] == "]"
         while not closed:
@@ -161,7 +161,7 @@ def _line_entries(path: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
         if line.isspace():
             continue
         try:
-            entry = parse_json(line)
+            entry = parse_json(line, of_data=True)
         except ValueError as failure:
             raise UserError(_broken(path, failure, f"{path} line {number}", number)) from failure
         yield f"{path} line {number}", entry
