@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Mapping
 from typing import BinaryIO
@@ -29,7 +30,9 @@ def as_pictures(given: Pictures) -> list[Picture]:
     if isinstance(given, np.ndarray) and given.dtype.kind in "USO":
         if given.ndim > 1:
             shape = list(given.shape)
-            raise UserError(f"images is an array of paths of the shape {shape}: give a list of them")
+            raise UserError(
+                f"images is an array of paths of the shape {shape}: give a list of them"
+            )
         names = given.reshape(-1).tolist()
         given = list(map(os.fsdecode, names)) if given.dtype.kind == "S" else names
     if isinstance(given, np.ndarray):
@@ -49,12 +52,16 @@ def _content(picture: Picture, position: int) -> Picture:
         return bytes(picture)
     if not hasattr(picture, "read"):
         return picture
+    content = ""
     try:
-        if picture.seekable():
-            picture.seek(0)
-        content = picture.read()
+        if not isinstance(picture, io.TextIOBase):
+            if picture.seekable():
+                picture.seek(0)
+            content = picture.read()
     except (OSError, ValueError, AttributeError) as failure:  # ValueError: it is closed
-        raise UserError(f"image {position} cannot be read ({failure}): give an open file") from failure
+        raise UserError(
+            f"image {position} cannot be read ({failure}): give an open file"
+        ) from failure
     if not isinstance(content, bytes):
         raise UserError(f'image {position} is a file of text: open it as open(path, "rb")')
     return content

@@ -25,7 +25,9 @@ def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
     deep for the stack. `of_data`: whole numbers that are too long become `TooLong`, so that others can be read.
     """
     with _one_kind_of_error():
-        return (_OF_DATA if of_data else _STRICT).decode(text if isinstance(text, str) else _decoded(text))
+        return (_OF_DATA if of_data else _STRICT).decode(
+            text if isinstance(text, str) else _decoded(text)
+        )
 
 
 def parse_json_at(text: str, start: int) -> tuple[Any, int]:

@@ -67,6 +67,7 @@ def test_files_may_be_closed_once_they_were_given(paths):
     assert greys(opened()) == [10, 20]
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_what_is_neither_is_refused_in_a_sentence(paths):
     closed = io.BytesIO(b"x")
     closed.close()
@@ -77,6 +78,7 @@ def test_what_is_neither_is_refused_in_a_sentence(paths):
         (np.array([paths]), r"array of paths of the shape \[1, 2\]"),
         ([paths], "image 0 is a list"),
         ([paths[0], io.StringIO("x")], 'image 1 is a file of text: .*"rb"'),
+        (Path(paths[0]).open(), 'image 0 is a file of text: .*"rb"'),
         ([closed], "image 0 cannot be read .*closed"),
         (io.BytesIO(), "image 0: 0 bytes: the file is empty"),
         (np.array(["none.png"]), "image 0: none.png: there is no such file"),
@@ -86,7 +88,13 @@ def test_what_is_neither_is_refused_in_a_sentence(paths):
 
 
 def test_texts_may_be_in_any_container_that_has_an_order():
-    for given in (["a", "b"], ("a", "b"), iter("ab"), np.array(["a", "b"]), np.array(["a", "b"], object)):
+    for given in (
+        ["a", "b"],
+        ("a", "b"),
+        iter("ab"),
+        np.array(["a", "b"]),
+        np.array(["a", "b"], object),
+    ):
         assert as_texts(given) == ["a", "b"]
     assert as_texts("a b") == ["a b"]
     for given in (None, 3, {"a": 1}, {"a"}, np.array("a")):

@@ -16,7 +16,11 @@ DEEP = "[" * 100_000
 
 def test_whole_json_is_what_pythons_reader_reads():
     for value in ({"a": [1, -2.5e3, "é\ud800", None, True, {}], "b": {"a": []}}, [], "x", 7):
-        for text in (json.dumps(value), json.dumps(value).encode(), json.dumps(value).encode("utf-16")):
+        for text in (
+            json.dumps(value),
+            json.dumps(value).encode(),
+            json.dumps(value).encode("utf-16"),
+        ):
             assert parse_json(text) == value
     assert parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
@@ -54,7 +58,9 @@ def test_a_number_of_thousands_of_digits_stands_for_itself_in_data_alone():
         ("best.json", lambda folder: Checkpoints(folder, keep=1)),
     ],
 )
-@pytest.mark.parametrize("content", [DEEP, "[]", '{"scores": {"x": 1}}', '{"a": 1, "a": 1}', "{", ""])
+@pytest.mark.parametrize(
+    "content", [DEEP, "[]", '{"scores": {"x": 1}}', '{"a": 1, "a": 1}', "{", ""]
+)
 def test_a_file_of_a_run_that_was_spoiled_is_refused_by_its_name(tmp_path, name, read, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=name) as raised:

@@ -142,9 +142,9 @@ def test_members_are_found_in_every_form_of_tar(tmp_path, form):
         (f"content of {long}.jpg".encode(), (f"content of {long}.txt",)),
         ("content of ./a/é.PNG".encode(), ("content of ./a/é.txt",)),
     ]
-    # Links, hidden files and those without a suffix are no samples; é.x.jpg belongs to é, as in WebDataset.
-    assert [name for name, _ in source.left_out] == ["odd.tar/./a/é.x.jpg"]
-    assert source.listed == 2
+    # Hidden files and those without a suffix are no samples; é.x.jpg belongs to é, as in WebDataset.
+    assert [name for name, _ in source.left_out] == ["odd.tar/x", "odd.tar/./a/é.x.jpg"]
+    assert source.listed == 3 and "a link" in source.left_out[0][1]
 
 
 def test_captions_come_from_json_where_there_is_no_text_file_or_a_key_is_named(tmp_path):
@@ -240,6 +240,15 @@ def test_a_member_that_is_there_twice_is_refused_or_its_sample_left_out(tmp_path
     source = open_it(path, damaged_shards="skip")
     assert pairs(source) == [("b.jpg", "b.txt")]
     assert [name for name, _ in source.left_out] == ["s.tar/a"] and source.listed == 2
+
+
+def test_what_is_behind_the_end_mark_of_an_archive_is_not_lost_in_silence(tmp_path):
+    parts = [write(tmp_path / f"{n}.tar", samples(n, 2)).read_bytes() for n in (0, 2)]
+    (tmp_path / "joined.tar").write_bytes(b"".join(parts))
+    with pytest.raises(UserError, match=r"joined\.tar goes on behind the end mark"):
+        open_it(tmp_path / "joined.tar")
+    (tmp_path / "padded.tar").write_bytes(parts[0] + bytes(100_000))
+    assert len(open_it(tmp_path / "padded.tar")) == 2
 
 
 def test_a_caption_that_is_not_utf8_is_refused_or_its_sample_left_out(tmp_path):

@@ -161,6 +161,8 @@ def _read_members(window: _Window, *, texts: bool) -> tuple[_Members, str]:
 
 
 def _kind(suffix: bytes, place: Place, window: _Window, *, texts: bool) -> _Kind:
+    if place.size < 0:
+        return _Kind.OTHER
     if suffix in IMAGES:
         return _Kind.IMAGE
     if suffix == b"json":
@@ -208,8 +210,11 @@ def _lacking(
     kinds = ", ".join(suffix.decode() for suffix in IMAGES)
     no_text = "no .json" if caption_key else "no text in a .txt, and no .json"
     key, lacking = caption_key or "caption", {}
+    linked = set(samples.which[members.places[:, 1] < 0].tolist())
     for sample in np.flatnonzero((samples.image < 0) | (samples.text < 0)).tolist():
-        if samples.image[sample] < 0:
+        if sample in linked:
+            lacking[sample] = "has a link or a file with holes, and a shard needs their content"
+        elif samples.image[sample] < 0:
             lacking[sample] = f"has no image ({kinds})"
         elif samples.json[sample] < 0:
             lacking[sample] = f"has no caption: {no_text}"
@@ -260,7 +265,7 @@ def _owner(key: str) -> str:
 
 
 def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
-    """(name, place) of every file; raises Damaged.
+    """(name, place) of every file, the size -1 for a link or a file with holes; raises Damaged.
 
     The standard library's reader takes ten times as long. It is asked for what few archives have: long names, links,
     sizes of gigabytes.
@@ -269,6 +274,11 @@ def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
     while True:
         head = window.read(at, _BLOCK)
         if head[:1] == b"\0" and head.count(0) == _BLOCK:
+            rest = window.read(at, 2 * tarfile.RECORDSIZE)  # an archive ends with its record
+            if rest.count(0) < len(rest):
+                raise Damaged(
+                    f"goes on behind the end mark of an archive at byte {at:,}, as where cat has joined several (tar -A joins them whole)"
+                )
             return
         start, size = at + _BLOCK, _plain_size(head)
         kind = head[156] if size >= 0 else -1
@@ -328,10 +338,12 @@ class _StandardReader:
             raise Damaged(_reason(self._window, at, failure)) from failure
         if found.size < 0:
             raise Damaged(_reason(self._window, at, ValueError(f"size {found.size}")))
-        name = b""
-        if found.isreg() and not found.issparse():  # of holes a shard holds nothing
-            name = found.name.encode("utf-8", "surrogateescape")
-            _next(self._window, name, found.offset_data, found.size)
+        name = found.name.encode("utf-8", "surrogateescape")
+        if found.issparse() or found.islnk() or found.issym():
+            return name, Place(found.offset_data, -1), self._tar.offset
+        if not found.isreg():
+            return b"", Place(0, 0), self._tar.offset
+        _next(self._window, name, found.offset_data, found.size)
         return name, Place(found.offset_data, found.size), self._tar.offset
 
 
