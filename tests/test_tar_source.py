@@ -156,6 +156,10 @@ def test_captions_come_from_json_where_there_is_no_text_file_or_a_key_is_named(t
         ("b.txt", "six"),
     ]
     path = write(tmp_path / "s.tar", members)
+    with tarfile.open(path, "a") as shard:  # a link that is neither
+        member = tarfile.TarInfo("a.cls")
+        member.type, member.linkname = tarfile.SYMTYPE, "0.cls"
+        shard.addfile(member)
     assert [record.captions for record in records(open_it(path))] == [("one", "two"), ("six",)]
     by_key = open_it(f"{path}?caption_key=alt")
     assert [record.captions for record in records(by_key)] == [("three",), ("five",)]

@@ -212,9 +212,7 @@ def _lacking(
     key, lacking = caption_key or "caption", {}
     linked = set(samples.which[members.places[:, 1] < 0].tolist())
     for sample in np.flatnonzero((samples.image < 0) | (samples.text < 0)).tolist():
-        if sample in linked:
-            lacking[sample] = "has a link or a file with holes, and a shard needs their content"
-        elif samples.image[sample] < 0:
+        if samples.image[sample] < 0:
             lacking[sample] = f"has no image ({kinds})"
         elif samples.json[sample] < 0:
             lacking[sample] = f"has no caption: {no_text}"
@@ -225,6 +223,8 @@ def _lacking(
                     lacking[sample] = f"has no caption: no text under {key!r} in its .json"
             except ValueError as failure:
                 lacking[sample] = f"has no caption: its .json cannot be read ({failure})"
+    for sample in lacking.keys() & linked:
+        lacking[sample] += ", but a link or a file with holes, of which a shard holds nothing"
     return lacking
 
 
@@ -277,7 +277,8 @@ def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
             rest = window.read(at, 2 * tarfile.RECORDSIZE)  # an archive ends with its record
             if rest.count(0) < len(rest):
                 raise Damaged(
-                    f"goes on behind the end mark of an archive at byte {at:,}, as where cat has joined several (tar -A joins them whole)"
+                    f"goes on behind the end mark of an archive at byte {at:,}, as where cat has joined several "
+                    "(tar -A joins them whole)"
                 )
             return
         start, size = at + _BLOCK, _plain_size(head)
