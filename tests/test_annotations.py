@@ -316,6 +316,13 @@ def test_visual_genome_finds_the_folder_of_an_image(tmp_path, beside):
     assert [record.image_id for record in records(one_each)] == [0, 0, 1]
 
 
+def test_visual_genome_matches_ids_that_are_texts(tmp_path):
+    regions = [image | {"id": str(image["id"])} for image in REGIONS]
+    path = write(tmp_path / "region_descriptions.json", regions)
+    write(tmp_path / "image_data.json", IMAGE_DATA)
+    assert below(tmp_path, open_it(f"vg:{path}")) == ["VG_100K_2/1.jpg", "VG_100K/10.jpg"]
+
+
 def test_visual_genome_with_its_images_elsewhere(tmp_path):
     path = write(tmp_path / "lists" / "region_descriptions.json", REGIONS)
     said = refusal(f"vg:{path}")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import codebook_jax
 from codebook_jax.errors import UserError
 from codebook_jax.given import as_pictures, as_texts, pixels_of
 
@@ -56,6 +57,12 @@ def test_one_picture_needs_no_container(paths, tmp_path, monkeypatch):
     with open(paths[0], "rb") as file:
         assert [greys(one) for one in (*ones, file)] == [[10]] * 10
         assert greys([file, file]) == [10, 10]
+
+
+def test_an_export_may_be_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path}/none is not a folder here"):
+        codebook_jax.load("~/none")
 
 
 def test_files_may_be_closed_once_they_were_given(paths):
