@@ -97,6 +97,7 @@ def test_shards_are_named_by_file_folder_pattern_range_and_list(folder):
     }
     assert {place: len(open_it(place)) for place in sizes} == sizes
     assert open_it(f"{folder}/{{00002,00000}}.tar").name(0).startswith("00002.tar/")
+    assert len(open_it(write(folder / "odd[1].tar", samples(0, 2)))) == 2
     for number in range(8, 13):
         write(folder / f"s{number}.tar", samples(number, 1))
     source = open_it(f"{folder}/s{{8..12}}.tar")
@@ -282,6 +283,7 @@ def test_compressed_shards_are_refused_with_what_unpacks_them(
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / name).write_bytes(content)
         places = [f"{tmp_path}/other", f"{tmp_path}/other/*", f"{tmp_path}/other/{name}"]
+        places += [f"{tmp_path}/other/*.tar", f"{tmp_path}/other/{name.partition('.')[0]}.tar"]
         for place in places:
             with pytest.raises(UserError, match=f"is compressed: .*{tool}"):
                 open_it(place)

@@ -157,7 +157,11 @@ def shard_paths(place: str) -> list[str]:
         return _shards_in(place)
     paths = []
     for path in [place] if os.path.exists(place) else _unfolded(place):
-        paths += sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+        pattern = path if glob.has_magic(path) else glob.escape(path)
+        found = [path] if os.path.exists(path) else sorted(glob.glob(pattern, recursive=True))
+        if not found and path.endswith(".tar"):
+            _refuse_compressed(sorted(glob.glob(f"{pattern[:-2]}*", recursive=True)))
+        paths += found or ([] if glob.has_magic(path) else [path])
     if not paths:
         raise UserError(
             f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, or several as "
@@ -168,18 +172,23 @@ def shard_paths(place: str) -> list[str]:
 
 def _shards_in(folder: str) -> list[str]:
     """The shards of a folder; raises UserError where one of them is there compressed alone."""
-    names = sorted(os.listdir(folder))
-    paths = [os.path.join(folder, name) for name in names if name.endswith(".tar")]
-    for name in names:
-        found = _COMPRESSED.fullmatch(name)
-        if found and f"{found[1]}.tar" not in names:
-            tool = COMPRESSED[found[2] or found[3]][1]
-            raise UserError(f"{os.path.join(folder, name)} is compressed: {unpacking(tool)}")
+    held = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    _refuse_compressed(held)
+    paths = [path for path in held if path.endswith(".tar")]
     if not paths:
         raise UserError(
             f"{folder} holds no .tar files: give a folder of shards, or the path of one"
         )
     return paths
+
+
+def _refuse_compressed(paths: Sequence[str]) -> None:
+    """Raises UserError where one of these files is a compressed shard that is not there unpacked."""
+    for path in paths:
+        found = _COMPRESSED.fullmatch(path)
+        if found and f"{found[1]}.tar" not in paths:
+            tool = COMPRESSED[found[2] or found[3]][1]
+            raise UserError(f"{path} is compressed: {unpacking(tool)}")
 
 
 def _unfolded(place: str) -> list[str]:
