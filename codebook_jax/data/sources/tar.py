@@ -184,9 +184,10 @@ def _shards_in(folder: str) -> list[str]:
 
 def _refuse_compressed(paths: Sequence[str]) -> None:
     """Raises UserError where one of these files is a compressed shard that is not there unpacked."""
+    there = set(paths)
     for path in paths:
         found = _COMPRESSED.fullmatch(path)
-        if found and f"{found[1]}.tar" not in paths:
+        if found and f"{found[1]}.tar" not in there:
             tool = COMPRESSED[found[2] or found[3]][1]
             raise UserError(f"{path} is compressed: {unpacking(tool)}")
 
