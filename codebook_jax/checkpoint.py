@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import time
@@ -18,6 +17,7 @@ from flax import traverse_util
 from codebook_jax.errors import UserError
 from codebook_jax.metrics import say
 from codebook_jax.processes import peers
+from codebook_jax.strict_json import parse_json
 from codebook_jax.workdir import write_json, write_probe
 
 ITEMS = (
@@ -287,8 +287,14 @@ def _best_of(scores: dict[int, float], steps: list[int]) -> int | None:
 def _read_scores(path: Path) -> dict[int, float]:
     if not path.exists():
         return {}
-    scores = json.loads(path.read_text())["scores"]
-    return {int(step): math.nan if score is None else score for step, score in scores.items()}
+    try:
+        scores = parse_json(path.read_bytes())["scores"]
+        return {int(step): math.nan if one is None else float(one) for step, one in scores.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not the record of a run's best step ({type(error).__name__}: {error}): put the original back, "
+            "or remove it, and the best is chosen among the evaluations to come"
+        ) from error
 
 
 def _plain(score: float) -> float | None:

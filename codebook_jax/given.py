@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from typing import BinaryIO
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from codebook_jax.data.images import UnreadableImage, decode, rgb, upright
+from codebook_jax.data.images import UnreadableImage, decode, rgb
 from codebook_jax.errors import UserError
 
-Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
-Pictures = Picture | Sequence[Picture]
-Texts = str | Sequence[str]
+Picture = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
+Pictures = Picture | Iterable[Picture]
+Texts = str | Iterable[str]
+
+_ONE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+_UNORDERED = (Mapping, set, frozenset)
 
 
 def as_pictures(given: Pictures) -> list[Picture]:
-    """One picture or many as a list; raises UserError for what is neither."""
+    """One picture or many as a list, open files as what is in them; raises UserError for what is neither."""
     if isinstance(given, jax.Array):
         given = np.asarray(given)
+    if isinstance(given, np.ndarray) and given.dtype.kind in "USO":
+        if given.ndim > 1:
+            shape = list(given.shape)
+            raise UserError(
+                f"images is an array of paths of the shape {shape}: give a list of them"
+            )
+        names = given.reshape(-1).tolist()
+        given = list(map(os.fsdecode, names)) if given.dtype.kind == "S" else names
     if isinstance(given, np.ndarray):
         return list(given) if given.ndim == 4 else [given]
-    if isinstance(given, str | bytes | os.PathLike | Image.Image):
-        return [given]
-    try:
-        return list(given)
-    except TypeError:
+    if isinstance(given, _ONE) or hasattr(given, "read"):
+        return [_content(given, 0)]
+    if not isinstance(given, Iterable) or isinstance(given, _UNORDERED):
         raise UserError(
-            f"images={given!r} cannot be read: give paths, PIL images or uint8 arrays"
-        ) from None
+            f"images={given!r} cannot be read: give paths, open files, PIL images or uint8 arrays, one or a list"
+        )
+    return [_content(picture, position) for position, picture in enumerate(given)]
+
+
+def _content(picture: Picture, position: int) -> Picture:
+    """The picture; of an open file, all that is in it, since the caller may close it or others read from it."""
+    if isinstance(picture, bytearray | memoryview):
+        return bytes(picture)
+    if not hasattr(picture, "read"):
+        return picture
+    content = ""
+    try:
+        if not isinstance(picture, io.TextIOBase):
+            if picture.seekable():
+                picture.seek(0)
+            content = picture.read()
+    except (OSError, ValueError, AttributeError) as failure:  # ValueError: it is closed
+        raise UserError(
+            f"image {position} cannot be read ({failure}): give an open file"
+        ) from failure
+    if not isinstance(content, bytes):
+        raise UserError(f'image {position} is a file of text: open it as open(path, "rb")')
+    return content
 
 
 def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height width 3"]:
@@ -40,19 +73,19 @@ def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height widt
         if isinstance(picture, Image.Image):
             return _rgb_of(picture)
         if isinstance(picture, str | bytes | os.PathLike):
-            return decode(picture)
+            return decode(picture if isinstance(picture, bytes) else os.path.expanduser(picture))
         if isinstance(picture, np.ndarray | jax.Array):
             return _rgb_array(np.asarray(picture))
     except UnreadableImage as failure:
         raise UserError(f"image {position}: {failure}") from failure
     raise UserError(
-        f"image {position} is a {type(picture).__name__}: give a path, a PIL image or a uint8 array"
+        f"image {position} is a {type(picture).__name__}: give a path, an open file, a PIL image or a uint8 array"
     )
 
 
 def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     try:
-        return np.asarray(rgb(upright(picture)))
+        return np.asarray(rgb(picture))
     except Exception as failure:  # a file that Pillow opened and cannot read to its end
         raise UnreadableImage(f"the PIL image cannot be read: {failure}") from failure
 
@@ -82,9 +115,9 @@ def as_texts(given: Texts) -> list[str]:
     try:
         texts = [given] if isinstance(given, str) else list(given)
     except TypeError:
-        raise UserError(
-            f"texts={given!r} cannot be read: give a string or a list of strings"
-        ) from None
+        texts = None
+    if texts is None or isinstance(given, _UNORDERED):
+        raise UserError(f"texts={given!r} cannot be read: give a string or a list of strings")
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"text {position} is a {type(text).__name__}: give strings")

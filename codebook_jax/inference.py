@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.given import Picture, Pictures, Texts, as_pictures, as_texts, pixels_of
 from codebook_jax.models import codis
 from codebook_jax.models.heads import MATCH
+from codebook_jax.strict_json import parse_json
 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
@@ -52,8 +52,8 @@ class Codes(NamedTuple):
 class Codis:
     """A loaded model. Use it from any number of threads.
 
-    Wherever it takes images: one or a list of file paths, contents of files (bytes), PIL images, or uint8 arrays
-    [height, width, 3] or [height, width], or one array [images, height, width, 3]. They are read as in the
+    Wherever it takes images: one or several (a list, a generator, an array) of file paths, open binary files, contents
+    of files (bytes), PIL images, or uint8 arrays [height, width, 3] or [height, width]. They are read as in the
     evaluation: upright, on white, the whole picture resized to the model's square. Arrays that are not uint8 are
     refused, since their range cannot be known. Wherever it takes texts: one or a list of strings. Texts longer than
     the model reads lose their end, with a warning, and there is one for words that the tokenizer does not know. What cannot be read raises UserError and names which one.
@@ -309,7 +309,7 @@ def _export_folder(path: Path) -> Path:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         number, _, _ = manifest["format"], manifest["items"], manifest["step"]
     except (OSError, ValueError, TypeError, KeyError) as failure:
         raise _damaged(folder / MANIFEST, failure) from failure

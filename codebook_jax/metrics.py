@@ -15,6 +15,7 @@ import jax
 import tensorboardX
 
 from codebook_jax.data.progress import Bar, duration
+from codebook_jax.strict_json import parse_json
 from codebook_jax.workdir import written_whole
 
 FILE = "metrics.jsonl"
@@ -75,7 +76,7 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     rows = []
     for line in Path(path).read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:

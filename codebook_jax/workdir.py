@@ -19,6 +19,7 @@ from typing import IO, Any
 import ml_collections
 
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
+from codebook_jax.strict_json import parse_json
 
 RECORD = "config.json"
 
@@ -189,7 +190,7 @@ def read_record(workdir: Path | str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_bytes())
         record["config"], record["data"]["fingerprint"]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(

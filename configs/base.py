@@ -148,7 +148,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         test="",  # ... unless this names another source
         image_root="",  # of sources that list files; empty: the list's folder
         path_map="",  # OLD=NEW,...: how listed paths begin, and the folder that stands there on this machine
-        damaged_shards="refuse",  # "refuse" | "skip" a shard of records: or webdataset: that is missing or cut short
+        damaged_shards="refuse",  # "refuse" | "skip" what of records: or webdataset: is missing, cut short, there twice or not UTF-8
         scenes_examples=at["examples"],  # scenes an epoch
         global_batch=at["batch"],  # pairs a step over all devices; paper: 512
         tokenizer="",  # folder or hub name; empty: byte-level BPE trained on the training captions

@@ -77,7 +77,35 @@ def test_coco_has_a_record_a_caption_where_asked_and_merges_them_to_evaluate(tmp
     assert "per=word is neither image nor caption" in refusal(f"coco:{path}?per=word")
 
 
+@pytest.mark.parametrize(("listed", "named"), [(str, int), (int, str)])
+def test_ids_match_whether_they_are_numbers_or_texts(tmp_path, listed, named):
+    def spell(content):
+        for image in content["images"]:
+            image["id"] = listed(image["id"])
+        for annotation in content["annotations"]:
+            annotation["image_id"] = named(annotation["image_id"])
+
+    plain = open_it(f"coco:{write(tmp_path / 'plain.json', COCO)}")
+    spelled = open_it(f"coco:{write(tmp_path / 'spelled.json', changed(COCO, spell))}")
+    assert captions(spelled) == captions(plain) and spelled.left_out == [
+        (name, why.replace("plain", "spelled")) for name, why in plain.left_out
+    ]
+
+
+def test_a_number_and_a_text_that_both_are_ids_are_two_images(tmp_path):
+    images = [{"id": key, "file_name": f"{n}.jpg"} for n, key in enumerate((7, "7", "07"))]
+    said = [{"image_id": key, "caption": repr(key)} for key in (7, "7", "07")]
+    path = write(tmp_path / "captions.json", {"images": images, "annotations": said})
+    assert captions(open_it(f"coco:{path}", "test")) == [("7",), ("'7'",), ("'07'",)]
+
+
 COCO_BROKEN = {
+    "long id": (
+        '{"images": [{"id": %s, "file_name": "a.jpg"}], "annotations": []}' % ("9" * 5000),
+        r'images\[0\], key "id": .*5,000 digits',
+    ),
+    "deep": ('{"images": ' + "[" * 100_000, "captions.json cannot be read .*nested"),
+    "key twice": ('{"images": [], "images": []}', "cannot be read .*'images' twice"),
     "unknown image": (
         lambda c: c["annotations"][1].update(image_id=9),
         r"annotations\[1\] is of image 9",
@@ -111,7 +139,8 @@ COCO_BROKEN = {
 @pytest.mark.parametrize("name", COCO_BROKEN)
 def test_a_coco_file_that_does_not_fit_together_is_refused_with_the_place(tmp_path, name):
     change, words = COCO_BROKEN[name]
-    path = write(tmp_path / "captions.json", changed(COCO, change))
+    content = change if isinstance(change, str) else changed(COCO, change)
+    path = write(tmp_path / "captions.json", content)
     with pytest.raises(UserError, match=words) as raised:
         open_it(f"coco:{path}")
     assert str(path) in str(raised.value)
@@ -287,6 +316,13 @@ def test_visual_genome_finds_the_folder_of_an_image(tmp_path, beside):
     assert [record.image_id for record in records(one_each)] == [0, 0, 1]
 
 
+def test_visual_genome_matches_ids_that_are_texts(tmp_path):
+    regions = [image | {"id": str(image["id"])} for image in REGIONS]
+    path = write(tmp_path / "region_descriptions.json", regions)
+    write(tmp_path / "image_data.json", IMAGE_DATA)
+    assert below(tmp_path, open_it(f"vg:{path}")) == ["VG_100K_2/1.jpg", "VG_100K/10.jpg"]
+
+
 def test_visual_genome_with_its_images_elsewhere(tmp_path):
     path = write(tmp_path / "lists" / "region_descriptions.json", REGIONS)
     said = refusal(f"vg:{path}")
@@ -316,6 +352,7 @@ REGIONS_BROKEN = {
     "more": ("[]\n[]", "line 2 is not JSON .extra data"),
     "open list": ('[{"id": 1, "regions": []},\n', "line 2 is not JSON"),
     "none": ("[ ]", "lists no pairs"),
+    "deep": ('[{"id": 1, "regions": []},' + "[" * 100_000, r"\[1\] cannot be read .*nested"),
 }
 
 

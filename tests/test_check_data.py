@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from pathlib import Path
@@ -235,6 +236,25 @@ def test_pictures_in_shards_are_checked_with_the_shards_and_listed_by_their_plac
     assert found["sources"][0]["undecodable"] == 1
     (verdict,) = found["verdicts"]
     assert shard.name in verdict
+
+
+def test_what_shards_leave_out_is_counted_and_named_with_its_reason(data, tmp_path):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(content, "PNG")
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        for name in ("a.jpg", "a.txt", "a.seg.png", "b.x.jpg", "b.x.txt", "c.jpg", "d.jpg", "d.json"):
+            member = tarfile.TarInfo(name)
+            body = content.getvalue() if name.endswith(("jpg", "png")) else b"a caption"
+            member.size = len(body)
+            shard.addfile(member, io.BytesIO(body))
+    config = config_of(data, **{"data.train": f"webdataset:{tmp_path}/s.tar", "check.max_bad_share": 0.5})
+    assert check_data(config, tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "check.json").read_text())["sources"][0]
+    assert [found[name] for name in ("listed", "usable")] == [4, 2]
+    rows = [line.split("\t") for line in (tmp_path / "out" / "skipped.tsv").read_text().splitlines()]
+    why = {name: reason for label, name, reason in rows if label == "training"}
+    assert list(why) == ["s.tar/c", "s.tar/d", "s.tar/a.seg.png"]
+    assert "no caption" in why["s.tar/c"] and ".json cannot be read" in why["s.tar/d"]
 
 
 def png_of(width, height):

@@ -119,6 +119,14 @@ def test_captions_are_texts_lists_of_texts_and_texts_with_ids_beside_them(datase
         assert [source.captions(index) for index in range(2)] == expected
 
 
+def test_bytes_that_are_not_utf8_are_no_caption(tmp_path):
+    pictures = [{"bytes": picture(number), "path": None} for number in range(2)]
+    path = parquet(tmp_path / "t.parquet", {"image": pictures, "caption": [b"caf\xe9", b"caf\xc3\xa9"]})
+    source = open_it(path)
+    assert [record.captions for record in records(source)] == [("café",)]
+    assert [len(source.left_out), source.listed] == [1, 2]
+
+
 def test_rows_without_a_picture_or_a_caption_are_left_out_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_rows, "_ROWS_AT_ONCE", 4)  # so that there are several parts
     captions = ["zero", None, " \n", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -1,12 +1,14 @@
 """Decoding and cropping, on files of the real formats made on the spot."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from codebook_jax.data.images import Picture, UnreadableImage, decode, resize_square
+from codebook_jax.data.images import Picture, UnreadableImage, decode, resize_square, rgb
 
 RED, BLUE = (220, 30, 30), (30, 30, 220)
 
@@ -107,6 +109,98 @@ def test_grey_of_one_eight_and_sixteen_bits_keeps_its_lightness():
     np.testing.assert_array_equal(decode(saved(Image.fromarray(eight), "PNG"))[0, :, 2], eight[0])
     one = Image.new("1", (4, 4), 1)
     assert decode(saved(one, "PNG")).min() == 255
+
+
+def png(rows, depth, colour_type, transparent):
+    """A PNG of these rows of packed bytes, with one transparent colour."""
+
+    def chunk(name, content):
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    width = len(rows[0]) * 8 // (depth * (3 if colour_type == 2 else 1))
+    head = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
+    parts = [chunk(b"IHDR", head), chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))]
+    parts += [chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "hidden", "shown", "expected"),
+    [
+        (16, 0, [0x1234], [0x9C40], 156),
+        (16, 0, [0], [0xFFFF], 255),
+        (16, 2, [0x1234, 0, 0x4321], [0x8080] * 3, 128),
+        (16, 2, [1, 2, 3], [0x8080] * 3, 128),
+        (16, 2, [0, 0, 0], [0x8080] * 3, 128),
+        (8, 0, [7], [90], 90),
+        (8, 2, [7, 8, 9], [90] * 3, 90),
+        (4, 0, [3], [9], 153),
+        (2, 0, [1], [2], 170),
+        (1, 0, [1], [0], 0),
+    ],
+)
+def test_the_one_transparent_colour_of_a_png_is_white(depth, colour_type, hidden, shown, expected):
+    bits = "".join(f"{value:0{depth}b}" for value in hidden * 8 + shown * 8)
+    row = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8))
+    file = png([row] * 3, depth, colour_type, hidden)
+    for image in (decode(file), np.asarray(rgb(Image.open(io.BytesIO(file))))):
+        assert (image[:, :8] == 255).all() and (image[:, 8:] == expected).all()
+
+
+def test_a_colour_with_alpha_in_any_of_pillows_modes_is_shown_on_white():
+    for mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+        image.paste((90, 90, 90, 255), (4, 0, 8, 8))
+        image = image.convert("LA").convert(mode) if mode == "La" else image.convert(mode)
+        shown = np.asarray(rgb(image))
+        assert (shown[:, :4] == 255).all() and (shown[:, 4:] == 90).all(), mode
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.linspace(0, 1, 256, dtype=np.float32), range(256)),
+        (np.arange(0, 65536, 257, dtype=np.uint16), range(256)),
+        (np.arange(0, 65536, 257, dtype=np.int32), range(256)),
+        (np.arange(256, dtype=np.int32), range(256)),
+    ],
+)
+def test_deep_greys_of_a_known_range_keep_their_lightness(values, expected):
+    image = decode(saved(Image.fromarray(values[None].repeat(2, 0)), "TIFF"))
+    np.testing.assert_array_equal(image[1, :, 2], expected)
+    if values.dtype == np.int32:
+        return  # Pillow opens no negatives of these
+    negative = saved(Image.fromarray(values[None]), "TIFF", tiffinfo={262: 0})
+    np.testing.assert_array_equal(decode(negative)[0, :, 0], expected[::-1])
+
+
+@pytest.mark.parametrize("wrong", [-0.5, 1.5, 255.0, np.nan, np.inf, -1, 65536, 2**30])
+def test_deep_greys_of_another_range_are_unreadable(wrong, tmp_path):
+    kind = np.float32 if isinstance(wrong, float) else np.int32
+    values = np.array([[0, wrong]], kind)
+    (tmp_path / "deep.tiff").write_bytes(saved(Image.fromarray(values), "TIFF"))
+    with pytest.raises(UnreadableImage, match=r"deep\.tiff: its grey goes from"):
+        decode(tmp_path / "deep.tiff")
+
+
+def test_the_first_frame_of_an_animation_is_the_picture():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
+    for kind in ("GIF", "WEBP", "PNG"):
+        file = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert near(decode(file)[4, 4], RED)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO", "SGI"])
+def test_formats_that_photographs_do_not_have_are_not_opened(kind, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    def start(*arguments, **options):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", start)
+    with pytest.raises(UnreadableImage, match="not a picture in a format .*JPEG, PNG"):
+        decode(saved(Image.new("RGB", (32, 32), RED), kind))
 
 
 def test_what_cannot_be_read_is_said_in_one_sentence_with_its_path(tmp_path, monkeypatch):

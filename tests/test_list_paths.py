@@ -66,6 +66,20 @@ def test_paths_that_no_rule_fits_are_refused_with_what_to_give(tmp_path):
     assert "may lead out" in refusal(f"json:{escaping}", path_map="/export=/data")
 
 
+def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "pairs.json", [{"image": "a.jpg", "caption": "one"}])
+    write(tmp_path / "pairs.csv", "image,caption\na.jpg,one\n")
+    for spec in ("json:~/pairs.json", "csv:~/pairs.csv", "json:~/pairs.json?image_root=~/"):
+        assert open_it(spec)[0].image == str(tmp_path / "a.jpg")
+    assert open_it("json:~/pairs.json", image_root="~/b")[0].image == str(tmp_path / "b/a.jpg")
+    write(tmp_path / "far.json", [{"image": "/far/a.jpg", "caption": "one"}])
+    mapped = open_it("json:~/far.json", path_map="/far=~/near")
+    assert mapped[0].image == str(tmp_path / "near/a.jpg")
+    for spec in ("webdataset:~/none.tar", "records:~/none", "coco:~/none.json", "hf:~/none:train"):
+        assert f"{tmp_path}/none" in refusal(spec)
+
+
 # What a check of the data left
 
 

@@ -136,6 +136,22 @@ BROKEN = {
         [{"image": "a", "caption": "x", "image_id": 1.5}],
         'key "image_id": 1.5 is not an id',
     ),
+    "long id": (
+        '[{"image": "a", "caption": "x", "image_id": %s}]' % ("9" * 5000),
+        r'\[0\], key "image_id": .*5,000 digits.* is not an id',
+    ),
+    "long id on a line": (
+        '{"image": "a", "caption": "x"}\n{"image": "b", "caption": "x", "image_id": -%s}' % ("9" * 5000),
+        r'line 2, key "image_id": .*5,001 digits',
+    ),
+    "infinite id": ('[{"image": "a", "caption": "x", "image_id": 1e400}]', '"image_id": Infinity is not'),
+    "id not a number": ('[{"image": "a", "caption": "x", "image_id": NaN}]', '"image_id": NaN is not'),
+    "deep": (f'[{{"image": "a", "caption": "x"}}, {"[" * 100_000}', r"\[1\] cannot be read .*nested"),
+    "deep line": (f'{{"image": "a", "caption": "x"}}\n{"[" * 100_000}', "line 2 cannot be read .*nested"),
+    "key twice": (
+        '[{"image": "a", "caption": "x", "caption": "y"}]',
+        r"\[0\] cannot be read .*the key 'caption' twice",
+    ),
     "id truth": ([{"image": "a", "caption": "x", "image_id": True}], 'key "image_id": true'),
 }
 
@@ -185,6 +201,23 @@ def test_a_folder_whose_name_begins_as_the_roots_does_is_outside_it(tmp_path):
         open_it(f"json:{path}")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_in_every_way_and_a_byte_order_mark_is_passed_over(tmp_path, end):
+    lines = "\ufeff" + end.join(json.dumps(entry) for entry in ALBEF) + end
+    assert len(open_it(f"json:{write(tmp_path, lines)}")) == 4
+
+
+def test_a_long_number_under_a_key_that_is_not_read_is_passed_over(tmp_path):
+    path = write(tmp_path, '[{"image": "a", "caption": "x", "hash": %s}]' % ("9" * 5000))
+    assert open_it(f"json:{path}").captions(0) == ("x",)
+
+
+def test_an_empty_id_is_no_id(tmp_path):
+    entries = [{"image": f"{n}.jpg", "caption": "x", "image_id": ""} for n in range(2)]
+    source = open_it(f"json:{write(tmp_path, entries)}")
+    assert [source[index].image_id for index in range(2)] == [0, 1]
+
+
 def test_missing_image_files_are_no_error_at_load(tmp_path):
     assert not (tmp_path / "a.jpg").exists()
     assert len(open_it(f"json:{write(tmp_path, ALBEF)}")) == 4
@@ -195,6 +228,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         open_it(f"json:{tmp_path}/gone.json")
     with pytest.raises(UserError, match="cannot be read"):
         open_it(f"json:{tmp_path}")
+    (tmp_path / "wide.json").write_bytes('[{"image": "a", "caption": "x"}]'.encode("utf-16"))
+    with pytest.raises(UserError, match=r"wide\.json is not UTF-8"):
+        open_it(f"json:{tmp_path}/wide.json")
     (tmp_path / "latin.json").write_bytes('[{"image": "a", "caption": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         open_it(f"json:{tmp_path}/latin.json")

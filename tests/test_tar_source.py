@@ -1,9 +1,11 @@
 """Tar shards as img2dataset writes them: what they hold, in every form of tar, and what may be wrong with them."""
 
+import bz2
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import pickle
 import tarfile
@@ -95,6 +97,7 @@ def test_shards_are_named_by_file_folder_pattern_range_and_list(folder):
     }
     assert {place: len(open_it(place)) for place in sizes} == sizes
     assert open_it(f"{folder}/{{00002,00000}}.tar").name(0).startswith("00002.tar/")
+    assert len(open_it(write(folder / "odd[1].tar", samples(0, 2)))) == 2
     for number in range(8, 13):
         write(folder / f"s{number}.tar", samples(number, 1))
     source = open_it(f"{folder}/s{{8..12}}.tar")
@@ -140,7 +143,9 @@ def test_members_are_found_in_every_form_of_tar(tmp_path, form):
         (f"content of {long}.jpg".encode(), (f"content of {long}.txt",)),
         ("content of ./a/é.PNG".encode(), ("content of ./a/é.txt",)),
     ]
-    assert source.left_out == []  # links, hidden files and those without a suffix are no samples
+    # Hidden files and those without a suffix are no samples; é.x.jpg belongs to é, as in WebDataset.
+    assert [name for name, _ in source.left_out] == ["odd.tar/x", "odd.tar/./a/é.x.jpg"]
+    assert source.listed == 3 and "a link" in source.left_out[0][1]
 
 
 def test_captions_come_from_json_where_there_is_no_text_file_or_a_key_is_named(tmp_path):
@@ -152,6 +157,10 @@ def test_captions_come_from_json_where_there_is_no_text_file_or_a_key_is_named(t
         ("b.txt", "six"),
     ]
     path = write(tmp_path / "s.tar", members)
+    with tarfile.open(path, "a") as shard:  # a link that is neither
+        member = tarfile.TarInfo("a.cls")
+        member.type, member.linkname = tarfile.SYMTYPE, "0.cls"
+        shard.addfile(member)
     assert [record.captions for record in records(open_it(path))] == [("one", "two"), ("six",)]
     by_key = open_it(f"{path}?caption_key=alt")
     assert [record.captions for record in records(by_key)] == [("three",), ("five",)]
@@ -174,22 +183,116 @@ def test_samples_without_an_image_or_a_caption_are_left_out_and_counted(tmp_path
         ("number.json", '{"caption": [3, null]}'),
         ("broken.jpg", b"J"),
         ("broken.json", '{"caption": "x"'),
+        ("deep.jpg", b"D"),
+        ("deep.json", "[" * 100_000),
         ("fine.jpg", b"F"),
-        ("fine.txt", b"caf\xe9 \n"),
+        ("fine.txt", "\ufeffcafé \n"),
     ]
     source = open_it(write(tmp_path / "s.tar", members))
     assert [record[:2] for record in records(source)] == [
         (b"G", ("a caption",)),
-        (b"F", ("caf\ufffd",)),
+        (b"F", ("café",)),
     ]
-    assert [len(source), source.listed] == [2, 9]
-    assert [name for name, _ in source.left_out] == [
-        f"s.tar/{key}" for key in ("nothing", "silent", "empty", "blank", "key", "number", "broken")
-    ]
+    assert [len(source), source.listed] == [2, 10]
+    lacking = ("nothing", "silent", "empty", "blank", "key", "number", "broken", "deep")
+    assert [name for name, _ in source.left_out] == [f"s.tar/{key}" for key in lacking]
     assert "has no image (jpg" in source.left_out[0][1]
     assert "no text under 'caption'" in source.left_out[4][1]
+    assert all(".json cannot be read" in why for _, why in source.left_out[-2:])
     with pytest.raises(UserError, match="no sample with .* as [?]caption_key=NAME"):
         open_it(f"{tmp_path}/s.tar?caption_key=title")
+
+
+def pairs(source):
+    return [(record.image.decode(), *record.captions) for record in records(source)]
+
+
+def test_members_of_a_pair_are_found_wherever_they_are_in_the_shard(tmp_path):
+    members = [(f"{n:02d}.{kind}", f"{kind} {n}") for n in range(6) for kind in ("jpg", "txt")]
+    members += [(f"{n:02d}.jpg", f"jpg {n}") for n in range(6, 12)]
+    members += [("12.jpg", "jpg 12"), ("13.jpg", "jpg 13")]
+    members += [(f"{n:02d}.txt", f"txt {n}") for n in range(11, 5, -1)]
+    members += [("12.json", '{"caption": "txt 12"}')]
+    source = open_it(write(tmp_path / "s.tar", members))
+    assert pairs(source) == [(f"jpg {n}", f"txt {n}") for n in range(13)]
+    assert [source.name(6), source.listed] == ["s.tar/06", 14]
+    assert [name for name, _ in source.left_out] == ["s.tar/13"]
+
+
+def test_a_key_ends_at_the_last_dot_and_further_members_are_counted_and_never_mixed(tmp_path):
+    members = []
+    for key in ("00.v2", "00.v3", "01", "a.b/02"):
+        members += [(f"{key}.jpg", f"image {key}"), (f"{key}.txt", f"text {key}")]
+    members += [(f"{key}.seg.png", "mask") for key in ("01", "a.b/02")]
+    members += [("01.png", "second"), ("01.meta.json", "{}"), ("01.cls", "3")]
+    members += [("03.a.jpg", "image 03.a"), ("03.b.txt", "text 03.b")]
+    source = open_it(write(tmp_path / "s.tar", members))
+    keys = ("00.v2", "00.v3", "01", "a.b/02")
+    assert pairs(source) == [(f"image {key}", f"text {key}") for key in keys]
+    assert [source.name(index) for index in range(4)] == [f"s.tar/{key}" for key in keys]
+    why = dict(source.left_out)
+    assert list(why) == [f"s.tar/{name}" for name in ("03.a", "03.b", "01.seg.png", "01.png")]
+    assert "has no caption" in why["s.tar/03.a"] and "has no image" in why["s.tar/03.b"]
+    assert "2 *.seg.png" in why["s.tar/01.seg.png"]
+    assert source.listed == 6  # further members are no samples
+
+
+def test_a_member_that_is_there_twice_is_refused_or_its_sample_left_out(tmp_path):
+    members = [(name, name) for name in ("a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt")]
+    path = write(tmp_path / "s.tar", members)
+    with pytest.raises(UserError, match=r"s\.tar: a\.(jpg|txt) .*more than once.*=skip"):
+        open_it(path)
+    source = open_it(path, damaged_shards="skip")
+    assert pairs(source) == [("b.jpg", "b.txt")]
+    assert [name for name, _ in source.left_out] == ["s.tar/a"] and source.listed == 2
+
+
+def test_what_is_behind_the_end_mark_of_an_archive_is_not_lost_in_silence(tmp_path):
+    parts = [write(tmp_path / f"{n}.tar", samples(n, 2)).read_bytes() for n in (0, 2)]
+    (tmp_path / "joined.tar").write_bytes(b"".join(parts))
+    with pytest.raises(UserError, match=r"joined\.tar goes on behind the end mark"):
+        open_it(tmp_path / "joined.tar")
+    (tmp_path / "padded.tar").write_bytes(parts[0] + bytes(100_000))
+    assert len(open_it(tmp_path / "padded.tar")) == 2
+
+
+def test_a_caption_that_is_not_utf8_is_refused_or_its_sample_left_out(tmp_path):
+    members = [("a.jpg", b"A"), ("a.txt", b"a caf\xe9"), ("b.jpg", b"B"), ("b.txt", "a café")]
+    path = write(tmp_path / "s.tar", members)
+    with pytest.raises(UserError, match=r"s\.tar: a\.txt is not UTF-8 text .byte e9 after 'a caf'"):
+        open_it(path)
+    source = open_it(path, damaged_shards="skip")
+    assert pairs(source) == [("B", "a café")] and source.listed == 2
+    assert "byte e9" in dict(source.left_out)["s.tar/a"]
+
+
+@pytest.mark.parametrize(
+    ("compress", "suffix", "tool"),
+    [
+        (gzip.compress, "gz", "gzip -dc"),
+        (bz2.compress, "bz2", "bzip2 -dc"),
+        (lzma.compress, "xz", "xz -dc"),
+        (lambda _: b"\x28\xb5\x2f\xfd" + bytes(600), "zst", "zstd -dc"),
+    ],
+)
+def test_compressed_shards_are_refused_with_what_unpacks_them(
+    tmp_path, folder, compress, suffix, tool
+):
+    content = compress((folder / "00000.tar").read_bytes())
+    for name in ("named.tar", f"00003.tar.{suffix}", f"00004.t{suffix}"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name).write_bytes(content)
+        places = [f"{tmp_path}/other", f"{tmp_path}/other/*", f"{tmp_path}/other/{name}"]
+        places += [f"{tmp_path}/other/*.tar", f"{tmp_path}/other/{name.partition('.')[0]}.tar"]
+        for place in places:
+            with pytest.raises(UserError, match=f"is compressed: .*{tool}"):
+                open_it(place)
+        (tmp_path / "other" / name).unlink()
+    (folder / f"00000.tar.{suffix}").write_bytes(content)  # beside what it was unpacked to
+    assert len(open_it(folder)) == 15
+    (folder / f"00009.tar.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=rf"00009\.tar\.{suffix} is compressed"):
+        open_it(folder)
 
 
 def ends_of(path):
@@ -281,7 +384,7 @@ def test_what_is_no_shard_is_refused_with_a_cure(folder, tmp_path_factory):
     write(other / "bare.tar", [("README", "nothing"), ("a/.x", "nothing")])
     (other / "none").mkdir()
     for place, words in {
-        f"{other}/packed.tar": "is compressed.*gunzip",
+        f"{other}/packed.tar": "is compressed: .*gzip -dc",
         f"{other}/text.tar": "is no tar file from byte 0",
         f"{other}/bare.tar": "has no samples: give shards that hold KEY.jpg",
         f"{other}/none": "holds no .tar files",

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tokenizers
 
 from codebook_jax.data import scenes
 from codebook_jax.data.sources import open_source
@@ -193,6 +194,40 @@ def test_a_bert_vocabulary_file_is_a_tokenizer(tmp_path):
     tokenizer = tokenizer_for_run(str(folder), tmp_path / "run", None, 1)
     assert tokenizer.vocabulary == (8, 0, 2, 3, 4, (0, 1, 2, 3, 4))
     assert tokenizer.encode(["Red circles."], 8)[0][0].tolist() == [2, 5, 6, 7, 3, 0, 0, 0]
+
+
+def test_a_list_of_word_pieces_alone_is_read_as_berts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "##s", "Red"]
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = tokenizer_for_run("~/words", tmp_path / "run", None, 1)
+    assert tokenizer.vocabulary == (9, 0, 2, 3, 4, (0, 1, 2, 3, 4))
+    assert tokenizer.encode(["Red circles."], 8)[0][0].tolist() == [2, 5, 6, 7, 3, 0, 0, 0]
+    kept = tokenizer_for_run("", tmp_path / "run", None, 1)
+    assert kept.vocabulary == tokenizer.vocabulary
+    assert kept.encode(["red"], 4)[0].tolist() == [[2, 5, 3, 0]]
+    (tmp_path / "words" / "vocab.txt").write_text("\n".join(words[1:]) + "\n")
+    with pytest.raises(UserError, match=r"vocab\.txt has no \[PAD\]"):
+        tokenizer_for_run("~/words", tmp_path / "other", None, 1)
+    with pytest.raises(UserError, match=r"vocab\.txt' is a file: give its folder"):
+        tokenizer_for_run(str(tmp_path / "words" / "vocab.txt"), tmp_path / "other", None, 1)
+
+
+@pytest.mark.parametrize(
+    "specials", [("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), ("<pad>", "<unk>", "<s>", "</s>", "<mask>")]
+)
+def test_a_tokenizer_json_alone_is_read_with_its_special_tokens(tmp_path, specials):
+    words = {word: number for number, word in enumerate((*specials, "red", "circle"))}
+    saved = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=specials[1]))
+    saved.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (tmp_path / "saved").mkdir()
+    saved.save(str(tmp_path / "saved" / "tokenizer.json"))
+    tokenizer = tokenizer_for_run(str(tmp_path / "saved"), tmp_path / "run", None, 1)
+    kept = tokenizer_for_run("", tmp_path / "run", None, 1)
+    for one in (tokenizer, kept):
+        assert one.vocabulary == (7, 0, 2, 3, 4, (0, 1, 2, 3, 4))
+        assert one.encode(["a red circle"], 6)[0].tolist() == [[2, 1, 5, 6, 3, 0]]
 
 
 def test_a_tokenizer_that_cannot_be_had_is_refused_with_the_choices(tmp_path):

@@ -7,6 +7,7 @@ table on the terminal, check.json, usable.jsonl, skipped.tsv and report.html in 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 import warnings
@@ -34,7 +35,7 @@ from codebook_jax.workdir import check_folder, check_outputs, write_json, writte
 
 _ROWS = {  # of the table: name of a count -> what it says
     "listed": "listed records",
-    "without_caption": "without a caption",
+    "without_caption": "without a picture or caption",
     "usable": "usable",
     "images": "pictures, each once",
     "missing": "missing",
@@ -133,7 +134,7 @@ def _damaged_shards(config: ml_collections.ConfigDict) -> list[str]:
     """A sentence on each packed folder of which a file is not as it was packed."""
     specs = itertools.chain(*map(split_specs, (config.data.train, config.data.eval, config.data.test)))
     packed = (spec.removeprefix("records:") for spec in specs if spec.startswith("records:"))
-    folders = dict.fromkeys(spec.partition("?")[0] for spec in packed)
+    folders = dict.fromkeys(os.path.expanduser(spec.partition("?")[0]) for spec in packed)
     sentences = []
     for folder in folders if config.check.decode else ():
         damaged = verify(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from PIL import Image, ImageOps
 
 _TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where a file may say how it is to be turned
 _ORIENTATION = 0x0112  # EXIF
+_PHOTOMETRIC = 262  # TIFF: 0 where the least number is white
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would start Ghostscript
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
@@ -49,7 +52,7 @@ class Picture:
                 raise UnreadableImage(f"{self._name}: the file is empty")
             size = _plain_jpeg_size(self._content)
             if size is None:
-                self._pillow = Image.open(io.BytesIO(self._content))
+                self._pillow = _opened(self._content)
                 size = self._pillow.size[::-1]
             height, width = size
             if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
@@ -78,7 +81,7 @@ class Picture:
                     self._content, min_height=size[0], min_width=size[1], min_factor=shrink
                 )
             except ValueError:  # strict: Pillow has the last word on what is damaged
-                self._pillow = Image.open(io.BytesIO(self._content))
+                self._pillow = _opened(self._content)
                 pixels = self._decoded()
         if pixels.shape[:2] != size:
             pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BOX))
@@ -96,8 +99,7 @@ class Picture:
 
     def _decoded(self) -> np.ndarray:
         with self._pillow as opened:
-            opened.load()
-            return np.asarray(rgb(upright(opened)))
+            return np.asarray(rgb(opened))
 
 
 def decode(image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike) -> np.ndarray:
@@ -116,7 +118,7 @@ def resize_square(image: UInt8[np.ndarray, "height width 3"], size_px: int) -> n
     return np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BICUBIC))
 
 
-def upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block says nothing of the rotation, and the pixels are sound
@@ -124,17 +126,72 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB, by what its numbers mean."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
-        grey = np.asarray(image).astype(np.int64)
-        deep = image.mode.startswith("I;16") or grey.max(initial=0) > 255
-        grey = np.clip(grey >> 8 if deep else grey, 0, 255)
-        image = Image.fromarray(grey.astype(np.uint8))
+    """Any of Pillow's modes as RGB, upright, transparency on white; raises ValueError for numbers of unknown range."""
+    raw = _raw_mode(image)  # forgotten once the pixels are loaded
+    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow turns 8 bits alone
+    image.load()
+    image = _upright(image)
+    hidden = _hidden(image, raw)
+    if image.mode[0] in "IF":
+        grey = _eight_bits(np.asarray(image), image.mode, raw)
+        image = Image.fromarray(255 - grey if negative else grey)
+    if hidden is not None:
+        pixels = np.array(image.convert("RGB"))
+        pixels[hidden] = 255
+        return Image.fromarray(pixels)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """What the numbers in the file are, as Pillow calls it; empty where it is no longer known."""
+    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def _hidden(image: Image.Image, raw: str) -> np.ndarray | None:
+    """bool [height, width]: the pixels of the one colour that is transparent; None where transparency is otherwise.
+
+    Pillow compares the colour as the file has it with pixels that were made eight bits deep.
+    """
+    colour = image.info.get("transparency")
+    if not isinstance(colour, int | tuple) or image.mode not in ("1", "L", "I", "I;16", "RGB"):
+        return None
+    colour = np.array(colour) * {"L;2": 85, "L;4": 17}.get(raw, 1)
+    if image.mode == "RGB":
+        deep = raw == "RGB;16B" or colour.max() > 255
+        return (np.asarray(image) == (colour >> 8 if deep else colour)).all(axis=-1)
+    return np.asarray(image.convert("L") if image.mode == "1" else image) == colour
+
+
+def _eight_bits(values: np.ndarray, mode: str, raw: str) -> UInt8[np.ndarray, "height width"]:
+    """Grey of whole numbers up to 255, 4095 or 65535, or of floats from 0 to 1; others might mean anything."""
+    if mode == "F":
+        most = 1
+    elif raw == "I;12":
+        most = 4095
+    else:
+        most = 65535 if "16" in mode + raw or values.max() > 255 else 255
+    if not (values.min() >= 0 and values.max() <= most):  # nor where one is not a number
+        kind = "floats from 0 to 1" if mode == "F" else "whole numbers from 0 to 65535"
+        raise ValueError(
+            f"its grey goes from {values.min():g} to {values.max():g}, and is read as {kind} alone"
+        )
+    return np.rint(values * (255 / most)).astype(np.uint8)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF is new
+
+
+def _opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=_formats())
 
 
 def _read(path: str | os.PathLike) -> bytes:
@@ -165,10 +222,10 @@ def _before_pixels(content: bytes) -> bytes:
 
 
 def _is_turned(content: bytes) -> bool:
-    with Image.open(io.BytesIO(content)) as opened:
+    with _opened(content) as opened:
         try:
             return opened.getexif().get(_ORIENTATION, 1) not in (0, 1)
-        except Exception:  # as in `upright`
+        except Exception:  # as in `_upright`
             return False
 
 
@@ -191,5 +248,5 @@ def _reason(failure: Exception) -> str:
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     if type(failure).__name__ == "UnidentifiedImageError":
-        return "not a picture in a format that Pillow reads"
+        return f"not a picture in a format that is read ({', '.join(_formats())})"
     return f"{failure}" or type(failure).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from codebook_jax.data.packing import Receipt, file_sha256, index_name, shard_name
 from codebook_jax.errors import UserError
+from codebook_jax.strict_json import parse_json
 from codebook_jax.workdir import write_json, written_whole
 
 MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
@@ -101,7 +101,7 @@ def read_manifest(folder: Path | str) -> Manifest:
     """The manifest of a folder; raises UserError, which says what to do, where there is none that can be used."""
     path = Path(folder) / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         if content["version"] != VERSION:
             raise UserError(
                 f"{path} is of version {content['version']}, and this program reads version {VERSION}: pack the "

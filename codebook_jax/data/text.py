@@ -30,6 +30,14 @@ SAMPLED = 2000  # captions that the share of unknown tokens is told by
 MOST_UNKNOWN = 0.01  # share of tokens, above which there is a warning
 UNREAD = "has no caption of which the tokenizer makes a token"
 LONGEST = 512  # tokens of a caption that are told apart
+WORDS = "vocab.txt"
+SPECIALS = {  # what they are called in BERT's and in RoBERTa's
+    "pad": (PAD, "<pad>"),
+    "unk": (UNKNOWN, "<unk>"),
+    "cls": (CLS, "<s>"),
+    "sep": (SEP, "</s>"),
+    "mask": (MASK, "<mask>"),
+}
 
 _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
 _LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # the four are letters that show nothing
@@ -261,9 +269,11 @@ def _in_transformers(tokenizer: tokenizers.Tokenizer) -> Any:
 
 def _load(name: str, what: str) -> Any:
     """The tokenizer of a folder or of the hub; raises UserError beginning with `what`."""
+    name = os.path.expanduser(name)
+    if os.path.isfile(name):
+        raise UserError(f"{what} is a file: give its folder, {os.path.dirname(name) or '.'}")
     try:
-        here = os.path.isdir(name) or not hub_reachable()
-        return _transformers().AutoTokenizer.from_pretrained(name, local_files_only=here)
+        loaded = _in_any_form(name)
     except (
         Exception
     ) as failure:  # the library raises OSError, ValueError, KeyError, its hub's own errors, ...
@@ -276,6 +286,40 @@ def _load(name: str, what: str) -> Any:
             f"{what} is no folder here, and could not be had from the Hugging Face hub ({reason}): "
             "give a folder, or a name on the hub and a network, or leave it empty to train one"
         ) from failure
+    _name_specials(loaded)
+    if _has_words_alone(name):
+        listed = set((Path(name) / WORDS).read_text(encoding="utf-8").split("\n"))
+        absent = {getattr(loaded, f"{kind}_token") for kind in SPECIALS} - listed
+        if absent:  # transformers has added them behind the others
+            raise UserError(
+                f"{what}: its {WORDS} has no {', '.join(map(str, sorted(absent)))}: give one as BERT's"
+            )
+    return loaded
+
+
+def _in_any_form(name: str) -> Any:
+    """What transformers reads; where there is nothing but word pieces, BERT's way to cut words into them."""
+    library, here = _transformers(), os.path.isdir(name) or not hub_reachable()
+    try:
+        return library.AutoTokenizer.from_pretrained(name, local_files_only=here)
+    except Exception:
+        if not _has_words_alone(name):
+            raise
+        return library.BertTokenizerFast.from_pretrained(name, local_files_only=True)
+
+
+def _has_words_alone(name: str) -> bool:
+    """Whether a folder has a list of word pieces, and no tokenizer that transformers has saved whole."""
+    return (Path(name) / WORDS).is_file() and not (Path(name) / "tokenizer.json").exists()
+
+
+def _name_specials(loaded: Any) -> None:
+    """Finds by their usual names the special tokens of a tokenizer.json that no tokenizer_config.json is beside."""
+    vocabulary = loaded.get_vocab()
+    for kind, usual in SPECIALS.items():
+        token = next((token for token in usual if token in vocabulary), None)
+        if token is not None and getattr(loaded, f"{kind}_token") is None:
+            setattr(loaded, f"{kind}_token", token)
 
 
 def _wrapped(loaded: Any, name: str) -> Tokenizer:

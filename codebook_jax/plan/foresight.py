@@ -65,7 +65,7 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
     figures |= _time_figures(step, chip, options, moved, compiled.as_text())
     say(report.text(figures))
     if options.json:
-        records.write_json(options.json, figures)
+        records.write_json(Path(options.json).expanduser(), figures)
     return figures
 
 
@@ -86,7 +86,7 @@ def assigned_by_xla(compiled: Any) -> Assigned:
 
 def _check_options(options: PlanOptions) -> None:
     """Raises UserError where the devices are not this process's or do not make up the slices, or the file has no folder."""
-    if options.json and not Path(options.json).absolute().parent.is_dir():
+    if options.json and not Path(options.json).expanduser().absolute().parent.is_dir():
         raise UserError(f"--plan.json={options.json}: there is no folder {Path(options.json).parent}")
     if jax.device_count() != options.devices:
         raise UserError(

@@ -26,6 +26,7 @@ from codebook_jax.data.packing import Receipt, index_name, shard_name
 from codebook_jax.data.progress import Progress
 from codebook_jax.errors import UserError
 from codebook_jax.processes.ownership import owned
+from codebook_jax.strict_json import parse_json
 from codebook_jax.workdir import check_folder, check_outputs, write_json
 
 PLAN, SOURCE = "plan.json", "source.pickle"
@@ -71,7 +72,7 @@ class Folder:
     def plan(self) -> dict[str, Any] | None:
         """{"source", "options", "place"} of a packing that has not come to its end; None where there is none."""
         try:
-            return json.loads((self.path / PROGRESS / PLAN).read_text(encoding="utf-8"))
+            return parse_json((self.path / PROGRESS / PLAN).read_bytes())
         except (OSError, ValueError):
             return None
 
@@ -147,7 +148,7 @@ class Folder:
     def _receipt(self, shard: int) -> Receipt | None:
         """What is known of a shard; None where it is not packed, or its files are not there as they were."""
         try:
-            receipt = Receipt(**json.loads(self._receipt_file(shard).read_text(encoding="utf-8")))
+            receipt = Receipt(**parse_json(self._receipt_file(shard).read_bytes()))
             file = shard_name(shard, self._shards)
             held = [(self.path / name).stat().st_size for name in (file, index_name(file))]
         except (OSError, ValueError, TypeError):

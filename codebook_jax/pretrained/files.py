@@ -17,6 +17,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.network import hub_reachable
 from codebook_jax.pretrained.torch_files import first_line, float32_of, read_torch
 from codebook_jax.pretrained.unpickling import Unreadable
+from codebook_jax.strict_json import parse_json
 
 CONFIG = "config.json"
 SAFETENSORS = ".safetensors"
@@ -233,8 +234,8 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     with _reading(path, what):
         _refuse_placeholder(path)
         try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as failure:
+            content = parse_json(path.read_bytes())
+        except ValueError as failure:
             raise Unreadable(f"is no JSON ({first_line(failure)}): download it again") from failure
         if not isinstance(content, dict):
             raise Unreadable("is JSON but no object of names and values: download it again")

@@ -5,8 +5,9 @@ A record is an image with all its captions, or with `?per=caption` an image with
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from codebook_jax.data.sources.json_files import read_object
@@ -76,7 +77,7 @@ def coco_entries(path: str) -> Iterator[Entry]:
                 f"{where} has no caption (its keys: {keys_of(annotation)}): give a caption file of COCO, "
                 "as captions_train2014.json, not one of boxes or keypoints"
             )
-        key = identity(where, annotation, "image_id")
+        key = spelled_as_in(captions, identity(where, annotation, "image_id"))
         if key not in captions:
             raise UserError(f"{where} is of image {key}, which the file does not list: remove it")
         captions[key] += captions_in(where, "caption", annotation["caption"])
@@ -151,6 +152,15 @@ def identity(where: str, entry: Any, key: str) -> int | str:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UserError(f'{where}, key "{key}": {shown(value)} is not an id: give a whole number')
     return value
+
+
+def spelled_as_in(ids: Container[int | str], key: int | str) -> int | str:
+    """The id as it is in `ids`: a whole number may be a number in one list and a text in another."""
+    if key in ids:
+        return key
+    if isinstance(key, int):
+        return str(key)
+    return int(key) if re.fullmatch("0|-?[1-9][0-9]{0,18}", key) else key
 
 
 def value_of(where: str, entry: Any, key: str) -> Any:

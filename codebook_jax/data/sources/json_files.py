@@ -24,6 +24,7 @@ from codebook_jax.data.sources.listed import (
     shown,
 )
 from codebook_jax.errors import UserError
+from codebook_jax.strict_json import parse_json, parse_json_at
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
@@ -78,9 +79,9 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
     with _opened(path, scheme) as file:
         text = file.read()
     try:
-        content = json.loads(text)
+        content = parse_json(text, of_data=True)
     except ValueError as failure:
-        raise UserError(_broken(path, failure.lineno, failure)) from failure
+        raise UserError(_broken(path, failure)) from failure
     if not isinstance(content, dict):
         hint = f": a list of pairs is read with json:{path}" if isinstance(content, list) else ""
         raise UserError(
@@ -102,23 +103,25 @@ def _first_line(lines: Iterator[str]) -> str:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except ValueError:
+        parse_json(text, of_data=True)
+    except json.JSONDecodeError:  # where JSON ends at another line
         return False
+    except ValueError:
+        pass  # as far as it goes, it is JSON
     return True
 
 
 def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]]:
     """The entries one at a time: parsed all at once they take many times the memory of the text."""
-    decoder = json.JSONDecoder()
+    number = 0
     try:
         at = _SPACE.match(text).end()
         if text[at : at + 1] != "[":
-            raise UserError(_no_list(path, json.loads(text), scheme))
-        at, number = _SPACE.match(text, at + 1).end(), 0
+            raise UserError(_no_list(path, parse_json(text, of_data=True), scheme))
+        at = _SPACE.match(text, at + 1).end()
         closed = text[at : at + 1] == "]"
         while not closed:
-            entry, at = decoder.raw_decode(text, at)
+            entry, at = parse_json_at(text, at)
             yield f"{path}[{number}]", entry
             at, number = _SPACE.match(text, at).end(), number + 1
             closed = text[at : at + 1] == "]"
@@ -129,7 +132,7 @@ def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except ValueError as failure:
-        raise UserError(_broken(path, failure.lineno, failure)) from failure
+        raise UserError(_broken(path, failure, f"{path}[{number}]")) from failure
 
 
 def _no_list(path: str, content: Any, scheme: str) -> str:
@@ -158,15 +161,18 @@ def _line_entries(path: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
         if line.isspace():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, of_data=True)
         except ValueError as failure:
-            raise UserError(_broken(path, number, failure)) from failure
+            raise UserError(_broken(path, failure, f"{path} line {number}", number)) from failure
         yield f"{path} line {number}", entry
 
 
-def _broken(path: str, line: int, failure: ValueError) -> str:
+def _broken(path: str, failure: ValueError, where: str = "", line: int = 0) -> str:
+    """`where` is the entry, and `line` (0: the one that the failure names) where it begins."""
+    if not isinstance(failure, json.JSONDecodeError):
+        return f"{where or path} cannot be read ({failure}): mend or remove it"
     why = f"{failure.msg.lower()}, column {failure.colno}"
-    return f"{path} line {line} is not JSON ({why}): mend or remove it"
+    return f"{path} line {line or failure.lineno} is not JSON ({why}): mend or remove it"
 
 
 def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
@@ -191,7 +197,7 @@ def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
         raise UserError(
             f'{where}, key "{keys.id}": {shown(key)} is not an id: give a whole number or a text'
         )
-    return Entry(where, image, captions, key)
+    return Entry(where, image, captions, None if key == "" else key)
 
 
 def open_json(request: Request) -> Listed:
@@ -218,7 +224,7 @@ def _check_beside(path: str) -> _Check:
         return _Check()
     try:
         with open(os.path.join(folder, CHECK), encoding="utf-8") as file:
-            check = json.load(file)
+            check = parse_json(file.read())
         return _Check(int(check["listed"]), str(check.get("image_root") or ""))
     except (OSError, ValueError, KeyError, TypeError):
         return _Check()

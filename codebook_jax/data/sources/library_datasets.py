@@ -59,9 +59,15 @@ def chosen_part(what: str, part: str, given: str | None, names: Sequence[str]) -
 
 
 def texts_in(value: Any) -> tuple[str, ...]:
-    """The texts of a text, a list of texts, or of lists of objects with a text; those without words and all else left out."""
+    """The texts of a text, a list of texts, or of lists of objects with a text; those without words and all else left out.
+
+    Bytes that are not UTF-8 are no text.
+    """
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return ()
     if isinstance(value, str):
         return (value.strip(),) if has_words(value) else ()
     if isinstance(value, Mapping):

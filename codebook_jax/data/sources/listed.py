@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codebook_jax.data.sources.record import Record, checked
-from codebook_jax.data.sources.texts import Packer, Texts, numbered, short_hash
+from codebook_jax.data.sources.texts import Packer, Texts, not_utf8, numbered, short_hash
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
@@ -137,7 +137,7 @@ def folders_of(path: str, image_root: str, path_map: str) -> Folders:
     Where several rules fit a path, the longest OLD holds. An empty NEW is the image root. Raises UserError for what
     is no rule.
     """
-    root = os.path.abspath(image_root or os.path.dirname(path))
+    root = os.path.abspath(os.path.expanduser(image_root) or os.path.dirname(path))
     pairs = []
     for rule in filter(None, (part.strip() for part in path_map.split(","))):
         old, equals, new = rule.rpartition("=")
@@ -146,7 +146,7 @@ def folders_of(path: str, image_root: str, path_map: str) -> Folders:
                 f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give how listed paths begin and the "
                 "folder that stands there here, as /export/home/vl=/data, several with commas between"
             )
-        pairs.append((old.rstrip("/"), os.path.abspath(new) if new else root))
+        pairs.append((old.rstrip("/"), os.path.abspath(os.path.expanduser(new)) if new else root))
     return Folders(root, tuple(sorted(pairs, key=lambda pair: -len(pair[0]))))
 
 
@@ -162,11 +162,7 @@ def reading(path: str, wanted: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as failure:
-        wrong = failure.object[failure.start : failure.end]
-        before = failure.object[max(0, failure.start - 20) : failure.start].decode(errors="replace")
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {wrong.hex()} after {before!r}): give {wanted}, saved as UTF-8"
-        ) from failure
+        raise UserError(f"{path} {not_utf8(failure)}: give {wanted}, saved as UTF-8") from failure
     except OSError as failure:
         raise UserError(f"{path} cannot be read ({failure.strerror}): give {wanted}") from failure
 
@@ -196,7 +192,7 @@ def kind_of(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as a file has it, not too long."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -43,7 +44,7 @@ class Request(NamedTuple):
 
     @property
     def image_root(self) -> str:
-        return self.options.get("image_root", self.settings.image_root)
+        return os.path.expanduser(self.options.get("image_root", self.settings.image_root))
 
 
 class Settings(NamedTuple):
@@ -152,7 +153,7 @@ def _open(spec: str, role: str, settings: Settings) -> tuple[Source, float | Non
         raise UserError(f"{spec!r} names no source of {role} data: {hint}")
     place, options = _options(spec, rest, scheme.options)
     weight = _weight(spec, options.pop("weight", None))
-    return scheme.open(Request(place, options, role, settings)), weight
+    return scheme.open(Request(os.path.expanduser(place), options, role, settings)), weight
 
 
 def _options(spec: str, rest: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:

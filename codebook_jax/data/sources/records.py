@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from array import array
@@ -20,6 +19,7 @@ from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.record import Record, WithoutCaption, checked, digest
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
+from codebook_jax.strict_json import parse_json
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
@@ -111,7 +111,7 @@ class Records:
         """A line of an index."""
         shard, place = self._place(own)
         try:
-            return json.loads(self._indexes[shard.file][place])
+            return parse_json(self._indexes[shard.file][place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
                 f"{self._folder}/{index_name(shard.file)}, line {place + 1} cannot be read ({failure}): run the "

@@ -1,5 +1,6 @@
 """Pairs in a table, CSV or TSV: a row a pair, the columns named by the first row or numbered from 0.
 
+CSV may also have semicolons or tabs between its columns, which its first row tells.
 Rows of the same image are the same image. Fields may stand in quotes; `?quotes=none` takes quotes as they are.
 """
 
@@ -16,7 +17,8 @@ from codebook_jax.errors import UserError
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
-SEPARATORS = {"csv": (",", "commas"), "tsv": ("\t", "tabs")}
+SEPARATORS = {"csv": ",;\t", "tsv": "\t"}  # that a form can have, the usual one first
+_CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
 USUAL = {  # what columns are called, as first found; not "id", which numbers rows as often as images
     "image": (
         *("image", "image_path", "image_name", "filepath", "file_path", "filename", "file_name"),
@@ -49,15 +51,28 @@ def open_tsv(request: Request) -> Listed:
 
 def table_entries(path: str, form: str, options: Mapping[str, str]) -> Iterator[Entry]:
     """The entries of a file; raises UserError, with the line, for a row that is no pair."""
-    rows = _rows(path, form, plain=_plain(path, form, options))
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{path} is empty: give a table with a row for each pair")
-    columns = columns_of(path, form, first[1], options)
+    rows, first, columns = _begun(path, form, options)
     if not columns.headed:
         yield _entry(path, *first, columns)
     for line, row in rows:
         yield _entry(path, line, row, columns)
+
+
+def _begun(
+    path: str, form: str, options: Mapping[str, str]
+) -> tuple[Iterator[tuple[int, list[str]]], tuple[int, list[str]], Columns]:
+    """(the rows after the first, the first, the columns) with the first separator under which there are columns."""
+    plain, failures = _plain(path, form, options), []
+    for separator in SEPARATORS[form]:
+        rows = _rows(path, form, separator, plain=plain)
+        try:
+            first = next(rows, None)
+            if first is None:
+                raise UserError(f"{path} is empty: give a table with a row for each pair")
+            return rows, first, columns_of(path, form, first[1], options)
+        except UserError as failure:
+            failures.append(failure)
+    raise failures[0]
 
 
 def columns_of(path: str, form: str, first: Sequence[str], options: Mapping[str, str]) -> Columns:
@@ -103,11 +118,12 @@ def _plain(path: str, form: str, options: Mapping[str, str]) -> bool:
     return quotes == "none"
 
 
-def _rows(path: str, form: str, *, plain: bool) -> Iterator[tuple[int, list[str]]]:
+def _rows(
+    path: str, form: str, separator: str, *, plain: bool
+) -> Iterator[tuple[int, list[str]]]:
     """(number of the line on which it begins, cells) of every row that is not blank."""
-    separator, separators = SEPARATORS[form]
     quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    wanted = f"the path of a table with {separators} between its columns after {form}:"
+    wanted = f"the path of a table with {_CALLED[SEPARATORS[form][0]]} between its columns after {form}:"
     with reading(path, wanted), open(path, encoding="utf-8-sig", newline="") as file:
         # Strict: a stray quote would else swallow the rows up to the next one.
         reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
@@ -143,9 +159,10 @@ def _entry(path: str, line: int, row: Sequence[str], columns: Columns) -> Entry:
 
 
 def _no_column(path: str, form: str, part: str, key: str | None, first: Sequence[str]) -> str:
-    other, (separator, separators) = next((o, s) for o, s in SEPARATORS.items() if o != form)
-    if len(first) == 1 and separator in first[0]:
-        return f"{path} has {separators} between its columns: read it with {other}:{path}"
+    others = (other for other in SEPARATORS["csv"] if other not in SEPARATORS[form])
+    found = next((other for other in others if other in first[0]), None)
+    if len(first) == 1 and found:
+        return f"{path} has {_CALLED[found]} between its columns: read it with csv:{path}"
     shown = keys_of([name[:40] for name in first])
     if key is not None:
         return f"{path} has no column {key!r} for ?{part}_key (its first row: {shown}): name one of it, or number from 0"

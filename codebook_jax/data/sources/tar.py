@@ -1,7 +1,8 @@
 """Tar shards of samples, as img2dataset writes them (WebDataset's format), read by index.
 
-A sample is the members of one key: KEY.jpg (or png, webp, gif, bmp) with its caption in KEY.txt, or under "caption" in
-KEY.json. The headers are read once, when the source is opened; images stay in the shards until they are asked for.
+A sample is an image, KEY.jpg (or png, webp, gif, bmp), with its caption in KEY.txt, or under "caption" in KEY.json. KEY is
+the whole name up to its last dot; members of a sample need not be side by side. The headers are read once, when the
+source is opened; images stay in the shards until they are asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.record import Record, checked, digest
-from codebook_jax.data.sources.tar_index import Index, captions_of, index_shard
+from codebook_jax.data.sources.tar_index import (
+    COMPRESSED,
+    Index,
+    captions_of,
+    index_shard,
+    unpacking,
+)
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
 
 _INDEXING_THREADS = 4  # they wait for the disk together; more of them get into each other's way
 _MOST_OPEN = 128
+_COMPRESSED = re.compile(rf"(.+)\.(?:tar\.({'|'.join(COMPRESSED)})|t({'|'.join(COMPRESSED)}))")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -37,13 +45,14 @@ class Shards:
     """The samples of tar shards, in the order of the shards; files are opened when they are first read from.
 
     No two samples are known to be the same image: the id is the number of the record. Samples without an image or
-    without a caption are left out, and counted.
+    without a caption are left out and counted, and so are images and texts that samples have besides.
     """
 
     def __init__(
         self, place: str, paths: Sequence[str], caption_key: str | None, *, damaged: str
     ) -> None:
-        """`damaged` shards are missing or cut short: "refuse" raises UserError, "skip" takes the samples before that.
+        """`damaged` shards are missing or cut short, have a member twice, or a text that is not UTF-8: "refuse" raises
+        UserError, "skip" goes without what is damaged.
 
         With `caption_key`, captions are what the JSON files have there. Raises UserError where nothing is left.
         """
@@ -53,14 +62,15 @@ class Shards:
             for path, index in zip(
                 paths, pool.map(partial(_indexed, caption_key=caption_key), paths), strict=True
             ):
-                if index.damage and damaged == "refuse":
+                if (index.damage or index.faults) and damaged == "refuse":
                     pool.shutdown(cancel_futures=True)
-                    raise UserError(_refusal(path, index.damage))
+                    raise UserError(_refusal(path, index))
                 indexes.append(index)
         self._indexes = tuple(indexes)
         self._starts = np.cumsum([0, *(len(index.keys) for index in indexes)])
         self.left_out = _left_out(paths, indexes)
-        self.listed = len(self) + len(self.left_out)
+        further = sum(len(index.further) for index in indexes)  # of samples that are listed
+        self.listed = len(self) + len(self.left_out) - further
         if not len(self):
             raise UserError(_nothing(place, self.left_out))
         self._fingerprint = digest(
@@ -105,7 +115,9 @@ class Shards:
         index = self._indexes[which]
         content = self._read(which, own, *index.places[own, 2:])
         key = (self._caption_key or "caption") if index.in_json[own] else None
-        captions = captions_of(content, key)
+        captions = ()
+        with contextlib.suppress(ValueError):
+            captions = captions_of(content, key)
         if not captions:
             raise UnreadableImage(
                 f"{self._name(which, own)}: the shard is not what it was at start"
@@ -142,21 +154,42 @@ def shard_paths(place: str) -> list[str]:
             f"webdataset:{place} is not on this machine: download the shards and give their path"
         )
     if os.path.isdir(place):
-        paths = sorted(glob.glob(os.path.join(glob.escape(place), "*.tar")))
-        if not paths:
-            raise UserError(
-                f"{place} holds no .tar files: give a folder of shards, or the path of one"
-            )
-        return paths
+        return _shards_in(place)
     paths = []
     for path in [place] if os.path.exists(place) else _unfolded(place):
-        paths += sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+        pattern = path if glob.has_magic(path) else glob.escape(path)
+        found = [path] if os.path.exists(path) else sorted(glob.glob(pattern, recursive=True))
+        if not found and path.endswith(".tar"):
+            _refuse_compressed(sorted(glob.glob(f"{pattern[:-2]}*", recursive=True)))
+        paths += found or ([] if glob.has_magic(path) else [path])
     if not paths:
         raise UserError(
             f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, or several as "
             "data/*.tar or data/{00000..00331}.tar"
         )
     return paths
+
+
+def _shards_in(folder: str) -> list[str]:
+    """The shards of a folder; raises UserError where one of them is there compressed alone."""
+    held = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    _refuse_compressed(held)
+    paths = [path for path in held if path.endswith(".tar")]
+    if not paths:
+        raise UserError(
+            f"{folder} holds no .tar files: give a folder of shards, or the path of one"
+        )
+    return paths
+
+
+def _refuse_compressed(paths: Sequence[str]) -> None:
+    """Raises UserError where one of these files is a compressed shard that is not there unpacked."""
+    there = set(paths)
+    for path in paths:
+        found = _COMPRESSED.fullmatch(path)
+        if found and f"{found[1]}.tar" not in there:
+            tool = COMPRESSED[found[2] or found[3]][1]
+            raise UserError(f"{path} is compressed: {unpacking(tool)}")
 
 
 def _unfolded(place: str) -> list[str]:
@@ -181,22 +214,28 @@ def _indexed(path: str, caption_key: str | None) -> Index:
     except OSError as failure:
         nothing = np.zeros((0, 4), np.int64)
         why = f"cannot be read ({failure.strerror})"
-        return Index((), nothing, np.zeros(0, bool), [], "", why)
+        return Index((), nothing, np.zeros(0, bool), [], [], [], "", why)
 
 
-def _refusal(path: str, damage: str) -> str:
+def _refusal(path: str, index: Index) -> str:
+    skip = "--config.data.damaged_shards=skip"
+    if index.damage.startswith("is compressed"):
+        return f"{path} {index.damage}"
+    if index.damage:
+        return f"{path} {index.damage}: fetch it again, or go without what is missing with {skip}"
+    more = f" (and {len(index.faults) - 1:,} more such samples)" if len(index.faults) > 1 else ""
     return (
-        f"{path} {damage}: fetch it again, or go without what is missing with "
-        "--config.data.damaged_shards=skip"
+        f"{path}: {index.faults[0]}{more}: pack the shard anew, each name once and texts in UTF-8, or leave such "
+        f"samples out with {skip}"
     )
 
 
 def _left_out(paths: Sequence[str], indexes: Sequence[Index]) -> list[tuple[str, str]]:
-    """(name, why) of samples, and of shards that are damaged."""
+    """(name, why) of samples, of further members of those that are used, and of shards that are damaged."""
     left_out = []
     for path, index in zip(paths, indexes, strict=True):
-        shard = os.path.basename(path)
-        left_out += [(f"{shard}/{key}", f"{shard}/{key} {why}") for key, why in index.left_out]
+        shard, unused = os.path.basename(path), index.left_out + index.further
+        left_out += [(f"{shard}/{name}", f"{shard}/{name} {why}") for name, why in unused]
         if index.damage:
             left_out.append((shard, f"{path} {index.damage}: what would follow is left out"))
     return left_out

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import io
-import json
 import os
 import tarfile
 from array import array
@@ -13,10 +13,17 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from codebook_jax.data.sources.texts import Packer, Texts
+from codebook_jax.data.sources.texts import Packer, Texts, not_utf8, numbered
 from codebook_jax.data.text import has_words
+from codebook_jax.strict_json import parse_json
 
 IMAGES = (b"jpg", b"jpeg", b"png", b"webp", b"gif", b"bmp")
+COMPRESSED = {  # how a name ends -> (how the file begins, what unpacks it)
+    "gz": (b"\x1f\x8b", "gzip"),
+    "bz2": (b"BZh", "bzip2"),
+    "xz": (b"\xfd7zXZ\0", "xz"),
+    "zst": (b"\x28\xb5\x2f\xfd", "zstd"),
+}
 _BLOCK = 512
 _WINDOW = 8192  # at a time: of a sample all but its image
 _FILES = (ord("0"), 0)  # the kinds of members that are files
@@ -38,6 +45,8 @@ class Index(NamedTuple):
     places: np.ndarray  # int64 [samples, 4]: start and size of the image, of the caption
     in_json: np.ndarray  # bool [samples]: whether the caption stands in a JSON file
     left_out: list[tuple[str, str]]  # (key, why) of the others
+    further: list[tuple[str, str]]  # (member, why) of images and texts that samples have besides
+    faults: list[str]  # members that are there twice or not UTF-8; their samples are left out
     fingerprint: str  # of names and sizes
     damage: str  # where and how the shard ends before its end; empty: it does not
 
@@ -46,112 +55,218 @@ class Damaged(Exception):
     """Where and how a shard ends before its end, for "it ..."."""
 
 
-class _Sample:
-    """The members of one key."""
+class _Kind(enum.IntEnum):
+    """What a member can be to a sample."""
 
-    def __init__(self, key: bytes) -> None:
-        self.key = key
-        self.image: Place | None = None
-        self.text: Place | None = None  # of a caption that has words
-        self.json: Place | None = None
+    OTHER = 0
+    IMAGE = 1
+    TEXT = 2  # that holds a caption
+    JSON = 3
+    BLANK = 4  # a text without a caption
+    ENCODED = 5  # a text that is not UTF-8
+
+
+class _Members(NamedTuple):
+    """The members of a shard, without an object for each: a file may hold millions."""
+
+    names: Texts
+    places: np.ndarray  # int64 [members, 2]: start and size
+    kinds: np.ndarray  # int8 [members], of _Kind
+    hashes: np.ndarray  # int64 [members], of the names
+    stems: np.ndarray  # int64 [members], of the names up to the last dot
+
+
+class _Samples(NamedTuple):
+    """Members whose names are alike up to the last dot are one sample; -1 where it has none of a kind."""
+
+    first: np.ndarray  # int64 [samples], the first member of each
+    which: np.ndarray  # int32 [members], the sample of each
+    image: np.ndarray  # int64 [samples], the member that is its image
+    text: np.ndarray
+    json: np.ndarray
 
 
 def index_shard(path: str, caption_key: str | None) -> Index:
     """The samples of the shard at `path`; with `caption_key`, captions are those that its JSON files have there.
 
-    Raises OSError for a file that cannot be read.
+    An image and its caption have the same name up to the last dot, and may be anywhere in the shard. An image or text
+    without such a partner is a further member of the sample named by what is before its first dot, as in WebDataset
+    (0001.seg.png of 0001), or else left out. Raises OSError for a file that cannot be read.
     """
-    keys, places, in_json = Packer(), array("q"), array("b")
-    left_out, damage = [], ""
     with open(path, "rb") as file:
         window = _Window(file)
-        samples = _samples(_members(window), window, texts=caption_key is None)
-        while True:
-            try:
-                sample = next(samples, None)
-            except Damaged as failure:
-                damage = str(failure)
-                break
-            if sample is None:
-                break
-            why = _lacking(sample, window, caption_key)
-            if why:
-                left_out.append((sample.key.decode(errors="replace"), why))
-                continue
-            keys.add(sample.key.decode(errors="replace"))
-            places.extend((*sample.image, *(sample.text or sample.json)))
-            in_json.append(sample.text is None)
+        members, damage = _read_members(window, texts=caption_key is None)
+        samples = _grouped(members)
+        faults = _faults(members, samples, window)
+        lacking = _lacking(members, samples, window, caption_key)
+    lacking |= {sample: f"cannot be used: {fault}" for sample, fault in faults.items()}
+    if damage and len(samples.which):
+        lacking[int(samples.which[-1])] = ""  # it may lack what would follow, and is not counted
+    whole = np.ones(len(samples.first), bool)
+    whole[list(lacking)] = False
+    left_out, further = _left_out(members, samples, lacking, whole)
+    keys = Packer()
+    for row in samples.first[whole].tolist():
+        keys.add(_stem(members.names[row]))
     packed = keys.texts()
-    table = np.array(places, np.int64).reshape(-1, 4)
+    in_json = samples.text[whole] < 0
+    captions = np.where(in_json, samples.json[whole], samples.text[whole])
+    table = np.hstack([members.places[samples.image[whole]], members.places[captions]])
     content = hashlib.sha256("\n".join(packed).encode("utf-8", "surrogatepass"))
     content.update(table[:, 1::2].astype("<i8").tobytes() + in_json.tobytes())
-    return Index(packed, table, np.array(in_json, bool), left_out, content.hexdigest(), damage)
+    return Index(
+        packed, table, in_json, left_out, further, [*faults.values()], content.hexdigest(), damage
+    )
 
 
 def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
-    """The captions, without those that have no words, that a text file (`key` None) or a JSON file at `key` holds."""
+    """The captions, without those that have no words, that a text file (`key` None) or a JSON file at `key` holds.
+
+    Raises ValueError for a text that is not UTF-8, and for what is not JSON.
+    """
     if key is None:
-        texts = [content.decode("utf-8", "replace").removeprefix("\ufeff")]
+        texts = [content.decode("utf-8-sig")]
     else:
-        try:
-            held = json.loads(content)
-        except (ValueError, RecursionError):
-            return ()
+        held = parse_json(content, of_data=True)
         value = held.get(key) if isinstance(held, dict) else None
         texts = value if isinstance(value, list) else [value]
     stripped = (text.strip() for text in texts if isinstance(text, str))
     return tuple(text for text in stripped if has_words(text))
 
 
-def _lacking(sample: _Sample, window: _Window, caption_key: str | None) -> str:
-    """Why a sample is left out; empty: it is not."""
-    if sample.image is None:
-        kinds = ", ".join(suffix.decode() for suffix in IMAGES)
-        return f"has no image ({kinds})"
-    if sample.text is not None:
-        return ""
-    key = caption_key or "caption"
-    if sample.json is None:
-        return "has no caption: " + (
-            "no .json" if caption_key else "no text in a .txt, and no .json"
-        )
-    if not captions_of(window.read(*sample.json), key):
-        return f"has no caption: no text under {key!r} in its .json"
-    return ""
+def unpacking(tool: str) -> str:
+    """What to do about a shard that `tool` has compressed."""
+    return f"unpack it with `{tool} -dc FILE > NAME.tar`, for images are read in no order"
 
 
-def _samples(
-    members: Iterator[tuple[bytes, Place]], window: _Window, *, texts: bool
-) -> Iterator[_Sample]:
-    """Members side by side with the same path up to the first dot of the name are one sample.
+def _read_members(window: _Window, *, texts: bool) -> tuple[_Members, str]:
+    """(the members with a suffix, where and how the shard ends before its end)."""
+    names, places, kinds = Packer(), array("q"), array("b")
+    hashes, stems, damage = array("q"), array("q"), ""
+    try:
+        for name, place in _members(window):
+            folder = name.rfind(b"/") + 1
+            if name.find(b".", folder) <= folder:  # no suffix, or a hidden file
+                continue
+            stem, _, suffix = name.rpartition(b".")
+            names.add(name.decode(errors="replace"))
+            places.extend(place)
+            kinds.append(_kind(suffix.lower(), place, window, texts=texts))
+            hashes.append(hash(name))
+            stems.append(hash(stem))
+    except Damaged as failure:
+        damage = str(failure)
+    table = np.array(places, np.int64).reshape(-1, 2)
+    columns = np.array(kinds, np.int8), np.array(hashes, np.int64), np.array(stems, np.int64)
+    return _Members(names.texts(), table, *columns), damage
 
-    The last one before the damage of a shard may lack members, and is not given.
-    """
-    sample: _Sample | None = None
-    for name, place in members:
-        folder = name.rfind(b"/") + 1
-        dot = name.find(b".", folder)
-        if dot <= folder:  # no suffix, or a hidden file
-            continue
-        if sample is None or name[:dot] != sample.key:
-            if sample is not None:
-                yield sample
-            sample = _Sample(name[:dot])
-        suffix = name[dot + 1 :].lower()
-        if suffix in IMAGES:
-            sample.image = sample.image or place
-        elif suffix == b"txt" and texts:
-            # Now, while the window is here: it costs no further read.
-            if captions_of(window.read(*place), None):
-                sample.text = place
-        elif suffix == b"json":
-            sample.json = place
-    if sample is not None:
-        yield sample
+
+def _kind(suffix: bytes, place: Place, window: _Window, *, texts: bool) -> _Kind:
+    if place.size < 0:
+        return _Kind.OTHER
+    if suffix in IMAGES:
+        return _Kind.IMAGE
+    if suffix == b"json":
+        return _Kind.JSON
+    if suffix != b"txt" or not texts:
+        return _Kind.OTHER
+    try:  # now, while the window is here: it costs no further read
+        return _Kind.TEXT if captions_of(window.read(*place), None) else _Kind.BLANK
+    except ValueError:
+        return _Kind.ENCODED
+
+
+def _grouped(members: _Members) -> _Samples:
+    first, which = numbered(members.stems)
+
+    def first_of(kind: _Kind) -> np.ndarray:
+        rows, found = np.flatnonzero(members.kinds == kind)[::-1], np.full(len(first), -1)
+        found[which[rows]] = rows  # of several the last that is written: the first one
+        return found
+
+    return _Samples(first, which, *map(first_of, (_Kind.IMAGE, _Kind.TEXT, _Kind.JSON)))
+
+
+def _faults(members: _Members, samples: _Samples, window: _Window) -> dict[int, str]:
+    """{sample: what is wrong} of samples with a name twice, or with nothing but a text that is not UTF-8."""
+    faults = {}
+    names, counts = np.unique(members.hashes, return_counts=True)
+    twice = np.isin(members.hashes, names[counts > 1]) & (members.kinds != _Kind.OTHER)
+    for row in np.flatnonzero(twice).tolist():
+        faults[int(samples.which[row])] = f"{members.names[row]} is there more than once"
+    for row in np.flatnonzero(members.kinds == _Kind.ENCODED).tolist():
+        sample = int(samples.which[row])
+        if samples.image[sample] >= 0 and samples.text[sample] < 0:
+            try:
+                window.read(*members.places[row].tolist()).decode()
+            except UnicodeDecodeError as failure:
+                faults[sample] = f"{members.names[row]} {not_utf8(failure)}"
+    return faults
+
+
+def _lacking(
+    members: _Members, samples: _Samples, window: _Window, caption_key: str | None
+) -> dict[int, str]:
+    """{sample: why} of those without an image or a caption."""
+    kinds = ", ".join(suffix.decode() for suffix in IMAGES)
+    no_text = "no .json" if caption_key else "no text in a .txt, and no .json"
+    key, lacking = caption_key or "caption", {}
+    linked = set(samples.which[members.places[:, 1] < 0].tolist())
+    for sample in np.flatnonzero((samples.image < 0) | (samples.text < 0)).tolist():
+        if samples.image[sample] < 0:
+            lacking[sample] = f"has no image ({kinds})"
+        elif samples.json[sample] < 0:
+            lacking[sample] = f"has no caption: {no_text}"
+        else:
+            content = window.read(*members.places[samples.json[sample]].tolist())
+            try:
+                if not captions_of(content, key):
+                    lacking[sample] = f"has no caption: no text under {key!r} in its .json"
+            except ValueError as failure:
+                lacking[sample] = f"has no caption: its .json cannot be read ({failure})"
+    for sample in lacking.keys() & linked:
+        lacking[sample] += ", but a link or a file with holes, of which a shard holds nothing"
+    return lacking
+
+
+def _left_out(
+    members: _Members, samples: _Samples, lacking: dict[int, str], whole: np.ndarray
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """((key, why) of samples that lack something, (member, why) of what whole samples have besides)."""
+    keys = set(members.stems[samples.first[whole]].tolist()) if lacking else set()
+    left_out, owned = [], whole.copy()
+    for sample, why in sorted(lacking.items()):
+        key = _stem(members.names[int(samples.first[sample])])
+        owned[sample] = _owner(key) != key and hash(_owner(key).encode()) in keys
+        if why and not owned[sample]:
+            left_out.append((key, why))
+    free = owned[samples.which] & np.isin(members.kinds, (_Kind.IMAGE, _Kind.TEXT))
+    free[samples.image[whole]] = free[samples.text[whole & (samples.text >= 0)]] = False
+    further: dict[str, tuple[str, int]] = {}
+    for row in np.flatnonzero(free).tolist():
+        key, dot, suffix = members.names[row].rpartition(".")
+        owner = key if whole[samples.which[row]] else _owner(key)
+        suffix = key[len(owner) :] + dot + suffix
+        first, count = further.get(suffix, (owner, 0))
+        further[suffix] = first, count + 1
+    return left_out, [
+        (first + suffix, f"is no pair but a further member of {first}, as {count:,} *{suffix} here")
+        for suffix, (first, count) in further.items()
+    ]
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _owner(key: str) -> str:
+    """The key that WebDataset gives a member: its path up to the first dot of the name."""
+    folder = key.rfind("/") + 1
+    return key[:folder] + key[folder:].partition(".")[0]
 
 
 def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
-    """(name, place) of every file; raises Damaged.
+    """(name, place) of every file, the size -1 for a link or a file with holes; raises Damaged.
 
     The standard library's reader takes ten times as long. It is asked for what few archives have: long names, links,
     sizes of gigabytes.
@@ -160,6 +275,12 @@ def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
     while True:
         head = window.read(at, _BLOCK)
         if head[:1] == b"\0" and head.count(0) == _BLOCK:
+            rest = window.read(at, 2 * tarfile.RECORDSIZE)  # an archive ends with its record
+            if rest.count(0) < len(rest):
+                raise Damaged(
+                    f"goes on behind the end mark of an archive at byte {at:,}, as where cat has joined several "
+                    "(tar -A joins them whole)"
+                )
             return
         start, size = at + _BLOCK, _plain_size(head)
         kind = head[156] if size >= 0 else -1
@@ -219,10 +340,12 @@ class _StandardReader:
             raise Damaged(_reason(self._window, at, failure)) from failure
         if found.size < 0:
             raise Damaged(_reason(self._window, at, ValueError(f"size {found.size}")))
-        name = b""
-        if found.isreg() and not found.issparse():  # of holes a shard holds nothing
-            name = found.name.encode("utf-8", "surrogateescape")
-            _next(self._window, name, found.offset_data, found.size)
+        name = found.name.encode("utf-8", "surrogateescape")
+        if found.issparse() or found.islnk() or found.issym():
+            return name, Place(found.offset_data, -1), self._tar.offset
+        if not found.isreg():
+            return b"", Place(0, 0), self._tar.offset
+        _next(self._window, name, found.offset_data, found.size)
         return name, Place(found.offset_data, found.size), self._tar.offset
 
 
@@ -230,8 +353,10 @@ def _reason(window: _Window, at: int, failure: Exception) -> str:
     """What is said of a shard that has no header at `at`."""
     if window.end == 0:
         return "is empty"
-    if window.read(0, 2) == b"\x1f\x8b":
-        return "is compressed, and has to be unpacked with gunzip to be read in any order"
+    start = window.read(0, 6)
+    for magic, tool in COMPRESSED.values():
+        if start.startswith(magic):
+            return f"is compressed: {unpacking(tool)}"
     if at >= window.end:
         return "ends without the end mark of an archive"
     if at + _BLOCK > window.end or isinstance(failure, _CUT_SHORT):

@@ -53,3 +53,10 @@ def short_hash(text: str) -> int:
     """64 bits of a text's hash."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def not_utf8(failure: UnicodeDecodeError) -> str:
+    """What is wrong with a text, for "it ..."."""
+    wrong = failure.object[failure.start : failure.end]
+    before = failure.object[max(0, failure.start - 20) : failure.start].decode(errors="replace")
+    return f"is not UTF-8 text (byte {wrong.hex()} after {before!r})"

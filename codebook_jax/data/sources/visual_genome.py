@@ -9,7 +9,13 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from codebook_jax.data.sources.annotations import identity, open_images, text_of, value_of
+from codebook_jax.data.sources.annotations import (
+    identity,
+    open_images,
+    spelled_as_in,
+    text_of,
+    value_of,
+)
 from codebook_jax.data.sources.json_files import read_list
 from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of
 from codebook_jax.errors import UserError
@@ -43,12 +49,12 @@ def region_entries(path: str, root: str) -> Iterator[Entry]:
                 captions_in(place, "phrase", value_of(place, region, "phrase"))
             )
         paths = _paths(path, root) if paths is None else paths
-        if key not in paths:
+        if (listed := spelled_as_in(paths, key)) not in paths:
             raise UserError(
                 f"{where} is of image {key}, which is neither in {IMAGE_DATA} nor in {' or '.join(FOLDERS)}: "
                 f"put the published {IMAGE_DATA} beside {path}"
             )
-        yield Entry(where, paths[key], tuple(phrases), key)
+        yield Entry(where, paths[listed], tuple(phrases), key)
 
 
 def _paths(path: str, root: str) -> dict[int | str, str]:

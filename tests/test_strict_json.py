@@ -1,0 +1,73 @@
+"""JSON that Python's own reader stumbles over, wherever a file of it is read."""
+
+import json
+
+import pytest
+
+from codebook_jax.checkpoint import Checkpoints
+from codebook_jax.data.manifest import read_manifest
+from codebook_jax.errors import UserError
+from codebook_jax.metrics import read_rows
+from codebook_jax.strict_json import parse_json
+from codebook_jax.workdir import read_record
+
+DEEP = "[" * 100_000
+
+
+def test_whole_json_is_what_pythons_reader_reads():
+    for value in ({"a": [1, -2.5e3, "é\ud800", None, True, {}], "b": {"a": []}}, [], "x", 7):
+        for text in (
+            json.dumps(value),
+            json.dumps(value).encode(),
+            json.dumps(value).encode("utf-16"),
+        ):
+            assert parse_json(text) == value
+    assert parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (DEEP, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ('[{"b": 1, "a": 1, "a": 1}]', "the key 'a' twice"),
+        ("[1, 2", "Expecting"),
+        (b"\xff\xff\x00", "decode"),
+        ("", "Expecting value"),
+    ],
+)
+def test_what_is_not_json_is_a_value_error_of_one_line(text, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        parse_json(text)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_number_of_thousands_of_digits_stands_for_itself_in_data_alone():
+    text = '{"a": %s}' % ("7" * 5000)
+    number = parse_json(text, of_data=True)["a"]
+    assert not isinstance(number, int) and "5,000 digits" in str(number)
+    with pytest.raises(ValueError, match="5000 digits"):
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", read_record),
+        ("manifest.json", read_manifest),
+        ("best.json", lambda folder: Checkpoints(folder, keep=1)),
+    ],
+)
+@pytest.mark.parametrize(
+    "content", [DEEP, "[]", '{"scores": {"x": 1}}', '{"a": 1, "a": 1}', "{", ""]
+)
+def test_a_file_of_a_run_that_was_spoiled_is_refused_by_its_name(tmp_path, name, read, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name) as raised:
+        read(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_spoiled_row_of_metrics_is_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{DEEP}\n{{"step": 1}}\n{{"step": ')
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
