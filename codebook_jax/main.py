@@ -22,7 +22,7 @@ from codebook_jax.plan.options import PlanOptions, environment
 from codebook_jax.processes import joining, peers, shared_folder
 
 DATA_MODES = ("prepare", "check-data")  # need no devices
-MODES = ("train", "import", "eval", "export", "show", "plan", *DATA_MODES)
+MODES = ("train", "import", "eval", "export", "report", "plan", *DATA_MODES)
 NEEDS_CONFIG = ("train", "import", "plan", *DATA_MODES)
 WRITES_A_RUN = ("train", "import")
 WRONG_TYPES = (
@@ -128,14 +128,14 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         modes: dict[str, Mode] = {"prepare": prepare.prepare, "check-data": check_data.check_data}
         return modes[mode](config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
-    from codebook_jax import evaluate, export, figures, train
+    from codebook_jax import evaluate, export, report, train
 
     modes = {
         "train": lambda config, workdir: 0 if train.fit(config, workdir) else FLAGS.preempted_exit_code,
         "import": train.import_weights,
         "eval": evaluate.evaluate,
         "export": export.export,
-        "show": figures.show,
+        "report": report.report,
     }
     return modes[mode](config, workdir) or 0
 
