@@ -97,14 +97,14 @@ def explore(
             }
         )
     counts = np.array([[entry["images"], entry["captions"]] for entry in entries], float)
-    counts = counts[np.argsort(-counts.sum(axis=1), kind="stable")] / (len(gallery.image_ids), total)
+    counts = -np.sort(-counts, axis=0) / (len(gallery.image_ids), total)
     chart = lines(
         "Use of the codewords",
         np.arange(1, len(used) + 1),
         {"of the pictures": 100 * counts[:, 0], "of the captions": 100 * counts[:, 1]},
-        x="codewords, the most used first",
+        x="place of the codeword, the most used first",
         y="share that uses it, %",
-        note="A steep start: few codewords do most of the work.",
+        note="The steeper the start, the more of the work few codewords do.",
     )
     totals = {
         "size": len(codewords),

@@ -74,7 +74,7 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     evaluations = [row for row in rows if is_evaluation(row)]
     names = list(dict.fromkeys(name for row in training for name in row if _is_curve(training, name)))
     plots = {
-        "Losses": [*_losses(names), _ACCURACY],
+        "Loss and accuracy": [*_losses(names), _ACCURACY],
         "Codebook": list(_CODEBOOK),
         "Optimisation and time": list(_OPTIMISATION),
     }
@@ -107,8 +107,8 @@ def _recalls() -> list[_Plot]:
     plots = []
     for prefix, title in (("img", "A caption finds its picture"), ("txt", "A picture finds its caption")):
         student = {f"eval/{prefix}_r{k}": f"R@{k}" for k in RANKS}
-        teacher = {f"eval/teacher_{prefix}_r{k}": f"R@{k}, teacher" for k in RANKS}
-        chance = {f"eval/{prefix}_chance_r{RANKS[-1]}": f"R@{RANKS[-1]}, chance"}
+        teacher = {f"eval/teacher_{prefix}_r{k}": f"R@{k} teacher" for k in RANKS}
+        chance = {f"eval/{prefix}_chance_r{RANKS[-1]}": f"R@{RANKS[-1]} chance"}
         dashed = (*teacher.values(), *chance.values())
         note = "R@k: the share of queries that have a right answer among their first k."
         plots.append(_Plot(title, "recall, %", student | teacher | chance, note, dashed=dashed))

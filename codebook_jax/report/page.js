@@ -7,7 +7,7 @@ const count = value => value.toLocaleString("en-US");
 const number = value => {
   if (value == null) return "–";
   const size = Math.abs(value);
-  if (size && (size < 1e-3 || size >= 1e7)) return value.toExponential(2);
+  if (size && (size < 1e-3 || size >= 1e7)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return value.toLocaleString("en-US", { maximumSignificantDigits: Number.isInteger(value) ? 7 : 4 });
 };
 
@@ -28,7 +28,8 @@ const HEIGHT = 250;
 const drawn = []; // {plot, chart} of every chart on the page
 
 const style = chart => chart.series.map((series, at) => {
-  const stroke = () => colour(`curve${at % 7 + 1}`);
+  const alike = chart.series.slice(0, at).filter(other => other.dash === series.dash).length; // a dashed twin, its colour
+  const stroke = () => colour(`curve${alike % 7 + 1}`);
   const common = { label: series.label, stroke, value: (_, value) => number(value) };
   if (chart.kind === "bars") {
     const paths = uPlot.paths.bars({ size: [1, Infinity], align: 1, gap: 1 });
@@ -57,9 +58,10 @@ function scales(chart) {
 }
 
 function axes(chart) {
-  const look = { stroke: () => colour("quiet"), grid: { stroke: () => colour("grid"), width: 1 }, ticks: { stroke: () => colour("line"), width: 1 }, font: "12.5px system-ui, sans-serif", labelFont: "12.5px system-ui, sans-serif", labelSize: 22 };
+  const look = { stroke: () => colour("quiet"), grid: { stroke: () => colour("grid"), width: 1 }, ticks: { stroke: () => colour("line"), width: 1 }, font: "12.5px system-ui, sans-serif", labelFont: "12.5px system-ui, sans-serif", labelSize: 20 };
   const values = (_, ticks) => ticks.map(tick => tick == null ? "" : number(tick));
-  return [{ ...look, label: chart.x, values }, { ...look, label: chart.y, values, size: 58 }];
+  const wide = (plot, ticks) => 18 + 7 * Math.max(3, ...(ticks ?? []).map(tick => tick.length));
+  return [{ ...look, label: chart.x, values, size: 32 }, { ...look, label: chart.y, values, size: wide }];
 }
 
 function mark(chart) { // a line after the last value that is read
@@ -125,10 +127,10 @@ function draw(figure) {
     axes: axes(chart),
     series: [{ label: chart.x, value: where(chart) }, ...style(chart)],
     cursor: { y: false, drag: { x: true, y: false }, sync: chart.x === "step" ? { key: "step" } : undefined },
-    hooks: chart.mark == null ? {} : { draw: [mark(chart)] },
+    legend: { markers: { dash: (plot, at) => plot.series[at].dash ? "dotted" : "solid" } },
+    hooks: { ready: [rest], draw: chart.mark == null ? [] : [mark(chart)] },
   };
   const plot = new uPlot(options, [chart.xs, ...chart.series.map(series => series.values)], place);
-  rest(plot);
   place.setAttribute("aria-label", described(chart));
   place.addEventListener("keydown", event => move(plot, event));
   plot.over.addEventListener("mouseleave", () => drawn.forEach(rest));
