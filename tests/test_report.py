@@ -185,6 +185,12 @@ def test_a_histogram_keeps_every_value_and_says_where_captions_are_cut():
     found = charts.histogram(counts, title="", x="", y="", mark=24)
     assert sum(found["series"][0]["values"]) == 2501 and found["mark"] == 24
     assert len(found["xs"]) <= 40 and found["xs"][-1] <= 31
+    wide = charts.histogram(np.ones(200, int), title="", x="", y="", mark=24)
+    assert wide["step"] == 5 and 25 in wide["xs"] and sum(wide["series"][0]["values"]) == 200
+    for mark in range(2, 90):  # no bar holds values of both sides
+        found = charts.histogram(np.ones(300, int), title="", x="", y="", mark=mark)
+        before = np.array(found["xs"]) <= mark
+        assert np.array(found["series"][0]["values"])[before].sum() == mark + 1
 
 
 def test_pictures_past_the_room_of_a_page_are_counted():

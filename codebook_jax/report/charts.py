@@ -49,13 +49,16 @@ def histogram(
     The last bar holds the few values that would make the others narrow.
     """
     reached = np.cumsum(counts) >= _SHOWN * counts.sum()
-    top = max(int(np.argmax(reached)), mark or 0, 1) + 1
+    end = 0 if mark is None else mark + 1
+    top = max(int(np.argmax(reached)), end, 1) + 1  # some place after the mark
     step = -(-top // _BARS)
-    bars = -(-top // step)
-    held = np.bincount(np.minimum(np.arange(len(counts)) // step, bars - 1), counts, bars).astype(int)
+    start = end % step - step if end % step else 0  # so that a bar ends at the mark
+    bars = -(-(top - start) // step)
+    which = np.minimum((np.arange(len(counts)) - start) // step, bars - 1)
+    held = np.bincount(which, counts, bars).astype(int)
     series = [{"label": y, "values": held.tolist(), "dash": False}]
     chart = {"title": title, "note": note, "kind": "bars", "x": x, "y": y, "log": False}
-    return chart | {"xs": (np.arange(bars) * step).tolist(), "step": step, "series": series, "mark": mark}
+    return chart | {"xs": (start + np.arange(bars) * step).tolist(), "step": step, "series": series, "mark": mark}
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ const style = chart => chart.series.map((series, at) => {
   const common = { label: series.label, stroke, value: (_, value) => number(value) };
   if (chart.kind === "bars") {
     const paths = uPlot.paths.bars({ size: [1, Infinity], align: 1, gap: 1 });
-    return { ...common, fill: stroke, paths, points: { show: false } };
+    return { ...common, width: 0, fill: stroke, paths, points: { show: false } };
   }
   const dash = series.dash ? [6, 5] : undefined;
   const few = chart.xs.length <= 40;
@@ -44,14 +44,14 @@ const where = chart => (_, x, __, at) => {
   if (x == null || at == null) return "–";
   if (chart.kind !== "bars") return count(x);
   if (at === chart.xs.length - 1) return `${count(x)} or more`;
-  return chart.step === 1 ? count(x) : `${count(x)} to ${count(x + chart.step - 1)}`;
+  return chart.step === 1 ? count(x) : `${count(Math.max(x, 0))} to ${count(x + chart.step - 1)}`;
 };
 
 function scales(chart) {
   if (chart.kind === "bars") {
     const end = chart.xs[chart.xs.length - 1] + chart.step;
-    const top = Math.max(1, ...chart.series[0].values);
-    return { x: { time: false, range: (_, low, high) => [low, Math.max(high, low + chart.step) === chart.xs.at(-1) ? end : high] }, y: { range: [0, 1.06 * top] } };
+    const top = (chart.mark == null ? 1.06 : 1.2) * Math.max(1, ...chart.series[0].values); // room for the mark's words
+    return { x: { time: false, range: (_, low, high) => [low, high === chart.xs.at(-1) ? end : high] }, y: { range: [0, top] } };
   }
   const y = chart.log ? { distr: 3, range: (_, low, high) => uPlot.rangeLog(low, high, 10, false) } : {};
   return { x: { time: false }, y };
@@ -127,7 +127,7 @@ function draw(figure) {
     axes: axes(chart),
     series: [{ label: chart.x, value: where(chart) }, ...style(chart)],
     cursor: { y: false, drag: { x: true, y: false }, sync: chart.x === "step" ? { key: "step" } : undefined },
-    legend: { markers: { dash: (plot, at) => plot.series[at].dash ? "dotted" : "solid" } },
+    legend: { markers: { stroke: (plot, at) => plot.series[at].stroke?.(plot, at), dash: (plot, at) => plot.series[at].dash ? "dotted" : "solid" } },
     hooks: { ready: [rest], draw: chart.mark == null ? [] : [mark(chart)] },
   };
   const plot = new uPlot(options, [chart.xs, ...chart.series.map(series => series.values)], place);
