@@ -23,7 +23,12 @@ from codebook_jax.report.page import Pictures, write_page
 
 EVIL = "a red ring </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> \u2028 & more"
 RECORD = {
-    "config": {"size": "tiny", "task": "pretrain", "data": {"train": EVIL, "global_batch": 8}, "train": {"steps": 50}},
+    "config": {
+        "size": "tiny",
+        "task": "pretrain",
+        "data": {"train": EVIL, "global_batch": 8},
+        "train": {"steps": 50},
+    },
     "data": {"train": "made up", "examples": 400, "fingerprint": "0"},
     "devices": {"kind": "abacus", "count": 7, "processes": 2},
     "git": None,
@@ -35,8 +40,19 @@ RECORD = {
 def rows_of(count):
     """Rows as a run logs them, with a step that was not finite."""
     rows = [
-        {"step": step, "loss": 9 / step, "loss/alignment": 4 / step, "loss/codebook": 5 / step, "loss/masked_lm": 1.0}
-        | {"loss/codebook_transport": 2 / step, "codebook/perplexity": step, "codebook/agreement": 0.5, "time/step_s": 0.5}
+        {
+            "step": step,
+            "loss": 9 / step,
+            "loss/alignment": 4 / step,
+            "loss/codebook": 5 / step,
+            "loss/masked_lm": 1.0,
+        }
+        | {
+            "loss/codebook_transport": 2 / step,
+            "codebook/perplexity": step,
+            "codebook/agreement": 0.5,
+            "time/step_s": 0.5,
+        }
         for step in range(1, count + 1)
     ]
     if count > 2:
@@ -67,7 +83,14 @@ def seen_of(pictures, *, images, codes):
     ids = np.arange(images)
     image, text = (np.asarray(unit(rng.normal(size=(count, 8)))) for count in (images, 2 * images))
     gallery = Gallery(
-        ids, ids.repeat(2), np.full(2 * images, 5), captions, ids, {"student": Features(image, text, None, None)}, 0, 0
+        ids,
+        ids.repeat(2),
+        np.full(2 * images, 5),
+        captions,
+        ids,
+        {"student": Features(image, text, None, None)},
+        0,
+        0,
     )
     codewords = np.asarray(unit(rng.normal(size=(codes, 8))))
     encoded = run.Encoded(40, "made up", Colours(images), gallery, codewords)
@@ -75,15 +98,30 @@ def seen_of(pictures, *, images, codes):
 
 
 def page_of(path, rows, seen=None, pictures=None, result=None):
-    facts = run.facts(RECORD, rows, parameters=1_900_000)
-    values = {"settings": {"data.train": EVIL}, "differs": {"data.train": ["scenes", EVIL]}, "compared": True}
-    values |= {"title": "made up", "facts": facts, "result": result, "charts": curves(rows), "seen": seen, "record": RECORD}
+    facts = run.facts(rows, parameters=1_900_000)
+    values = {
+        "settings": {"data.train": EVIL},
+        "differs": {"data.train": ["scenes", EVIL]},
+        "compared": True,
+    }
+    values |= {
+        "title": "made up",
+        "facts": facts,
+        "result": result,
+        "charts": curves(rows),
+        "seen": seen,
+        "record": RECORD,
+    }
     write_page(path, "run.html", pictures=pictures or Pictures(), **values)
     return path
 
 
 def embedded(page, name):
-    return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)[1])
+    return json.loads(
+        re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)[
+            1
+        ]
+    )
 
 
 def test_a_browser_draws_the_page_shows_values_and_filters_codewords(tmp_path):
@@ -91,7 +129,14 @@ def test_a_browser_draws_the_page_shows_values_and_filters_codewords(tmp_path):
     seen = seen_of(pictures, images=300, codes=4000)
     page = page_of(tmp_path / "report.html", rows_of(50), seen, pictures)
     assert page.stat().st_size < 10e6
-    script = browser.CHARTS + """
+    script = (
+        browser.CHARTS
+        + """
+        const folded = document.querySelector("details:has(.chart)");
+        found.folded = folded.querySelectorAll("canvas").length;
+        folded.open = true;
+        folded.dispatchEvent(new Event("toggle"));
+        found.unfolded = folded.querySelectorAll("canvas").length - folded.querySelectorAll(".chart").length;
         const rows = () => document.querySelectorAll("#codewords > li").length;
         found.all = JSON.parse(document.getElementById("codebook").textContent).codewords.length;
         found.before = rows();
@@ -114,13 +159,24 @@ def test_a_browser_draws_the_page_shows_values_and_filters_codewords(tmp_path):
         found.numbers = [...document.querySelectorAll("#codewords h3")].map(item => Number(item.textContent.split(" ")[1]));
         found.hacked = window.hacked ?? null;
     """
+    )
     found = browser.look(page, script, tmp_path)
     assert "error" not in found and not found["complaints"], found
-    assert found["charts"] >= 5 and not found["empty"] and not found["broken"] and found["wider"] <= 0
+    assert (
+        found["charts"] >= 5 and not found["empty"] and not found["broken"] and found["wider"] <= 0
+    )
+    assert (found["folded"], found["unfolded"]) == (0, 0)  # drawn when they are opened
     last, pointed = found["hovered"]
-    assert last != pointed and "50" in last and "–" not in pointed and "step 1," in found["spoken"]
+    assert (
+        last != pointed
+        and "50" in last
+        and "\u2013" not in pointed
+        and "step 1," in found["spoken"]
+    )
     assert found["all"] > 200 and found["before"] == 40 and found["extended"] == found["all"]
-    assert 0 < found["red"] < found["all"] and all("red" in text and "ring" in text for text in found["texts"])
+    assert 0 < found["red"] < found["all"] and all(
+        "red" in text and "ring" in text for text in found["texts"]
+    )
     assert any(EVIL in text for text in found["evil"]) and found["hacked"] is None
     assert found["none"] == 0 and found["counted"].startswith("0 of")
     assert found["numbers"] == sorted(found["numbers"]) and len(found["numbers"]) == 40
@@ -132,10 +188,16 @@ def test_a_page_holds_data_as_text_and_asks_the_network_for_nothing(tmp_path):
     page = page_of(tmp_path / "report.html", rows_of(3), seen, pictures).read_text()
     assert "<script>window" not in page and "<img src=x" not in page
     kept = embedded(page, "codebook")
-    assert EVIL in kept["captions"].values() and set(embedded(page, "pictures")) == set(map(str, range(30)))
-    assert not re.search(r"""(src|href|action)\s*=\s*["']?(https?:)?//|url\(|@import|\bfetch\(|XMLHttp""", page)
+    assert EVIL in kept["captions"].values() and set(embedded(page, "pictures")) == set(
+        map(str, range(30))
+    )
+    assert not re.search(
+        r"""(src|href|action)\s*=\s*["']?(https?:)?//|url\(|@import|\bfetch\(|XMLHttp""", page
+    )
     assert "<link" not in page and "default-src 'none'" in page
-    for script in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL):
+    for script in re.findall(
+        r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL
+    ):
         assert "\u2028" not in script and "<" not in script
 
 
@@ -165,14 +227,19 @@ def test_many_rows_are_thinned_to_their_extremes():
 
 
 def test_every_number_of_a_row_is_in_a_chart_and_gaps_are_null():
-    rows = [*rows_of(3), {"step": 3, "eval/txt_r1": 4.0, "eval/img_r1": 5.0, "eval/images": 9, "eval/f1": 0.5}]
+    rows = [
+        *rows_of(3),
+        {"step": 3, "eval/txt_r1": 4.0, "eval/img_r1": 5.0, "eval/images": 9, "eval/f1": 0.5},
+    ]
     rows[0]["words"] = "no number"
     found = curves(rows)
     drawn = {chart["title"]: chart for group in found.values() for chart in group}
     losses = {series["label"]: series["values"] for series in drawn["Losses"]["series"]}
-    assert losses["loss (weighted sum)"] == [9.0, None, 3.0]
-    assert set(losses) == {"loss (weighted sum)", "alignment", "codebook", "masked lm"}
-    assert [series["label"] for series in drawn["Parts of the codebook loss"]["series"]] == ["transport"]
+    assert losses["weighted sum"] == [9.0, None, 3.0]
+    assert set(losses) == {"weighted sum", "alignment", "codebook", "masked lm"}
+    assert [series["label"] for series in drawn["Parts of the codebook loss"]["series"]] == [
+        "transport"
+    ]
     assert drawn["A caption finds its picture"]["series"][0]["values"] == [5.0]
     assert {"bad_step", "eval/f1"} <= set(drawn) and "words" not in drawn
     assert "Codebook" not in curves([{"step": 1, "loss": 1.0, "loss/alignment": 1.0}])
@@ -196,7 +263,11 @@ def test_a_histogram_keeps_every_value_and_says_where_captions_are_cut():
 def test_pictures_past_the_room_of_a_page_are_counted():
     pictures = Pictures(most_bytes=6000)
     for number in range(20):
-        pictures.add(str(number), np.random.default_rng(number).integers(0, 256, (30, 20, 3), np.uint8), "noise")
+        pictures.add(
+            str(number),
+            np.random.default_rng(number).integers(0, 256, (30, 20, 3), np.uint8),
+            "noise",
+        )
     assert 0 < len(pictures.files) < 20 and pictures.left_out == 20 - len(pictures.files)
     assert sum(len(file["jpeg"]) for file in pictures.files.values()) <= 6000
 
@@ -206,14 +277,22 @@ def test_the_report_of_a_run_shows_what_it_has_learned(straight, one_device, tmp
     report.report(config_of(**{"log_every_steps": 7}), workdir)
     assert f"report: {workdir / 'report.html'}" in capsys.readouterr().out
     page = (workdir / "report.html").read_text()
-    script = browser.CHARTS + """
+    script = (
+        browser.CHARTS
+        + """
         found.queries = document.querySelectorAll(".query").length;
         found.unmarked = [...document.querySelectorAll(".query")].filter(query => !query.querySelector(".right")).length;
         found.codewords = document.querySelectorAll("#codewords > li").length;
-        found.differs = [...document.querySelectorAll("tr.differs")].map(row => row.textContent.trim().split(/\\s+/)[0]);
+        found.differs = [...document.querySelectorAll("tr.differs")].map(row => row.querySelector("code").textContent);
     """
+    )
     found = browser.look(workdir / "report.html", script, tmp_path)
-    assert "error" not in found and not found["complaints"] and not found["empty"] and not found["broken"], found
+    assert (
+        "error" not in found
+        and not found["complaints"]
+        and not found["empty"]
+        and not found["broken"]
+    ), found
     assert found["queries"] == 10 and found["unmarked"] == 0
     kept = embedded(page, "codebook")
     assert found["codewords"] == len(kept["codewords"]) <= SMALL["codebook.size"]
@@ -222,7 +301,9 @@ def test_the_report_of_a_run_shows_what_it_has_learned(straight, one_device, tmp
     assert "1 device (cpu)" in " ".join(page.split())
 
 
-def test_a_run_without_a_checkpoint_has_a_page_of_its_curves(straight, one_device, tmp_path, capsys):
+def test_a_run_without_a_checkpoint_has_a_page_of_its_curves(
+    straight, one_device, tmp_path, capsys
+):
     workdir = shutil.copytree(straight.workdir, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
     report.report(None, workdir)
@@ -239,9 +320,13 @@ def test_the_mode_is_known():
 
 def test_answers_are_the_best_and_the_right_one_keeps_its_place():
     scores = np.array([0.1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-    answers = answers_of(scores, 3, np.array([1, 0, 0, 0, 0, 0, 1]))
-    assert answers.found.tolist() == [1, 2, 3, 4, 5] and not answers.right.any()
-    assert (answers.rank, answers.first_right) == (6, 6)
+    found = answers_of(scores, np.array([1, 0, 0, 0, 0, 0, 1], bool))
+    assert [answer["at"] for answer in found["answers"]] == [1, 2, 3, 4, 5]
+    assert not any(answer["right"] for answer in found["answers"])
+    assert (found["further"], found["right"]) == (6, 6)
+    found = answers_of(scores, np.array([0, 0, 0, 0, 1, 0, 1], bool))
+    assert [answer["right"] for answer in found["answers"]] == [False, False, False, True, False]
+    assert (found["further"], found["right"]) == (None, 4)
 
 
 def test_codewords_are_ordered_by_use_and_their_users_by_probability():

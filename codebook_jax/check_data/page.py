@@ -17,7 +17,12 @@ _SAMPLES, _EXAMPLES = 48, 8
 
 
 def write(
-    path: Path, rows: Sequence[Sequence[str]], parts: Sequence[Part], leaks: Sequence[Leak], verdicts: Sequence[str], max_tokens: int
+    path: Path,
+    rows: Sequence[Sequence[str]],
+    parts: Sequence[Part],
+    leaks: Sequence[Leak],
+    verdicts: Sequence[str],
+    max_tokens: int,
 ) -> None:
     """Writes the whole page; `rows` are those of the table on the terminal, the first its head."""
     pictures = Pictures()
@@ -49,9 +54,15 @@ def _about(part: Part, max_tokens: int, pictures: Pictures) -> dict[str, Any]:
     sides = part.images.sides[part.images.sides[:, 0] > 0]
     if len(sides):
         for name, side in (("Shorter", sides.min(axis=1)), ("Longer", sides.max(axis=1))):
-            charts.append(histogram(np.bincount(side), title=f"{name} side of a picture", x="pixels", y="pictures"))
+            charts.append(
+                histogram(
+                    np.bincount(side), title=f"{name} side of a picture", x="pixels", y="pictures"
+                )
+            )
     usable = np.flatnonzero(part.images.usable)
-    chosen = sorted(np.random.default_rng(0).permutation(usable)[:_SAMPLES].tolist())  # the same ones each time
+    chosen = sorted(
+        np.random.default_rng(0).permutation(usable)[:_SAMPLES].tolist()
+    )  # the same ones each time
     repeated = [(one.caption, f"{one.images:,}") for one in part.captions.most_repeated]
     return {
         "label": part.label,
@@ -73,12 +84,20 @@ def _leaked(one: Leak, pictures: Pictures) -> list[dict[str, Any]]:
         (np.where(one.name_alone, one.name, -1), "The same name alone"),
     )
     return [
-        _pairs(f"{what}: of {one.evaluation.label} in training", one.evaluation, one.training, found, pictures)
+        _pairs(
+            f"{what}: of {one.evaluation.label} in training",
+            one.evaluation,
+            one.training,
+            found,
+            pictures,
+        )
         for found, what in kinds
     ]
 
 
-def _pairs(title: str, part: Part, other: Part, found: np.ndarray, pictures: Pictures) -> dict[str, Any]:
+def _pairs(
+    title: str, part: Part, other: Part, found: np.ndarray, pictures: Pictures
+) -> dict[str, Any]:
     """Pictures beside those that they are the same as."""
     matched = np.flatnonzero(found >= 0)
     shown = [
@@ -99,4 +118,9 @@ def _figure(part: Part, image: int, pictures: Pictures) -> dict[str, Any]:
             pictures.add(name, decode(part.source[record].image), caption)
     except UnreadableImage as error:
         failure = str(error)
-    return {"picture": name, "name": part.source.name(record), "caption": caption, "failure": failure}
+    return {
+        "picture": name,
+        "name": part.source.name(record),
+        "caption": caption,
+        "failure": failure,
+    }

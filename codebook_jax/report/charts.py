@@ -38,7 +38,7 @@ def lines(
         for label, column in zip(curves, values.T, strict=True)
     ]
     chart = {"title": title, "note": note, "kind": "lines", "x": x, "y": y, "log": log}
-    return chart | {"xs": xs.tolist(), "series": series}
+    return chart | {"xs": xs.astype(int).tolist(), "series": series}
 
 
 def histogram(
@@ -58,7 +58,12 @@ def histogram(
     held = np.bincount(which, counts, bars).astype(int)
     series = [{"label": y, "values": held.tolist(), "dash": False}]
     chart = {"title": title, "note": note, "kind": "bars", "x": x, "y": y, "log": False}
-    return chart | {"xs": (start + np.arange(bars) * step).tolist(), "step": step, "series": series, "mark": mark}
+    return chart | {
+        "xs": (start + np.arange(bars) * step).tolist(),
+        "step": step,
+        "series": series,
+        "mark": mark,
+    }
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +83,9 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     highest = np.where(np.isnan(padded), -np.inf, padded).argmax(axis=1)
     places = np.stack([np.minimum(lowest, highest), np.maximum(lowest, highest)], axis=1)
     starts = np.arange(buckets)[:, None] * size + np.array([0, size // 2])
-    return steps[starts.ravel().clip(max=rows - 1)], np.take_along_axis(padded, places, axis=1).reshape(2 * buckets, -1)
+    return steps[starts.ravel().clip(max=rows - 1)], np.take_along_axis(
+        padded, places, axis=1
+    ).reshape(2 * buckets, -1)
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -15,7 +15,7 @@ from codebook_jax.evaluation.encoding import Gallery
 from codebook_jax.inference import code_probabilities
 from codebook_jax.report.charts import lines
 
-PICTURES, CAPTIONS, WORDS = 8, 4, 6  # shown of each codeword
+PICTURES, CAPTIONS, WORDS = 10, 4, 6  # shown of each codeword
 LEAST_LIFT = 1.5  # a codeword's word is this much more frequent in its captions than in all
 
 
@@ -50,7 +50,9 @@ def codewords_of(
             for mine in (np.flatnonzero(of == code),)
         ]
         here, there = of_images == code, winners[1] == code
-        users.append(Codeword(int(code), *surest, int((here & there).sum()), int((here | there).sum())))
+        users.append(
+            Codeword(int(code), *surest, int((here & there).sum()), int((here | there).sum()))
+        )
     return users
 
 
@@ -79,7 +81,9 @@ def explore(
     place = {image_id: at for at, image_id in enumerate(gallery.image_ids.tolist())}
     own_image = np.array([place[image_id] for image_id in gallery.text_image_ids.tolist()])
     used = codewords_of(*probabilities, own_image)
-    everywhere = Counter(word for caption in gallery.captions for word in set(clean(caption).split()))
+    everywhere = Counter(
+        word for caption in gallery.captions for word in set(clean(caption).split())
+    )
     total = len(gallery.captions)
     entries = []
     for code in used:
@@ -91,7 +95,10 @@ def explore(
                 "captions": len(captions),
                 "agreeing": code.agreeing,
                 "pairs": code.pairs,
-                "words": [[word, round(share, 3)] for word, share in words_of(captions, everywhere, total)[:WORDS]],
+                "words": [
+                    [word, round(share, 3)]
+                    for word, share in words_of(captions, everywhere, total)[:WORDS]
+                ],
                 "pictures": code.images[:PICTURES].tolist(),
                 "texts": code.texts[:CAPTIONS].tolist(),
             }

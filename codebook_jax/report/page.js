@@ -60,7 +60,7 @@ function scales(chart) {
 function axes(chart) {
   const look = { stroke: () => colour("quiet"), grid: { stroke: () => colour("grid"), width: 1 }, ticks: { stroke: () => colour("line"), width: 1 }, font: "12.5px system-ui, sans-serif", labelFont: "12.5px system-ui, sans-serif", labelSize: 20 };
   const values = (_, ticks) => ticks.map(tick => tick == null ? "" : number(tick));
-  const wide = (plot, ticks) => 18 + 7 * Math.max(3, ...(ticks ?? []).map(tick => tick.length));
+  const wide = (plot, ticks) => 23 + 7 * Math.max(3, ...(ticks ?? []).map(tick => tick.length));
   return [{ ...look, label: chart.x, values, size: 32 }, { ...look, label: chart.y, values, size: wide }];
 }
 
@@ -143,7 +143,7 @@ function draw(figure) {
 
 for (const figure of document.querySelectorAll("figure.chart")) {
   const folded = figure.closest("details");
-  if (folded) folded.addEventListener("toggle", () => draw(figure), { once: true });
+  if (folded && !folded.open) folded.addEventListener("toggle", () => draw(figure), { once: true });
   else draw(figure);
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(plot => plot.redraw(false)));

@@ -70,9 +70,14 @@ def _environment() -> jinja2.Environment:
     )
     environment.globals["asset"] = _asset
     environment.filters["count"] = "{:,}".format
-    environment.filters["plain"] = lambda value: value if isinstance(value, str) else json.dumps(value)
+    environment.filters["plain"] = _plain
     environment.filters["percent"] = lambda share, places=1: f"{100 * share:.{places}f}\u00a0%"
     return environment
+
+
+def _plain(value: Any) -> str:
+    """A setting's value as text: words as they are, an empty text and all else as JSON."""
+    return value if value and isinstance(value, str) else json.dumps(value)
 
 
 def _asset(name: str) -> Markup:

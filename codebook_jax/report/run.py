@@ -57,7 +57,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
         workdir / FILE,
         "run.html",
         title=workdir.name,
-        facts=facts(record, rows, build.parameter_count(parts.task.abstract_state().student)),
+        facts=facts(rows, build.parameter_count(parts.task.abstract_state().student)),
         result=result(workdir / "eval.json", rows),
         charts=curves(rows),
         seen=seen,
@@ -72,24 +72,16 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
     metrics.say(f"report: {workdir / FILE}")
 
 
-def facts(record: Mapping[str, Any], rows: Sequence[Row], parameters: int) -> dict[str, Any]:
-    """What the first paragraph says of the training, as the record and the rows of the metrics know it."""
+def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
+    """What the first paragraph says of the training beside what its record says."""
     training = [row for row in rows if not metrics.is_evaluation(row)]
     steps = np.array([0, *(row["step"] for row in training)])
     pace = np.array([row.get("time/step_s") or np.nan for row in training])
-    config = record["config"]
     return {
-        "size": config["size"],
-        "task": config["task"],
         "parameters": parameters,
-        "data": config["data"]["train"],
-        "pairs": record["data"]["examples"],
-        "batch": config["data"]["global_batch"],
         "step": int(steps[-1]),
-        "steps": config["train"]["steps"],
         "seconds": float(np.nansum(pace * np.diff(steps))),
         "pace": float(np.nanmedian(pace)) if np.isfinite(pace).any() else None,
-        "devices": record.get("devices"),  # records of earlier versions have none
         "not_finite": sum(row.get("loss") is None for row in training),
         "logged": len(training),
     }
@@ -107,7 +99,9 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     return found if "txt_r1" in found["protocols"].get("student/dual", ()) else None
 
 
-def what_is_seen(encoded: Encoded, config: ml_collections.ConfigDict, pictures: Pictures) -> dict[str, Any]:
+def what_is_seen(
+    encoded: Encoded, config: ml_collections.ConfigDict, pictures: Pictures
+) -> dict[str, Any]:
     """Examples of retrieval and the codebook, for the template; keeps the pictures that they show."""
     gallery = encoded.gallery
     features = gallery.features["student"]
@@ -126,7 +120,9 @@ def what_is_seen(encoded: Encoded, config: ml_collections.ConfigDict, pictures: 
     if encoded.codewords is not None:
         temperature = config.codebook.temperature
         shown["codebook"] = explore(gallery, encoded.codewords, temperature=temperature)
-    first_text = {image_id: text for text, image_id in reversed([*enumerate(gallery.text_image_ids.tolist())])}
+    first_text = {
+        image_id: text for text, image_id in reversed([*enumerate(gallery.text_image_ids.tolist())])
+    }
     for image in dict.fromkeys(_images(shown)):
         record = encoded.source[int(gallery.positions[image])]
         alt = gallery.captions[first_text[int(gallery.image_ids[image])]]
@@ -172,7 +168,9 @@ def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
     codewords = None
     if config.losses.codebook:
         everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
-        codewords = np.asarray(jax.jit(unit, out_shardings=everywhere)(student["codebook"]["codes"]))
+        codewords = np.asarray(
+            jax.jit(unit, out_shardings=everywhere)(student["codebook"]["codes"])
+        )
     return Encoded(restored.step, spec, source, gallery, codewords)
 
 
@@ -181,7 +179,11 @@ def _protocols(row: Row) -> dict[str, dict[str, float]]:
     values = {name.removeprefix("eval/"): value for name, value in row.items()}
     found = {"student/dual": values}
     for protocol, prefix in (("teacher/dual", "teacher_"), ("student/reranked", "reranked_")):
-        recalls = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        recalls = {
+            name.removeprefix(prefix): value
+            for name, value in values.items()
+            if name.startswith(prefix)
+        }
         if recalls:
             found[protocol] = values | recalls
     return found
