@@ -5,12 +5,12 @@ RUN = $(VENV)/bin/python -m codebook_jax.main --workdir=runs/demo
 
 .PHONY: demo test lint
 
-# Trains the tiny CODIS on the built-in scenes, exports it, draws what it found, and ends with the retrieval table.
+# Trains the tiny CODIS on the built-in scenes, exports it, and ends with the retrieval table and a page of what it found.
 demo: $(VENV)/.installed
 	$(RUN) --config=configs/base.py:tiny
 	$(RUN) --mode=export
-	$(RUN) --mode=show
 	$(RUN) --mode=eval
+	$(RUN) --config=configs/base.py:tiny --mode=report
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "codebook_jax needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'

@@ -114,9 +114,12 @@ def build_training(
             workdir,
             record,
             config,
-            source=repr(source),
-            examples=len(source),
-            fingerprint=fingerprint,
+            data={"train": repr(source), "examples": len(source), "fingerprint": fingerprint},
+            devices={
+                "kind": mesh.devices.flat[0].device_kind,
+                "count": mesh.devices.size,
+                "processes": jax.process_count(),
+            },
             changes=changes,
             step=max(steps_saved, default=0),
         )

@@ -133,7 +133,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         }
         return data_modes[mode](config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
-    from codebook_jax import devices, evaluate, export, figures, train
+    from codebook_jax import devices, evaluate, export, report, train
 
     devices.check_platforms()
 
@@ -142,7 +142,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         "import": train.import_weights,
         "eval": evaluate.evaluate,
         "export": export.export,
-        "show": figures.show,
+        "report": report.report,
     }
     with console.interruptible():
         return others[mode](config, workdir) or 0

@@ -34,10 +34,10 @@ MODES = {
         "retrieval of the best checkpoint on all test data: a table and eval.json",
         "--mode=eval --workdir=runs/first",
     ),
-    "show": Mode(
+    "report": Mode(
         "Evaluate",
-        "pictures of what the model finds and of its codewords",
-        "--mode=show --workdir=runs/first",
+        "a page of the run: curves, what the model finds, the codebook, settings",
+        "--mode=report --workdir=runs/first",
     ),
     "export": Mode(
         "Use the weights",

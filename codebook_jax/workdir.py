@@ -185,7 +185,7 @@ def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> 
 
 
 def read_record(workdir: Path | str) -> dict[str, Any] | None:
-    """`config.json` of a workdir: {"config", "data", "git", "versions", "changes"}; None before the first start."""
+    """`config.json` of a workdir: {"config", "data", "devices", "git", "versions", "changes"}; None before the first start."""
     path = Path(workdir) / RECORD
     if not path.exists():
         return None
@@ -315,16 +315,19 @@ def write_record(
     previous: dict[str, Any] | None,
     config: ml_collections.ConfigDict,
     *,
-    source: str,
-    examples: int,
-    fingerprint: str,
+    data: dict[str, Any],
+    devices: dict[str, Any],
     changes: dict[str, Any],
     step: int,
 ) -> None:
-    """Writes `config.json`: the config now in force, the data, git commit, versions, and earlier changes."""
+    """Writes `config.json`: the config now in force, the data, devices, git commit, versions, and earlier changes.
+
+    `data` is {"train", "examples", "fingerprint"}, `devices` {"kind", "count", "processes"}.
+    """
     record = {
         "config": config.to_dict(),
-        "data": {"train": source, "examples": examples, "fingerprint": fingerprint},
+        "data": data,
+        "devices": devices,
         "git": git_commit(),
         "versions": package_versions(),
         "changes": [] if previous is None else list(previous["changes"]),

@@ -1,6 +1,5 @@
 """What a check of the data finds, on pictures made bad in every way, and what it leaves behind."""
 
-import html.parser
 import io
 import json
 import os
@@ -14,6 +13,7 @@ import time
 import zlib
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 from PIL import Image
@@ -169,28 +169,28 @@ def test_the_usable_pairs_are_a_source_that_knows_how_many_were_listed(checked, 
     assert not {source.name(at) for at in range(len(source))} & set(BAD)
 
 
-def test_the_page_is_whole_and_shows_captions_as_text(checked):
-    page = (checked[0] / "report.html").read_text()
-
-    class Reader(html.parser.HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.open, self.seen = [], []
-
-        def handle_starttag(self, tag, attributes):
-            self.seen.append(tag)
-            if tag not in ("meta", "img", "br", "line"):
-                self.open.append(tag)
-
-        def handle_endtag(self, tag):
-            if self.open and self.open[-1] == tag:
-                self.open.pop()
-
-    reader = Reader()
-    reader.feed(page)
-    assert not reader.open and "script" not in reader.seen
-    assert "&lt;script&gt;" in page
-    assert reader.seen.count("svg") == 6 and reader.seen.count("img") > 48
+def test_the_page_is_whole_and_shows_captions_as_text(checked, tmp_path):
+    path = checked[0] / "report.html"
+    page = path.read_text()
+    assert "&lt;script&gt;" in page and SCRIPT not in page
+    script = browser.CHARTS + """
+        const titles = [...document.querySelectorAll("h3")].map(title => title.textContent);
+        found.titles = [...new Set(titles)];
+        found.pictures = document.images.length;
+        found.captions = [...document.querySelectorAll("figcaption")].filter(one => one.textContent.includes("<script>")).length;
+        found.sums = [...document.querySelectorAll(".chart > script")].map(
+            one => JSON.parse(one.textContent).series[0].values.reduce((sum, value) => sum + value, 0));
+        found.said = document.querySelector(".plot").getAttribute("aria-label");
+    """
+    found = browser.look(path, script, tmp_path)
+    assert "error" not in found and not found["complaints"], found
+    assert found["charts"] == 6 and not found["empty"] and not found["broken"] and found["wider"] <= 0
+    assert found["sums"] == [133, 67, 67, 26, 26, 26]
+    last, pointed = found["hovered"]
+    assert last != pointed and "or more" in last and "captions by tokens" in found["said"]
+    assert found["pictures"] > 48 and found["captions"] > 0
+    assert {"A sample", "Captions of several pictures", "Copies of another picture: 1"} <= set(found["titles"])
+    assert "The same file: of validation in training: 2" in found["titles"]
 
 
 def test_captions_are_counted_by_tokens_and_by_the_pictures_that_share_them(data, tmp_path):

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +15,7 @@ from PIL import Image
 from small_run import ROOT, SMALL
 
 import codebook_jax
-from codebook_jax import build, evaluate, export, figures, inference
+from codebook_jax import build, evaluate, export, inference
 from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
@@ -334,47 +333,6 @@ def test_an_export_that_fails_leaves_the_one_before(
     assert "in place of the one before" in capsys.readouterr().out
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
     assert codebook_jax.load(workdir).encode_text("a star").shape == (1, 16)
-
-
-def test_show_draws_pictures_in_which_the_right_answers_are_green(
-    straight, one_device, tmp_path, capsys
-):
-    workdir = tmp_path / "run"
-    shutil.copytree(straight.workdir, workdir)
-    figures.show(None, workdir)
-    said = capsys.readouterr().out
-    for name in ("retrieval.png", "codewords.png"):
-        path = workdir / "figures" / name
-        assert f"drawn: {path}" in said
-        with Image.open(path) as image:
-            assert min(image.size) > 300
-            pixels = np.asarray(image.convert("RGB"))
-        if name == "retrieval.png":  # every query's right answer is drawn, be it the last
-            green = (pixels == figures.RIGHT).all(axis=-1)
-            frame = (figures.SIDE + 10) ** 2 - figures.SIDE**2
-            assert green.sum() >= figures.QUERIES * frame
-    assert not list((workdir / "figures").glob(".*"))
-
-
-def test_answers_are_the_best_and_the_right_one_keeps_its_place():
-    scores = np.array([0.1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-    answers = figures.answers_of(scores, 3, np.array([1, 0, 0, 0, 0, 0, 1]))
-    assert answers.found.tolist() == [1, 2, 3, 4, 5] and not answers.right.any()
-    assert (answers.rank, answers.first_right) == (6, 6)
-
-
-def test_codewords_are_ordered_by_use_and_their_users_by_probability():
-    image = np.array([[0.6, 0.4, 0], [0.9, 0.1, 0], [0.2, 0.8, 0]])
-    text = np.array([[0.7, 0.3, 0]])
-    first, second = figures.codewords_of(image, text)  # the third is used by none
-    assert (first.index, first.images.tolist(), first.texts.tolist()) == (0, [1, 0], [0])
-    assert (second.index, second.images.tolist(), second.texts.tolist()) == (1, [2], [])
-
-
-def test_the_words_of_a_codeword_are_those_it_has_more_often():
-    captions = ["a red ring", "a red star"]
-    everywhere = Counter({"a": 10, "red": 2, "ring": 5, "star": 5})
-    assert figures.words_of(captions, everywhere, 10) == [("red", 1.0)]
 
 
 def test_a_probability_is_that_of_scipy():

@@ -17,11 +17,10 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from codebook_jax.check_data import outputs
+from codebook_jax.check_data import outputs, page
 from codebook_jax.check_data.captions import read_captions
 from codebook_jax.check_data.findings import Leak, Part, joined_part, leak, part_of
 from codebook_jax.check_data.inspection import inspect, keep_quiet
-from codebook_jax.check_data.page import page
 from codebook_jax.data.manifest import verify
 from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source, source_of
@@ -31,7 +30,7 @@ from codebook_jax.data.sources.opening import split_specs
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError, refuse_below
-from codebook_jax.workdir import check_folder, check_outputs, write_json, written_whole
+from codebook_jax.workdir import check_folder, check_outputs, write_json
 
 _ROWS = {  # of the table: name of a count -> what it says
     "listed": "listed records",
@@ -223,8 +222,7 @@ def _write(
     outputs.write_usable(workdir / USABLE, trained[1:] or trained, root)
     single = [part for part in parts if not isinstance(part.source, Mixture)]
     outputs.write_skipped(workdir / outputs.SKIPPED, single)
-    with written_whole(workdir / outputs.PAGE, errors=outputs.ERRORS) as file:
-        file.write(page("The data", rows, parts, leaks, max_tokens))
+    page.write(workdir / outputs.PAGE, rows, parts, leaks, verdicts, max_tokens)
     write_json(
         workdir / CHECK,
         {

@@ -1,0 +1,93 @@
+"""Charts as data for page.js.
+
+A chart is {"title", "note", "kind": "lines" or "bars", "x", "y" (what the axes say), "log", "xs", "series": [{"label",
+"values", "dash"}]}, bars with their width "step" and the "mark"; what is not a number is null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+MOST_POINTS = 1000  # of a curve; twice a bucket, its lowest and its highest value
+_BARS = 40
+_SHOWN = 0.999  # of a histogram's values, before the last bar
+
+
+def lines(
+    title: str,
+    xs: np.ndarray,
+    curves: Mapping[str, np.ndarray],
+    *,
+    x: str,
+    y: str,
+    note: str = "",
+    log: bool = False,
+    dashed: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Curves {label: values [xs]} over `xs`, thinned; on a logarithmic axis what is not above zero is left out."""
+    values = np.stack(list(curves.values()), axis=1)
+    if log:
+        values = np.where(values > 0, values, np.nan)
+    xs, values = thinned(xs, values)
+    series = [
+        {"label": label, "values": _numbers(column), "dash": label in dashed}
+        for label, column in zip(curves, values.T, strict=True)
+    ]
+    chart = {"title": title, "note": note, "kind": "lines", "x": x, "y": y, "log": log}
+    return chart | {"xs": xs.astype(int).tolist(), "series": series}
+
+
+def histogram(
+    counts: np.ndarray, *, title: str, x: str, y: str, note: str = "", mark: int | None = None
+) -> dict[str, Any]:
+    """Bars of equal width; `counts` [values] is how often each value comes, `mark` the last value before a line.
+
+    The last bar holds the few values that would make the others narrow.
+    """
+    reached = np.cumsum(counts) >= _SHOWN * counts.sum()
+    end = 0 if mark is None else mark + 1
+    top = max(int(np.argmax(reached)), end, 1) + 1  # some place after the mark
+    step = -(-top // _BARS)
+    start = end % step - step if end % step else 0  # so that a bar ends at the mark
+    bars = -(-(top - start) // step)
+    which = np.minimum((np.arange(len(counts)) - start) // step, bars - 1)
+    held = np.bincount(which, counts, bars).astype(int)
+    series = [{"label": y, "values": held.tolist(), "dash": False}]
+    chart = {"title": title, "note": note, "kind": "bars", "x": x, "y": y, "log": False}
+    return chart | {
+        "xs": (start + np.arange(bars) * step).tolist(),
+        "step": step,
+        "series": series,
+        "mark": mark,
+    }
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most MOST_POINTS of the [rows] steps and [rows, curves] values: of each bucket of rows its extremes.
+
+    A curve's lowest and highest value of a bucket stand in their order; NaN stands where all of a bucket is NaN.
+    """
+    rows = len(steps)
+    if rows <= MOST_POINTS:
+        return steps, values
+    size = -(-rows // (MOST_POINTS // 2))
+    buckets = -(-rows // size)
+    padded = np.full((buckets * size, values.shape[1]), np.nan)
+    padded[:rows] = values
+    padded = padded.reshape(buckets, size, -1)
+    lowest = np.where(np.isnan(padded), np.inf, padded).argmin(axis=1)
+    highest = np.where(np.isnan(padded), -np.inf, padded).argmax(axis=1)
+    places = np.stack([np.minimum(lowest, highest), np.maximum(lowest, highest)], axis=1)
+    starts = np.arange(buckets)[:, None] * size + np.array([0, size // 2])
+    return steps[starts.ravel().clip(max=rows - 1)], np.take_along_axis(
+        padded, places, axis=1
+    ).reshape(2 * buckets, -1)
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """Five digits of each, which is more than a chart shows."""
+    return [None if math.isnan(value) else float(f"{value:.5g}") for value in values.tolist()]

@@ -1,0 +1,165 @@
+"""The curves of a run, from the rows of its metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from codebook_jax.evaluation.recall import RANKS
+from codebook_jax.metrics import is_evaluation
+from codebook_jax.report.charts import lines
+
+Row = Mapping[str, Any]
+
+
+class _Plot(NamedTuple):
+    """One chart: its title, the unit of its y axis, its curves ({name in metrics.jsonl: label})."""
+
+    title: str
+    unit: str
+    curves: dict[str, str]
+    note: str = ""
+    log: bool = False
+    dashed: tuple[str, ...] = ()  # labels
+
+
+_CODEBOOK = (
+    _Plot(
+        "Perplexity of the codebook",
+        "codewords",
+        {
+            "codebook/perplexity": "mean of both",
+            "codebook/perplexity_image": "images",
+            "codebook/perplexity_text": "captions",
+        },
+        "How many codewords are in use, counted as if all were used equally often.",
+    ),
+    _Plot(
+        "Unused codewords, agreement",
+        "share",
+        {
+            "codebook/unused_share": "unused codewords",
+            "codebook/agreement": "pairs with one codeword for both",
+        },
+        "Agreement: the picture and its caption are assigned to the same codeword.",
+    ),
+    _Plot(
+        "Entropy of an assignment",
+        "nats",
+        {"codebook/assignment_entropy": "entropy"},
+        "0: each feature has one codeword for itself.",
+    ),
+    _Plot(
+        "Transport error",
+        "share of the mass",
+        {"transport/row_error": "rows (features)", "transport/column_error": "columns (codewords)"},
+        "How far the plan's marginals are from even.",
+        log=True,
+    ),
+)
+_OPTIMISATION = (
+    _Plot("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
+    _Plot("Temperature of the alignment", "temperature", {"temperature": "temperature"}),
+    _Plot("Gradient norm", "norm", {"gradient_norm": "gradient norm"}, log=True),
+    _Plot(
+        "Time a step",
+        "seconds",
+        {"time/step_s": "a step"},
+        "The first step of every start compiles.",
+        log=True,
+    ),
+    _Plot("Waiting for data", "share of the time", {"time/data_wait_share": "waiting for data"}),
+)
+_ACCURACY = _Plot(
+    "Accuracy in training",
+    "share right",
+    {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"},
+)
+_IN_TABLES = re.compile(r"_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
+
+
+def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """{section: charts} of the rows of a metrics.jsonl, with every number but counts of eval/."""
+    training = _columns([row for row in rows if not is_evaluation(row)])
+    evaluations = _columns([row for row in rows if is_evaluation(row)])
+    sections = {
+        "Loss and accuracy": [*_losses(training), _ACCURACY],
+        "Codebook": list(_CODEBOOK),
+        "Optimisation and time": list(_OPTIMISATION),
+    }
+    drawn = {name for plots in sections.values() for plot in plots for name in plot.curves}
+    rest = [name for name in training if name not in drawn and name != "step"]
+    others = [name for name in evaluations if not _IN_TABLES.search(name) and name != "step"]
+    charts = {"Recall in validation": _charts(_recalls(), evaluations)}
+    charts |= {section: _charts(plots, training) for section, plots in sections.items()}
+    charts["Everything else that was logged"] = [
+        *_charts([_Plot(name, "", {name: name}) for name in rest], training),
+        *_charts([_Plot(name, "", {name: name}) for name in others], evaluations),
+    ]
+    return {section: found for section, found in charts.items() if found}
+
+
+def _losses(names: Iterable[str]) -> list[_Plot]:
+    """The sum with its parts, then the parts of each part: loss/NAME_X is one of loss/NAME."""
+    parts = {name: name.removeprefix("loss/") for name in names if name.startswith("loss/")}
+    inner = {
+        name: {
+            part: label.removeprefix(f"{whole}_")
+            for part, label in parts.items()
+            if label.startswith(f"{whole}_")
+        }
+        for name, whole in parts.items()
+    }
+    within = {part for found in inner.values() for part in found}
+    whole = {"loss": "weighted sum"} | {name: parts[name] for name in parts if name not in within}
+    details = [
+        _Plot(f"Parts of the {parts[name]} loss", "nats", found)
+        for name, found in inner.items()
+        if found
+    ]
+    return [_Plot("Losses", "nats", whole), *details]
+
+
+def _recalls() -> list[_Plot]:
+    plots = []
+    for prefix, title in (
+        ("img", "A caption finds its picture"),
+        ("txt", "A picture finds its caption"),
+    ):
+        student = {f"eval/{prefix}_r{k}": f"R@{k}" for k in RANKS}
+        teacher = {f"eval/teacher_{prefix}_r{k}": f"R@{k} teacher" for k in RANKS}
+        chance = {f"eval/{prefix}_chance_r{RANKS[-1]}": f"R@{RANKS[-1]} chance"}
+        dashed = (*teacher.values(), *chance.values())
+        note = "R@k: the share of queries that have a right answer among their first k."
+        plots.append(_Plot(title, "recall, %", student | teacher | chance, note, dashed=dashed))
+    return plots
+
+
+def _charts(plots: Sequence[_Plot], columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The charts of those plots that have a curve among the columns."""
+    charts = []
+    for plot in plots:
+        found = {
+            label.replace("_", " "): columns[name]
+            for name, label in plot.curves.items()
+            if name in columns
+        }
+        if found:
+            look = {"note": plot.note, "log": plot.log, "dashed": plot.dashed}
+            charts.append(lines(plot.title, columns["step"], found, x="step", y=plot.unit, **look))
+    return charts
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """{name: values [rows]} of what has a number in some row; NaN where a row has none."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+    return {name: values for name, values in columns.items() if not np.isnan(values).all()}
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None or isinstance(value, str) else float(value)

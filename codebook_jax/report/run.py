@@ -1,0 +1,189 @@
+"""The page of a run: how training went, what the model finds, what the codewords stand for, with which settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from codebook_jax import build, evaluate, metrics
+from codebook_jax import workdir as records
+from codebook_jax.checkpoint import Checkpoints
+from codebook_jax.data.images import decode
+from codebook_jax.data.sources import Source, source_of
+from codebook_jax.evaluation.encoding import Gallery, encode_source, rows_over_shards
+from codebook_jax.evaluation.recall import recall_at_k
+from codebook_jax.evaluation.retrieval import images_to_evaluate
+from codebook_jax.models.codis import unit
+from codebook_jax.report.codebook import PICTURES, explore
+from codebook_jax.report.curves import Row, curves
+from codebook_jax.report.examples import examples
+from codebook_jax.report.page import FILE, Pictures, write_page
+
+MOST_IMAGES = 1000  # of the test data
+
+
+class Encoded(NamedTuple):
+    """The test data as a checkpoint sees them."""
+
+    step: int
+    spec: str
+    source: Source
+    gallery: Gallery
+    codewords: np.ndarray | None  # float [codes, dim]; None: trained without the codebook loss
+
+
+def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
+    """Writes `report.html`: the curves, and with a checkpoint (best in validation) what it does with the test data.
+
+    A `config` is also what the run's settings are compared with. Raises UserError for a folder that holds no run.
+    """
+    parts = build.build_trained(config, workdir)
+    record = records.read_record(workdir)
+    encoded = _encoded(parts, workdir)
+    if jax.process_index() != 0:
+        return
+    path = workdir / metrics.FILE
+    rows = metrics.read_rows(path) if path.exists() else []
+    pictures = Pictures()
+    seen = None if encoded is None else what_is_seen(encoded, parts.config, pictures)
+    differs = {} if config is None else records.changed_fields(config.to_dict(), record["config"])
+    write_page(
+        workdir / FILE,
+        "run.html",
+        title=workdir.name,
+        facts=facts(rows, build.parameter_count(parts.task.abstract_state().student)),
+        result=result(workdir / "eval.json", rows),
+        charts=curves(rows),
+        seen=seen,
+        pictures=pictures,
+        record=record,
+        settings=records.flat(record["config"]),
+        differs=differs,
+        compared=config is not None,
+    )
+    if encoded is None:
+        metrics.say("there is no checkpoint yet: the page shows the curves alone")
+    metrics.say(f"report: {workdir / FILE}")
+
+
+def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
+    """What the first paragraph says of the training beside what its record says."""
+    training = [row for row in rows if not metrics.is_evaluation(row)]
+    steps = np.array([0, *(row["step"] for row in training)])
+    pace = np.array([row.get("time/step_s") or np.nan for row in training])
+    return {
+        "parameters": parameters,
+        "step": int(steps[-1]),
+        "seconds": float(np.nansum(pace * np.diff(steps))),
+        "pace": float(np.nanmedian(pace)) if np.isfinite(pace).any() else None,
+        "not_finite": sum(row.get("loss") is None for row in training),
+        "logged": len(training),
+    }
+
+
+def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The recalls by protocol and where they are from: eval.json, else the last validation; None where there is neither."""
+    evaluations = [row for row in rows if metrics.is_evaluation(row)]
+    if path.exists():
+        found = {"step": None, "protocols": json.loads(path.read_text(encoding="utf-8"))}
+    elif evaluations:
+        found = {"step": evaluations[-1]["step"], "protocols": _protocols(evaluations[-1])}
+    else:
+        return None
+    return found if "txt_r1" in found["protocols"].get("student/dual", ()) else None
+
+
+def what_is_seen(
+    encoded: Encoded, config: ml_collections.ConfigDict, pictures: Pictures
+) -> dict[str, Any]:
+    """Examples of retrieval and the codebook, for the template; keeps the pictures that they show."""
+    gallery = encoded.gallery
+    features = gallery.features["student"]
+    similarity = features.image @ features.text.T
+    shown = {
+        "step": encoded.step,
+        "data": encoded.spec,
+        "listed": len(encoded.source),
+        "images": len(gallery.image_ids),
+        "captions": gallery.captions,
+        "seed": config.seed,
+        "recall": recall_at_k(similarity, gallery.image_ids, gallery.text_image_ids),
+        "examples": examples(gallery, similarity, seed=config.seed),
+        "codebook": None,
+    }
+    if encoded.codewords is not None:
+        temperature = config.codebook.temperature
+        shown["codebook"] = explore(gallery, encoded.codewords, temperature=temperature)
+    first_text = {
+        image_id: text for text, image_id in reversed([*enumerate(gallery.text_image_ids.tolist())])
+    }
+    for image in dict.fromkeys(_images(shown)):
+        record = encoded.source[int(gallery.positions[image])]
+        alt = gallery.captions[first_text[int(gallery.image_ids[image])]]
+        pictures.add(str(image), decode(record.image), alt)
+    return shown
+
+
+def _images(shown: Mapping[str, Any]) -> list[int]:
+    """The pictures that are shown, those to keep first at the start: of the examples, then a few of every codeword."""
+    found = []
+    for query in shown["examples"]["captions"]:
+        found += [query["right"], *(answer["at"] for answer in query["answers"])]
+    found += [query["query"] for query in shown["examples"]["pictures"]]
+    codewords = shown["codebook"]["codewords"] if shown["codebook"] else []
+    for place in range(PICTURES):
+        found += [code["pictures"][place] for code in codewords if place < len(code["pictures"])]
+    return found
+
+
+def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
+    """The test data through the checkpoint best in validation; None before the first checkpoint."""
+    config = parts.config
+    with Checkpoints(workdir, keep=config.checkpoint.keep, create=False) as checkpoints:
+        if checkpoints.step_to_use() is None:
+            return None
+    restored = evaluate.restore_trained(parts, workdir, ("student",))
+    spec = config.data.test or config.data.eval
+    source = source_of(config, spec, "test")
+    images = min(images_to_evaluate(config) or len(source), len(source), MOST_IMAGES)
+    metrics.say(f"test data {spec}: {images:,} of {len(source):,} images")
+    student = restored.state.student
+    gallery = encode_source(
+        parts.task,
+        {"student": student["towers"]},
+        source,
+        parts.tokenizer,
+        images=images,
+        rows=rows_over_shards(min(config.evaluation.batch, images), parts.mesh),
+        size_px=config.model.image.size_px,
+        max_tokens=config.model.text.max_tokens,
+        threads=config.data.threads,
+    )
+    codewords = None
+    if config.losses.codebook:
+        everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
+        codewords = np.asarray(
+            jax.jit(unit, out_shardings=everywhere)(student["codebook"]["codes"])
+        )
+    return Encoded(restored.step, spec, source, gallery, codewords)
+
+
+def _protocols(row: Row) -> dict[str, dict[str, float]]:
+    """The recalls of a validation's row by protocol, as eval.json has them."""
+    values = {name.removeprefix("eval/"): value for name, value in row.items()}
+    found = {"student/dual": values}
+    for protocol, prefix in (("teacher/dual", "teacher_"), ("student/reranked", "reranked_")):
+        recalls = {
+            name.removeprefix(prefix): value
+            for name, value in values.items()
+            if name.startswith(prefix)
+        }
+        if recalls:
+            found[protocol] = values | recalls
+    return found
