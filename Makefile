@@ -23,3 +23,4 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/rumdl check --no-cache README.md docs launch/README.md
