@@ -6,7 +6,7 @@ Each number names its source: "paper" (Duan et al., CVPR 2022), "ALBEF" (Li et a
 
 import ml_collections
 
-# Encoders: ViT-B/L/H and BERT-base/large above `small`; the two smallest sizes are ours.
+# One column a size. Towers: ViT-B/L/H and BERT-base/large above `small`; the two small ones are ours.
 SIZES = {
     "tiny": dict(
         image=dict(size_px=64, patch_px=8, width=128, depth=4, heads=4),
@@ -147,9 +147,9 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         path_map="",  # OLD=NEW,...: replaces the beginning of listed paths with a folder of this machine
         damaged_shards="refuse",  # "refuse" | "skip" a missing or truncated shard of records: or webdataset:
         scenes_examples=at["examples"],  # scenes per epoch
-        global_batch=at["batch"],  # pairs per step over all devices; paper: 512
+        global_batch=at["batch"],  # pairs a step over all devices; paper: 512
         tokenizer="",  # folder or hub name; empty: WordPiece trained on the training captions
-        tokenizer_vocabulary=8192,  # largest size of a trained one
+        tokenizer_vocabulary=8192,  # most entries of a trained one
         teacher_view="independent",  # paper: its own augmented view | "same" (ALBEF)
         crop_scale=(0.7, 1.0),  # share of the area kept; ALBEF 0.2-1, but small crops remove what a scene's caption names
         crop_ratio=(0.75, 4 / 3),  # ALBEF
