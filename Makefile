@@ -1,15 +1,15 @@
-# Each target only wraps commands that the README shows plainly.
+# Each target only wraps commands that docs/quickstart.md and docs/contributing.md show.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m codebook_jax.main --workdir=runs/demo
 
 .PHONY: demo test lint
 
-# Trains the tiny CODIS on the built-in scenes, exports it, draws what it found, and ends with the retrieval table.
+# Trains the tiny CODIS on the built-in scenes, exports it, writes its report, and ends with the retrieval table.
 demo: $(VENV)/.installed
 	$(RUN) --config=configs/base.py:tiny
 	$(RUN) --mode=export
-	$(RUN) --mode=show
+	$(RUN) --mode=report
 	$(RUN) --mode=eval
 
 $(VENV)/.installed: setup.cfg pyproject.toml
