@@ -5,11 +5,11 @@ RUN = $(VENV)/bin/python -m codebook_jax.main --workdir=runs/demo
 
 .PHONY: demo test lint
 
-# Trains the tiny CODIS on the built-in scenes, exports it, writes its report, and ends with the retrieval table.
+# Trains the tiny CODIS on the built-in scenes, exports it, draws what it found, and ends with the retrieval table.
 demo: $(VENV)/.installed
 	$(RUN) --config=configs/base.py:tiny
 	$(RUN) --mode=export
-	$(RUN) --mode=report
+	$(RUN) --mode=show
 	$(RUN) --mode=eval
 
 $(VENV)/.installed: setup.cfg pyproject.toml

@@ -144,9 +144,9 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         eval="scenes",  # validation during training, and `--mode=eval` (for `scenes`: its test split) ...
         test="",  # ... unless this names another source
         image_root="",  # folder of listed files; empty: the list's own folder
-        path_map="",  # OLD=NEW,...: replaces the beginning of listed paths with a folder of this machine
-        damaged_shards="refuse",  # "refuse" | "skip" a missing or truncated shard of records: or webdataset:
-        scenes_examples=at["examples"],  # scenes per epoch
+        path_map="",  # OLD=NEW,...: how listed paths begin, and the folder that stands there on this machine
+        damaged_shards="refuse",  # "refuse" | "skip" a shard of records: or webdataset: that is missing or cut short
+        scenes_examples=at["examples"],  # scenes an epoch
         global_batch=at["batch"],  # pairs a step over all devices; paper: 512
         tokenizer="",  # folder or hub name; empty: WordPiece trained on the training captions
         tokenizer_vocabulary=8192,  # most entries of a trained one
