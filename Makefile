@@ -1,4 +1,4 @@
-# Each target only wraps commands that the README shows plainly.
+# Each target only wraps commands that docs/quickstart.md and docs/contributing.md show.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m codebook_jax.main --workdir=runs/demo
@@ -23,3 +23,4 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/rumdl check --no-cache README.md docs launch/README.md

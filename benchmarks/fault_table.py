@@ -1,4 +1,4 @@
-"""The table of what benchmarks/faults.py found: `python benchmarks/fault_table.py [FILE]`."""
+"""Prints the table of docs/faults.md from the results of benchmarks/faults.py: `python benchmarks/fault_table.py [FILE]`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def read(path: Path | str) -> dict[str, Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """As Markdown; rows of one kind are one line with the worst of their figures."""
-    lines = ["| fault | exit codes, and what was said | ends, s | goes on, s | steps lost | then |"]
+    """A Markdown table; runs of one kind share a row with the worst of their figures."""
+    lines = ["| fault | exit codes and message | ends, s | resumes, s | steps lost | result |"]
     lines.append("|---|---|---|---|---|---|")
     kinds: dict[str, list[Row]] = {}
     for row in rows:
@@ -47,16 +47,16 @@ def table(rows: list[Row]) -> str:
 
 
 def _varied(rows: list[Row]) -> str:
-    """What rows of one kind differ in."""
+    """How the runs of one kind differ."""
     if rows[0].fault.startswith("SIGKILL"):
         saves = sum("during a save" in row.fault for row in rows)
         first = sum("process 0" in row.fault for row in rows)
-        return f"{len(rows)} moments, {saves} in a save, {first} times of process 0"
+        return f"{len(rows)} runs: {saves} during a save, {first} of process 0"
     return f"{len(rows)} places: {', '.join(row.fault.rsplit(' ', 1)[1] for row in rows)}"
 
 
 def _brief(happened: str) -> str:
-    """Without hosts, folders and figures that differ from row to row."""
+    """The message without hosts, folders and figures that differ between runs."""
     for pattern, replacement in (
         (r"(process \d+) on \S+?(?=[\s:,])", r"\1"),
         (r"/\S*/(run|checkpoints|\w+)\b", r"\1"),

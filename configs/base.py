@@ -1,7 +1,7 @@
 """The pre-training recipe in every size: --config=configs/base.py[:tiny|small|base|large|huge].
 
 Each number names its source: "paper" (Duan et al., CVPR 2022), "ALBEF" (Li et al., NeurIPS 2021), "SwAV",
-"BERT", "ViT", or "ours" with the reason. Where two sizes differ, the value stands in `SIZES`.
+"BERT", "ViT", or "ours" with the reason. Values that differ between sizes are in `SIZES`.
 """
 
 import ml_collections
@@ -59,32 +59,32 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     # Where the weights start: "random" | "image:SPEC,text:SPEC" (a ViT or DeiT, a BERT; or random) | "model:SPEC" (a whole
     # ALBEF model, a run or an export). SPEC: a file, a folder, or a name on the Hugging Face hub.
     config.init = "random"
-    config.init_allow_partial = False  # start a parameter anew of which SPEC lacks a part, instead of refusing
+    config.init_allow_partial = False  # true: initialise a parameter that SPEC holds only in part, instead of stopping
 
-    # Devices along each axis; -1 takes what is left. The batch is split over data x fsdp; parameters, teacher and moments over
-    # fsdp (0: as few as make them fit into memory) and tensor. slices: parts of a slow network; 0: as the devices say.
+    # Devices along each axis; -1: all that are left. The batch is split over data x fsdp; parameters, teacher and moments over
+    # fsdp (0: as few as fit into memory) and tensor. slices: groups joined by a slower network; 0: as the devices report.
     config.mesh = dict(data=-1, fsdp=0, tensor=1, slices=0)
 
     config.model = dict(
         dim=at["dim"],  # joint space; paper: 256
         dtype=at["dtype"],  # compute; parameters, softmax, transport and losses stay float32
         remat="none" if tiny or size == "small" else "blocks",  # "none" | "blocks" | "dots": what the backward pass recomputes
-        scan_unroll=4 if tiny else 1,  # blocks a scan iteration holds, 1 with remat; 1 compiles fastest, all run a third faster on a CPU
+        scan_unroll=4 if tiny else 1,  # blocks per scan iteration, 1 with remat; 1 compiles fastest, all at once run a third faster on a CPU
         attention="auto",  # "xla", "cudnn", or "auto": cudnn on a GPU in bfloat16
         image=dict(
             **at["image"],  # ViT
             mlp_width=0,  # inside the feed-forward part; 0: four times the width (ViT)
             layer_norm_eps=1e-6,  # ViT
-            init_std=0.12 if tiny else 0.02,  # of the matrices at the start; ViT: 0.02; ours in a narrow tower
-            position_std=0.6 if tiny else 0.02,  # of the position embeddings; ViT: 0.02; ours: places count in a short run
+            init_std=0.12 if tiny else 0.02,  # of initial matrices; ViT: 0.02; ours: wider in a narrow encoder
+            position_std=0.6 if tiny else 0.02,  # of initial position embeddings; ViT: 0.02; ours: positions matter in a short run
         ),
         text=dict(
             **at["text"],  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
             mlp_width=0,  # inside the feed-forward part; 0: four times the width (BERT)
             layer_norm_eps=1e-12,  # BERT
-            init_std=0.06 if tiny else 0.02,  # of the matrices at the start, in fusion and heads too; BERT: 0.02; ours
-            value_std=0.06 if tiny else 0.02,  # of the text half's attention values and outputs; BERT: 0.02; ours
-            embedding_std=0.1 if tiny else 0.02,  # of words, positions and segments; BERT: 0.02; ours
+            init_std=0.06 if tiny else 0.02,  # of initial matrices, also in fusion encoder and heads; BERT: 0.02; ours
+            value_std=0.06 if tiny else 0.02,  # of initial attention values and outputs in the text encoder; BERT: 0.02; ours
+            embedding_std=0.1 if tiny else 0.02,  # of initial word, position and segment embeddings; BERT: 0.02; ours
             dropout=at["dropout"],  # on hidden states, BERT: 0.1; tiny: short runs underfit
         ),
     )
@@ -104,11 +104,11 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         temperature=0.1,  # gamma; SwAV
         solver="sinkhorn",  # "sinkhorn" (ours: deterministic cost) | "ipot" (paper)
         epsilon=0.05,  # Sinkhorn's, absolute; SwAV
-        iterations=50,  # ours: 20 leave 1.5 % of a column open on trained features
+        iterations=50,  # ours: 20 leave column errors of 1.5 % on trained features
         ipot_beta=0.5,  # IPOT's proximal weight; beta / iterations acts as epsilon
-        queue_samples=0,  # newest teacher features of the queue that join the transport problem; SwAV: when batch << codes
+        queue_samples=0,  # newest teacher features of the queue added to the transport problem; SwAV: when batch << codes
         freeze_steps=0,  # steps before the codebook itself learns; SwAV
-        window_samples=16_384,  # over which codeword usage is counted
+        window_samples=16_384,  # codeword usage is counted over these
     )
 
     config.teacher = dict(
@@ -120,11 +120,11 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
 
     config.queue = dict(size=at["queue"])  # ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
 
-    config.itm = dict(groups=0)  # equal groups that negatives come from; 0: data shards x accumulation (ALBEF: one a GPU)
+    config.itm = dict(groups=0)  # negatives are drawn inside equal groups; 0: data shards x accumulation (ALBEF: one per GPU)
 
     config.mlm = dict(
         probability=0.15,  # BERT
-        max_share=0.25,  # of max_tokens, most masked positions a sequence; ours: fixed shapes
+        max_share=0.25,  # most masked positions per text, as a share of max_tokens; ours: fixed shapes
         mask_share=0.8,  # BERT
         random_share=0.1,  # BERT
     )
@@ -138,15 +138,15 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         b2=0.999,
         eps=1e-8,
         clip_norm=0.0,  # global gradient norm; 0: off (ALBEF)
-        accumulation=1,  # passes a step; the same gradient as one pass when itm.groups is the same
+        accumulation=1,  # passes per step; the gradient is that of one pass when itm.groups is the same
         max_bad_steps=10,  # non-finite steps in a row before the run stops
     )
 
     config.data = dict(
-        train="scenes",  # SCHEME:PLACE[?OPTION=VALUE&...], as json:pairs.json; several with commas between (docs/data.md)
+        train="scenes",  # SCHEME:PLACE[?OPTION=VALUE&...], for example json:pairs.json; commas mix several (docs/data.md)
         eval="scenes",  # validation during training, and `--mode=eval` (for `scenes`: its test split) ...
         test="",  # ... unless this names another source
-        image_root="",  # of sources that list files; empty: the list's folder
+        image_root="",  # folder of listed files; empty: the list's own folder
         path_map="",  # OLD=NEW,...: how listed paths begin, and the folder that stands there on this machine
         damaged_shards="refuse",  # "refuse" | "skip" what of records: or webdataset: is missing, cut short, there twice or not UTF-8
         scenes_examples=at["examples"],  # scenes an epoch
@@ -156,57 +156,57 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         tokenizer_lowercase=True,  # of a trained one: A is a; ALBEF
         tokenizer_strip_accents=False,  # of a trained one: é is e, and Hindi loses its vowel signs; ours: words stay apart
         teacher_view="independent",  # paper: its own augmented view | "same" (ALBEF)
-        crop_scale=(0.7, 1.0),  # area kept; ALBEF 0.2-1, but small crops remove what a scene's caption names
+        crop_scale=(0.7, 1.0),  # share of the area kept; ALBEF 0.2-1, but small crops remove what a scene's caption names
         crop_ratio=(0.75, 4 / 3),  # ALBEF
         flip=False,  # ALBEF flips; scenes, emoji and text in images must not
         randaugment_layers=0,  # ALBEF: 2; shear, translate and rotate can make a scene's relations false
         randaugment_magnitude=7,  # ALBEF, of 10
         workers=0,  # processes; 0: threads only
-        threads=2 if tiny else 16,  # a process
+        threads=2 if tiny else 16,  # per process
         prefetch=4 if tiny else 16,  # batches read ahead
-        patience_s=600.0,  # without the next batch, after which the run saves and ends; a tenth of it is said
+        patience_s=600.0,  # longest wait for a batch: then the run saves and exits; it warns every tenth of it
         max_bad_rate=0.01,  # share of unreadable images above which training stops
     )
 
     config.train = dict(
         steps=at["steps"],  # base: 30 epochs (paper) of the built-in data
-        memory_check=True,  # refuse at start what is estimated not to fit into a device's memory
+        memory_check=True,  # stop at start if the estimate does not fit into a device's memory
     )
 
     config.evaluation = dict(
         every_steps=200 if tiny else 5000,  # 0: only at the end
         images=-1,  # most in validation during training; 0: all; -1: 1 000, and 32 above `tiny` on a CPU. --mode=eval takes all
         batch=64 if tiny else 256,
-        rerank_top_k=16 if tiny else 128,  # candidates that matching re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
+        rerank_top_k=16 if tiny else 128,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
         rerank_on_schedule=False,  # also during training
         rerank_add_dual=False,  # add the dual encoder's similarity to the matching logit (BLIP does)
     )
 
     config.checkpoint = dict(
         every_steps=200 if tiny else 2000,
-        keep=3,  # newest; the one best in validation is kept besides
+        keep=3,  # newest ones; the best in validation is kept too
     )
 
     config.export = dict(
         format="codis",  # "codis", for codebook_jax.load | "huggingface", ViTModel and BertModel | "albef", for its code
-        teacher=False,  # codis: the towers of the teacher too, to encode with; the folder becomes twice as large
+        teacher=False,  # codis: adds the teacher's encoders; doubles the folder
     )
     config.prepare = dict(
         source="",  # what --mode=prepare packs; empty: data.train
-        role="train",  # "train" | "validation" | "test": which split of the source; to evaluate, an image is one record
-        side_px=512,  # longest the shorter side of a kept picture may be; 0: every picture as it is
-        quality=95,  # of the JPEGs that are written anew; those small enough are kept as they are
-        shard_records=4096,  # records of the source a shard
-        processes=0,  # 0: one a CPU
-        beam_runner="",  # DirectRunner, DataflowRunner, ...: on Apache Beam, instead of processes here
-        beam_options="",  # of Beam, as "--project=NAME --region=NAME"
+        role="train",  # "train" | "validation" | "test": split of the source; the last two get one record per image
+        side_px=512,  # longest allowed shorter side; 0: keep every picture as it is
+        quality=95,  # of re-encoded JPEGs; those small enough are kept as they are
+        shard_records=4096,  # source records per shard
+        processes=0,  # 0: one per CPU
+        beam_runner="",  # DirectRunner, DataflowRunner, ...: Apache Beam instead of local processes
+        beam_options="",  # for Beam, for example "--project=NAME --region=NAME"
     )
 
     config.check = dict(
-        processes=0,  # 0: one a CPU
-        decode=True,  # read and decode every picture; false: look only whether it is there
-        least_side_px=32,  # a shorter side below is tiny
-        near_bits=3,  # of 64, by which the perceptual hashes of near-duplicates differ at most
-        max_bad_share=0.05,  # of listed records that are unusable, and of evaluation images in training: above, exit code 1
+        processes=0,  # 0: one per CPU
+        decode=True,  # decode every picture; false: only check that it is there
+        least_side_px=32,  # pictures with a smaller shorter side count as tiny
+        near_bits=3,  # perceptual hashes of near-duplicates differ in at most so many of 64 bits
+        max_bad_share=0.05,  # exit code 1 above this share of unusable records, or of evaluation images in training
     )
     return config.lock()

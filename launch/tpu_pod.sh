@@ -1,11 +1,11 @@
 #!/bin/bash
-# A run on a Cloud TPU slice: requests the slice, installs, starts on all workers, starts again what was preempted.
+# A run on a Cloud TPU slice: requests the slice, installs, starts on all workers, restarts after a preemption.
 
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly HERE MISTAKE=2 PREEMPTED=75 # exit codes of main
-readonly PATIENCE=20                 # how often in a row the workers may be out of reach
+readonly PATIENCE=20                 # how often in a row the workers may be unreachable
 
 usage() {
     cat <<'TEXT'
@@ -51,7 +51,7 @@ give_up() {
     exit 1
 }
 
-# Runs the words as a command; in a dry run prints them instead, as one could type them.
+# Runs the words as a command; in a dry run prints them, quoted for a shell.
 act() {
     if [[ -n $DRY_RUN ]]; then
         printf '%q ' "$@"
@@ -69,7 +69,7 @@ tpus() {
 
 copy_to_workers() { tpus tpu-vm scp "$1" "$NAME:$2" --worker=all; }
 
-# on_worker WHICH COMMAND [ARGUMENT ...] of tpu_worker.sh; the remote shell takes the quotes off once.
+# on_worker WHICH COMMAND [ARGUMENT ...] of tpu_worker.sh; the remote shell removes one level of quotes.
 on_worker() {
     local which=$1 command="bash tpu_worker.sh"
     shift
@@ -77,7 +77,7 @@ on_worker() {
     tpus tpu-vm ssh "$NAME" "--worker=$which" "--command=$command"
 }
 
-# Sets SLICE: NONE, or what Google calls the state of the request. Fails where that cannot be known.
+# Sets SLICE: NONE, or Google's name for the state of the request. Fails if that cannot be found out.
 look_at_slice() {
     local look=(queued-resources describe "$NAME" '--format=value(state.state)') said
     if [[ -n $DRY_RUN ]]; then
@@ -102,12 +102,12 @@ create_slice() {
 
 delete_slice() { tpus queued-resources delete "$NAME" --force --quiet; }
 
-# Returns when the slice is there; requests it if need be.
+# Returns when the slice is ready; requests it if necessary.
 await_slice() {
     local before='' away=0
     while ((away < PATIENCE)); do
         if ! look_at_slice; then
-            [[ -n $SLICE ]] || exit 1 # not even once: the zone, the project or the login is wrong
+            [[ -n $SLICE ]] || exit 1 # never succeeded: the zone, the project or the login is wrong
             away=$((away + 1))
             sleep "$POLL"
             continue
@@ -118,7 +118,7 @@ await_slice() {
         case $SLICE in
             ACTIVE) return ;;
             NONE) create_slice ;;
-            SUSPENDED) delete_slice ;; # preempted; a request serves once
+            SUSPENDED) delete_slice ;; # preempted; a request works only once
             FAILED)
                 tpus queued-resources describe "$NAME" >&2 || true
                 say "the request failed; after a look at why: bash launch/tpu_pod.sh delete --name=$NAME --zone=$ZONE"
@@ -131,11 +131,11 @@ await_slice() {
 }
 
 pack_source() {
-    [[ ! -e $SCRATCH/source.tar.gz ]] || return 0 # a restart has the code of the start
+    [[ ! -e $SCRATCH/source.tar.gz ]] || return 0 # a restart uses the code of the first start
     local tar_it=(tar -czf "$SCRATCH/source.tar.gz" -C "$SOURCE")
     if [[ -n $DRY_RUN ]]; then
         act "${tar_it[@]}" .
-    elif [[ -d $SOURCE/.git ]]; then # what git does not ignore, and its record of the commit
+    elif [[ -d $SOURCE/.git ]]; then # all files that git does not ignore, and .git for the commit
         git -C "$SOURCE" ls-files -z --cached --others --exclude-standard |
             while IFS= read -r -d '' file; do
                 [[ ! -e $SOURCE/$file ]] || printf '%s\0' "$file"
@@ -157,7 +157,7 @@ install() {
     [[ -z $MOUNT ]] || on_worker all mount "$MOUNT" "$MOUNT_AT"
 }
 
-# Sets RUN to what the workers say of the run: none, running, finished, mistake, stopped, preempted or failed.
+# Sets RUN to what the workers report: none, running, finished, mistake, stopped, preempted or failed.
 look_at_run() {
     local said states
     if [[ -n $DRY_RUN ]]; then
@@ -186,7 +186,7 @@ look_at_run() {
     STATES=$(sort <<<"$states" | uniq -c | sed 's/^ *//' | paste -sd, -)
 }
 
-# Shows the log until the run ends or the slice is gone, through lost connections; sets RUN.
+# Shows the log until the run ends or the slice is gone, across lost connections; sets RUN.
 watch_run() {
     local shown='' away=0
     while ((away < PATIENCE)); do
@@ -198,7 +198,7 @@ watch_run() {
         if look_at_run; then
             away=0
             if [[ $RUN != running ]]; then
-                # What came while the connection was lost; the mistake may be that of another worker.
+                # Log lines from while the connection was lost; the error may be on another worker.
                 [[ -n $shown ]] || on_worker 0 last 20 || true
                 [[ $RUN != mistake && $RUN != failed ]] || on_worker all last 5 || true
                 return
@@ -212,7 +212,7 @@ watch_run() {
     give_up "the workers have been out of reach $PATIENCE times"
 }
 
-# Says how the run ended, and ends with the exit code for it, unless the run is to be started again.
+# Prints how the run ended and exits with the matching code, unless the run must be restarted.
 conclude() {
     case $RUN in
         finished)
@@ -274,8 +274,8 @@ stop_run() {
 
 COMMAND='' NAME='' ZONE='' PROJECT='' TYPE='' RUNTIME='' SPOT='' CREATE_FLAGS=() DELETE_WHEN_DONE='' DRY_RUN=''
 SOURCE=$(dirname "$HERE") MOUNT='' MOUNT_AT=/mnt/codebook MAX_RESTARTS=5 POLL=30
-SLICE='' RUN='' STATES=''               # what was last seen; STATES: of the run on the workers, counted
-ASSUMED=ACTIVE ASSUMED_RUN=finished     # what a dry run takes for seen
+SLICE='' RUN='' STATES=''               # as last seen; STATES counts the states of the run on the workers
+ASSUMED=ACTIVE ASSUMED_RUN=finished     # what a dry run assumes
 
 [[ $# -gt 0 ]] || { usage >&2 && exit "$MISTAKE"; }
 while (($#)); do
@@ -327,7 +327,7 @@ if [[ $COMMAND == run ]]; then
     shift # the --
     for argument; do
         case $argument in
-            --workdir=/* | --workdir=*://*) ;; # main refuses the second kind, and says why
+            --workdir=/* | --workdir=*://*) ;; # main refuses the second kind and explains why
             --workdir=*) complain "$argument would be a folder of each worker alone: give one that all share, as --workdir=$MOUNT_AT/first" ;;
             --preempted_exit_code*) complain "$argument: this script sets that flag itself: leave it out" ;;
         esac

@@ -1,19 +1,19 @@
 #!/bin/bash
-# What tpu_pod.sh has every worker of a TPU slice do; it copies this file there. All is kept in ~/codebook_run.
+# Runs on every worker of a TPU slice: tpu_pod.sh copies this file there. Everything is kept in ~/codebook_run.
 #
 #   install TAR|git+URL[@REF]   the checkout, and a virtual environment with the extra [tpu]
 #   mount bucket:NAME|nfs:HOST:/SHARE FOLDER
-#   start ARGUMENT...           codebook_jax.main with these, in the background, detached from this connection
-#   state                       one line "state: W", W one of none, running, stopped CODE, ended CODE
-#   follow WATCHER              the log of this start, then what comes, until the run ends; of what a watcher has been
-#                               shown before only the last lines, for gcloud repeats a command when the connection drops
-#   last LINES                  of the log
-#   stop                        has the run save and end
+#   start ARGUMENT...           codebook_jax.main with these arguments, in the background, detached from this connection
+#   state                       one line "state: W"; W is none, running, stopped CODE or ended CODE
+#   follow WATCHER              the log of this start until the run ends; a watcher that has seen it before gets only the
+#                               last lines, because gcloud repeats a command when the connection drops
+#   last LINES                  the last lines of the log
+#   stop                        makes the run save and exit
 
 set -euo pipefail
 
 readonly PREEMPTED=75 # the exit code of a run that a signal ended before its last step
-readonly KILLED=137   # what is said of a run that left no code: the machine or the kernel ended it
+readonly KILLED=137   # assumed for a run that left no code: the machine or the kernel killed it
 readonly RUN=$HOME/codebook_run SELF=$HOME/tpu_worker.sh
 
 install() {
@@ -42,7 +42,7 @@ install() {
         done
         if [[ $python != none ]]; then
             "$python" -m venv "$RUN/venv"
-        else # the images of Cloud TPUs have an older one
+        else # the Cloud TPU images have an older Python
             python3 -m pip install --quiet --user uv
             python3 -m uv venv --quiet --seed --python 3.12 "$RUN/venv"
         fi
@@ -71,7 +71,7 @@ mount_workdir() {
 }
 
 apt_install() {
-    # A fresh machine is often updating itself, and holds the lock.
+    # A fresh machine often holds the lock because it is updating itself.
     sudo apt-get -o DPkg::Lock::Timeout=600 -qq update
     sudo apt-get -o DPkg::Lock::Timeout=600 -qq install -y "$1"
 }
@@ -88,7 +88,7 @@ start() {
     rm -f "$RUN/code" "$RUN/stopped" "$RUN/pid" "$RUN/watcher"
     echo "=== $(date -Is) on $(hostname): codebook_jax.main $(printf '%q ' "$@")" >>"$RUN/log"
     wc -l <"$RUN/log" >"$RUN/log_start"
-    # A session of its own, so that the end of the connection is not the end of the run.
+    # A session of its own, so that the run survives the connection.
     setsid nohup bash "$SELF" run "$@" >>"$RUN/log" 2>&1 </dev/null &
     while [[ ! -e $RUN/pid ]]; do sleep 0.05; done
 }
@@ -111,7 +111,7 @@ state() {
     elif is_running; then
         echo "state: running"
     else
-        sleep 0.2 # the code is written just after the end
+        sleep 0.2 # the code is written just after the process ends
         if [[ -e $RUN/code ]]; then echo "state: $ended $(<"$RUN/code")"; else echo "state: $ended $KILLED"; fi
     fi
 }

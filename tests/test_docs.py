@@ -1,4 +1,4 @@
-"""Every command of docs/data.md runs, on a few pictures laid out as the data sets are."""
+"""The commands and code of the pages run, on a few pictures laid out as the data sets are."""
 
 import io
 import json
@@ -19,6 +19,7 @@ from codebook_jax.data.images import decode
 from codebook_jax.data.sources import source_of
 from codebook_jax.data.sources.opening import SCHEMES
 
+README, QUICKSTART = ROOT / "README.md", ROOT / "docs" / "quickstart.md"
 PAGE = ROOT / "docs" / "data.md"
 BUILT = "runs/mine"
 # Everything small, and nothing in further processes.
@@ -26,14 +27,14 @@ FEW = {name: value for name, value in SMALL.items() if name != "data.scenes_exam
 FEW |= {"prepare.processes": 1, "check.processes": 1}
 
 
-def blocks(kind):
+def blocks(kind, page=PAGE):
     """The fenced blocks of one kind, in order."""
-    return re.findall(rf"^```{kind}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def commands():
+def commands(page=PAGE):
     """The arguments of every command of the page, in order."""
-    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks("sh", page)).replace("\\\n", " ").splitlines()
     return [parts for line in lines if (parts := shlex.split(line, comments=True))]
 
 
@@ -127,10 +128,10 @@ def make_albef_lists(folder):
     write(folder / "coco_val.json", [{"image": image, "caption": ["three", "four"]}])
 
 
-def make_own(folder):
-    """The lists that the page shows, and the pictures they name."""
-    table, lines = (text for text in blocks("") if "photos/" in text)
+def make_own(folder, table, lines):
+    """The lists that a page shows, and the pictures they name."""
     write(folder / "train.csv", table)
+    write(folder / "val.csv", table)
     write(folder / "val.jsonl", lines)
     for number, name in enumerate(re.findall(r"photos/\w+\.jpg", table + lines)):
         write(folder / name, picture(3000 + number))
@@ -145,7 +146,7 @@ def data(tmp_path, monkeypatch):
     make_shards(tmp_path / "data" / "cc3m", 4000)
     make_shards(tmp_path / "data" / "sbu", 5000)
     make_albef_lists(tmp_path / "data" / "albef")
-    make_own(tmp_path / "data" / "mine")
+    make_own(tmp_path / "data" / "mine", *(text for text in blocks("") if "photos/" in text))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -222,6 +223,22 @@ def test_every_command_of_the_page_runs(data, one_device):
             assert {"check.json", "usable.jsonl", "skipped.tsv", "report.html"} <= set(made)
 
 
+@pytest.mark.parametrize("page", [README, QUICKSTART], ids=["README", "quickstart"])
+def test_every_command_of_the_first_pages_is_accepted_and_finds_its_data(
+    page, tmp_path, monkeypatch, one_device
+):
+    make_own(tmp_path / "pairs", *blocks("csv", page), "".join(blocks("json", page)))
+    monkeypatch.chdir(tmp_path)
+    for arguments in commands(page):
+        config = parsed(arguments[2:], {}).config
+        if config is not None and not config.data.train.startswith("scenes"):
+            assert run([argument.replace(BUILT, "runs/others") for argument in arguments])
+
+
+def test_the_first_page_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
 def test_the_page_names_every_scheme_with_its_options():
     told = {}
     for row in re.findall(r"^\| `.*\|$", PAGE.read_text(), re.MULTILINE):
@@ -250,4 +267,4 @@ def test_the_table_of_faults_is_that_of_the_figures(monkeypatch):
     import fault_table
 
     rows = fault_table.read(fault_table.RESULTS)
-    assert fault_table.table(list(rows.values())) in (ROOT / "README.md").read_text()
+    assert fault_table.table(list(rows.values())) in (ROOT / "docs" / "faults.md").read_text()

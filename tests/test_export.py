@@ -132,6 +132,21 @@ def test_an_export_says_what_is_in_it_and_how_to_load_it(exported):
     assert not [path for path in exported.run.iterdir() if path.name.startswith(".")]
 
 
+def test_the_python_of_the_readme_runs(exported, pictures, tmp_path, monkeypatch):
+    for name, pixels in zip(("a.png", "b.png"), pictures, strict=False):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(exported.folder)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "README.md").read_text()
+    code, made = page.partition("```python\n")[2].partition("```")[0], {}
+    exec(code, made)
+    assert len(code.splitlines()) == 6
+    assert made["images"].shape == (2, made["model"].dim)
+    assert made["similarity"].shape == (2, 2) and made["match"].shape == (2,)
+    assert made["codes"].shape == made["probabilities"].shape == (1, 3)
+
+
 def test_one_image_meets_many_texts_and_many_images_one_text(model, pictures):
     texts = [*TEXTS, "a blue square", "two stars"]
     each = np.concatenate([model.match(pictures[0], text) for text in texts])
