@@ -8,7 +8,7 @@ import ml_collections
 
 from codebook_jax.errors import did_you_mean
 
-# One column a size. Towers: ViT-B/L/H and BERT-base/large above `small`; the two small ones are ours.
+# Encoders: ViT-B/L/H and BERT-base/large above `small`; the two smallest sizes are ours.
 SIZES = {
     "tiny": dict(
         image=dict(size_px=64, patch_px=8, width=128, depth=4, heads=4),
@@ -147,12 +147,12 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         eval="scenes",  # validation during training, and `--mode=eval` (for `scenes`: its test split) ...
         test="",  # ... unless this names another source
         image_root="",  # folder of listed files; empty: the list's own folder
-        path_map="",  # OLD=NEW,...: how listed paths begin, and the folder that stands there on this machine
-        damaged_shards="refuse",  # "refuse" | "skip" what of records: or webdataset: is missing, cut short, there twice or not UTF-8
-        scenes_examples=at["examples"],  # scenes an epoch
-        global_batch=at["batch"],  # pairs a step over all devices; paper: 512
+        path_map="",  # OLD=NEW,...: replaces the beginning of listed paths with a folder of this machine
+        damaged_shards="refuse",  # "refuse" | "skip" parts of records: or webdataset: that are missing, truncated, repeated or not UTF-8
+        scenes_examples=at["examples"],  # scenes per epoch
+        global_batch=at["batch"],  # pairs per step over all devices; paper: 512
         tokenizer="",  # folder or hub name; empty: byte-level BPE trained on the training captions
-        tokenizer_vocabulary=8192,  # most entries of a trained one
+        tokenizer_vocabulary=8192,  # largest size of a trained one
         tokenizer_lowercase=True,  # of a trained one: A is a; ALBEF
         tokenizer_strip_accents=False,  # of a trained one: é is e, and Hindi loses its vowel signs; ours: words stay apart
         teacher_view="independent",  # paper: its own augmented view | "same" (ALBEF)
@@ -175,7 +175,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
 
     config.evaluation = dict(
         every_steps=200 if tiny else 5000,  # 0: only at the end
-        images=-1,  # most in validation during training; 0: all; -1: 1 000, and 32 above `tiny` on a CPU. --mode=eval takes all
+        images=-1,  # most images in validation; 0: all; -1: 1 000, and 32 above `tiny` on a CPU. --mode=eval takes all
         batch=64 if tiny else 256,
         rerank_top_k=16 if tiny else 128,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
         rerank_on_schedule=False,  # also during training

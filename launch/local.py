@@ -2,9 +2,9 @@
 
     python launch/local.py --processes=2 -- python -m codebook_jax.main --config=configs/base.py:tiny --workdir=runs/two
 
-Each line of output begins with the number of its process. SIGTERM, SIGINT, SIGUSR1 and SIGHUP go on to all of them. When one
-fails, the others have `--grace` seconds to end by themselves. `--restarts=R` then starts all of them again, up to R
-times, unless it was a user's mistake (exit code 2). The exit code is that of the first that failed.
+Each line of output begins with the number of its process. SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on to all of
+them. If one fails, the others have `--grace` seconds to exit. `--restarts=R` then starts all of them again, up to R times,
+unless it was a user error (exit code 2). The exit code is that of the first process that failed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from codebook_jax.report.codebook import PICTURES, explore
 from codebook_jax.report.curves import Row, curves
 from codebook_jax.report.examples import examples
 from codebook_jax.report.page import FILE, Pictures, write_page
+from codebook_jax.strict_json import parse_json
 
 MOST_IMAGES = 1000  # of the test data
 
@@ -43,6 +44,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
 
     A `config` is also what the run's settings are compared with. Raises UserError for a folder that holds no run.
     """
+    records.check_outputs(workdir, (FILE,))
     parts = build.build_trained(config, workdir)
     record = records.read_record(workdir)
     encoded = _encoded(parts, workdir)
@@ -90,13 +92,13 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
 def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The recalls by protocol and where they are from: eval.json, else the last validation; None where there is neither."""
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
-    if path.exists():
-        found = {"step": None, "protocols": json.loads(path.read_text(encoding="utf-8"))}
-    elif evaluations:
-        found = {"step": evaluations[-1]["step"], "protocols": _protocols(evaluations[-1])}
-    else:
-        return None
-    return found if "txt_r1" in found["protocols"].get("student/dual", ()) else None
+    found = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        found.append({"step": None, "protocols": parse_json(path.read_bytes())})
+    if evaluations:
+        found.append({"step": evaluations[-1]["step"], "protocols": _protocols(evaluations[-1])})
+    whole = (one for one in found if "txt_r1" in one["protocols"].get("student/dual", ()))
+    return next(whole, None)
 
 
 def what_is_seen(
