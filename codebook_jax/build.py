@@ -257,7 +257,7 @@ def announce(parts: Parts) -> None:
     for sentence in amount(parts.source, config.data.global_batch, config.train.steps):
         say(sentence)
     unknown, records = unknown_in(parts.source, parts.tokenizer)
-    say(said_unknown(unknown, f"the captions of {records:,} of the pairs"))
+    say(said_unknown(unknown, f"the captions of {records:,} of {len(parts.source):,} pairs"))
     if not built_in and config.data.eval.split(":")[0] == "scenes":
         say("validation uses the built-in synthetic scenes: name your own with --config.data.eval")
     if config.evaluation.images == -1 and retrieval.images_to_evaluate(config) < 1000:
