@@ -265,7 +265,8 @@ def announce(parts: Parts) -> None:
     for sentence in amount(parts.source, batch, config.train.steps):
         say(f"            {sentence}")
     unknown, records = unknown_in(parts.source, parts.tokenizer)
-    say(f"words       {said_unknown(unknown, f'the captions of {records:,} of the pairs')}")
+    spoken = said_unknown(unknown, f"the captions of {records:,} of {len(parts.source):,} pairs")
+    say(f"words       {spoken}")
     say(f"validation  {_validation(parts)}")
     if len(parts.source) < batch:
         say(
