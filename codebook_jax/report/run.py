@@ -16,6 +16,7 @@ from codebook_jax import workdir as records
 from codebook_jax.checkpoint import Checkpoints
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
+from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Gallery, encode_source, rows_over_shards
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.evaluation.retrieval import images_to_evaluate
@@ -91,12 +92,13 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The recalls by protocol and where they are from: eval.json, else the last validation; None where there is neither."""
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
     if path.exists():
-        found = {"step": None, "protocols": json.loads(path.read_text(encoding="utf-8"))}
+        found = {"step": None, "protocols": _read_json(path)}
     elif evaluations:
         found = {"step": evaluations[-1]["step"], "protocols": _protocols(evaluations[-1])}
     else:
         return None
-    return found if "txt_r1" in found["protocols"].get("student/dual", ()) else None
+    whole = "img_chance_r1" in found["protocols"].get("student/dual", ())
+    return found if whole else None  # another task's, or an earlier version's
 
 
 def what_is_seen(
@@ -172,6 +174,15 @@ def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
             jax.jit(unit, out_shardings=everywhere)(student["codebook"]["codes"])
         )
     return Encoded(restored.step, spec, source, gallery, codewords)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is not what --mode=eval writes ({error}): run --mode=eval again, or delete it"
+        ) from error
 
 
 def _protocols(row: Row) -> dict[str, dict[str, float]]:
