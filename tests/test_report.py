@@ -1,14 +1,16 @@
 """The page of a run: what it computes, that it needs nothing else, and that a browser shows it."""
 
+import configparser
 import json
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import browser
 import numpy as np
 import pytest
-from small_run import SMALL, config_of
+from small_run import ROOT, SMALL, config_of
 
 from codebook_jax import main, report
 from codebook_jax.data.sources.record import Record
@@ -207,7 +209,7 @@ def test_a_short_run_has_a_page(count, tmp_path):
     page = page_of(tmp_path / "report.html", rows)
     found = browser.look(page, browser.CHARTS if count else "", tmp_path, width=600)
     assert "error" not in found and not found["complaints"], found
-    assert not count or (found["charts"] >= 5 and not found["empty"])
+    assert not count or (found["charts"] >= 5 and not found["empty"] and found["wider"] <= 0)
     text = page.read_text()
     assert "no checkpoint yet" in text and "not been evaluated yet" in text and "abacus" in text
     assert ("In 1 of 3 logged steps" in text) == (count == 3)
@@ -314,8 +316,44 @@ def test_a_run_without_a_checkpoint_has_a_page_of_its_curves(
         report.report(None, tmp_path / "nothing")
 
 
-def test_the_mode_is_known():
+def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
+    chance = {f"eval/{kind}_chance_r{k}": 1.0 for kind in ("txt", "img") for k in (1, 5, 10)}
+    recalls = {f"eval/{kind}_r{k}": 7.0 for kind in ("txt", "img") for k in (1, 5, 10)}
+    teacher = {name.replace("eval/", "eval/teacher_"): 8.0 for name in recalls}
+    counts = {"eval/images": 3, "eval/left_out": 0, "eval/truncated": 2}
+    rows = [*rows_of(3), {"step": 3, **recalls, **teacher, **chance, **counts}]
+    path = tmp_path / "eval.json"
+    found = run.result(path, rows)
+    assert found["step"] == 3 and list(found["protocols"]) == ["student/dual", "teacher/dual"]
+    assert found["protocols"]["teacher/dual"]["img_r5"] == 8.0
+    page = page_of(tmp_path / "report.html", rows, result=found).read_text()
+    assert "<td>8.00</td>" in page and "validation data at step 3" in page
+    path.write_text(
+        json.dumps({"student/dual": found["protocols"]["student/dual"] | {"img_r1": 42.0}})
+    )
+    found = run.result(path, rows)
+    assert (found["step"], found["protocols"]["student/dual"]["img_r1"]) == (None, 42.0)
+    assert (
+        "<strong>42.0 %</strong>"
+        in page_of(tmp_path / "report.html", rows, result=found).read_text()
+    )
+    path.write_text('{"other/task": {"accuracy": 1}}')
+    assert run.result(path, rows) is None and run.result(tmp_path / "none", rows_of(2)) is None
+    path.write_text("[1")
+    with pytest.raises(UserError, match=r"eval\.json is not what --mode=eval writes"):
+        run.result(path, rows)
+
+
+def test_the_mode_is_known_and_every_file_of_the_page_is_installed():
     assert "report" in main.MODES and "show" not in main.MODES
+    folder = Path(report.__file__).parent
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["codebook_jax.report"].split(",")
+    shipped = {path for pattern in patterns for path in folder.glob(pattern.strip())}
+    others = {path for path in folder.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert {"base.html", "page.js", "uPlot.iife.min.js"} <= {path.name for path in shipped}
+    assert others <= shipped
 
 
 def test_answers_are_the_best_and_the_right_one_keeps_its_place():

@@ -207,7 +207,9 @@ function explorer() {
   }
   function show() {
     const words = split(filter.value);
-    matching = codewords.filter(code => words.every(word => code.found.some(known => known.startsWith(word))));
+    const spaced = word => /^[\x00-\u024f]+$/.test(word); // elsewhere there may be no spaces between words
+    const fits = (known, word) => spaced(word) ? known.startsWith(word) : known.includes(word);
+    matching = codewords.filter(code => words.every(word => code.found.some(known => fits(known, word))));
     matching.sort(orders[sort.value]);
     list.replaceChildren();
     extend();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from codebook_jax import workdir as records
 from codebook_jax.checkpoint import Checkpoints
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
+from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Gallery, encode_source, rows_over_shards
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.evaluation.retrieval import images_to_evaluate
@@ -92,13 +92,14 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
 def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The recalls by protocol and where they are from: eval.json, else the last validation; None where there is neither."""
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
-    found = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        found.append({"step": None, "protocols": parse_json(path.read_bytes())})
-    if evaluations:
-        found.append({"step": evaluations[-1]["step"], "protocols": _protocols(evaluations[-1])})
-    whole = (one for one in found if "txt_r1" in one["protocols"].get("student/dual", ()))
-    return next(whole, None)
+    if path.exists():
+        found = {"step": None, "protocols": _read_json(path)}
+    elif evaluations:
+        found = {"step": evaluations[-1]["step"], "protocols": _protocols(evaluations[-1])}
+    else:
+        return None
+    whole = "img_chance_r1" in found["protocols"].get("student/dual", ())
+    return found if whole else None  # another task's, or an earlier version's
 
 
 def what_is_seen(
@@ -174,6 +175,15 @@ def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
             jax.jit(unit, out_shardings=everywhere)(student["codebook"]["codes"])
         )
     return Encoded(restored.step, spec, source, gallery, codewords)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(parse_json(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is not what --mode=eval writes ({error}): run --mode=eval again, or delete it"
+        ) from error
 
 
 def _protocols(row: Row) -> dict[str, dict[str, float]]:
