@@ -1,6 +1,7 @@
 """A process that owns a folder until its standard input ends: `owner.py FOLDER`, what tests start.
 
-In its environment HOST is the name of its machine, PID_NAMESPACE that of its container; FORKS has it leave a child behind.
+In its environment HOST is the name of its machine, BOOT that of its kernel and PID_NAMESPACE that of its container; FORKS
+has it leave a child behind.
 """
 
 import os
@@ -19,6 +20,9 @@ def main():
     ownership.BEAT_S, ownership.WATCH_S = BEAT_S, WATCH_S
     if host := os.environ.get("HOST"):
         platform.node = lambda: host
+    if boot := os.environ.get("BOOT"):
+        this_process = ownership._this_process
+        ownership._this_process = lambda: this_process()._replace(boot=boot)
     if namespace := os.environ.get("PID_NAMESPACE"):
         os.readlink = lambda path: namespace
     try:

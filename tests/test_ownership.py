@@ -114,7 +114,7 @@ def test_an_owner_on_another_host_counts_as_long_as_its_beat_moves(locks, start,
 
     if not locks:
         monkeypatch.setattr(fcntl, "flock", none)
-    first = start(tmp_path, HOST="elsewhere")
+    first = start(tmp_path, HOST="elsewhere", BOOT="another")
     answer(first)
     with pytest.raises(UserError, match=f"process {first.pid} on elsewhere"), owned(tmp_path):
         pass
@@ -138,10 +138,13 @@ def test_a_dead_host_whose_lock_the_file_server_keeps_hinders_nobody(quick, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_kernel_knows_of_a_container_of_this_machine_whether_it_is_gone(start, tmp_path):
-    first = start(tmp_path, PID_NAMESPACE="pid:[1]")
+@pytest.mark.parametrize("where", [{"PID_NAMESPACE": "pid:[1]"}, {"HOST": "elsewhere"}], ids=str)
+def test_the_kernel_knows_of_a_container_of_this_machine_whether_it_is_gone(where, start, tmp_path):
+    first = start(tmp_path, **where)
     answer(first)
-    assert str(first.pid) in answer(start(tmp_path))[0]
+    refusal, _ = answer(start(tmp_path))
+    for value in (first.pid, where.get("HOST", "")):
+        assert str(value) in refusal
     first.kill()
     first.wait()
     said, seconds = answer(start(tmp_path))
@@ -149,7 +152,7 @@ def test_the_kernel_knows_of_a_container_of_this_machine_whether_it_is_gone(star
 
 
 def test_an_owner_that_was_taken_over_while_it_stood_still_ends(start, tmp_path, quick):
-    first = start(tmp_path, HOST="elsewhere")
+    first = start(tmp_path, HOST="elsewhere", BOOT="another")
     answer(first)
     first.send_signal(signal.SIGSTOP)
     with owned(tmp_path):

@@ -39,7 +39,7 @@ class Owner(NamedTuple):
     pid: int
     since: str  # for people alone, as the next
     command: str
-    boot: str  # with the host a machine; empty where there is no /proc, as the next two
+    boot: str  # of the kernel; empty where there is no /proc, as the next two
     pid_namespace: str
     started: str  # since the boot: another process of this number has another one
     token: str
@@ -144,10 +144,10 @@ def _beat(path: Path, own: Owner, left: threading.Event) -> None:
 
 def _is_alive(path: Path, owner: Owner, locked: bool | None) -> bool:
     here = _this_process()
-    if (owner.host, owner.boot) == (here.host, here.boot):
-        if owner.pid_namespace == here.pid_namespace:
+    if owner.boot == here.boot and (here.boot or owner.host == here.host):  # one kernel
+        if (owner.host, owner.pid_namespace) == (here.host, here.pid_namespace):
             return _runs(owner)
-        if locked:  # another container of this machine: the kernel has let go of its lock
+        if locked:  # a container of this machine, or a machine restored from one image: the lock decides
             return False
     return _beats(path, owner)
 
