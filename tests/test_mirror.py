@@ -67,7 +67,7 @@ def test_what_is_no_place_stays(caption):
         *("the right dog", "the right place", "the left wing", "a far-right party"),
         *("what is left of the cake", "the man in the middle left the room"),
         *("looks right at the camera", "a bus turned right at the light"),
-        *("un perro a la izquierda", "左の犬", "собака слева", "à droite", "links ein Hund"),
+        *("un perro a la izquierda", "左の犬", "собака слева", "à droite", "links ein Hund", "bên tra\u0301i"),
         "on the left, the right dog",
     ],
 )

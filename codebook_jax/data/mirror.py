@@ -1,12 +1,13 @@
 """The caption of a mirrored picture: left and right change places where they are places, in English.
 
-Captions that say left or right in another language are never mirrored. Of each "left" and "right" the words around it tell whether it is a place ("to the left of"), is none ("he left",
-"right now"), or may be either. `mirrored` names the rules, first match wins.
+The words around each "left" and "right" tell whether it is a place ("to the left of"), is none ("he left", "right
+now"), or may be either: `_RULES`, first match wins. Captions that say them in another language are never mirrored.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _SIDE = re.compile(r"\b(left|right)(?=(?:s|most|wards?|hand(?:ed)?|side)?\b)", re.IGNORECASE)
 _ELSEWHERE = re.compile(  # Spanish, Portuguese, French, Italian, German, Russian; Chinese and Japanese, Korean, Thai, ...
@@ -112,7 +113,7 @@ def mirrored(caption: str) -> str | None:
     Left and right change places in their case, as words of their own and in leftmost, left-hand, leftward and the
     like; not in bright, leftover or copyright. Bare ones, of which nothing says that they are places, are unclear.
     """
-    if _ELSEWHERE.search(caption):
+    if _ELSEWHERE.search(unicodedata.normalize("NFC", caption)):
         return None
     parts, done = [], 0
     for match in _SIDE.finditer(caption):
