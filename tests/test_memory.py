@@ -108,7 +108,8 @@ def test_fsdp_splits_parameters_teacher_and_moments(need):
 
 def test_a_half_wide_type_lowers_the_activations_where_the_device_computes_in_it(need, monkeypatch):
     narrow = {"model.dtype": "bfloat16"}
-    assert planner_of(narrow).estimate().activations > 0.95 * need.activations  # a CPU computes in float32
+    # A CPU computes in float32; GELU keeps its input alone in bfloat16, so a sixth less all the same.
+    assert planner_of(narrow).estimate().activations > 0.8 * need.activations
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert planner_of(narrow).estimate().activations < 0.75 * need.activations
 
