@@ -126,7 +126,7 @@ def test_a_run_goes_on_with_fewer_and_more_devices_as_if_nothing_had_happened(
     (workdir / "best.json").unlink()
     for devices, fault in ((4, "kill:*:7"), (2, "kill:*:10"), (8, "")):
         said = went(workdir, environment(devices), fault)
-        assert "resuming at step " in said and f"{devices} devices (cpu), 1 process\n" in said
+        assert "resuming at step " in said and f"{devices} devices (cpu), 1 process;" in said
     series, whole = losses(workdir), losses(undisturbed.workdir)
     np.testing.assert_array_equal(series[:, 0], whole[:, 0])
     np.testing.assert_allclose(series, whole, rtol=1e-4)
