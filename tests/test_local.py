@@ -1,4 +1,4 @@
-"""launch/local.py with small programs for processes: what each is told, how one failure ends all, and starting again."""
+"""launch/local.py with small programs as processes: what each is told, how one failure ends all, and restarts."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What a mode will write is tried before anything is loaded, and results are shown before they are written."""
+"""Every mode checks that it can write before it loads anything, and shows results before it writes them."""
 
 import contextlib
 import errno

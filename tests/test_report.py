@@ -1,4 +1,4 @@
-"""The page of a run: what it computes, that it needs nothing else, and that a browser shows it."""
+"""The page of a run: what it computes, that it is self-contained, and that a browser shows it."""
 
 import configparser
 import json
@@ -77,7 +77,7 @@ class Colours:
 
 
 def seen_of(pictures, *, images, codes):
-    """What is seen of random features, two captions a picture; the first caption is hostile."""
+    """The page's view of random features, with two captions per picture; the first caption is hostile."""
     rng = np.random.default_rng(0)
     words = ["red", "green", "blue", "ring", "star", "moon"]
     captions = [" ".join(rng.permutation(words)[:3]) for _ in range(2 * images)]
@@ -340,7 +340,7 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
     path.write_text('{"other/task": {"accuracy": 1}}')
     assert run.result(path, rows) is None and run.result(tmp_path / "none", rows_of(2)) is None
     path.write_text("[1")
-    with pytest.raises(UserError, match=r"eval\.json is not what --mode=eval writes"):
+    with pytest.raises(UserError, match=r"eval\.json .*--mode=eval"):
         run.result(path, rows)
 
 
