@@ -33,7 +33,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
     restored = restore_trained(parts, workdir, items=("student", "teacher"))
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test")
-    first = f", limited to the first by config.evaluation.images={images}" if 0 < images < len(source) else ""
+    first = f", limited to the first {images} by config.evaluation.images" if 0 < images < len(source) else ""
     say(f"test data {spec}: {len(source):,} images{first}")
     with Stages("evaluated", silent=jax.process_index() != 0) as progress:
         results = retrieval.evaluate(
