@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_run import ROOT, SMALL, config_of
 
-from codebook_jax import main, report
+from codebook_jax import modes, report
 from codebook_jax.data.sources.record import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Features, Gallery
@@ -345,7 +345,7 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
 
 
 def test_the_mode_is_known_and_every_file_of_the_page_is_installed():
-    assert "report" in main.MODES and "show" not in main.MODES
+    assert "report" in modes.MODES and "show" not in modes.MODES
     folder = Path(report.__file__).parent
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
