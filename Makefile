@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python -m codebook_jax.main --workdir=runs/demo
 
 .PHONY: demo test lint
 
-# Trains the tiny CODIS on the built-in scenes, exports it, and ends with the retrieval table and a page of what it found.
+# Trains the tiny CODIS on the built-in scenes, exports it, prints the retrieval table and writes a report.
 demo: $(VENV)/.installed
 	$(RUN) --config=configs/base.py:tiny
 	$(RUN) --mode=export

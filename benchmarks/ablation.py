@@ -1,7 +1,7 @@
-"""What the codebook's loss does: weight 0 against 1, by seed and data set: `python benchmarks/ablation.py`.
+"""The effect of the codebook loss: weight 0 against 1, by seed and data set: `python benchmarks/ablation.py`.
 
-Every run is the ordinary command at the size `tiny` with the same number of steps; recalls are of the test data, by
-the student's dual encoder, after the last step. `--emoji=FOLDER` adds picture-text pairs of one's own (train.json, and
+Every run is the ordinary command at size `tiny` with the same number of steps; recalls are on the test data, by the
+student's dual encoder, after the last step. `--emoji=FOLDER` adds picture-text pairs of your own (train.json, and
 val.json to evaluate on, in that folder).
 """
 
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--weights", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--emoji", help="a folder with train.json and val.json")
-    parser.add_argument("--runs", default="runs/ablation", help="where the runs are kept")
+    parser.add_argument("--runs", default="runs/ablation", help="the folder for the runs")
     parser.add_argument("--out", default="benchmarks/results/ablation.json")
-    parser.add_argument("fields", nargs="*", help="more fields, as losses.matching=0")
+    parser.add_argument("fields", nargs="*", help="more config fields, e.g. losses.matching=0")
     options = parser.parse_args()
     data = {"scenes": []}
     if options.emoji:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def emoji_fields(folder: Path) -> list[str]:
-    """Fields for a few thousand small pictures with short captions of many words, evaluated in another drawing style."""
+    """Fields for a few thousand small pictures with short captions from many words, evaluated in another drawing style."""
     return [
         f"data.train=json:{folder / 'train.json'}",
         f"data.eval=json:{folder / 'val.json'}",
@@ -72,7 +72,7 @@ def emoji_fields(folder: Path) -> list[str]:
 
 
 def run(workdir: Path, fields: list[str]) -> dict[str, float]:
-    """Trains and evaluates; the recalls in percent."""
+    """Trains and evaluates; returns the recalls in percent."""
     command = [sys.executable, "-m", "codebook_jax.main", f"--workdir={workdir}"]
     config = [f"--config={ROOT / 'configs' / 'base.py'}:tiny", *(f"--config.{field}" for field in fields)]
     for extra in ([], ["--mode=eval"]):

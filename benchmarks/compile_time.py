@@ -1,11 +1,11 @@
 """Compile time of the training step against depth: `python benchmarks/compile_time.py [--compiler tpu]`.
 
-One process a row; nothing is allocated, the step is traced on shapes and compiled as for training. All rows have a small
-global batch, one pass, and no remat, because a scan with remat holds one block an iteration whatever
-`model.scan_unroll` is: the unrolled row then differs from the scanned one in that field alone. `huge` and `base` as they
-are configured, with remat, are rows too. `--compiler tpu` compiles for one v5p by libtpu, which needs no TPU. Goals:
-scanned at most a third of unrolled; huge at most 1.3 times base. Seconds are by the clock; those of the process, on all
-cores, are beside them and say more on a machine that does other work.
+One process per row; nothing is allocated, the step is traced on shapes and compiled as for training. The rows have a small
+global batch, one pass, and no remat, because a scan with remat has one block per iteration whatever `model.scan_unroll`
+is: so the unrolled row differs from the scanned one only in that field. `huge` and `base` as configured, with remat, are
+rows too. `--compiler tpu` compiles for one v5p with libtpu, which needs no TPU. Goals: scanned at most a third of
+unrolled; huge at most 1.3 times base. Seconds are wall-clock time; CPU seconds, over all cores, stand beside them and are
+more reliable on a machine that does other work.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RATIOS = ("all_s", "cpu_s", "instructions")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=list(ROWS), help=f"of: {'; '.join(ROWS)}")
-    parser.add_argument("--repeat", type=int, default=1, help="processes a row; the fastest counts")
+    parser.add_argument("--repeat", type=int, default=1, help="processes per row; the fastest counts")
     parser.add_argument("--compiler", choices=COMPILERS, default="cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", help="a JSON file for the figures")

@@ -1,8 +1,8 @@
-"""What a source of a million pairs takes before and while it is trained on: `python benchmarks/data_scale.py`.
+"""Time and memory that a source of a million pairs takes before and during training: `python benchmarks/data_scale.py`.
 
-Each row is a process of its own, so that its memory is its own: the source is opened, its order is drawn, the first batch
-is taken, and then `--batches` more, with the resident memory after every tenth of them. The records are pictures of
-16 x 16. Memory is without pages that only map the files, which the system drops when it needs them.
+Each row is a separate process, so that its memory is its own: it opens the source, draws its order, takes the first
+batch, and then `--batches` more, with the resident memory after every tenth of them. The records are pictures of
+16 x 16. Memory excludes pages that only map the files, which the system drops when it needs them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="*", default=list(WRITERS), help=f"of: {' '.join(WRITERS)}")
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--batches", type=int, default=10_000, help=f"of {BATCH}")
-    parser.add_argument("--folder", help="where the data is written and kept; none: a temporary one")
+    parser.add_argument("--folder", help="the folder to keep the data in; default: a temporary one")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args()
@@ -64,7 +64,7 @@ def run_alone(arguments: list[str]) -> dict[str, object]:
 
 
 def measured(spec: str, records: int, batches: int) -> dict[str, object]:
-    """Seconds and megabytes of this process with the source."""
+    """Seconds and megabytes that this process needs with the source."""
     from codebook_jax.data.pipeline import training_batches
     from codebook_jax.data.sources import open_source
     from codebook_jax.data.sources.mixture import training_order
@@ -73,7 +73,7 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
     def opened(spec: str, examples: int) -> object:
         return open_source(spec, role="train", size_px=16, scenes_examples=examples, seed=0)
 
-    with TemporaryDirectory() as run:  # what is loaded in any case is loaded before
+    with TemporaryDirectory() as run:  # load first what every source loads
         tokenizer = tokenizer_for_run("", run, opened("scenes", 100), 400)
     training_order(opened("scenes", 100), 0)[0]
     before, began = resident_mb(), time.perf_counter()
@@ -120,14 +120,14 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
 
 
 def resident_mb() -> float:
-    """Memory of this process's own."""
+    """This process's own memory."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1e3
 
 
 def pairs(records: int) -> Iterator[tuple[int, bytes, str]]:
-    """(which picture, its JPEG, the caption) of each record."""
+    """(picture number, its JPEG, the caption) of each record."""
     import numpy as np
     from PIL import Image
 
@@ -148,7 +148,7 @@ def as_scenes(folder: Path, records: int) -> str:
 
 
 def as_json_lines(folder: Path, records: int) -> str:
-    """One entry a line, with paths as long as real ones; images repeat."""
+    """One entry per line, with paths as long as real ones; images repeat."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "pairs.jsonl"
     if path.exists():

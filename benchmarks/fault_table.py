@@ -15,20 +15,20 @@ class Row(NamedTuple):
     """What one fault led to."""
 
     fault: str
-    happened: str  # exit codes and the sentence of the process that had none put into it
+    happened: str  # exit codes and the sentence of the process without the fault
     ended_s: float | None  # from the fault to the end of the last process
     resumed_s: float | None  # from the next start to its first step
-    lost_steps: int | None  # that had been made and were made again
-    final: str  # beside the undisturbed run
+    lost_steps: int | None  # that had been done and were repeated
+    final: str  # compared with the undisturbed run
 
 
 def read(path: Path | str) -> dict[str, Row]:
-    """The rows of a file that faults.py wrote, by their names."""
+    """The rows of a file written by faults.py, by name."""
     return {name: Row(**row) for name, row in json.loads(Path(path).read_text()).items()}
 
 
 def table(rows: list[Row]) -> str:
-    """A Markdown table; runs of one kind share a row with the worst of their figures."""
+    """A Markdown table; runs of one kind share a row, which shows the worst of their figures."""
     lines = ["| fault | exit codes and message | ends, s | resumes, s | steps lost | result |"]
     lines.append("|---|---|---|---|---|---|")
     kinds: dict[str, list[Row]] = {}
@@ -56,7 +56,7 @@ def _varied(rows: list[Row]) -> str:
 
 
 def _brief(happened: str) -> str:
-    """The message without hosts, folders and figures that differ between runs."""
+    """The message without the hosts, folders and figures that differ between runs."""
     for pattern, replacement in (
         (r"(process \d+) on \S+?(?=[\s:,])", r"\1"),
         (r"/\S*/(run|checkpoints|\w+)\b", r"\1"),

@@ -1,9 +1,9 @@
-"""What a run of two processes does in each of many faults: `python benchmarks/faults.py [--only NAME ...] [--out FILE]`.
+"""How a run of two processes handles many faults: `python benchmarks/faults.py [--only NAME ...] [--out FILE]`.
 
-Every row starts a small run of two real processes on this machine, puts one fault into it, waits for it to end, starts
-the same command again without the fault, and compares what is left with an undisturbed run: every logged number and
+Every row starts a small run of two real processes on this machine, injects one fault, waits for the run to end, starts
+the same command again without the fault, and compares the outcome with an undisturbed run: every logged number and
 every array of the last checkpoint. Times are in seconds. A full disk and a folder that becomes read-only are mounts,
-which need root on Linux; without it those rows are left out, and said.
+which need root on Linux; without root those rows are left out with a message.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CHANGES = {
 
 
 class Run:
-    """Processes of one start, and what they say."""
+    """The processes of one start, and their output."""
 
     def __init__(
         self, workdir: Path, *, fault: str = "", changes: dict[str, Any] | None = None,
@@ -68,12 +68,12 @@ class Run:
         return rows_of(self.workdir)
 
     def step(self) -> int:
-        """The last step that was logged and moved something."""
+        """The last logged step with a finite loss."""
         good = [row["step"] for row in self.rows() if row.get("loss") is not None]
         return max(good, default=0)
 
     def wait_for(self, ready: Callable[[], bool], limit_s: float = 240) -> None:
-        """Raises RuntimeError with all that was said where it does not get there."""
+        """Waits until `ready`; raises RuntimeError with all output if the run ends or takes too long."""
         until = time.monotonic() + limit_s
         while not ready():
             if all(process.poll() is not None for process in self.processes):
@@ -83,7 +83,7 @@ class Run:
             time.sleep(0.01)
 
     def end(self, limit_s: float = 240) -> list[int]:
-        """Exit codes, once all have ended; those that hang are killed and count as None."""
+        """The exit codes once all have ended; processes that hang are killed and count as None."""
         until = time.monotonic() + limit_s
         codes = []
         for process in self.processes:
@@ -99,7 +99,7 @@ class Run:
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
     def sentence(self) -> str:
-        """The one that matters: an error's, else of what was saved."""
+        """The sentence that matters: an error, or else what was saved."""
         for log in self.logs:
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
             for start in ("error: ", "saved step", "the checkpoint of step", "the clock"):
@@ -111,7 +111,7 @@ class Run:
 
 
 class Faults:
-    """The rows, made in one folder beside one undisturbed run."""
+    """The rows, made in one folder with one undisturbed run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -203,7 +203,7 @@ class Faults:
         return self.ended("a process that never starts (join time-out 10 s)", run)
 
     def bad_record(self) -> Row:
-        """One picture of the list is cut short; the undisturbed run has it too, in one process."""
+        """One picture of the list is truncated; the undisturbed run, in one process, has it too."""
         from PIL import Image
 
         pictures = self.folder / "pictures"
@@ -226,7 +226,7 @@ class Faults:
         return Row("a bad record", happened, None, None, 0, "trains to the end")
 
     def truncated(self, number: int) -> Row:
-        """The newest checkpoint's largest file of one item cut in half."""
+        """The largest file of one item in the newest checkpoint is cut in half."""
         item = ("student", "teacher", "moments", "queue", "meta")[number]
         workdir = self.folder / f"cut{number}"
         run = Run(workdir)
@@ -250,7 +250,7 @@ class Faults:
             run = Run(place / "run", fault="slow:*:0")
             run.wait_for(lambda: run.step() >= 12)
             began = time.monotonic()
-            # Over itself: what is open for writing is on the mount below, and would keep it from becoming read-only.
+            # Over itself: files open for writing belong to the mount below, which would keep it from becoming read-only.
             subprocess.run(["mount", "--bind", str(place), str(place)], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
             codes = run.end()
@@ -264,7 +264,7 @@ class Faults:
     def inside(
         self, name: str, fault: str, *, changes: dict[str, Any] | None = None, frees: bool = False
     ) -> Row:
-        """A fault that the process puts into itself."""
+        """A fault that the process injects into itself."""
         run = Run(self.folder / fault.replace(":", "_").replace("*", "all"), fault=fault, changes=changes)
         step = int(fault.rsplit(":", 1)[1])
         if step:
@@ -279,7 +279,7 @@ class Faults:
         return self.ended(name, run)
 
     def ended(self, name: str, run: Run) -> Row:
-        """Waits for the end after a fault, and starts again."""
+        """Waits for the end after a fault, then restarts."""
         began = time.monotonic()
         codes = run.end()
         ended = time.monotonic() - began
@@ -289,7 +289,7 @@ class Faults:
         self, name: str, happened: str, run: Run, ended_s: float | None, reached: int,
         changes: dict[str, Any] | None = None,
     ) -> Row:
-        """Starts the same command again, to its end, and compares."""
+        """Runs the same command again to its end, and compares."""
         again = Run(run.workdir, changes=changes)
         resumed_s: list[float] = []
 
@@ -318,7 +318,7 @@ class Faults:
         )
 
     def compared(self, run: Run) -> str:
-        """The logged numbers and the last checkpoint's arrays beside those of the undisturbed run."""
+        """How the logged numbers and the last checkpoint's arrays compare with those of the undisturbed run."""
         timeless = lambda rows: [  # noqa: E731
             {name: value for name, value in row.items() if not name.startswith("time/")} for row in rows
         ]
@@ -379,10 +379,10 @@ def named_rows(faults: Faults) -> dict[str, Callable[[], Row]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="names of rows; all without it")
-    parser.add_argument("--out", help="a JSON file for the rows, where those of other names stay")
+    parser.add_argument("--only", nargs="*", help="names of rows; default: all")
+    parser.add_argument("--out", help="a JSON file for the rows; rows of other names stay in it")
     options = parser.parse_args()
-    logging.set_verbosity(logging.FATAL)  # Orbax warns of what these folders never have
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of files that these folders never have
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     folder = Path(tempfile.mkdtemp(prefix="faults"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))

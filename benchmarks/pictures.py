@@ -1,4 +1,4 @@
-"""Photograph-like JPEGs with captions, made on the spot and written in every format that sources read."""
+"""Photograph-like JPEGs with captions, generated and written in every format that sources read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 
 class Pictures(NamedTuple):
-    """JPEGs with a caption each, as files below a folder."""
+    """JPEGs with one caption each, as files below a folder."""
 
     folder: Path
     paths: list[Path]
@@ -31,7 +31,7 @@ class Pictures(NamedTuple):
 
 
 def written(folder: Path, width: int, height: int, records: int, distinct: int) -> Pictures:
-    """Pictures as files of their own, with captions of eight to fourteen words."""
+    """Pictures as separate files, with captions of eight to fourteen words."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     files = [jpeg(photograph(height, width, seed)) for seed in range(distinct)]

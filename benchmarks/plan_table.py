@@ -1,8 +1,8 @@
 """The plans and tables of docs/scale.md: `python benchmarks/plan_table.py`, a quarter of an hour on two cores.
 
-Each plan is one process of `--mode=plan`; its figures go to `results/plans.json`, and a plan that is there is not made again
-unless it is named with `--plans`; those whose names end with `libtpu` need it installed. The tables are written into the
-page, between its marks.
+Each plan is one process of `--mode=plan`; its figures go to `results/plans.json`. A plan already in there is not repeated
+unless you name it with `--plans`; plans whose names end with `libtpu` need libtpu. The tables are written into the page,
+between its marks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ JOBS = {name: (*of, "cpu") for name, of in PLANS.items()} | {f"{name}, libtpu": 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plans", nargs="*", default=None, help=f"of: {'; '.join(JOBS)}")
-    parser.add_argument("--again", action="store_true", help="all plans")
+    parser.add_argument("--again", action="store_true", help="repeat all plans")
     options = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     missing = [name for name in JOBS if name not in found or options.again]
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def with_tables(page: str, found: dict[str, Any]) -> str:
-    """The page with each table between its marks made anew."""
+    """The page with the table between each pair of marks replaced."""
     for make in (needs, fsdp, weak_scaling, parts, libtpu):
         before, mark, rest = page.partition(f"<!-- {make.__name__} -->\n")
         _, end, after = rest.partition(f"<!-- end of {make.__name__} -->")
@@ -89,7 +89,7 @@ def table(heads: list[str], rows: list[list[Any]]) -> str:
 
 
 def between(of: dict[str, float], form: str) -> str:
-    """From nothing hidden to all hidden, as one number where they are written alike."""
+    """From nothing hidden to everything hidden, or one number if both read the same."""
     ends = [form.format(of["serial"]), form.format(of["overlapped"])]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
@@ -117,7 +117,7 @@ def needs(found: dict[str, Any]) -> str:
 
 
 def fsdp(found: dict[str, Any]) -> str:
-    """Gigabytes a chip by fsdp."""
+    """Gigabytes per chip by fsdp."""
     sizes = [str(2**k) for k in range(9)]
     rows = []
     for name, plan in ((name, found[name]) for name in PLANS):
@@ -128,7 +128,7 @@ def fsdp(found: dict[str, Any]) -> str:
 
 
 def weak_scaling(found: dict[str, Any]) -> str:
-    """Seconds of one chip over those of many with as large a share of the batch, where nothing is hidden and where all is."""
+    """The step time of one chip divided by that of many with the same share of the batch, with nothing and all hidden."""
     heads = ["64 pairs a chip", "chips", "GB sent a chip", "collectives", "communication, ms", "of it latency", "efficiency"]
     rows = []
     for name, plan in ((name, found[name]) for name in PLANS):
@@ -164,7 +164,7 @@ def parts(found: dict[str, Any]) -> str:
 
 
 def libtpu(found: dict[str, Any]) -> str:
-    """What libtpu needs and sends beside what is estimated and what XLA's partitioner for CPUs sends."""
+    """What libtpu needs and sends, compared with the estimate and with what XLA's partitioner for CPUs sends."""
     heads = ["", "GB a chip: estimated", "libtpu: held", "in between", "program", "GB sent: for CPUs", "libtpu", "collectives"]
     heads += ["communication, ms", "efficiency, none of it hidden"]
     rows = []

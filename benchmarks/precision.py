@@ -1,7 +1,7 @@
-"""What bfloat16 changes of an untrained model: `python benchmarks/precision.py --size base --batch 4`.
+"""How much bfloat16 changes the outputs of an untrained model: `python benchmarks/precision.py --size base --batch 4`.
 
-The same random weights, pictures and captions, computed in float32 and in bfloat16: the cosine of each [CLS] feature with
-itself, and the losses of one step without dropout. Prints one line of JSON.
+The same random weights, pictures and captions, computed in float32 and in bfloat16: the cosine between both versions of
+each [CLS] feature, and the losses of one step without dropout. Prints one line of JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""ALBEF's input pipeline in PyTorch, to compare with: Pillow, torchvision, and RandAugment on the CPU.
+"""ALBEF's input pipeline in PyTorch, for comparison: Pillow, torchvision, and RandAugment on the CPU.
 
 Written from its paper and its published settings (Li et al., NeurIPS 2021): a picture read by Pillow, a random crop of
-20 to 100 % of its area made 256 px by Pillow's bicubic, a mirror, two of ten operations at magnitude 7, each applied half
-of the time, by OpenCV and NumPy on uint8 arrays, and normalisation. Captions are passed on as text, not tokenised.
+20 to 100 % of its area resized to 256 px by Pillow's bicubic, a mirror, two of ten operations at magnitude 7, each applied
+half of the time, by OpenCV and NumPy on uint8 arrays, and normalisation. Captions stay text; they are not tokenised.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Pairs(Dataset):
 def seconds_a_record(
     paths: Sequence[Path], captions: Sequence[str], views: int, *, size_px: int, batch: int, batches: int
 ) -> float:
-    """CPU time of a DataLoader without workers, of one thread."""
+    """CPU time of a DataLoader with one thread and no workers."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     loader = DataLoader(Pairs(paths, captions, views, size_px), batch, shuffle=True, drop_last=True)

@@ -1,9 +1,9 @@
-"""What the same step takes in PyTorch, to compare machines by: `python benchmarks/pytorch_step.py` (extra [parity]).
+"""The time of the same step in PyTorch, for comparison: `python benchmarks/pytorch_step.py` (extra [parity]).
 
 ALBEF's step (Li et al., NeurIPS 2021), written from its paper in plain PyTorch: image, text and fusion encoder with their
-momentum copies, contrast with queues, matching with a negative text and a negative image a pair, masked words with soft
-targets, AdamW. CODIS adds intra-modal terms and a codebook, which cost next to nothing beside the encoders of `base`.
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it gives it the memory pages that this project's command gives itself.
+momentum copies, contrast with queues, matching with a negative text and a negative image per pair, masked words with soft
+targets, AdamW. CODIS adds intra-modal terms and a codebook, which cost next to nothing compared with the encoders of
+`base`. Put `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it for the huge pages that this project's command uses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm as ViT's, or post-norm as BERT's, with cross-attention where it is a fusion layer."""
+    """Pre-norm as in ViT, or post-norm as in BERT; with cross-attention if it is a fusion layer."""
 
     def __init__(self, width: int, heads: int, *, first: bool, cross: bool = False) -> None:
         super().__init__()

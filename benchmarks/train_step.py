@@ -1,8 +1,8 @@
 """Step time, compile time and peak memory of the training step: `python benchmarks/train_step.py`.
 
-One process a row, started with the huge pages that the command gives itself, so that peak memory is that row's own;
-batches are random, nothing is read. Each row runs `--steps` steps after three that are not counted and reports their
-median. The first line is the rate of a large float32 matrix product on the same machine, to compare machines by.
+One process per row, so that peak memory is the row's own, started with the huge pages that the command uses; batches are
+random, nothing is read. Each row runs `--steps` steps after three that do not count, and reports their median. The first
+line is the rate of a large float32 matrix product on the same machine, to compare machines by.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from codebook_jax.console import HUGE_PAGES  # noqa: E402
 
-# name, size, fields. The two-loss row is the size whose step a prototype needed 0.39 s for, on other two cores.
+# name, size, fields. The two-loss row has the size for which a prototype's step took 0.39 s on two other cores.
 ROWS = {
     "tiny": ("tiny", {}),
     "tiny, alignment and codebook only": (
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def run_alone(script: str, arguments: list[str]) -> dict[str, Any]:
-    """What one process of a benchmark reports in its last line, which is JSON."""
+    """Runs one process of a benchmark; returns the JSON in its last line."""
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=HUGE_PAGES | os.environ, cwd=ROOT)
     if done.returncode:
@@ -121,7 +121,7 @@ def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
 
 
 def measure(size: str, fields: dict[str, object], steps: int) -> dict[str, float]:
-    """Median seconds of a step and what else a row shows."""
+    """The median seconds of a step, and the other figures of a row."""
     import jax
     import numpy as np
 

@@ -20,8 +20,8 @@ __all__ = ["UserError", "load"]
 def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     """The model of an export, or of a workdir with one: `encode_image`, `encode_text`, `match`, `codes`.
 
-    With `teacher` it encodes with the teacher's towers, which have to be in the export. Runs on JAX's default device,
-    whatever the run was trained on. Raises UserError, in one sentence, for what cannot be loaded.
+    With `teacher` it encodes with the teacher's towers, which must be in the export. Runs on JAX's default device,
+    whatever the run was trained on. Raises UserError if the path holds no usable export.
     """
     from codebook_jax import inference  # imports JAX, which `import codebook_jax` does not
 

@@ -1,14 +1,14 @@
 """One step's gradient, in one pass over the batch or in several that fit into memory.
 
 The features of the whole batch meet in one loss, so its gradient is not a sum over passes. Several passes therefore
-first embed everything without a gradient, take the gradient in the features, and then give each pass its share as
-the cotangent of its features (GradCache; Gao et al. 2021). What compares pairs inside a pass is added there.
+first embed everything without a gradient, take the gradient with respect to the features, and then give each pass its
+share as the cotangent of its features (GradCache; Gao et al. 2021). Losses of pairs inside a pass are added there.
 
-So the result is that of one pass, to rounding, in all four losses, but for two things. Dropout draws its masks a pass.
-And matching draws its negatives inside groups that have to be in one pass (`itm.groups`), since it needs image tokens and
-text states, which are not kept: with the same number of groups it is equal too; with the default, data shards x passes,
-the candidates of a pair are those of its shard in its pass, and more passes leave each pair fewer. Alignment and codebook
-always compare with the whole batch.
+So all four losses give the result of one pass, up to rounding, with two exceptions. Dropout draws its masks per pass.
+And matching draws its negatives inside groups that must lie in one pass (`itm.groups`), since it needs image tokens and
+text states, which are not kept: with the same number of groups the result is equal too; with the default, data shards x
+passes, a pair's candidates are those of its shard in its pass, so more passes leave fewer. Alignment and codebook always
+compare with the whole batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Array, Key
 from codebook_jax import sharding
 
 Scalars = dict[str, Array]
-DIRECT = ("codebook", "temperature")  # what `compare` reads of the student besides its features
+DIRECT = ("codebook", "temperature")  # the student's parts that `compare` reads besides the features
 
 
 class Passes(NamedTuple):
@@ -33,7 +33,7 @@ class Passes(NamedTuple):
     mesh: jax.sharding.Mesh
 
     def over(self, apply: Callable[[Any], Any], rows: Any) -> Any:
-        """`apply` to every pass's rows, its results joined in the order of the batch."""
+        """Calls `apply` on each pass's rows and joins the results in the order of the batch."""
         if self.count == 1:
             return apply(rows)
         return self._join(jax.lax.map(apply, self._split(rows)))
@@ -49,10 +49,10 @@ class Passes(NamedTuple):
         compare: Callable[..., tuple[Array, Scalars]],
         pair: Callable[..., tuple[Array, Scalars]],
     ) -> tuple[tuple[Array, Scalars], Any]:
-        """((loss, scalars), gradient in the student) of compare + the sum of pair over the passes.
+        """((loss, scalars), gradient with respect to the student) of compare + the sum of pair over the passes.
 
         Args:
-          embed: (student, inputs, key) to what it learned, with `.features`.
+          embed: (student, inputs, key) to its outputs, with `.features`.
           compare: (features, {the student's DIRECT parts}) of the whole batch to (loss, scalars).
           pair: (student, learned, inputs, taught, key) of a pass to its (share of the loss, shares of the scalars).
         """

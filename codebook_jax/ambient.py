@@ -1,6 +1,6 @@
-"""What JAX's settings (JAX_ENABLE_X64, JAX_DEFAULT_PRNG_IMPL, ...) must not change: draws, and other libraries' types.
+"""Keeps JAX's settings (JAX_ENABLE_X64, JAX_DEFAULT_PRNG_IMPL, ...) from changing draws and other libraries' types.
 
-Our own code states its types, and so computes in float64 what it is given in float64.
+Our own code states its types, so float64 inputs are computed in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Key
 
 
 def key_of(seed: int) -> Key[jax.Array, ""]:
-    """The key of a seed, of which JAX takes the last 32 bits; always threefry's."""
+    """The threefry key of a seed's last 32 bits, which are all that JAX uses."""
     return jax.random.key(np.uint32(seed % 2**32), impl="threefry2x32")
 
 
@@ -40,7 +40,7 @@ def same_draws(program: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def default_types(dtype: DTypeLike = jnp.float32) -> Iterator[None]:
-    """Inside it other libraries compute as they do by default; in float64 only what has that `dtype`."""
+    """Inside, other libraries compute in their default types; float64 is enabled only if `dtype` is float64."""
     wide = jnp.dtype(dtype) == jnp.float64
     with jax.enable_x64(wide), jax.numpy_dtype_promotion("standard"):
         yield

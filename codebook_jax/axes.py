@@ -1,16 +1,16 @@
-"""How many devices share one copy of the parameters where config.mesh.fsdp=0 leaves it to a rule.
+"""How many devices share one copy of the parameters when config.mesh.fsdp=0 leaves the choice to a rule.
 
-The rule. The batch is split over data x fsdp whatever fsdp is, so it may be any divisor of these data shards. The smallest
-is taken with which the memory that memory.py estimates a device to need fits, MARGIN left, into what a device has: each
-device that shares more has less to keep and more to wait for. Those whose devices stand in one slice (slices.py) come
-before those that would gather parameters over the slower network. It is 1 where one device can hold everything, where
-there is one data shard, and where nobody knows what a device has; where nothing fits it is what needs least, and
-memory.check then refuses the run with what would fit.
+The rule: the batch is split over data x fsdp whatever fsdp is, so fsdp may be any divisor of the data shards. It becomes
+the smallest one whose estimated memory per device (memory.py) fits what a device has, less MARGIN: a larger one stores
+less per device but communicates more. Those that stay within one slice (slices.py) come before those that would gather
+parameters over the slower network. It is 1 if one device can hold everything, if there is one data shard, or if the
+memory of a device is not known; if nothing fits, it is the one that needs least, and memory.check then stops the run and
+lists settings that would fit.
 
-A run that is started again keeps its own as long as it fits the number of devices, whatever memory is free just then: the
-order in which gradients are added up, and so the last bits of the weights, depend on it. A number that is given is never
-changed, nor is tensor ever chosen: it splits the work inside a layer, which costs an exchange in every one, and pays only
-on a fast network and where a device's share of the batch is small already; no estimate of memory can tell that.
+A restarted run keeps its own fsdp as long as it fits the number of devices, however much memory is free at that moment:
+the order in which gradients are summed, and so the last bits of the weights, depend on it. A given number is never
+changed, and tensor is never chosen: it splits the work inside a layer, which costs communication in every layer and pays
+only on a fast network when a device's share of the batch is already small; no memory estimate can tell that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from codebook_jax.metrics import say
 
 
 def kept(config: ml_collections.ConfigDict, record: dict[str, Any] | None) -> ml_collections.ConfigDict:
-    """The config with the run's own fsdp where 0 is asked for and the devices make up such a mesh."""
+    """The config with the run's own fsdp if 0 is asked for and the devices allow such a mesh."""
     if config.mesh.fsdp or record is None:
         return config
     own = record["config"]["mesh"]["fsdp"]
@@ -38,9 +38,9 @@ def kept(config: ml_collections.ConfigDict, record: dict[str, Any] | None) -> ml
 
 
 def chosen(config: ml_collections.ConfigDict, planner: Planner) -> ml_collections.ConfigDict:
-    """The config with `mesh.fsdp` a number, by the rule above, which is said where there was a choice.
+    """The config with `mesh.fsdp` chosen by the rule above, which it prints if there was a choice.
 
-    `planner` has the same mesh, and has the number too from here on. All processes come to the same answer.
+    `planner` must have the same mesh, and gets the same number. All processes reach the same answer.
     """
     if config.mesh.fsdp:
         return config
@@ -57,7 +57,7 @@ def chosen(config: ml_collections.ConfigDict, planner: Planner) -> ml_collection
 def of_trained(
     config: ml_collections.ConfigDict, record: dict[str, Any], *, asked: bool
 ) -> ml_collections.ConfigDict:
-    """The config to use a trained run with: its own mesh where none is `asked` for, as far as the devices make up one."""
+    """The config to use a trained run with: unless another mesh is `asked` for, its own as far as the devices allow."""
     own = record["config"]["mesh"]["fsdp"]
     free = not asked or not config.mesh.fsdp
     if not config.mesh.fsdp:
@@ -70,7 +70,7 @@ def of_trained(
 
 
 def possible(mesh: Any, asked_slices: int) -> list[int]:
-    """What fsdp may be on these data shards: inside a slice first, there and beyond from small to large."""
+    """The possible fsdp on these data shards: those inside one slice first, each kind from small to large."""
     shards, tensor = sharding.data_shards(mesh), mesh.shape["tensor"]
     count = len(slices.groups_of(list(mesh.devices.flat), asked_slices))
     return sorted(sharding.possible_fsdp(mesh), key=lambda n: slices.across((shards // n, n, tensor), count)[1] > 1)
@@ -88,10 +88,10 @@ def said(mesh: Any, asked_slices: int) -> str:
 
 
 def _first_that_fits(planner: Planner, sizes: list[int]) -> tuple[int, str]:
-    """(fsdp, why) of the first of these that fits, or of what needs least."""
+    """(fsdp, why) of the first of these sizes that fits, or of the one that needs least."""
     has = planner.has
     if has is None:
-        return 1, "what a device has of memory is not known"
+        return 1, "how much memory a device has is not known"
     needs: dict[int, int] = {}
     for size in sizes:
         needs[size] = planner.estimate({"mesh.fsdp": size}).total
@@ -99,7 +99,7 @@ def _first_that_fits(planner: Planner, sizes: list[int]) -> tuple[int, str]:
             break
     else:
         size = min(needs, key=needs.__getitem__)
-        return size, f"needs least, {size_of(needs[size])} a device that has {size_of(has)}"
-    why = f"needs {size_of(needs.pop(size))} a device that has {size_of(has)}"
-    refused = [f"{other} {size_of(need)}" for other, need in needs.items()]
-    return size, why + (f", and {', '.join(refused)}" if refused else "")
+        return size, f"needs least, {size_of(needs[size])} per device, which has {size_of(has)}"
+    why = f"needs {size_of(needs.pop(size))} per device, which has {size_of(has)}"
+    refused = [f"{other} would need {size_of(need)}" for other, need in needs.items()]
+    return size, why + (f" (fsdp {', '.join(refused)})" if refused else "")

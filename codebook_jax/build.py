@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: mesh, data, tokenizer, task. What is off is refused here, with its numbers."""
+"""From a config to the parts of a run: mesh, data, tokenizer, task. Raises UserError for settings that do not fit."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ class Parts(NamedTuple):
 
     config: ml_collections.ConfigDict
     mesh: jax.sharding.Mesh
-    source: Source | None  # of training; None where nothing is trained
+    source: Source | None  # the training data; None if nothing is trained
     validation: Source | None
     tokenizer: Tokenizer
     task: Any
-    planner: memory.Planner | None = None  # of memory: what it would need with other settings
-    start: Initial | None = None  # parameters to start with; None: fresh ones, or the run's own
+    planner: memory.Planner | None = None  # estimates memory, also with other settings
+    start: Initial | None = None  # parameters to start from; None: fresh ones, or the run's own
 
 
 def build_training(
     config: ml_collections.ConfigDict, workdir: Path, *, steps_saved: list[int], learns: bool = True
 ) -> Parts:
-    """The parts of a training run in `workdir`, whose record it writes; raises UserError for what cannot be trained.
+    """The parts of a training run in `workdir`; writes its record. Raises UserError if the config cannot be trained.
 
-    One that never `learns` here, only keeps its weights, is not asked for the memory of a step.
+    `learns=False`, for a run that only keeps its weights, skips the memory check.
     """
     check(config)
     record = records.read_record(workdir)
@@ -97,11 +97,11 @@ def build_training(
     )
     words = tokenizer.vocabulary.size
     facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": words}
-    peers.connected().compare("data", facts, "every host has to read the same files")
+    peers.connected().compare("data", facts, "every host must read the same files")
     planner = memory.Planner(asked, _create_of(config), words, record=record, has_checkpoint=saved)
     split = axes.chosen(config, planner)
     mesh = sharding.mesh_of(split.mesh)
-    if learns:  # else those who train it choose, on their devices
+    if learns:  # otherwise the choice is left to the start that trains, for its devices
         config = split
         memory.check(planner)
     if "mesh.fsdp" in changes:
@@ -109,7 +109,7 @@ def build_training(
     task = task_of(config, tokenizer, mesh)
     first = initial(start, config, task.abstract_state()) if start else None
     if jax.process_index() == 0:
-        keep()  # the first that is written: nothing refuses from here on
+        keep()  # the first write: all checks have passed
         records.write_record(
             workdir,
             record,
@@ -134,7 +134,7 @@ def _changes(
     *,
     has_checkpoint: bool,
 ) -> dict[str, list[Any]]:
-    """What changed since the last start, {name: [old, new]}, which is said; raises UserError where it may not."""
+    """Prints and returns what changed since the last start, {name: [old, new]}; raises UserError if it may not change."""
     if record is None:
         return {}
     changes, sentences = records.check_restart(
@@ -146,7 +146,7 @@ def _changes(
 
 
 def first_state(parts: Parts) -> Any:
-    """The state that a run starts with: fresh, or with the parameters that config.init names, which is said."""
+    """The state that a run starts with: fresh, or with the parameters that config.init names; prints which were read."""
     state = parts.task.init_state(parts.config.seed)
     if parts.start is None:
         return state
@@ -157,7 +157,7 @@ def first_state(parts: Parts) -> Any:
 def _resolve_alpha(
     config: ml_collections.ConfigDict, examples: int
 ) -> ml_collections.ConfigDict:
-    """The config with `teacher.alpha_steps` a number: -1 is the steps of one epoch."""
+    """The config with `teacher.alpha_steps` resolved: -1 means the steps of one epoch."""
     if config.teacher.alpha_steps >= 0:
         return config
     steps = max(1, examples // config.data.global_batch)
@@ -167,16 +167,16 @@ def _resolve_alpha(
 def _adopt(
     config: ml_collections.ConfigDict, start: tuple[Part, ...], record: dict[str, Any] | None
 ) -> ml_collections.ConfigDict:
-    """The config with what the weights, or the run, were made with; says what that changes."""
+    """The config with the fields that the weights, or the run, were made with; prints each change."""
     resolved = adopted(config, start, record)
-    whose = "of the weights" if start else "the run's own"
+    whose = "from the weights" if start else "from the run"
     for name, (old, new) in records.changed_fields(config.to_dict(), resolved.to_dict()).items():
-        say(f"config.{name}={new}, {whose}, in place of {old}")
+        say(f"config.{name}={new} ({whose}) instead of {old}")
     return resolved
 
 
 def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Parts:
-    """The parts that use what `workdir` has learned; `config` (None: the run's own) may change only the use of it."""
+    """The parts to use a trained run in `workdir`; `config` (None: the run's own) may change only how it is used."""
     record = records.read_record(workdir)
     if record is None:
         raise UserError(
@@ -208,7 +208,7 @@ def _create_of(config: ml_collections.ConfigDict) -> memory.Create:
 
 
 def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
-    """This process's rows of every batch from `start_step` on; leaving it ends the worker processes."""
+    """This process's rows of every batch from `start_step` on; leaving the context ends the worker processes."""
     data, model = parts.config.data, parts.config.model
     stream = training_batches(
         parts.source,
@@ -249,7 +249,7 @@ def validate(
 
 
 def announce(parts: Parts) -> None:
-    """Prints a summary: what is trained, on what, how it is validated, and how it is split over several devices."""
+    """Prints a summary: the model, its data, how it is validated, and how it is split over several devices."""
     config, mesh = parts.config, parts.mesh
     parameters = parameter_count(parts.task.abstract_state().student)
     devices, processes = mesh.devices.size, jax.process_count()
@@ -271,8 +271,8 @@ def announce(parts: Parts) -> None:
     if len(parts.source) < batch:
         say(
             f"warning: config.data.global_batch={batch} is more than the {len(parts.source):,} training pairs, so a step "
-            f"has the same pair several times: set --config.data.global_batch={len(parts.source)} or less, or give "
-            "more data"
+            f"contains the same pair several times: set --config.data.global_batch={len(parts.source)} or less, or "
+            "give more data"
         )
     if devices > 1:
         say(f"mesh {axes.said(mesh, config.mesh.slices)}")
@@ -280,24 +280,24 @@ def announce(parts: Parts) -> None:
 
 
 def whereabouts(config: ml_collections.ConfigDict, workdir: Path) -> str:
-    """Where a training writes, how to watch it, to stop it and to go on."""
+    """Where a training run writes, and how to watch, stop and continue it."""
     kept = config.checkpoint
     return (
         f"written to  {workdir}: checkpoints every {kept.every_steps:,} steps (the newest {kept.keep} and the best), "
         "metrics.jsonl\n"
         f"watch it    tensorboard --logdir={shlex.quote(str(workdir))}\n"
-        "stop it     Ctrl-C saves and ends; the same command goes on from there"
+        "stop it     Ctrl-C saves and exits; the same command continues from there"
     )
 
 
 def _named(spec: str) -> str:
-    """A data source for the summary: scenes are no data of the user's."""
+    """A data source for the summary, which points out built-in data."""
     built_in = spec.split(":")[0] == "scenes"
     return spec + " (the built-in synthetic scenes, not real images)" * built_in
 
 
 def _validation(parts: Parts) -> str:
-    """On what and when a training validates."""
+    """On which images a training run validates, and when."""
     config = parts.config
     own = config.data.train.split(":")[0] != "scenes"
     spec = _named(config.data.eval) if own else config.data.eval
@@ -311,7 +311,7 @@ def _validation(parts: Parts) -> str:
 
 
 def amount(source: Source, global_batch: int, steps: int) -> list[str]:
-    """How much there is to train on, of how much that was listed, and what an epoch is."""
+    """Sentences on how many of the listed pairs are used and how long an epoch is."""
     used = f"{len(source):,}"
     if source.listed > len(source):
         used += f" of {source.listed:,} listed pairs ({len(source) / source.listed:.1%})"
@@ -332,5 +332,5 @@ def amount(source: Source, global_batch: int, steps: int) -> list[str]:
 
 
 def parameter_count(tree: Any) -> int:
-    """Numbers in a tree of arrays, of abstract arrays too."""
+    """How many numbers a tree of arrays holds; the arrays may be abstract."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -25,16 +25,16 @@ ITEMS = (
     "teacher",
     "moments",
     "queue",
-)  # each restorable alone; other fields are in `rest`
+)  # each can be restored alone; other fields are in `rest`
 REST = "rest"
 META = "meta"
 BEST = "best.json"
 FOLDER = "checkpoints"
-LEAST_ROOM = 0.9  # of a state's bytes that have to be free: floats that have learned hardly compress
+LEAST_ROOM = 0.9  # share of a state's bytes that must be free: trained floats hardly compress
 
 
 class Restored(NamedTuple):
-    """A state read back, the step it was saved after, and what was said about it when it was saved."""
+    """A state read back, the step it was saved after, and the metadata saved with it."""
 
     step: int
     state: Any
@@ -46,9 +46,9 @@ def _handlers() -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run, one folder a step, each complete or not there.
+    """The folder `checkpoints/` of a run, one folder per step, each complete or absent.
 
-    Every process calls every method. Use it in a `with`: leaving waits for the save under way.
+    Every process calls every method. Use it in a `with`: leaving waits for the save in progress.
     """
 
     def __init__(self, workdir: Path | str, *, keep: int, create: bool = True) -> None:
@@ -61,7 +61,7 @@ class Checkpoints:
             create=create, preservation_policy=_NewestAndBest(keep, self.scores)
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
-        # The manager's own reader waits for all processes when it has read, for ever for one that could not.
+        # After reading, the manager's own reader waits for all processes, forever if one of them failed.
         own = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
         self._reader = ocp.Checkpointer(
@@ -98,12 +98,12 @@ class Checkpoints:
         return _best_of(self.scores, self.steps())
 
     def step_to_use(self) -> int | None:
-        """The best step in validation, the newest where none was scored; None when none is saved."""
+        """The best step in validation, the newest if none was scored; None if none is saved."""
         best = self.best_step()
         return max(self.steps(), default=None) if best is None else best
 
     def record_score(self, step: int, score: float, metric: str) -> None:
-        """Remembers how the saved `step` did in validation; higher is better, NaN is never the best."""
+        """Records the validation score of the saved `step`; higher is better, NaN is never the best."""
         self.wait()
         self.scores[step] = score
         best = self.best_step()
@@ -114,10 +114,10 @@ class Checkpoints:
             write_json(self._workdir / BEST, record)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> bool:
-        """Starts writing `state` in the background; False, and said, when `step` is already saved.
+        """Starts writing `state` in the background; prints a note and returns False if `step` is already saved.
 
-        The arrays are copied before it returns, so the next step may donate them. Raises UserError when this
-        save or the one before it failed.
+        The arrays are copied before it returns, so the next step may donate them. Raises UserError if this save or
+        the previous one failed.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -134,9 +134,9 @@ class Checkpoints:
         return True
 
     def _check_room(self, step: int, state: Any) -> None:
-        """Raises UserError where this process cannot write, or all of them would run out of room.
+        """Raises UserError if this process cannot write, or if all of them would run out of room.
 
-        Of several processes Orbax has one wait for another that failed while it wrote, for many minutes.
+        Otherwise Orbax would wait many minutes for a process that failed while writing.
         """
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
@@ -148,7 +148,7 @@ class Checkpoints:
             raise self._failure_of(step, f"{free / 1e6:,.0f} MB are free for {size / 1e6:,.0f} MB: No space left on device")
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises UserError when the last save failed."""
+        """Waits until nothing is being written; raises UserError if the last save failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as failure:
@@ -158,20 +158,20 @@ class Checkpoints:
     def restore_newest(self, abstract_state: Any) -> Restored | None:
         """The newest checkpoint that can be read, placed as `abstract_state` says; None when there is none.
 
-        Damaged newer ones are renamed, never deleted, once an older one has been read. Raises UserError when
-        shapes differ from `abstract_state`, or when there are checkpoints and none can be read.
+        Damaged newer ones are renamed, never deleted, once an older one has been read. Raises UserError if
+        shapes differ from `abstract_state`, or if there are checkpoints but none can be read.
         """
         damaged: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
             try:
                 restored = self.restore(step, abstract_state)
-            except (UserError, jax.errors.JaxRuntimeError):  # the second: the device, not the file
+            except (UserError, jax.errors.JaxRuntimeError):  # the latter comes from the device, not from the file
                 raise
             except Exception as failure:
                 restored, own = None, reason(failure)
             else:
                 own = ""
-            # Where the state is split over processes, one alone may have read the damaged part.
+            # If the state is split over processes, only one may have read the damaged part.
             failures = filter(None, peers.connected().exchange("restored", own))
             if (failure := next(failures, None)) is not None:
                 damaged.append((step, failure))
@@ -194,8 +194,8 @@ class Checkpoints:
     ) -> Restored:
         """The checkpoint of `step`, each array placed as `abstract_state` says; fields not in `items` are None.
 
-        Raises UserError when a name, shape or type differs from `abstract_state`, and whatever the reading
-        raises when the files are damaged. No process waits for another.
+        Raises UserError if a name, shape or type differs from `abstract_state`, and whatever reading raises if the
+        files are damaged. No process waits for another.
         """
         wanted = {name: tree for name, tree in _items(abstract_state).items() if name in items}
         self._compare(step, wanted)
@@ -204,11 +204,11 @@ class Checkpoints:
         return Restored(step, _state(abstract_state, trees), stored[META])
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state of `step`: step, config, seed, data, versions."""
+        """The metadata saved with the state of `step`: step, config, data position, versions, ..."""
         return self._read(step, {})[META]
 
     def _read(self, step: int, arguments: dict[str, Any]) -> Any:
-        """What was saved as META, and the items of `arguments`."""
+        """The saved META and the items in `arguments`."""
         arguments = arguments | {META: ocp.args.JsonRestore()}
         return self._reader.restore(self._folder / str(step), args=ocp.args.Composite(**arguments))
 
@@ -220,10 +220,10 @@ class Checkpoints:
                 raise FileNotFoundError(f"{name} is missing")
             before, now = _described(stored[name].tree), _described(tree)
             for leaf in sorted(before.keys() | now.keys()):
-                old = before[leaf] if leaf in before else "not there"
-                new = now[leaf] if leaf in now else "not there"
+                old = before[leaf] if leaf in before else "missing"
+                new = now[leaf] if leaf in now else "missing"
                 if old != new:
-                    differences.append(f"{name}/{leaf} is {old} in it and {new} now")
+                    differences.append(f"{name}/{leaf} is {old} in the checkpoint and {new} now")
         if differences:
             more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise UserError(
@@ -248,13 +248,13 @@ class Checkpoints:
 
     def _failure(self, failure: Exception) -> Exception:
         if jax.process_count() > 1 and peers.of_a_peer(failure):
-            return failure  # nobody can mend it here
+            return failure  # it cannot be fixed here
         step, self._saving = self._saving, None
         self._failed.append(step)
         return self._failure_of(step, reason(failure))
 
     def _failure_of(self, step: int, why: str) -> UserError:
-        self._manager.reload()  # it has already forgotten the steps that this save would have pushed out
+        self._manager.reload()  # it has already forgotten the steps that this save would have replaced
         steps = self.steps()
         kept = (
             f"step {steps[-1]:,} is the newest complete one"
@@ -293,7 +293,7 @@ def _read_scores(path: Path) -> dict[int, float]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not the record of a run's best step ({type(error).__name__}: {error}): put the original back, "
-            "or remove it, and the best is chosen among the evaluations to come"
+            "or remove it to choose the best among future evaluations"
         ) from error
 
 

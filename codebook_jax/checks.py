@@ -1,4 +1,4 @@
-"""What a config cannot mean, said before anything is built."""
+"""Checks of a config, made before anything is built."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SHARES = (
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, with the field and its value, for what no run can be started with."""
+    """Raises UserError, naming the field and its value, if no run can start with this config."""
     for name, minimum in LEAST.items():
         refuse_below(name, _of(config, name), minimum)
     for name, allowed in CHOICES.items():
@@ -65,11 +65,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in SHARES:
         if not 0 <= (value := _of(config, name)) <= 1:
             what = "share of the images" if name == "data.max_bad_rate" else "share"
-            raise UserError(f"config.{name}={value} is a {what}: give 0 to 1")
+            raise UserError(f"config.{name}={value} is a {what}: give a number from 0 to 1")
     for name in ("train", "eval"):
         if not config.data[name]:
             raise UserError(
-                f"config.data.{name} is empty: name your pairs, as --config.data.{name}=json:PATH, or scenes"
+                f"config.data.{name} is empty: name your pairs, e.g. --config.data.{name}=json:PATH, or scenes"
             )
     specs(config.init)
     if not any(config.losses.values()):
@@ -80,7 +80,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not numbers or pair[0] > pair[1]:
             raise UserError(
                 f"config.data.{name}={pair} is not a range: give two positive numbers, the smaller first, "
-                f"as --config.data.{name}='(0.5, 1.0)'"
+                f"e.g. --config.data.{name}='(0.5, 1.0)'"
             )
     _check_sizes(config)
 
@@ -95,7 +95,7 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
     if queue < batch:
         raise UserError(
             f"config.queue.size={queue} is smaller than config.data.global_batch={batch}: "
-            "one step's features have to fit, give at least the batch"
+            "one step's features must fit, so give at least the batch"
         )
     if config.codebook.queue_samples > queue:
         raise UserError(
@@ -109,13 +109,13 @@ def _check_sizes(config: ml_collections.ConfigDict) -> None:
         )
     if image.size_px % image.patch_px:
         raise UserError(
-            f"config.model.image.size_px={image.size_px} is no multiple of "
+            f"config.model.image.size_px={image.size_px} is not a multiple of "
             f"config.model.image.patch_px={image.patch_px}"
         )
     for name, part in (("image", image), ("text", text)):
         if part.width % part.heads:
             raise UserError(
-                f"config.model.{name}.width={part.width} does not split into "
+                f"config.model.{name}.width={part.width} is not divisible by "
                 f"config.model.{name}.heads={part.heads}"
             )
 

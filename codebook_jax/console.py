@@ -1,7 +1,7 @@
 """The terminal: output that cannot be written never ends a run, and Ctrl-C ends the command with one sentence.
 
-`command` is what the console script and `python -m codebook_jax.main` start. It comes before the imports that take a
-second, so this module imports Python's own library alone.
+`command` is what the console script and `python -m codebook_jax.main` start. It runs before the imports that take a
+second, so this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def command() -> None:
 
 
 def begin() -> None:
-    """Makes Ctrl-C and unwritable output harmless; on Linux the process first starts again with huge pages."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell leaves it in the background
+    """Makes Ctrl-C and unwritable output harmless; on Linux it first restarts the process with huge pages."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell ignores it for background jobs
         signal.signal(signal.SIGINT, _leave)
     _with_huge_pages()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -37,10 +37,10 @@ def begin() -> None:
 
 
 def keep_output() -> None:
-    """Replaces stdout and stderr by streams that escape what they cannot encode, and drop what cannot be written.
+    """Replaces stdout and stderr by streams that escape what they cannot encode and drop what cannot be written.
 
-    After a closed pipe or terminal everything is dropped, after a full disk only what did not fit. A standard file that
-    is closed becomes /dev/null: otherwise the next file to be opened would get its number, and what is printed.
+    After a closed pipe or terminal everything is dropped, after a full disk only what did not fit. A standard stream that
+    is closed becomes /dev/null: otherwise the next file opened would get its number and receive what is printed.
     """
     for number in range(3):
         try:
@@ -51,16 +51,16 @@ def keep_output() -> None:
 
 
 def write_now(text: str) -> None:
-    """Writes to stderr from a signal handler, where print may be in progress below and is not re-entrant."""
+    """Writes to stderr from a signal handler, which may have interrupted print; print is not re-entrant."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode("ascii", "backslashreplace"))
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, the first Ctrl-C raises KeyboardInterrupt, so drafts are removed; another one leaves at once.
+    """Inside, the first Ctrl-C raises KeyboardInterrupt, so that drafts are removed; a second one exits at once.
 
-    Does nothing in a process that did not `begin`.
+    Does nothing in a process that did not call `begin`.
     """
     if signal.getsignal(signal.SIGINT) is not _leave:
         yield
@@ -95,7 +95,7 @@ class _Lasting(io.FileIO):
 
 
 def _lasting(before: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
-    """A text stream like `before` (None: its file was closed at start) on file `number`."""
+    """A text stream like `before` (None: it was closed at start) on file `number`."""
     raw = _Lasting(number, "w", closefd=False)
     unbuffered = before is not None and before.write_through
     return io.TextIOWrapper(
@@ -108,7 +108,7 @@ def _lasting(before: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
 
 
 def _discard(number: int) -> None:
-    """From now on what is written to a file descriptor goes nowhere, from native code too."""
+    """Discards everything written to a file descriptor from now on, by native code too."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != number:
         os.dup2(null, number)
@@ -117,18 +117,18 @@ def _discard(number: int) -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """Ends the process at once: unwinding out of a half-done import prints traces."""
+    """Exits at once: unwinding a half-done import prints traces."""
     write_now(f"stopped by {signal.Signals(number).name}\n")
     os._exit(128 + number)
 
 
 def _with_huge_pages() -> None:
-    """Starts this program again, as the same process, with malloc asking Linux for huge pages.
+    """Restarts this program in the same process, with malloc asking Linux for huge pages.
 
-    A CPU otherwise spends a quarter of a step on page faults.
+    A step on a CPU otherwise spends a quarter of its time on page faults.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ.update(HUGE_PAGES)
-        # Ctrl-C waits until the program that is started has a handler for it.
+        # Ctrl-C is blocked until the restarted program has a handler for it.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,4 +1,4 @@
-"""Whether JAX has the devices that it is asked for."""
+"""Checks that JAX has the devices it is asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "gpu", "tpu")  # gpu: cuda or rocm
 
 
 def check_platforms() -> None:
-    """Raises UserError if JAX_PLATFORMS names a platform that JAX does not know, or has no device of here."""
+    """Raises UserError if JAX_PLATFORMS names a platform that JAX does not know or that has no device here."""
     asked = jax.config.jax_platforms
     try:
         jax.devices()

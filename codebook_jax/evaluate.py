@@ -20,10 +20,10 @@ FILE = "eval.json"
 
 
 def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
-    """Writes `workdir/eval.json` and prints its table; without `config` the run's own settings hold.
+    """Writes `workdir/eval.json` and prints its table; without `config` the run's own settings apply.
 
-    All test images are evaluated: the run's own evaluation.images is for its training, only that of a given `config` cuts
-    them here.
+    All test images are evaluated unless a given `config` limits evaluation.images; the run's own value is for validation
+    during training.
     """
     workdir = Path(workdir).absolute()
     check_outputs(workdir, (FILE,))
@@ -33,7 +33,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
     restored = restore_trained(parts, workdir, items=("student", "teacher"))
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test")
-    first = f", of which config.evaluation.images={images} takes the first" if 0 < images < len(source) else ""
+    first = f", limited to the first {images} by config.evaluation.images" if 0 < images < len(source) else ""
     say(f"test data {spec}: {len(source):,} images{first}")
     with Stages("evaluated", silent=jax.process_index() != 0) as progress:
         results = retrieval.evaluate(
@@ -52,7 +52,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
 
 
 def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -> Restored:
-    """The `items` of the checkpoint best in validation, or of the newest where none was scored; says which."""
+    """The `items` of the checkpoint best in validation, or of the newest if none was scored; prints which."""
     with Checkpoints(workdir, keep=parts.config.checkpoint.keep, create=False) as checkpoints:
         step = checkpoints.step_to_use()
         if step is None:
@@ -64,9 +64,9 @@ def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -
         except UserError:
             raise
         except Exception as failure:
-            advice = "start training again, which sets it aside and goes on from the newest good one"
+            advice = "start training again, which sets it aside and continues from the newest good one"
             if not (workdir / FOLDER / str(step)).exists():
-                advice = "a run that is training here has removed it, start the same command again"
+                advice = "a run that is training here has deleted it, start the same command again"
             raise UserError(
                 f"the checkpoint of step {step:,} in {workdir} cannot be read ({type(failure).__name__}): {advice}"
             ) from failure

@@ -1,4 +1,4 @@
-"""Signals that end a run: the step in progress is finished and saved, then the program leaves with 0."""
+"""Signals that end a run: the step in progress is finished and saved, then the program exits with 0."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Interrupted(Exception):
 
 
 class Stuck(Exception):
-    """What was waited for did not come in time."""
+    """Something did not arrive in time."""
 
 
 @contextlib.contextmanager
 def patience(limit_s: float, what: str) -> Iterator[None]:
-    """Inside, waiting for `what` is said every tenth of `limit_s` on stderr, and after all of it raises Stuck.
+    """Inside, prints on stderr every tenth of `limit_s` that it still waits for `what`, and raises Stuck after `limit_s`.
 
-    Outside the main thread, where Python has no handlers, it is waited for without an end.
+    Outside the main thread, where Python has no signal handlers, it waits without limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,12 +49,12 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
 
 
 class Interruption:
-    """Remembers the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP; a second SIGINT leaves the process at once.
+    """Remembers the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP; a second SIGINT exits at once.
 
-    SIGHUP comes from a terminal that is closed; where it is ignored, as under nohup, it stays so.
+    SIGHUP comes from a closed terminal; if it is ignored, as under nohup, it stays ignored.
 
-    Use it in a `with`; leaving restores the handlers that were there. Outside the main thread, where Python
-    has no handlers, nothing is caught.
+    Use it in a `with`; leaving restores the previous handlers. Outside the main thread, where Python has no signal
+    handlers, nothing is caught.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Interruption:
         return self.name is not None
 
     def arrives_within(self, seconds: float) -> bool:
-        """Waits for a signal that ended a worker process before it reached this one."""
+        """Waits for a signal that has killed a worker process but not yet reached this one; returns whether it came."""
         end = time.monotonic() + seconds
         while not self.requested and time.monotonic() < end:
             time.sleep(0.05)
@@ -100,7 +100,7 @@ class Interruption:
             os._exit(128 + number)
         if not self.requested:
             self.name = signal.Signals(number).name
-            write_now(f"\n{self.name}: saving after this step (Ctrl-C leaves at once, unsaved)\n")
+            write_now(f"\n{self.name}: saving after this step (Ctrl-C exits at once without saving)\n")
         if self._raises:
             self._raises = False
             raise Interrupted

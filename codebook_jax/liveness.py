@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.extend import core
 
-# Computed where their result is read, without a buffer, when those who read it can take them in (XLA's loop fusion).
+# Computed where their result is read, without a buffer, if all readers can fuse them (XLA's loop fusion).
 CHEAP = frozenset(
     "abs add and broadcast_in_dim ceil clamp convert_element_type copy_p copy div eq expand_dims floor ge gt "
     "integer_pow iota is_finite le lt max min mul ne neg not or pad real rem reshape rev round select_n shift_left "
@@ -23,7 +23,7 @@ Bytes = Callable[[Any], int]  # of an abstract value on one device
 
 
 def peak(jaxpr: core.Jaxpr, bytes_of: Bytes, *, in_place: bool = False) -> int:
-    """Most bytes alive at once between a program's arguments and its results, these included unless `in_place`."""
+    """Most bytes alive at once between a program's arguments and its results; the results count unless `in_place`."""
     equations, results = _flat(jaxpr)
     outputs = {v for v in results if not isinstance(v, core.Literal)}
     readers: dict[Any, list[int]] = {}
@@ -43,7 +43,7 @@ def peak(jaxpr: core.Jaxpr, bytes_of: Bytes, *, in_place: bool = False) -> int:
         taken_in = all(names[p] in CHEAP | DEAR | READERS for p in places) and v not in outputs
         if name in VIEWS or (taken_in and (name in CHEAP or (name in DEAR and len(places) == 1))):
             unbuffered.add(v)
-            for source in inputs:  # they are read where their reader is
+            for source in inputs:  # inputs stay alive until v is read
                 if not isinstance(source, core.Literal):
                     last[source] = max(last.get(source, place), last.get(v, place))
     dying: dict[int, list[Any]] = {}
@@ -64,12 +64,12 @@ def peak(jaxpr: core.Jaxpr, bytes_of: Bytes, *, in_place: bool = False) -> int:
 
 
 def _inside(eqn: Any, bytes_of: Bytes) -> int:
-    """Most bytes alive inside a loop's or a branch's body; a loop's slices of what it runs over are in the body."""
+    """Most bytes alive inside a loop's or a branch's body, with the slices of what a loop runs over."""
     name, inside = eqn.primitive.name, 0
     for body in core.jaxprs_in_params(eqn.params):
         slices = 0
         if name == "scan":
-            # What it runs over has an axis less inside; the names of its parameters differ between JAX's versions.
+            # What it runs over has one axis less inside; the names of scan's parameters differ between JAX's versions.
             pairs = zip(body.invars, eqn.invars, strict=True)
             slices = sum(bytes_of(own.aval) for own, given in pairs if own.aval.shape != given.aval.shape)
         inside = max(inside, peak(body, bytes_of) + slices)
@@ -77,18 +77,18 @@ def _inside(eqn: Any, bytes_of: Bytes) -> int:
 
 
 class _Value:
-    """A result, told from those of another call of the same function."""
+    """A result, distinct from those of other calls of the same function."""
 
     def __init__(self, aval: Any) -> None:
         self.aval = aval
 
 
 def _flat(jaxpr: core.Jaxpr) -> tuple[list[tuple[Any, list[Any], list[Any]]], list[Any]]:
-    """(equation, its arguments, its results) in order with calls of functions written out; and the program's results."""
+    """(equation, its arguments, its results) in order, with function calls inlined; and the program's results."""
     flat: list[tuple[Any, list[Any], list[Any]]] = []
 
     def write_out(jaxpr: core.Jaxpr, given: dict[Any, Any]) -> list[Any]:
-        """Appends the equations of `jaxpr` with `given` for its arguments; its results."""
+        """Appends the equations of `jaxpr` with `given` as its arguments; returns its results."""
         named = dict(given)
         read = lambda v: v if isinstance(v, core.Literal) else named.get(v, v)  # noqa: E731
         for eqn in jaxpr.eqns:

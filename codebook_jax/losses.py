@@ -16,7 +16,7 @@ NEVER = -1e30
 
 
 class Pair(NamedTuple):
-    """The same thing of both modalities."""
+    """One thing for both modalities."""
 
     image: Any
     text: Any
@@ -37,8 +37,8 @@ def alignment_loss(
     """Instance alignment: every student feature finds its pair among teacher features of the batch and the queue.
 
     Four directions, image and text each towards both modalities. A target is the pair itself (1 - alpha) mixed with
-    what the teacher's own feature finds (alpha). `same_image` says what other captions of a query's image in the batch
-    are: "ignore" leaves them out of the softmax, "negative" keeps them (ALBEF). Source: Duan et al. 2022, 3.2; Li et
+    what the teacher's own feature finds (alpha). `same_image` decides about other captions of a query's image in the
+    batch: "ignore" leaves them out of the softmax, "negative" keeps them (ALBEF). Source: Duan et al. 2022, 3.2; Li et
     al. 2021, 3.2 and 3.3, which `intra_weight` 0 gives.
     """
     rows = jnp.concatenate([student.image, student.text])
@@ -59,7 +59,7 @@ def alignment_loss(
 def candidates_allowed(
     image_id: Int[Array, "batch"], queue_valid: Bool[Array, "queue"], same_image: str
 ) -> Bool[Array, "batch candidates"]:
-    """Which candidates stand in each query's softmax: batch first, then queue."""
+    """Which candidates take part in each query's softmax: batch first, then queue."""
     batch = len(image_id)
     if same_image == "ignore":
         in_batch = (image_id[:, None] != image_id[None, :]) | jnp.eye(batch, dtype=bool)

@@ -1,13 +1,13 @@
 """The command: `codebook-jax --config=configs/base.py[:size] --workdir=DIR --mode=MODE`; modes.py lists the modes.
 
-The only file that sees flags. A user's mistake ends it with one sentence on stderr and exit code 2.
+The only file that reads flags. A user error prints one sentence on stderr and exits with code 2.
 """
 
 from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__":  # before the imports below take their time: Ctrl-C is to be caught from here on
+if __name__ == "__main__":  # before the slow imports below, so that Ctrl-C is caught from here on
     from codebook_jax import console
 
     sys.exit(console.command())
@@ -36,7 +36,7 @@ WRONG_TYPES = (
     ("invalid literal for int()", "needs a whole number"),
     ("could not convert string to float", "needs a number"),
     ("('Non-boolean argument", "needs true or false"),
-    ("Failed to parse", "is a section: set its fields, as --config.SECTION.FIELD=value"),
+    ("Failed to parse", "is a section: set its fields, e.g. --config.SECTION.FIELD=value"),
 )
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 
@@ -46,7 +46,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None) -> None:
-    """Declares the flags; `argv` is where the config's overrides are read from (None: the command line)."""
+    """Declares the flags; the config's overrides are read from `argv` (None: the command line)."""
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -55,43 +55,43 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
         sys_argv=argv,
     )
     flags.DEFINE_string(
-        "workdir", None, "the run's folder; an existing run goes on", flag_values=values
+        "workdir", None, "the run's folder; an existing run is continued", flag_values=values
     )
     flags.DEFINE_string("mode", "train", ", ".join(modes.MODES), flag_values=values)
     flags.DEFINE_integer(
         "preempted_exit_code",
         0,
-        "the exit code of a training that a signal ended before its last step, after saving",
+        "the exit code if a signal stops a training run before its last step, after saving",
         flag_values=values,
     )
     flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where no launcher says it", flag_values=values
+        "coordinator", None, "HOST:PORT of process 0, if no launcher provides it", flag_values=values
     )
-    flags.DEFINE_integer("processes", None, "how many make up the run", flag_values=values)
-    flags.DEFINE_integer("process", None, "the number of this one, from 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "the number of processes in the run", flag_values=values)
+    flags.DEFINE_integer("process", None, "the number of this process, from 0", flag_values=values)
     flags.DEFINE_integer(
-        "join_timeout_s", 300, "for how long the processes look for each other", flag_values=values
+        "join_timeout_s", 300, "how long the processes look for each other, in seconds", flag_values=values
     )
     default = PlanOptions()
     flags.DEFINE_string("plan.chip", default.chip, "for --mode=plan: the accelerator", flag_values=values)
-    flags.DEFINE_integer("plan.devices", default.devices, "and how many of them", flag_values=values)
-    flags.DEFINE_integer("plan.slices", default.slices, "in how many slices", flag_values=values)
+    flags.DEFINE_integer("plan.devices", default.devices, "for --mode=plan: the number of chips", flag_values=values)
+    flags.DEFINE_integer("plan.slices", default.slices, "for --mode=plan: the number of slices", flag_values=values)
     flags.DEFINE_string(
         "plan.compiler",
         default.compiler,
-        "who compiles its step: cpu, or tpu (libtpu, for the chip itself: minutes)",
+        "for --mode=plan: what compiles the step: cpu, or tpu (libtpu, for the chip itself; takes minutes)",
         flag_values=values,
     )
-    flags.DEFINE_string("plan.json", default.json, "a file for its figures", flag_values=values)
+    flags.DEFINE_string("plan.json", default.json, "for --mode=plan: a file to write the figures to", flag_values=values)
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
-    """Reads the command line into `values`; raises UserError, in one sentence, for what it cannot mean."""
+    """Reads the command line into `values`; raises UserError if it is not valid."""
     try:
         rest = values(list(argv))
         config = values.config
         if config is not None:
-            config.to_dict()  # a file that could not be read shows only now
+            config.to_dict()  # an unreadable file raises only here
     except flags.UnrecognizedFlagError as error:
         if error.flagname.startswith(("config.", "noconfig.")):
             raise UserError(f"--config=FILE is missing before --{error.flagname}") from error
@@ -104,16 +104,16 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
     for field, value in values["config"].override_values.items() if config is not None else ():
         if isinstance(value, ConfigDict):
             raise UserError(
-                f"--config.{field} is a section: set its fields, as --config.{field}.NAME=value"
+                f"--config.{field} is a section: set its fields, e.g. --config.{field}.NAME=value"
             )
     if rest[1:]:
-        raise UserError(f"{rest[1]!r} is not a flag: flags begin with --, as --workdir=DIR")
+        raise UserError(f"{rest[1]!r} is not a flag: flags begin with --, e.g. --workdir=DIR")
     if values.mode not in modes.MODES:
         raise UserError(modes.unknown(values.mode))
     if config is None and values.mode in NEEDS_CONFIG:
-        raise UserError("--config is missing: give one, as --config=configs/base.py:tiny")
+        raise UserError("--config is missing: give one, e.g. --config=configs/base.py:tiny")
     if not values.workdir and values.mode != "plan":
-        raise UserError("--workdir is missing: give the folder of the run, as --workdir=runs/first")
+        raise UserError("--workdir is missing: give the folder of the run, e.g. --workdir=runs/first")
     if "://" in (values.workdir or ""):
         raise UserError(
             f"--workdir={values.workdir} is not a folder on this machine: give a local or mounted one"
@@ -122,8 +122,8 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
 
 
 def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
-    """Does what `mode` says; the exit code."""
-    # Imported now: they import JAX or much else, after the flags are known to be right.
+    """Runs `mode` and returns the exit code."""
+    # Imported here, after the flags were checked, because they import JAX and other slow modules.
     if mode in DATA_MODES:
         from codebook_jax import check_data, prepare
 
@@ -149,16 +149,16 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
 
 
 def complain(sentence: str) -> int:
-    """Prints the sentence on stderr; the exit code of a user's mistake."""
+    """Prints the sentence on stderr; returns the exit code of a user error."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     return 2
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code of the run the flags ask for; a user's mistake is one sentence and 2.
+    """Runs what the flags ask for and returns the exit code; a user error prints one sentence and returns 2.
 
-    One of several processes tells the others why it ends, and ends at once: what Python does at a normal exit would
-    wait for them.
+    With several processes, a failing one tells the others why and exits at once: a normal Python exit would wait for
+    them.
     """
     del argv
     try:
@@ -197,7 +197,7 @@ def _plan() -> int:
 
 
 def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -> None:
-    """Connects to the processes of one run, where there are others, and sees that all do the same in one workdir."""
+    """Connects to the run's other processes, if any, and checks that all do the same in the same workdir."""
     found = joining.find(
         os.environ,
         coordinator=FLAGS.coordinator,
@@ -222,21 +222,21 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
 
 
 def _facts(mode: str, config: ConfigDict | None) -> dict[str, Any]:
-    """What has to be the same on every host."""
+    """What must be the same on every host."""
     import jax
 
     from codebook_jax import workdir as records
 
     facts = {"--mode": mode, "code": records.code_digest()}
     facts |= {f"version of {name}": version for name, version in records.package_versions().items()}
-    facts |= {"devices of a process": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind}
+    facts |= {"devices per process": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind}
     if config is not None:
         facts |= {f"config.{name}": value for name, value in records.flat(config.to_dict()).items()}
     return facts
 
 
 def _about_files(error: Exception) -> UserError | None:
-    """The sentence of a disk that is full or cannot be reached; None for other errors."""
+    """The user error for a disk that is full or cannot be reached; None for other errors."""
     if not isinstance(error, OSError):
         return None
     if error.errno in FULL_DISK:
@@ -247,7 +247,7 @@ def _about_files(error: Exception) -> UserError | None:
         )
     if error.errno in UNREACHABLE:
         return UserError(
-            f"{error.filename or FLAGS.workdir} cannot be reached any more ({error.strerror}): mend this and start "
+            f"{error.filename or FLAGS.workdir} can no longer be reached ({error.strerror}): fix this and start "
             "the same command again"
         )
     return None
@@ -286,7 +286,7 @@ def _unknown_field(argv: Sequence[str]) -> str:
 
 
 def _one_sentence(error: Exception) -> str:
-    """What a flag error says, without the trace that ml_collections wraps around it."""
+    """The message of a flag error, without the trace that ml_collections wraps around it."""
     text = str(error).strip()
     _, colon, detail = text.partition(": Error whilst parsing config file:")
     if colon:
@@ -306,7 +306,7 @@ def _one_sentence(error: Exception) -> str:
 
 
 def _near_config(missing: Path) -> str:
-    """Names a config file that may have been meant, in the same folder or in configs/."""
+    """Suggests a config file that may have been meant, in the same folder or in configs/."""
     files = [*missing.parent.glob("*.py"), *Path("configs").glob("*.py")]
     near = difflib.get_close_matches(missing.stem, [file.stem for file in files], n=1, cutoff=0.5)
     found = [str(file) for file in files if file.stem in near]
@@ -316,7 +316,7 @@ def _near_config(missing: Path) -> str:
 
 
 def command() -> None:
-    """Reads the command line, runs it and exits; console.command comes before it."""
+    """Reads the command line, runs it and exits; called by console.command."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # XLA's notices to its own developers
     logging.set_verbosity(logging.FATAL)  # Orbax logs the trace of what it also raises
     define_flags()

@@ -1,10 +1,10 @@
-"""How much memory a device needs for a step, known before anything is compiled, and what to change when it is too much.
+"""How much memory a device needs for a step, estimated before anything is compiled, and what to change if it is too much.
 
-What the state holds is counted exactly from its shapes and shardings. What a step holds besides it comes from tracing the
-real step (a second or two, nothing is compiled): the program is walked in order and what is alive is added up, as XLA
-does when it assigns buffers. So remat, accumulation and whatever the objective becomes are in the estimate by themselves.
-The traced step is one device's: its share of the batch, against all candidates. Parameters' shapes are split as the mesh
-splits them, what lies between them over `tensor` where it has the axes of heads or of the feed-forward part.
+What the state holds is counted exactly from its shapes and shardings. What a step holds besides comes from tracing the
+real step (a second or two, nothing is compiled): the program is walked in order and all live values are added up, as XLA
+does when it assigns buffers. So remat, accumulation and changes of the objective are included automatically. The traced
+step is that of one device: its share of the batch, against all candidates. Parameters are split as the mesh splits them,
+intermediate values over `tensor` if they have the axes of heads or of the feed-forward part.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from codebook_jax.errors import UserError
 from codebook_jax.liveness import Bytes, peak
 from codebook_jax.metrics import say
 
-MARGIN = 0.05  # of what a device has, left for what no program states: fragments, libraries' own workspaces
-AGAIN = 0.8  # of an estimate that proved too low: what is advised then has to stay below
+MARGIN = 0.05  # share of a device's memory left free for fragmentation and libraries' own workspaces
+AGAIN = 0.8  # share of an estimate that proved too low: advice must stay below it
 
-Create = Callable[[ml_collections.ConfigDict, Vocabulary, jax.sharding.Mesh], Any]  # a task's
+Create = Callable[[ml_collections.ConfigDict, Vocabulary, jax.sharding.Mesh], Any]  # of a task
 
 
 class Estimate(NamedTuple):
-    """Bytes a device needs for training."""
+    """Bytes that one device needs for training."""
 
     parameters: int  # the student's
     teacher: int
     moments: int
-    queues: int  # and what is counted of the codewords
+    queues: int  # and the codewords' usage counts
     gradients: int  # and the copies of parameters made while new ones are written over the old
-    activations: int  # the batch, what the backward pass needs, and what is computed in between
+    activations: int  # the batch, what the backward pass needs, and intermediate values
 
     @property
     def total(self) -> int:
@@ -60,9 +60,9 @@ class Estimate(NamedTuple):
 
 
 class Planner:
-    """Estimates of one run under changes of its config; each takes about two seconds, and none when asked again.
+    """Estimates of one run under changes of its config; each takes about two seconds, a repeated one no time.
 
-    Those that differ in the mesh alone, with as many data shards, take a tenth: their step is traced once.
+    Estimates that differ only in the mesh, with the same number of data shards, take a tenth: their step is traced once.
     """
 
     def __init__(
@@ -76,24 +76,24 @@ class Planner:
         in_float32: bool | None = None,
     ) -> None:
         self.config, self.create = config, create
-        # Whether bfloat16 is computed in float32; None: as it is here, where XLA does so on a CPU.
+        # Whether bfloat16 is computed in float32; None: as on this machine (on a CPU, XLA does so).
         self.in_float32 = in_float32
-        self.record, self.has_checkpoint = record, has_checkpoint  # what an old run holds fixed
+        self.record, self.has_checkpoint = record, has_checkpoint  # what an existing run fixes
         self.vocabulary = Vocabulary(vocabulary_size, 0, 1, 2, 3, (0, 1, 2, 3))  # ids do not matter here
         self._traced: dict[Any, tuple[Any, Any, Any]] = {}
         self._estimated: dict[Any, Estimate] = {}
 
     @functools.cached_property
     def has(self) -> int | None:
-        """Bytes that the run can have on a device, asked once; None where nobody can tell."""
+        """Bytes that the run can use on a device, asked once; None if unknown."""
         return device_memory()
 
     def settle(self, changes: Mapping[str, Any]) -> None:
-        """Takes `changes` into the config that all later ones are changes of."""
+        """Applies `changes` to the config that all later changes are based on."""
         self.config = records.with_fields(self.config, changes)
 
     def with_changes(self, changes: Mapping[str, Any]) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh]:
-        """The config with `changes` by dotted name, and its mesh; raises UserError where they do not fit together."""
+        """The config with `changes` by dotted name, and its mesh; raises UserError if they do not fit together."""
         config = ml_collections.ConfigDict(self.config.to_dict())
         config.update_from_flattened_dict(changes)
         mesh = sharding.mesh_of(config.mesh)
@@ -104,7 +104,7 @@ class Planner:
         return config, mesh
 
     def possible(self, changes: Mapping[str, Any]) -> bool:
-        """Whether a run, an old one too, can be started with `changes`."""
+        """Whether the run, which may already exist, can be started with `changes`."""
         if self.has_checkpoint and any(records.kind_of(name) != "free" for name in changes):
             return False
         try:
@@ -114,7 +114,7 @@ class Planner:
         return True
 
     def estimate(self, changes: Mapping[str, Any] = MappingProxyType({})) -> Estimate:
-        """Of the config with `changes` by dotted name; raises UserError where they do not fit together."""
+        """The estimate for the config with `changes` by dotted name; raises UserError if they do not fit together."""
         config, mesh = self.with_changes(changes)
         known = _identity(config), tuple(mesh.shape.values())
         if known not in self._estimated:
@@ -141,11 +141,11 @@ class Planner:
             moments=_held(state.moments, places.moments),
             queues=_held(queue, places.queue) + _held(state.usage, places.usage),
             gradients=gradients,
-            activations=max(between - gradients, 0) + 2 * images,  # the next batch is already there
+            activations=max(between - gradients, 0) + 2 * images,  # the next batch is already loaded
         )
 
     def traced_on_one_device(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-        """(state, batch, program) of one device's step, all of them abstract; traced once for as many data shards."""
+        """(state, batch, program) of one device's step, all abstract; traced once per number of data shards."""
         shards = sharding.data_shards(mesh)
         known = _identity(config), shards
         if known not in self._traced:
@@ -172,26 +172,26 @@ class Planner:
 
 
 def check(planner: Planner) -> None:
-    """Says what a device needs and has; raises UserError with what would fit where the one is more than the other.
+    """Prints the memory that a device needs and has; raises UserError, with settings that fit, if it needs too much.
 
-    `config.train.memory_check` False only says it.
+    If `config.train.memory_check` is False it only prints.
     """
     need, has = planner.estimate(), planner.has
     if has is None:
-        say(f"memory a device: {need}; what it has is not known")
+        say(f"memory per device: {need}; how much a device has is not known")
         return
     if need.total <= has * (1 - MARGIN) or not planner.config.train.memory_check:
-        say(f"memory a device: {size_of(need.total)} of {size_of(has)} ({need.parts()})")
+        say(f"memory per device: {size_of(need.total)} of {size_of(has)} ({need.parts()})")
         return
     raise UserError(
-        f"training needs {need} of memory a device, and {jax.local_devices()[0].device_kind} has {size_of(has)}: "
-        f"{advice(planner, need, has * (1 - MARGIN))}; --config.train.memory_check=False tries all the same"
+        f"training needs {need} of memory per device, but {jax.local_devices()[0].device_kind} has {size_of(has)}: "
+        f"{advice(planner, need, has * (1 - MARGIN))}; --config.train.memory_check=False tries anyway"
     )
 
 
 @contextlib.contextmanager
 def explaining(planner: Planner | None) -> Iterator[None]:
-    """Inside it a device that runs out of memory raises UserError, with what would need less."""
+    """Inside, a device that runs out of memory raises UserError with settings that need less."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -206,7 +206,7 @@ def explaining(planner: Planner | None) -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What a device, or a compiler for TPUs, says that is needed and what there is; None for another error."""
+    """What a device, or a compiler for TPUs, says about needed and available memory; None for another error."""
     _, exhausted, said = str(error).partition("RESOURCE_EXHAUSTED:")
     if not exhausted:
         return None
@@ -215,10 +215,10 @@ def out_of_memory(error: Exception) -> str | None:
 
 
 def advice(planner: Planner, need: Estimate, limit: float) -> str:
-    """Flags that bring an estimate below `limit`, each with what it then is, as part of a sentence."""
+    """Flags that bring the estimate below `limit`, each with its new estimate, as part of a sentence."""
     found = fitting_settings(planner, need, limit)
     if not found:
-        return "no batch size, accumulation, remat, dtype or fsdp would do: take a smaller model or more devices"
+        return "no batch size, accumulation, remat, dtype or fsdp would fit: use a smaller model or more devices"
     ways = [
         f"{' '.join(f'--config.{name}={value}' for name, value in changes.items())} ({size_of(estimate.total)})"
         for changes, estimate in found
@@ -229,10 +229,10 @@ def advice(planner: Planner, need: Estimate, limit: float) -> str:
 def fitting_settings(
     planner: Planner, need: Estimate, limit: float
 ) -> list[tuple[dict[str, Any], Estimate]]:
-    """Changes of the config that need at most `limit`, cheapest first, with their estimates; empty when nothing does.
+    """Config changes that need at most `limit`, cheapest first, with their estimates; empty if there are none.
 
-    Each of remat, bfloat16, accumulation, fsdp and a smaller batch alone, where that is enough; else one combination:
-    they are added in this order until it is. Each answer is checked with an estimate of its own.
+    Each of remat, bfloat16, accumulation, fsdp and a smaller batch alone, if that is enough; otherwise one combination,
+    to which they are added in this order until it fits. Each answer is checked with an estimate of its own.
     """
     singles = [{"model.remat": "blocks"}, {"model.dtype": "bfloat16"}]
     singles = [c for c in singles if not _holds(planner.config, c) and planner.possible(c)]
@@ -270,16 +270,16 @@ def _batches(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
     return [(1 / 2**k, {"data.global_batch": rows // 2**k}) for k in range(1, rows.bit_length()) if rows % 2**k == 0]
 
 
-LADDERS = (_accumulations, _fsdps, _batches)  # (share of the need that is left to shrink, changes), mildest first
+LADDERS = (_accumulations, _fsdps, _batches)  # (remaining share of the need, changes), mildest first
 _Step = tuple[dict[str, Any], Estimate]
 
 
 def _first_that_fits(
     planner: Planner, given: dict[str, Any], ladder: Any, need: Estimate, limit: float
 ) -> tuple[_Step | None, _Step]:
-    """The mildest step of a ladder that fits on top of `given`, and what needs least: its last, or `given` itself.
+    """The mildest step of a ladder that fits on top of `given`, and the one that needs least: the last, or `given` itself.
 
-    Needs are nearly linear in the share of the rows, so most of the ladder is passed over without an estimate.
+    Memory is nearly linear in the share of the rows, so most of the ladder is skipped without an estimate.
     """
     steps = [(share, given | changes) for share, changes in ladder(planner)]
     steps = [(share, changes) for share, changes in steps if planner.possible(changes)]
@@ -300,7 +300,7 @@ def _first_that_fits(
 
 
 def abstract_batch(config: ml_collections.ConfigDict) -> Batch:
-    """Shapes and types of a whole batch."""
+    """The shapes and types of a whole batch."""
     rows, side, length = config.data.global_batch, config.model.image.size_px, config.model.text.max_tokens
     array = jax.ShapeDtypeStruct
     image, number = array((rows, side, side, 3), jnp.uint8), array((rows,), jnp.int32)
@@ -317,7 +317,7 @@ def _held(tree: Any, places: Any) -> int:
 def _splitter(
     config: ml_collections.ConfigDict, student: Any, places: Any, mesh: jax.sharding.Mesh, in_float32: bool | None
 ) -> Bytes:
-    """Bytes a device of what a step computes, by shape."""
+    """A function to the bytes per device of a value that a step computes, judged by its shape."""
     split = {}
     for leaf, place in zip(jax.tree.leaves(student), jax.tree.leaves(places), strict=True):
         split[leaf.shape] = math.prod(place.shard_shape(leaf.shape)) / math.prod(leaf.shape)
@@ -340,7 +340,7 @@ def _splitter(
 
 
 def _identity(config: ml_collections.ConfigDict) -> str:
-    """A config in all but its mesh."""
+    """Everything in a config except its mesh, as a key."""
     return repr(sorted((name, repr(part)) for name, part in config.to_dict().items() if name != "mesh"))
 
 

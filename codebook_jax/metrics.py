@@ -23,16 +23,16 @@ Scalar = int | float | str | None
 
 
 def say(text: str) -> None:
-    """Prints a sentence to the user, once a run: on process 0."""
+    """Prints a sentence to the user, on process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 class Metrics:
-    """The rows of `metrics.jsonl`, repeated to TensorBoard; other processes than 0 write nothing.
+    """The rows of `metrics.jsonl`, also written to TensorBoard; only process 0 writes.
 
-    Opening it at `step` cuts what a killed run wrote after the checkpoint of that step, so a resumed run leaves
-    the rows of an uninterrupted one; `redo_evaluation` cuts the evaluation of `step` too.
+    Opening it at `step` removes what a killed run wrote after the checkpoint of that step, so that a resumed run
+    leaves the same rows as an uninterrupted one; `redo_evaluation` removes the evaluation of `step` too.
     """
 
     def __init__(self, workdir: Path | str, *, step: int, redo_evaluation: bool = False) -> None:
@@ -54,7 +54,7 @@ class Metrics:
             self._events.close()
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Appends one row: Python or 0-d array values; what is not finite becomes null."""
+        """Appends one row of Python or 0-d array values; values that are not finite become null."""
         if self._file is None:
             return
         row = {name: _value(scalar) for name, scalar in scalars.items()}
@@ -65,14 +65,14 @@ class Metrics:
                 self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Puts every row on the disk, as a checkpoint that is about to be written supposes."""
+        """Writes every row to disk, which the next checkpoint relies on."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._events.flush()
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The complete rows of a metrics.jsonl, in order; what a killed process left half-written is passed over."""
+    """The complete rows of a metrics.jsonl, in order; rows that a killed process left half-written are skipped."""
     rows = []
     for line in Path(path).read_bytes().split(b"\n"):
         try:
@@ -99,16 +99,16 @@ class Clock:
         self._start, self._waited, self._paused, self._steps = time.monotonic(), 0.0, 0.0, 0
 
     def waited(self, seconds: float) -> None:
-        """One step's wait for its batch."""
+        """Adds one step's wait for its batch."""
         self._waited += seconds
         self._steps += 1
 
     def paused(self, seconds: float) -> None:
-        """Time that is not training's: saving, evaluating."""
+        """Adds time that is not spent on training: saving, evaluating."""
         self._paused += seconds
 
     def report(self, global_batch: int) -> dict[str, float]:
-        """`time/...` scalars of the steps since the last report, which it ends."""
+        """The `time/...` scalars of the steps since the last report; then starts again."""
         spent = max(time.monotonic() - self._start - self._paused, 1e-9)
         steps = max(self._steps, 1)
         row = {
@@ -121,7 +121,7 @@ class Clock:
 
 
 class ProgressReport:
-    """A bar with the time left on a terminal, a line every report elsewhere; nothing on other processes than 0."""
+    """On a terminal a bar with the time left, elsewhere a line per report; only process 0 shows anything."""
 
     def __init__(self, *, start: int, steps: int) -> None:
         self._steps, self._start, self._began = steps, start, time.monotonic()
@@ -143,7 +143,7 @@ class ProgressReport:
             self._bar.update(step)
 
     def report(self, step: int, row: Mapping[str, Scalar]) -> None:
-        """Shows a logged row: loss, pace, share of time that waits for data, time left."""
+        """Shows a logged row: loss, pace, share of the time spent waiting for data, time left."""
         if self._silent:
             return
         step_s = float(row["time/step_s"])

@@ -1,4 +1,4 @@
-"""The modes of the command in one table: the values of --mode, the help and the suggestions come from it."""
+"""The modes of the command in one table, which --mode, the help and the suggestions use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROGRAM = "codebook-jax"
 
 
 class Mode(NamedTuple):
-    """What a mode is for: its heading in the help, a sentence, and the flags of an example."""
+    """A mode: its heading in the help, what it does, and the flags of an example."""
 
     group: str
     does: str
@@ -21,49 +21,49 @@ class Mode(NamedTuple):
 MODES = {
     "train": Mode(
         "Train",
-        "trains, or goes on with the run in --workdir (the default mode)",
+        "trains, or continues the run in --workdir (the default mode)",
         "--config=configs/base.py:tiny --workdir=runs/first",
     ),
     "import": Mode(
         "Train",
-        "makes a run of pre-trained weights, to evaluate, export or train on",
+        "makes a run from pre-trained weights, to evaluate, export or train further",
         "--mode=import --config=configs/albef.py --config.init=model:ALBEF.pth --workdir=runs/albef",
     ),
     "eval": Mode(
         "Evaluate",
-        "retrieval of the best checkpoint on all test data: a table and eval.json",
+        "evaluates retrieval of the best checkpoint on all test data: a table and eval.json",
         "--mode=eval --workdir=runs/first",
     ),
     "report": Mode(
         "Evaluate",
-        "a page of the run: curves, what the model finds, the codebook, settings",
+        "writes a page about the run: curves, what the model finds, the codebook, settings",
         "--mode=report --workdir=runs/first",
     ),
     "export": Mode(
         "Use the weights",
-        "writes them for codebook_jax.load, Hugging Face or ALBEF",
+        "writes the weights for codebook_jax.load, Hugging Face or ALBEF",
         "--mode=export --workdir=runs/first",
     ),
     "check-data": Mode(
         "Look at data",
-        "what is unusable, repeated or leaked, before anything is trained",
+        "finds unusable, repeated and leaked pictures before you train",
         "--mode=check-data --config=configs/base.py --config.data.train=json:pairs.json --workdir=checks/pairs",
     ),
     "prepare": Mode(
         "Look at data",
-        "packs pairs into shards that are read fast",
+        "packs pairs into shards that are fast to read",
         "--mode=prepare --config=configs/base.py --config.prepare.source=json:pairs.json --workdir=packed/pairs",
     ),
     "plan": Mode(
         "Plan",
-        "what a training will need of memory and time on given chips, without them",
+        "estimates the memory and time of training on chips that you only name",
         "--mode=plan --config=configs/base.py:large --plan.chip=h200 --plan.devices=8",
     ),
 }
-USES = ("Evaluate", "Use the weights")  # groups of what a trained run is used for
-RENAMED = {"show": "report"}  # former names that are no mode any more
+USES = ("Evaluate", "Use the weights")  # groups of the modes that use a trained run
+RENAMED = {"show": "report"}  # former names of modes
 
-BEGIN = f"""begin with a small model on built-in pictures, and look at the other commands:
+BEGIN = f"""start with a small model on built-in pictures, or list the other commands:
   {PROGRAM} {MODES["train"].example}
   {PROGRAM} --help"""
 
@@ -74,16 +74,16 @@ def command_line(mode: str, workdir: object) -> str:
 
 
 def unknown(given: str) -> str:
-    """The sentence for a --mode that there is not."""
+    """The error message for an unknown --mode."""
     if (now := RENAMED.get(given)) in MODES:
         hint = f" ... it is now --mode={now}"
     else:
         hint = did_you_mean(given, MODES)
-    return f"--mode={given} is none of {', '.join(MODES)}{hint}"
+    return f"--mode={given} is not one of {', '.join(MODES)}{hint}"
 
 
 def help_text() -> str:
-    """The short help: what can be done, with an example of each."""
+    """The short help: every mode with an example."""
     lines = [
         f"{PROGRAM} --config=FILE[:SIZE] --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE ...]",
         "python -m codebook_jax.main does the same.",
@@ -98,8 +98,8 @@ def help_text() -> str:
         [
             *lines,
             "",
-            "SIZE is tiny, small, base, large or huge. Every FIELD, with its source, is in configs/base.py. A mode that uses",
-            "a trained run needs no --config. Exit codes: 0 done, 1 failed, 2 a mistake in what was given, 130 Ctrl-C.",
+            "SIZE is tiny, small, base, large or huge. configs/base.py lists every FIELD with its source. Modes that use a",
+            "trained run need no --config. Exit codes: 0 done, 1 failed, 2 user error, 130 Ctrl-C.",
             "--helpfull lists all flags.",
         ]
     )

@@ -1,4 +1,4 @@
-"""Whether there is a network to ask."""
+"""Whether the Hugging Face hub can be reached."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ HUB = "https://huggingface.co"  # unless HF_ENDPOINT names another
 
 
 def hub_reachable() -> bool:
-    """Whether the Hugging Face hub's name resolves. Its library would find out by 40 s of retries, each with a warning.
+    """Whether the Hugging Face hub's name resolves. Its library would need 40 s of retries, each with a warning.
 
-    Behind a proxy, which resolves names itself, it is taken to be.
+    Behind a proxy, which resolves names itself, the answer is always yes.
     """
     proxies = urllib.request.getproxies()
     if any(proxies.get(scheme) for scheme in ("http", "https", "all")):

@@ -11,7 +11,7 @@ import optax
 
 from codebook_jax.ambient import default_types
 
-# Decided by name, since stacked biases have two axes and more (ALBEF and timm decide by the number of axes).
+# Decided by name, since stacked biases have two or more axes (ALBEF and timm decide by the number of axes).
 NO_DECAY = re.compile(r"(^|/)(bias|scale|positions|temperature|codebook)(/|$)")
 
 
@@ -33,7 +33,7 @@ def adamw(
     eps: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW over the student's parameters, after clipping the global gradient norm where `clip_norm` > 0."""
+    """AdamW over the student's parameters, after clipping the global gradient norm if `clip_norm` > 0."""
     steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
     steps.append(optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed))
     chain = optax.chain(*steps)

@@ -1,4 +1,4 @@
-"""How masked words, and negatives for the matching, are drawn; `tasks/draws.py` makes a step's draws with it."""
+"""Drawing masked words, and negatives for matching; `tasks/draws.py` uses it for a step's draws."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from codebook_jax.losses import NEVER
 
 
 class MaskedText(NamedTuple):
-    """Texts with words hidden; `slots` is the fixed largest number of hidden words a text."""
+    """Texts with words hidden; `slots` is the fixed maximum of hidden words per text."""
 
     tokens: Int[Array, "texts tokens"]  # what the model reads
-    positions: Int[Array, "texts slots"]  # where the hidden words stand; 0 in a slot not used
-    words: Int[Array, "texts slots"]  # what stood there
+    positions: Int[Array, "texts slots"]  # of the hidden words; 0 in an unused slot
+    words: Int[Array, "texts slots"]  # the hidden words
     used: Bool[Array, "texts slots"]
 
 
@@ -31,9 +31,9 @@ def mask_words(
     mask_share: float,
     random_share: float,
 ) -> MaskedText:
-    """Hides each word with `probability`, never a special token, at most `slots` a text (excess stays, by lot).
+    """Hides each word with `probability`, never a special token, at most `slots` per text (a random excess stays).
 
-    A hidden word becomes [MASK] (`mask_share`), a random word that is not special (`random_share`), or stays.
+    A hidden word becomes [MASK] (`mask_share`), a random word that is not special (`random_share`), or stays as it is.
     Source: Devlin et al. 2019, 3.1. Departure: the fixed number of slots.
     """
     choose_key, lot_key, kind_key, word_key = jax.random.split(key, 4)
@@ -54,7 +54,7 @@ def mask_words(
         jnp.where(kind < mask_share + random_share, random_words, words),
     ).astype(tokens.dtype)
     row = jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
-    # Slots not used write past the end, which a scatter drops.
+    # Unused slots write past the end, which a scatter drops.
     where = jnp.where(used, positions, tokens.shape[1])
     return MaskedText(tokens.at[row, where].set(shown, mode="drop"), positions, words, used)
 
@@ -62,7 +62,7 @@ def mask_words(
 def may_be_negatives(
     image_id: Int[Array, "rows"], groups: int
 ) -> Bool[Array, "rows group"]:
-    """Which members of its group each row may be paired with as a negative: those of other images."""
+    """Which members of its group each row may take as a negative: those of other images."""
     ids = image_id.reshape(groups, -1)
     return (ids[:, :, None] != ids[:, None, :]).reshape(len(image_id), -1)
 
@@ -78,7 +78,7 @@ def draw_negatives(
 ) -> Int[Array, "rows"]:
     """For each row a member of its group, drawn in proportion to softmax(query . candidate / temperature).
 
-    Returns the place in the group; where none is allowed it means nothing. `noise` is Gumbel's: the largest
+    Returns the place in the group, which is meaningless if none is allowed. `noise` is Gumbel noise: the largest
     logit + noise is a draw from the softmax. No gradient passes. Source: Li et al. 2021, 3.2.
     """
     split = lambda x: x.reshape(groups, -1, x.shape[-1])  # noqa: E731

@@ -19,11 +19,11 @@ from codebook_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the batch is split over both together
-COPIES = ("teacher", "moments")  # the parts of a train state that have the student's names once more
+COPIES = ("teacher", "moments")  # the parts of a train state that repeat the student's names
 
-# What it is called when the table is printed, pattern, axes. First match wins; the same names stand in student, teacher and
-# optimizer moments, so one table shards them alike. The first axis of what is in `blocks` counts the layers. An axis
-# that does not divide is left whole.
+# Name in the printed table, pattern, axes. First match wins; student, teacher and optimizer moments have the same names,
+# so one table shards them alike. The first axis of everything in `blocks` counts the layers. An axis that does not divide
+# evenly is not split.
 TABLE: tuple[tuple[str, str, P], ...] = (
     ("attention", r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor", None)),
     ("attention", r"blocks/.*(qkv|key_value)/bias$", P(None, None, "tensor", None)),
@@ -48,8 +48,8 @@ def make_mesh(
 ) -> Mesh:
     """The mesh over all devices, or those given; one of the three sizes may be -1 and takes what the others leave.
 
-    fsdp 0 is one that nobody has chosen (axes.py does): 1, or what the others leave where both are given. `slices`: see
-    slices.py. Raises UserError, with the numbers, for sizes that do not fit the devices.
+    fsdp 0 means not chosen yet (axes.py does that): 1, or what the others leave if both are given. `slices`: see
+    slices.py. Raises UserError, with the numbers, if the sizes do not fit the devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     devices = jax.devices() if devices is None else devices
@@ -59,7 +59,7 @@ def make_mesh(
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(
-            f"{given}: give whole numbers from 1, -1 for at most one of them, and 0 for fsdp alone"
+            f"{given}: give whole numbers from 1; at most one may be -1, and only fsdp may be 0"
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
@@ -70,7 +70,7 @@ def make_mesh(
             f"{given} does not fit {len(devices)} device{plural}: their product must be the number of devices"
         )
     shape = tuple(sizes.values())
-    # Auto axes: gathers and reshapes of the batch are the partitioner's to place.
+    # Auto axes: the partitioner places gathers and reshapes of the batch.
     types = (AxisType.Auto,) * len(AXES)
     placed = device_slices.arranged(shape, devices, slices)
     if placed is None:
@@ -89,13 +89,13 @@ def data_shards(mesh: Mesh) -> int:
 
 
 def possible_fsdp(mesh: Mesh) -> list[int]:
-    """What fsdp may be on as many data shards, smallest first."""
+    """The possible fsdp with the same number of data shards, smallest first."""
     shards = data_shards(mesh)
     return [size for size in range(1, shards + 1) if shards % size == 0]
 
 
 def fits(data: int, fsdp: int, tensor: int, *, slices: int = 0) -> bool:
-    """Whether a mesh of these sizes can be made of the devices there are."""
+    """Whether the available devices can form a mesh of these sizes."""
     try:
         make_mesh(data, fsdp, tensor, slices=slices)
     except UserError:
@@ -104,7 +104,7 @@ def fits(data: int, fsdp: int, tensor: int, *, slices: int = 0) -> bool:
 
 
 def check_batch(mesh: Mesh, global_batch: int, accumulation: int) -> None:
-    """Raises UserError when the batch does not split over the mesh and the passes."""
+    """Raises UserError if the batch does not split evenly over the mesh and the passes."""
     shards = data_shards(mesh)
     if global_batch % (shards * accumulation):
         nearest = max(1, round(global_batch / (shards * accumulation))) * shards * accumulation
@@ -116,22 +116,22 @@ def check_batch(mesh: Mesh, global_batch: int, accumulation: int) -> None:
 
 
 def check_groups(mesh: Mesh, global_batch: int, accumulation: int, groups: int) -> None:
-    """Raises UserError when a group of negatives would not be in one pass, or be one pair."""
+    """Raises UserError if a group of negatives would span several passes or hold a single pair."""
     shards = data_shards(mesh)
     if accumulation > 1 and groups % (shards * accumulation):
         raise UserError(
             f"config.optimizer.accumulation={accumulation} on {shards} data shards needs config.itm.groups to be a "
-            f"multiple of {shards * accumulation}, and it is {groups}: a group of negatives has to be in one pass"
+            f"multiple of {shards * accumulation}, but it is {groups}: a group of negatives must lie in one pass"
         )
     if global_batch // groups < 2:
         raise UserError(
-            f"config.itm.groups={groups} of config.data.global_batch={global_batch} leaves one pair a group, and so no "
+            f"config.itm.groups={groups} of config.data.global_batch={global_batch} leaves one pair per group and so no "
             "negatives: choose a larger batch or fewer groups"
         )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the batch axes, all else whole."""
+    """Rows split over the batch axes, everything else whole."""
     return NamedSharding(mesh, P(BATCH))
 
 
@@ -174,12 +174,12 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def _rule(name: str) -> tuple[str, P]:
-    """What the table calls a parameter, and the axes it has for it."""
+    """The table's name and axes for a parameter."""
     return next((group, spec) for group, pattern, spec in TABLE if re.search(pattern, name))
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every leaf with its name, such as student/towers/image/cls."""
+    """Every leaf of a tree with its name, such as student/towers/image/cls."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
@@ -195,10 +195,10 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
 
 
 def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> Any:
-    """Parameters as a layer uses them: whole over fsdp, which splits what is kept, not what is computed.
+    """Parameters as a layer uses them: whole over fsdp, which splits what is stored, not what is computed.
 
-    Of a tree of towers what stands in `blocks` is left alone: each block is gathered when it runs, `in_blocks`, without
-    its axis over the layers. Left to itself, XLA may gather the rows of the batch instead.
+    In a tree of towers, everything in `blocks` is left alone: each block is gathered when it runs (`in_blocks`), without
+    its axis over the layers. Without this, XLA may gather the rows of the batch instead.
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return parameters
@@ -218,7 +218,7 @@ def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> 
 
 
 def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """`x` with its first axis split as the batch's rows are, where it divides."""
+    """`x` with its first axis split like the batch's rows, if it divides evenly."""
     if mesh is None or x.shape[0] % data_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
@@ -247,18 +247,18 @@ def join_rows(parts: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 class Row(NamedTuple):
-    """A line of the printed table: arrays of a state that are called and split alike."""
+    """A line of the printed table: arrays of a state with the same name and split."""
 
     group: str
-    arrays: int  # of the student, or of what is no parameter
+    arrays: int  # how many: of the student, or not parameters
     largest: tuple[int, ...]  # shape of the largest of them
     spec: P  # its axes
-    own: int  # bytes a device: of the student, or of what is no parameter
-    copies: int  # bytes a device that teacher and moments add
+    own: int  # bytes per device of these arrays
+    copies: int  # bytes per device that teacher and moments add
 
 
 def table(abstract_state: Any, mesh: Mesh) -> list[Row]:
-    """Where the arrays of a train state are, most bytes first; all that is whole everywhere is one row, two with queues."""
+    """Where the arrays of a train state are, most bytes first; unsplit arrays form one row, with queues two."""
     rows: dict[tuple[str, frozenset[str]], Row] = {}
     for name, leaf in named(abstract_state):
         part = name.split("/")[0]
@@ -282,9 +282,9 @@ def table(abstract_state: Any, mesh: Mesh) -> list[Row]:
 
 
 def describe(abstract_state: Any, mesh: Mesh) -> str:
-    """The table as text: what is split how, and megabytes a device, with their sum."""
+    """The table as text: how each group is split, and megabytes per device with their sum."""
     rows = table(abstract_state, mesh)
-    lines = [("MB a device", "arrays", "largest", "split over", "itself", "its teacher, moments")]
+    lines = [("MB per device", "arrays", "largest", "split over", "itself", "its teacher, moments")]
     for row in rows:
         axes = [axis if axis is not None and mesh.shape[axis] > 1 else "-" for axis in row.spec]
         split = " x ".join(axes) if set(axes) - {"-"} else ""
@@ -297,7 +297,7 @@ def describe(abstract_state: Any, mesh: Mesh) -> str:
 
 
 def _columns(lines: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
-    """Lines of cells as text, each column as wide as it has to be; those of `right` end flush."""
+    """Lines of cells as aligned text; columns in `right` are right-aligned."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     text = []
     for line in lines:

@@ -1,9 +1,9 @@
-"""Devices in several slices, with a slower network between them: which place in the mesh each one gets.
+"""Devices in several slices, joined by a slower network: which place in the mesh each one gets.
 
-A slice is what `slice_index` of the devices says: a slice of a TPU pod, or a GPU host. The data axis is split over the
-slices first, because it sends least and waits least: the sum of the gradients, once a step. What is then left of the
-slices is split by fsdp, which gathers the parameters of every block; tensor, which adds up in every layer, never crosses
-from one slice to another.
+The devices' `slice_index` tells their slice: a slice of a TPU pod, or a GPU host. The data axis is split over the
+slices first, because it sends and waits least: it sums the gradients once per step. If slices remain, fsdp is split over
+them, which gathers the parameters of every block; tensor, which sums in every layer, never crosses from one slice to
+another.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from codebook_jax.errors import UserError
 
 
 def groups_of(devices: Sequence[Any], slices: int = 0) -> list[list[Any]]:
-    """The devices of each slice; `slices` 0: as they say themselves, a number: that many, in order if they say another.
+    """The devices of each slice; `slices` 0: as the devices report; a number: that many, in order if they report another.
 
-    Raises UserError when the slices are not of one size.
+    Raises UserError if the slices differ in size.
     """
     said = _said(devices)
     groups = [[device for device in devices if _slice_index(device) == index] for index in said]
@@ -30,21 +30,21 @@ def groups_of(devices: Sequence[Any], slices: int = 0) -> list[list[Any]]:
             plural = "s" if len(devices) != 1 else ""
             raise UserError(
                 f"config.mesh.slices={slices} does not split {len(devices)} device{plural} into equal parts: "
-                "give a divisor of their number, or 0 for what the devices say"
+                "give a divisor of their number, or 0 for what the devices report"
             )
         own = len(devices) // slices
         groups = [list(devices[start : start + own]) for start in range(0, len(devices), own)]
     counts = [len(group) for group in groups]
     if len(set(counts)) > 1:
         raise UserError(
-            f"the slices have {', '.join(map(str, counts))} devices: a mesh needs as many in each, "
-            "or --config.mesh.slices=1 to take all as one"
+            f"the slices have {', '.join(map(str, counts))} devices, but a mesh needs slices of equal size: "
+            "--config.mesh.slices=1 takes all devices as one slice"
         )
     return groups
 
 
 def across(sizes: Sequence[int], slices: int) -> tuple[int, int, int]:
-    """Over how many slices each axis of a mesh (data, fsdp, tensor) goes; raises UserError where tensor would have to."""
+    """How many slices each axis of a mesh (data, fsdp, tensor) spans; raises UserError if tensor would span several."""
     data, fsdp, tensor = sizes
     over_data = math.gcd(data, slices)
     over_fsdp = slices // over_data
@@ -52,14 +52,14 @@ def across(sizes: Sequence[int], slices: int) -> tuple[int, int, int]:
         own = math.prod(sizes) // slices
         raise UserError(
             f"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not a multiple of the {slices} slices of {own} "
-            f"devices, and config.mesh.tensor={tensor} has to stay inside one: give a tensor that divides {own}, or "
+            f"devices, and config.mesh.tensor={tensor} must stay inside one: give a tensor that divides {own}, or "
             "--config.mesh.slices=1 to take all devices as one slice"
         )
     return over_data, over_fsdp, 1
 
 
 def arranged(sizes: Sequence[int], devices: Sequence[Any], slices: int = 0) -> np.ndarray | None:
-    """The devices as an array of these sizes (data, fsdp, tensor); None for one slice, whose order is JAX's to choose."""
+    """The devices as an array of these sizes (data, fsdp, tensor); None for one slice, whose order JAX chooses."""
     groups = groups_of(devices, slices)
     said = len(_said(devices))
     if len(groups) == 1:

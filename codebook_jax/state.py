@@ -13,7 +13,7 @@ from codebook_jax.usage import Usage
 
 @flax.struct.dataclass
 class TrainState:
-    """One run's memory; randomness is not in it, since it follows from the seed and the step."""
+    """The state of one run; randomness is not part of it, since it follows from the seed and the step."""
 
     step: Int[Array, ""]  # steps done, skipped ones too: the position in the data
     student: Any  # parameters, float32; the optimizer changes them
@@ -21,5 +21,5 @@ class TrainState:
     moments: Any  # of the optimizer
     queue: Queue  # newest teacher features
     usage: Usage  # which codewords won lately
-    bad_in_row: Int[Array, ""]  # steps left out since the last good one, for not being finite
+    bad_in_row: Int[Array, ""]  # steps skipped since the last good one because they were not finite
     bad_total: Int[Array, ""]  # in all

@@ -29,12 +29,12 @@ def average(teacher: Any, student: Any, momentum: Float[Array, ""]) -> Any:
 
 @flax.struct.dataclass
 class Queue:
-    """The newest teacher features of both modalities, a ring; `enqueue` alone changes it."""
+    """The newest teacher features of both modalities, a ring; only `enqueue` changes it."""
 
     image: Float[Array, "queue dim"]
     text: Float[Array, "queue dim"]
     cursor: Int[Array, ""]  # where the next feature goes
-    filled: Int[Array, ""]  # how many there are
+    filled: Int[Array, ""]  # how many are filled
 
     @property
     def features(self) -> Pair:
@@ -42,7 +42,7 @@ class Queue:
 
     @property
     def valid(self) -> Bool[Array, "queue"]:
-        """Which places hold a feature yet."""
+        """Which places already hold a feature."""
         return jnp.arange(self.image.shape[0], dtype=jnp.int32) < self.filled
 
 
@@ -66,7 +66,7 @@ def enqueue(queue: Queue, features: Pair) -> Queue:
 
 
 def newest(queue: Queue, count: int) -> tuple[Pair, Bool[Array, "count"]]:
-    """The `count` newest features, and which of them there are yet."""
+    """The `count` newest features, and which of them exist already."""
     back = jnp.arange(count, dtype=jnp.int32)
     places = (queue.cursor - 1 - back) % queue.image.shape[0]
     return Pair(queue.image[places], queue.text[places]), back < queue.filled

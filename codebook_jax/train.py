@@ -1,4 +1,4 @@
-"""A run from start to end: build, restore, loop, log, evaluate, save. It knows no loss."""
+"""A run from start to end: build, restore, loop, log, evaluate, save. Knows nothing about losses."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ SCORE = "mean of the recalls of student/dual in validation"
 
 
 def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
-    """Trains as `config` says, going on from the newest checkpoint of `workdir` if it has one.
+    """Trains as `config` says, continuing from the newest checkpoint of `workdir` if it has one.
 
-    False when a signal ended it before its last step.
+    Returns False if a signal stopped it before its last step.
     """
     workdir = Path(workdir).absolute()
     build.check(config)
     with _own_checkpoints(config, workdir) as checkpoints, Interruption() as stop:
         saved = checkpoints.steps()
         peers.connected().compare(
-            "checkpoints", {"saved steps": saved}, "all hosts have to see one and the same workdir"
+            "checkpoints", {"saved steps": saved}, "all hosts must see the same workdir"
         )
         parts = build.build_training(config, workdir, steps_saved=saved)
         build.announce(parts)
@@ -56,7 +56,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
             restored = Restored(0, build.first_state(parts), {"unreadable": 0})
         else:
             say(resumption(restored, config.data.global_batch))
-        parts = parts._replace(start=None)  # gigabytes that are in the state by now
+        parts = parts._replace(start=None)  # gigabytes, now part of the state
         step = restored.step
         redo = step not in checkpoints.scores
         with (
@@ -77,7 +77,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
 
 
 class Run:
-    """A run in progress: its parts, its state, and the step that state has reached."""
+    """A run in progress: its parts, its state, and the step that the state has reached."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Run:
         )
         self.state, self.step = start.state, start.step
         self.agreement = Agreement(parts.mesh)
-        self.agreed = False  # a process was asked to stop, and all know it
+        self.agreed = False  # some process was asked to stop, and all of them know
         self.bad_in_row = 0
         self.warned_input_bound = False
         self.clock = Clock()
@@ -105,14 +105,14 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether to stop here; where there are several processes, all of them at the same step."""
+        """Whether to stop here; several processes all stop at the same step."""
         return self.stop.requested if self.agreement.alone else self.agreed
 
     def finish(self) -> None:
-        """Trains to the last step or a signal, and leaves the newest state saved and evaluated."""
+        """Trains until the last step or a signal; then saves and evaluates the newest state."""
         steps = self.config.train.steps
         if self.step >= steps:
-            say(f"step {self.step:,} of {steps:,} is reached: raise config.train.steps to go on")
+            say(f"step {self.step:,} of {steps:,} is already reached: raise config.train.steps to continue")
         elif self.step and self.evaluation_due() and self.step not in self.checkpoints.scores:
             self.evaluate()  # its first evaluation was cut short
         self.loop()
@@ -129,10 +129,10 @@ class Run:
             say(f"{newest} on {self.stop.name or 'a signal to another process'}")
 
     def loop(self) -> None:
-        """One step after another; the data's position is the step.
+        """Runs the steps; the step number is the position in the data.
 
-        Scalars are read one step late: the next batch is on its way to the device, and its step asked for, while the
-        step before it runs.
+        Scalars are read one step late, so that the next batch and its step are already queued while the previous step
+        runs.
         """
         pending = None
         with contextlib.ExitStack() as streams:
@@ -141,7 +141,7 @@ class Run:
                 batch = self.next_batch(batches)
                 if batch is None and self.agreement.alone:
                     break
-                if batch is None:  # the others count on this step: the same stream without workers
+                if batch is None:  # the other processes will run this step: read the same stream without workers
                     config = records.with_fields(self.config, {"data.workers": 0})
                     alike = build.batches(self.parts._replace(config=config), start_step=self.step)
                     batches = streams.enter_context(alike)
@@ -162,9 +162,9 @@ class Run:
             self.settle(pending)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None when its worker processes died of the signal that stops this run too.
+        """The next batch; None if its worker processes were killed by the signal that also stops this run.
 
-        One that does not come in `data.patience_s` ends the process, since whoever hangs there cannot be joined.
+        If it takes longer than `data.patience_s` the process exits, since a hanging reader cannot be joined.
         """
         began = time.monotonic()
         try:
@@ -182,7 +182,7 @@ class Run:
         return batch
 
     def give_up(self, stuck: Stuck) -> NoReturn:
-        """Saves what can be saved without the other processes, and ends."""
+        """Saves what can be saved without the other processes, and exits."""
         if self.agreement.alone and self.step not in self.checkpoints.steps():
             self.save()
         if self.agreement.alone:
@@ -194,7 +194,7 @@ class Run:
         end(sentence, 1)
 
     def settle(self, pending: _Pending | None) -> None:
-        """Reads a step's scalars: counts what was bad, logs what is due. Raises UserError when the run must stop."""
+        """Reads a step's scalars: counts bad steps and records, logs if due. Raises UserError if the run must stop."""
         if pending is None:
             return
         self.agreed |= bool(pending.tally.stop)
@@ -222,13 +222,13 @@ class Run:
             self.report_bad(pending.step, row["bad/terms"], examples)
 
     def report_bad(self, step: int, terms: str, examples: list[int]) -> None:
-        """Says which step was not finite; raises UserError when too many were in a row."""
+        """Prints which step was not finite; raises UserError after too many in a row."""
         most = self.config.optimizer.max_bad_steps
         some = ", ".join(str(example) for example in examples[:8])
         more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""
         say(
-            f"step {step:,} was left out: {terms} not finite; {self.bad_in_row} in a row, {most} end "
-            f"the run; its examples: {some}{more} (all in metrics.jsonl)"
+            f"step {step:,} was skipped: {terms} not finite; {self.bad_in_row} in a row, the run stops "
+            f"at {most}; its examples: {some}{more} (all in metrics.jsonl)"
         )
         if self.bad_in_row >= most:
             self.checkpoints.wait()
@@ -245,7 +245,7 @@ class Run:
             )
 
     def warn_if_input_bound(self, row: Mapping[str, Any]) -> None:
-        """Says once that the device waits for data."""
+        """Warns once if the device waits for data."""
         share = row["time/data_wait_share"]
         if share < INPUT_BOUND_SHARE or self.warned_input_bound or self.step < 2:
             return
@@ -253,7 +253,7 @@ class Run:
         data = self.config.data
         say(
             f"input-bound: {share:.0%} of the step time is spent waiting for data; raise config.data.threads "
-            f"(now {data.threads}) or config.data.workers (now {data.workers}), or pack the pictures smaller "
+            f"(now {data.threads}) or config.data.workers (now {data.workers}), or pack smaller pictures "
             "with --mode=prepare"
         )
 
@@ -262,7 +262,7 @@ class Run:
         return every > 0 and self.step % every == 0
 
     def save(self) -> None:
-        """Saves the state, unless its last steps were bad: a good checkpoint must not give way to it."""
+        """Saves the state unless its last steps were bad, so that it never replaces a good checkpoint."""
         if self.bad_in_row:
             say(
                 f"step {self.step:,} is not saved: the last {self.bad_in_row} steps were not finite"
@@ -275,7 +275,7 @@ class Run:
         self.clock.paused(time.monotonic() - began)
 
     def evaluate(self) -> None:
-        """Retrieval on the validation data; a signal cuts it short, and the next start takes it up again."""
+        """Retrieval on the validation data; a signal interrupts it, and the next start repeats it."""
         if self.bad_in_row:
             return
         began = time.monotonic()
@@ -298,11 +298,11 @@ class Run:
         say(
             f"validation at step {self.step:,}: R@1 of texts {row['eval/txt_r1']:.1f} %, of images "
             f"{row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %) on {counted(protocols['student/dual'])}"
-            + ("; the best so far" if best == self.step else f"; the best is that of step {best}")
+            + ("; the best so far" if best == self.step else f"; the best is still step {best}")
         )
 
     def interrupt(self, what: str, done: int, of: int) -> None:
-        """Between two batches of an evaluation: raises Interrupted on all processes when one is to stop."""
+        """Called between two batches of an evaluation: raises Interrupted on all processes if one was asked to stop."""
         self.agreed |= self.agreement.any(self.stop.requested)
         if self.agreed:
             raise Interrupted
@@ -319,17 +319,17 @@ class _Pending:
 
 
 def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
-    """Makes a run of the weights that config.init names, as its checkpoint of step 0: to evaluate, export or train on."""
+    """Makes a run whose checkpoint of step 0 holds the weights that config.init names."""
     workdir = Path(workdir).absolute()
     build.check(config)
     if not specs(config.init):
         raise UserError(
-            "config.init=random names no weights to import: give them, as --config.init=model:ALBEF.pth"
+            "config.init=random names no weights to import: give some, e.g. --config.init=model:ALBEF.pth"
         )
     with _own_checkpoints(config, workdir) as checkpoints:
         if saved := checkpoints.steps():
             raise UserError(
-                f"--workdir={workdir} holds a run already (step {saved[-1]:,}): give another one to import into"
+                f"--workdir={workdir} already holds a run (step {saved[-1]:,}): give another folder to import into"
             )
         parts = build.build_training(config, workdir, steps_saved=[], learns=False)
         build.announce(parts)
@@ -340,7 +340,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> No
 
 @contextlib.contextmanager
 def _own_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[Checkpoints]:
-    """The checkpoints of a workdir that only this run writes to; raises UserError if another does, or nobody can."""
+    """The checkpoints of a workdir owned by this run; raises UserError if another run owns it or it cannot be written."""
     records.check_outputs(workdir, (records.RECORD, FILE, BEST), (FOLDER, text.FOLDER))
     alone = owned(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone:
@@ -350,7 +350,7 @@ def _own_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Iterat
 
 
 def meta_of(parts: build.Parts, step: int, *, unreadable: int) -> dict[str, Any]:
-    """What is saved beside the state of `step`."""
+    """The metadata saved with the state of `step`."""
     return {
         "config": parts.config.to_dict(),
         "data_position": step * parts.config.data.global_batch,
@@ -365,11 +365,11 @@ def next_steps(step: int, workdir: Path) -> str:
     uses = [name for name, mode in modes.MODES.items() if mode.group in modes.USES]
     width = max(map(len, uses))
     lines = [f"  {name:{width}}  {modes.command_line(name, workdir)}" for name in uses]
-    return "\n".join([f"{workdir} holds the model of step {step:,}; what can be done with it:", *lines])
+    return "\n".join([f"{workdir} holds the model of step {step:,}; what you can do with it:", *lines])
 
 
 def resumption(restored: Restored, global_batch: int) -> str:
-    """The sentence on where a run goes on."""
+    """The sentence printed when a run resumes."""
     minutes = (time.time() - restored.meta["saved_at"]) / 60
     age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     return (
@@ -379,7 +379,7 @@ def resumption(restored: Restored, global_batch: int) -> str:
 
 
 def broken_terms(row: Mapping[str, Any]) -> list[str]:
-    """Names of the losses that are not finite; of the other scalars where every loss is finite."""
+    """Names of the losses that are not finite; if all of them are finite, of the other scalars that are not."""
     broken = [name for name, value in row.items() if not math.isfinite(value)]
     losses = [name for name in broken if name.startswith("loss/")]
     return losses or broken or ["the gradient"]

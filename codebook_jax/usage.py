@@ -1,4 +1,4 @@
-"""How codewords are used: what a plan says of a batch, and which won over a window of samples, kept in the train state.
+"""How codewords are used: by a batch's plan, and by the winners over a window of samples, kept in the train state.
 
 One batch says little: with fewer samples than codewords most must be unused (bshall/VectorQuantizedVAE#3).
 """
@@ -17,7 +17,7 @@ from codebook_jax.transport import column_error, row_error
 
 @flax.struct.dataclass
 class Usage:
-    """The codeword that won each of the newest samples of both modalities, a ring; -1 where there is none yet."""
+    """The codeword that won each of the newest samples of both modalities, a ring; -1 where nothing is stored yet."""
 
     winners: Int[Array, "2 window"]
     cursor: Int[Array, ""]
@@ -28,7 +28,7 @@ def empty_usage(window: int) -> Usage:
 
 
 def record(usage: Usage, winners: Int[Array, "2 batch"]) -> Usage:
-    """The window with one batch in place of its oldest samples; of a batch larger than it, the first samples."""
+    """The window with one batch in place of its oldest samples; of a batch larger than the window, its first samples."""
     window = usage.winners.shape[1]
     winners = winners[:, :window].astype(jnp.int32)
     places = (usage.cursor + jnp.arange(winners.shape[1], dtype=jnp.int32)) % window
@@ -52,7 +52,7 @@ def unused_if_uniform(samples: Int[Array, "*some"], codes: int) -> Float[Array, 
 
 
 def soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "2 batch codes"]:
-    """q = N T of the batch's rows: each sums to 1, but that of a row left out of the transport."""
+    """q = N T of the batch's rows: each sums to 1, except for a row left out of the transport."""
     rows = plan[:, :batch]
     mass = rows.sum(axis=-1, keepdims=True)
     return rows / jnp.where(mass > 0, mass, 1)
@@ -61,7 +61,7 @@ def soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "
 def codebook_scalars(
     usage: Usage, plan: Float[Array, "2 rows codes"], batch: int
 ) -> dict[str, Float[Array, ""]]:
-    """What is worth watching of the assignment; the plan's first `batch` rows are the batch's."""
+    """Metrics of the assignment; the plan's first `batch` rows are the batch's."""
     soft = soft_codes(plan, batch)
     perplexity, unused = perplexity_and_unused(usage, plan.shape[-1])
     valid = jnp.sum(plan, axis=-1) > 0

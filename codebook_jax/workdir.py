@@ -23,8 +23,8 @@ from codebook_jax.strict_json import parse_json
 
 RECORD = "config.json"
 
-# What another start of a run may change, first match wins: "free" changes how the run is computed or watched,
-# "fixed" would break the order of the data or the shapes of the state, all else changes what is learned.
+# What a restart may change, first match wins: "free" changes how the run is computed or watched, "fixed" would
+# break the order of the data or the shapes of the state, everything else changes what is learned.
 RULES = (
     ("free", "model.remat", "model.scan_unroll", "model.attention", "mesh.*", "log_every_steps"),
     ("free", "checkpoint.*", "evaluation.*", "optimizer.accumulation", "optimizer.max_bad_steps"),
@@ -51,7 +51,7 @@ TOKENIZER_FIELDS = (
     *("data.train", "data.tokenizer", "data.tokenizer_vocabulary", "init"),
     *("data.tokenizer_lowercase", "data.tokenizer_strip_accents"),
 )
-# Fields that runs of before have not, with the value that means what those did.
+# Fields that older runs lack, with the value that means what those runs did.
 LATER = {
     "init": "random",
     "init_allow_partial": False,
@@ -60,7 +60,7 @@ LATER = {
     "data.damaged_shards": "refuse",
     "data.patience_s": 600.0,
     "data.tokenizer_lowercase": True,
-    "data.tokenizer_strip_accents": False,  # theirs did: they keep it, and go on by the same command
+    "data.tokenizer_strip_accents": False,  # their tokenizers stripped accents and still do; the same command continues them
     "export.format": "codis",
     "model.image.mlp_width": 0,
     "model.text.mlp_width": 0,
@@ -87,7 +87,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[str]]:
-    """A text file, in UTF-8, that gets its name once it is written to its end; `errors` are those of `open`."""
+    """A UTF-8 text file that gets its name only once it is written completely; `errors` as in `open`."""
     path = Path(path)
     draft = _draft_of(path)
     with refused(path, *UNREACHABLE):
@@ -105,9 +105,9 @@ def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[st
 
 
 def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
-    """Raises UserError where one of these files and folders could not be written into `folder`; leaves nothing there.
+    """Raises UserError if one of these files and folders could not be written into `folder`; leaves nothing behind.
 
-    A mode calls it before it loads anything, so that no work is lost. `folder` need not exist.
+    Every mode calls it before it loads anything, so that no work is lost. `folder` need not exist.
     """
     with refused(folder):
         write_probe(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
@@ -116,7 +116,7 @@ def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str
         with refused(path):
             if path.exists() and path.is_dir() != (kind == "folder"):
                 raise UserError(
-                    f"{path} is no {kind}, and a {kind} of this name is to be written: move it away, or give another place"
+                    f"{path} is not a {kind}, and a {kind} of this name must be written: move it away, or give another place"
                 )
             if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -125,7 +125,7 @@ def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str
 
 
 def write_probe(folder: Path) -> None:
-    """Writes a small file into the folder, and removes it; raises OSError where that fails."""
+    """Writes a small file into the folder and removes it; raises OSError if that fails."""
     path = folder / f".writable-{secrets.token_hex(8)}"
     try:
         with open(path, "xb") as file:
@@ -142,19 +142,19 @@ def _draft_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def refused(path: Path, *but: int) -> Iterator[None]:
-    """Raises UserError in place of an OSError, but for those numbers and a full disk."""
+    """Raises UserError instead of an OSError, except for the error numbers in `but` and a full disk."""
     try:
         yield
     except OSError as error:
         if error.errno in (*FULL_DISK, *but):
             raise
         raise UserError(
-            f"{path} cannot be written ({error.strerror}): make that possible, or give another place"
+            f"{path} cannot be written ({error.strerror}): make it writable, or give another place"
         ) from error
 
 
 def code_digest() -> str:
-    """Of the package's own files: what two hosts compute alike, whatever git knows of it."""
+    """A digest of the package's own files: equal on hosts that run the same code, whatever git says."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -163,9 +163,9 @@ def code_digest() -> str:
 
 
 def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> list[str]:
-    """The names in a folder that a mode of another kind writes to, sorted; raises UserError where it holds other things.
+    """The sorted names in a folder that a mode without a run writes to; raises UserError if it holds anything else.
 
-    Hidden files are nobody's. `purpose` ends a sentence: "to pack into".
+    Hidden files are ignored. `purpose` ends the sentence, such as "to pack into".
     """
     with refused(workdir):
         if workdir.exists() and not workdir.is_dir():
@@ -211,9 +211,9 @@ def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
 def trained_config(
     workdir: Path | str, record: dict[str, Any], config: ml_collections.ConfigDict | None
 ) -> ml_collections.ConfigDict:
-    """The config to use a trained run with: the run's own, but where `config` changes how it is used.
+    """The config to use a trained run with: the run's own, except where `config` changes how it is used.
 
-    Raises UserError when `config` asks for another model than the run has.
+    Raises UserError if `config` asks for a different model.
     """
     trained = recorded_config(record)
     if config is None:
@@ -274,7 +274,7 @@ def check_restart(
 ) -> tuple[dict[str, Any], list[str]]:
     """The fields that changed since the last start ({name: [old, new]}) and a sentence on each.
 
-    Raises UserError naming every change that the run's checkpoints (before the first: its tokenizer) cannot bear.
+    Raises UserError naming every change that does not fit the run's checkpoints (before the first: its tokenizer).
     """
     changes = changed_fields(recorded_config(record).to_dict(), config.to_dict())
     versions = changed_fields({"versions": record["versions"]}, {"versions": package_versions()})
@@ -304,7 +304,7 @@ def check_restart(
         more = f", and {len(refused) - 8} more" if len(refused) > 8 else ""
         raise UserError(
             f"--workdir={workdir} holds a run that was started with other settings: "
-            f"{'; '.join(refused[:8])}{more}: give the old values to go on with it, or another --workdir"
+            f"{'; '.join(refused[:8])}{more}: give the old values to continue it, or another --workdir"
         )
     sentences += [f"{_change(name, *pair)}: results may differ" for name, pair in versions.items()]
     return changes | versions, sentences
@@ -345,7 +345,7 @@ def kind_of(name: str) -> str:
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
-    """{dotted name: [old, new]} of the fields in both that differ; fields of another version are passed over."""
+    """{dotted name: [old, new]} of the fields in both that differ; fields that only one of them has are ignored."""
     before, after = flat(json.loads(json.dumps(old))), flat(json.loads(json.dumps(new)))
     return {
         name: [before[name], after[name]]
@@ -355,7 +355,7 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[A
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python, of this package and of those it computes with."""
+    """Versions of Python, this package and the packages it computes with."""
     versions = {"python": platform.python_version()}
     for package in ("codebook_jax", *PACKAGES):
         try:
@@ -371,7 +371,7 @@ def git_commit() -> str | None:
     try:
         commit = _git(
             folder, "log", "-1", "--format=%H", "--", "."
-        )  # empty where git does not know the package
+        )  # empty if git does not track the package
         if not commit:
             return None
         head = _git(folder, "rev-parse", "HEAD")

@@ -40,24 +40,24 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, required=True, help="how many to start")
     parser.add_argument(
-        "--devices", type=int, default=0, help="virtual devices of each on a CPU; 0: those there are"
+        "--devices", type=int, default=0, help="virtual CPU devices per process; 0: the real devices"
     )
     parser.add_argument(
-        "--gpus", type=int, default=0, help="GPUs of this machine to divide among them; 0: each sees all"
+        "--gpus", type=int, default=0, help="GPUs of this machine to divide among the processes; 0: each sees all"
     )
-    parser.add_argument("--restarts", type=int, default=0, help="how often to start again after a failure")
-    parser.add_argument("--grace", type=float, default=60.0, help="seconds for the others after one failed")
-    parser.add_argument("--port", type=int, default=0, help="of process 0; 0: a free one")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what to start")
+    parser.add_argument("--restarts", type=int, default=0, help="how often to restart all after a failure")
+    parser.add_argument("--grace", type=float, default=60.0, help="seconds that the others have to exit after one failed")
+    parser.add_argument("--port", type=int, default=0, help="the port of process 0; 0: a free one")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: the command to start")
     options = parser.parse_args(argv)
     if options.command[:1] == ["--"]:
         del options.command[0]
     if not options.command:
-        parser.error("a command is missing: give it after --, as -- python -m codebook_jax.main --config=...")
+        parser.error("a command is missing: give it after --, e.g. -- python -m codebook_jax.main --config=...")
     if options.processes < 1:
         parser.error(f"--processes={options.processes}: give at least 1")
     if options.gpus % options.processes:
-        parser.error(f"--gpus={options.gpus} does not divide among --processes={options.processes}")
+        parser.error(f"--gpus={options.gpus} does not divide evenly among --processes={options.processes}")
     return options
 
 
@@ -70,7 +70,7 @@ class Group:
         self._running: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> int:
-        """Starts all, waits for all; the exit code of the first that failed, 0 when none did."""
+        """Starts all and waits for all; returns the exit code of the first that failed, or 0."""
         port = self.options.port or free_port()
         before = {
             number: signal.signal(number, self._pass_on)
@@ -93,7 +93,7 @@ class Group:
                         env={**os.environ, **told},
                         stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT,
-                        start_new_session=True,  # Ctrl-C would reach them twice, and a second one leaves unsaved
+                        start_new_session=True,  # else Ctrl-C reaches them twice, and the second exits without saving
                     )
                 )
             echoes = [
@@ -125,7 +125,7 @@ class Group:
                 break
             if until is not None and time.monotonic() > until:
                 grace = f"{self.options.grace:.0f} s"
-                _write(f"local.py: {len(alive)} did not end in {grace} and are killed\n".encode())
+                _write(f"local.py: {len(alive)} did not exit within {grace} and are killed\n".encode())
                 for process in alive:
                     process.kill()
                     process.wait()
@@ -142,7 +142,7 @@ class Group:
 def environment(
     own: int, processes: int, port: int, *, devices: int = 0, gpus: int = 0, flags: str = ""
 ) -> dict[str, str]:
-    """What process `own` is told of the run; `flags` are those that XLA has already."""
+    """The environment variables that tell process `own` about the run; `flags` are XLA's flags so far."""
     told = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(processes),
@@ -159,7 +159,7 @@ def environment(
 
 
 def free_port() -> int:
-    """One that nobody listens to on this machine just now."""
+    """A port that nobody on this machine is listening on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -171,7 +171,7 @@ def _echo(own: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def _write(line: bytes) -> None:
-    """Prints a line; once its reader is gone it goes nowhere, so that no process waits to be read."""
+    """Prints a line; once the reader is gone, output is dropped so that no process blocks."""
     try:
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()

@@ -11,27 +11,27 @@ usage() {
     cat <<'TEXT'
 bash launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION ...] [-- ARGUMENT OF codebook_jax.main ...]
 
-  run      requests the slice or takes the one of that name, installs, starts on all workers, shows the log of
-           worker 0 until the run ends. If the slice is preempted it is requested anew and the same command started
-           again, which goes on from the newest checkpoint. If the run is going on already, as after this command
-           was interrupted, it is only watched.
-  create   the slice and the installation alone
-  attach   shows the log of a run that goes on, and says how it ended; starts nothing
-  status   the state of the slice, and of the run on each worker
-  stop     has the run save and end; the slice stays, and costs
-  delete   the slice and its request
+  run      requests the slice (or uses the one of that name), installs, starts on all workers, and shows the log of
+           worker 0 until the run ends. If the slice is preempted, requests it again and starts the same command,
+           which continues from the newest checkpoint. If the run is still active, for example because this command
+           was interrupted, only watches it.
+  create   requests the slice and installs, but starts nothing
+  attach   shows the log of an active run, and how it ended; starts nothing
+  status   shows the state of the slice, and of the run on each worker
+  stop     makes the run save and exit; the slice stays and costs money
+  delete   deletes the slice and its request
 
-  --project=ID            of Google Cloud (else that of gcloud)
-  --type=TYPE             accelerator type, as v5litepod-16 (run, create)
-  --runtime=VERSION       software of the TPU machines, as v2-alpha-tpuv5-lite (run, create)
-  --spot                  a slice that costs less and may be taken away
-  --create-flag=FLAG      a further flag for `gcloud compute tpus queued-resources create`; may be repeated
-  --source=SOURCE         a checkout, or git+https://HOST/REPOSITORY[@REF] (the checkout of this script)
-  --mount=bucket:NAME     mounts a bucket by gcsfuse, or --mount=nfs:HOST:/SHARE an NFS share as Filestore's,
-  --mount-at=FOLDER       there, on all workers (/mnt/codebook): the place for --workdir
-  --max-restarts=N        how often a run that failed, other than by preemption, is started again (5)
+  --project=ID            Google Cloud project (default: gcloud's)
+  --type=TYPE             accelerator type, e.g. v5litepod-16 (run, create)
+  --runtime=VERSION       software of the TPU machines, e.g. v2-alpha-tpuv5-lite (run, create)
+  --spot                  a cheaper slice that may be preempted
+  --create-flag=FLAG      another flag for `gcloud compute tpus queued-resources create`; may be repeated
+  --source=SOURCE         a checkout, or git+https://HOST/REPOSITORY[@REF] (default: the checkout of this script)
+  --mount=bucket:NAME     mounts a bucket with gcsfuse; --mount=nfs:HOST:/SHARE mounts an NFS share, e.g. Filestore
+  --mount-at=FOLDER       where to mount it on all workers (default: /mnt/codebook); --workdir goes there
+  --max-restarts=N        how often to restart a failed run, not counting preemptions (default: 5)
   --delete-when-done      deletes the slice after the last step
-  --poll=SECONDS          between two looks at the slice (30)
+  --poll=SECONDS          seconds between two checks of the slice (default: 30)
   --dry-run               prints every command for a slice that does not exist yet, and runs none
 
   bash launch/tpu_pod.sh run --name=first --zone=us-west4-a --type=v5litepod-16 --runtime=v2-alpha-tpuv5-lite \
@@ -47,7 +47,7 @@ complain() {
 say() { [[ -n $DRY_RUN ]] || printf '%s: %s\n' "$NAME" "$1" >&2; }
 
 give_up() {
-    say "$1; the run may be going on: the same command watches it again"
+    say "$1; the run may still be active: the same command watches it again"
     exit 1
 }
 
@@ -121,7 +121,7 @@ await_slice() {
             SUSPENDED) delete_slice ;; # preempted; a request works only once
             FAILED)
                 tpus queued-resources describe "$NAME" >&2 || true
-                say "the request failed; after a look at why: bash launch/tpu_pod.sh delete --name=$NAME --zone=$ZONE"
+                say "the request failed for the reason above; then delete it: bash launch/tpu_pod.sh delete --name=$NAME --zone=$ZONE"
                 exit 1
                 ;;
             *) sleep "$POLL" ;;
@@ -217,15 +217,15 @@ conclude() {
     case $RUN in
         finished)
             say "the run has done its last step"
-            if [[ -n $DELETE_WHEN_DONE ]]; then delete_slice; else say "the slice is still there, and costs"; fi
+            if [[ -n $DELETE_WHEN_DONE ]]; then delete_slice; else say "the slice still exists and costs money"; fi
             exit 0
             ;;
         stopped)
-            say "the run was stopped (${STATES:-}); the same command goes on"
+            say "the run was stopped (${STATES:-}); the same command continues it"
             exit 0
             ;;
         mistake)
-            say "the run ended with a mistake (exit code $MISTAKE), told above"
+            say "the run ended with a user error (exit code $MISTAKE), shown above"
             exit "$MISTAKE"
             ;;
     esac
@@ -243,7 +243,7 @@ supervise() {
         fi
         away=0
         if [[ $RUN == running ]]; then
-            say "the run is going on already"
+            say "the run is already active"
             watch_run
         elif install && on_worker all start "$@"; then
             ASSUMED_RUN=finished
@@ -258,7 +258,7 @@ supervise() {
             restarts=$((restarts + 1))
             say "the run failed (${STATES:-}): restart $restarts of $MAX_RESTARTS"
         else
-            say "the run failed (${STATES:-}), and not for the first time: --max-restarts=$MAX_RESTARTS"
+            say "the run failed (${STATES:-}) and is not restarted again: --max-restarts=$MAX_RESTARTS"
             exit 1
         fi
         sleep "$POLL"
@@ -296,9 +296,9 @@ while (($#)); do
         --delete-when-done) DELETE_WHEN_DONE=yes ;;
         --poll=*) POLL=${1#*=} ;;
         --dry-run) DRY_RUN=yes ;;
-        -*) complain "there is no option $1: --help lists them, and what is for codebook_jax.main comes after --" ;;
+        -*) complain "there is no option $1: --help lists the options, and arguments of codebook_jax.main come after --" ;;
         *)
-            [[ -z $COMMAND ]] || complain "'$1' is one command too many after $COMMAND: give one"
+            [[ -z $COMMAND ]] || complain "'$1' is a second command after $COMMAND: give only one"
             COMMAND=$1
             ;;
     esac
@@ -310,30 +310,30 @@ case $COMMAND in
     '') complain "the command is missing: give one of run, create, attach, status, stop, delete" ;;
     *) complain "there is no command $COMMAND: give one of run, create, attach, status, stop, delete" ;;
 esac
-[[ $NAME =~ ^[a-z][a-z0-9-]*$ ]] || complain "--name=$NAME is not a name for a slice: give small letters, digits and hyphens, as --name=first"
-[[ -n $ZONE ]] || complain "--zone is missing: give the zone of the slice, as --zone=us-west4-a"
+[[ $NAME =~ ^[a-z][a-z0-9-]*$ ]] || complain "--name=$NAME is not a name for a slice: give lower-case letters, digits and hyphens, e.g. --name=first"
+[[ -n $ZONE ]] || complain "--zone is missing: give the zone of the slice, e.g. --zone=us-west4-a"
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || complain "--max-restarts=$MAX_RESTARTS is not a whole number"
 [[ $POLL =~ ^[0-9]+$ ]] || complain "--poll=$POLL is not a whole number of seconds"
 [[ $SOURCE == git+* || -e $SOURCE/codebook_jax/main.py ]] || complain "--source=$SOURCE is neither a checkout of codebook_jax nor git+https://..."
 [[ -z $MOUNT || $MOUNT == bucket:?* || $MOUNT == nfs:?*:/* ]] || complain "--mount=$MOUNT is neither bucket:NAME nor nfs:HOST:/SHARE"
 [[ $COMMAND == run || $# -le 1 ]] || complain "$COMMAND takes no arguments after --"
 if [[ $COMMAND == run || $COMMAND == create ]]; then
-    [[ -n $TYPE ]] || complain "--type is missing: give the accelerator type of the slice, as --type=v5litepod-16"
-    [[ -n $RUNTIME ]] || complain "--runtime is missing: give the software of its machines, as --runtime=v2-alpha-tpuv5-lite"
+    [[ -n $TYPE ]] || complain "--type is missing: give the accelerator type of the slice, e.g. --type=v5litepod-16"
+    [[ -n $RUNTIME ]] || complain "--runtime is missing: give the software of its machines, e.g. --runtime=v2-alpha-tpuv5-lite"
     ASSUMED=NONE ASSUMED_RUN=none
 fi
 if [[ $COMMAND == run ]]; then
-    [[ $# -gt 1 ]] || complain "the arguments of codebook_jax.main are missing: give them after --, as -- --config=configs/base.py --workdir=$MOUNT_AT/first"
+    [[ $# -gt 1 ]] || complain "the arguments of codebook_jax.main are missing: give them after --, e.g. -- --config=configs/base.py --workdir=$MOUNT_AT/first"
     shift # the --
     for argument; do
         case $argument in
             --workdir=/* | --workdir=*://*) ;; # main refuses the second kind and explains why
-            --workdir=*) complain "$argument would be a folder of each worker alone: give one that all share, as --workdir=$MOUNT_AT/first" ;;
-            --preempted_exit_code*) complain "$argument: this script sets that flag itself: leave it out" ;;
+            --workdir=*) complain "$argument would be a separate folder on each worker: give one that all share, e.g. --workdir=$MOUNT_AT/first" ;;
+            --preempted_exit_code*) complain "$argument is set by this script: leave it out" ;;
         esac
     done
 fi
-command -v gcloud >/dev/null || [[ -n $DRY_RUN ]] || complain "there is no gcloud here: install the Google Cloud CLI"
+command -v gcloud >/dev/null || [[ -n $DRY_RUN ]] || complain "gcloud was not found: install the Google Cloud CLI"
 
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
@@ -348,7 +348,7 @@ case $COMMAND in
     attach)
         watch_run
         conclude
-        say "the run is not going on: $RUN (${STATES:-})"
+        say "the run is not active: $RUN (${STATES:-})"
         exit 1
         ;;
     status)

@@ -19,7 +19,7 @@ readonly RUN=$HOME/codebook_run SELF=$HOME/tpu_worker.sh
 install() {
     local source=$1 python
     if is_running; then
-        echo "error: a run is going on here: stop it before installing anew" >&2
+        echo "error: a run is active here: stop it before installing again" >&2
         exit 1
     fi
     rm -rf "$RUN/checkout"
@@ -80,7 +80,7 @@ is_running() { [[ -e $RUN/pid && ! -e $RUN/code ]] && kill -0 "$(<"$RUN/pid")" 2
 
 start() {
     if is_running; then
-        echo "the run is going on already"
+        echo "the run is already active"
         return
     fi
     mkdir -p "$RUN"
@@ -137,7 +137,7 @@ case ${1:-} in
     install | start | run | state | follow | last | stop) "$@" ;;
     mount) mount_workdir "$2" "$3" ;;
     *)
-        echo "error: tpu_worker.sh does install, mount, start, state, follow, last or stop, not '${1:-}'" >&2
+        echo "error: '${1:-}' is not a command of tpu_worker.sh: give install, mount, start, state, follow, last or stop" >&2
         exit 2
         ;;
 esac

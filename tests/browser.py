@@ -1,4 +1,4 @@
-"""Opens a page in headless Chromium, runs a script in it, and tells what the script found and the browser complained of."""
+"""Opens a page in headless Chromium, runs a script in it, and returns its findings and the browser's complaints."""
 
 import json
 import re
@@ -43,7 +43,7 @@ CHARTS = """
 
 
 def look(page, script, tmp_path, width=1400):
-    """What `script` put into `found`, with the browser's complaints as "complaints"; skips where there is no Chromium."""
+    """What `script` put into `found`, with the browser's complaints as "complaints"; skips the test without Chromium."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here")
     # All within the load event, before which the page is not printed: microtasks, no timers.

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices stand for a pod slice; nothing reaches for the network."""
+"""Eight virtual CPU devices stand in for a pod slice; nothing uses the network."""
 
 import os
 import subprocess
@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-# Set before what follows: processes that run tests side by side inherit what the first of them makes of the environment.
+# Saved before the changes below: parallel test processes inherit the environment as the first one has changed it.
 GIVEN_XLA_FLAGS = os.environ.setdefault("XLA_FLAGS_BEFORE_TESTS", os.environ.get("XLA_FLAGS", ""))
 os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-LONGEST = "test_processes.py"  # of all files; begun last it would be run while the other process has nothing to do
+LONGEST = "test_processes.py"  # of all files; started last, it would run while the other process is idle
 
 
 def pytest_configure(config):
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def one_device_environment(tmp_path_factory):
-    """The environment of a small run in a process of its own: one device, and one folder of compiled programs."""
+    """The environment of a small run in its own process: one device, and a shared folder of compiled programs."""
     settings = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -34,7 +34,7 @@ def one_device_environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def programs_that_compile_fast():
-    """What XLA does to make a program fast is not looked at in a module that uses this."""
+    """Turns off XLA's optimizations, for modules that do not test speed."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
@@ -44,7 +44,7 @@ def programs_that_compile_fast():
 
 @pytest.fixture
 def one_device(one_device_environment, monkeypatch):
-    """In this process too a run takes one device, and the same folder of compiled programs."""
+    """Makes a run in this process use one device too, and the same folder of compiled programs."""
     import jax
     from jax.sharding import AxisType
 
@@ -69,7 +69,7 @@ def one_device(one_device_environment, monkeypatch):
 
 @pytest.fixture
 def world(monkeypatch):
-    """Of a run whose model is one weight: what a test may change, see one_weight.py."""
+    """What a test may change of a run whose model is a single weight; see one_weight.py."""
     from one_weight import make_world
 
     return make_world(monkeypatch)
@@ -77,7 +77,7 @@ def world(monkeypatch):
 
 @pytest.fixture(scope="session")
 def straight(one_device_environment, tmp_path_factory):
-    """Twenty steps of a small run without a stop, and what it printed. Copy it before changing it."""
+    """Twenty uninterrupted steps of a small run, and what it printed. Copy it before changing it."""
     from small_run import ROOT, command
 
     workdir = tmp_path_factory.mktemp("straight") / "run"

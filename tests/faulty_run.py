@@ -1,4 +1,4 @@
-"""The command, with a fault put into a process of the run: what tests and benchmarks/faults.py start.
+"""The command with a fault injected into a process of the run; used by tests and benchmarks/faults.py.
 
 FAULT in the environment is `KIND:PROCESS:STEP` (PROCESS * for all): before the batch after STEP the process is killed, loses a
 data worker (kill-worker), hangs (stop), does not get its batch (stuck) or fails (raise), from then on it is slow; its codebook is nan in
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def put(kind: str, step: int) -> None:
-    """Makes this process fail in its way, at the batch of `step`."""
+    """Injects this process's fault at the batch of `step`."""
     if kind == "none":
         return
     if kind == "clock":
@@ -68,7 +68,7 @@ def _act(kind: str, at: int, step: int) -> None:
 
 
 def _before_batches(act: Callable[[int], None]) -> None:
-    """`act` with the number of each batch before it is given out."""
+    """Calls `act` with the number of each batch before yielding it."""
     from codebook_jax import build
 
     real = build.batches
@@ -87,7 +87,7 @@ def _before_batches(act: Callable[[int], None]) -> None:
 
 
 def _poison(step: int) -> None:
-    """The codebook becomes NaN before a step, as a chip that miscomputes leaves it."""
+    """The codebook becomes NaN before a step, as if a chip had miscomputed."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""What the tests of the launchers share: stand-ins for gcloud, srun and others, that note what they are asked."""
+"""Shared by the launchers' tests: stand-ins for gcloud, srun and others that record their calls."""
 
 import os
 import subprocess
@@ -109,6 +109,6 @@ def launch(script, *words, world, **changes):
 
 
 def recorded(path):
-    """The arguments of each call that a stand-in has noted."""
+    """The arguments of each call that a stand-in recorded."""
     calls = path.read_text().split("\36\0")[:-1] if path.exists() else []
     return [call.split("\0")[:-1] for call in calls]

@@ -1,4 +1,4 @@
-"""A run whose model is one weight, in a world that a test may change."""
+"""A run whose model is a single weight, in a world that a test may change."""
 
 import contextlib
 import itertools

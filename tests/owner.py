@@ -1,7 +1,7 @@
-"""A process that owns a folder until its standard input ends: `owner.py FOLDER`, what tests start.
+"""A process, started by tests, that owns a folder until its standard input ends: `owner.py FOLDER`.
 
-In its environment HOST is the name of its machine, BOOT that of its kernel and PID_NAMESPACE that of its container; FORKS
-has it leave a child behind.
+The environment variables HOST, BOOT and PID_NAMESPACE name its machine, kernel and container; FORKS makes it leave a
+child behind.
 """
 
 import os

@@ -22,7 +22,7 @@ def unit(rows):
 
 
 def candidates(own, image_id, valid, same_image):
-    """Places in [batch ; queue] of all that stand in one query's softmax."""
+    """Places in [batch ; queue] of everything in one query's softmax."""
     ignore = {"ignore": True, "negative": False}[same_image]
     batch = [
         other
@@ -33,7 +33,7 @@ def candidates(own, image_id, valid, same_image):
 
 
 def alignment_targets(teacher, queue, valid, image_id, *, temperature, alpha, same_image="ignore"):
-    """y [query modality, candidates' modality, B, B + Q]: zero for what does not stand in the softmax."""
+    """y [query modality, candidates' modality, B, B + Q]: zero for what is not in the softmax."""
     targets = np.zeros((2, 2, len(image_id), len(image_id) + len(valid)))
     for query in MODALITIES:
         for key in MODALITIES:
@@ -111,7 +111,7 @@ def ipot_plan(cost, *, beta, iterations):
 
 
 def transport_plan(cost, *, solver, epsilon, iterations, ipot_beta):
-    """The plan of one modality by the solver that is named."""
+    """The plan of one modality by the named solver."""
     if solver == "sinkhorn":
         return sinkhorn_plan(cost, epsilon=epsilon, iterations=iterations)
     assert solver == "ipot"
@@ -192,7 +192,7 @@ def masked_words(logits, teacher_logits, words, used, *, alpha):
 
 
 class Said(NamedTuple):
-    """What the towers make of a batch; only `teacher` and `teacher_words` are the teacher's."""
+    """The towers' outputs for a batch; only `teacher` and `teacher_words` are the teacher's."""
 
     student: Any  # z_v, z_t
     teacher: Any  # z'_v, z'_t
@@ -202,7 +202,7 @@ class Said(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """What no gradient passes: fixed once, before anything is differentiated."""
+    """Values that pass no gradient: fixed once, before anything is differentiated."""
 
     alpha: float
     targets: Any  # y of the alignment
@@ -323,7 +323,7 @@ class Ring:
             self.written += 1
 
     def newest(self, count):
-        """Of both modalities the newest first, at most as many as there are."""
+        """The newest features of both modalities, newest first, at most as many as exist."""
         there = min(count, self.written, self.rows.shape[1])
         places = [(self.written - 1 - age) % self.rows.shape[1] for age in range(there)]
         return self.rows[:, places]

@@ -1,4 +1,4 @@
-"""A whole run, made small: one of its kind is trained once a test session (`straight`, in conftest.py)."""
+"""A whole small run: one of its kind is trained once per test session (`straight`, in conftest.py)."""
 
 import subprocess
 import sys
@@ -38,9 +38,9 @@ SMALL = {
 }
 
 def together(commands, environment, outputs=None, count=None):
-    """Processes of one run of `count` (as many as there are commands), each told of the others as launch/local.py does.
+    """Processes of one run of `count` (default: one per command), each told of the others as by launch/local.py.
 
-    What they say goes to the files of `outputs`, or to pipes.
+    Their output goes to the files `outputs`, or to pipes.
     """
     port, count = local.free_port(), count or len(commands)
     return [

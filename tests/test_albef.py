@@ -1,4 +1,4 @@
-"""The step as ALBEF's own PyTorch model takes it: the same weights, inputs, negatives and masks (tests/goldens/)."""
+"""The step against that of ALBEF's own PyTorch model: the same weights, inputs, negatives and masks (tests/goldens/)."""
 
 import json
 import runpy
@@ -81,7 +81,7 @@ def task(golden):
 
 @pytest.fixture(scope="module")
 def state(task, weights):
-    """The train state that the checkpoint fills; what ALBEF has not is fresh."""
+    """The train state filled from the checkpoint; what ALBEF lacks is fresh."""
     fresh = jax.device_get(task.init_state(0))
     shapes = {name: leaf.shape for name, leaf in sharding.named(fresh)}
     depth = task.config.model.text.depth
@@ -119,7 +119,7 @@ def inputs(golden):
 
 @pytest.fixture(scope="module")
 def stepped(task, averaged, inputs):
-    """One step of the task, with its gradient where the moments were."""
+    """One step of the task, with its gradient in place of the moments."""
     before = averaged.replace(moments=averaged.student)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "draw_inputs", lambda *_: inputs)
@@ -132,7 +132,7 @@ def stepped(task, averaged, inputs):
 
 @pytest.fixture(scope="module")
 def embedded(task, averaged, inputs):
-    """What student and teacher say of the batch before and in fusion."""
+    """The outputs of student and teacher for the batch before and in fusion."""
 
     def run(towers):
         towers = task.model.towers(towers)

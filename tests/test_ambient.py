@@ -1,4 +1,4 @@
-"""JAX's settings change nothing of a run: not its draws, types, checkpoints or exports, nor what an export computes."""
+"""JAX's settings change nothing in a run: not its draws, types, checkpoints or exports, nor what an export computes."""
 
 import runpy
 import shutil
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 
 @pytest.fixture
 def set_to():
-    """A function that sets JAX's settings to some; they are as they were after the test."""
+    """A function that changes JAX's settings; they are restored after the test."""
     before = {name: getattr(jax.config, name) for name in OTHERS}
 
     def change(settings):
@@ -46,7 +46,7 @@ def set_to():
 
 
 def types_in(jaxpr):
-    """The types of all that a program computes."""
+    """The types of everything that a program computes."""
     found = set()
     for equation in jaxpr.eqns:
         found |= {str(value.aval.dtype) for value in equation.outvars if hasattr(value.aval, "dtype")}

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, complete or absent, kept by rule, and said when something is wrong with one."""
+"""Checkpoints: exact, complete or absent, kept by rule, and reported when damaged."""
 
 import json
 import math
@@ -188,12 +188,12 @@ def test_another_shape_is_refused_by_name_instead_of_padded(tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         with pytest.raises(
             UserError,
-            match=r"towers/image/blocks is float32\[3, 7, 5\] in it and float32\[3, 8, 5\]",
+            match=r"towers/image/blocks is float32\[3, 7, 5\] .* float32\[3, 8, 5\]",
         ):
             checkpoints.restore_newest(abstract(state_of(0, width=8)))
         other = abstract(state_of(0))
         other.student["extra"] = other.student.pop("temperature")
-        with pytest.raises(UserError, match="student/extra is not there in it and float32"):
+        with pytest.raises(UserError, match="student/extra is missing .* float32"):
             checkpoints.restore_newest(other)
         assert checkpoints.steps() == [1]  # a config's mistake is no damage
 
@@ -209,7 +209,7 @@ def test_the_student_can_be_read_alone(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB; skips where one cannot be mounted."""
+    """A file system of 3 MB; skips the test if it cannot be mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]

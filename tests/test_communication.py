@@ -1,4 +1,4 @@
-"""What the training step sends between devices, held to a bound in closed form: a gather that slips in fails here.
+"""What the training step sends between devices, against a bound in closed form: an unintended gather fails here.
 
 The real step is compiled on three meshes; `plan/hlo.py` (tested in test_plan.py) reads what it sends.
 """
@@ -81,7 +81,7 @@ def is_split(name, leaf):
 
 
 def rows_carried(sent):
-    """Collectives between data shards that hold states of tokens or patches, told by the length of two axes."""
+    """Collectives between data shards that carry states of tokens or patches, recognised by the length of two axes."""
     counts = (TOKENS, PATCHES, TEXT)
 
     def states(array):
@@ -105,7 +105,7 @@ def of_part(sent, name):
 
 
 def compiled(function, mesh, *arguments):
-    """What a function of arrays, their first axis over rows split over the data shards, sends."""
+    """What a function sends whose arrays have their rows (first axis) split over the data shards."""
     text = jax.jit(function).lower(*arguments).compile(compiler_options=QUICK).as_text()
     return SimpleNamespace(mesh=dict(mesh.shape), found=hlo.collectives(text), student={})
 
@@ -135,18 +135,18 @@ def test_copies_of_the_parameters_are_never_gathered(by_data):
 
 
 def transport_bytes():
-    """A maximum and a sum for each codeword, of both modalities, an iteration."""
+    """A maximum and a sum per codeword and iteration, for both modalities."""
     return ITERATIONS * 2 * (2 * CODES * 4)
 
 
 def gradient_bytes(sent):
-    """Each parameter once; twice what is used twice: words, read and guessed, and what looks at own and other images."""
+    """Each parameter once, but twice if used twice: word embeddings, and the cross-attention to own and other images."""
     looks = parameter_bytes(sent, only=lambda name, leaf: "cross/query" in name or "cross/out" in name)
     return parameter_bytes(sent) + looks + WORDS * WIDTH * 4
 
 
 def vector_bytes():
-    """Sums of the report, one number a codeword or fewer; of the losses, some for each pair, and at most its features."""
+    """Sums of the metrics, at most one number per codeword; and of the losses, some per pair, at most its features."""
     return 4 * (2 * DIM + 4 * CODES + 128) + 4 * ROWS * (2 * 2 * DIM + 20)
 
 

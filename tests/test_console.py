@@ -1,4 +1,4 @@
-"""What cannot be printed costs nothing, and Ctrl-C is one sentence; in processes of their own."""
+"""Output that cannot be printed does no harm, and Ctrl-C prints one sentence; tested in separate processes."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Starting a run on Kubernetes: the JobSets, their placeholders filled in."""
+"""Starting a run on Kubernetes: the JobSets with their placeholders filled in."""
 
 import json
 import string
@@ -30,7 +30,7 @@ def jobsets():
 
 
 def lost(given, kept, place=""):
-    """The fields of one tree that another has not."""
+    """The fields of one tree that another lacks."""
     if isinstance(given, dict) and isinstance(kept, dict):
         return [f for k in given for f in lost(given[k], kept.get(k), f"{place}/{k}")]
     if isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):

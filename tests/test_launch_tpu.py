@@ -1,4 +1,4 @@
-"""Starting a run on a TPU slice, with a gcloud that has two folders for its workers."""
+"""Starting a run on a TPU slice, with a stand-in for gcloud whose workers are two folders."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def starts(world, worker):
 
 
 def actions(world):
-    """What gcloud was asked to do with slices, but for looking."""
+    """What gcloud was asked to do with slices, except describing them."""
     return [words[3] for words in recorded(world / "gcloud") if words[3] in ("create", "delete")]
 
 
@@ -98,7 +98,7 @@ def test_a_run_outlives_its_launcher_and_can_be_watched_and_stopped(world):
     stopped = pod("stop", world=world)
     assert stopped.returncode == 0 and "2 stopped 75" in stopped.stderr, stopped.stderr
     said = again.communicate(timeout=30)[0]
-    assert again.returncode == 0 and "going on already" in said and "was stopped" in said, said
+    assert again.returncode == 0 and "already active" in said and "was stopped" in said, said
     assert "step 1 on worker0" in said
     assert len(starts(world, "worker0")) == 1
 
@@ -138,7 +138,7 @@ def test_a_dry_run_shows_the_commands_of_a_real_one_and_runs_none(world):
     assert [words[0] for words in dry].count("tar") == 1
 
     def known(commands):
-        """Without what is another each time: the folder of the archive, and the number of the launcher."""
+        """The text without what differs each time: the archive's folder and the launcher's process number."""
         return [
             [re.sub(r"watcher\d+|^/.*/source.tar.gz", "", word) for word in words]
             for words in commands
@@ -187,7 +187,7 @@ def test_the_code_can_come_from_a_revision_of_a_repository(world):
         (["status", "--zone=a"], "--name="),
         (["status", *SLICE, "--", "--workdir=/a"], "no arguments"),
         (["stat", *SLICE], "no command stat"),
-        (["status", "stop", *SLICE], "one command too many"),
+        (["status", "stop", *SLICE], "'stop'"),
         (["status", *SLICE, "--spott"], "no option --spott"),
         (["status", *SLICE, "--poll=soon"], "--poll=soon"),
         (["create", *NEW, "--source=/tmp/nothing"], "neither a checkout"),

@@ -1,4 +1,4 @@
-"""A mistake on the command line is one sentence on stderr and exit code 2."""
+"""A user error on the command line is one sentence on stderr and exit code 2."""
 
 import configparser
 import errno
@@ -98,7 +98,7 @@ def test_a_trained_run_needs_no_config():
         ),
         (
             [CONFIG, WORKDIR, "--mode=trian"],
-            "--mode=trian is none of train, import, eval",
+            "--mode=trian is not one of train, import, eval",
         ),
         ([CONFIG, "--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
         ([CONFIG, WORKDIR, "seed=3"], "'seed=3' is not a flag"),

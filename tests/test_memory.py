@@ -1,4 +1,4 @@
-"""What a device needs: against XLA's own count, what changes it, and what a user is told."""
+"""The memory a device needs: against XLA's own count, what changes it, and what the user reads."""
 
 import re
 
@@ -41,7 +41,7 @@ def need():
 
 
 def assigned_by_xla(changes=None):
-    """Memory of the compiled step on a device: what it is given and gives back, and what it needs in between."""
+    """Memory of the compiled step on a device: its arguments and results, and its temporaries."""
     config, mesh = planner_of(changes).with_changes({})
     task = pretrain.create(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)), mesh)
     lowered = task.step.trace(task.abstract_state(), memory.abstract_batch(config)).lower()

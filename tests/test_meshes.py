@@ -1,4 +1,4 @@
-"""Two steps on every kind of mesh, in one pass and in two, are those of one device: scalars, gradient, parameters."""
+"""Two steps on every kind of mesh, in one pass and in two, equal those of one device: scalars, gradient, parameters."""
 
 from types import SimpleNamespace
 

@@ -50,13 +50,13 @@ def built(**changes):
 
 @pytest.fixture(scope="module")
 def fresh():
-    """Parameters of the tiny size as a run starts with them."""
+    """The initial parameters of the tiny size."""
     return jax.jit(lambda key: codis.init_student(tiny(), WORDS, key))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def student(fresh):
-    """The same, every one moved off its start so that no bias is zero and no scale one."""
+    """The same, each moved off its initial value so that no bias is zero and no scale one."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: np.asarray(x) + rng.normal(size=x.shape).astype(np.float32) * 0.1, fresh

@@ -1,4 +1,4 @@
-"""Whether the hub can be asked, found out without asking it."""
+"""Whether the hub can be reached, without contacting it."""
 
 import socket
 
@@ -9,7 +9,7 @@ from codebook_jax import network
 
 @pytest.fixture
 def names(monkeypatch):
-    """Names that the resolver was asked for; it knows `known.example` alone."""
+    """Names that the resolver was asked for; it knows only `known.example`."""
     asked = []
 
     def getaddrinfo(host, port):

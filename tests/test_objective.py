@@ -26,7 +26,7 @@ SEEDS = range(4)
 
 @pytest.fixture(params=["float32", "float64"])
 def precision(request):
-    """The type our arrays have, and what its results may be off by."""
+    """The type of our arrays, and the tolerance of its results."""
     with jax.enable_x64(request.param == "float64"):
         yield SimpleNamespace(
             dtype=np.dtype(request.param), rtol={"float32": 1e-4, "float64": 1e-9}[request.param]
@@ -193,7 +193,7 @@ CHOICES = {
 
 
 def attention(query, key, value, *, key_value_seq_lengths=None, implementation=None):
-    """Softmax attention in the type of its arguments; that of jax.nn takes its softmax in float32, always."""
+    """Softmax attention in the type of its arguments; jax.nn's always computes the softmax in float32."""
     scores = jnp.einsum("bthd,bshd->bhts", query, key) / np.sqrt(query.shape[-1])
     if key_value_seq_lengths is not None:
         here = jnp.arange(key.shape[1]) < key_value_seq_lengths[:, None]
@@ -202,7 +202,7 @@ def attention(query, key, value, *, key_value_seq_lengths=None, implementation=N
 
 
 def step_in_float64(task):
-    """A state in the middle of a run and what it remembers, a batch, and its draws: noise alone chooses the negatives."""
+    """A state in the middle of a run, a batch, and its draws: only the noise chooses the negatives."""
     rng = np.random.default_rng(0)
 
     def random(path, leaf):
@@ -231,7 +231,7 @@ def step_in_float64(task):
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradient(task, state, inputs, image_id):
-    """The losses of a step, and the gradient of their sum, put together as the step does."""
+    """The losses of a step and the gradient of their sum, combined as in the step."""
     taught = task.passes.over(functools.partial(task.teach, state.teacher), inputs)
     (loss, scalars), gradient = task.passes.gradients(
         state.student,
@@ -254,7 +254,7 @@ def loss_and_gradient(task, state, inputs, image_id):
 
 
 def reference_of(task, state, ring, batch, inputs):
-    """The reference's losses as a function of the student alone: what `state.student` decides is decided for all."""
+    """The reference's losses as a function of the student only: choices made by `state.student` are fixed."""
     say = saying(task)
 
     def given(student):
@@ -274,7 +274,7 @@ def reference_of(task, state, ring, batch, inputs):
 
 
 def directions(student, gradient):
-    """Random ones of length one in all of the student and in each part, and single parameters of each part."""
+    """Random directions of length one in the whole student and in each part, and single parameters of each part."""
     rng = np.random.default_rng(0)
     names = [name for name, leaf in sharding.named(student) for _ in range(leaf.size)]
     part = np.array([next(p for p in PARTS if name.startswith(p)) for name in names])

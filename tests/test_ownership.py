@@ -1,4 +1,4 @@
-"""One process at a time owns a folder, wherever it runs, and one that is gone hinders nobody."""
+"""One process at a time owns a folder, wherever it runs, and a dead one blocks nobody."""
 
 import contextlib
 import errno
@@ -53,7 +53,7 @@ def quick(monkeypatch):
 
 
 def answer(process):
-    """What it comes to, and after how many seconds."""
+    """What the process ends up with, and after how many seconds."""
     began = time.monotonic()
     for line in process.stdout:
         if line.startswith(("owns", "refused")):

@@ -1,4 +1,4 @@
-"""Beside PyTorch itself, where it is installed (extra `parity`): it loads what we write and computes the same."""
+"""Against PyTorch itself, if installed (extra `parity`): it loads what we write and computes the same."""
 
 import shutil
 
@@ -63,7 +63,7 @@ def test_transformers_loads_our_export_whole_and_computes_our_states(exported):
 
 
 def written(model, folder, half):
-    """The model's folder: a .bin of torch, or safetensors in half precision, whose rounding the model then has too."""
+    """The model's folder: a .bin of torch, or safetensors in half precision, with the model rounded alike."""
     folder.mkdir()
     model.config.save_pretrained(folder)
     if half:

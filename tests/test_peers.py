@@ -1,4 +1,4 @@
-"""What processes compare and how they notice each other's end, with threads for processes and a dict for JAX's store."""
+"""What processes compare, and how they notice when another ends, with threads as processes and a dict as JAX's store."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ ends_in_a_thread = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThr
 
 
 class Store:
-    """The key-value store of JAX's coordinator, as far as it is used."""
+    """The parts of the key-value store of JAX's coordinator that are used."""
 
     def __init__(self, count):
         self.values, self.lock = {}, threading.Lock()
@@ -43,7 +43,7 @@ class Store:
 
 
 def together(count, act, **options):
-    """What `act` of each of `count` processes returned or raised."""
+    """What `act` returned or raised in each of `count` processes."""
     store, results = Store(count), [None] * count
 
     def one(own):
@@ -130,7 +130,7 @@ def test_clocks_that_are_apart_are_said(monkeypatch):
 
 
 class Ends:
-    """Where a process ended, in place of its end."""
+    """Records where a process would have exited."""
 
     def __init__(self):
         self.sentences = []

@@ -1,4 +1,4 @@
-"""One pre-training step: the same on every mesh and in every number of passes, and what it may and may not touch."""
+"""One pre-training step: the same on every mesh and with every number of passes, and what it may and may not change."""
 
 import functools
 import re
@@ -91,7 +91,7 @@ def one():
 
 @functools.cache
 def compiled_on(*sizes):
-    """The task on these devices and its step, compiled once for all who look at it."""
+    """The task on these devices and its step, compiled once for all tests."""
     task = task_on(*sizes)
     batch = sharding.put_batch(batch_of(0), task.mesh)
     return task, task.step.lower(task.abstract_state(), batch).compile()
@@ -123,7 +123,7 @@ def walk(task, first, batches):
 
 @pytest.fixture(scope="module")
 def five_others(one):
-    """Five more, of what the others leave out: images with several texts, some without a negative, other choices."""
+    """Five more, covering what the others leave out: images with several texts, some without a negative, other choices."""
     task = task_on(
         1,
         1,
@@ -188,7 +188,7 @@ def test_two_passes_are_one_pass(one, five):
 
 
 def moved_between_devices(text):
-    """Shapes of what a compiled program sends from device to device without adding it up."""
+    """Shapes of what a compiled program sends between devices without summing it."""
     moving = r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)(?:-start)?\((.*?)\)"
     return [
         tuple(int(size) for size in shape.split(",") if size)
@@ -229,7 +229,7 @@ def drawing(task):
 
 
 def saying(task):
-    """A program for what the towers make of a batch by themselves, every image with every text in a row of its own."""
+    """A program for the towers' outputs for a batch, with every pair of image and text in a separate row."""
 
     @jax.jit
     def say(student, teacher, batch, masked):
@@ -257,7 +257,7 @@ def saying(task):
 
 @pytest.fixture(scope="module")
 def said(one):
-    """What the towers say of a batch, and what its step draws, on the host."""
+    """The towers' outputs for a batch, and its step's draws, on the host."""
     say, draw = saying(one.task), drawing(one.task)
 
     def of(state, batch):

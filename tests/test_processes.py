@@ -1,7 +1,7 @@
-"""Two real processes over gloo, and runs that go on with other numbers of devices: beside one process that never stopped.
+"""Two real processes over gloo, and runs continued on other numbers of devices, against one process that never stopped.
 
-All have the same eight, four or two virtual devices on a mesh of data shards; the negatives of matching come from the
-same two groups, so what is learned does not depend on where.
+All have the same eight, four or two virtual devices on a mesh of data shards; matching draws its negatives from the
+same two groups, so the result does not depend on the split.
 """
 
 import os
@@ -35,7 +35,7 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 @pytest.fixture(scope="module")
 def environment(one_device_environment):
-    """As of a run in a process of its own, with `devices` virtual devices."""
+    """The environment of a run in its own process, with `devices` virtual devices."""
 
     def of(devices):
         flags = f"{one_device_environment['XLA_FLAGS']} {QUICK} --xla_force_host_platform_device_count={devices}"
@@ -57,14 +57,14 @@ def went(workdir, environment, fault=""):
 
 
 def both(workdir, environment, own=(), fault="none:0:0", **changes):
-    """Two processes of one run; the second is given `own` flags besides."""
+    """Two processes of one run; the second also gets the flags `own`."""
     first = command(workdir, **CHANGES | changes)
     told = {"FAULT": fault, "TF_CPP_MIN_LOG_LEVEL": "1"}
     return together([first, [*first, *own]], environment | told)
 
 
 def ends(processes, limit_s=120):
-    """Exit codes and what each said."""
+    """The exit codes and the output of each process."""
     said = [process.communicate(timeout=limit_s)[0] for process in processes]
     return [process.returncode for process in processes], said
 

@@ -1,4 +1,4 @@
-"""The page of a run: what it computes, that it needs nothing else, and that a browser shows it."""
+"""The page of a run: what it computes, that it is self-contained, and that a browser shows it."""
 
 import configparser
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_run import ROOT, SMALL, config_of
 
-from codebook_jax import main, report
+from codebook_jax import modes, report
 from codebook_jax.data.sources.record import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Features, Gallery
@@ -77,7 +77,7 @@ class Colours:
 
 
 def seen_of(pictures, *, images, codes):
-    """What is seen of random features, two captions a picture; the first caption is hostile."""
+    """The page's view of random features, with two captions per picture; the first caption is hostile."""
     rng = np.random.default_rng(0)
     words = ["red", "green", "blue", "ring", "star", "moon"]
     captions = [" ".join(rng.permutation(words)[:3]) for _ in range(2 * images)]
@@ -340,12 +340,12 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
     path.write_text('{"other/task": {"accuracy": 1}}')
     assert run.result(path, rows) is None and run.result(tmp_path / "none", rows_of(2)) is None
     path.write_text("[1")
-    with pytest.raises(UserError, match=r"eval\.json is not what --mode=eval writes"):
+    with pytest.raises(UserError, match=r"eval\.json .*--mode=eval"):
         run.result(path, rows)
 
 
 def test_the_mode_is_known_and_every_file_of_the_page_is_installed():
-    assert "report" in main.MODES and "show" not in main.MODES
+    assert "report" in modes.MODES and "show" not in modes.MODES
     folder = Path(report.__file__).parent
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

@@ -1,4 +1,4 @@
-"""End to end with the real model, made small: a run that was stopped leaves what a straight one leaves."""
+"""End to end with a small real model: a run that was stopped and continued leaves what an uninterrupted one leaves."""
 
 import json
 import os
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def went_on(workdir, environment, **changes):
-    """What the command says that goes on with a run, to its end, in a process of its own.
+    """The output of the command that continues a run to its end, in its own process.
 
-    One with other devices may sum the same numbers in another order.
+    With other devices it may sum the same numbers in another order.
     """
     done = subprocess.run(
         command(workdir, **changes), env=environment, capture_output=True, text=True, cwd=ROOT
@@ -61,7 +61,7 @@ def assert_same_run(workdir, other):
 
 
 def copy_of(straight, workdir, *, newest):
-    """A copy of the straight run as it was at the step `newest`, but for rows and scores after it."""
+    """A copy of the straight run as of step `newest`, with the later rows and scores still in it."""
     shutil.copytree(straight.workdir, workdir)
     for folder in (workdir / "checkpoints").iterdir():
         if int(folder.name) > newest:
@@ -217,7 +217,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_with_its_losses_and_saves_not
         UserError, match="3 steps in a row were not finite .*loss/codebook.*step 15 is untouched"
     ):
         train.fit(config_of(**{"optimizer.max_bad_steps": 3}), workdir)
-    assert "step 16 was left out: " in capsys.readouterr().out
+    assert "step 16 was skipped: " in capsys.readouterr().out
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == 15
 
 

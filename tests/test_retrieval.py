@@ -1,4 +1,4 @@
-"""Retrieval: recall against brute force and chance, re-ranking against an oracle, no number moved by padding."""
+"""Retrieval: recall against brute force and chance, re-ranking against an oracle, no number changed by padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from codebook_jax.evaluation.recall import chance_at_k, recall_at_k
 
 
 def gallery_ids(rng: np.random.Generator, images: int, most_texts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of shuffled images, and of the texts (1 to `most_texts` an image), in another order."""
+    """Ids of shuffled images, and of the texts (1 to `most_texts` per image) in another order."""
     image_ids = rng.permutation(10 * images)[:images]
     text_ids = np.repeat(image_ids, rng.integers(1, most_texts + 1, images))
     return image_ids, rng.permutation(text_ids)

@@ -1,4 +1,4 @@
-"""What a step draws, by counting: rates against their stated probabilities, choices against what is forbidden."""
+"""What a step draws, by counting: rates against the stated probabilities, and that forbidden choices never occur."""
 
 import jax
 import jax.numpy as jnp

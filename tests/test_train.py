@@ -1,4 +1,4 @@
-"""The loop, with a model of one weight: what is logged, saved, evaluated and counted."""
+"""The loop, with a one-weight model: what is logged, saved, evaluated and counted."""
 
 import contextlib
 import json
@@ -99,7 +99,8 @@ def test_a_run_goes_on_where_it_was_and_says_so(world, tmp_path, capsys):
     train.fit(config_of(), tmp_path)
     capsys.readouterr()
     train.fit(config_of(), tmp_path)
-    assert "step 12 of 12 is reached" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 12 of 12" in said and "raise config.train.steps" in said
     read = []
     world.before_batch = read.append
     train.fit(config_of(**{"train.steps": 14}), tmp_path)
@@ -122,7 +123,7 @@ def test_a_bad_step_is_reported_with_its_losses_and_examples(world, tmp_path, ca
     train.fit(config_of(), tmp_path)
     said = capsys.readouterr().out
     assert (
-        "step 5 was left out: loss/broken not finite; 1 in a row" in said
+        "step 5 was skipped: loss/broken not finite; 1 in a row" in said
         and "16, 17, 18, 19" in said
     )
     row = next(row for row in rows_of(tmp_path) if row["step"] == 5)

@@ -1,4 +1,4 @@
-"""How a run ends before its last step, with a model of one weight, and that the next start goes on from there."""
+"""How a run ends before its last step, with a one-weight model, and that the next start continues from there."""
 
 import os
 import signal

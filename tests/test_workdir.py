@@ -1,4 +1,4 @@
-"""What a run's folder remembers, and which changes a second start may bring."""
+"""What a run's folder records, and which changes a restart may make."""
 
 import json
 import os

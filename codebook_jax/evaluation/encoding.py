@@ -17,11 +17,11 @@ from codebook_jax.data.text import UNREAD, Tokenizer
 from codebook_jax.errors import UserError
 from codebook_jax.metrics import say
 
-Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, out of how many
 
 
 class Features(NamedTuple):
-    """What one pair of towers makes of a gallery: unit features, and for the matching their tokens."""
+    """One pair of towers' outputs for a gallery: unit features, and their tokens for matching."""
 
     image: Float[np.ndarray, "images dim"]
     text: Float[np.ndarray, "texts dim"]
@@ -30,7 +30,7 @@ class Features(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """The images that could be read, all their captions, and what each tower makes of them."""
+    """The images that could be read, all their captions, and each tower's outputs for them."""
 
     image_ids: Int[np.ndarray, "images"]
     text_image_ids: Int[np.ndarray, "texts"]
@@ -59,7 +59,7 @@ def encode_source(
     """The first `images` images of a source (0: all) and all their captions, through each of the `towers`.
 
     `with_tokens` names the towers whose tokens are kept too. Images that cannot be read are left out with their
-    captions, and said. Raises UserError when none can be read, or a feature is not finite.
+    captions and reported. Raises UserError if none can be read or a feature is not finite.
     """
     count = min(images, len(source)) if images else len(source)
     kept: list[tuple[int, Record]] = []
@@ -83,7 +83,7 @@ def encode_source(
     captions = [caption for record in records for caption in record.captions]
     tokens, lengths, truncated = tokenizer.encode(captions, max_tokens)
     if truncated:
-        say(f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens: their ends are left out")
+        say(f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens: their ends are cut off")
     features = {}
     for name, weights in towers.items():
         keep = name in with_tokens
@@ -105,7 +105,7 @@ def encode_source(
 def encode_image_rows(
     task: Any, towers: Any, images: UInt8[np.ndarray, "images side side 3"], rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Features and tokens of at most `rows` images, padded to exactly `rows`: the rows past the images say nothing."""
+    """Features and tokens of at most `rows` images, padded to exactly `rows`; ignore the rows past the images."""
     return task.encode_images(towers, sharding.to_device(padded(images, rows), task.mesh))
 
 
@@ -116,7 +116,7 @@ def encode_text_rows(
     lengths: Int[np.ndarray, "texts"],
     rows: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Features and states of at most `rows` texts, padded to exactly `rows`: the rows past the texts say nothing."""
+    """Features and states of at most `rows` texts, padded to exactly `rows`; ignore the rows past the texts."""
     placed = sharding.to_device(padded(tokens, rows), task.mesh), sharding.to_device(padded(lengths, rows), task.mesh)
     return task.encode_texts(towers, *placed)
 
@@ -177,7 +177,7 @@ def _encode_texts(
 def _read(
     source: Source, tokenizer: Tokenizer, count: int, rows: int, size_px: int, threads: int
 ) -> Iterator[Sequence[tuple[int, Record | None, Any]]]:
-    """Chunks of (position, record, image); for what cannot be read (position, None, why). Reads one chunk ahead."""
+    """Chunks of (position, record, image), or (position, None, why) if unreadable. Reads one chunk ahead."""
 
     def read(position: int) -> tuple[int, Record | None, Any]:
         try:
@@ -214,6 +214,6 @@ def _check_finite(name: str, features: Features) -> None:
         bad = int((~np.isfinite(array).all(axis=1)).sum())
         if bad:
             raise UserError(
-                f"the {name}'s features of {bad:,} of {len(array):,} {kind} are not finite, so they have no rank: "
+                f"the {name}'s features of {bad:,} of {len(array):,} {kind} are not finite and cannot be ranked: "
                 "the weights are broken, use an earlier checkpoint"
             )

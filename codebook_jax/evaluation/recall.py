@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 RANKS = (1, 5, 10)
-CELLS_AT_ONCE = 2**24  # of the score matrix that one pass compares: some 150 MB
+CELLS_AT_ONCE = 2**24  # of the score matrix compared in one pass: some 150 MB
 
 
 def recall_at_k(
@@ -20,7 +20,7 @@ def recall_at_k(
     """R@k of both directions in percent: `txt_r1` (an image finds a text), ..., `img_r1` (a text finds its image), ...
 
     An image finds a text when any text with its id is among the k highest. Equal scores are counted as if shuffled,
-    so scores that say nothing give chance. Raises ValueError for NaN scores and for a query that nothing matches.
+    so uninformative scores give chance. Raises ValueError for NaN scores and for a query without a match.
     """
     text_recall = recall_of_queries(scores, image_ids, text_image_ids, ks)
     image_recall = recall_of_queries(scores.T, text_image_ids, image_ids, ks)
@@ -44,7 +44,7 @@ def recall_of_queries(
         part = scores[start : start + rows]
         if np.isnan(part).any():
             bad = int(np.isnan(part).any(axis=1).sum())
-            raise ValueError(f"scores of {bad} of {len(part)} queries from {start} on hold NaN, which has no rank")
+            raise ValueError(f"scores of {bad} of {len(part)} queries from {start} on hold NaN, which cannot be ranked")
         matches = query_ids[start : start + rows, None] == candidate_ids[None, :]
         hits += _expected_hits(part, matches, ks).sum(axis=0)
     return 100 * hits / max(1, len(query_ids))
@@ -57,7 +57,7 @@ def chance_at_k(
 ) -> dict[str, float]:
     """Exact R@k of a random order, in percent: `txt_chance_r1`, ..., `img_chance_r1`, ..., and their mean `chance_r1`.
 
-    With several texts an image it is hypergeometric; with one text an image all three are k / images.
+    With several texts per image it is hypergeometric; with one text per image all three are k / images.
     """
     text_chance = _chance_of_queries(image_ids, text_image_ids, ks)
     image_chance = _chance_of_queries(text_image_ids, image_ids, ks)

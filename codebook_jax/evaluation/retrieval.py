@@ -1,4 +1,4 @@
-"""Zero-shot retrieval: the dual encoder's recall, and what re-ranking its best candidates by matching makes of it."""
+"""Zero-shot retrieval: the dual encoder's recall, and the recall after re-ranking its best candidates by matching."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Recalls in percent by protocol: `student/dual`, `teacher/dual` and, with `rerank`, `student/reranked`.
 
-    The first `images` images (0: all) and their captions are the gallery. Beside the recalls each protocol has its
+    The first `images` images (0: all) and their captions are the gallery. Besides the recalls each protocol has its
     chance levels, `images`, `images_listed` (of the source), `texts`, `left_out` (unreadable images), `truncated`
-    (captions) and `rerank_top_k` (0: not re-ranked). Raises UserError when no image can be read.
+    (captions) and `rerank_top_k` (0: not re-ranked). Raises UserError if no image can be read.
     """
     top_k = config.evaluation.rerank_top_k if rerank else 0
     images = min(images or len(source), len(source))
@@ -92,9 +92,9 @@ def evaluate(
 
 
 def images_to_evaluate(config: ml_collections.ConfigDict) -> int:
-    """Images of a validation during training (0: all): `evaluation.images`.
+    """How many images to validate on during training (0: all): `evaluation.images`.
 
-    -1 is 1 000, and 32 for a model above `tiny` on a CPU, where more would take an hour.
+    -1 means 1,000, but 32 for a model above `tiny` on a CPU, where more would take an hour.
     """
     if config.evaluation.images >= 0:
         return config.evaluation.images
@@ -112,7 +112,7 @@ def rerank_gallery(
     batch: int,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Recalls in percent after the `top_k` candidates of every query are put in the order of their matching logits.
+    """Recalls in percent after sorting the `top_k` candidates of every query by their matching logits.
 
     Pairs that are candidates in both directions are scored once (ALBEF scores them twice).
     """
@@ -147,7 +147,7 @@ def match_pairs(
 ) -> Float[np.ndarray, "pairs"]:
     """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends.
 
-    Pairs of one image stand in rows of TEXTS_A_ROW texts, so that its keys and values are projected once a row;
+    Pairs of one image form rows of TEXTS_A_ROW texts, so that its keys and values are projected once per row;
     every call has the same shape, with about as many text tokens as `batch` images have patches.
     """
     features = gallery.features["student"]
@@ -205,30 +205,30 @@ def promoted(
     chosen: Int[np.ndarray, "queries top_k"],
     values: Float[np.ndarray, "queries top_k"],
 ) -> Float[np.ndarray, "queries candidates"]:
-    """Scores in which the chosen candidates stand above all others, in the order of their values, ties kept.
+    """Scores in which the chosen candidates come before all others, in the order of their values, with ties kept.
 
-    The places of the values are added, not the values, so that nothing is rounded.
+    The ranks of the values are added, not the values, so that nothing is rounded.
     """
     order = np.argsort(values, axis=1)
     ordered = np.take_along_axis(values, order, axis=1)
     steps = np.diff(ordered, axis=1, prepend=ordered[:, :1]) > 0
     places = np.empty(values.shape, scores.dtype)
     np.put_along_axis(places, order, np.cumsum(steps, axis=1).astype(scores.dtype), axis=1)
-    places[np.isnan(values)] = np.nan  # so that recall refuses it
+    places[np.isnan(values)] = np.nan  # so that recall raises an error
     result = np.array(scores)
     np.put_along_axis(result, chosen, scores.max(axis=1, keepdims=True) + 1 + places, axis=1)
     return result
 
 
 def counted(values: Mapping[str, float]) -> str:
-    """How many images were evaluated, and of how many where they were cut: "1,000 of 5,000 images"."""
+    """How many images were evaluated, and out of how many if limited: "1,000 of 5,000 images"."""
     listed = values["images_listed"]
     cut = values["images"] + values["left_out"] < listed
     return f"{values['images']:,}" + f" of {listed:,}" * cut + " images"
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """How much was evaluated, the recalls of every protocol, and chance below them, for a terminal.
+    """A table for a terminal: how much was evaluated, the recalls of every protocol, and chance below them.
 
     Names the protocols that are no better than chance.
     """
@@ -243,7 +243,7 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
     for protocol, values in results.items():
         lines.append(f"{protocol:{width}}" + _cells({name: f"{values[name]:.2f}" for name in names}))
     lines.append(f"{'chance':{width}}" + _cells({name: f"{value:.2f}" for name, value in chance.items()}))
-    lines += [f"{protocol} is at chance" for protocol, values in results.items() if at_chance(values)]
+    lines += [f"{protocol} is no better than chance" for protocol, values in results.items() if at_chance(values)]
     return "\n".join(lines)
 
 

@@ -25,14 +25,14 @@ from codebook_jax.models.layers import (
 
 
 class Negatives(NamedTuple):
-    """Which image each row's last text looks at: the row's place in its group."""
+    """Which image the last text of each row attends to, by its place in the row's group."""
 
     row: Int[Array, "images"]  # 0 ... images / groups - 1
     groups: int
 
 
 class TextBlock(nnx.Module):
-    """Self-attention and feed-forward, each added to its input and then normalised."""
+    """Self-attention and feed-forward, each added to its input and normalised afterwards."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class TextBlock(nnx.Module):
 
 
 class FusionBlock(TextBlock):
-    """A text block that also looks at the image, before its feed-forward."""
+    """A text block that also attends to the image, before its feed-forward."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class FusionBlock(TextBlock):
     ) -> Float[Array, "images texts tokens width"]:
         key = keys_of(key, 3)
         images, texts, tokens, width = x.shape
-        # What does not look at the image sees plain rows of text.
+        # Everything but the cross-attention sees plain rows of text.
         rows = x.reshape(images * texts, tokens, width)
         attended = self.attention(rows, lengths.reshape(-1), implementation=compute.attention)
         rows = self.attention_norm(rows + dropout(attended, rate, _at(key, 0)))
@@ -119,9 +119,9 @@ class FusionBlock(TextBlock):
         *,
         compute: Compute,
     ) -> Float[Array, "images texts tokens width"]:
-        """Cross-attention of each row's texts to its image, of the last one to its negative image if there are any.
+        """Cross-attention of each row's texts to its image; with negatives, of the last text to its negative image.
 
-        Keys and values of an image are made once, and gathered for the negatives.
+        Keys and values of an image are computed once, and gathered for the negatives.
         """
         keys_values = self.cross.keys_values(image_tokens)
         own = x if negatives is None else x[:, :-1]
@@ -142,7 +142,7 @@ class FusionBlock(TextBlock):
 
 
 class TextEncoder(nnx.Module):
-    """BERT's embeddings and its first layers: tokens to one state each."""
+    """BERT's embeddings and first layers: one state per token."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class TextEncoder(nnx.Module):
         normal = nnx.initializers.truncated_normal(embedding_std)
         self.words = nnx.Param(normal(rngs.params(), (vocabulary_size, width), jnp.float32))
         self.positions = nnx.Param(normal(rngs.params(), (max_positions, width), jnp.float32))
-        self.segment = nnx.Param(normal(rngs.params(), (2, width), jnp.float32))  # row 0 is used, as ALBEF
+        self.segment = nnx.Param(normal(rngs.params(), (2, width), jnp.float32))  # row 0 is used, as in ALBEF
         self.norm = LayerNorm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
         self.blocks = stack(
             lambda r: TextBlock(
@@ -202,7 +202,7 @@ class TextEncoder(nnx.Module):
 
 
 class FusionEncoder(nnx.Module):
-    """BERT's last layers, which look at the image: text states to states of the pair (Duan et al. 2022, 3)."""
+    """BERT's last layers, which attend to the image: text states to states of the pair (Duan et al. 2022, 3)."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class FusionEncoder(nnx.Module):
     ) -> Float[Array, "images texts tokens width"]:
         """States of every pair of an image with one of its row's texts; token 0 stands for the pair.
 
-        With `negatives`, the last text of each row looks at its negative image instead.
+        With `negatives`, the last text of each row attends to its negative image instead.
         """
 
         def apply(block: FusionBlock, x: Array, key: Key[Array, ""] | None) -> Array:

@@ -1,4 +1,4 @@
-"""CODIS assembled: what has a teacher (`Towers`), and what only the student has.
+"""CODIS assembled: the parts that have a teacher (`Towers`), and those that only the student has.
 
 The student's parameters are {"towers", "matching", "codebook", "temperature"}, a nested dict of float32 arrays; the
 teacher's are a second tree like "towers". Both run through one graph definition, so nothing here holds state.
@@ -21,7 +21,7 @@ from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
 from codebook_jax.models.vit import VisionTransformer
 
-_TEXT_ONLY = ("depth", "max_positions", "value_std", "embedding_std")  # fields of the text encoder that fusion has no use for
+_TEXT_ONLY = ("depth", "max_positions", "value_std", "embedding_std")  # fields of the text encoder that fusion does not use
 
 
 class Towers(nnx.Module):
@@ -119,7 +119,7 @@ def init_student(
 
 
 def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
-    """Rows of length one, in at least float32; a row of zeros stays one, with a finite gradient."""
+    """Rows scaled to length one, in at least float32; a row of zeros stays zero, with a finite gradient."""
     x = x.astype(wide_enough(x.dtype))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 

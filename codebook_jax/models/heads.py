@@ -1,4 +1,4 @@
-"""What is put on top of the towers: words at masked positions, and whether a pair matches."""
+"""The heads on top of the towers: words at masked positions, and whether a pair matches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MATCH = 1  # the class of a matching pair (ALBEF)
 
 
 class MaskedWordHead(nnx.Module):
-    """BERT's: a transform, then the word embeddings themselves as the output layer, and a bias (Devlin et al., 2019)."""
+    """BERT's head: a transform, then the word embeddings as the output layer, and a bias (Devlin et al., 2019)."""
 
     def __init__(
         self, width: int, vocabulary_size: int, *, eps: float, std: float, dtype: Any, rngs: nnx.Rngs

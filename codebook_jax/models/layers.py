@@ -1,4 +1,4 @@
-"""What every tower is made of: dense layers, the feed-forward part, dropout, and blocks stacked for one scan."""
+"""The pieces of every tower: dense layers, the feed-forward part, dropout, and blocks stacked for one scan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Compute(NamedTuple):
 
     dtype: Any  # of matrix products; parameters, softmax and layer normalisation's sums stay float32
     remat: str  # what the backward pass recomputes: "none", whole "blocks", or all but matrix products ("dots")
-    unroll: int  # blocks a scan iteration holds, where nothing is recomputed
+    unroll: int  # blocks per scan iteration, if nothing is recomputed
     attention: str | None  # jax.nn.dot_product_attention's implementation
     mesh: jax.sharding.Mesh | None  # that parameters and rows are split over
 
@@ -35,7 +35,7 @@ class Dense(nnx.Module):
         inputs: int | tuple[int, ...],
         outputs: int | tuple[int, ...],
         *,
-        std: float | Float[Array, "*some"],  # one, or some that broadcast to the kernel
+        std: float | Float[Array, "*some"],  # a number, or an array that broadcasts to the kernel
         dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
@@ -59,7 +59,7 @@ class Dense(nnx.Module):
 def _product(
     rows: Float[Array, "rows inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "rows outputs"]:
-    """rows @ kernel, whose backward pass is spelt out: XLA's own transposes an operand on a CPU, at half the speed."""
+    """rows @ kernel with a written-out backward pass: on a CPU, XLA's own transposes an operand, at half the speed."""
     return rows @ kernel
 
 
@@ -78,9 +78,9 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def gelu(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
-    """The exact GELU, x times the normal distribution function, by erf as PyTorch's (jax.nn's erfc is slow on a CPU).
+    """The exact GELU, x times the normal distribution function, by erf as in PyTorch (jax.nn's erfc is slow on a CPU).
 
-    In bfloat16 1 + erf would lose all digits of a negative x: there it is computed in float32, by the upper tail.
+    In bfloat16, 1 + erf would lose all digits for negative x, so it is computed in float32 from the upper tail.
     """
     if x.dtype == jnp.bfloat16:
         return _gelu_of_bfloat16(x)
@@ -95,7 +95,7 @@ def _gelu_of_bfloat16(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
 
 
 def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    return _gelu_of_bfloat16(x), x  # all that the backward pass keeps
+    return _gelu_of_bfloat16(x), x  # all that the backward pass needs
 
 
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
@@ -108,8 +108,8 @@ def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
 
 _gelu_of_bfloat16.defvjp(_gelu_forward, _gelu_backward)
 
-# Abramowitz & Stegun 26.2.17 with one power more, and coefficients of our own that make the largest relative error
-# smallest over 0..16: 5e-6, a hundredth of what bfloat16 rounds.
+# Abramowitz & Stegun 26.2.17 with one more power, and coefficients of our own that minimise the largest relative error
+# over 0..16: 5e-6, a hundredth of bfloat16's rounding.
 _TAIL_SCALE = 0.31
 _TAIL = (0.12386133, 0.12043419, 0.13345889, 0.015689409, 0.18049944, -0.073945604)
 
@@ -124,7 +124,7 @@ def _upper_tail(x: Float[Array, "*some"]) -> tuple[Float[Array, "*some"], Float[
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalisation as BERT's and ViT's: the variance in two passes, in float32."""
+    """Layer normalisation as in BERT and ViT: the variance in two passes, in float32."""
 
     def __init__(self, width: int, *, eps: float, dtype: Any, rngs: nnx.Rngs) -> None:
         super().__init__(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
@@ -155,7 +155,7 @@ def dropout(x: Float[Array, "*some"], rate: float, key: Key[Array, ""] | None) -
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` blocks as one, every parameter with a leading axis over the blocks."""
+    """`depth` blocks as one module, whose parameters have a leading axis over the blocks."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
 
 
@@ -174,7 +174,7 @@ def scan(
         own = sharding.gathered(own, compute.mesh, in_blocks=True)
         return apply(nnx.merge(graph, nnx.State(own)), sharding.by_rows(x, compute.mesh), extra), None
 
-    unroll = 1  # XLA would merge what is computed again with the first time, were both in one iteration
+    unroll = 1  # with both in one iteration, XLA would merge the recomputation with the first computation
     if compute.remat == "blocks":
         body = jax.checkpoint(body, prevent_cse=False)
     elif compute.remat == "dots":

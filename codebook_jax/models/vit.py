@@ -56,7 +56,7 @@ class VisionTransformer(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ) -> None:
-        normal = nnx.initializers.truncated_normal(0.02)  # ViT's, whatever `init_std` the products have
+        normal = nnx.initializers.truncated_normal(0.02)  # ViT's, whatever `init_std` is
         patches = (size_px // patch_px) ** 2
         self.patch_px, self.compute = patch_px, compute
         self.patches = Dense(

@@ -1,8 +1,8 @@
 """`--mode=plan`: what a training run will need and where its time goes, before there are devices to run it on.
 
-`options.py` what is asked; `chips.py` what accelerators are given to do; `tpu.py` slices that libtpu compiles for; `hlo.py`
-what a compiled step sends; `operations.py` its operations by part; `timing.py` the step's bound; `report.py` how it is said;
-`foresight.py` all of it together.
+`options.py`: the flags; `chips.py`: what accelerators can do; `tpu.py`: slices that libtpu compiles for; `hlo.py`: what a
+compiled step sends; `operations.py`: its operations by part; `timing.py`: bounds on its time; `report.py`: the printed text;
+`foresight.py`: the whole plan.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from codebook_jax.workdir import check_outputs
 
 
 def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, Any]:
-    """Says what training with `config` on `options.devices` chips needs; its figures.
+    """Prints what training with `config` on `options.devices` chips needs; returns the figures.
 
-    Raises UserError for an unknown chip and for what does not fit together. JAX has to have that many devices:
-    `options.environment` before it is imported.
+    Raises UserError for an unknown chip or settings that do not fit together. JAX must have that many devices: set
+    `options.environment` before importing it.
     """
     if options.json:
         path = Path(options.json)

@@ -1,7 +1,7 @@
-"""What accelerators can do, each number from its maker's page; where the page leaves a choice, the smaller one.
+"""What accelerators can do, each number from its maker's page; if the page leaves a choice, the smaller one.
 
-Rates are a chip's, in bytes or operations a second; sizes are in bytes. Latencies are stated by no maker: they are ours, of
-the order that is measured with small all-reduces (NCCL's, and 1 us a hop on a torus).
+Rates are per chip, in bytes or operations per second; sizes are in bytes. No maker states latencies: ours are of the order
+measured with small all-reduces (NCCL's, and 1 us per hop on a torus).
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ class Chip(NamedTuple):
     """One kind of accelerator, and how its chips are joined."""
 
     name: str
-    peak: float  # operations a second of dense bfloat16 products
-    exact: float  # the same of float32 products with every bit
+    peak: float  # operations per second of dense bfloat16 products
+    exact: float  # the same for products in full float32
     memory: float
     memory_rate: float
     link_rate: float  # one way, all links of a chip together
     axes: int  # of the torus that links form in a slice; 0: a switch joins the chips of a node
-    wraps_from: int  # chips along an axis of the torus from which on its ends are joined
-    network_rate: float  # one way, of a chip's share in its host's network
-    domain: int  # chips that links join: those of a node; 0: those of a slice
-    link_latency: float  # seconds of a hop
+    wraps_from: int  # least chips along an axis of the torus for its ends to be joined
+    network_rate: float  # one way, a chip's share of its host's network
+    domain: int  # how many chips links join: those of a node; 0: those of a slice
+    link_latency: float  # seconds per hop
     network_latency: float
 
 
 # H100, H200: nvidia.com/en-us/data-center/h100, h200 (SXM; the tables' rates with sparsity, halved); float32 without
 # TensorFloat-32 67e12. NVLink 900 GB/s is both ways. Network: DGX H100/H200, eight 400 Gb/s ports for eight GPUs.
 # A100: the data sheet of the A100 80GB SXM, NVLink 600 GB/s both ways; DGX A100, eight 200 Gb/s ports.
-# TPUs: docs.cloud.google.com/tpu/docs/v4, v5p, v5e, v6e; a product with every bit of float32 is six of bfloat16
+# TPUs: docs.cloud.google.com/tpu/docs/v4, v5p, v5e, v6e; a product in full float32 takes six in bfloat16
 # (jax.lax.Precision.HIGHEST). ICI: half of "bidirectional bandwidth per chip"; v4: its "all-reduce bandwidth per pod" by
-# 4 096 chips. Network: v5p 50 Gb/s a chip; v5e two 100 Gb/s ports, v6e four 200 Gb/s ports for eight chips; v4 states
+# 4 096 chips. Network: v5p 50 Gb/s per chip; v5e two 100 Gb/s ports, v6e four 200 Gb/s ports for eight chips; v4 states
 # none: v5e's.
-# Ends of a torus's axis are joined from whole cubes of 4 x 4 x 4 (v4, v5p) or an axis of 16 (v5e, v6e) on.
+# The ends of a torus axis are joined in whole cubes of 4 x 4 x 4 (v4, v5p) or with 16 or more chips along it (v5e, v6e).
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -64,7 +64,7 @@ def chip_of(name: str) -> Chip:
 
 
 def torus(chips: int, axes: int) -> tuple[int, ...]:
-    """The most even sizes of a torus of so many chips, largest first: 256 in three axes are 8 x 8 x 4."""
+    """The most even sizes of a torus of this many chips, largest first: 256 on three axes are 8 x 8 x 4."""
     if axes == 1:
         return (chips,)
     near = chips ** (1 / axes)

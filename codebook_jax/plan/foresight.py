@@ -1,4 +1,4 @@
-"""A whole plan: the mesh, the memory, the real step compiled for virtual devices, and from it what bounds its time."""
+"""A whole plan: the mesh, the memory, the real step compiled for virtual devices, and the bounds on its time."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from codebook_jax.plan.timing import Joined
 from codebook_jax.pretrained.start import specs
 
 BERT_WORDS = 30_522
-# Collectives come from the partitioner, before what these leave out: making the program fast on a CPU.
+# Collectives come from the partitioner, which runs before the passes that these skip: those only speed up CPU programs.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # An update reads a parameter, its gradient, two moments and the teacher's, and writes all but the gradient.
 UPDATE_ACCESSES = 9
 
 
 class Step(NamedTuple):
-    """The step of a config on a mesh: nothing in it is an array."""
+    """The step of a config on a mesh; holds no arrays."""
 
     config: ml_collections.ConfigDict
     mesh: jax.sharding.Mesh
     traced: Any
-    parameters: int  # that are trained
+    parameters: int  # how many are trained
 
 
 def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, Any]:
-    """The figures of a plan, said and written to `options.json`. Raises UserError: see plan.plan."""
+    """Prints the figures of a plan, writes them to `options.json` and returns them. Raises UserError: see plan.plan."""
     chip = chip_of(options.chip)
     _check_options(options)
     described = tpu.devices(chip, options.devices) if options.compiler == "tpu" else None
@@ -70,7 +70,7 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
 
 
 class Assigned(NamedTuple):
-    """Bytes on a device that a compiled program is given and gives back, needs in between, and takes itself."""
+    """Bytes on a device: a compiled program's arguments and results, its temporaries, and the program itself."""
 
     held: int
     in_between: int
@@ -78,19 +78,19 @@ class Assigned(NamedTuple):
 
 
 def assigned_by_xla(compiled: Any) -> Assigned:
-    """What the compiler says that its program takes of a device's memory."""
+    """How much of a device's memory the compiler assigns to its program."""
     found = compiled.memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return Assigned(held, found.temp_size_in_bytes, found.generated_code_size_in_bytes)
 
 
 def _check_options(options: PlanOptions) -> None:
-    """Raises UserError where the devices are not this process's or do not make up the slices, or the file has no folder."""
+    """Raises UserError if the devices or slices do not fit, or if the file's folder does not exist."""
     if options.json and not Path(options.json).expanduser().absolute().parent.is_dir():
         raise UserError(f"--plan.json={options.json}: there is no folder {Path(options.json).parent}")
     if jax.device_count() != options.devices:
         raise UserError(
-            f"--plan.devices={options.devices} needs as many virtual devices, and this process has "
+            f"--plan.devices={options.devices} needs as many virtual devices, but this process has "
             f"{jax.device_count()}: start it as `python -m codebook_jax.main --mode=plan`"
         )
     if options.slices < 1 or options.devices % options.slices:
@@ -100,8 +100,8 @@ def _check_options(options: PlanOptions) -> None:
         )
     if options.compiler == "tpu" and options.slices > 1:
         raise UserError(
-            f"--plan.compiler=tpu plans for one slice, and --plan.slices={options.slices}: what libtpu has sent from one "
-            "slice to another is not read here; leave out one of the two flags"
+            f"--plan.compiler=tpu plans for one slice, but --plan.slices={options.slices} is given, and libtpu's traffic "
+            "between slices is not read here: leave out one of the two flags"
         )
 
 
@@ -116,13 +116,13 @@ def _plannable(config: ml_collections.ConfigDict, slices: int) -> ml_collections
 
 
 def _words(config: ml_collections.ConfigDict) -> int:
-    """Entries of the vocabulary: BERT's where a tokenizer or weights that bring one are named, else the most it may have."""
+    """The vocabulary's size: BERT's if a tokenizer, or weights that bring one, are named, otherwise the maximum."""
     given = config.data.tokenizer or {"text", "model"} & specs(config.init).keys()
     return BERT_WORDS if given else config.data.tokenizer_vocabulary
 
 
 def _by_fsdp(planner: memory.Planner) -> dict[str, int]:
-    """What a device would need with each possible fsdp on as many devices and data shards."""
+    """The memory per device for each possible fsdp on the same devices and data shards."""
     found = {}
     for size in sharding.possible_fsdp(planner.with_changes({})[1]):
         changes = {"mesh.data": -1, "mesh.fsdp": size}
@@ -132,7 +132,7 @@ def _by_fsdp(planner: memory.Planner) -> dict[str, int]:
 
 
 def _traced(planner: memory.Planner, described: list[Any] | None) -> Step:
-    """On the virtual devices, or on those that a compiler describes."""
+    """The step traced for the virtual devices, or for those that a compiler describes."""
     config, _ = planner.with_changes({})
     mesh = sharding.mesh_of(config.mesh, described)
     task = planner.create(config, planner.vocabulary, mesh)
@@ -142,7 +142,7 @@ def _traced(planner: memory.Planner, described: list[Any] | None) -> Step:
 
 
 def _compiled(planner: memory.Planner, step: Step, options: PlanOptions) -> Any:
-    """The step's program; raises UserError, with what would fit, where a compiler refuses it for want of memory."""
+    """The compiled step; raises UserError, with settings that would fit, if the compiler runs out of the chip's memory."""
     lowered = step.traced.lower()
     if options.compiler == "cpu":
         return lowered.compile(compiler_options=QUICK)
@@ -154,12 +154,12 @@ def _compiled(planner: memory.Planner, step: Step, options: PlanOptions) -> Any:
         need = planner.estimate()
         advice = memory.advice(planner, need, min(planner.has, need.total * memory.AGAIN))
         raise UserError(
-            f"the step does not fit, says the compiler for {options.chip} ({said}); it was estimated to need {need}: {advice}"
+            f"the compiler for {options.chip} reports that the step does not fit ({said}); the estimate was {need}: {advice}"
         ) from error
 
 
 def _moved(planner: memory.Planner, step: Step) -> dict[operations.Key, operations.Operations]:
-    """Bytes that a device moves in its memory, by part and pass."""
+    """The bytes that a device moves in its memory, by part and pass."""
     _, _, program = planner.traced_on_one_device(step.config, step.mesh)
     found = operations.count(program, lambda aval: math.prod(aval.shape) * aval.dtype.itemsize)
     own = {key: part.times(1 / step.mesh.shape["tensor"]) for key, part in found.items()}
@@ -170,7 +170,7 @@ def _moved(planner: memory.Planner, step: Step) -> dict[operations.Key, operatio
 
 def _memory_figures(planner: memory.Planner, compiled: Any, compiler: str) -> dict[str, Any]:
     need, limit = planner.estimate(), planner.has * (1 - memory.MARGIN)
-    fits = need.total <= limit or compiler == "tpu"  # which has found room for all
+    fits = need.total <= limit or compiler == "tpu"  # which refuses what does not fit
     ways = [] if fits else memory.fitting_settings(planner, need, limit)
     return {
         "need": {**need._asdict(), "total": need.total},
@@ -218,5 +218,5 @@ def _time_figures(
 
 
 def _least(times: timing.Times) -> float:
-    """Seconds that no step can be faster than: products at the peak, all that is sent sent meanwhile."""
+    """Seconds that no step can beat: products at the peak, and everything sent meanwhile."""
     return max(times.compute_at_peak, times.memory, times.communication)

@@ -1,8 +1,8 @@
 """The collectives of a compiled program, read from its text (`compiled.as_text()`): what is sent, how often, between whom.
 
-A collective in a loop counts as often as the loop turns, and of a conditional's branches the one that sends most counts.
-One that is started and awaited apart counts once; a TPU's program repeats it, with its channel, in every fusion that computes
-beside it. It also writes a reduce-scatter as a fusion of a sum and a slice.
+A collective in a loop counts once per iteration, and of a conditional only the branch that sends most counts. An
+asynchronous one (started here, awaited there) counts once, although a TPU's program repeats it, with its channel, in every
+fusion that overlaps with it. A TPU's program also writes a reduce-scatter as a fusion of a sum and a slice.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ class Array(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One collective of a program; sizes are a device's."""
+    """One collective of a program; sizes are per device."""
 
     kind: str
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
     groups: tuple[tuple[int, ...], ...]  # of devices by their place in the mesh; pairs (from, to) of a permutation
-    times: int  # that a step does it
-    where: str  # the operation it was made for, as JAX names it
-    channel: str = ""  # what tells it from all others of the program, where XLA gives it one
-    early: bool = False  # started before it is awaited, so that something may be computed beside it
+    times: int  # how often a step runs it
+    where: str  # the operation it belongs to, as JAX names it
+    channel: str = ""  # its unique number in the program, if XLA gives it one
+    early: bool = False  # started before it is awaited, so that it may overlap with computation
 
     @property
     def group_size(self) -> int:
-        """Devices that take part together."""
+        """The number of devices that take part together."""
         return max(map(len, self.groups), default=1)
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends each time, as a ring does it: the least there is for these kinds."""
+        """Bytes that a device sends each time, in a ring: the minimum for these kinds."""
         n = self.group_size
         given, made = (sum(array.bytes for array in arrays) for arrays in (self.operands, self.results))
         if n < 2:
@@ -82,7 +82,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective that a run of the program does, with how often."""
+    """Every collective that one run of the program executes, and how often."""
     program = _Program(text)
     return [found._replace(times=times) for found, times in program.walk(program.entry, 1) if times]
 
@@ -96,7 +96,7 @@ class _Instruction(NamedTuple):
 
 
 class _Program:
-    """Computations by name, each the lines of its instructions; only what may send something is read."""
+    """Computations by name, each a list of instruction lines; only instructions that may send are parsed."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, list[str]] = {}
@@ -116,7 +116,7 @@ class _Program:
         self.devices = int(devices.group(1)) if devices else 1
 
     def walk(self, name: str, times: int) -> Iterator[tuple[Collective, int]]:
-        """The collectives of a computation that is run so often, and of what it calls."""
+        """The collectives of a computation that is run `times` times, and of those it calls."""
         lines = self.computations.get(name.lstrip("%"), [])
         named: dict[str, str] = {}
         under_way: set[str] = set()
@@ -134,7 +134,7 @@ class _Program:
             elif opcode == "conditional":
                 branches = [list(self.walk(branch, times)) for branch in _called(instruction.line)]
                 yield from max(branches, key=lambda found: sum(c.sent * n for c, n in found), default=[])
-            elif opcode in ("call", "async-start"):  # what a reduction applies sends nothing
+            elif opcode in ("call", "async-start"):  # the function that a reduction applies sends nothing
                 for called in _called(instruction.line):
                     yield from self.walk(called, times)
             elif opcode == "fusion":
@@ -169,23 +169,23 @@ class _Program:
         )
 
     def _starts(self, fusion: str) -> bool:
-        """Whether a TPU starts here what other fusions of the same channel go on with."""
+        """Whether this fusion starts a collective that other fusions of the same channel continue."""
         return any('custom_call_target="AsyncCollectiveStart"' in line for line in self.computations.get(fusion, []))
 
     def _turns(self, loop: _Instruction) -> int:
-        """How often a loop turns, as XLA states it, else by the bound that its condition compares with."""
+        """How often a loop runs, as XLA states it, or else from the bound in its condition."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line)
         if known:
             return int(known.group(1))
         condition = "\n".join(self.computations.get(_attribute(loop.line, "condition"), []))
         bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", condition)
         if len(bounds) != 1:
-            raise ValueError(f"a loop does not say how often it turns: {loop.line.strip()[:200]}")
+            raise ValueError(f"a loop does not say how often it runs: {loop.line.strip()[:200]}")
         return int(bounds[0])
 
 
 def _read(line: str) -> _Instruction | None:
-    """The instruction of a line: its types stand before its opcode, its operands in the brackets after it."""
+    """The instruction of a line: its types come before its opcode, its operands in the brackets after it."""
     found = _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))
     if found is None:
         return None
@@ -210,7 +210,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, opened: int) -> int:
-    """Where the bracket that opens at `opened` closes."""
+    """The place where the bracket opened at `opened` closes."""
     depth = 0
     for place in range(opened, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -228,7 +228,7 @@ def _called(line: str) -> list[str]:
 
 
 def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The devices that take part together: explicit lists, an iota, or axes of a mesh; all, where none are named."""
+    """The devices that take part together: explicit lists, an iota, or axes of a mesh; all devices if none are named."""
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", line)
     if pairs:
         return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs.group(1)))
@@ -257,9 +257,9 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _of_axes(mesh: str, ids: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
-    """mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: devices that differ in these axes alone.
+    """mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}: devices that differ only in these axes.
 
-    An axis may be part of one: 'b':(2)2 is the 2 that stand inside the first 2 of b.
+    An axis may be a part of one: 'b':(2)2 is the 2 inside the first 2 of b.
     """
     names, sizes = zip(*((n, int(s)) for n, s in re.findall(r"'([^']+)'=(\d+)", mesh)), strict=True)
     numbers = _iota(ids).reshape(-1) if ids else np.arange(math.prod(sizes))

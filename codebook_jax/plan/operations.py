@@ -1,8 +1,8 @@
-"""What a traced step computes, by part and pass: operations of its matrix products, and bytes they move at the least.
+"""What a traced step computes, by part and pass: operations of its matrix products, and the least bytes it moves.
 
-Parts are told apart by the names that the step gives them (`jax.named_scope`). Loops count as often as they turn. Between
-products XLA computes while it reads and writes, so bytes are those of products, of sums over an axis, and of what is
-gathered; attention scores are among them, which fused attention never writes.
+The step names its parts (`jax.named_scope`). A loop counts once per iteration. Between products XLA computes while it
+reads and writes, so only products, sums over an axis and gathers count as bytes; attention scores are among them, which
+fused attention never writes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-# First match wins: a pattern in the path of names, and what the part is called.
+# First match wins: a pattern in the path of names, and the name of the part.
 PARTS: tuple[tuple[str, str], ...] = (
     (r"teach.*/image", "teacher, image tower"),
     (r"teach.*/text", "teacher, text encoder"),
@@ -41,7 +41,7 @@ class Operations(NamedTuple):
     """A multiplication and an addition are two operations."""
 
     products: float = 0.0  # of matrix products
-    exact: float = 0.0  # of these, in full float32
+    exact: float = 0.0  # those of them in full float32
     moved: float = 0.0  # bytes read and written
 
     def __add__(self, other: Operations) -> Operations:  # type: ignore[override]
@@ -52,7 +52,7 @@ class Operations(NamedTuple):
 
 
 def count(jaxpr: core.Jaxpr, bytes_of: Callable[[Any], float]) -> dict[Key, Operations]:
-    """Operations of a program by (part, pass); `bytes_of` an abstract value is what it takes."""
+    """Operations of a program by (part, pass); `bytes_of` gives the bytes of an abstract value."""
     found: dict[Key, Operations] = {}
     _count(jaxpr, "", 1, bytes_of, found)
     return found
@@ -72,7 +72,7 @@ def by_part(found: dict[Key, Operations]) -> dict[str, dict[str, Operations]]:
 
 
 def product_operations(eqn: Any) -> int:
-    """Of a matrix product or a convolution; 0 of anything else."""
+    """The operations of a matrix product or a convolution; 0 for anything else."""
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         shape = eqn.invars[0].aval.shape
@@ -102,7 +102,7 @@ def _count(
 
 
 def _own(eqn: Any, bytes_of: Callable[[Any], float]) -> Operations:
-    """Of one operation that holds no program."""
+    """The operations of one equation that contains no program."""
     values = [v.aval for v in (*eqn.invars, *eqn.outvars) if hasattr(v.aval, "shape")]
     if products := product_operations(eqn):
         exact = products if "HIGHEST" in str(eqn.params["precision"]) else 0  # one for both operands, or a pair
@@ -119,7 +119,7 @@ def _own(eqn: Any, bytes_of: Callable[[Any], float]) -> Operations:
 
 
 def _dearest(bodies: list[Any], path: str, times: int, bytes_of: Callable[[Any], float]) -> dict[Key, Operations]:
-    """Of the branch that computes most."""
+    """The operations of the branch that computes most."""
     branches: list[dict[Key, Operations]] = [{} for _ in bodies]
     for body, found in zip(bodies, branches, strict=True):
         _count(body, path, times, bytes_of, found)

@@ -1,4 +1,4 @@
-"""What a plan is asked for, and the environment that it needs; imports no JAX."""
+"""The options of a plan, and the environment that it needs; imports no JAX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from codebook_jax.errors import UserError
 
 VIRTUAL = "--xla_force_host_platform_device_count"
 COMPILERS = ("cpu", "tpu")
-# libtpu describes and compiles for any slice; without these it first looks for the one that it might be running on.
+# libtpu can describe and compile for any slice; without these it first looks for the one that it might be running on.
 DESCRIBED_ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -23,7 +23,7 @@ DESCRIBED_ALONE = {
 
 
 class PlanOptions(NamedTuple):
-    """The hardware to plan for: `devices` chips of a kind, in `slices` equal parts joined by the network alone."""
+    """The hardware to plan for: `devices` chips of a kind, in `slices` equal parts joined only by the network."""
 
     chip: str = "h200"  # a name in chips.CHIPS
     devices: int = 8
@@ -33,9 +33,9 @@ class PlanOptions(NamedTuple):
 
 
 def environment(options: PlanOptions) -> dict[str, str]:
-    """Variables with which JAX, imported after they are set, has as many virtual CPU devices as `options.devices`.
+    """Variables that give JAX, imported after they are set, `options.devices` virtual CPU devices.
 
-    Raises UserError for fewer than one device, and for a compiler that there is not.
+    Raises UserError for fewer than one device, an unknown compiler or a missing libtpu.
     """
     if options.devices < 1:
         raise UserError(f"--plan.devices={options.devices} is not a number of chips: give 1 or more")

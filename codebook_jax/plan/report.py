@@ -1,4 +1,4 @@
-"""The figures of a plan as text."""
+"""A plan's figures as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from codebook_jax.plan.operations import PASSES
 
 
 def text(figures: dict[str, Any]) -> str:
-    """All of a plan, a line a fact."""
+    """The whole plan, one fact per line."""
     parts = (_setting, _memory, _operations, _sent, _time)
     return "\n\n".join("\n".join(part(figures)) for part in parts)
 
@@ -21,7 +21,7 @@ def _setting(figures: dict[str, Any]) -> list[str]:
     return [
         f"plan for {figures['devices']} x {chip['name']}{slices}: {chip['peak'] / 1e12:,.0f} TFLOP/s in bfloat16, "
         f"{size_of(chip['memory'])} at {chip['memory_rate'] / 1e12:.2f} TB/s, "
-        f"links {chip['link_rate'] / 1e9:,.0f} GB/s, network {chip['network_rate'] / 1e9:.1f} GB/s a chip",
+        f"links {chip['link_rate'] / 1e9:,.0f} GB/s, network {chip['network_rate'] / 1e9:.1f} GB/s per chip",
         f"mesh {', '.join(f'{axis} {size}' for axis, size in mesh.items())}",
         f"global batch {batch['global']:,} = {shards} data shards x {batch['global'] // shards} "
         f"(accumulation {batch['accumulation']})",
@@ -32,18 +32,18 @@ def _setting(figures: dict[str, Any]) -> list[str]:
 def _memory(figures: dict[str, Any]) -> list[str]:
     found = figures["memory"]
     need = found["need"]
-    lines = ["memory a device, estimated for the chip (bfloat16 is two bytes)"]
+    lines = ["memory per device, estimated for the chip (bfloat16 is two bytes)"]
     lines += [f"  {name:12} {size_of(size):>9}" for name, size in need.items() if name != "total"]
     answer = "fits" if found["fits"] else "DOES NOT FIT"
     lines.append(f"  {'sum':12} {size_of(need['total']):>9} of {size_of(found['has'])}: {answer}")
     for way in found["what_fits"]:
         flags = " ".join(f"--config.{name}={value}" for name, value in way["changes"].items())
-        lines.append(f"  what would: {flags} ({size_of(way['total'])})")
+        lines.append(f"  would fit: {flags} ({size_of(way['total'])})")
     if not found["fits"] and not found["what_fits"]:
-        lines.append("  no batch size, accumulation, remat, dtype or fsdp would do: a smaller model or more devices")
+        lines.append("  no batch size, accumulation, remat, dtype or fsdp would fit: use a smaller model or more devices")
     if len(found["by_fsdp"]) > 1:
         sizes = ", ".join(f"{fsdp}: {size_of(total)}" for fsdp, total in found["by_fsdp"].items())
-        lines.append(f"  the sum by fsdp: {sizes}")
+        lines.append(f"  sum by fsdp: {sizes}")
     return [*lines, _assigned(found["assigned_by_xla"], figures["compiler"], found["has"])]
 
 
@@ -61,7 +61,7 @@ def _operations(figures: dict[str, Any]) -> list[str]:
     size, byte = (1e9, "GB") if sum(moved.values()) >= 1e9 else (1e6, "MB")
     lines = [f"matrix products of a step, all devices: {whole / scale:,.2f} {unit}FLOP"]
     heads = "".join(f"{name:>12}" for name in (*PASSES, "share"))
-    lines.append(f"  {'':32}{heads}  {byte} moved a device")
+    lines.append(f"  {'':32}{heads}    {byte} moved/device")
     for part in dict.fromkeys((*figures["operations"], *moved)):
         passes = figures["operations"].get(part, {})
         cells = "".join(f"{passes[name] / scale:12,.3f}" if name in passes else f"{'':12}" for name in PASSES)
@@ -72,10 +72,10 @@ def _operations(figures: dict[str, Any]) -> list[str]:
 
 def _sent(figures: dict[str, Any]) -> list[str]:
     sent = figures["sent"]
-    lines = [f"sent a step by a device: {sum(row['bytes'] for row in sent) / 1e9:,.3f} GB"]
+    lines = [f"sent per step by each device: {sum(row['bytes'] for row in sent) / 1e9:,.3f} GB"]
     if not sent:
         return lines
-    lines.append(f"  {'collective':20} {'over':28} {'times':>6} {'MB':>10} {'ms':>8} {'of it latency':>14}")
+    lines.append(f"  {'collective':20} {'over':28} {'times':>6} {'MB':>10} {'ms':>8} {'latency, ms':>14}")
     lines += [
         f"  {row['kind']:20} {row['axes']:28} {row['count']:6} {row['bytes'] / 1e6:10,.2f} "
         f"{1e3 * row['seconds']:8.2f} {1e3 * row['latency']:14.2f}"
@@ -83,10 +83,10 @@ def _sent(figures: dict[str, Any]) -> list[str]:
     ]
     if figures["compiler"] == "tpu":
         early = sum(row["early"] for row in sent)
-        return [*lines, f"  as libtpu places them; {early / 1e6:,.2f} MB are started early, with something computed beside them"]
+        return [*lines, f"  as libtpu places them; {early / 1e6:,.2f} MB start early and overlap with computation"]
     lines.append(
-        "  as the partitioner for CPUs places them, products' gradients in float32: a TPU or GPU sends them in bfloat16, so "
-        "this is rather too much; --plan.compiler=tpu says what a TPU sends"
+        "  as the partitioner for CPUs places them, with gradients of products in float32: a TPU or GPU sends them in "
+        "bfloat16, so this is an overestimate; --plan.compiler=tpu shows what a TPU sends"
     )
     return lines
 
@@ -95,12 +95,12 @@ def _time(figures: dict[str, Any]) -> list[str]:
     seconds, share = figures["seconds"], figures["communication_share"]
     assumed = f"{figures['utilisation_assumed']:.0%}"
     lines = [
-        "a step takes, in ms",
+        "time of a step, in ms",
         f"  matrix products      {1e3 * seconds['compute_at_peak']:10,.2f} at the peak, "
         f"{1e3 * seconds['compute']:,.2f} at {assumed} of it (an assumption)",
         f"  memory               {1e3 * seconds['memory']:10,.2f}",
-        f"  communication        {1e3 * seconds['communication']:10,.2f}, of it latency {1e3 * seconds['waiting']:,.2f}",
-        f"  at the least         {1e3 * seconds['at_the_least']:10,.2f}",
+        f"  communication        {1e3 * seconds['communication']:10,.2f}, of which latency {1e3 * seconds['waiting']:,.2f}",
+        f"  at least             {1e3 * seconds['at_the_least']:10,.2f}",
         f"  likely, at {assumed}: {1e3 * seconds['overlapped']:,.2f} with all communication hidden, "
         f"{1e3 * seconds['serial']:,.2f} with none (communication {share:.1%})",
         f"  bound by {figures['bound_by']}",
@@ -109,11 +109,11 @@ def _time(figures: dict[str, Any]) -> list[str]:
     lines.append(
         f"{steps:,} steps of {batch:,} pairs: {_span(figures['images_per_s'], '{:,.0f}')} images/s, "
         f"{_span(figures['days'], '{:,.2f}')} days, {_span(figures['chip_hours'], '{:,.0f}')} chip-hours; "
-        "starting, saving and evaluating are not in it"
+        "not counting start-up, saving and evaluation"
     )
     return lines
 
 
 def _span(ends: dict[str, float], form: str) -> str:
-    """From the smaller to the larger, as one number where they are written alike."""
+    """The smaller and the larger value, or one number if both read the same."""
     return "-".join(dict.fromkeys(form.format(value) for value in sorted(ends.values())))

@@ -1,8 +1,8 @@
-"""How long a step takes at the least, from what it computes, what it moves in memory and what it sends.
+"""The least time of a step, from what it computes, what it moves in memory and what it sends.
 
-Sending: a ring inside what links join, and rings over the network between; a group that has m members in each slice or node
-uses the network shares of all m. Every hop waits its latency: many small collectives in a row cost nothing else. What XLA
-may send while it computes is not known before it runs: the two ends, all of it or none, are both given.
+Sending is a ring among chips joined by links, and rings over the network in between; a group with m members in each slice
+or node uses the network shares of all m. Every hop adds its latency, which is the whole cost of small collectives. How much
+XLA sends while it computes is not known before it runs, so both ends are given: all of it and none.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from codebook_jax.plan.chips import Chip, torus
 from codebook_jax.plan.hlo import Collective
 from codebook_jax.plan.operations import Operations
 
-UTILISATION = 0.4  # of the peak that products reach: an assumption, of the order that ViTs and BERTs are reported with
+UTILISATION = 0.4  # share of the peak that products reach: an assumption, of the order reported for ViTs and BERTs
 
 
 class Sent(NamedTuple):
-    """What a step sends, of collectives of a kind over the same axes; bytes and seconds are a device's."""
+    """What a step sends by collectives of one kind over the same axes; bytes and seconds are per device."""
 
     kind: str
-    axes: str  # of the mesh, with commas between; "+ network" where they leave a slice or node
+    axes: str  # of the mesh, separated by commas; "+ network" if they leave a slice or node
     count: int
     bytes: float
     seconds: float
@@ -45,12 +45,12 @@ class Times(NamedTuple):
 
     @property
     def overlapped(self) -> float:
-        """Where all that is sent is sent while something is computed: the least."""
+        """If everything is sent during computation: the minimum."""
         return max(self.work, self.communication)
 
     @property
     def serial(self) -> float:
-        """Where none is."""
+        """If nothing is sent during computation."""
         return self.work + self.communication
 
     @property
@@ -62,7 +62,7 @@ class Times(NamedTuple):
 
 
 def times(chip: Chip, own: Operations, sent: Iterable[Sent]) -> Times:
-    """Of a step in which a device does its `own` operations."""
+    """The times of a step in which each device does its `own` operations."""
     at_peak = (own.products - own.exact) / chip.peak + own.exact / chip.exact
     sent = list(sent)
     return Times(
@@ -79,11 +79,11 @@ class Joined(NamedTuple):
 
     chip: Chip
     slice_size: int
-    domains: tuple[int, ...]  # of each device: which slice or node it stands in
+    domains: tuple[int, ...]  # the slice or node of each device
 
 
 def sent_by_axes(found: Iterable[Collective], mesh: dict[str, int], joined: Joined) -> list[Sent]:
-    """Collectives by kind and by the axes of the mesh that they go over, most seconds first."""
+    """Collectives by kind and by the axes of the mesh that they span, most seconds first."""
     rows: dict[tuple[str, str], Sent] = {}
     for collective in found:
         if collective.group_size < 2:
@@ -122,7 +122,7 @@ def _place(device: int, mesh: dict[str, int]) -> list[int]:
 
 
 def _seconds(collective: Collective, joined: Joined) -> tuple[float, float]:
-    """(latency, all) of one collective."""
+    """(latency, total) seconds of one collective."""
     chip = joined.chip
     of_groups = [{joined.domains[device] for device in group} for group in collective.groups]
     group, domains = len(collective.groups[0]), max(map(len, of_groups))
@@ -151,7 +151,7 @@ def _links(chip: Chip, members: int, slice_size: int) -> tuple[float, int]:
     used = next(n for n in range(1, len(sizes) + 1) if math.prod(sizes[:n]) >= members)
     rings = [size for size in sizes[:used] if size > 1]
     wraps = [size >= chip.wraps_from for size in rings]
-    # Both directions of a joined ring are used; of a line the one.
+    # A ring with joined ends uses both directions, a line only one.
     share = sum(1.0 if joined else 0.5 for joined in wraps) / chip.axes
     hops = sum(size // 2 if joined else size - 1 for size, joined in zip(rings, wraps, strict=True))
     return share, hops

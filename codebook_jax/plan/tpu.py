@@ -1,4 +1,4 @@
-"""Slices of TPUs that libtpu describes and compiles for, with no TPU at hand."""
+"""TPU slices that libtpu describes and compiles for without a TPU."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from jax.experimental import topologies
 from codebook_jax.errors import UserError
 from codebook_jax.plan.chips import Chip, torus
 
-ON_A_HOST = 4  # chips of a host of a slice; fewer are a part of one
+ON_A_HOST = 4  # chips per host of a slice; a smaller slice is part of a host
 
 
 def layout(chip: Chip, count: int) -> tuple[str, tuple[int, ...]]:
-    """(libtpu's name of a slice of `count` chips, the sizes of what one host of it has).
+    """(libtpu's name of a slice of `count` chips, the layout of the chips on one host).
 
-    Raises UserError for a chip that is no TPU.
+    Raises UserError if the chip is not a TPU.
     """
     if not chip.axes:
         raise UserError(
-            f"--plan.compiler=tpu compiles for TPUs, and --plan.chip={chip.name} is none: leave the flag out"
+            f"--plan.compiler=tpu compiles for TPUs, but --plan.chip={chip.name} is not one: leave the flag out"
         )
     sizes = torus(count, chip.axes)
     host = sizes if count < ON_A_HOST else (2, 2)
@@ -28,18 +28,18 @@ def layout(chip: Chip, count: int) -> tuple[str, tuple[int, ...]]:
 
 
 def devices(chip: Chip, count: int) -> list[Any]:
-    """The `count` chips of a slice, to make a mesh of and compile for; nothing can run on them.
+    """The `count` chips of a slice, to build a mesh from and compile for; nothing can run on them.
 
-    Raises UserError where libtpu has no such slice.
+    Raises UserError if libtpu has no such slice.
     """
     name, host = layout(chip, count)
     try:
         found = topologies.get_topology_desc(name, "tpu", chips_per_host_bounds=host).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise UserError(f"libtpu describes no slice {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"libtpu cannot describe the slice {name}: {str(error).splitlines()[0]}") from error
     if len(found) != count:
         raise UserError(
-            f"libtpu describes {name} by {len(found)} devices, not by its {count} chips: leave --plan.compiler=tpu out, "
+            f"libtpu describes {name} as {len(found)} devices instead of {count} chips: leave out --plan.compiler=tpu, "
             "or plan for v5e, v5p or v6e"
         )
     return found

@@ -1,4 +1,4 @@
-"""What all processes have to know of each other in every step: that one of them is to stop, how much was unreadable."""
+"""What all processes must agree on in every step: whether one was asked to stop, and how much was unreadable."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from codebook_jax.data.batch import Batch
 
 
 class Tally(NamedTuple):
-    """Of a step, over all processes; still on the device."""
+    """Totals of a step over all processes; still on the device."""
 
     stop: Any  # bool: a process was asked to stop before this step began there
     unreadable: Any  # pictures that were replaced in its batch
 
 
 class Agreement:
-    """Sums over the processes that do not wait for the step before: every process reads the same of the same step.
+    """Sums over the processes that do not wait for the previous step; all processes read the same sums of a step.
 
-    Asked to stop, a process may be a step ahead of another; what they agree on is the first step whose tally says so.
-    One process agrees with itself at once, without a device.
+    A process asked to stop may be a step ahead of another, so all go by the first step whose tally says so.
+    A single process agrees with itself at once, without a device.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
@@ -38,15 +38,15 @@ class Agreement:
         self._any = jax.jit(lambda stop: stop.any(), out_shardings=whole)
 
     def tally(self, stop: bool, own: Batch, placed: Batch) -> Tally:
-        """Of a step: its batch as this process read its rows, and as it lies on the devices."""
+        """The tally of a step, from this process's rows of the batch and the batch placed on the devices."""
         if self.alone:
             return Tally(stop, int(np.sum(own.skipped)))
         return self._tally(self._flags(stop), placed.skipped)
 
     def any(self, stop: bool) -> bool:
-        """Whether any process says so; all wait for it."""
+        """Whether `stop` is true on any process; waits for all of them."""
         return stop if self.alone else bool(self._any(self._flags(stop)))
 
     def _flags(self, stop: bool) -> jax.Array:
-        """What this process says, in the places of its own devices."""
+        """This process's flag, in the places of its own devices."""
         return sharding.to_device(np.full(sharding.data_shards(self._mesh), stop), self._mesh)

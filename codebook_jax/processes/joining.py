@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from codebook_jax.errors import UserError
 
-HEARTBEAT_S = 100  # of JAX's own watch, which ends a process by SIGABRT; peers.py is there before it
+HEARTBEAT_S = 100  # of JAX's own watch, which ends a process by SIGABRT; peers.py notices earlier
 SHUTDOWN_S = 60
-ORTE_URI = "OMPI_MCA_orte_hnp_uri"  # what JAX reads of Open MPI up to 4; 5 has it no more
-SLOWER_S = 60  # than our own time-out is JAX's, which ends the process without saying who waited for whom
+ORTE_URI = "OMPI_MCA_orte_hnp_uri"  # what JAX reads from Open MPI up to version 4; version 5 no longer sets it
+SLOWER_S = 60  # JAX's time-out is later than ours by this, since it ends the process without saying who is missing
 
 
 class Joining(NamedTuple):
-    """How a process joins; what is None is left to JAX's detection by the name `detection`."""
+    """How a process joins; fields that are None are left to JAX's detection method `detection`."""
 
     way: str
     coordinator: str | None = None
@@ -41,9 +41,9 @@ def find(
     on_a_tpu: bool = False,
     has_kubernetes: bool = False,
 ) -> Joining | None:
-    """How to join what the flags (`coordinator`, `count`, `own`) or the environment name; None: alone.
+    """How to join, from the flags (`coordinator`, `count`, `own`) or the environment; None: this process is alone.
 
-    Raises UserError where half is given. A launcher's count and number serve a given `coordinator` too.
+    Raises UserError if only part is given. A launcher's count and number are also used with a given `coordinator`.
     """
     given = _given(coordinator, count, own)
     if given is not None and None not in (count, own):
@@ -52,7 +52,7 @@ def find(
     if given is not None and launched is None:
         raise UserError(
             f"--coordinator={coordinator} is given without --processes=N and --process=I, and no launcher "
-            "(srun, mpirun) names them: give all three"
+            "(srun, mpirun) provides them: give all three"
         )
     if given is not None:
         launched = launched._replace(coordinator=coordinator, detection="deactivate")
@@ -68,16 +68,16 @@ def find(
 
 
 def on_a_tpu() -> bool:
-    """Whether this is a machine with TPU chips and the library that drives them."""
+    """Whether this machine has TPU chips and the library that drives them."""
     asked = os.environ.get("JAX_PLATFORMS", "tpu")
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     return "tpu" in asked and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def join(joining: Joining, *, timeout_s: int) -> bool:
-    """Connects to the others; a process that finds them not in `timeout_s` ends with 1 and a sentence on why.
+    """Connects to the other processes; if that takes longer than `timeout_s`, says why and exits with 1.
 
-    False on a TPU machine whose surroundings name no others: it is alone.
+    Returns False on a TPU machine whose environment names no others: this process is alone.
     """
     import jax
 
@@ -107,12 +107,12 @@ def join(joining: Joining, *, timeout_s: int) -> bool:
         ) from error
     finally:
         timer.cancel()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would swallow it where nobody asks JAX
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would swallow it, since nothing here asks JAX
     return True
 
 
 def describe(joining: Joining) -> str:
-    """One line on this process and what it has, once it has joined."""
+    """One line on this process and its devices, once it has joined."""
     import jax
     from jax._src import distributed
 
@@ -125,7 +125,7 @@ def describe(joining: Joining) -> str:
 
 
 def end(sentence: str, code: int) -> None:
-    """Ends this process at once with a sentence: after a lost peer, what runs at a normal exit waits for it."""
+    """Prints the sentence and exits at once: after a lost peer, a normal exit would wait for it."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
@@ -134,7 +134,7 @@ def end(sentence: str, code: int) -> None:
 def _given(coordinator: str | None, count: int | None, own: int | None) -> Joining | None:
     if coordinator is None:
         if count is not None or own is not None:
-            raise UserError("--processes and --process need --coordinator=HOST:PORT of the process 0")
+            raise UserError("--processes and --process need --coordinator=HOST:PORT of process 0")
         return None
     return Joining("--coordinator", coordinator, count, own)
 
@@ -188,9 +188,9 @@ def _of_slurm(environment: Mapping[str, str]) -> Joining | None:
 def _own_devices(
     environment: Mapping[str, str], tasks_here: int, local: int
 ) -> tuple[int, ...] | None:
-    """The GPUs of one of several tasks on a node: all of them when it is alone there, else its own.
+    """The GPUs of one of several tasks on a node: all of them if it is alone there, otherwise its own.
 
-    A scheduler that shows each task one GPU alone leaves no choice. None: not known, JAX takes the local number's.
+    If the scheduler shows each task a single GPU, it is that one. None: not known, JAX takes the one of the local number.
     """
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")
     visible = len(shown.split(",")) if shown else int(environment.get("SLURM_GPUS_ON_NODE", "0") or 0)
@@ -202,7 +202,7 @@ def _own_devices(
 
 
 def _tasks_of_node(layout: str, node: int) -> int:
-    """Of SLURM's `8(x2),4` the number for a node."""
+    """The number of tasks on a node, from SLURM's `8(x2),4`."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", layout):
         counts += [int(count)] * int(times or 1)
@@ -216,7 +216,7 @@ def _checked(joining: Joining) -> Joining:
             f"the coordinator {joining.coordinator!r} is not HOST:PORT: give the host of process 0 and a free port there"
         )
     if not 0 <= joining.own < joining.count:
-        raise UserError(f"process {joining.own} of {joining.count}: they are numbered from 0 to {joining.count - 1}")
+        raise UserError(f"process {joining.own} of {joining.count}: processes are numbered from 0 to {joining.count - 1}")
     return joining
 
 
@@ -226,7 +226,7 @@ def _who(joining: Joining) -> str:
 
 
 def _why(joining: Joining) -> str:
-    """What can be said of the coordinator from here."""
+    """What this process can tell about the coordinator."""
     address = joining.coordinator
     if address is None:
         from jax._src import distributed

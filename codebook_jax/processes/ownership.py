@@ -1,8 +1,8 @@
 """One writer at a time in a folder, on this machine or another: `with owned(folder)`.
 
 A hidden file in the folder names its owner. Between processes of one machine the process number decides, which a killed
-owner cannot hold on to. The owner on another machine is alive if the file's beat moves: no clocks are compared, and a file
-system without locks, or with locks of one host alone, does no harm.
+owner does not keep. An owner on another machine is alive if the beat in the file changes: no clocks are compared, and the
+file system need not have locks, or locks that other hosts see.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from codebook_jax.processes.joining import end
 
 FILE = ".running"
 BEAT_S = 5.0
-WATCH_S = 30.0  # without a beat an owner is gone; a long parse of JSON, which lets no thread run, is shorter
-CLAIM_S = 2.0  # most that another process needs to write its name once it has the lock
+WATCH_S = 30.0  # an owner without a beat for this long is gone; parsing a long JSON, which blocks all threads, is shorter
+CLAIM_S = 2.0  # the most that another process needs to write its name once it has the lock
 
 
 class Owner(NamedTuple):
-    """What the file says."""
+    """The contents of the file."""
 
     host: str
     pid: int
-    since: str  # for people alone, as the next
+    since: str  # only for people to read, like the next
     command: str
-    boot: str  # of the kernel; empty where there is no /proc, as the next two
+    boot: str  # of the kernel; empty if there is no /proc, like the next two
     pid_namespace: str
-    started: str  # since the boot: another process of this number has another one
+    started: str  # since the boot; differs for another process with the same number
     token: str
-    beat: str = "0" * 9  # of one length, so that no reader sees a part of the file
+    beat: str = "0" * 9  # of fixed length, so that no reader sees a partial file
 
 
 @contextlib.contextmanager
 def owned(folder: Path, name: str = FILE) -> Iterator[None]:
     """Keeps other processes from owning the folder; raises UserError naming the one that does.
 
-    The file goes when the block is left. If another process takes over meanwhile, because this one or its disk had
-    stopped for `WATCH_S`, this process ends at once.
+    The file is removed on leaving. If another process takes over meanwhile, because this one or its disk stood still for
+    `WATCH_S`, this process exits at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, own = folder / name, _this_process()
@@ -63,15 +63,15 @@ def owned(folder: Path, name: str = FILE) -> Iterator[None]:
         yield
     finally:
         left.set()
-        beating.join(BEAT_S)  # a disk that hangs keeps it
+        beating.join(BEAT_S)  # it may be stuck on a hanging disk
         if _is(_read(path), own):
-            with contextlib.suppress(OSError):  # whoever comes next sees that this process is gone
+            with contextlib.suppress(OSError):  # the next process sees that this one is gone
                 path.unlink()
         os.close(descriptor)
 
 
 def _claim(path: Path, own: Owner) -> int:
-    """An open file at `path` that names this process and is locked; raises UserError where another process owns it."""
+    """An open file at `path` that names this process and is locked; raises UserError if another process owns it."""
     end_of_patience = time.monotonic() + CLAIM_S
     while True:
         with _opened(path) as descriptor:
@@ -82,7 +82,7 @@ def _claim(path: Path, own: Owner) -> int:
                     f"--workdir={path.parent} is in use by process {owner.pid} on {owner.host} since {owner.since}: "
                     "wait for it, end it, or give another folder"
                 )
-            # Another process may be writing its name just now. A child of a dead one, or a dead host, keeps the lock.
+            # Another process may be writing its name just now. A child of a dead one, or a dead host, may keep the lock.
             settled = locked is not False and _is_at(path, descriptor)
             if (settled or time.monotonic() > end_of_patience) and _is(_read(path), owner):
                 return _put(path, own)
@@ -90,7 +90,7 @@ def _claim(path: Path, own: Owner) -> int:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has its name."""
+    """Whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -110,7 +110,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _put(path: Path, own: Owner) -> int:
-    """A new file in place of the one at `path`, whose lock a child of a dead process, or a dead host, may still have."""
+    """Replaces the file at `path`, whose lock a child of a dead process, or a dead host, may still hold; the new file."""
     draft = path.with_name(f"{path.name}.{own.token}")
     descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -131,12 +131,12 @@ def _beat(path: Path, own: Owner, left: threading.Event) -> None:
         owner = _read(path)
         if owner is not None and not _is(owner, own) and not left.is_set():
             end(
-                f"process {owner.pid} on {owner.host} has taken over --workdir={path.parent}, since nothing was heard of this one "
-                f"for {WATCH_S:.0f} s: it goes on there",
+                f"process {owner.pid} on {owner.host} has taken over --workdir={path.parent}, since this one stood still "
+                f"for {WATCH_S:.0f} s: the run continues there",
                 1,
             )
         with (
-            contextlib.suppress(OSError),  # a disk that is full or away: whoever writes the results reports it
+            contextlib.suppress(OSError),  # a disk that is full or gone: whoever writes the results reports it
             open(path, "r+b") as file,  # by its name: a mounted bucket loses what is written to a renamed file
         ):
             _write(file.fileno(), own._replace(beat=f"{beat:09}"))
@@ -153,10 +153,10 @@ def _is_alive(path: Path, owner: Owner, locked: bool | None) -> bool:
 
 
 def _beats(path: Path, owner: Owner) -> bool:
-    """Whether the owner is seen to be alive; it may also leave meanwhile, or be another process then."""
+    """Whether the owner shows that it is alive; meanwhile it may leave, or another process may take its place."""
     print(
-        f"--workdir={path.parent} was in use by process {owner.pid} on {owner.host}, which has not left it: "
-        f"watching for {WATCH_S:.0f} s whether it is alive",
+        f"--workdir={path.parent} was in use by process {owner.pid} on {owner.host}, which has not released it: "
+        f"watching for {WATCH_S:.0f} s whether it is still alive",
         flush=True,
     )
     last = time.monotonic() + WATCH_S
@@ -164,7 +164,7 @@ def _beats(path: Path, owner: Owner) -> bool:
         time.sleep(min(0.5, WATCH_S / 10))
         os.listdir(path.parent)  # makes a network file system ask its server
         now = _read(path)
-        if now is None and path.exists():  # a network file system shows a part
+        if now is None and path.exists():  # a network file system may show a partial file
             continue
         if not _is(now, owner):
             return False
@@ -174,7 +174,7 @@ def _beats(path: Path, owner: Owner) -> bool:
 
 
 def _runs(owner: Owner) -> bool:
-    """Whether a process of this machine runs; one that ended and was not waited for does not."""
+    """Whether a process of this machine is running; a zombie is not."""
     try:
         state, started = _status(owner.pid)
         return state not in "ZX" and started == owner.started
@@ -218,7 +218,7 @@ def _is(one: Owner | None, other: Owner | None) -> bool:
 
 
 def _read(path: Path) -> Owner | None:
-    """What the file says; None where it says nothing, or is not there."""
+    """The contents of the file; None if it is missing or unusable."""
     try:
         return Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -231,7 +231,7 @@ def _write(descriptor: int, owner: Owner) -> None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether this process has the lock of an open file now; None where the file system has none."""
+    """Whether this process now holds the lock of an open file; None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

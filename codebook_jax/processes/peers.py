@@ -1,7 +1,7 @@
-"""What the processes of one run tell each other beside the devices: what has to be the same, and that they are alive.
+"""What the processes of one run tell each other outside the devices: what must be the same, and that they are alive.
 
-All of it goes through the key-value store of JAX's coordinator, so it works before the first collective and while one
-hangs. With one process nothing here does anything.
+Everything goes through the key-value store of JAX's coordinator, so it works before the first collective and while one
+hangs. With a single process nothing here does anything.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 from codebook_jax.errors import UserError
 from codebook_jax.processes.joining import end
 
-CHECK_S = 600  # most that the slowest process may be behind the first at a check
+CHECK_S = 600  # how far the slowest process may be behind the first at a check
 BEAT_S = 2.0
-LOST_S = 30.0  # without a beat: a process that is killed, or whose host is gone; a long parse of JSON is shorter
-FINISH_S = 20.0  # most that a save under way is waited for before an error ends all
-LINGER_S = 10.0  # process 0 stays so long for the others to hear why the run ends: with it goes what they listen to
-SKEW_S = 30.0  # between two hosts' clocks, above which it is said
+LOST_S = 30.0  # a process without a beat for this long was killed, or its host is gone; parsing a long JSON is shorter
+FINISH_S = 20.0  # how long an error waits for a save in progress before it ends all processes
+LINGER_S = 10.0  # how long process 0 stays so that the others hear why the run ends: the store ends with it
+SKEW_S = 30.0  # between two hosts' clocks; above it a warning is printed
 
-STORE = "codebook_jax"  # what begins our keys in the store, which Orbax uses too
+STORE = "codebook_jax"  # prefix of our keys in the store, which Orbax uses too
 ENDED = f"{STORE}/run/ended"
 SIGNS_OF_A_LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service", "Connection reset")
 Give = Callable[[str, int], None]  # ends this process with a sentence and an exit code
@@ -52,17 +52,17 @@ class Peers:
         self._host = host or socket.gethostname()
         self._check_s, self._beat_s, self._lost_s, self._give_up = check_s, beat_s, lost_s, give_up
         self._hosts: dict[int, str] = {}
-        self._checks: dict[str, int] = {}  # how often each was made
+        self._checks: dict[str, int] = {}  # how often each was done
         self._stop = threading.Event()
         self._watching: threading.Thread | None = None
 
-    # -- what has to be the same
+    # -- what must be the same
 
     def compare(self, check: str, facts: Mapping[str, Any], advice: str) -> None:
         """Raises UserError naming the process, its host and the first facts in which it differs from process 0.
 
-        Every process calls it with the same `check`, once; one that does not come in time is named too. Facts are
-        what JSON can hold.
+        Every process calls it with the same `check`, once; a process that does not arrive in time is named too. Facts
+        must be JSON values.
         """
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if len(set(self.exchange(check, digest))) == 1:  # they may be long, and the processes many
@@ -77,7 +77,7 @@ class Peers:
                 raise UserError(f"{self.name(process)} differs in {shown}{more}: {advice}")
 
     def exchange(self, check: str, facts: Any) -> list[Any]:
-        """What each process said at this check, by their numbers. Raises UserError naming those that did not come."""
+        """The facts of every process at this check, in order. Raises UserError naming processes that did not arrive."""
         if self._client is None:
             return [facts]
         self._checks[check] = self._checks.get(check, 0) + 1
@@ -92,13 +92,13 @@ class Peers:
             raise UserError(
                 f"the check {check!r} waited {self._check_s:.0f} s for "
                 f"{', '.join(self.name(process) for process in missing) or 'a process that left it'}: "
-                "look at its log; all processes have to be started together"
+                "look at its log; all processes must be started together"
             ) from error
         here = self._said(place)
         return [here[process]["facts"] for process in range(self.count)]
 
     def clocks(self) -> str:
-        """A sentence where a host's clock is far from that of process 0, empty otherwise."""
+        """A warning if a host's clock is far from that of process 0, otherwise empty."""
         self.exchange("clock barrier", None)
         times = self.exchange("clock", time.time())
         late = [(abs(at - times[0]), process) for process, at in enumerate(times)]
@@ -113,14 +113,14 @@ class Peers:
     # -- who is alive
 
     def watch(self) -> None:
-        """Begins to tell the others that this process is alive, and to end it when the run ends elsewhere."""
+        """Starts telling the others that this process is alive, and ends it when the run ends elsewhere."""
         if self._client is None:
             return
         self._watching = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._watching.start()
 
     def fail(self, sentence: str) -> None:
-        """Tells the others why this process ends the run, so that they end too; the caller then leaves."""
+        """Tells the others why this process ends the run, so that they exit too; the caller then exits."""
         if self._client is None:
             return
         self._stop.set()
@@ -133,10 +133,10 @@ class Peers:
             self._wait_for_others()
 
     def end_all(self, error: Exception, first: Callable[[], object] | None = None) -> None:
-        """Ends the whole run because of an error here; it does not return, unless there are no other processes.
+        """Ends the whole run because of an error here; returns only if there are no other processes.
 
-        What Python does at a normal exit would wait for the others. `first` gets some seconds after a user's mistake, which
-        all processes may share.
+        A normal Python exit would wait for the others. After a user error, which all processes may share, `first` gets
+        FINISH_S to run.
         """
         if self.count == 1:
             return
@@ -155,7 +155,7 @@ class Peers:
         self._give_up(sentence, code)
 
     def leave(self) -> None:
-        """Ends the watch and the connection of a process that is done; the last one is waited for."""
+        """Ends the watch and the connection of a process that is done, after the others are done too."""
         if self._client is None:
             return
         import jax
@@ -171,7 +171,7 @@ class Peers:
         return f"process {process}" + (f" on {host}" if host else "")
 
     def _explain(self, failure: str) -> None:
-        """After a step that failed as they do when another process is gone: waits until it is known which, and ends."""
+        """After a step failed the way it does when another process is gone: waits until the watch knows which one."""
         print(f"{self.name(self.own)}: a step failed ({failure}); looking for a lost process", file=sys.stderr, flush=True)
         time.sleep(self._lost_s + 5 * self._beat_s)
 
@@ -187,7 +187,7 @@ class Peers:
         try:
             self._client.key_value_set(f"{STORE}/left/{self.own}", "", allow_overwrite=True)
         except Exception:
-            pass  # the coordinator is gone, and with it all who would have read it
+            pass  # the coordinator is gone, and so is everyone who would read it
 
     def _wait_for_others(self) -> None:
         end_of_wait = time.monotonic() + LINGER_S
@@ -226,7 +226,7 @@ class Peers:
         self._give_up(f"{self.name(self.own)} ends: {why}; the same command goes on from the newest checkpoint", 1)
 
     def _lost(self, heard: dict[int, tuple[str, float]]) -> int | None:
-        """A process whose last beat is too long ago."""
+        """A process whose last beat is too long ago, if any."""
         now = time.monotonic()
         left = {int(key.rsplit("/", 1)[1]) for key, _ in self._client.key_value_dir_get(f"{STORE}/left/")}
         for key, beat in self._client.key_value_dir_get(f"{STORE}/alive/"):
@@ -238,7 +238,7 @@ class Peers:
 
 @functools.cache
 def connected() -> Peers:
-    """The others of this process, once it has joined."""
+    """The other processes of the run, once this one has joined."""
     import jax
     from jax._src import distributed
 
@@ -250,11 +250,11 @@ def _try(act: Callable[[], object]) -> None:
     try:
         act()
     except Exception:
-        pass  # what is to be said is the error before it
+        pass  # the earlier error is the one to report
 
 
 def of_a_peer(failure: Exception) -> bool:
-    """Whether a failure is what a process sees of which another one is gone."""
+    """Whether a failure is what a process sees when another one is gone."""
     import jax
 
     text = str(failure)

@@ -1,4 +1,4 @@
-"""Whether all processes see one and the same workdir: without it Orbax would wait for files that never come."""
+"""Checks that all processes see the same workdir: otherwise Orbax would wait for files that never appear."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from codebook_jax.errors import UserError
 from codebook_jax.processes.peers import Peers
 
-SEEN_S = 15.0  # what a network file system may take to show a new file
+SEEN_S = 15.0  # how long a network file system may take to show a new file
 
 
 def check(others: Peers, folder: Path) -> None:
-    """Raises UserError naming the process that sees another folder than process 0 under this name, or cannot write.
+    """Raises UserError naming the process that cannot write the folder or sees a different one than process 0.
 
-    Process 0 writes a token, each other looks for it and writes one of its own, process 0 looks for them all.
+    Process 0 writes a token, every other process looks for it and writes its own, and process 0 looks for them all.
     """
     if others.count == 1:
         return
@@ -42,7 +42,7 @@ def check(others: Peers, folder: Path) -> None:
 
 
 def _write(marks: Path, own: int) -> str:
-    """Writes this process's token; what went wrong, empty where nothing did."""
+    """Writes this process's token; returns what went wrong, or an empty string."""
     try:
         marks.mkdir(parents=True, exist_ok=True)
         (marks / str(own)).write_text("")
@@ -52,7 +52,7 @@ def _write(marks: Path, own: int) -> str:
 
 
 def _seen(path: Path) -> bool:
-    """Whether a file is there, or comes in time."""
+    """Whether a file exists or appears within SEEN_S."""
     end = time.monotonic() + SEEN_S
     while True:
         try:

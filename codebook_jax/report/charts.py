@@ -1,7 +1,7 @@
 """Charts as data for page.js.
 
-A chart is {"title", "note", "kind": "lines" or "bars", "x", "y" (what the axes say), "log", "xs", "series": [{"label",
-"values", "dash"}]}, bars with their width "step" and the "mark"; what is not a number is null.
+A chart is {"title", "note", "kind": "lines" or "bars", "x", "y" (axis labels), "log", "xs", "series": [{"label",
+"values", "dash"}]}, for bars also their width "step" and the "mark"; missing values are null.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-MOST_POINTS = 1000  # of a curve; twice a bucket, its lowest and its highest value
+MOST_POINTS = 1000  # of a curve; two per bucket, its lowest and its highest value
 _BARS = 40
-_SHOWN = 0.999  # of a histogram's values, before the last bar
+_SHOWN = 0.999  # share of a histogram's values before the last bar
 
 
 def lines(
@@ -28,7 +28,7 @@ def lines(
     log: bool = False,
     dashed: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Curves {label: values [xs]} over `xs`, thinned; on a logarithmic axis what is not above zero is left out."""
+    """Curves {label: values [xs]} over `xs`, thinned; a logarithmic axis leaves out values that are not positive."""
     values = np.stack(list(curves.values()), axis=1)
     if log:
         values = np.where(values > 0, values, np.nan)
@@ -44,9 +44,9 @@ def lines(
 def histogram(
     counts: np.ndarray, *, title: str, x: str, y: str, note: str = "", mark: int | None = None
 ) -> dict[str, Any]:
-    """Bars of equal width; `counts` [values] is how often each value comes, `mark` the last value before a line.
+    """Bars of equal width; `counts` [values] is how often each value occurs, `mark` the last value before a line.
 
-    The last bar holds the few values that would make the others narrow.
+    The last bar collects the few large values that would make the others narrow.
     """
     reached = np.cumsum(counts) >= _SHOWN * counts.sum()
     end = 0 if mark is None else mark + 1
@@ -67,9 +67,9 @@ def histogram(
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_POINTS of the [rows] steps and [rows, curves] values: of each bucket of rows its extremes.
+    """At most MOST_POINTS of the [rows] steps and [rows, curves] values: the extremes of each bucket of rows.
 
-    A curve's lowest and highest value of a bucket stand in their order; NaN stands where all of a bucket is NaN.
+    A curve's lowest and highest value in a bucket keep their order; a bucket that is all NaN gives NaN.
     """
     rows = len(steps)
     if rows <= MOST_POINTS:
@@ -89,5 +89,5 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
-    """Five digits of each, which is more than a chart shows."""
+    """The values with five digits, more than a chart shows; None for NaN."""
     return [None if math.isnan(value) else float(f"{value:.5g}") for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""What each codeword stands for: the pictures and captions that use it, and the words that tell them from the others."""
+"""What each codeword stands for: the pictures and captions that use it, and the words that set them apart."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from codebook_jax.evaluation.encoding import Gallery
 from codebook_jax.inference import code_probabilities
 from codebook_jax.report.charts import lines
 
-PICTURES, CAPTIONS, WORDS = 10, 4, 6  # shown of each codeword
-LEAST_LIFT = 1.5  # a codeword's word is this much more frequent in its captions than in all
+PICTURES, CAPTIONS, WORDS = 10, 4, 6  # shown per codeword
+LEAST_LIFT = 1.5  # a word is shown if it is this much more frequent in the codeword's captions than in all
 
 
 class Codeword(NamedTuple):
-    """Who uses a codeword: it is the likeliest one of these images and captions, surest first."""
+    """The images and captions whose likeliest codeword this is, the most certain first."""
 
     index: int
     images: Int[np.ndarray, "images"]
     texts: Int[np.ndarray, "texts"]
-    agreeing: int  # captions that use it as their image does
-    pairs: int  # of a caption and its image, of which at least one uses it
+    agreeing: int  # captions that use it and whose image does too
+    pairs: int  # pairs of a caption and its image, at least one of which uses it
 
 
 def codewords_of(
@@ -34,7 +34,7 @@ def codewords_of(
     text_probabilities: Float[np.ndarray, "texts codes"],
     own_image: Int[np.ndarray, "texts"],
 ) -> list[Codeword]:
-    """Every codeword that some image or caption uses most; first those that many of both use.
+    """Every codeword that some image or caption uses; first those that many of both use.
 
     `own_image` is the row of each caption's image.
     """
@@ -59,7 +59,7 @@ def codewords_of(
 def words_of(
     captions: Sequence[str], everywhere: Counter[str], total: int
 ) -> list[tuple[str, float]]:
-    """Words that tell these captions from all `total`, the most telling first, with their share of these."""
+    """Words that set these captions apart from all `total`, the most distinctive first, with their share of these."""
     here = Counter(word for caption in captions for word in set(clean(caption).split()))
     gains = []
     for word, count in here.items():
@@ -109,9 +109,9 @@ def explore(
         "Use of the codewords",
         np.arange(1, len(used) + 1),
         {"of the pictures": 100 * counts[:, 0], "of the captions": 100 * counts[:, 1]},
-        x="place of the codeword, the most used first",
+        x="rank of the codeword, the most used first",
         y="share that uses it, %",
-        note="The steeper the start, the more of the work few codewords do.",
+        note="The steeper the start, the fewer codewords do most of the work.",
     )
     totals = {
         "size": len(codewords),

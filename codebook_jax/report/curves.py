@@ -43,21 +43,21 @@ _CODEBOOK = (
         "share",
         {
             "codebook/unused_share": "unused codewords",
-            "codebook/agreement": "pairs with one codeword for both",
+            "codebook/agreement": "agreement",
         },
-        "Agreement: the picture and its caption are assigned to the same codeword.",
+        "Agreement: the share of pairs whose picture and caption are assigned to the same codeword.",
     ),
     _Plot(
         "Entropy of an assignment",
         "nats",
         {"codebook/assignment_entropy": "entropy"},
-        "0: each feature has one codeword for itself.",
+        "0: each feature is assigned to a single codeword.",
     ),
     _Plot(
         "Transport error",
         "share of the mass",
         {"transport/row_error": "rows (features)", "transport/column_error": "columns (codewords)"},
-        "How far the plan's marginals are from even.",
+        "How far the plan's marginals are from uniform.",
         log=True,
     ),
 )
@@ -66,24 +66,24 @@ _OPTIMISATION = (
     _Plot("Temperature of the alignment", "temperature", {"temperature": "temperature"}),
     _Plot("Gradient norm", "norm", {"gradient_norm": "gradient norm"}, log=True),
     _Plot(
-        "Time a step",
+        "Time per step",
         "seconds",
-        {"time/step_s": "a step"},
-        "The first step of every start compiles.",
+        {"time/step_s": "time per step"},
+        "The first step after every start includes compilation.",
         log=True,
     ),
     _Plot("Waiting for data", "share of the time", {"time/data_wait_share": "waiting for data"}),
 )
 _ACCURACY = _Plot(
     "Accuracy in training",
-    "share right",
+    "share correct",
     {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"},
 )
 _IN_TABLES = re.compile(r"_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """{section: charts} of the rows of a metrics.jsonl, with every number but counts of eval/."""
+    """{section: charts} of the rows of a metrics.jsonl: every number except the counts of eval/."""
     training = _columns([row for row in rows if not is_evaluation(row)])
     evaluations = _columns([row for row in rows if is_evaluation(row)])
     sections = {
@@ -104,7 +104,7 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _losses(names: Iterable[str]) -> list[_Plot]:
-    """The sum with its parts, then the parts of each part: loss/NAME_X is one of loss/NAME."""
+    """The total loss with its parts, then the parts of each part: loss/NAME_X is part of loss/NAME."""
     parts = {name: name.removeprefix("loss/") for name in names if name.startswith("loss/")}
     inner = {
         name: {
@@ -134,13 +134,13 @@ def _recalls() -> list[_Plot]:
         teacher = {f"eval/teacher_{prefix}_r{k}": f"R@{k} teacher" for k in RANKS}
         chance = {f"eval/{prefix}_chance_r{RANKS[-1]}": f"R@{RANKS[-1]} chance"}
         dashed = (*teacher.values(), *chance.values())
-        note = "R@k: the share of queries that have a right answer among their first k."
+        note = "R@k: the share of queries with a right answer among the first k."
         plots.append(_Plot(title, "recall, %", student | teacher | chance, note, dashed=dashed))
     return plots
 
 
 def _charts(plots: Sequence[_Plot], columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The charts of those plots that have a curve among the columns."""
+    """The charts of the plots that have at least one curve among the columns."""
     charts = []
     for plot in plots:
         found = {
@@ -155,7 +155,7 @@ def _charts(plots: Sequence[_Plot], columns: Mapping[str, np.ndarray]) -> list[d
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """{name: values [rows]} of what has a number in some row; NaN where a row has none."""
+    """{name: values [rows]} of everything with a number in some row; NaN where a row has none."""
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
     return {name: values for name, values in columns.items() if not np.isnan(values).all()}

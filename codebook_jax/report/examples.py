@@ -1,4 +1,4 @@
-"""Queries of a gallery with what the model finds for them, both ways."""
+"""Example queries of a gallery in both directions, with what the model finds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jaxtyping import Bool, Float
 from codebook_jax.evaluation.encoding import Gallery
 
 QUERIES = 5  # of each kind, drawn at random
-ANSWERS = 5  # shown of each query
+ANSWERS = 5  # shown per query
 
 
 def examples(
     gallery: Gallery, similarity: Float[np.ndarray, "images texts"], *, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """`captions` that look for their picture, `pictures` that look for their caption, at random."""
+    """Random `captions` as queries for pictures, and random `pictures` as queries for captions, with their answers."""
     ids, text_ids = gallery.image_ids, gallery.text_image_ids
     rng = np.random.default_rng(seed)
     texts = rng.permutation(len(text_ids))[:QUERIES].tolist()
@@ -32,7 +32,7 @@ def examples(
 def answers_of(
     scores: Float[np.ndarray, "candidates"], own: Bool[np.ndarray, "candidates"]
 ) -> dict[str, Any]:
-    """The best `answers`, the first `right` one, and its rank from 1 where it is `further` down."""
+    """The best `answers`, the first `right` one, and its rank (from 1) if it is `further` down."""
     order = np.argsort(-scores, kind="stable")
     place = int(np.argmax(own[order]))
     best = order[:ANSWERS].tolist()

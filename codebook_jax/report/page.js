@@ -28,7 +28,7 @@ const HEIGHT = 250;
 const drawn = []; // {plot, chart} of every chart on the page
 
 const style = chart => chart.series.map((series, at) => {
-  const alike = chart.series.slice(0, at).filter(other => other.dash === series.dash).length; // a dashed twin, its colour
+  const alike = chart.series.slice(0, at).filter(other => other.dash === series.dash).length; // a dashed curve has its solid twin's colour
   const stroke = () => colour(`curve${alike % 7 + 1}`);
   const common = { label: series.label, stroke, value: (_, value) => number(value) };
   if (chart.kind === "bars") {
@@ -84,19 +84,19 @@ function mark(chart) { // a line after the last value that is read
   };
 }
 
-function described(chart) { // for those who do not see the curves
+function described(chart) { // for screen readers
   const parts = chart.series.map(series => {
     const values = series.values.filter(value => value != null);
     const ends = `from ${number(values[0])} to ${number(values.at(-1))}`;
     const range = `lowest ${number(Math.min(...values))}, highest ${number(Math.max(...values))}`;
     return `${series.label}: ${chart.kind === "bars" ? range : `${ends}, ${range}`}`;
   });
-  return `Chart, ${chart.y || chart.title} by ${chart.x}. ${parts.join("; ")}. Arrow keys read its values.`;
+  return `Chart, ${chart.y || chart.title} by ${chart.x}. ${parts.join("; ")}. Arrow keys read the values.`;
 }
 
 const values = (plot, at) => plot.series.map((series, n) => `${series.label} ${n ? number(plot.data[n][at]) : count(plot.data[0][at])}`).join(", ");
 
-function rest(plot) { // the legend shows the last values while nothing is pointed at
+function rest(plot) { // the legend shows the last values while the pointer is elsewhere
   plot.setLegend({ idx: plot.data[0].length - 1 });
 }
 
@@ -207,7 +207,7 @@ function explorer() {
   }
   function show() {
     const words = split(filter.value);
-    const spaced = word => /^[\x00-\u024f]+$/.test(word); // elsewhere there may be no spaces between words
+    const spaced = word => /^[\x00-\u024f]+$/.test(word); // other scripts may have no spaces between words
     const fits = (known, word) => spaced(word) ? known.startsWith(word) : known.includes(word);
     matching = codewords.filter(code => words.every(word => code.found.some(known => fits(known, word))));
     matching.sort(orders[sort.value]);

@@ -24,7 +24,7 @@ _FOLDER = Path(__file__).parent
 
 
 class Pictures:
-    """Thumbnails, each in the page once, until they are too many bytes: `left_out` is how many there was no room for."""
+    """Thumbnails, each in the page once, up to `most_bytes`; `left_out` is how many did not fit."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self.files: dict[str, dict[str, str]] = {}  # name -> {"jpeg": base64, "alt": text}
@@ -48,12 +48,12 @@ class Pictures:
         self.files[name] = {"jpeg": text, "alt": alt}
 
     def knows(self, name: str) -> bool:
-        """Whether a picture of this name was added, be it left out for want of room."""
+        """Whether a picture of this name was added, even if it did not fit."""
         return name in self.files or name in self._refused
 
 
 def write_page(path: Path | str, template: str, **values: Any) -> None:
-    """Writes the page; `values` are what the template names. Half a character of a broken name becomes a question mark."""
+    """Writes the page; `values` fill the template. Broken characters, as in a file name, become question marks."""
     text = _environment().get_template(template).render(**values)
     with written_whole(path, errors="replace") as file:
         file.write(text)
@@ -76,10 +76,10 @@ def _environment() -> jinja2.Environment:
 
 
 def _plain(value: Any) -> str:
-    """A setting's value as text: words as they are, an empty text and all else as JSON."""
+    """A setting's value as text: a non-empty string as it is, everything else as JSON."""
     return value if value and isinstance(value, str) else json.dumps(value)
 
 
 def _asset(name: str) -> Markup:
-    """A file of this package as it stands: only what is written here, never data."""
+    """A file of this package, unescaped: never use it for data."""
     return Markup((_FOLDER / name).read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ MOST_IMAGES = 1000  # of the test data
 
 
 class Encoded(NamedTuple):
-    """The test data as a checkpoint sees them."""
+    """The test data encoded by a checkpoint."""
 
     step: int
     spec: str
@@ -40,9 +40,9 @@ class Encoded(NamedTuple):
 
 
 def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
-    """Writes `report.html`: the curves, and with a checkpoint (best in validation) what it does with the test data.
+    """Writes `report.html`: the curves and, if there is a checkpoint, what the best one in validation finds in test data.
 
-    A `config` is also what the run's settings are compared with. Raises UserError for a folder that holds no run.
+    The run's settings are compared with `config` if one is given. Raises UserError for a folder that holds no run.
     """
     records.check_outputs(workdir, (FILE,))
     parts = build.build_trained(config, workdir)
@@ -70,12 +70,12 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
         compared=config is not None,
     )
     if encoded is None:
-        metrics.say("there is no checkpoint yet: the page shows the curves alone")
+        metrics.say("there is no checkpoint yet: the page shows only the curves")
     metrics.say(f"report: {workdir / FILE}")
 
 
 def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
-    """What the first paragraph says of the training beside what its record says."""
+    """Figures of the training for the first paragraph, beyond those in the run's record."""
     training = [row for row in rows if not metrics.is_evaluation(row)]
     steps = np.array([0, *(row["step"] for row in training)])
     pace = np.array([row.get("time/step_s") or np.nan for row in training])
@@ -90,7 +90,7 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
 
 
 def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The recalls by protocol and where they are from: eval.json, else the last validation; None where there is neither."""
+    """The recalls by protocol and their origin: eval.json, else the last validation; None if there is neither."""
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
     if path.exists():
         found = {"step": None, "protocols": _read_json(path)}
@@ -105,7 +105,7 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
 def what_is_seen(
     encoded: Encoded, config: ml_collections.ConfigDict, pictures: Pictures
 ) -> dict[str, Any]:
-    """Examples of retrieval and the codebook, for the template; keeps the pictures that they show."""
+    """Examples of retrieval and the codebook, for the template; adds the pictures that they show."""
     gallery = encoded.gallery
     features = gallery.features["student"]
     similarity = features.image @ features.text.T
@@ -134,7 +134,7 @@ def what_is_seen(
 
 
 def _images(shown: Mapping[str, Any]) -> list[int]:
-    """The pictures that are shown, those to keep first at the start: of the examples, then a few of every codeword."""
+    """The pictures that are shown, the most important first: those of the examples, then a few of every codeword."""
     found = []
     for query in shown["examples"]["captions"]:
         found += [query["right"], *(answer["at"] for answer in query["answers"])]
@@ -146,7 +146,7 @@ def _images(shown: Mapping[str, Any]) -> list[int]:
 
 
 def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
-    """The test data through the checkpoint best in validation; None before the first checkpoint."""
+    """The test data encoded by the checkpoint best in validation; None before the first checkpoint."""
     config = parts.config
     with Checkpoints(workdir, keep=config.checkpoint.keep, create=False) as checkpoints:
         if checkpoints.step_to_use() is None:
@@ -182,12 +182,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(parse_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path} is not what --mode=eval writes ({error}): run --mode=eval again, or delete it"
+            f"{path} was not written by --mode=eval ({error}): run --mode=eval again, or delete it"
         ) from error
 
 
 def _protocols(row: Row) -> dict[str, dict[str, float]]:
-    """The recalls of a validation's row by protocol, as eval.json has them."""
+    """The recalls of a validation row by protocol, as in eval.json."""
     values = {name.removeprefix("eval/"): value for name, value in row.items()}
     found = {"student/dual": values}
     for protocol, prefix in (("teacher/dual", "teacher_"), ("student/reranked", "reranked_")):

@@ -1,4 +1,4 @@
-"""Everything that a pre-training step draws by lot, for the global batch, before anything is computed from it."""
+"""All random draws of a pre-training step, made for the global batch before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from codebook_jax.sampling import MaskedText, mask_words, may_be_negatives
 
 
 class Inputs(NamedTuple):
-    """What a step learns from, all its random draws made; every array has the batch as its first axis."""
+    """What a step learns from, with all its random draws; the first axis of every array is the batch."""
 
     image: Any  # uint8 [B, S, S, 3], augmented
     teacher_image: Any
@@ -25,15 +25,15 @@ class Inputs(NamedTuple):
     text_length: Any
     masked: MaskedText | None
     word_weight: Any  # of each hidden word in L_mlm; they sum to 1
-    noise: Pair | None  # Gumbel's, for the negatives of images and of texts
-    allowed: Any  # bool [B, B / groups]: who may be a negative of whom
+    noise: Pair | None  # Gumbel noise, for the negatives of images and of texts
+    allowed: Any  # bool [B, B / groups]: which rows of its group each row may take as a negative
     match_weight: Any  # [B, 3] of the pair, its negative text, its negative image in L_itm; they sum to 1
 
 
 def draw_inputs(
     batch: Batch, key: Key[Array, ""], config: ml_collections.ConfigDict, vocabulary: Vocabulary
 ) -> Inputs:
-    """Augmented views, hidden words and noise, drawn for the whole batch whatever the passes and shards."""
+    """Augmented views, hidden words and noise, drawn for the whole batch, independent of passes and shards."""
     student_key, teacher_key, word_key, image_noise, text_noise = jax.random.split(key, 5)
     views = _views(batch, student_key, teacher_key, config)
     masked, word_weight = None, None

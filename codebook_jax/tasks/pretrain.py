@@ -1,7 +1,7 @@
 """Pre-training: read this first. One step teaches, assigns, learns, averages and remembers (Duan et al. 2022, 3).
 
 Everything is written for the global batch, under one jit over the mesh; the only randomness is fold_in(seed, step).
-A batch larger than memory goes through in passes: accumulation.py.
+A batch larger than memory is split into passes: accumulation.py.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from codebook_jax.transport import codeword_costs, transport_plan
 
 
 class Taught(NamedTuple):
-    """What the teacher says of a batch."""
+    """The teacher's outputs for a batch."""
 
     features: Pair  # z'_v, z'_t
-    masked_states: Any  # [B, slots, width]: its fused states where words are hidden
+    masked_states: Any  # [B, slots, width]: its fused states at the hidden words
 
 
 class Learned(NamedTuple):
-    """What the student makes of a batch before fusion."""
+    """The student's outputs for a batch before fusion."""
 
     features: Pair  # z_v, z_t
     image_tokens: Any
@@ -49,7 +49,7 @@ class Learned(NamedTuple):
 
 
 def create(config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh):
-    """The task for one config, vocabulary and mesh; raises UserError for what does not fit together."""
+    """The task for one config, vocabulary and mesh; raises UserError if they do not fit together."""
     return Pretraining(config, vocabulary, mesh)
 
 
@@ -104,7 +104,7 @@ class Pretraining:
         return self._abstract
 
     def init_state(self, seed: int) -> TrainState:
-        """A fresh state, created where it will live."""
+        """A fresh state, created directly on its devices."""
         return jax.jit(same_draws(self._init), out_shardings=self.shardings)(key_of(seed))
 
     def _init(self, key: Key[Array, ""]) -> TrainState:
@@ -152,7 +152,7 @@ class Pretraining:
 
     @jax.named_scope("teach")
     def teach(self, towers: Any, inputs: Inputs) -> Taught:
-        """Features of the teacher's view of the images and of the texts, and its states of the hidden words."""
+        """The teacher's features of its view of the images and of the texts, and its states at the hidden words."""
         towers = self.model.towers(towers)
         image, image_tokens = towers.embed_images(self._pixels(inputs.teacher_image))
         text, _, masked_states = self._read(towers, inputs, None)
@@ -190,7 +190,7 @@ class Pretraining:
 
     @jax.named_scope("embed")
     def embed(self, student: Any, inputs: Inputs, key: Key[Array, ""]) -> Learned:
-        """What the student makes of its view of the images, and of the texts, before they meet."""
+        """The student's outputs for its view of the images and for the texts, before fusion."""
         towers = self.model.towers(student["towers"])
         image, image_tokens = towers.embed_images(self._pixels(inputs.image))
         text, states, masked_states = self._read(towers, inputs, jax.random.fold_in(key, 0))
@@ -210,8 +210,8 @@ class Pretraining:
         """L_ica and L_code of the global batch's features, weighted; `own` has the codebook and the temperature."""
         config, scalars, loss = self.config, {}, jnp.float32(0)
         if config.losses.alignment:
-            # Every row's candidates are the whole batch and the queue. Left to itself, XLA splits the candidates instead of
-            # the rows: it gathers the queues for it and moves the logits.
+            # Every row's candidates are the whole batch and the queue. Without this, XLA splits the candidates instead of
+            # the rows, and so gathers the queues and moves the logits.
             candidates, candidate_id = sharding.whole((teacher_features, image_id), self.mesh)
             alignment = losses.alignment_loss(
                 features,
@@ -252,7 +252,7 @@ class Pretraining:
         alpha: Array,
         teacher_towers: Any,
     ) -> tuple[Array, Scalars]:
-        """L_itm and L_mlm, weighted: one run through the fusion encoder over every pair that either needs."""
+        """L_itm and L_mlm, weighted: one run of the fusion encoder over all pairs that either loss needs."""
         config, scalars, loss = self.config, {}, jnp.float32(0)
         towers = self.model.towers(student["towers"])
         rows: list[tuple[Array, Array]] = []  # (states, lengths) of the texts that each image is paired with
@@ -332,7 +332,7 @@ class Pretraining:
         inputs: Inputs,
         plan: Float[Array, "2 rows codes"] | None,
     ) -> Scalars:
-        """What is worth watching besides the losses."""
+        """The metrics besides the losses."""
         scalars = {
             "temperature": before.student["temperature"],
             "alpha": self.alpha(_updates(before)),
@@ -410,7 +410,7 @@ def _likeliest(scores: Float[Array, "*some choices"]) -> Int[Array, "*some"]:
 
 
 def _updates(state: TrainState) -> Array:
-    """Steps that moved something: where the schedules are."""
+    """Steps that changed the parameters, which the schedules count."""
     return state.step - state.bad_total
 
 
@@ -421,7 +421,7 @@ def _at_positions(
 
 
 def _if_good(good: Array, after: TrainState, before: TrainState) -> TrainState:
-    """The state after a good step; after a bad one all stays as it was but the counts and the position."""
+    """The state after a good step; a bad one changes only the counts and the position."""
     chosen = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
     return chosen.replace(
         step=before.step + 1,
