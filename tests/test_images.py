@@ -1,6 +1,7 @@
 """Decoding and cropping, on files of the real formats made on the spot."""
 
 import io
+import re
 import struct
 import zlib
 

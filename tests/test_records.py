@@ -174,7 +174,7 @@ def test_folders_that_are_not_packed_are_refused_with_what_to_do(copied, tmp_pat
             r"manifest\.json .*version 2\b.* version 1\b",
         ),
         (text[:300], r"manifest\.json .*JSONDecodeError"),
-        (text.replace('"captions"', '"words"'), r"manifest\.json .*captions"),
+        (text.replace('"captions"', '"words"'), r"manifest\.json .*TypeError: .*words"),
     ):
         manifest.write_text(change)
         with pytest.raises(UserError, match=words):
