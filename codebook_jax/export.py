@@ -1,11 +1,11 @@
-"""A trained model as one folder that needs nothing else: `--mode=export`, in the format of config.export.format.
+"""`--mode=export`: a trained model as one self-contained folder, in the format config.export.format.
 
 codis         export/, what `codebook_jax.load` reads
-                export.json   what is inside: format, step, sizes, versions
+                export.json   the contents: format, step, sizes, versions
                 config.json   the run's record, with its config
                 tokenizer/    the run's tokenizer
                 student/      Orbax: towers, matching, codebook, temperature
-                teacher/      Orbax: towers, where config.export.teacher asked for them
+                teacher/      Orbax: towers, if config.export.teacher is set
 huggingface   export_huggingface/, image/ for ViTModel and text/ for BertModel: pretrained/write.py
 albef         export_albef/, a whole model for ALBEF's code: pretrained/write.py
 """
@@ -36,11 +36,11 @@ from codebook_jax.processes.ownership import owned
 
 
 class Format(NamedTuple):
-    """One way to write a model."""
+    """An export format."""
 
     folder: str  # in the workdir
     items: tuple[str, ...]  # of the train state
-    use: tuple[str, ...]  # how it is loaded, for the user
+    use: tuple[str, ...]  # lines that show the user how to load it
 
 
 FORMATS = {
@@ -61,14 +61,14 @@ FORMATS = {
         ("student", "teacher", "queue"),
         (
             "from safetensors.torch import load_file",
-            "model.load_state_dict(load_file('{folder}/model.safetensors'))  # of ALBEF's code; it has no codebook",
+            "model.load_state_dict(load_file('{folder}/model.safetensors'))  # ALBEF's own model; it has no codebook",
         ),
     ),
 }
 
 
 def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
-    """Writes the checkpoint best in validation into `workdir`; an older export is replaced when this is complete."""
+    """Writes the best checkpoint by validation into `workdir`; replaces an older export once complete."""
     workdir = Path(workdir).absolute()
     parts = build.build_trained(config, workdir)
     name = parts.config.export.format
@@ -88,7 +88,7 @@ def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> Non
         else:
             _write_for_pytorch(draft, name, parts, restored, items)
         if first:
-            again = ", in place of the one before" if _put_in_place(folder) else ""
+            again = ", replacing the previous export" if _put_in_place(folder) else ""
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
             for line in form.use:
@@ -99,7 +99,7 @@ def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> Non
 def _write_for_pytorch(
     draft: Path, form: str, parts: build.Parts, restored: Restored, items: tuple[str, ...]
 ) -> None:
-    """The first process writes, of arrays that every process may have a part of."""
+    """Gathers the arrays of all processes; the first process writes them."""
     state = {item: getattr(restored.state, item) for item in items}
     if jax.process_count() > 1:
         state = multihost_utils.process_allgather(state, tiled=True)
@@ -117,7 +117,7 @@ def _write(
     restored: Restored,
     items: tuple[str, ...],
 ) -> None:
-    """Every process its part of the arrays, the first one all else."""
+    """Every process writes its part of the arrays, the first one everything else."""
     with _writing(draft), ocp.StandardCheckpointer() as checkpointer:
         for item in items:
             checkpointer.save(draft / item, getattr(restored.state, item))
@@ -132,15 +132,15 @@ def _write(
 
 @contextlib.contextmanager
 def _writing(draft: Path) -> Iterator[None]:
-    """Orbax, tensorstore and safetensors wrap a full disk in errors of their own: they become one sentence."""
+    """Turns the errors in which Orbax, tensorstore and safetensors wrap a full disk into one sentence."""
     try:
         yield
     except OSError:
         raise
     except Exception as failure:
         raise UserError(
-            f"the export could not be written to {draft.parent} ({reason(failure)}), and one from before is as "
-            "it was: mend this and export again"
+            f"the export could not be written to {draft.parent} ({reason(failure)}), and an earlier export is "
+            "unchanged: fix this and export again"
         ) from failure
 
 
@@ -175,11 +175,11 @@ def _replaced(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """An empty draft that no other export writes to; raises UserError where one does, or the folder cannot be replaced."""
+    """An empty draft that no other export writes to; raises UserError if one does, or the folder cannot be replaced."""
     records.check_outputs(folder.parent, folders=(folder.name,))
     with owned(folder.parent, f".{folder.name}.running"):
         if _replaced(folder).exists() and not folder.exists():
-            _replaced(folder).rename(folder)  # an export was killed
+            _replaced(folder).rename(folder)  # left by a killed export
         for leftover in (_draft(folder), _replaced(folder)):
             shutil.rmtree(leftover, ignore_errors=True)
         with records.refused(folder):
@@ -190,14 +190,14 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            shutil.rmtree(_draft(folder), ignore_errors=True)  # it takes the space that another try needs
+            shutil.rmtree(_draft(folder), ignore_errors=True)  # frees the space for another attempt
 
 
 def _put_in_place(folder: Path) -> bool:
-    """The complete draft becomes the export; whether there was one before."""
+    """Makes the complete draft the export; returns whether it replaced one."""
     there = folder.exists()
     if there:
-        folder.rename(_replaced(folder))  # no file system renames a folder onto one that holds files
+        folder.rename(_replaced(folder))  # a folder cannot be renamed onto one that holds files
     try:
         _draft(folder).rename(folder)
     except OSError:
@@ -209,6 +209,6 @@ def _put_in_place(folder: Path) -> bool:
 
 
 def _together(point: str) -> None:
-    """Waits until every process of the run is here."""
+    """Waits until every process of the run gets here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(point)

@@ -1,4 +1,4 @@
-"""Images and texts as a user of a loaded model gives them; what cannot be read is refused by its position."""
+"""Reads the images and texts that a user passes to a loaded model; errors name the position."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _UNORDERED = (Mapping, set, frozenset)
 
 
 def as_pictures(given: Pictures) -> list[Picture]:
-    """One picture or many as a list, open files as what is in them; raises UserError for what is neither."""
+    """One picture or many as a list, with open files read; raises UserError for anything else."""
     if isinstance(given, jax.Array):
         given = np.asarray(given)
     if isinstance(given, np.ndarray) and given.dtype.kind in "USO":
         if given.ndim > 1:
             shape = list(given.shape)
             raise UserError(
-                f"images is an array of paths of the shape {shape}: give a list of them"
+                f"images is an array of paths with shape {shape}: give a list of paths"
             )
         names = given.reshape(-1).tolist()
         given = list(map(os.fsdecode, names)) if given.dtype.kind == "S" else names
@@ -47,7 +47,7 @@ def as_pictures(given: Pictures) -> list[Picture]:
 
 
 def _content(picture: Picture, position: int) -> Picture:
-    """The picture; of an open file, all that is in it, since the caller may close it or others read from it."""
+    """The picture; for an open file its whole content, since it may be closed or read elsewhere later."""
     if isinstance(picture, bytearray | memoryview):
         return bytes(picture)
     if not hasattr(picture, "read"):
@@ -58,17 +58,17 @@ def _content(picture: Picture, position: int) -> Picture:
             if picture.seekable():
                 picture.seek(0)
             content = picture.read()
-    except (OSError, ValueError, AttributeError) as failure:  # ValueError: it is closed
+    except (OSError, ValueError, AttributeError) as failure:  # ValueError: the file is closed
         raise UserError(
             f"image {position} cannot be read ({failure}): give an open file"
         ) from failure
     if not isinstance(content, bytes):
-        raise UserError(f'image {position} is a file of text: open it as open(path, "rb")')
+        raise UserError(f'image {position} is a file opened as text: use open(path, "rb")')
     return content
 
 
 def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height width 3"]:
-    """RGB of one picture as it was given; raises UserError naming the position and what is wrong."""
+    """RGB of one given picture; raises UserError naming the position and the problem."""
     try:
         if isinstance(picture, Image.Image):
             return _rgb_of(picture)
@@ -86,12 +86,12 @@ def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height widt
 def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     try:
         return np.asarray(rgb(picture))
-    except Exception as failure:  # a file that Pillow opened and cannot read to its end
+    except Exception as failure:  # Pillow opened the file but cannot read all of it
         raise UnreadableImage(f"the PIL image cannot be read: {failure}") from failure
 
 
 def _rgb_array(array: np.ndarray) -> np.ndarray:
-    """The array as [height, width, 3]; raises UnreadableImage for what could be meant in two ways."""
+    """The array as [height, width, 3]; raises UnreadableImage if its meaning is ambiguous."""
     shown = f"an array of {array.dtype} {list(array.shape)}"
     if array.dtype != np.uint8:
         raise UnreadableImage(
@@ -111,7 +111,7 @@ def _rgb_array(array: np.ndarray) -> np.ndarray:
 
 
 def as_texts(given: Texts) -> list[str]:
-    """One text or many as a list; raises UserError for what is not strings."""
+    """One text or many as a list; raises UserError if they are not strings."""
     try:
         texts = [given] if isinstance(given, str) else list(given)
     except TypeError:

@@ -1,4 +1,4 @@
-"""A trained model to use: features, matching and codewords of one's own images and texts, on one device of any kind."""
+"""Uses a trained model: features, matching and codewords of your images and texts, on one device of any kind."""
 
 from __future__ import annotations
 
@@ -37,26 +37,27 @@ from codebook_jax.strict_json import parse_json
 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
-FORMAT = 1  # raise it when an older `load` could not read what `export` writes
-BUCKETS = (1, 4, 16, 64)  # rows a call is padded to: one compiled program each
+FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
+BUCKETS = (1, 4, 16, 64)  # a call is padded to one of these numbers of rows; one compiled program each
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
 
 class Codes(NamedTuple):
-    """The likeliest codewords of each feature, likeliest first."""
+    """The most probable codewords of each feature, most probable first."""
 
     indices: Int32[np.ndarray, "features top_k"]
-    probabilities: Float32[np.ndarray, "features top_k"]  # of all codewords they sum to 1
+    probabilities: Float32[np.ndarray, "features top_k"]  # over all codewords they sum to 1
 
 
 class Codis:
-    """A loaded model. Use it from any number of threads.
+    """A loaded model, which can be used from several threads.
 
-    Wherever it takes images: one or several (a list, a generator, an array) of file paths, open binary files, contents
-    of files (bytes), PIL images, or uint8 arrays [height, width, 3] or [height, width]. They are read as in the
-    evaluation: upright, on white, the whole picture resized to the model's square. Arrays that are not uint8 are
-    refused, since their range cannot be known. Wherever it takes texts: one or a list of strings. Texts longer than
-    the model reads lose their end, with a warning, and there is one for words that the tokenizer does not know. What cannot be read raises UserError and names which one.
+    Images are one or several (a list, a generator, an array) of file paths, open binary files, contents of files
+    (bytes), PIL images, or uint8 arrays [height, width, 3] or [height, width]. They are read as in evaluation: upright,
+    on white, the whole picture resized to the model's square. Arrays that are not uint8 are refused, since their range
+    is unknown. Texts are one string or a list of strings. Texts longer than the model reads are truncated, with a
+    warning; words unknown to the tokenizer also give a warning. An unreadable input raises UserError, which names its
+    position.
     """
 
     def __init__(
@@ -84,12 +85,12 @@ class Codis:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The tokens: how many, and which are special."""
+        """The number of tokens, and the ids of the special ones."""
         return self._tokenizer.vocabulary
 
     @property
     def dim(self) -> int:
-        """Numbers a feature has."""
+        """The size of a feature."""
         return self.config.model.dim
 
     def __repr__(self) -> str:
@@ -99,7 +100,7 @@ class Codis:
         )
 
     def encode_image(self, images: Pictures) -> Float32[np.ndarray, "images dim"]:
-        """Unit features: their product with those of texts or of other images is the cosine similarity."""
+        """Unit features: their dot product with those of texts or other images is the cosine similarity."""
         parts = [
             np.asarray(self._embed_images(self._towers, pixels)[0])[:count]
             for pixels, count in self._pixel_chunks(as_pictures(images))
@@ -107,7 +108,7 @@ class Codis:
         return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def encode_text(self, texts: Texts) -> Float32[np.ndarray, "texts dim"]:
-        """Unit features, in the space of the images'."""
+        """Unit features, in the same space as those of images."""
         tokenised = self._tokenised(as_texts(texts))
         parts = [
             np.asarray(self._embed_texts(self._towers, tokens, lengths)[0])[:count]
@@ -118,14 +119,14 @@ class Codis:
     def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, "pairs"]:
         """Probability that image i and text i belong together, by the student's fusion encoder and matching head.
 
-        One image is paired with every text, and one text with every image; else there must be as many of both. It
-        reads a pair jointly, so it is finer than the features and dearer: find candidates with those, order them with
-        this.
+        A single image is paired with every text, a single text with every image; otherwise there must be as many images as
+        texts. It reads each pair jointly, so it is more accurate and slower than features: find candidates with
+        features, and order them with `match`.
         """
         pictures, texts = as_pictures(images), as_texts(texts)
         if len(pictures) != len(texts) and 1 not in (len(pictures), len(texts)):
             raise UserError(
-                f"{len(pictures)} images and {len(texts)} texts are no pairs: give as many of both, or one of either"
+                f"{len(pictures)} images and {len(texts)} texts cannot be paired: give as many images as texts, or one of either"
             )
         if not pictures or not texts:
             return np.zeros(0, np.float32)
@@ -141,7 +142,7 @@ class Codis:
         parts = []
         if (
             len(pictures) == 1
-        ):  # its keys and values are then projected once for all texts of a chunk
+        ):  # then its keys and values are projected once for all texts of a chunk
             ((image_tokens, _),) = image_chunks
             for states, lengths, count in text_chunks:
                 found = self._match(self._student, image_tokens, states[None], lengths[None])
@@ -168,12 +169,12 @@ class Codis:
     def codes(
         self, *, images: Pictures | None = None, texts: Texts | None = None, top_k: int = 1
     ) -> Codes:
-        """The `top_k` codewords that images, or texts, are likeliest to use: softmax of z C / gamma (Duan et al., 3.1).
+        """The `top_k` most probable codewords of images or texts: softmax of z C / gamma (Duan et al., 3.1).
 
-        `gamma` is config.codebook.temperature; `codewords[index]` is a codeword itself.
+        `gamma` is config.codebook.temperature; `codewords[index]` is the codeword.
         """
         if (images is None) == (texts is None):
-            raise UserError("codes takes either images=... or texts=...: call it once for each")
+            raise UserError("codes takes either images=... or texts=..., not both: call it once for each")
         if not 1 <= top_k <= len(self.codewords):
             raise UserError(
                 f"top_k={top_k} is not between 1 and the {len(self.codewords):,} codewords"
@@ -185,7 +186,7 @@ class Codis:
         indices = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         return Codes(indices.astype(np.int32), np.take_along_axis(probabilities, indices, axis=1))
 
-    # -- the programs
+    # -- compiled programs
 
     def _image_features(self, towers: Any, pixels: Array) -> tuple[Array, Array]:
         normalised = augment.normalise(pixels, jnp.dtype(self.config.model.dtype))
@@ -205,12 +206,12 @@ class Codis:
         logits = self._model.match_logits(student["matching"], fused[:, :, 0])
         return jax.nn.softmax(logits, axis=-1)[..., MATCH]
 
-    # -- what goes into them
+    # -- their inputs
 
     def _pixel_chunks(
         self, pictures: list[Picture]
     ) -> Iterator[tuple[UInt8[np.ndarray, "rows side side 3"], int]]:
-        """Pixels padded to a bucket, and how many rows are not padding. One chunk is in memory at a time."""
+        """Pixels padded to a bucket, and how many rows are not padding. Only one chunk is in memory at a time."""
         side = self.config.model.image.size_px
 
         def read(position: int) -> np.ndarray:
@@ -223,7 +224,7 @@ class Codis:
     def _tokenised(
         self, texts: list[str]
     ) -> tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, "texts"]]:
-        """Tokens and lengths; warns of ends left out, and of unknown words."""
+        """Tokens and lengths; warns about truncated texts and unknown words."""
         most = self.config.model.text.max_tokens
         tokens, lengths, truncated = self._tokenizer.encode(texts, most)
         worded = np.array([has_words(text) for text in texts], bool)
@@ -235,13 +236,13 @@ class Codis:
         if truncated:
             warnings.warn(
                 f"{truncated:,} of {len(texts):,} texts are longer than the {most} tokens that this model reads: "
-                "their ends are left out",
+                "they are truncated",
                 stacklevel=3,
             )
         if self._tokenizer.unknown(tokens, lengths).count:
             words = self._tokenizer.unknown_words(texts)
             warnings.warn(
-                f"this model's tokenizer does not know {few_words(words)}: they all read as the same unknown word",
+                f"this model's tokenizer does not know {few_words(words)}: the model reads them all as the same unknown word",
                 stacklevel=3,
             )
         return tokens, lengths
@@ -296,14 +297,14 @@ def _export_folder(path: Path) -> Path:
             return folder
     if not path.is_dir():
         what = "is a file, not the folder of an export" if path.exists() else "is not a folder here"
-        raise UserError(f"{path} {what}: give what --mode=export has written")
+        raise UserError(f"{path} {what}: give the folder that --mode=export wrote")
     if (path / records.RECORD).is_file() and (path / "checkpoints").is_dir():
         raise UserError(
             f"{path} is a run without an export: make one with "
             f"python -m codebook_jax.main --workdir={path} --mode=export"
         )
     raise UserError(
-        f"{path} has no {MANIFEST}, so it is not an export: give what --mode=export has written"
+        f"{path} has no {MANIFEST}, so it is not an export: give the folder that --mode=export wrote"
     )
 
 
@@ -315,14 +316,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise _damaged(folder / MANIFEST, failure) from failure
     if number != FORMAT:
         raise UserError(
-            f"{folder} is an export of format {number}, and this codebook_jax reads format {FORMAT}: "
+            f"{folder} is an export of format {number}, but this codebook_jax reads format {FORMAT}: "
             "install the version it was written with, or export again"
         )
     return manifest
 
 
 def _config(folder: Path) -> ml_collections.ConfigDict:
-    """The run's config, computing as suits one device of any kind."""
+    """The run's config, adapted to one device of any kind."""
     record = records.read_record(folder)
     if record is None:
         raise _damaged(folder / records.RECORD, FileNotFoundError("it is missing"))
@@ -333,10 +334,10 @@ def _config(folder: Path) -> ml_collections.ConfigDict:
 
 
 def _restored(folder: Path, item: str, expected: Any) -> Any:
-    """The arrays of one item as NumPy; raises UserError unless they are those that the config describes."""
+    """The arrays of one item as NumPy; raises UserError if they do not match the config."""
     try:
         arrays = read_arrays(folder / item)
-    except Exception as failure:  # whatever Orbax and tensorstore raise for a broken file
+    except Exception as failure:  # any error of Orbax or tensorstore for a broken file
         raise _damaged(folder / item, failure) from failure
     expected = traverse_util.flatten_dict(expected, sep="/")
     for name in sorted(arrays.keys() | expected.keys()):
@@ -346,7 +347,7 @@ def _restored(folder: Path, item: str, expected: Any) -> Any:
         )
         if found != wanted:
             raise UserError(
-                f"{folder / item} does not fit its {records.RECORD}: {name} is {found}, and should be {wanted}: "
+                f"{folder / item} does not fit its {records.RECORD}: {name} is {found}, but should be {wanted}: "
                 "export again"
             )
     return traverse_util.unflatten_dict(arrays, sep="/")
@@ -369,5 +370,5 @@ def _chunks(count: int) -> Iterator[tuple[range, int]]:
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array with its last row repeated up to `rows`: a valid input, unlike zeros."""
+    """The array with its last row repeated up to `rows`: a valid input, which zeros are not."""
     return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])

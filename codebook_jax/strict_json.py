@@ -1,4 +1,4 @@
-"""JSON read with one kind of error, whatever is wrong with it."""
+"""Reads JSON, raising ValueError whatever is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class TooLong:
-    """Stands for a whole number with more digits than Python reads, so that its place can be named."""
+    """Stands for a whole number with more digits than Python reads, so that messages can name its place."""
 
     def __init__(self, digits: str) -> None:
         self._digits = digits
@@ -21,8 +21,8 @@ class TooLong:
 def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
     """The content of a JSON text; raises ValueError with one sentence for anything that is not JSON.
 
-    Departures from Python's own reader: a key that an object has twice is a ValueError, and so is nesting that is too
-    deep for the stack. `of_data`: whole numbers that are too long become `TooLong`, so that others can be read.
+    Unlike Python's own reader, it raises ValueError for a repeated key in an object, and for nesting too deep for the
+    stack. With `of_data`, whole numbers that are too long become `TooLong`, so that the rest can be read.
     """
     with _one_kind_of_error():
         return (_OF_DATA if of_data else _STRICT).decode(
@@ -31,7 +31,7 @@ def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
 
 
 def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """(the value that begins at `start`, where it ends), otherwise as `parse_json` of data."""
+    """(the value that begins at `start`, where it ends), otherwise like `parse_json(of_data=True)`."""
     with _one_kind_of_error():
         return _OF_DATA.raw_decode(text, start)
 

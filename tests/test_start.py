@@ -101,12 +101,12 @@ def test_init_names_parts(init, expected):
     ("init", "told"),
     [
         ("", "config.init is empty"),
-        ("image:a", "names no text tower: add text:SPEC, or text:random"),
-        ("text:a", "names no image tower"),
-        ("bert-base-uncased", "cannot be read at 'bert-base-uncased'"),
-        ("image:a,image:b", "cannot be read at 'image:b'"),
-        ("image:,text:a", "cannot be read at 'image:'"),
-        ("model:a,text:b", "names a whole model and a tower besides"),
+        ("image:a", "image:a.*add text:SPEC, or text:random"),
+        ("text:a", "text:a.*add image:SPEC"),
+        ("bert-base-uncased", "config.init=.* 'bert-base-uncased': "),
+        ("image:a,image:b", "config.init=.* 'image:b': "),
+        ("image:,text:a", "config.init=.* 'image:': "),
+        ("model:a,text:b", "config.init='model:a,text:b' .*tower"),
     ],
 )
 def test_an_init_that_says_nothing_clear_is_refused_before_anything_is_built(init, told):
@@ -120,7 +120,7 @@ def test_the_papers_recipe_starts_from_a_deit_and_a_bert_unless_it_is_told_rando
     module = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "pretrain_4m.py"))
     config = module["get_config"]()
     assert set(start.specs(config.init)) == {"image", "text"}
-    with pytest.raises(UserError, match="--config.init=random starts from nothing"):
+    with pytest.raises(UserError, match="--config.init=random"):
         start.read_start(config)  # there is no hub here
     config.init = "random"
     assert start.read_start(config) == ()
@@ -212,19 +212,19 @@ def test_one_tensor_too_many_inside_the_tower_is_another_architecture(changed):
     key = "encoder.layer.1.layer_scale.lambda1"
     folder = changed("vit", lambda arrays: arrays.update({key: np.ones(30, np.float32)}))
     config = towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}")
-    assert f"has {key}, which ViT in the Hugging Face layout has not: it is another architecture" in refusal(config)
+    assert f"has {key}, which ViT in the Hugging Face layout " in refusal(config)
 
 
 def test_a_transposed_tensor_is_refused_with_both_shapes(changed):
     key = "bert.encoder.layer.0.intermediate.dense.weight"
     folder = changed("bert", lambda arrays: arrays.update({key: np.ascontiguousarray(arrays[key].T)}))
     sentence = refusal(towers_config(init=f"image:{GOLDENS / 'vit'},text:{folder}"))
-    assert f"{key} is [36, 70], and config.model asks for [70, 36]" in sentence and "transposed?" in sentence
+    assert key in sentence and "[36, 70], " in sentence and " [70, 36] " in sentence and "transposed?" in sentence
 
 
 def test_one_word_too_many_is_refused_with_both_sizes():
     sentence = refusal(towers_config(), VOCABULARY._replace(size=WORDS - 1))
-    assert f"has a vocabulary of {WORDS} " in sentence and f"the tokenizer one of {WORDS - 1}:" in sentence
+    assert f"has a vocabulary of {WORDS} " in sentence and f"the tokenizer has {WORDS - 1}:" in sentence
 
 
 def test_a_vocabulary_of_30523_is_refused_beside_a_tokenizer_of_30522(changed):
@@ -234,7 +234,7 @@ def test_a_vocabulary_of_30523_is_refused_beside_a_tokenizer_of_30522(changed):
 
     folder = changed("bert", widen)
     sentence = refusal(towers_config(init=f"image:random,text:{folder}"), VOCABULARY._replace(size=30_522))
-    assert "has a vocabulary of 30,523 " in sentence and "the tokenizer one of 30,522:" in sentence
+    assert "has a vocabulary of 30,523 " in sentence and "the tokenizer has 30,522:" in sentence
 
 
 def test_384_pixels_from_224_are_resized_and_other_patches_refused():
@@ -242,7 +242,8 @@ def test_384_pixels_from_224_are_resized_and_other_patches_refused():
     resized, note = fitted_positions(positions, (1, 577, 5), "pos_embed", "image:x")
     assert resized.shape == (1, 577, 5) and note == "14x14 to 24x24 patches, bicubic"
     config = towers_config(**{"model.image.patch_px": 14, "model.image.size_px": 28})
-    assert "is [30, 3, 7, 7], and config.model asks for [30, 3, 14, 14]" in refusal(config)
+    sentence = refusal(config)
+    assert "[30, 3, 7, 7], " in sentence and " [30, 3, 14, 14] " in sentence
 
 
 def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, tmp_path):
@@ -267,12 +268,12 @@ def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, 
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("model.text.heads", 2, "text:.* has 3 heads, and config.model.text.heads=2"),
-        ("model.image.heads", 3, "image:.* has 5 heads, and config.model.image.heads=3"),
-        ("model.text.fusion_depth", 2, "has 5 layers, and config.model.text.depth=2 . config.model.text.fusion_depth=2 asks for 4"),
-        ("model.image.depth", 4, "has 3 layers, and config.model.image.depth=4 asks for 4"),
-        ("model.image.width", 40, r"is \[30\], and config.model asks for \[40\]"),
-        ("model.text.max_positions", 30, r"is \[24, 36\], and config.model asks for \[30, 36\]"),
+        ("model.text.heads", 2, "text:.* 3 heads, .*config.model.text.heads=2"),
+        ("model.image.heads", 3, "image:.* 5 heads, .*config.model.image.heads=3"),
+        ("model.text.fusion_depth", 2, "5 layers, .*config.model.text.depth=2 . config.model.text.fusion_depth=2 asks for 4"),
+        ("model.image.depth", 4, "3 layers, .*config.model.image.depth=4 asks for 4"),
+        ("model.image.width", 40, r"\[30\], .*config.model .*\[40\]"),
+        ("model.text.max_positions", 30, r"\[24, 36\], .*config.model .*\[30, 36\]"),
     ],
 )
 def test_sizes_that_differ_are_named_on_both_sides(field, value, told):
@@ -282,11 +283,12 @@ def test_sizes_that_differ_are_named_on_both_sides(field, value, told):
 
 def test_a_file_with_more_layers_than_the_model_is_refused_whatever_may_be_missing():
     config = towers_config(**{"model.image.depth": 2, "init_allow_partial": True})
-    assert "has 3 layers, and config.model.image.depth=2 asks for 2" in refusal(config)
+    sentence = refusal(config)
+    assert "3 layers, " in sentence and "config.model.image.depth=2 asks for 2" in sentence
     config.model.image.depth = 4  # fewer may be meant: all blocks start anew
     _, first = started(config)
     assert not any(name.startswith("student/towers/image/blocks") for name in first.arrays)
-    assert "part of what starts anew (" in first.report
+    assert "part of an incomplete parameter (" in first.report
 
 
 def test_a_lone_file_has_the_tokenizer_beside_it(tmp_path):

@@ -97,7 +97,7 @@ def test_a_table_without_a_first_row_of_names_is_read_by_numbers(tmp_path):
     named = write(tmp_path / "named.tsv", "title\tfilepath\na dog\ta.jpg\n")
     assert len(open_it(f"tsv:{named}?caption_key=0&image_key=1")) == 1
     said = refusal(f"tsv:{path}")
-    assert "names no column of images" in said and "(a dog, a.jpg)" in said
+    assert "images (image, " in said and "(a dog, a.jpg)" in said
     assert "?image_key=0&caption_key=1" in said
     assert "no column '2' for ?image_key" in refusal(f"tsv:{path}?caption_key=0&image_key=2")
 
@@ -115,29 +115,29 @@ def test_urls_of_conceptual_captions_are_refused_with_the_way_to_get_the_images(
 TABLES = {
     "short row": (
         "image,caption\na.jpg,one\nb.jpg\n",
-        "line 3 has 1 cell, the first row 2: one is missing",
+        "line 3 has 1 cell, the first row 2\\b",
     ),
     "comma": (
         "image,caption\na.jpg,one, two\n",
-        "line 2 has 3 cells, the first row 2: a separator too many",
+        "line 2 has 3 cells, the first row 2\\b",
     ),
     "open quote": (
         'image,caption\na.jpg,"one\nb.jpg,two\n',
-        "line 2 is no row of a table .unexpected end",
+        "line 2 .*unexpected end",
     ),
-    "stray quote": ('image,caption\na.jpg,"one" two\n', "line 2 is no row of a table.*quotes=none"),
-    "swallowed": ('image,caption\nx,y\na.jpg,"one\nb.jpg,"two" \n', "line 3 is no row"),
+    "stray quote": ('image,caption\na.jpg,"one" two\n', "line 2 .*quotes=none"),
+    "swallowed": ('image,caption\nx,y\na.jpg,"one\nb.jpg,"two" \n', "line 3 .*quotes=none"),
     "huge field": (
         f'image,caption\na.jpg,"{"x" * 200_000}"\n',
-        "line 2 is no row.*field larger than",
+        "line 2 .*field larger than",
     ),
-    "no image": ("image,caption\n ,one\n", "line 2 names no image"),
+    "no image": ("image,caption\n ,one\n", "line 2 .*no image"),
     "names": (
         "picture,words\na.jpg,one\n",
-        r"no column of images .image, .*first row .picture, words",
+        r"images .image, .*first row .picture, words",
     ),
-    "no captions": ("image,words\na.jpg,one\n", "no column of captions .caption, text, title"),
-    "one column": ("image\na.jpg\n", "no column of captions"),
+    "no captions": ("image,words\na.jpg,one\n", "captions .caption, text, title"),
+    "one column": ("image\na.jpg\n", "captions .caption, .*first row .image"),
     "empty": ("\n \n", "is empty"),
     "only names": ("image,caption\n", "lists no pairs"),
     "outside": ("image,caption\n../a.jpg,one\n", "line 2.*outside the image root"),

@@ -189,7 +189,7 @@ def test_an_index_and_its_shards_have_to_agree(tmp_path):
         index.write_text(json.dumps({"weight_map": weight_map}))
         assert str(index) in refusal(tmp_path)
     index.write_text("{")
-    assert f"{index} is no JSON" in refusal(tmp_path)
+    assert f"{index} is not JSON" in refusal(tmp_path)
 
 
 def test_config_json_beside_the_weights_is_read(tmp_path):
@@ -217,7 +217,8 @@ def test_a_damaged_config_json_is_named(tmp_path, content):
 )
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(spec, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    assert "there is no such file or folder" in refusal(spec)
+    sentence = refusal(spec)
+    assert "does not exist" in sentence and "give a weight file" in sentence
 
 
 def test_an_address_is_to_be_downloaded_first():
@@ -304,8 +305,8 @@ def no_response(kind):
 @pytest.mark.parametrize(
     ("failure", "told"),
     [
-        (no_response(errors.GatedRepoError), "grants access"),
-        (no_response(errors.RepositoryNotFoundError), "there is no such name"),
+        (no_response(errors.GatedRepoError), "`hf auth login`"),
+        (no_response(errors.RepositoryNotFoundError), "private"),
         (no_response(errors.RevisionNotFoundError), "no such revision"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (
@@ -317,7 +318,7 @@ def no_response(kind):
 def test_a_failure_of_the_hub_is_one_sentence(hub, failure, told):
     hub.fails = failure
     sentence = refusal("owner/it@v2")
-    assert "owner/it@v2 is no file or folder here, and could not be had from" in sentence
+    assert "owner/it@v2 " in sentence and "hub" in sentence
     assert told in sentence and "story" not in sentence
 
 
@@ -329,11 +330,13 @@ def test_without_a_network_a_name_of_the_hub_is_refused(tmp_path, monkeypatch, s
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(files, "hub_reachable", lambda: offline)
-    assert f"({told}, and it was not downloaded before)" in refusal(spec)
+    sentence = refusal(spec)
+    assert f"({told}" in sentence and f"{spec} " in sentence
 
 
 def test_a_name_that_no_hub_can_have_is_refused():
-    assert "(no name there looks like this)" in refusal("bad name!")
+    sentence = refusal("bad name!")
+    assert "bad name! " in sentence and "name there" in sentence
 
 
 def test_what_was_downloaded_before_is_read_without_a_network(tmp_path, monkeypatch):
@@ -344,7 +347,7 @@ def test_what_was_downloaded_before_is_read_without_a_network(tmp_path, monkeypa
     snapshot = cached / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (snapshot / "vocab.txt").write_text("[PAD]\n")
-    assert "could be had" in refusal("owner/it")
+    assert "pytorch_model.bin of owner/it" in refusal("owner/it")
     shutil.copy(FILES / SAVED[1], snapshot / "pytorch_model.bin")
     for spec in ("owner/it", "owner/it@main", f"owner/it@{commit}"):
         read = read_weights(spec, WHAT)

@@ -1,7 +1,7 @@
-"""`--mode=check-data`: what is wrong with the data, before anything is trained on them.
+"""`--mode=check-data`: finds what is wrong with the data before training.
 
-Looks at every picture and caption of the training and evaluation sources, and for pictures that are in both. Leaves a
-table on the terminal, check.json, usable.jsonl, skipped.tsv and report.html in the workdir.
+Checks every picture and caption of the training and evaluation sources, and looks for pictures in both. Prints a
+table, and writes check.json, usable.jsonl, skipped.tsv and report.html to the workdir.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from codebook_jax.data.text import Tokenizer, open_tokenizer, said_unknown, spel
 from codebook_jax.errors import UserError, refuse_below
 from codebook_jax.workdir import check_folder, check_outputs, write_json
 
-_ROWS = {  # of the table: name of a count -> what it says
+_ROWS = {  # of the table: name of a count -> label
     "listed": "listed records",
     "without_caption": "without a picture or caption",
     "usable": "usable",
-    "images": "pictures, each once",
+    "images": "distinct pictures",
     "missing": "missing",
     "empty": "empty files",
     "undecodable": "cannot be decoded",
     "tiny": "tiny",
-    "copies": "the same as another",
+    "copies": "same as another",
     "near_duplicates": "look like another",
     "captions": "captions",
-    "truncated": "longer than is read",
-    "repeated": "of several pictures",
+    "truncated": "longer than the limit",
+    "repeated": "shared by several pictures",
     "tokens": "tokens",
     "unknown_tokens": "unknown tokens",
 }
 
 
 def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
-    """Checks `config.data.train`, `eval` and `test`; 1 where too much is unusable or leaked, else 0.
+    """Checks `config.data.train`, `eval` and `test`; returns 1 if too much is unusable or leaked, else 0.
 
-    Raises UserError for settings that cannot be checked with, and for a folder that holds something else.
+    Raises UserError for invalid settings, and for a folder that holds something else.
     """
     _check(config)
     workdir = Path(workdir)
@@ -65,7 +65,7 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
             keep_quiet()
             return _checked(config, workdir)
     except Stopped as stop:
-        print(f"stopped by {stop}: nothing is written", file=sys.stderr, flush=True)
+        print(f"stopped by {stop}: nothing was written", file=sys.stderr, flush=True)
         return 128 + stop.number
 
 
@@ -98,18 +98,18 @@ def _check(config: ml_collections.ConfigDict) -> None:
         refuse_below(f"check.{name}", given[name], least)
     if given.near_bits > 15:
         raise UserError(
-            f"config.check.near_bits={given.near_bits} of 64 calls unlike pictures alike: give at most 15"
+            f"config.check.near_bits={given.near_bits} of 64 would match unrelated pictures: use at most 15"
         )
     if not 0 <= given.max_bad_share <= 1:
-        raise UserError(f"config.check.max_bad_share={given.max_bad_share} is a share: give 0 to 1")
+        raise UserError(f"config.check.max_bad_share={given.max_bad_share} is not a share: use 0 to 1")
     if not config.data.train:
         raise UserError(
-            "config.data.train is empty: name what is to be checked, as --config.data.train=json:PATH"
+            "config.data.train is empty: name the data to check, for example --config.data.train=json:PATH"
         )
 
 
 def _sources(config: ml_collections.ConfigDict) -> dict[str, Source]:
-    """All that is checked, by label; no built-in scenes beside real pictures, which have nothing in common."""
+    """The sources to check, by label; built-in scenes are left out beside real pictures."""
     data = config.data
     built_in = _is_built_in(data.train)
     found = {}
@@ -130,7 +130,7 @@ def _is_built_in(spec: str) -> bool:
 
 
 def _damaged_shards(config: ml_collections.ConfigDict) -> list[str]:
-    """A sentence on each packed folder of which a file is not as it was packed."""
+    """A sentence on each packed folder with damaged files."""
     specs = itertools.chain(*map(split_specs, (config.data.train, config.data.eval, config.data.test)))
     packed = (spec.removeprefix("records:") for spec in specs if spec.startswith("records:"))
     folders = dict.fromkeys(os.path.expanduser(spec.partition("?")[0]) for spec in packed)
@@ -140,7 +140,7 @@ def _damaged_shards(config: ml_collections.ConfigDict) -> list[str]:
         if damaged:
             sentences.append(
                 f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its --mode=prepare command "
-                "again, which makes them anew"
+                "again, which repacks them"
             )
     return sentences
 
@@ -148,7 +148,7 @@ def _damaged_shards(config: ml_collections.ConfigDict) -> list[str]:
 def _parts(
     config: ml_collections.ConfigDict, label: str, source: Source, tokenizer: Tokenizer
 ) -> list[Part]:
-    """What is found of a source; of a mixture, of all of it and then of each source."""
+    """The findings on a source; for a mixture, on all of it and then on each source."""
     if not isinstance(source, Mixture):
         return [_part(config, label, source, tokenizer)]
     parts = [
@@ -162,7 +162,7 @@ def _part(
     config: ml_collections.ConfigDict, label: str, source: Source, tokenizer: Tokenizer
 ) -> Part:
     given = config.check
-    print(f"looking at {label}: {source!r}", flush=True)
+    print(f"checking {label}: {source!r}", flush=True)
     with Progress("looked at", "pictures", len(source)) as progress:
         images = inspect(
             source,
@@ -171,7 +171,7 @@ def _part(
             least_side_px=given.least_side_px,
             tell=progress.advance,
         )
-    with Progress("read the captions of", "records", len(source)) as progress:
+    with Progress("read captions of", "records", len(source)) as progress:
         said = read_captions(source, tokenizer, progress.advance)
     return part_of(label, source, images, said, given.near_bits)
 
@@ -179,7 +179,7 @@ def _part(
 def _verdicts(
     config: ml_collections.ConfigDict, parts: list[Part], leaks: list[Leak]
 ) -> list[str]:
-    """A sentence on each share that is above the limit."""
+    """A sentence on each share above the limit."""
     limit = config.check.max_bad_share
     over = f"more than config.check.max_bad_share={limit:g}"
     sentences = []
@@ -187,18 +187,18 @@ def _verdicts(
         listed, held = part.source.listed, len(part.source) + len(part.source.left_out)
         bad = listed - int(part.usable_records.sum())
         if bad > limit * listed:
-            before = f", {listed - held:,} of them since before the list was made" if listed > held else ""
+            before = f", {listed - held:,} of them before this list was made" if listed > held else ""
             which = "the others" if before else "them"
             sentences.append(
                 f"{bad:,} of {listed:,} listed records of {part.label} are unusable ({bad / listed:.1%}), {over}"
-                f"{before}: {outputs.SKIPPED} names {which}; train on {USABLE}, or mend them"
+                f"{before}: {outputs.SKIPPED} names {which}; train on {USABLE}, or fix them"
             )
     for one in leaks:
         count, images = int(one.leaked.sum()), len(one.content)
         if count > limit * images:
             sentences.append(
-                f"{count:,} of {images:,} pictures of {one.evaluation.label} are in training too ({count / images:.1%}), "
-                f"{over}: take them out of one of the two, {CHECK} names them"
+                f"{count:,} of {images:,} pictures of {one.evaluation.label} are also in training ({count / images:.1%}), "
+                f"{over}: remove them from one of the two; {CHECK} names them"
             )
     return sentences
 
@@ -211,7 +211,7 @@ def _write(
     leaks: list[Leak],
     verdicts: list[str],
 ) -> None:
-    """Shows the table, and leaves the files; the first of `trained` is all that is trained on."""
+    """Prints the table and writes the files; the first of `trained` is the whole training data."""
     max_tokens = config.model.text.max_tokens
     parts = [*trained, *others]
     counts = [part.counts(max_tokens) for part in parts]
@@ -244,7 +244,7 @@ def _write(
 
 
 def _advice(workdir: Path, training: Part, root: str | None) -> list[str]:
-    """How to go on."""
+    """What to do next."""
     usable, listed = int(training.usable_records.sum()), training.source.listed
     sentences = [
         f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})",
@@ -254,11 +254,11 @@ def _advice(workdir: Path, training: Part, root: str | None) -> list[str]:
         sentences.append(f"train with --config.data.train=json:{workdir / USABLE}")
     elif usable:
         sentences.append(
-            f"these pictures are no files by themselves, so {USABLE} lists their places: train on the source as it is, "
-            "which passes over what is unusable, or pack the others with --mode=prepare"
+            f"these pictures are not separate files, so {USABLE} lists their positions: train on the source itself, "
+            "which skips unusable pictures, or pack it with --mode=prepare"
         )
     if root is not None and isinstance(training.source, Mixture) and training.source.weights:
-        sentences.append(f"{USABLE} has no weights: every pair comes once an epoch")
+        sentences.append(f"{USABLE} has no weights: every pair appears once per epoch")
     sentences.append(
         f"{workdir / outputs.PAGE} shows samples, {workdir / outputs.SKIPPED} names what is unusable"
     )
@@ -278,7 +278,7 @@ def _show(rows: list[list[str]], leaks: list[Leak], verdicts: list[str]) -> None
         console.print(
             f"{count['leaked']:,} of {count['images']:,} pictures of {count['evaluation']} are in training "
             f"({count['same_content']:,} the same file, {count['same_look']:,} look the same; "
-            f"{count['same_name_alone']:,} more have the same name alone)"
+            f"{count['same_name_alone']:,} more have only the same name)"
         )
     for sentence in verdicts:
         console.print(f"problem: {sentence}")

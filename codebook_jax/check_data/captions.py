@@ -1,4 +1,4 @@
-"""What the captions of a source are like: how long in tokens, and which are said of several pictures."""
+"""Statistics of the captions of a source: length in tokens, and which are shared by several pictures."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _AT_ONCE = 4096  # captions
 
 
 class Said(NamedTuple):
-    """What is kept of every caption of a source, as the model reads it."""
+    """What is kept of each caption of a source, as the model reads it."""
 
-    lengths: np.ndarray  # int64 [LONGEST + 1], how many captions have so many tokens, [CLS] and [SEP] included
+    lengths: np.ndarray  # int64 [LONGEST + 1], number of captions of each length in tokens, [CLS] and [SEP] included
     keys: np.ndarray  # uint64 [captions], of the text
     records: np.ndarray  # int64 [captions]
-    silent: np.ndarray  # bool [records]: no caption of which the tokenizer makes a token; the others count nowhere
+    silent: np.ndarray  # bool [records]: no caption gives a token; such captions are not counted
     unknown: Unknown  # tokens
 
 
 class Repeated(NamedTuple):
-    """A caption that several pictures have, as the model reads it."""
+    """A caption shared by several pictures, as the model reads it."""
 
     caption: str
     images: int
@@ -44,14 +44,14 @@ class Captions(NamedTuple):
         return int(self.lengths.sum())
 
     def truncated(self, max_tokens: int) -> int:
-        """How many captions are longer than the model reads."""
+        """The number of captions longer than the model reads."""
         return int(self.lengths[max_tokens + 1 :].sum())
 
 
 def read_captions(
     source: Source, tokenizer: Tokenizer, tell: Callable[[int], None] = lambda records: None
 ) -> Said:
-    """Reads every caption; `tell` is called with how many more records are done."""
+    """Reads every caption; calls `tell` with the number of records just done."""
     lengths = np.zeros(LONGEST + 1, np.int64)
     keys: list[np.ndarray] = [np.empty(0, np.uint64)]
     records: list[np.ndarray] = [np.empty(0, np.int64)]
@@ -86,7 +86,7 @@ def _readable(
 
 
 def joined_captions(parts: Sequence[Said], starts: Sequence[int]) -> Said:
-    """The captions of several sources, whose records begin at `starts`, as those of one."""
+    """The captions of several sources, whose records begin at `starts`, combined."""
     return Said(
         np.sum([part.lengths for part in parts], axis=0),
         np.concatenate([part.keys for part in parts]),
@@ -97,9 +97,9 @@ def joined_captions(parts: Sequence[Said], starts: Sequence[int]) -> Said:
 
 
 def compared_captions(said: Said, source: Source, which: np.ndarray, *, examples: int) -> Captions:
-    """The captions of `source` by the pictures that have them, which `which` [records] numbers.
+    """The captions of `source`, counted by picture; `which` [records] is the picture of each record.
 
-    A picture that has a caption twice repeats nothing. At most `examples` repeated ones are kept, the most repeated.
+    A caption repeated for one picture does not count. Keeps the `examples` most repeated captions.
     """
     images = which[said.records]
     order = np.lexsort((images, said.keys))

@@ -1,10 +1,10 @@
-"""What a check of the data found: of every source, and between training and evaluation.
+"""Findings of a check of the data: on every source, and between training and evaluation.
 
-Whether two pictures are the same is told by three kinds of evidence: the same content (the bytes of the files; where
-nothing is decoded, their path), the same look (perceptual hashes that differ in few bits), and the same file name. Names
-such as COCO_val2014_000000391895 mean something, and those such as 1 or img_00001 are everyone's. So a name counts from
-eight characters on, or six that are all digits, unless it is one of running numbers: of the names in its source that are
-alike but for their last number, there are 20 or more, and over half of them follow another by one or two.
+Three kinds of evidence show that two pictures are the same: the same content (the bytes of the files or, without
+decoding, their path), the same look (perceptual hashes that differ in few bits), and the same file name. Names such as
+COCO_val2014_000000391895 are telling; names such as 1 or img_00001 are not. So a name counts if it has at least eight
+characters, or six that are all digits, unless it is a running number: at least 20 names in its source differ only in
+their last number, and over half of them follow another by one or two.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _NUMBER = re.compile(r"(\d+)\D*$")
 
 
 class Part(NamedTuple):
-    """One source as it was found, or a mixture of sources that were."""
+    """The findings on one source, or on a mixture."""
 
     label: str  # "training", "training 1" of a mixture, "validation", "test"
     source: Source
     images: Images
     said: Said
     captions: Captions
-    copies: np.ndarray  # int64 [images], the first picture of the same content before it; -1: none
-    twins: np.ndarray  # int64 [images], the first one before it that looks the same and is no copy; -1: none
+    copies: np.ndarray  # int64 [images], the first earlier picture with the same content; -1: none
+    twins: np.ndarray  # int64 [images], the first earlier one that looks the same but is not a copy; -1: none
 
     def name(self, image: int) -> str:
-        """What the source calls a picture."""
+        """The source's name for a picture."""
         return self.source.name(int(self.images.first[image]))
 
     @property
@@ -72,7 +72,7 @@ class Part(NamedTuple):
 
 
 class Leak(NamedTuple):
-    """Pictures of an evaluation source that are in training too: for each of its pictures one in training, or -1."""
+    """Pictures of an evaluation source that are also in training: for each one its match in training, or -1."""
 
     evaluation: Part
     training: Part
@@ -83,13 +83,13 @@ class Leak(NamedTuple):
 
     @property
     def leaked(self) -> np.ndarray:
-        """bool [images]: by content or look; where nothing was decoded, by name too."""
+        """bool [images]: same content or look; without decoding, also the same name."""
         sure = (self.content >= 0) | (self.look >= 0)
         return sure if self.decoded else sure | (self.name >= 0)
 
     @property
     def name_alone(self) -> np.ndarray:
-        """bool [images]: nothing but the name is the same."""
+        """bool [images]: only the name is the same."""
         return (self.name >= 0) & (self.content < 0) & (self.look < 0)
 
     def counts(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Leak(NamedTuple):
         }
 
     def named(self) -> Iterator[dict[str, str]]:
-        """{"name", "training", "evidence"} of each that is leaked, by its surest evidence, or has the same name."""
+        """{"name", "training", "evidence"} of each leaked or equally named picture, with the strongest evidence."""
         for at in np.flatnonzero(self.leaked | self.name_alone).tolist():
             evidence, other = next(
                 (evidence, int(found[at]))
@@ -120,7 +120,7 @@ class Leak(NamedTuple):
 
 
 def part_of(label: str, source: Source, images: Images, said: Said, near_bits: int) -> Part:
-    """A source with what its pictures and captions have in common."""
+    """The findings on a source: repeated pictures and captions."""
     captions = compared_captions(said, source, images.which, examples=_EXAMPLES)
     return Part(label, source, images, said, captions, *same_pictures(images, near_bits))
 
@@ -134,7 +134,7 @@ def joined_part(label: str, mixture: Mixture, parts: Sequence[Part], near_bits: 
 
 
 def same_pictures(images: Images, near_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """(copies, twins) as of `Part`, among pictures with different ids: the source knows of the others itself."""
+    """(copies, twins) as in `Part`, among pictures with different ids: equal ids are known to be one image."""
     count = len(images.first)
     known = _one_an_id(images, images.content != 0)
     copies = _placed(earlier_twin(images.content[known], 0), known, count)
@@ -144,7 +144,7 @@ def same_pictures(images: Images, near_bits: int) -> tuple[np.ndarray, np.ndarra
 
 
 def leak(evaluation: Part, training: Part, near_bits: int, decoded: bool) -> Leak:
-    """Which pictures of the evaluation training has too."""
+    """The pictures of the evaluation that are also in training."""
     ours, theirs = evaluation.images, training.images
     known = (np.flatnonzero(images.content) for images in (ours, theirs))
     content = _matched(ours.content, theirs.content, *known, 0)
@@ -156,14 +156,14 @@ def leak(evaluation: Part, training: Part, near_bits: int, decoded: bool) -> Lea
 
 
 def _one_an_id(images: Images, chosen: np.ndarray) -> np.ndarray:
-    """The numbers of the chosen pictures, of each id the first one."""
+    """The numbers of the chosen pictures, only the first of each id."""
     numbers = np.flatnonzero(chosen)
     _, first = np.unique(images.ids[numbers], return_index=True)
     return numbers[np.sort(first)]
 
 
 def _stems(part: Part) -> np.ndarray:
-    """uint64 [images]: a hash of each file's name without its folder and ending; 0 for one that says too little."""
+    """uint64 [images]: a hash of each file's name without its folder and ending; 0 for a name that is not telling."""
     count = len(part.images.first)
     stems, series = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
     numbers = np.zeros(count, np.int64)
@@ -175,7 +175,7 @@ def _stems(part: Part) -> np.ndarray:
         number = _NUMBER.search(stem)
         if number:
             digits = number.group(1)
-            padded = len(digits) if digits[0] == "0" else 0  # 000000012 does not go on from 2333071
+            padded = len(digits) if digits[0] == "0" else 0  # 000000012 and 2333071 are not one series
             alike = f"{stem[: number.start(1)]}/{padded}/{stem[number.end(1) :]}"
             series[at], numbers[at] = short_hash(alike), int(digits[-18:])
     stems[_running(series, numbers)] = 0
@@ -183,7 +183,7 @@ def _stems(part: Part) -> np.ndarray:
 
 
 def _running(series: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """bool: which numbers are among running ones of their series; series 0 is none."""
+    """bool: whether each is one of its series' running numbers; series 0 means none."""
     kinds, which, counts = np.unique(series, return_inverse=True, return_counts=True)
     order = np.lexsort((numbers, which))
     follows = (np.diff(which[order]) == 0) & (np.diff(numbers[order]) <= _NEXT)

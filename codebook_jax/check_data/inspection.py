@@ -1,4 +1,4 @@
-"""What every picture of a source is like, found in processes: whether it can be used, and three numbers to compare it by."""
+"""Inspects every picture of a source in processes: whether it is usable, and three numbers to compare it by."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from codebook_jax.data.sources.texts import numbered, short_hash
 from codebook_jax.data.stop import serve_parent
 from codebook_jax.errors import UserError
 
-_TASK = 128  # pictures that a process is given at once
-_LOOK_PX = 64  # the perceptual hash is of 32 x 32 pixels: decoded no smaller than twice that
-_FLAT = 2.0  # of 255: pictures that vary less look alike to the hash whatever they show
+_TASK = 128  # pictures per task of a process
+_LOOK_PX = 64  # the perceptual hash uses 32 x 32 pixels; pictures are decoded at least twice as large
+_FLAT = 2.0  # of 255: pictures that vary less look alike to the hash, whatever they show
 
 
 class Status(enum.IntEnum):
-    """What can be done with a picture."""
+    """Whether a picture is usable, or why not."""
 
     USABLE = 0
     MISSING = 1
@@ -42,15 +42,15 @@ class Status(enum.IntEnum):
 
 
 class Images(NamedTuple):
-    """The pictures of a source, each once, as inspected; a name that is listed again is the same picture."""
+    """The inspected pictures of a source, each once; equal names are the same picture."""
 
     first: np.ndarray  # int64 [images], the first record of each
     which: np.ndarray  # int32 [records], the picture of each record
     status: np.ndarray  # uint8 [images], of Status
-    ids: np.ndarray  # int64 [images], what the source calls the same image; -1 where it could not be asked
-    content: np.ndarray  # uint64 [images], of the SHA-256 of the file or array; undecoded, of the path; 0: not known
+    ids: np.ndarray  # int64 [images], the source's image id; -1 if unknown
+    content: np.ndarray  # uint64 [images], from the SHA-256 of the file or array, or of the path if not decoded; 0: unknown
     look: np.ndarray  # uint64 [images], the perceptual hash
-    comparable: np.ndarray  # bool [images], whether that hash means something
+    comparable: np.ndarray  # bool [images], whether that hash is meaningful
     sides: np.ndarray  # int32 [images, 2], height and width
     reasons: dict[int, str]  # picture -> why it cannot be used
 
@@ -60,7 +60,7 @@ class Images(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What is known of one picture."""
+    """The result for one picture."""
 
     status: Status
     image_id: int = -1
@@ -80,10 +80,10 @@ def inspect(
     least_side_px: int,
     tell: Callable[[int, int], None] = lambda count, bad: None,
 ) -> Images:
-    """Inspects every picture once; `tell` is called with (how many more are done, how many of them are bad).
+    """Inspects every picture once; calls `tell` with (pictures just done, bad ones among them).
 
-    Without `decode`, files are only looked for, and what is no file counts as usable, unread. Raises UserError where a
-    process is ended from outside.
+    Without `decode`, only checks that files exist; pictures that are not files count as usable. Raises UserError if a
+    process is killed.
     """
     first, which = _distinct(source)
     found = {
@@ -112,7 +112,7 @@ def inspect(
 
 
 def is_of_files(source: Source) -> bool:
-    """Whether its pictures are files by themselves, so that `source[i].image` is a path and is never read by it."""
+    """Whether its pictures are separate files, so that `source[i].image` is a path, not read by the source."""
     for record in range(min(len(source), _TASK)):
         try:
             return isinstance(source[record].image, str)
@@ -122,7 +122,7 @@ def is_of_files(source: Source) -> bool:
 
 
 def joined(parts: Sequence[Images], starts: Sequence[int]) -> Images:
-    """The pictures of several sources, whose records begin at `starts`, as those of one."""
+    """The pictures of several sources, whose records begin at `starts`, combined."""
     names = ("status", "content", "look", "comparable", "sides")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     firsts, whiches, ids, reasons, before = [], [], [], {}, 0
@@ -146,7 +146,7 @@ def _distinct(source: Source) -> tuple[np.ndarray, np.ndarray]:
 def _inspected(
     source: Source, records: np.ndarray, processes: int, decode: bool, least_side_px: int
 ) -> Iterator[tuple[int, list[_Found]]]:
-    """(number of the first picture, what was found) of one task after another, as they are done."""
+    """(number of the first picture, results) of each task, as they finish."""
     tasks = [(start, records[start : start + _TASK].tolist()) for start in range(0, len(records), _TASK)]
     processes = min(processes or os.cpu_count() or 1, len(tasks))
     if processes == 1:
@@ -163,12 +163,12 @@ def _inspected(
                 yield running.pop(task), task.result()
         except BrokenProcessPool as failure:
             raise UserError(
-                "a process that looks at pictures was ended from outside, as Linux does where memory runs out: start "
-                f"the same command again, if need be with fewer, as --config.check.processes={max(1, processes // 2)}"
+                "a process that inspects pictures was killed, as Linux does when memory runs out: run "
+                f"the same command again, if necessary with fewer processes: --config.check.processes={max(1, processes // 2)}"
             ) from failure
         except BaseException:
             for process in set(multiprocessing.active_children()) - others:
-                process.kill()  # the pool would wait for what they are at
+                process.kill()  # otherwise the pool would wait for their tasks
             raise
 
 
@@ -176,7 +176,7 @@ _own: tuple[Source, bool, int]  # of a worker process
 
 
 def _start(source: bytes, decode: bool, least_side_px: int) -> None:
-    """What a worker process does first: it leaves signals to the first one, and does not outlive it."""
+    """Called first in a worker process: leaves signals to the parent, and exits with it."""
     global _own
     serve_parent()
     keep_quiet()
@@ -184,7 +184,7 @@ def _start(source: bytes, decode: bool, least_side_px: int) -> None:
 
 
 def keep_quiet() -> None:
-    """What Pillow warns of is found here, or does no harm: broken EXIF blocks, a line each."""
+    """Silences Pillow: what it warns of is found here or harmless, such as broken EXIF blocks."""
     warnings.filterwarnings("ignore", module="PIL")
 
 
@@ -196,7 +196,7 @@ def _work(records: list[int]) -> list[_Found]:
 def _inspect(source: Source, record: int, decode: bool, least_side_px: int) -> _Found:
     try:
         image, _, image_id = source[record]
-    except WithoutCaption:  # `read_captions` finds it too, and counts it
+    except WithoutCaption:  # counted by `read_captions`
         return _Found(Status.USABLE)
     except UnreadableImage as failure:
         return _Found(Status.UNDECODABLE, reason=str(failure))
@@ -214,27 +214,27 @@ def _inspect(source: Source, record: int, decode: bool, least_side_px: int) -> _
 
 
 def _unreadable(path: str) -> _Found | None:
-    """What can be said of a file without opening it: only one with something in it is opened."""
+    """The result if the file need not be opened: it is missing, not a regular file, or empty; else None."""
     try:
         about = os.stat(path)
     except (OSError, ValueError) as failure:
         absent = isinstance(failure, FileNotFoundError | NotADirectoryError | ValueError)
-        why = "there is no such file" if absent else failure.strerror
+        why = "the file does not exist" if absent else failure.strerror
         return _Found(Status.MISSING, reason=f"{path}: {why}")
     if stat.S_ISDIR(about.st_mode):
-        return _Found(Status.UNDECODABLE, reason=f"{path}: this is a folder")
-    if not stat.S_ISREG(about.st_mode):  # to read from a pipe may never end
-        return _Found(Status.UNDECODABLE, reason=f"{path}: this is no file of pixels")
+        return _Found(Status.UNDECODABLE, reason=f"{path}: it is a folder")
+    if not stat.S_ISREG(about.st_mode):  # reading from a pipe may never end
+        return _Found(Status.UNDECODABLE, reason=f"{path}: it is not a regular file")
     return None if about.st_size else _Found(Status.EMPTY, reason=f"{path}: the file is empty")
 
 
 def _looked_at(image: np.ndarray | bytes | str, least_side_px: int) -> _Found:
-    """Raises UnreadableImage for what cannot be decoded to its end."""
+    """Raises UnreadableImage if the picture cannot be decoded completely."""
     name = image if isinstance(image, str) else "the picture"
     picture = Picture(image, name)
     short = min(picture.height, picture.width)
     if not short:
-        raise UnreadableImage(f"{name}: {picture.width} x {picture.height} pixels are none")
+        raise UnreadableImage(f"{name}: it has no pixels ({picture.width} x {picture.height})")
     pixels = picture.pixels(max(by for by in picture.shrinks if by == 1 or short >= by * _LOOK_PX))
     content = picture.content
     sha256 = hashlib.sha256(content if isinstance(content, bytes) else np.ascontiguousarray(content))

@@ -1,4 +1,4 @@
-"""Pictures that are the same, or look the same: among millions, without comparing each with each."""
+"""Pictures that are the same, or look the same: among millions, without comparing every pair."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _AT_ONCE = 1 << 22  # pairs compared
 
 
 def first_match(queries: np.ndarray, base: np.ndarray, bits: int) -> np.ndarray:
-    """int64 [queries]: the first hash of `base` that differs in at most `bits` bits, uint64 both; -1 where none does."""
+    """int64 [queries]: the first hash of `base` that differs in at most `bits` bits, uint64 both; -1 if none does."""
     values, which = np.unique(queries, return_inverse=True)
     base_values, first = np.unique(base, return_index=True)
     pairs = _near(values, base_values, bits)
@@ -22,14 +22,14 @@ def first_match(queries: np.ndarray, base: np.ndarray, bits: int) -> np.ndarray:
 
 
 def earlier_twin(hashes: np.ndarray, bits: int) -> np.ndarray:
-    """int64: for each hash the first one before it that differs in at most `bits` bits; -1 where there is none.
+    """int64: for each hash the first earlier one that differs in at most `bits` bits; -1 if there is none.
 
-    Of equal hashes only the first is compared with others, so that a thousand copies are not a million pairs.
+    Only the first of equal hashes is compared with others, so that a thousand copies do not make a million pairs.
     """
     values, first, which = np.unique(hashes, return_index=True, return_inverse=True)
     order = np.argsort(first)
     pairs = _near(values[order], values[order], bits)
-    twin = np.arange(len(values))  # by number of the distinct hash, in the order in which they come
+    twin = np.arange(len(values))  # by number of the distinct hash, in order of first appearance
     np.minimum.at(twin, pairs[:, 0], pairs[:, 1])
     number = np.empty(len(values), np.int64)
     number[order] = np.arange(len(values))
@@ -40,8 +40,8 @@ def earlier_twin(hashes: np.ndarray, bits: int) -> np.ndarray:
 def _near(queries: np.ndarray, base: np.ndarray, bits: int) -> np.ndarray:
     """int64 [pairs, 2]: all (query, base) of distinct hashes that differ in at most `bits` bits, some more than once.
 
-    Of bits + 1 bands that the bits are parted into, such a pair has one in common (the pigeonhole principle), so that
-    only hashes with an equal band are compared.
+    If the bits are split into bits + 1 bands, such a pair agrees in at least one (the pigeonhole principle), so only
+    hashes with an equal band are compared.
     """
     found = [np.empty((0, 2), np.int64)]
     for band in _bands(bits):
@@ -59,7 +59,7 @@ def _bands(bits: int) -> Iterator[np.uint64]:
 
 
 def _sharing(queries: np.ndarray, base: np.ndarray) -> Iterator[np.ndarray]:
-    """int64 [pairs, 2] of all (query, base) with equal keys, so many at once."""
+    """int64 [pairs, 2] of all (query, base) with equal keys, in chunks."""
     order = np.argsort(base, kind="stable")
     ordered = base[order]
     low = np.searchsorted(ordered, queries, side="left")

@@ -1,4 +1,4 @@
-"""The files that a check of the data leaves: its numbers, the usable pairs, and what is not usable and why."""
+"""The files that check-data writes: its numbers, the usable pairs, and what is unusable and why."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.workdir import written_whole
 
 SKIPPED, PAGE = "skipped.tsv", "report.html"
-ERRORS = "backslashreplace"  # half characters of names and captions
+ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 
 
 def is_own(name: str) -> bool:
-    """Whether an earlier check has left a file of this name."""
+    """Whether check-data writes a file of this name."""
     return name in (CHECK, USABLE, SKIPPED, PAGE)
 
 
 def image_root(training: Part) -> str | None:
-    """The folder that all usable pictures are below; None where there are none, or they are no files."""
+    """The folder that holds all usable pictures; None if there are none, or they are not separate files."""
     source = training.source
     pieces = source.sources if isinstance(source, Mixture) else [source]
     if not all(map(is_of_files, pieces)):
@@ -38,9 +38,9 @@ def image_root(training: Part) -> str | None:
 
 
 def write_usable(path: Path, parts: Sequence[Part], root: str | None) -> None:
-    """One usable record a line: as `json:` reads it where pictures are files, else its place in the source.
+    """One usable record per line: for `json:` if pictures are files, else its position in the source.
 
-    `parts` are the sources of a mixture, or the one source; images of two are never the same one.
+    `parts` are the sources of a mixture, or the one source; images of different sources are never the same image.
     """
     first_id = 0
     with written_whole(path, errors=ERRORS) as file:
@@ -52,7 +52,7 @@ def write_usable(path: Path, parts: Sequence[Part], root: str | None) -> None:
 
 
 def write_skipped(path: Path, parts: Sequence[Part]) -> None:
-    """source, name, reason of each record that is not usable, with tabs between."""
+    """source, name and reason of each unusable record, separated by tabs."""
     with written_whole(path, errors=ERRORS) as file:
         for part in parts:
             for name, reason in (*part.source.left_out, *_unusable(part)):

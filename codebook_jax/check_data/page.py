@@ -1,4 +1,4 @@
-"""The report as one page of HTML that needs nothing else: tables, histograms, samples."""
+"""The report as one self-contained HTML page: tables, histograms, samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(
     verdicts: Sequence[str],
     max_tokens: int,
 ) -> None:
-    """Writes the whole page; `rows` are those of the table on the terminal, the first its head."""
+    """Writes the whole page; `rows` are those of the printed table, header first."""
     pictures = Pictures()
     write_page(
         path,
@@ -39,7 +39,7 @@ def write(
 
 
 def _about(part: Part, max_tokens: int, pictures: Pictures) -> dict[str, Any]:
-    """What is shown of one source."""
+    """The section on one source."""
     cut = part.captions.truncated(max_tokens)
     charts = [
         histogram(
@@ -47,7 +47,7 @@ def _about(part: Part, max_tokens: int, pictures: Pictures) -> dict[str, Any]:
             title="Length of the captions",
             x="tokens",
             y="captions",
-            note=f"{cut:,} of {part.captions.count:,} are longer than the {max_tokens} tokens that are read.",
+            note=f"{cut:,} of {part.captions.count:,} are longer than the {max_tokens} tokens that the model reads.",
             mark=max_tokens,
         )
     ]
@@ -62,7 +62,7 @@ def _about(part: Part, max_tokens: int, pictures: Pictures) -> dict[str, Any]:
     usable = np.flatnonzero(part.images.usable)
     chosen = sorted(
         np.random.default_rng(0).permutation(usable)[:_SAMPLES].tolist()
-    )  # the same ones each time
+    )  # the same sample each time
     repeated = [(one.caption, f"{one.images:,}") for one in part.captions.most_repeated]
     return {
         "label": part.label,
@@ -81,11 +81,11 @@ def _leaked(one: Leak, pictures: Pictures) -> list[dict[str, Any]]:
     kinds = (
         (one.content, "The same file" if one.decoded else "The same path"),
         (np.where(one.content < 0, one.look, -1), "The same look"),
-        (np.where(one.name_alone, one.name, -1), "The same name alone"),
+        (np.where(one.name_alone, one.name, -1), "Only the same name"),
     )
     return [
         _pairs(
-            f"{what}: of {one.evaluation.label} in training",
+            f"{what}: {one.evaluation.label} and training",
             one.evaluation,
             one.training,
             found,
@@ -98,7 +98,7 @@ def _leaked(one: Leak, pictures: Pictures) -> list[dict[str, Any]]:
 def _pairs(
     title: str, part: Part, other: Part, found: np.ndarray, pictures: Pictures
 ) -> dict[str, Any]:
-    """Pictures beside those that they are the same as."""
+    """Pictures next to their matches."""
     matched = np.flatnonzero(found >= 0)
     shown = [
         (_figure(part, at, pictures), _figure(other, int(found[at]), pictures))

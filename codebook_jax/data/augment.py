@@ -1,7 +1,7 @@
-"""What happens to pixels on the device: mirror, RandAugment without colour operations, normalisation.
+"""Augmentation on the device: mirroring, RandAugment without colour operations, normalisation.
 
-One layer is three stages that every image passes: a lookup table per channel, a 3x3 sharpening, an affine warp. The
-drawn operation sets the parameters of its stage; the other stages get neutral ones, which change nothing, bit for bit.
+Every image passes the three stages of a layer: a lookup table per channel, a 3x3 sharpening, an affine warp. The
+drawn operation sets the parameters of its stage; the other stages get neutral ones, which leave every bit unchanged.
 So all ten operations cost one pass, and nothing couples two images: a batch-sharded mesh needs no communication.
 
 Ranges, fill and probability are those of ALBEF's public code (Li et al. 2021); pixel arithmetic is PIL's, and as in
@@ -29,8 +29,8 @@ _TRANSLATE = 10 / 256  # of the side; ALBEF: 10 pixels, of 256 in pre-training
 _ROTATE_DEGREES = 30.0
 _ENHANCE_SPAN, _ENHANCE_LEAST = 1.8, 0.1
 
-_ONE_BITS = 16  # of a matrix entry's fraction in `warp`: sides up to 4096 fit 32 bits
-_SHARE_BITS = 8  # of a weight's: two of them and a pixel value are the 24 bits of a float32
+_ONE_BITS = 16  # fraction bits of a matrix entry in `warp`: sides up to 4096 fit 32 bits
+_SHARE_BITS = 8  # of an interpolation weight: two weights and a pixel value fill the 24 bits of a float32
 
 
 class Operation(enum.IntEnum):
@@ -112,7 +112,7 @@ def apply(
 
 def histograms(images: UInt8[Array, "batch side side 3"]) -> Int32[Array, "batch 3 256"]:
     """How many pixels of each image and channel have each value."""
-    # A scatter per image: no one-hot array, 256 times the batch, is ever held.
+    # A scatter per image avoids a one-hot array 256 times the size of the batch.
     bins = jax.vmap(lambda values: jnp.zeros(3 * 256, jnp.int32).at[values].add(1))
     return bins(_bins(images)).reshape(-1, 3, 256)
 
@@ -188,7 +188,7 @@ def sharpen(
     place = jnp.arange(side, dtype=jnp.int32)
     inside = (place > 0) & (place < side - 1)
     smooth = jnp.where((inside[:, None] & inside)[..., None], smooth, values)
-    # The only rounding before the floor is the product's, so no compilation gives another value.
+    # The product is the only rounding before the floor, so every compilation gives the same value.
     difference = (values - smooth).astype(jnp.float32)
     change = jnp.floor(factors[:, None, None, None] * difference).astype(jnp.int32)
     sharp = smooth + change
@@ -201,11 +201,11 @@ def sharpen(
 def warp(
     images: UInt8[Array, "batch side side 3"], matrices: Float32[Array, "batch 2 3"]
 ) -> UInt8[Array, "batch side side 3"]:
-    """Each image where its matrix looks for it: output (x, y, 1), in pixels from the corner, to source (x, y).
+    """Each image warped by its matrix, which maps output (x, y, 1), in pixels from the corner, to source (x, y).
 
-    Bilinear, rounded; what comes from outside is FILL. The source's edge pixels reach to the edge, as in PIL.
-    Matrix entries are cut to 2^-16, weights rounded to 2^-8, and all else is exact: two compilations of a float
-    coordinate may fall on two sides of a pixel border, so that a sharded batch would not be the whole batch.
+    Bilinear, rounded; pixels from outside the source are FILL. Its edge pixels reach to the edge, as in PIL.
+    Matrix entries are truncated to 2^-16, weights rounded to 2^-8, and all else is exact: with float coordinates, two
+    compilations could land on different sides of a pixel border, and a sharded batch would differ from the whole one.
     """
     batch, side = images.shape[:2]
     matrices = (matrices * 2**_ONE_BITS).astype(jnp.int32)[:, :, :, None, None]
@@ -227,7 +227,7 @@ def warp(
     left, top = x >> _ONE_BITS + 1, y >> _ONE_BITS + 1
     right_share, low_share = share(x), share(y)
 
-    # One 32-bit word holds a pixel, so that a neighbour is one read instead of three.
+    # A pixel is packed into one 32-bit word, so that a neighbour takes one read instead of three.
     shifts = jnp.arange(0, 24, 8, dtype=jnp.uint32)
     words = (images.astype(jnp.uint32) << shifts).sum(axis=-1, dtype=jnp.uint32).reshape(batch, -1)
 
@@ -246,12 +246,12 @@ def warp(
 
 
 def shear_matrix(x: Float32[Array, ""], y: Float32[Array, ""]) -> Float32[Array, "2 3"]:
-    """Looks x times the row further right and y times the column further down, from the top left corner."""
+    """Reads x times the row further right and y times the column further down, from the top left corner."""
     return jnp.array([[1, x, 0], [y, 1, 0]], jnp.float32)
 
 
 def translate_matrix(x: Float32[Array, ""], y: Float32[Array, ""]) -> Float32[Array, "2 3"]:
-    """Looks x pixels further right and y pixels further down."""
+    """Reads x pixels further right and y pixels further down."""
     return jnp.array([[1, 0, x], [0, 1, y]], jnp.float32)
 
 
@@ -290,12 +290,12 @@ def _choose(
     chosen = operations == jnp.array(list(by_operation), jnp.int32)[:, None]
     chosen = jnp.concatenate([chosen, ~chosen.any(axis=0, keepdims=True)]).astype(jnp.float32)
     rows = jnp.stack([*by_operation.values(), otherwise])
-    # A product with a one-hot vector, exact in float32, and not a select: a select's branches would be fused into the
-    # reads of `look_up` and `warp`, and computed again for every pixel.
+    # A product with a one-hot vector, exact in float32, instead of a select: XLA would fuse a select's branches into
+    # the reads of `look_up` and `warp`, and recompute them for every pixel.
     exact = jnp.einsum("ob,ob...->b...", chosen, rows.astype(jnp.float32), precision="highest")
     return exact.astype(rows.dtype)
 
 
 def _take(rows: Array, places: Int32[Array, "batch places"]) -> Array:
-    """Entry `places[i, j]` of row i, which must exist: unchecked, and row by row, so nothing crosses devices."""
+    """Entry `places[i, j]` of row i, which must exist (unchecked); row by row, so nothing crosses devices."""
     return jax.vmap(lambda row, where: row.at[where].get(mode="promise_in_bounds"))(rows, places)

@@ -1,4 +1,4 @@
-"""From a picture in a file to uint8 RGB."""
+"""Decodes picture files to uint8 RGB."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where a file may say how it is to be turned
+_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where a file may store its rotation
 _ORIENTATION = 0x0112  # EXIF
-_PHOTOMETRIC = 262  # TIFF: 0 where the least number is white
+_PHOTOMETRIC = 262  # TIFF: 0 if the smallest number is white
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would start Ghostscript
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 class UnreadableImage(Exception):
-    """One short sentence: which picture cannot be read, and why."""
+    """A picture cannot be read; the message names it and says why in one short sentence."""
 
 
 class Picture:
@@ -32,9 +32,9 @@ class Picture:
         image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike,
         name: str | None = None,
     ) -> None:
-        """Takes an array, the bytes of a file, or its path; raises UnreadableImage for what is no picture.
+        """Takes an array, the bytes of a file, or its path; raises UnreadableImage if it is not a picture.
 
-        `name` (None: the path, or how many bytes) is what its sentence calls the picture.
+        `name` identifies the picture in messages (None: the path, or the number of bytes).
         """
         self._array, self._content, self._pillow = None, b"", None
         if isinstance(image, np.ndarray):
@@ -67,8 +67,8 @@ class Picture:
     def pixels(self, shrink: int = 1) -> np.ndarray:
         """uint8 RGB [height / shrink, width / shrink, 3], rounded up: upright, transparency on white.
 
-        A JPEG is decoded at 1/2, 1/4 or 1/8 for less than its whole, with each pixel the mean of what it stands for;
-        others are decoded whole, and `shrink` must be 1. Raises UnreadableImage for what is cut short or damaged.
+        A JPEG can be decoded at 1/2, 1/4 or 1/8, each pixel the mean of those it replaces; for other formats `shrink`
+        must be 1. Raises UnreadableImage if the file is truncated or damaged.
         """
         if shrink == 1 and self._array is not None:
             return self._array
@@ -80,7 +80,7 @@ class Picture:
                 pixels = simplejpeg.decode_jpeg(
                     self._content, min_height=size[0], min_width=size[1], min_factor=shrink
                 )
-            except ValueError:  # strict: Pillow has the last word on what is damaged
+            except ValueError:  # simplejpeg is strict: Pillow decides what is damaged
                 self._pillow = _opened(self._content)
                 pixels = self._decoded()
         if pixels.shape[:2] != size:
@@ -89,12 +89,12 @@ class Picture:
 
     @property
     def content(self) -> bytes | np.ndarray:
-        """The bytes of the file; the array where there is none."""
+        """The bytes of the file, or the array if there is no file."""
         return self._content or self._array
 
     @property
     def shrinks(self) -> tuple[int, ...]:
-        """What `pixels` can divide the sides by."""
+        """The factors by which `pixels` can divide the sides."""
         return (1,) if self._array is not None else (1, 2, 4, 8)
 
     def _decoded(self) -> np.ndarray:
@@ -103,10 +103,10 @@ class Picture:
 
 
 def decode(image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike) -> np.ndarray:
-    """The picture as uint8 RGB [height, width, 3]: upright, transparency on white; an array is returned as it is.
+    """The picture as uint8 RGB [height, width, 3]: upright, transparency on white; an array is returned unchanged.
 
-    Takes an array, the bytes of a file, or its path. Raises UnreadableImage for what is missing, empty, cut short,
-    not a picture, or larger than Pillow's limit.
+    Takes an array, the bytes of a file, or its path. Raises UnreadableImage if it is missing, empty, truncated, not a
+    picture, or larger than Pillow's limit.
     """
     return Picture(image).pixels()
 
@@ -121,14 +121,14 @@ def resize_square(image: UInt8[np.ndarray, "height width 3"], size_px: int) -> n
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing of the rotation, and the pixels are sound
+    except Exception:  # with a broken EXIF block the rotation is unknown, but the pixels are fine
         return image
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB, upright, transparency on white; raises ValueError for numbers of unknown range."""
-    raw = _raw_mode(image)  # forgotten once the pixels are loaded
-    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow turns 8 bits alone
+    """Any of Pillow's modes as RGB, upright, transparency on white; raises ValueError if the range is unknown."""
+    raw = _raw_mode(image)  # lost once the pixels are loaded
+    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow inverts 8-bit values only
     image.load()
     image = _upright(image)
     hidden = _hidden(image, raw)
@@ -148,15 +148,15 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """What the numbers in the file are, as Pillow calls it; empty where it is no longer known."""
+    """Pillow's name for the number format in the file; empty if it is no longer known."""
     args = image.tile[0][3] if getattr(image, "tile", None) else ""
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
 def _hidden(image: Image.Image, raw: str) -> np.ndarray | None:
-    """bool [height, width]: the pixels of the one colour that is transparent; None where transparency is otherwise.
+    """bool [height, width]: the pixels of the one transparent colour; None if transparency is stored otherwise.
 
-    Pillow compares the colour as the file has it with pixels that were made eight bits deep.
+    Pillow compares the colour as stored with pixels already converted to eight bits.
     """
     colour = image.info.get("transparency")
     if not isinstance(colour, int | tuple) or image.mode not in ("1", "L", "I", "I;16", "RGB"):
@@ -169,17 +169,17 @@ def _hidden(image: Image.Image, raw: str) -> np.ndarray | None:
 
 
 def _eight_bits(values: np.ndarray, mode: str, raw: str) -> UInt8[np.ndarray, "height width"]:
-    """Grey of whole numbers up to 255, 4095 or 65535, or of floats from 0 to 1; others might mean anything."""
+    """Grey from whole numbers up to 255, 4095 or 65535, or floats from 0 to 1; raises ValueError for other ranges."""
     if mode == "F":
         most = 1
     elif raw == "I;12":
         most = 4095
     else:
         most = 65535 if "16" in mode + raw or values.max() > 255 else 255
-    if not (values.min() >= 0 and values.max() <= most):  # nor where one is not a number
+    if not (values.min() >= 0 and values.max() <= most):  # also catches NaN
         kind = "floats from 0 to 1" if mode == "F" else "whole numbers from 0 to 65535"
         raise ValueError(
-            f"its grey goes from {values.min():g} to {values.max():g}, and is read as {kind} alone"
+            f"its grey values range from {values.min():g} to {values.max():g}; only {kind} can be read"
         )
     return np.rint(values * (255 / most)).astype(np.uint8)
 
@@ -187,7 +187,7 @@ def _eight_bits(values: np.ndarray, mode: str, raw: str) -> UInt8[np.ndarray, "h
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF is new
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF needs Pillow 11.3
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -200,7 +200,7 @@ def _read(path: str | os.PathLike) -> bytes:
 
 
 def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo alone decodes as Pillow would; None for any other file."""
+    """(height, width) of a JPEG that libjpeg-turbo decodes exactly as Pillow does; None for any other file."""
     if not content.startswith(b"\xff\xd8"):
         return None
     head = _before_pixels(content)
@@ -214,7 +214,7 @@ def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
 
 
 def _before_pixels(content: bytes) -> bytes:
-    """The segments of a JPEG up to its first scan, or up to what is no segment."""
+    """The segments of a JPEG up to its first scan, or to the first bytes that are not a segment."""
     at = 2
     while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
         at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
@@ -231,7 +231,7 @@ def _is_turned(content: bytes) -> bool:
 
 @contextlib.contextmanager
 def _saying(name: str) -> Iterator[None]:
-    """Turns what decoders raise, which is everything there is, into one sentence on `name`."""
+    """Turns anything a decoder raises into UnreadableImage with one sentence about `name`."""
     try:
         yield
     except UnreadableImage:
@@ -242,11 +242,11 @@ def _saying(name: str) -> Iterator[None]:
 
 def _reason(failure: Exception) -> str:
     if isinstance(failure, FileNotFoundError):
-        return "there is no such file"
+        return "the file does not exist"
     if isinstance(failure, IsADirectoryError):
-        return "this is a folder"
+        return "it is a folder"
     if isinstance(failure, OSError) and failure.strerror:
         return failure.strerror
     if type(failure).__name__ == "UnidentifiedImageError":
-        return f"not a picture in a format that is read ({', '.join(_formats())})"
+        return f"not a picture in a supported format ({', '.join(_formats())})"
     return f"{failure}" or type(failure).__name__

@@ -1,4 +1,4 @@
-"""The manifest of a folder of packed pairs: read, written, and held against the files."""
+"""The manifest of a folder of packed pairs: reads it, writes it, and checks the files against it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from codebook_jax.strict_json import parse_json
 from codebook_jax.workdir import write_json, written_whole
 
 MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
-PROGRESS = ".progress"  # the folder of what is known until the manifest is written
+PROGRESS = ".progress"  # folder of the packing's state until the manifest is written
 VERSION = 1
-_AT_ONCE = 8  # files that are hashed
+_AT_ONCE = 8  # files hashed in parallel
 
 
 class Shard(NamedTuple):
-    """What the manifest says of one shard."""
+    """The manifest's entry for one shard."""
 
     file: str
     records: int
@@ -42,12 +42,12 @@ class Shard(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a folder of packed pairs holds."""
+    """The contents of a folder of packed pairs."""
 
     source: Mapping[str, Any]  # {"repr", "fingerprint", "records"} of what was packed
-    options: Mapping[str, Any]  # those of config.prepare that decide the content
-    listed: int  # by the source
-    left_out: int  # records that the source itself left out: the first lines of skipped.tsv
+    options: Mapping[str, Any]  # the fields of config.prepare that determine the content
+    listed: int  # records that the source lists
+    left_out: int  # records left out by the source itself: the first lines of skipped.tsv
     skipped_sha256: str  # of skipped.tsv
     shards: tuple[Shard, ...]
 
@@ -77,7 +77,7 @@ def write_manifest(
     left_out: Sequence[tuple[str, str]],
     receipts: Sequence[Receipt],
 ) -> Manifest:
-    """Writes `skipped.tsv` and then the manifest of these shards, in their order."""
+    """Writes `skipped.tsv`, then the manifest of these shards in order."""
     skipped_sha256 = _write_skipped(folder / SKIPPED, left_out, receipts)
     shards = tuple(
         Shard(
@@ -98,14 +98,14 @@ def write_manifest(
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of a folder; raises UserError, which says what to do, where there is none that can be used."""
+    """The manifest of a folder; raises UserError if there is none or it cannot be used."""
     path = Path(folder) / MANIFEST
     try:
         content = parse_json(path.read_bytes())
         if content["version"] != VERSION:
             raise UserError(
-                f"{path} is of version {content['version']}, and this program reads version {VERSION}: pack the "
-                "source again, or use the program that packed it"
+                f"{path} has version {content['version']}, but this program reads version {VERSION}: pack the "
+                "source again, or use the version of the program that packed it"
             )
         shards = tuple(Shard(**shard) for shard in content["shards"])
         fields = {name: content[name] for name in Manifest._fields}
@@ -114,26 +114,26 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise UserError(_no_manifest(Path(folder), failure)) from failure
     except (ValueError, KeyError, TypeError) as failure:
         raise UserError(
-            f"{path} is not a manifest ({type(failure).__name__}: {failure}): put the original back, or remove the "
+            f"{path} is not a valid manifest ({type(failure).__name__}: {failure}): restore the original, or remove the "
             "folder and pack the source again"
         ) from failure
 
 
 def _no_manifest(folder: Path, failure: OSError) -> str:
     if not folder.is_dir():
-        return f"there is no folder {folder}: give the --workdir of a --mode=prepare after records:"
+        return f"the folder {folder} does not exist: after records: give the --workdir of a --mode=prepare run"
     if not isinstance(failure, FileNotFoundError):
-        return f"{folder / MANIFEST} cannot be read ({failure.strerror}): mend that"
+        return f"{folder / MANIFEST} cannot be read ({failure.strerror}): fix that, then start again"
     if any(folder.glob("pairs-*.array_record")) or (folder / PROGRESS).is_dir():
-        return f"{folder} is not packed to its end (no {MANIFEST}): run the same --mode=prepare command again"
-    return f"{folder} holds no packed pairs (no {MANIFEST}): give the --workdir of a --mode=prepare after records:"
+        return f"{folder} is not completely packed (no {MANIFEST}): run the same --mode=prepare command again"
+    return f"{folder} holds no packed pairs (no {MANIFEST}): after records: give the --workdir of a --mode=prepare run"
 
 
 def misfits(folder: Path | str, shards: Sequence[Shard]) -> list[tuple[int, str]]:
-    """(number, why) of the shards of which a file is missing, or of another size than the manifest says."""
+    """(number, why) of each shard with a file that is missing or does not have the size in the manifest."""
     with os.scandir(
         folder
-    ) as entries:  # one question, where a network disk would be asked for each
+    ) as entries:  # one request: on a network disk, a request per file is slow
         sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     found = []
     for number, shard in enumerate(shards):
@@ -146,9 +146,9 @@ def misfits(folder: Path | str, shards: Sequence[Shard]) -> list[tuple[int, str]
 
 
 def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> list[tuple[str, str]]:
-    """(file, why) of every file in a packed folder that is not what its manifest says, by size and sha256.
+    """(file, why) of every file in a packed folder whose size or sha256 differs from the manifest.
 
-    Everything is read; `tell` is called with each name that is done. Raises UserError where there is no manifest.
+    Reads every file; calls `tell` with each name when it is done. Raises UserError if there is no manifest.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -163,7 +163,7 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
         try:
             if held is None or misfit:
                 return misfit or f"{name} is missing"
-            return "" if file_sha256(path) == sha256 else f"{name} has other content than it had"
+            return "" if file_sha256(path) == sha256 else f"{name} has changed (its sha256 differs from the manifest)"
         except OSError as failure:
             return f"{name} cannot be read ({failure.strerror})"
         finally:
@@ -176,14 +176,14 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
 
 
 def _size_misfit(name: str, held: int | None, size: int | None) -> str:
-    """Why a file that holds so many bytes (None: there is none) is not as it was; empty where it is."""
+    """How a file of `held` bytes (None: missing) differs from the expected `size`; empty if it does not."""
     if held is None:
         return f"{name} is missing"
     return "" if held == size else f"{name} has {held:,} bytes instead of {size:,}"
 
 
 def without_paths(text: str) -> str:
-    """The repr of a source without the folders that its files are in."""
+    """The repr of a source without the folders of its files."""
     return re.sub(r"'[^']*/([^'/]*)'", r"'\1'", text)
 
 
@@ -196,7 +196,7 @@ def read_skipped(folder: Path) -> list[tuple[str, str]]:
 def _write_skipped(
     path: Path, left_out: Sequence[tuple[str, str]], receipts: Sequence[Receipt]
 ) -> str:
-    """Writes the lines of all that is left out; their hash."""
+    """Writes a line for each record left out; returns the file's sha256."""
     with written_whole(path, errors="backslashreplace") as file:
         for rows in (left_out, *(receipt.skipped for receipt in receipts)):
             for row in rows:

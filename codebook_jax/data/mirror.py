@@ -1,7 +1,7 @@
-"""The caption of a mirrored picture: left and right change places where they are places, in English.
+"""The caption of a mirrored picture: swaps left and right in English captions where they name a place.
 
-The words around each "left" and "right" tell whether it is a place ("to the left of"), is none ("he left", "right
-now"), or may be either: `_RULES`, first match wins. Captions that say them in another language are never mirrored.
+The words around each "left" and "right" decide whether it names a place ("to the left of"), does not ("he left", "right
+now"), or may do either: `_RULES`, first match wins. Captions with left or right in another language are not mirrored.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _ELSEWHERE = re.compile(  # Spanish, Portuguese, French, Italian, German, Russia
     re.IGNORECASE,
 )
 _OTHER = r"(?:left|right)"
-_PARTS = (  # what has a left and a right one
+_PARTS = (  # things that have a left and a right one
     "side|hand|handed|half|part|portion|section|end|edge|corner|border|margin|foreground|background|panel|column|lane|"
     "bank|arm|leg|foot|eye|ear|knee|elbow|shoulder|cheek|wrist|thumb|paw|hip|breast|wheel|shoe|sleeve|glove|page|"
     "quadrant|third|quarter|rear|front|top|bottom|center|centre"
 )
-_ENDS = r"\s*(?:$|[.,;:!?)\]\"'])"  # nothing follows that it could describe
+_ENDS = r"\s*(?:$|[.,;:!?)\]\"'])"  # no word follows that it could describe
 _GOES_ON = r"\s+(?:of|is|are|was|were|and|or|but|with|has|have|who|which|that|while|wearing|holding|side)\b"
 _OWNER = r"(?:\b(?:the|a|an|its|his|her|their|my|your|our)|['\u2019]s)\s+"
 _ARTICLE = r"\s+(?:the|a|an|his|her|its|their|my|your|our|him|them|us)\b"  # after a verb
@@ -36,7 +36,7 @@ _MOVES = (
     r"\b(?:turn|fac|look|lean|point|tilt|head|mov|walk|bend|veer|swerv|swing|angl|slid|shift|driv|rid|run|fly|steer)"
     r"(?:e|es|ed|s|ing|ning|ting)?\s+"
 )
-_THERE = (  # right before these is "exactly", left before these was left there
+_THERE = (  # "right" before these means "exactly"; something "left" before these was left there
     "now|away|there|here|then|before|after|beside|besides|behind|next|in|on|at|by|near|under|below|above|over|up|down|"
     "out|off|into|onto|through|past|across|against|around|along|inside|outside|beneath|between|when|where|as|back"
 )
@@ -44,7 +44,7 @@ _CORRECT = (
     "answer|angle|angles|angled|triangle|time|way|thing|things|choice|decision|size|track|tool|tools|moment|amount|"
     "job|word|words|idea|kind|person|people"
 )
-# Each rule: what must stand before "left" or "right", what after it, of which of the two it holds.
+# Each rule: what must come before "left" or "right", what after it, and to which of the two it applies.
 _NO_PLACE = (
     (r"\b(?:all|human|civil|equal|animal)[\s-]+$", "", "right"),
     (
@@ -108,10 +108,10 @@ _RULES = [  # (before, after, which, whether it is a place; None: unclear)
 
 
 def mirrored(caption: str) -> str | None:
-    """The caption of the mirrored picture; None where a left or right may be a place or not: do not mirror it.
+    """The caption of the mirrored picture; None (do not mirror) if it is unclear whether a word names a place.
 
-    Left and right change places in their case, as words of their own and in leftmost, left-hand, leftward and the
-    like; not in bright, leftover or copyright. Bare ones, of which nothing says that they are places, are unclear.
+    Swaps left and right, keeping upper and lower case, as separate words and in leftmost, left-hand, leftward and the
+    like; not in bright, leftover or copyright. Without any word that shows it to be a place, one is unclear.
     """
     if _ELSEWHERE.search(unicodedata.normalize("NFC", caption)):
         return None

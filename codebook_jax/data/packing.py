@@ -1,17 +1,17 @@
-"""Pairs packed into shards: what a shard is, and how one is written.
+"""Shards of packed pairs: their format, and how one is written.
 
-A folder of packed pairs, as --mode=prepare leaves it and `records:FOLDER` reads it, holds
+A folder of packed pairs, which --mode=prepare writes and `records:FOLDER` reads, holds
 
-- `pairs-00003-of-00042.array_record`: the records of one stretch of the source in its order, in ArrayRecord with
-  `group_size:1,uncompressed` (each is read alone, and JPEG does not get smaller). ArrayRecord keeps a hash of each.
+- `pairs-00003-of-00042.array_record`: consecutive records of the source, in ArrayRecord with
+  `group_size:1,uncompressed` (records are read singly, and JPEG does not compress further). ArrayRecord checksums each.
   A record is msgpack of {"image": the bytes of a JPEG, "captions": [text], "image_id": number, "name": text}.
-- `pairs-00003-of-00042.jsonl`: the same without pictures, a line a record: {"name", "image_id", "captions", "height",
+- `pairs-00003-of-00042.jsonl`: the same without pictures, a line per record: {"name", "image_id", "captions", "height",
   "width", "bytes", "sha256"}, the last two of the JPEG.
-- `skipped.tsv`: name and reason of each record that is in no shard.
-- `manifest.json`, written last: what all of them hold, and their hashes (`codebook_jax.data.manifest`).
+- `skipped.tsv`: name and reason of each record left out of the shards.
+- `manifest.json`, written last: the contents and hashes of all of them (`codebook_jax.data.manifest`).
 
-Shard s holds those of the source's records s * shard_records to (s + 1) * shard_records whose picture can be read. What
-is written follows from the source and the options alone: two runs leave the same bytes.
+Shard s holds the source's records s * shard_records to (s + 1) * shard_records, without those whose picture cannot be
+read. The files depend only on the source and the options: two runs write the same bytes.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ if TYPE_CHECKING:
     from codebook_jax.data.sources.record import Record, Source
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
-_LONGEST_JPEG_PX = 65_500  # libjpeg's
+_LONGEST_JPEG_PX = 65_500  # libjpeg's limit
 _TOLD_EVERY = 64  # records
 
-Told = Callable[[int, int], None]  # records read, and skipped, since it was last told
+Told = Callable[[int, int], None]  # (records read, records skipped) since the last call
 
 
 class Packing(NamedTuple):
-    """What decides the content of a shard, besides the source."""
+    """The options that determine the content of a shard."""
 
-    side_px: int  # longest that the shorter side of a picture may be; 0: as it is
-    quality: int  # of JPEGs that are written anew
+    side_px: int  # upper limit of a picture's shorter side; 0: none
+    quality: int  # of JPEGs that are re-encoded
     shard_records: int
 
 
 class Packed(NamedTuple):
-    """A picture as it is packed."""
+    """A packed picture."""
 
     jpeg: bytes
     height: int
@@ -60,7 +60,7 @@ class Packed(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What is known of a shard that is written."""
+    """The facts about a written shard."""
 
     records: int
     captions: int
@@ -72,7 +72,7 @@ class Receipt(NamedTuple):
 
 
 def shard_count(records: int, shard_records: int) -> int:
-    """How many shards the records of a source make."""
+    """The number of shards for the records of a source."""
     return -(-records // shard_records)
 
 
@@ -89,23 +89,23 @@ def index_name(file: str) -> str:
 def packed_picture(image: np.ndarray | bytes | str, side_px: int, quality: int) -> Packed:
     """The picture as a JPEG whose shorter side is at most `side_px`.
 
-    The bytes of a JPEG that is small enough, upright, and grey or RGB stay as they are. Anything else is decoded,
-    turned upright, laid on white, made smaller (bicubic, antialiased), and written as JPEG of `quality` with colour in
-    full resolution (4:4:4): drawings and text keep their edges. Raises UnreadableImage for what cannot be decoded.
+    A JPEG that is small enough, upright, and grey or RGB keeps its bytes. Anything else is decoded, turned upright, put
+    on white, reduced (bicubic, antialiased), and encoded as JPEG of `quality` with colour at full resolution (4:4:4),
+    so that drawings and text keep their edges. Raises UnreadableImage if the picture cannot be decoded.
     """
     content = _read(image) if isinstance(image, str) else image
     picture = Picture(content)
     short = min(picture.height, picture.width)
-    is_jpeg = picture.shrinks != (1,)  # of the kinds that decode as they are
+    is_jpeg = picture.shrinks != (1,)  # one that needs no conversion
     if is_jpeg and (not side_px or short <= side_px):
         picture.pixels(
             max(picture.shrinks)
-        )  # raises for one cut short; reads all of it, in two thirds of the time
+        )  # raises if truncated; decodes all of it, in two thirds of the time
         return Packed(content, picture.height, picture.width)
     pixels = _smaller(picture, short, side_px)
     height, width = pixels.shape[:2]
     if max(height, width) > _LONGEST_JPEG_PX:
-        raise UnreadableImage(f"{width:,} x {height:,} pixels are more than a JPEG can have")
+        raise UnreadableImage(f"{width:,} x {height:,} pixels are more than a JPEG can hold")
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling="4:4:4")
     return Packed(file.getvalue(), height, width)
@@ -120,7 +120,7 @@ def _read(path: str) -> bytes:
 
 
 def _smaller(picture: Picture, short: int, side_px: int) -> np.ndarray:
-    """The pixels with a shorter side of `side_px` if it was longer; a JPEG is decoded no larger than that needs."""
+    """The pixels, the shorter side reduced to `side_px` if longer; a JPEG is decoded no larger than needed."""
     if not side_px or short <= side_px:
         return picture.pixels()
     shrink = max(by for by in picture.shrinks if by == 1 or short >= 2 * by * side_px)
@@ -130,7 +130,7 @@ def _smaller(picture: Picture, short: int, side_px: int) -> np.ndarray:
 
 
 def pack(record: Record, name: str, jpeg: bytes) -> bytes:
-    """A record as a shard holds it."""
+    """A record as stored in a shard."""
     content = {
         "image": jpeg,
         "captions": list(record.captions),
@@ -141,16 +141,16 @@ def pack(record: Record, name: str, jpeg: bytes) -> bytes:
 
 
 def unpack(content: bytes) -> dict[str, Any]:
-    """{"image", "captions", "image_id", "name"} of a record in a shard; raises ValueError for what is none."""
+    """{"image", "captions", "image_id", "name"} of a record in a shard; raises ValueError if it is not one."""
     return msgpack.unpackb(content, unicode_errors="surrogatepass")
 
 
 def write_shard(
     source: Source, shard: int, folder: Path | str, packing: Packing, tell: Told | None = None
 ) -> Receipt:
-    """Writes shard `shard` of the source into the folder; its files appear whole or not at all.
+    """Writes shard `shard` of the source into the folder; its files appear complete or not at all.
 
-    Pictures that cannot be read are left out, and named in the receipt. Where the disk is full ArrayRecord raises
+    Pictures that cannot be read are left out and named in the receipt. If the disk is full, ArrayRecord raises
     RuntimeError: see `full_disk_named`.
     """
     folder = Path(folder)
@@ -214,10 +214,10 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _drafts(folder: Path, *names: str) -> Iterator[list[Path]]:
-    """Hidden files to write, which get these names, on the disk, where nothing was raised; else they are removed."""
+    """Hidden files to write; renamed to `names` and flushed on success, removed if anything raises."""
     own = uuid.uuid4().hex[
         :12
-    ]  # of this attempt: processes of several machines may write one folder
+    ]  # unique to this attempt: processes on several machines may write into one folder
     drafts = [folder / f".{name}.{own}.tmp" for name in names]
     try:
         yield drafts
@@ -242,7 +242,7 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Raises UserError where the disk is full, which ArrayRecord says in the text of a RuntimeError alone."""
+    """Raises UserError if the disk is full, which ArrayRecord reports only in the text of a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as failure:
@@ -250,6 +250,6 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         if not full and not any(os.strerror(number) in str(failure) for number in FULL_DISK):
             raise
         raise UserError(
-            f"no space left while writing shards to {folder}: free some and start the same command again, it goes on "
-            "with the shards that lack"
+            f"no space left while writing shards to {folder}: free some and run the same command again; it continues "
+            "with the missing shards"
         ) from failure

@@ -1,8 +1,7 @@
 """The stream of training batches: read, decoded, cropped twice and tokenised in threads and worker processes.
 
-What stands in row r of step s follows from (seed, s, r) alone. How many workers, threads and processes make it, how
-far they read ahead, and at which step they start, changes when it is made and not what it is. So no position has to
-be saved but the step.
+Row r of step s depends only on (seed, s, r). The numbers of workers, threads and processes, the read-ahead and the
+first step change when a row is made, not its content. So the step is the only position that must be saved.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from codebook_jax.data.stop import serve_parent
 from codebook_jax.data.text import UNREAD, Tokenizer
 from codebook_jax.errors import UserError, refuse_below
 
-MOST_SUBSTITUTES = 1000  # records in a row that may be unreadable
-_NAMED = 3  # unreadable images that a stream names
-_ROWS_A_TASK = 8  # of a thread: many, so that handing them out costs little; few, so that all threads have some
-_READERS = 2  # batches made at once, so that threads need not wait for the tokens of the one before
+MOST_SUBSTITUTES = 1000  # consecutive records that may be unreadable
+_NAMED = 3  # unreadable images that a stream prints
+_ROWS_A_TASK = 8  # per thread: enough for little overhead, few enough to occupy all threads
+_READERS = 2  # batches made at once, so that threads need not wait for the previous batch's tokens
 
 
 def training_batches(
@@ -54,14 +53,15 @@ def training_batches(
     threads: int,
     prefetch: int,
 ) -> BatchStream:
-    """This process's `rows` of every global batch from `start_step` on, without end; `close()` it after use.
+    """This process's `rows` of every global batch from `start_step` on, endlessly; call `close()` after use.
 
-    An epoch shows every record of the source once, in a new order, and the next goes on within the same batch. One
-    caption of a record is drawn. With `flip`, half the rows are to be mirrored on the device, and left and right
-    change places in their captions; not those of a caption that `mirrored` finds unclear. `teacher_view` is "independent" (its own crop of the same image) or "same".
+    An epoch has every record of the source once, in a new order, and the next one starts within the same batch. One
+    caption of a record is drawn. With `flip`, half the rows are marked to be mirrored on the device, and left and right
+    are swapped in their captions, except where `mirrored` finds the caption unclear. `teacher_view` is "independent"
+    (its own crop of the same image) or "same".
 
-    A record whose image cannot be read gives way to the next one in the source. Raises UserError for settings that
-    cannot be run with, and from `next` when nothing can be read.
+    A record whose image cannot be read is replaced by the next one in the source. Raises UserError for invalid
+    settings, and from `next` if nothing can be read.
     """
     if teacher_view not in ("independent", "same"):
         raise UserError(
@@ -93,16 +93,16 @@ def training_batches(
 
 
 class BatchStream(Iterator[Batch]):
-    """Batches of one step after another; `close()` ends its threads and worker processes."""
+    """The batches of successive steps; `close()` ends its threads and worker processes."""
 
     def __init__(self, maker: _Maker, *, start_step: int, workers: int, prefetch: int) -> None:
         if (
             not flags.FLAGS.is_parsed()
-        ):  # Grain's workers read their flags, in programs without any too
+        ):  # Grain's workers read absl flags, even in programs that have none
             flags.FLAGS.mark_as_parsed()
         self._maker = maker
         self._named: list[str] = []
-        steps = sys.maxsize // maker.global_batch  # Grain's own most is sys.maxsize examples
+        steps = sys.maxsize // maker.global_batch  # Grain's own limit is sys.maxsize examples
         ahead = math.ceil(prefetch / max(1, workers))
         reading = grain.ReadOptions(num_threads=min(_READERS, ahead), prefetch_buffer_size=ahead)
         batches = grain.MapDataset.range(start_step, steps).map(maker).to_iter_dataset(reading)
@@ -121,13 +121,13 @@ class BatchStream(Iterator[Batch]):
         made = next(self._batches)
         for sentence in made.unreadable[: _NAMED - len(self._named)]:
             self._named.append(sentence)
-            _say(f"an image cannot be read, the next one takes its place: {sentence}")
+            _say(f"an image cannot be read and is replaced by the next one: {sentence}")
         if made.failure:
             raise UserError(made.failure)
         return made.batch
 
     def close(self) -> None:
-        """Ends what makes the batches; there is no next one after it."""
+        """Ends the threads and processes that make batches; the stream then has no more."""
         batches, self._batches = self._batches, iter(())
         close = getattr(batches, "close", None)
         if close is not None:
@@ -136,10 +136,10 @@ class BatchStream(Iterator[Batch]):
 
 
 class BadRate:
-    """Counts unreadable images, and stops a run that meets too many."""
+    """Counts unreadable images, and stops the run if there are too many."""
 
     def __init__(self, max_rate: float, unreadable: int) -> None:
-        """`unreadable` were counted before this start of the run: they are reported, and judged no more."""
+        """`unreadable`: the count before this start of the run; reported, but not held against `max_rate`."""
         self._max_rate = max_rate
         self._before = unreadable
         self._unreadable = self._read = 0
@@ -150,9 +150,9 @@ class BadRate:
         return self._before + self._unreadable
 
     def add(self, *, unreadable: int, read: int) -> None:
-        """Counts a batch. Raises UserError when more than the rate were unreadable, by more than two standard errors.
+        """Counts a batch. Raises UserError if the unreadable share exceeds the rate by more than two standard errors.
 
-        So five bad images in a row stop a run, and a share just below the rate does not by chance.
+        So five bad images in a row stop a run, but a share just below the rate does not stop it by chance.
         """
         self._unreadable += unreadable
         self._read += read
@@ -169,11 +169,11 @@ class BadRate:
 
 
 class _Made(NamedTuple):
-    """A batch as it crosses from a worker, with what is to be said of it: exceptions would lose their type there."""
+    """A batch as a worker sends it, with messages: exceptions would lose their type on the way."""
 
     batch: Batch
-    unreadable: tuple[str, ...]  # a sentence each
-    failure: str  # why there is no batch; empty: there is
+    unreadable: tuple[str, ...]  # a sentence for each image
+    failure: str  # why there is no batch; empty if there is one
 
 
 class _Row(NamedTuple):
@@ -187,7 +187,7 @@ class _Row(NamedTuple):
 
 
 class _Maker:
-    """Makes the batch of a step. It is pickled into every worker process, where it has threads of its own."""
+    """Makes the batch of a step. It is pickled into every worker process, where it starts its own threads."""
 
     def __init__(
         self,
@@ -256,9 +256,9 @@ class _Maker:
         return _Made(batch, tuple(why for row in reasons for why in row)[:_NAMED], failure)
 
     def _read(self, position: int, views: np.ndarray) -> _Row:
-        """The record at this position of the run, or the next one of the source that can be read, cropped into `views`.
+        """The record at this position of the run, or the next readable one of the source, cropped into `views`.
 
-        The draws are those of the position, in a fixed order, whichever record they end up with.
+        The random draws depend only on the position, in a fixed order, whichever record is used.
         """
         first = int(self.order[position])
         reasons: list[str] = []
@@ -290,7 +290,7 @@ class _Maker:
         )
 
     def _drawn_caption(self, record: Record, drawn: float, example: int) -> str:
-        """One of the captions that the tokenizer makes something of; raises UnreadableImage where there is none."""
+        """One of the captions that give at least one token; raises UnreadableImage if there is none."""
         captions = self.tokenizer.readable(record.captions)
         if not captions:
             raise UnreadableImage(f"{self.source.name(example)} {UNREAD}")
@@ -312,10 +312,10 @@ class _Maker:
 
 
 def _start_resource_tracker() -> None:
-    """Starts Python's process that watches over shared memory, so that SIGUSR1 does not end it.
+    """Starts Python's process that cleans up shared memory so that SIGUSR1 does not end it.
 
-    It ignores SIGINT and SIGTERM alone, and the run fails on a broken pipe when it is gone. A signal that is blocked
-    while a program starts stays blocked in it.
+    It ignores only SIGINT and SIGTERM, and without it the run fails on a broken pipe. A signal that is blocked while
+    a program starts stays blocked in it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
@@ -325,7 +325,7 @@ def _start_resource_tracker() -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """What a worker process does first, as Grain calls it."""
+    """Called by Grain first in each worker process."""
     serve_parent((signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
 
 

@@ -1,4 +1,4 @@
-"""How far a long work on data is: a bar on a terminal, a line every half minute elsewhere."""
+"""Progress of long work on data: a bar on a terminal, a line every half minute elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EVERY_S = 30.0
 
 
 class Bar:
-    """A bar on stderr, for a terminal, with how many of `total` are done and a text."""
+    """A bar on stderr, for a terminal, showing how many of `total` are done, and a text."""
 
     def __init__(self, total: int, done: int, text: str) -> None:
         columns = (
@@ -21,7 +21,7 @@ class Bar:
             rich.progress.BarColumn(),
             rich.progress.TextColumn("{task.description}"),
         )
-        # A stdout that goes to a file stays out of the bar's terminal.
+        # A redirected stdout must not be shown on the bar's terminal.
         self._bar = rich.progress.Progress(
             *columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()
         )
@@ -29,7 +29,7 @@ class Bar:
         self._bar.start()
 
     def update(self, done: int, text: str | None = None) -> None:
-        """Shows how many are done; without a text, that of before."""
+        """Shows how many are done; keeps the text if none is given."""
         self._bar.update(self._task, completed=done, description=text)
 
     def stop(self) -> None:
@@ -42,7 +42,7 @@ class Progress:
     def __init__(
         self, verb: str, unit: str, total: int, *, done: int = 0, skipped: int = 0
     ) -> None:
-        """`done` of `total` were done before: the pace is that of the others."""
+        """`done` of `total` were done before this start and do not count in the pace."""
         self._verb, self._unit, self._total = verb, unit, total
         self._before, self._done, self._skipped = done, done, skipped
         self._began = self._said = time.monotonic()
@@ -58,7 +58,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, count: int, skipped: int = 0) -> None:
-        """`count` more are done, of which so many skipped."""
+        """Adds `count` that are done, `skipped` of them left out."""
         self._done, self._skipped = self._done + count, self._skipped + skipped
         now = time.monotonic()
         if self._bar is not None:
@@ -76,7 +76,7 @@ class Progress:
 
 
 class Stages:
-    """Work in stages that are told of as (unit, done, total): a Progress for each; use it in a `with`."""
+    """Work in stages: call it with (unit, done, total), and each unit gets a Progress; use it in a `with`."""
 
     def __init__(self, verb: str, *, silent: bool = False) -> None:
         self._verb, self._silent = verb, silent
@@ -101,7 +101,7 @@ class Stages:
 
 
 def duration(seconds: float) -> str:
-    """A time in the largest unit that leaves a number above one."""
+    """A time in the largest unit in which it is above one."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

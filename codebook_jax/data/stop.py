@@ -1,4 +1,4 @@
-"""How a long work on data ends before its end: by a signal, at once, with what it has kept; its workers with it."""
+"""Stops long work on data on a signal: at once, keeping what is saved, and ending its workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal arrived. Not an Exception: what catches failures of a library lets it pass."""
+    """A signal arrived. Not an Exception, so that handlers of library errors do not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -22,9 +22,9 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, the first signal raises Stopped, and further ones do not disturb what it ends.
+    """Inside, the first signal raises Stopped, and later ones do not interrupt the clean-up.
 
-    Outside the main thread, where Python has no handlers, nothing is caught.
+    Does nothing outside the main thread, where Python has no signal handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -37,7 +37,7 @@ def stoppable() -> Iterator[None]:
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
-        if before[number] is not signal.SIG_IGN:  # as nohup leaves it
+        if before[number] is not signal.SIG_IGN:  # set by nohup
             signal.signal(number, stop)
     try:
         yield
@@ -47,9 +47,9 @@ def stoppable() -> Iterator[None]:
 
 
 def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:
-    """What a worker process does first: it leaves these signals to its parent, which ends it, and does not outlive it.
+    """Call it first in a worker process: ignores these signals, which the parent handles, and exits with the parent.
 
-    A terminal and a scheduler send them to every process.
+    Terminals and schedulers send such signals to every process.
     """
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
@@ -58,4 +58,4 @@ def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:
 
 def _outlive_nobody() -> None:
     multiprocessing.parent_process().join()
-    os._exit(1)  # it was killed, and could not end this process
+    os._exit(1)  # the parent was killed, and could not end this process

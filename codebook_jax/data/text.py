@@ -1,4 +1,4 @@
-"""Captions as tokens: the clean-up, the tokenizer, and a run's own copy of it."""
+"""Captions to tokens: cleaning, the tokenizer, and the run's own copy of it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 FOLDER = "tokenizer"  # in a workdir
 MOST_CAPTIONS_READ = 200_000  # to train a vocabulary
-SAMPLED = 2000  # captions that the share of unknown tokens is told by
-MOST_UNKNOWN = 0.01  # share of tokens, above which there is a warning
-UNREAD = "has no caption of which the tokenizer makes a token"
-LONGEST = 512  # tokens of a caption that are told apart
+SAMPLED = 2000  # captions from which the share of unknown tokens is estimated
+MOST_UNKNOWN = 0.01  # share of tokens; a run warns above it
+UNREAD = "has no caption that gives any token"
+LONGEST = 512  # token counts above it are counted as one
 WORDS = "vocab.txt"
-SPECIALS = {  # what they are called in BERT's and in RoBERTa's
+SPECIALS = {  # their names in BERT and in RoBERTa
     "pad": (PAD, "<pad>"),
     "unk": (UNKNOWN, "<unk>"),
     "cls": (CLS, "<s>"),
@@ -40,14 +40,14 @@ SPECIALS = {  # what they are called in BERT's and in RoBERTa's
 }
 
 _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
-_LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # the four are letters that show nothing
-_SHOWS_NOTHING = "\ufffd\u2800\u115f\u1160"  # the first is what a lost encoding leaves
+_LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # the four code points are invisible letters
+_SHOWS_NOTHING = "\ufffd\u2800\u115f\u1160"  # the first marks characters lost by a wrong encoding
 _NAMED = 5  # unknown words
-_CLEANS = "cleans_captions"  # in tokenizer_config.json: what we train needs no `clean`; runs of before have it not
+_CLEANS = "cleans_captions"  # in tokenizer_config.json: our own tokenizers need no `clean`; older runs lack the key
 
 
 class Vocabulary(NamedTuple):
-    """What the model has to know of the tokens."""
+    """What the model needs to know about the tokens."""
 
     size: int
     pad_id: int
@@ -58,7 +58,7 @@ class Vocabulary(NamedTuple):
 
 
 class Tokenizer:
-    """Captions to tokens. It can be pickled, and used from several threads."""
+    """Captions to tokens. It can be pickled and used from several threads."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Tokenizer:
         unknown_id: int | None = None,
         cleans: bool = False,
     ) -> None:
-        """`unknown_id` (None: it has none) stands for words that it does not know; `cleans`: it cleans captions itself."""
+        """`unknown_id` (None: it has none) stands for unknown words; `cleans`: the tokenizer cleans captions itself."""
         self._tokenizer, self._cleans = tokenizer, cleans
         self._prepared = whole if cleans else clean
         self.vocabulary, self.unknown_id = vocabulary, unknown_id
@@ -76,10 +76,10 @@ class Tokenizer:
     def encode(
         self, captions: Sequence[str], max_tokens: int
     ) -> tuple[Int[np.ndarray, "captions tokens"], Int[np.ndarray, "captions"], int]:
-        """Tokens ([CLS] words [SEP], padded), how many are not padding, and how many captions lost their end."""
+        """Tokens ([CLS] words [SEP], padded), how many are not padding, and how many captions were truncated."""
         pad, cls, sep = self.vocabulary.pad_id, self.vocabulary.cls_id, self.vocabulary.sep_id
         texts = [self._prepared(caption) for caption in captions]
-        # Cut and padded here: the tokenizer's own way is a setting of an object that threads share.
+        # Truncated and padded here: the tokenizer's own setting belongs to an object that threads share.
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens = np.full((len(captions), max_tokens), pad, np.int32)
         lengths = np.empty(len(captions), np.int32)
@@ -93,15 +93,15 @@ class Tokenizer:
         return tokens, lengths, truncated
 
     def readable(self, captions: Sequence[str]) -> Sequence[str]:
-        """Those of these captions, which have words, that it makes any token of."""
-        if self._cleans:  # of each
+        """Those of these captions, all with words, that give at least one token."""
+        if self._cleans:  # then every one does
             return captions
         texts = [self._prepared(caption) for caption in captions]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [caption for caption, found in zip(captions, encodings, strict=True) if found.ids]
 
     def unknown_words(self, captions: Iterable[str]) -> list[str]:
-        """What it reads as the unknown token, each once."""
+        """The words that it reads as the unknown token, each once."""
         found: dict[str, None] = {}
         for text in map(self._prepared, captions):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -113,7 +113,7 @@ class Tokenizer:
     def unknown(
         self, tokens: Int[np.ndarray, "captions tokens"], lengths: Int[np.ndarray, "captions"]
     ) -> Unknown:
-        """How many of these tokens, as `encode` gives them, are unknown."""
+        """How many of these tokens, from `encode`, are unknown."""
         ends = 2 * len(lengths)  # [CLS] and [SEP]
         found = 0 if self.unknown_id is None else int((tokens == self.unknown_id).sum())
         return Unknown(found, int(lengths.sum()) - ends)
@@ -131,10 +131,10 @@ class Unknown(NamedTuple):
 
 
 def has_words(caption: str) -> bool:
-    """Whether anything is left of a caption once it is clean: a letter, a digit, or a symbol as an emoji.
+    """Whether cleaning leaves anything of a caption: a letter, a digit, or a symbol such as an emoji.
 
-    Every source leaves out captions without. Punctuation, spaces, control and zero-width characters are none, nor is
-    the mark that a lost encoding leaves.
+    Every source leaves out captions without words. Punctuation, spaces, control and zero-width characters do not
+    count, nor does the replacement character of a lost encoding.
     """
     if _LETTER.search(caption):
         return True
@@ -143,7 +143,7 @@ def has_words(caption: str) -> bool:
 
 
 def few_words(words: Sequence[str]) -> str:
-    """Some of these words in quotes, and how many more there are."""
+    """The first of these words in quotes, and the number of the others."""
     more = f" and {len(words) - _NAMED:,} more" if len(words) > _NAMED else ""
     return ", ".join(map(repr, words[:_NAMED])) + more
 
@@ -156,7 +156,7 @@ def clean(caption: str) -> str:
 
 
 class Opened(NamedTuple):
-    """A tokenizer, and what puts a copy of it into the workdir, once."""
+    """A tokenizer, and a function that saves it into the workdir."""
 
     tokenizer: Tokenizer
     keep: Callable[[], None]
@@ -180,26 +180,26 @@ def open_tokenizer(
     lowercase: bool = True,
     strip_accents: bool = False,
 ) -> Opened:
-    """The tokenizer of a run: the workdir's own where it has one, else that of `spec`; nothing is written yet.
+    """The tokenizer of a run: the one in the workdir if there is one, else that of `spec`; writes nothing yet.
 
-    `spec` is a folder or a name on the Hugging Face hub; empty, `train_vocabulary` makes one of the captions of
-    `source`, and `lowercase` and `strip_accents` are for that alone. Raises UserError where none can be had.
+    `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on the captions of `source`;
+    `lowercase` and `strip_accents` apply only then. Raises UserError if there is no usable tokenizer.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads and workers are ours
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has its own threads and workers
     folder = Path(workdir) / FOLDER
     if folder.is_dir():
         own = _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
         return Opened(own, lambda: None)
     if spec and (strip_accents or not lowercase):
         raise UserError(
-            f"config.data.tokenizer={spec!r} spells words in its own way: leave config.data.tokenizer_lowercase "
-            "and config.data.tokenizer_strip_accents as they were, or config.data.tokenizer empty to train one"
+            f"config.data.tokenizer={spec!r} has its own spelling rules: leave config.data.tokenizer_lowercase "
+            "and config.data.tokenizer_strip_accents at their defaults, or config.data.tokenizer empty to train one"
         )
     if spec:
         loaded = _load(spec, f"config.data.tokenizer={spec!r}")
     elif source is None:
         raise UserError(
-            f"{folder} is missing, and without it the run's tokens have no meaning: put the folder back"
+            f"{folder} is missing, and the run's tokens cannot be read without it: restore the folder"
         )
     else:
         spelling = {"lowercase": lowercase, "strip_accents": strip_accents}
@@ -221,7 +221,7 @@ def captions_of(source: Source, most: int = MOST_CAPTIONS_READ) -> Iterator[str]
 
 
 def _spread(source: Source, most: int) -> list[int]:
-    """Records, evenly over the source, that have about `most` captions."""
+    """Evenly spread records of the source that have about `most` captions in all."""
     records = min(len(source), max(1, most // max(1, len(source.captions(0)))))
     return [record * len(source) // records for record in range(records)]
 
@@ -233,24 +233,24 @@ def unknown_in(source: Source, tokenizer: Tokenizer) -> tuple[Unknown, int]:
 
 
 def said_unknown(unknown: Unknown, captions: str) -> str:
-    """A sentence on the share of unknown tokens in these `captions`, with what to do where it is large."""
+    """A sentence on the share of unknown tokens in these `captions`; a warning with advice if it is large."""
     said = f"unknown tokens: {unknown.count:,} of {unknown.tokens:,} ({unknown.share:.2%}) in {captions}"
     if unknown.share <= MOST_UNKNOWN:
         return said
     return (
-        f"warning: {said}: the words there all read as the same one; give a tokenizer of their language as "
-        "config.data.tokenizer, or leave it empty to train one"
+        f"warning: {said}: the model cannot tell these words apart; set config.data.tokenizer to a tokenizer of "
+        "their language, or leave it empty to train one"
     )
 
 
 def spelling(data: ml_collections.ConfigDict) -> dict[str, bool]:
-    """What config.data says of how a trained vocabulary spells words."""
+    """The fields of config.data on how a trained vocabulary spells words."""
     return {"lowercase": data.tokenizer_lowercase, "strip_accents": data.tokenizer_strip_accents}
 
 
 def _transformers() -> Any:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not installed
-    import transformers  # a second to import, and workers never need it
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides that torch is not installed
+    import transformers  # takes a second to import, and workers never need it
 
     return transformers
 
@@ -268,7 +268,7 @@ def _in_transformers(tokenizer: tokenizers.Tokenizer) -> Any:
 
 
 def _load(name: str, what: str) -> Any:
-    """The tokenizer of a folder or of the hub; raises UserError beginning with `what`."""
+    """The tokenizer of a folder or of the hub; raises UserError, which begins with `what`."""
     name = os.path.expanduser(name)
     if os.path.isfile(name):
         raise UserError(f"{what} is a file: give its folder, {os.path.dirname(name) or '.'}")
@@ -283,22 +283,22 @@ def _load(name: str, what: str) -> Any:
                 f"{what} cannot be loaded ({reason}): give a folder with tokenizer.json or vocab.txt"
             ) from failure
         raise UserError(
-            f"{what} is no folder here, and could not be had from the Hugging Face hub ({reason}): "
-            "give a folder, or a name on the hub and a network, or leave it empty to train one"
+            f"{what} is not a folder here and could not be loaded from the Hugging Face hub ({reason}): "
+            "give a folder, or a name on the hub with network access, or leave it empty to train one"
         ) from failure
     _name_specials(loaded)
     if _has_words_alone(name):
         listed = set((Path(name) / WORDS).read_text(encoding="utf-8").split("\n"))
         absent = {getattr(loaded, f"{kind}_token") for kind in SPECIALS} - listed
-        if absent:  # transformers has added them behind the others
+        if absent:  # transformers has appended them
             raise UserError(
-                f"{what}: its {WORDS} has no {', '.join(map(str, sorted(absent)))}: give one as BERT's"
+                f"{what}: its {WORDS} has no {', '.join(map(str, sorted(absent)))}: use one like BERT's"
             )
     return loaded
 
 
 def _in_any_form(name: str) -> Any:
-    """What transformers reads; where there is nothing but word pieces, BERT's way to cut words into them."""
+    """The tokenizer as transformers reads it; for a folder with only word pieces, BERT's WordPiece."""
     library, here = _transformers(), os.path.isdir(name) or not hub_reachable()
     try:
         return library.AutoTokenizer.from_pretrained(name, local_files_only=here)
@@ -309,12 +309,12 @@ def _in_any_form(name: str) -> Any:
 
 
 def _has_words_alone(name: str) -> bool:
-    """Whether a folder has a list of word pieces, and no tokenizer that transformers has saved whole."""
+    """Whether a folder has a list of word pieces but no complete tokenizer saved by transformers."""
     return (Path(name) / WORDS).is_file() and not (Path(name) / "tokenizer.json").exists()
 
 
 def _name_specials(loaded: Any) -> None:
-    """Finds by their usual names the special tokens of a tokenizer.json that no tokenizer_config.json is beside."""
+    """Sets the special tokens by their usual names, for a tokenizer.json without a tokenizer_config.json."""
     vocabulary = loaded.get_vocab()
     for kind, usual in SPECIALS.items():
         token = next((token for token in usual if token in vocabulary), None)
@@ -348,12 +348,12 @@ def _wrapped(loaded: Any, name: str) -> Tokenizer:
 
 
 def _keep(loaded: Any, folder: Path) -> None:
-    """Saves into `folder`, which is there whole or not at all; another process may have been first."""
+    """Saves into `folder`, which appears complete or not at all; another process may have saved it first."""
     draft = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     loaded.save_pretrained(draft)
     with contextlib.suppress(OSError):
         draft.rename(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} cannot be written: give a --workdir that can")
+        raise UserError(f"{folder} cannot be written: use a writable --workdir")
     shutil.rmtree(draft, ignore_errors=True)

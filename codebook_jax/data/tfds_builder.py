@@ -6,7 +6,7 @@
     builder.download_and_prepare()
     tfds.data_source("codebook_pairs", data_dir="data/tfds", split="train")[0]
 
-For training here `--mode=prepare` is the shorter way; this one is for programs that read TensorFlow Datasets.
+To train here, `--mode=prepare` is simpler; this module is for other programs that read TensorFlow Datasets.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _ROLES = {"validation": "validation", "val": "validation", "dev": "validation", 
 
 
 class CodebookPairs(tfds.core.GeneratorBasedBuilder):
-    """The pairs of sources, a split each: {"image": JPEG, "captions": [text], "image_id": number, "name": text}."""
+    """The pairs of sources, a split for each: {"image": JPEG, "captions": [text], "image_id": number, "name": text}."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "The pairs of any source, in its order."}  # noqa: RUF012 (as tfds has it)
     code_path = Path(
         __file__
-    )  # else found with importlib_resources, which tfds neither brings nor needs on disk
+    )  # otherwise found with importlib_resources, which tfds does not install
 
     def __init__(
         self,
@@ -52,10 +52,10 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
         size_px: int = 256,
         **kwargs: Any,
     ) -> None:
-        """`sources` is {split: what config.data.train could be}; None reads what was prepared before.
+        """`sources` is {split: a source as in config.data.train}; None reads a data set prepared earlier.
 
-        In splits called validation or test an image is one record with all its captions. `size_px` is of scenes; the
-        others are as in the config, and `kwargs` are those of every builder.
+        In splits called validation or test, an image is one record with all its captions. `size_px` is the size of
+        scenes; the others are as in the config, and `kwargs` are those of any builder.
         """
         self._sources = dict(sources or {})
         self._places = {"image_root": image_root, "path_map": path_map, "size_px": size_px}
@@ -79,12 +79,12 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         if not self._sources:
             raise UserError(
-                'codebook_pairs is not prepared yet: name what it is made from, as sources={"train": "json:PAIRS.json"}'
+                'codebook_pairs is not prepared yet: pass its sources, for example sources={"train": "json:PAIRS.json"}'
             )
         return {split: self._generate_examples(split) for split in self._sources}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(key, example) of every pair whose picture can be read; says how many cannot."""
+        """(key, example) of every pair whose picture can be read; prints how many cannot."""
         role = _ROLES.get(split, "train")
         source = open_source(
             self._sources[split], role=role, scenes_examples=1000, seed=0, **self._places

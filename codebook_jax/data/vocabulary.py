@@ -1,4 +1,4 @@
-"""A vocabulary trained on captions of any language: no two spellings become the same tokens, and no word is unknown."""
+"""Trains a vocabulary on captions of any language: different spellings get different tokens, and no word is unknown."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 PAD, UNKNOWN, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"  # BERT
 _SPECIALS = [PAD, UNKNOWN, CLS, SEP, MASK]
 _INSIDE = "##"  # before the tokens inside a word; BERT
-_MOST_COUNTED = 10_000  # times that a word counts
-_LEAST_PAIRS = 2  # times that a pair occurs before it is a token: rarer ones teach nothing
-_LONGEST = 48  # bytes of a token, 16 letters of Thai: else captions without spaces become one
+_MOST_COUNTED = 10_000  # a word counts at most this often
+_LEAST_PAIRS = 2  # a pair must occur this often to become a token: rarer ones teach nothing
+_LONGEST = 48  # bytes of a token, 16 Thai letters: otherwise whole captions without spaces become one token
 
-# Spaces in place of what stands between words: the zero width space, and punctuation that is not ASCII. Not the
+# Replaced by spaces, since they separate words: the zero width space, and punctuation that is not ASCII. Not the
 # apostrophes of man’s and צה״ל, nor the dot of Catalan's col·legi.
 _BETWEEN = r"[\u200B\uFF5E]|[\p{P}&&[^\x00-\x7F\u2018\u2019\u05F3\u05F4\u00B7]]"
-# Left out: ALBEF's punctuation, those apostrophes, control characters, and marks of direction and order. Kept are
-# the joiners, which Hindi, Persian and emoji are spelled with, and the keycaps # and *.
+# Removed: ALBEF's punctuation, those apostrophes, control characters, and marks of direction and order. Kept:
+# the joiners, which Hindi, Persian and emoji need, and the keycaps # and *.
 _LEFT_OUT = (
     r"""[,.'!?"():;~\u2018\u2019\u05F3\u05F4]|[*#](?!\uFE0F?\u20E3)|[\p{Cc}&&[^\s]]"""
     r"|[\u00AD\u061C\u200E\u200F\u202A-\u202E\u2060-\u2064\u2066-\u206F\uFEFF]"
@@ -28,21 +28,21 @@ _LEFT_OUT = (
 
 
 def whole(caption: str) -> str:
-    """The caption without halves of characters, which JSON can hold and tokenizers refuse."""
+    """The caption without lone surrogates, which JSON can hold and tokenizers refuse."""
     return caption.encode("utf-8", "ignore").decode("utf-8")
 
 
 def train_vocabulary(
     captions: Iterable[str], size: int, *, lowercase: bool = True, strip_accents: bool = False
 ) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer of at most `size` entries (more only where the bytes alone are more).
+    """A byte-level BPE tokenizer of at most `size` entries (more only if the bytes alone need more).
 
-    Words are cut into the bytes of UTF-8 and these joined again as the captions teach, so letters that no caption has
-    are still told apart, and scripts without spaces need no words. Entries inside a word begin with ##, as BERT's.
+    Words are split into UTF-8 bytes, which are merged as the captions suggest, so letters that no caption has still
+    get different tokens, and scripts without spaces need no words. Entries inside a word begin with ##, as in BERT.
 
     The same captions give the same entries in the same order. The library's trainer alone does not: it numbers the
-    letters inside words as a hash table happens to hold them. Here all letters are numbered before it starts. Those
-    that the captions lack come last: they change no other number.
+    letters inside words in hash-table order. Here all letters are numbered before it starts. Those missing from the
+    captions come last, so that they change no other number.
     """
     normalizer = _normalizer(lowercase=lowercase, strip_accents=strip_accents)
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -75,10 +75,10 @@ def train_vocabulary(
 
 
 def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normalizer:
-    """Captions as they are read: what ALBEF's clean-up does to English, for every script.
+    """Cleans captions of every script as ALBEF's clean-up does English.
 
-    NFKC and not NFC: what it makes the same besides are ways to write or store the same letters (full and half width,
-    ligatures, presentation forms), which a keyboard or an old encoding chose. It keeps every mark and accent.
+    NFKC, not NFC: it also unifies ways to write or store the same letters (full and half width, ligatures,
+    presentation forms), which depend on a keyboard or an old encoding. It keeps every mark and accent.
     """
     steps = [normalizers.Replace(Regex(_BETWEEN), " "), normalizers.NFKC()]
     if lowercase:
@@ -94,7 +94,7 @@ def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normaliz
 
 
 def _byte_letters(cut: pre_tokenizers.ByteLevel, normalizer: normalizers.Normalizer) -> list[str]:
-    """Every byte that text in UTF-8 can have, as the byte level writes it, where in a word it can stand."""
+    """Every byte of UTF-8 text as the byte level writes it, at each position in a word where it can occur."""
     plain = [
         c for c in map(chr, range(0x21, 0x7F)) if normalizer.normalize_str(c) == c or c in "#*"
     ]

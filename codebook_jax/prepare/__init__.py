@@ -1,7 +1,7 @@
 """`--mode=prepare`: packs the pairs of a source into shards in the workdir, which `records:WORKDIR` reads.
 
-Work is kept shard by shard: the same command, started again after whatever ended it, makes those that lack, and ends
-with the same bytes. Started in a finished folder it verifies every file, and remakes what is damaged.
+Work is kept shard by shard: after any interruption, the same command makes the missing shards and ends with the same
+bytes. In a finished folder it verifies every file and repacks damaged shards.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from codebook_jax.prepare.folder import Folder
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
-    """Packs `config.prepare.source` into `workdir`; the exit code.
+    """Packs `config.prepare.source` into `workdir`; returns the exit code.
 
-    Raises UserError for settings that cannot be packed with, and for a folder that holds something else.
+    Raises UserError for invalid settings, and for a folder that holds something else.
     """
     _check(config)
     folder = Folder(Path(workdir))
@@ -40,23 +40,23 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     except Stopped as stop:
         kept = len(folder.kept())
         done = f"{kept:,} shard{'s are' if kept != 1 else ' is'} packed; " if kept else ""
-        print(f"stopped by {stop}: {done}the same command goes on", file=sys.stderr, flush=True)
+        print(f"stopped by {stop}: {done}the same command continues", file=sys.stderr, flush=True)
         return 128 + stop.number
     return 0
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for values that cannot be meant."""
+    """Raises UserError for invalid values."""
     given = config.prepare
     if given.role not in ROLES:
-        raise UserError(f"config.prepare.role={given.role!r} is none of {', '.join(ROLES)}")
+        raise UserError(f"config.prepare.role={given.role!r} is not one of {', '.join(ROLES)}")
     if not 1 <= given.quality <= 100:
         raise UserError(f"config.prepare.quality={given.quality} is not between 1 and 100")
     for name, least in (("side_px", 0), ("shard_records", 1), ("processes", 0)):
         refuse_below(f"prepare.{name}", given[name], least)
     if given.beam_options and not given.beam_runner:
         raise UserError(
-            f"config.prepare.beam_options={given.beam_options!r} is for Apache Beam: name its runner too, as "
+            f"config.prepare.beam_options={given.beam_options!r} only applies to Apache Beam: name its runner too, as "
             "--config.prepare.beam_runner=DirectRunner"
         )
 
@@ -65,14 +65,14 @@ def _opened(config: ml_collections.ConfigDict) -> Source:
     spec = config.prepare.source or config.data.train
     source = source_of(config, spec, config.prepare.role)
     if isinstance(source, Mixture) and source.weights is not None:
-        raise UserError(f"{spec!r}: weights are for training alone: leave them out to pack")
+        raise UserError(f"{spec!r}: weights only apply to training: leave them out for packing")
     if not len(source):
         raise UserError(f"{spec!r} has no pairs to pack")
     return source
 
 
 def _pack(config: ml_collections.ConfigDict, folder: Folder, source: Source) -> None:
-    """Brings the folder to its end, from wherever it is."""
+    """Completes the folder, from whatever state it is in."""
     given = config.prepare
     packing = Packing(given.side_px, given.quality, given.shard_records)
     shards = shard_count(len(source), packing.shard_records)
@@ -88,14 +88,14 @@ def _pack(config: ml_collections.ConfigDict, folder: Folder, source: Source) -> 
     place["source"] = given.source
     before, damaged = folder.start(plan, place, shards)
     if before is not None and not damaged:
-        print(f"already complete, every file is as it was: {_summary(folder, before)}", flush=True)
+        print(f"already complete, all files verified: {_summary(folder, before)}", flush=True)
         return
     _make(config, folder, source, packing, shards)
     receipts = folder.kept()
     if len(receipts) < shards:
         raise UserError(
-            f"{shards - len(receipts):,} of {shards:,} shards are not in {folder.path} as they were written: give a "
-            "folder that every worker reaches, and that nothing else writes to, and start the same command again"
+            f"{shards - len(receipts):,} of {shards:,} shards in {folder.path} are missing or changed: use a folder "
+            "that every worker can reach and nothing else writes to, and run the same command again"
         )
     if not sum(receipt.records for receipt in receipts.values()):
         _refuse_all_bad(folder, source, receipts)
@@ -117,14 +117,14 @@ def _make(
     packing: Packing,
     shards: int,
 ) -> None:
-    """Packs the shards that lack."""
+    """Packs the missing shards."""
     kept = folder.kept()
     todo = [shard for shard in range(shards) if shard not in kept]
     done = sum(receipt.records + len(receipt.skipped) for receipt in kept.values())
     given = config.prepare
     count = max(1, min(given.processes or os.cpu_count() or 1, len(todo)))
     by = given.beam_runner or f"{count} process{'es' * (count != 1)}"
-    most = f", shorter sides brought down to {given.side_px} px" if given.side_px else ""
+    most = f", shorter sides reduced to {given.side_px} px" if given.side_px else ""
     print(
         f"packing {len(source):,} records of {source!r} into {_shards(shards)} in {folder.path}, by {by}{most}",
         flush=True,
@@ -148,7 +148,7 @@ def _make(
 
 
 def _refuse_all_bad(folder: Folder, source: Source, receipts: dict[int, Receipt]) -> None:
-    """Says that nothing could be read, and leaves no folder to go on with: the next start is to try again."""
+    """Raises UserError because nothing could be read, and clears the folder, so that the next start tries again."""
     name, why = receipts[0].skipped[0]
     folder.clear()
     raise UserError(
@@ -158,11 +158,11 @@ def _refuse_all_bad(folder: Folder, source: Source, receipts: dict[int, Receipt]
 
 
 def _remade(before: Manifest | None, after: Manifest, damaged: list[tuple[str, str]]) -> list[str]:
-    """A sentence on each file of a finished folder that was made again, and on each shard that holds other pairs."""
+    """A sentence on each repacked file of a finished folder, and on each shard whose pairs changed."""
     if before is None:
         return []
     changed = [
-        f"{new.file} holds {new.records:,} pairs, {old.records:,} before: its pictures are no longer the same"
+        f"{new.file} holds {new.records:,} pairs, {old.records:,} before: its pictures have changed"
         for old, new in zip(before.shards, after.shards, strict=True)
         if old != new
     ]

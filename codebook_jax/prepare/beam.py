@@ -1,4 +1,4 @@
-"""Shards packed on Apache Beam, by whatever runner: its workers write into the same folder, which all must reach."""
+"""Packs shards on Apache Beam, with any runner: its workers write into one folder, which all must reach."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from codebook_jax.prepare.workers import Job
 
 
 def pack(job: Job, shards: Sequence[int], runner: str, options: str) -> None:
-    """Packs these shards; raises UserError for a runner that does not exist, and where a worker says what is wrong."""
+    """Packs these shards; raises UserError for an unknown runner, or if a worker raises one."""
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -20,7 +20,7 @@ def pack(job: Job, shards: Sequence[int], runner: str, options: str) -> None:
         ) from failure
 
     class PackShard(apache_beam.DoFn):
-        """Packs a shard; the source is read once a worker."""
+        """Packs a shard; the source is opened once per worker."""
 
         def setup(self) -> None:
             self._source = job.source()
@@ -42,7 +42,7 @@ def pack(job: Job, shards: Sequence[int], runner: str, options: str) -> None:
 
 
 def _sentence(failure: BaseException, runner: str) -> str:
-    """What a worker told the user, which Beam wraps; else what Beam says."""
+    """The UserError of a worker, which Beam wraps; else one with Beam's own message."""
     inner: BaseException | None = failure
     while inner is not None:
         if isinstance(inner, UserError):
@@ -50,6 +50,6 @@ def _sentence(failure: BaseException, runner: str) -> str:
         inner = inner.__cause__ or inner.__context__
     lines = str(failure).strip().splitlines() or [type(failure).__name__]
     return (
-        f"Apache Beam's {runner} failed ({lines[0]}): see config.prepare.beam_runner and beam_options; the same "
-        "command goes on with the shards that lack"
+        f"Apache Beam's {runner} failed ({lines[0]}): check config.prepare.beam_runner and beam_options; the "
+        "same command continues with the missing shards"
     )

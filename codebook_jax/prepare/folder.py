@@ -1,4 +1,4 @@
-"""The folder that pairs are packed into: one packing at a time, and what of an earlier one still holds."""
+"""The folder that pairs are packed into: allows one packing at a time, and reuses what an earlier one finished."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ PLAN, SOURCE = "plan.json", "source.pickle"
 
 
 def keep(folder: Path, shard: int, receipt: Receipt) -> None:
-    """Keeps what is known of a shard that was packed, until the manifest is written."""
+    """Saves the receipt of a packed shard until the manifest is written."""
     write_json(folder / PROGRESS / f"{shard:05d}.json", receipt._asdict())
 
 
 class Folder:
-    """A folder of packed pairs, or one that becomes it.
+    """A folder of packed pairs, complete or not.
 
-    Until the manifest is written, a plan says what is packed, and there is a receipt of each shard that is on the disk.
+    Until the manifest is written, it holds a plan of what is packed, and a receipt for each finished shard.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,28 +49,28 @@ class Folder:
         self._shards = 0
 
     def check(self) -> None:
-        """Raises UserError where the folder holds something else."""
+        """Raises UserError if the folder holds something else."""
         names = check_folder(self.path, _is_own, "to pack into")
         visible = [name for name in names if not name.startswith(".")]
         if visible and MANIFEST not in names and not (self.path / PROGRESS / PLAN).exists():
             raise UserError(
-                f"--workdir={self.path} holds shards ({visible[0]}, ...) without {MANIFEST}, which say nothing of what "
-                "they were packed from: remove them, or give another folder"
+                f"--workdir={self.path} holds shards ({visible[0]}, ...) without {MANIFEST}, so it is unknown what "
+                "they were packed from: remove them, or use another folder"
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from packing into the folder; raises UserError where one does."""
+        """Keeps other processes from packing into the folder; raises UserError if one already does."""
         check_outputs(self.path, (MANIFEST, SKIPPED), (PROGRESS,))
         with owned(self.path):
             try:
                 self._sweep()
                 yield
             finally:
-                self._sweep()  # processes that were ended leave drafts
+                self._sweep()  # killed processes leave drafts
 
     def plan(self) -> dict[str, Any] | None:
-        """{"source", "options", "place"} of a packing that has not come to its end; None where there is none."""
+        """{"source", "options", "place"} of an unfinished packing; None if there is none."""
         try:
             return parse_json((self.path / PROGRESS / PLAN).read_bytes())
         except (OSError, ValueError):
@@ -79,10 +79,10 @@ class Folder:
     def start(
         self, plan: Mapping[str, Any], place: Mapping[str, str], shards: int
     ) -> tuple[Manifest | None, list[tuple[str, str]]]:
-        """Makes ready to pack `shards` shards; (the manifest, (file, why) of what is damaged) of a finished folder.
+        """Prepares to pack `shards` shards; returns (manifest, [(damaged file, why)]), or (None, []) if unfinished.
 
-        `place` is where the pictures are, which may change. What was packed and still holds is among `kept` then.
-        Raises UserError, which says what differs, where the folder was begun with another source or other options.
+        `place` is where the pictures are, which may change. Afterwards `kept` has the shards that are still valid.
+        Raises UserError, naming the differences, if the folder was begun with another source or other options.
         """
         self._shards = shards
         if (self.path / MANIFEST).exists():
@@ -99,7 +99,7 @@ class Folder:
             self._refuse_another(begun, plan)
             if begun["place"] != place:
                 for shard, receipt in self.kept().items():
-                    if receipt.skipped:  # their pictures may be there now
+                    if receipt.skipped:  # the missing pictures may be there now
                         self._receipt_file(shard).unlink()
         else:
             shutil.rmtree(self.path / PROGRESS, ignore_errors=True)  # receipts without a plan
@@ -107,7 +107,7 @@ class Folder:
         return None, []
 
     def kept(self) -> dict[int, Receipt]:
-        """The receipts of shards that are on the disk in full."""
+        """The receipts of the shards that are complete on the disk."""
         receipts = {}
         for shard in range(self._shards):
             receipt = self._receipt(shard)
@@ -123,7 +123,7 @@ class Folder:
         left_out: Sequence[tuple[str, str]],
         receipts: Sequence[Receipt],
     ) -> Manifest:
-        """Writes the manifest of all shards; nothing else is left then."""
+        """Writes the manifest of all shards, and removes the plan and receipts."""
         manifest = write_manifest(
             self.path,
             plan["source"],
@@ -136,7 +136,7 @@ class Folder:
         return manifest
 
     def clear(self) -> None:
-        """Removes all that was packed."""
+        """Removes everything that was packed."""
         for name in os.listdir(self.path):
             if _is_own(name):
                 (self.path / name).unlink()
@@ -146,7 +146,7 @@ class Folder:
         return self.path / PROGRESS / f"{shard:05d}.json"
 
     def _receipt(self, shard: int) -> Receipt | None:
-        """What is known of a shard; None where it is not packed, or its files are not there as they were."""
+        """The receipt of a shard; None if it is not packed, or its files are missing or changed."""
         try:
             receipt = Receipt(**parse_json(self._receipt_file(shard).read_bytes()))
             file = shard_name(shard, self._shards)
@@ -158,7 +158,7 @@ class Folder:
         return receipt._replace(skipped=tuple(map(tuple, receipt.skipped)))
 
     def _sweep(self) -> None:
-        """Removes what processes that were killed have left half written."""
+        """Removes the drafts of killed processes."""
         for folder in (self.path, self.path / PROGRESS):
             for draft in folder.glob(".*.tmp"):
                 draft.unlink(missing_ok=True)
@@ -179,18 +179,18 @@ class Folder:
                 differ.append(f"config.prepare.{name}={before}, now {json.dumps(value)}")
         if differ:
             raise UserError(
-                f"--workdir={self.path} holds pairs that are packed otherwise: {'; '.join(differ)}: give the old "
-                "values to go on with it, or another --workdir"
+                f"--workdir={self.path} holds pairs packed with other settings: {'; '.join(differ)}: use the "
+                "old values to continue it, or another --workdir"
             )
 
     def _verified(self, manifest: Manifest) -> list[tuple[str, str]]:
         count = 2 * len(manifest.shards) + 1
-        print(f"packed to its end before: verifying {count:,} files", flush=True)
+        print(f"already packed: verifying {count:,} files", flush=True)
         with Progress("verified", "files", count) as progress:
             return verify(self.path, lambda _: progress.advance(1))
 
     def _keep_sound(self, manifest: Manifest, damaged: set[str]) -> None:
-        """Keeps receipts of the shards of a finished folder that are as they were."""
+        """Saves receipts of the undamaged shards of a finished folder."""
         lines = [] if SKIPPED in damaged else read_skipped(self.path)
         rows = itertools.islice(lines, manifest.left_out, None)
         for number, shard in enumerate(manifest.shards):

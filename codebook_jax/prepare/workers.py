@@ -1,4 +1,4 @@
-"""Shards packed in processes of this machine; no more is lost with one than the shards it was at."""
+"""Packs shards in processes on this machine; if one dies, only its current shard is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from codebook_jax.prepare.folder import keep
 
 
 class Job(NamedTuple):
-    """What a process needs to pack any shard."""
+    """Everything a process needs to pack any shard."""
 
     folder: Path
     source_file: Path  # the source, pickled
@@ -32,16 +32,16 @@ class Job(NamedTuple):
         return pickle.loads(self.source_file.read_bytes())
 
     def pack(self, source: Source, shard: int, tell: Told | None = None) -> None:
-        """Packs a shard and keeps its receipt; raises UserError where the disk is full."""
+        """Packs a shard and keeps its receipt; raises UserError if the disk is full."""
         with full_disk_named(self.folder):
             keep(self.folder, shard, write_shard(source, shard, self.folder, self.packing, tell))
 
 
 def pack(job: Job, source: Source, shards: Sequence[int], count: int) -> Iterator[tuple[int, int]]:
-    """Packs these shards in `count` processes; yields (records read, skipped) as they come.
+    """Packs these shards in `count` processes; yields (records read, skipped) as they progress.
 
-    Close it in any case: that ends the processes. With one process it is this one. Raises UserError where a process
-    is ended from outside, or says that the user must do something.
+    Always close it: that ends the processes. With `count` 1, packs in this process. Raises UserError if a process is
+    killed or raises one.
     """
     if count == 1:
         return _pack_here(job, source, shards)
@@ -64,7 +64,7 @@ def _pack_in_processes(job: Job, shards: Sequence[int], count: int) -> Iterator[
             own, theirs = context.Pipe()
             process = context.Process(target=_work, args=(job, theirs), name=f"pack-{number}")
             process.start()
-            theirs.close()  # so that the other end sees when the process is gone
+            theirs.close()  # so that our end notices when the process is gone
             processes[own] = process
         while processes:
             for connection in wait(list(processes)):
@@ -75,7 +75,7 @@ def _pack_in_processes(job: Job, shards: Sequence[int], count: int) -> Iterator[
                 shard = next(todo, None)
                 with contextlib.suppress(
                     OSError
-                ):  # it is gone, which is told when it is next read from
+                ):  # it is gone; the next read raises
                     connection.send(shard)
                 if shard is None:
                     processes.pop(connection).join()
@@ -87,7 +87,7 @@ def _pack_in_processes(job: Job, shards: Sequence[int], count: int) -> Iterator[
 
 
 def _received(connection: Connection, process: BaseProcess, count: int) -> tuple[int, int] | None:
-    """(read, skipped), or None where the process wants a shard; raises what it failed with."""
+    """(read, skipped), or None if the process asks for a shard; raises its failure."""
     try:
         news = connection.recv()
     except (EOFError, OSError):
@@ -96,24 +96,24 @@ def _received(connection: Connection, process: BaseProcess, count: int) -> tuple
     if isinstance(news, UserError):
         raise news
     if isinstance(news, str):
-        raise RuntimeError(f"a process that packs failed:\n{news}")
+        raise RuntimeError(f"a packing process failed:\n{news}")
     return news
 
 
 def _died(code: int | None, count: int) -> str:
     if code is not None and code < 0:
         how = f"by {signal.Signals(-code).name}"
-        how += ", as Linux does where memory runs out" if code == -signal.SIGKILL else ""
+        how += ", as Linux does when memory runs out" if code == -signal.SIGKILL else ""
     else:
         how = f"with exit code {code}"
-    fewer = f" with fewer of them, as --config.prepare.processes={max(1, count // 2)}"
-    return f"a process that packs was ended {how}: start the same command again, it goes on; if need be{fewer}"
+    fewer = f" with fewer processes: --config.prepare.processes={max(1, count // 2)}"
+    return f"a packing process ended {how}: run the same command again to continue, if necessary{fewer}"
 
 
 def _work(job: Job, connection: Connection) -> None:
-    """What a process does: packs the shards it is told to, until it is told None."""
+    """Runs in each process: packs the shards it receives, until it receives None."""
     serve_parent()
-    warnings.filterwarnings("ignore", module="PIL")  # of broken EXIF blocks, a line each
+    warnings.filterwarnings("ignore", module="PIL")  # about broken EXIF blocks, one line each
     try:
         source = job.source()
         connection.send(None)

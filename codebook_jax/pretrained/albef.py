@@ -1,7 +1,7 @@
 """A whole ALBEF pre-training checkpoint (Li et al., NeurIPS 2021): student, momentum copies, queues; in and out.
 
-Its keys: visual_encoder.*, text_encoder.*, vision_proj, text_proj with momentum copies whose first part ends in _m;
-itm_head and temp, which only the student has; image_queue and text_queue [dim, queue] with queue_ptr.
+Its keys: visual_encoder.*, text_encoder.*, vision_proj, text_proj, with momentum copies whose first part ends in _m;
+itm_head and temp, of the student only; image_queue and text_queue [dim, queue] with queue_ptr.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def is_albef(arrays: Mapping[str, Any]) -> bool:
 def fill_state(
     arrays: Arrays, shapes: Shapes, *, text_depth: int, what: str, allow_partial: bool
 ) -> Filled:
-    """What a train state takes of an ALBEF checkpoint, by the state's names (student/towers/image/cls, ...).
+    """The arrays of an ALBEF checkpoint that a train state uses, by its names (student/towers/image/cls, ...).
 
-    `shapes` are those of the state. Without momentum copies there are no arrays of the teacher. Queues of another
-    length are ignored: they fill again by themselves. Raises UserError as `fill` does.
+    `shapes` are those of the state. Without momentum copies there are no teacher arrays. Queues of another length are
+    ignored: training refills them. Raises UserError like `fill`.
     """
     arrays = {_BARE.sub(r"\1.bert.", key): value for key, value in arrays.items()}
     student = {key: value for key, value in arrays.items() if not _is_momentum(key)}
@@ -60,7 +60,7 @@ def fill_state(
 def to_albef(arrays: Mapping[str, np.ndarray], text_depth: int) -> dict[str, np.ndarray]:
     """ALBEF's state dict of a train state's arrays, by its names (student/..., teacher/..., queue/...).
 
-    Places of the queues that hold nothing yet are zeros, where ALBEF has random features. The codebook has no place.
+    Unfilled queue entries are zeros, where ALBEF has random features. The codebook is left out.
     """
     student, teacher, queue = (layouts.under(arrays, f"{item}/") for item in ("student", "teacher", "queue"))
     towers = layouts.under(student, "towers/")
@@ -78,7 +78,7 @@ def to_albef(arrays: Mapping[str, np.ndarray], text_depth: int) -> dict[str, np.
 
 
 def _tied(towers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What ALBEF's state dict names twice or counts."""
+    """The duplicates and counters in ALBEF's state dict."""
     positions = len(towers["text/positions"])
     return {
         "text_encoder.cls.predictions.decoder.weight": towers["text/words"].copy(),
@@ -94,20 +94,20 @@ def _student_only(
     missing = [key for key in (*_MATCHING.values(), _TEMPERATURE) if key not in rest]
     if missing and not allow_partial:
         raise UserError(
-            f"{what} lacks {', '.join(missing)}: give a pre-training checkpoint, or "
-            "--config.init_allow_partial=true to start what is missing anew"
+            f"{what} lacks {', '.join(missing)}: give a pre-training checkpoint, or use "
+            "--config.init_allow_partial=true to initialise the missing parts"
         )
     for name, key in _MATCHING.items():
         if key in rest:
             value = as_float32(rest[key], key, what).T
             wanted = shapes[f"student/{name}"]
             if value.shape != wanted:
-                raise UserError(f"{what}: {key} is {list(value.T.shape)}, and should be {list(wanted[::-1])}")
+                raise UserError(f"{what}: {key} has shape {list(value.T.shape)}, but should have {list(wanted[::-1])}")
             filled[f"student/{name}"] = np.ascontiguousarray(value)
     if _TEMPERATURE in rest:
         value = as_float32(rest[_TEMPERATURE], _TEMPERATURE, what)
         if value.size != 1:
-            raise UserError(f"{what}: {_TEMPERATURE} is {list(value.shape)}, and should be one number")
+            raise UserError(f"{what}: {_TEMPERATURE} has shape {list(value.shape)}, but should be one number")
         filled["student/temperature"] = value.reshape(())
     return filled
 
@@ -115,19 +115,19 @@ def _student_only(
 def _queue(
     rest: Arrays, shapes: Shapes, what: str
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, str]]]:
-    """The queues of the state, or the keys that are of no use for them."""
+    """The queues of the state, or the keys that cannot be used for them."""
     size, dim = shapes["queue/image"]
     here = [key for key in _QUEUES if key in rest]
     unused = ""
     if len(here) < len(_QUEUES) or rest["queue_ptr"].size != 1:
         unused = "part of a queue"
     elif {rest[key].shape for key in _QUEUES[:2]} != {(dim, size)}:
-        unused = f"queue of {rest['image_queue'].shape[-1]:,}, and config.queue.size={size}"
+        unused = f"queue of {rest['image_queue'].shape[-1]:,}, but config.queue.size={size}"
     if unused:
         return {}, {key: (int(rest[key].size), unused) for key in here}
     image, text = (np.ascontiguousarray(as_float32(rest[key], key, what).T) for key in _QUEUES[:2])
     cursor = int(rest["queue_ptr"].reshape(-1)[0]) % size
-    young = not (image[cursor:].any() or text[cursor:].any())  # zeros, as `to_albef` writes what holds nothing
+    young = not (image[cursor:].any() or text[cursor:].any())  # zeros, as `to_albef` writes unfilled entries
     return {
         "queue/image": image,
         "queue/text": text,

@@ -22,7 +22,7 @@ from codebook_jax.strict_json import parse_json
 CONFIG = "config.json"
 SAFETENSORS = ".safetensors"
 TORCH = (".pth", ".pt", ".bin")
-# Of a folder, the first that is there. An index is a JSON file that says which shard holds which tensor.
+# In a folder, the first that exists is read. An index is a JSON file that maps tensors to shards.
 CHOICE = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -39,7 +39,7 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
-# Tried in this order, so that no weights are downloaded twice.
+# Tried in this order, so that only one format is downloaded.
 HUB_PATTERNS = (
     ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
@@ -51,18 +51,18 @@ _GIVE = "give a weight file, a folder that holds one, or a name on the Hugging F
 
 
 class Weights(NamedTuple):
-    """The tensors that were given, and what was said about them."""
+    """The tensors of a file, and the facts stored beside them."""
 
-    arrays: dict[str, np.ndarray]  # perhaps read-only; float16 and bfloat16 have become float32
-    config: dict[str, Any]  # of the config.json beside them; empty where there is none
-    folder: Path  # where config.json and the tokenizer would be
+    arrays: dict[str, np.ndarray]  # may be read-only; float16 and bfloat16 are converted to float32
+    config: dict[str, Any]  # of the config.json beside them; empty if there is none
+    folder: Path  # where config.json and the tokenizer are, if any
 
 
 def read_weights(spec: str, what: str) -> Weights:
     """The weights of a file, a folder, or a name on the Hugging Face hub (`owner/name`, `name`, `name@revision`).
 
-    What exists here is read here. Of training checkpoints only the model's tensors are read, and nothing that a file
-    asks to run is run. Raises UserError, a sentence that begins with `what`, where they cannot be had or read.
+    Local files take precedence. Of training checkpoints only the model's tensors are read, and no code in a file is
+    run. Raises UserError, beginning with `what`, if the weights cannot be found or read.
     """
     path = _located(spec, what)
     folder = path if path.is_dir() else path.parent
@@ -77,22 +77,22 @@ def read_weights(spec: str, what: str) -> Weights:
 
 
 def _located(spec: str, what: str) -> Path:
-    """Where the weights are on this machine, downloaded if need be."""
+    """The local path of the weights, downloaded if necessary."""
     local = os.path.expanduser(spec)
     if spec and os.path.exists(local):
         return Path(local)
     if "://" in spec:
-        raise UserError(f"{what}, but an address is not read: download the file and give its path")
+        raise UserError(f"{what}, but URLs cannot be read: download the file and give its path")
     name, _, revision = spec.partition("@")
     suffixed = spec.lower().endswith((SAFETENSORS, *TORCH))
     if not name or name[0] in "/.~" or suffixed or name.count("/") > 1:
-        raise UserError(f"{what}, but there is no such file or folder: {_GIVE}")
+        raise UserError(f"{what}, but this file or folder does not exist: {_GIVE}")
     return _downloaded(name, revision or None, what)
 
 
 def _downloaded(name: str, revision: str | None, what: str) -> Path:
-    """The hub's weights in its cache on this machine, with config.json and the tokenizer; one format only."""
-    import huggingface_hub  # half a second, and local files do without
+    """The folder in the local hub cache with the weights (one format only), config.json and the tokenizer."""
+    import huggingface_hub  # takes half a second, and local files do not need it
 
     called = f"{name}@{revision}" if revision else name
     reachable = hub_reachable()
@@ -104,16 +104,16 @@ def _downloaded(name: str, revision: str | None, what: str) -> Path:
                 allow_patterns=[CONFIG, *TOKENIZER, *patterns],
                 local_files_only=not reachable,
             )
-        except Exception as failure:  # its own errors, its HTTP library's, OSError, ValueError, ...
+        except Exception as failure:  # the library's errors, its HTTP library's, OSError, ValueError, ...
             raise UserError(
-                f"{what}, but {called} is no file or folder here, and could not be had from the Hugging Face hub "
-                f"({_hub_reason(failure, reachable)}): give a file or folder, or a name on the hub and a network"
+                f"{what}, but {called} is not a file or folder here and could not be loaded from the Hugging Face hub "
+                f"({_hub_reason(failure, reachable)}): give a file or folder, or a name on the hub with network access"
             ) from failure
         if any(Path(folder, pattern).is_file() for pattern in patterns):
             return Path(folder)
     raise UserError(
-        f"{what}, but neither model.safetensors nor pytorch_model.bin of {called} could be had from the Hugging Face "
-        "hub, or without a network from its cache here: give the path of the weight file that it has"
+        f"{what}, but neither model.safetensors nor pytorch_model.bin of {called} was found on the Hugging Face "
+        "hub, or, without network access, in its local cache: give the path of the weight file it has"
     )
 
 
@@ -123,24 +123,24 @@ def _hub_reason(failure: Exception, reachable: bool) -> str:
     for kind, reason in (
         (
             errors.GatedRepoError,
-            "its owner grants access, and has not to you: log in with `hf auth login`",
+            "access needs its owner's approval: log in with `hf auth login`",
         ),
-        (errors.RepositoryNotFoundError, "there is no such name, or it is private"),
+        (errors.RepositoryNotFoundError, "the name does not exist or is private"),
         (errors.RevisionNotFoundError, "it has no such revision"),
-        (errors.HFValidationError, "no name there looks like this"),
+        (errors.HFValidationError, "this is not a valid name there"),
     ):
         if isinstance(failure, kind):
             return reason
     if isinstance(failure, errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
-            return "HF_HUB_OFFLINE is set, and it was not downloaded before"
+            return "HF_HUB_OFFLINE is set, and it is not in the cache"
         if not reachable:
-            return "there is no network, and it was not downloaded before"
+            return "there is no network, and it is not in the cache"
     return first_line(failure).removeprefix("Got: ")
 
 
 def _chosen(folder: Path) -> Path:
-    """The weight file, or index of shards, that stands for the folder."""
+    """The weight file, or index of shards, to read from a folder."""
     for name in CHOICE:
         if (folder / name).is_file():
             return folder / name
@@ -160,7 +160,7 @@ def _read_file(path: Path, what: str) -> dict[str, np.ndarray]:
 
 
 def _read_shards(index: Path, what: str) -> dict[str, np.ndarray]:
-    """The tensors of all files that an index names."""
+    """The tensors of all files in an index."""
     shard_of = _read_json(index, what).get("weight_map")
     with _reading(index, what):
         if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
@@ -198,9 +198,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 kind = file.get_slice(name).get_dtype()
                 if kind not in _READ_TYPES:
                     raise Unreadable(
-                        f"holds {name} as {kind}, which is not read here: convert it to float32"
+                        f"holds {name} as {kind}, which is not supported: convert it to float32"
                     )
-                if kind == "BF16":  # NumPy has no such type
+                if kind == "BF16":  # NumPy has no bfloat16
                     arrays[name] = _read_bfloat16(path, name)
                 else:
                     array = file.get_tensor(name)
@@ -224,7 +224,7 @@ def _read_bfloat16(path: Path, name: str) -> Float32[np.ndarray, "..."]:
 
 
 def _undistributed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same without the `module.` that DistributedDataParallel puts before every name."""
+    """The arrays without the `module.` that DistributedDataParallel puts before every name."""
     if not all(name.startswith("module.") for name in arrays):
         return arrays
     return {name.removeprefix("module."): array for name, array in arrays.items()}
@@ -236,14 +236,14 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         try:
             content = parse_json(path.read_bytes())
         except ValueError as failure:
-            raise Unreadable(f"is no JSON ({first_line(failure)}): download it again") from failure
+            raise Unreadable(f"is not JSON ({first_line(failure)}): download it again") from failure
         if not isinstance(content, dict):
-            raise Unreadable("is JSON but no object of names and values: download it again")
+            raise Unreadable("is JSON but not an object: download it again")
         return content
 
 
 def _refuse_placeholder(path: Path) -> None:
-    """Raises Unreadable for what a failed download leaves in a file's place."""
+    """Raises Unreadable if the file is what a failed download leaves behind."""
     with open(path, "rb") as file:
         start = file.read(512)
     text = start.lstrip().lower()
@@ -251,7 +251,7 @@ def _refuse_placeholder(path: Path) -> None:
         raise Unreadable("is empty: download it again")
     if text.startswith(b"version https://git-lfs"):
         raise Unreadable(
-            "is a pointer of git-lfs, not the file itself: run `git lfs pull` beside it"
+            "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
         )
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise Unreadable("is a web page: download the file itself")
@@ -259,13 +259,13 @@ def _refuse_placeholder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """What goes wrong inside is told of `path`, in a sentence that begins with `what`."""
+    """Turns errors inside into UserError about `path`, beginning with `what`."""
     try:
         yield
     except Unreadable as failure:
         raise UserError(f"{what}, but {path} {failure}") from failure
     except OSError as failure:
         why = failure.strerror or first_line(failure)
-        raise UserError(f"{what}, but {path} cannot be read ({why}): mend that, or {_GIVE}") from (
+        raise UserError(f"{what}, but {path} cannot be read ({why}): fix that, or {_GIVE}") from (
             failure
         )

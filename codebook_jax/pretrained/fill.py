@@ -1,4 +1,4 @@
-"""From a file's tensors to our parameters: what was found, resized, is missing, was of no use; and what is refused."""
+"""Turns a file's tensors into our parameters: loads, resizes and ignores tensors, and refuses misfits."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from codebook_jax.pretrained.positions import resize_positions
 
 Arrays = Mapping[str, np.ndarray]
 POSITIONS, WORDS = "image/positions", ("text/words", "masked_words/bias")
-PARTIAL = "give another file, or --config.init_allow_partial=true to start anew what is not whole"
+PARTIAL = "give another file, or use --config.init_allow_partial=true to initialise what is incomplete"
 
 
 class Filled(NamedTuple):
-    """Our parameters out of a file, float32, and what is to be said of it."""
+    """Our parameters from a file, float32, and what to report about it."""
 
     arrays: dict[str, Float[np.ndarray, "*some"]]  # by our names
-    resized: dict[str, str]  # our name: from what to what
-    ignored: dict[str, tuple[int, str]]  # their key: how many numbers, and what it is
+    resized: dict[str, str]  # our name: old and new size
+    ignored: dict[str, tuple[int, str]]  # their key: (count of numbers, what it is)
 
 
 def fill(
@@ -36,16 +36,16 @@ def fill(
     what: str,
     allow_partial: bool,
 ) -> Filled:
-    """The parameters of `shapes` that `layout` has, out of `arrays` in that layout.
+    """The parameters of `shapes` that `layout` has, from `arrays` in that layout.
 
-    Raises UserError, beginning with `what`, for another shape, vocabulary or architecture, and for a tensor that is
-    missing unless `allow_partial`.
+    Raises UserError, beginning with `what`, if a shape, the vocabulary or the architecture differs, or, unless
+    `allow_partial`, a tensor is missing.
     """
     wanted = layouts.places(layout, shapes, text_depth)
     found: dict[str, np.ndarray] = {}
     missing: list[str] = []
     used: set[str] = set()
-    halves: set[str] = set()  # keys of parameters that lack others, and so start anew as a whole
+    halves: set[str] = set()  # keys of incomplete parameters, which are initialised as a whole
     resized: dict[str, str] = {}
     _refuse_other_depth(layout, arrays, shapes, what=what, allow_partial=allow_partial)
     for name, layers in wanted.items():
@@ -69,7 +69,7 @@ def fill(
             name, shapes[name], [[value[key] for key in place.keys] for place in layers]
         )
     ignored = _ignored(layout, arrays, used | halves, what, allow_partial)
-    ignored |= {key: (int(arrays[key].size), "part of what starts anew") for key in sorted(halves)}
+    ignored |= {key: (int(arrays[key].size), "part of an incomplete parameter") for key in sorted(halves)}
     _refuse_untied(arrays, what)
     if missing and not allow_partial:
         total = sum(len(place.keys) for layers in wanted.values() for place in layers)
@@ -80,7 +80,7 @@ def fill(
 def _refuse_other_depth(
     layout: Layout, arrays: Arrays, shapes: Shapes, *, what: str, allow_partial: bool
 ) -> None:
-    """Raises UserError where the file has more layers than the model, or, unless `allow_partial`, fewer."""
+    """Raises UserError if the file has more layers than the model, or, unless `allow_partial`, fewer."""
     for tower, parts in (("image", ("image",)), ("text", ("text", "fusion"))):
         if not any(name.startswith(f"{tower}/blocks/") for name in layout.modules):
             continue
@@ -92,25 +92,25 @@ def _refuse_other_depth(
                 f"config.model.{tower}.{field}={depth}"
                 for field, depth in zip(fields, depths, strict=True)
             )
-            raise UserError(f"{what} has {there} layers, and {asked} asks for {sum(depths)}: set it to the file's")
+            raise UserError(f"{what} has {there} layers, but {asked} asks for {sum(depths)}: use the file's depth")
 
 
 def as_float32(array: np.ndarray, key: str, what: str) -> Float[np.ndarray, "*some"]:
-    """The tensor in float32; raises UserError for whole numbers and for what is not finite."""
+    """The tensor in float32; raises UserError for whole numbers and for values that are not finite."""
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise UserError(f"{what}: {key} holds {array.dtype} and not weights: give another file")
+        raise UserError(f"{what}: {key} holds {array.dtype}, not weights: give another file")
     array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
-        raise UserError(f"{what}: {key} holds values that are not finite: give a file that was not spoilt")
+        raise UserError(f"{what}: {key} holds values that are not finite: give an intact file")
     return array
 
 
 def fitted_positions(
     positions: Float[np.ndarray, "1 old width"], shape: layouts.Shape, key: str, what: str
 ) -> tuple[Float[np.ndarray, "1 new width"], str]:
-    """The image's position embeddings for the places of `shape`, and a note where they were resized."""
+    """The image's position embeddings for the patches of `shape`, and a note if they were resized."""
     if positions.ndim != 3 or positions.shape[2] != shape[2] or positions.shape[1] == shape[1]:
-        return positions, ""  # another width is for the comparison of shapes to refuse
+        return positions, ""  # a different width is refused by the comparison of shapes
     try:
         new = resize_positions(positions, shape[1])
     except ValueError as error:
@@ -120,7 +120,7 @@ def fitted_positions(
 
 
 def few(names: list[str], most: int = 2) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -132,12 +132,12 @@ def _refuse_other_shape(
         return
     if name in WORDS and found[1:] == wanted[1:]:
         raise UserError(
-            f"{what} has a vocabulary of {found[0]:,} ({key}), and the tokenizer one of {wanted[0]:,}: "
-            "name these weights' own tokenizer in config.data.tokenizer, or cut the padding of their word table"
+            f"{what} has a vocabulary of {found[0]:,} ({key}), but the tokenizer has {wanted[0]:,}: "
+            "set config.data.tokenizer to these weights' own tokenizer, or remove the padding of their word table"
         )
     hint = ": is it transposed?" if found == wanted[::-1] else ""
     raise UserError(
-        f"{what}: {key} is {list(found)}, and config.model asks for {list(wanted)} ({name}){hint}"
+        f"{what}: {key} has shape {list(found)}, but config.model asks for {list(wanted)} ({name}){hint}"
         + ("" if hint else ": set config.model to the sizes of these weights")
     )
 
@@ -145,7 +145,7 @@ def _refuse_other_shape(
 def _without_distillation(
     positions: Float[np.ndarray, "1 old width"], arrays: Arrays
 ) -> Float[np.ndarray, "1 new width"]:
-    """Without the second place where DeiT's distillation token stood."""
+    """The embeddings without the second one, of DeiT's distillation token, if there is one."""
     distilled = any(re.search(layouts.DISTILLATION, key) for key in arrays)
     return np.delete(positions, 1, axis=1) if distilled and positions.ndim == 3 else positions
 
@@ -165,14 +165,14 @@ def _ignored(
         ignored[key] = (int(arrays[key].size), kind)
     if strange and not allow_partial:
         raise UserError(
-            f"{what} has {few(strange)}, which {layout.title} has not: it is another architecture, and would "
-            "compute something else without them (--config.init_allow_partial=true leaves them out)"
+            f"{what} has {few(strange)}, which {layout.title} does not have: the architecture differs, and the "
+            "model would compute something else without them (--config.init_allow_partial=true leaves them out)"
         )
     return ignored
 
 
 def _refuse_untied(arrays: Arrays, what: str) -> None:
-    """The output layer of the masked words is the word table itself, so a file must not have two."""
+    """Raises UserError if output layer and word table differ: in our model they are the same array."""
     for key in arrays:
         prefix, found, leaf = key.rpartition("cls.predictions.decoder.")
         if not found:
@@ -180,6 +180,6 @@ def _refuse_untied(arrays: Arrays, what: str) -> None:
         own = "bert.embeddings.word_embeddings.weight" if leaf == "weight" else "cls.predictions.bias"
         if prefix + own in arrays and not np.array_equal(arrays[key], arrays[prefix + own]):
             raise UserError(
-                f"{what}: {key} differs from {prefix + own}, and here they are one: give weights whose output layer "
-                "is tied to the word embeddings"
+                f"{what}: {key} differs from {prefix + own}, but here they are the same array: give weights "
+                "whose output layer is tied to the word embeddings"
             )

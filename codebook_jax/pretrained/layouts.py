@@ -1,8 +1,8 @@
-"""Name tables: where each of our parameters stands in the layouts that public weights have, and back.
+"""Tables that map our parameters to the names in public weights, and back.
 
-A table names modules: `weight` and `bias` of theirs are our `kernel` or `scale` and `bias`. `{}` counts the layers;
-several modules for one of ours are joined on their first axis. What is read and what is written use the same table,
-so a round trip is bit exact.
+A table maps modules: their `weight` and `bias` are our `kernel` or `scale` and `bias`. `{}` is the number of the layer;
+several modules for one of ours are joined on their first axis. Reading and writing use the same table, so a round trip
+is bit exact.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]  # of our parameters, by names such as image/blocks/mlp/up/kernel
+Shapes = Mapping[str, Shape]  # shapes of our parameters, by names such as image/blocks/mlp/up/kernel
 
 
 class Layout(NamedTuple):
@@ -25,8 +25,8 @@ class Layout(NamedTuple):
     title: str
     modules: Mapping[str, str]  # our module to theirs; "a|b|c" for several
     parameters: Mapping[str, str]  # our parameters that stand alone
-    own: str  # pattern of the keys that make up the tower: one the table does not know is another architecture
-    ignored: tuple[tuple[str, str], ...]  # pattern and what it is: known, and of no use here
+    own: str  # pattern of the tower's keys: an unknown one means another architecture
+    ignored: tuple[tuple[str, str], ...]  # (pattern, what it is) of known keys that are not used here
 
 
 _TIMM_BLOCK = {
@@ -77,7 +77,7 @@ _TIED = "output layer, tied to the words"
 
 
 def _each(ours: str, theirs: str, modules: Mapping[str, str]) -> dict[str, str]:
-    """The table with both sides' names prefixed."""
+    """The table with a prefix for the names on each side."""
     return {
         f"{ours}{name}": "|".join(f"{theirs}{part}" for part in value.split("|"))
         for name, value in modules.items()
@@ -138,8 +138,8 @@ BERT = Layout(
         (r"^(classifier|qa_outputs)\.", "head"),
     ),
 )
-# ALBEF's pre-training model: timm's ViT, a BERT whose last layers have cross-attention, projections. What only the
-# student has (itm_head, temp), the momentum copies and the queues: see albef.py.
+# ALBEF's pre-training model: timm's ViT, a BERT whose last layers have cross-attention, projections. For the
+# student's own parts (itm_head, temp), the momentum copies and the queues see albef.py.
 ALBEF = Layout(
     "ALBEF",
     modules={
@@ -164,23 +164,23 @@ ALBEF = Layout(
 
 
 def under(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What stands below a part of the tree, by the names it has there."""
+    """The entries below a part of the tree, by their names there."""
     return {
         name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)
     }
 
 
 class Place(NamedTuple):
-    """Where one layer of one of our parameters stands."""
+    """The keys of one layer of one of our parameters."""
 
     keys: tuple[str, ...]
     shape: Shape  # of each of the keys, in their layout
 
 
 def places(layout: Layout, shapes: Shapes, text_depth: int) -> dict[str, list[Place]]:
-    """For each of our parameters that the layout has, its places: one a layer, or one.
+    """For each of our parameters in the layout, its places: one per layer, or just one.
 
-    Layers of the fusion encoder are counted on from the text encoder's `text_depth`.
+    Fusion layers are numbered on from the text encoder's `text_depth`.
     """
     found = {}
     for name, shape in shapes.items():
@@ -200,7 +200,7 @@ def places(layout: Layout, shapes: Shapes, text_depth: int) -> dict[str, list[Pl
 def to_ours(
     name: str, shape: Shape, layers: list[list[Shaped[np.ndarray, "*some"]]]
 ) -> Shaped[np.ndarray, "*some"]:
-    """Our parameter of this name and shape, from the parts of each layer in their layout."""
+    """Our parameter of this name and shape, from each layer's parts in their layout."""
     own = [_turned(name, np.concatenate(parts) if len(parts) > 1 else parts[0]) for parts in layers]
     return np.stack(own).reshape(shape)
 
@@ -208,7 +208,7 @@ def to_ours(
 def to_theirs(
     layout: Layout, arrays: Mapping[str, Shaped[np.ndarray, "*some"]], text_depth: int
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "*some"]]]:
-    """(key, array) of every one of our parameters that the layout has, in that layout."""
+    """(key, array) of each of our parameters that the layout has, in that layout."""
     shapes = {name: array.shape for name, array in arrays.items()}
     for name, found in places(layout, shapes, text_depth).items():
         layers = arrays[name] if "/blocks/" in name else arrays[name][None]
@@ -221,14 +221,14 @@ def to_theirs(
 
 
 def layer_count(layout: Layout, keys: Iterable[str], tower: str) -> int:
-    """How many layers the keys have of `tower` ("image" or "text"): one more than the highest number."""
+    """The number of layers of `tower` ("image" or "text") in the keys: the highest number plus one."""
     module = next(m for ours, m in layout.modules.items() if ours.startswith(f"{tower}/blocks/"))
     pattern = re.compile(re.escape(module.partition("{}")[0]) + r"(\d+)\.")
     return max((int(found[1]) + 1 for key in keys if (found := pattern.match(key))), default=0)
 
 
 def _keys(layout: Layout, name: str) -> list[str]:
-    """Their keys of one of our parameters, empty where the layout has none."""
+    """Their keys for one of our parameters; empty if the layout has none."""
     if name in layout.parameters:
         return [layout.parameters[name]]
     module, _, leaf = name.rpartition("/")
@@ -243,7 +243,7 @@ def _their_shape(name: str, own: Shape, parts: int) -> Shape:
         side = math.isqrt(own[0] // 3)
         return (own[1], 3, side, side)
     if name.endswith("/kernel"):
-        inputs = 2 if name.endswith("/out/kernel") else 1  # heads and what each has
+        inputs = 2 if name.endswith("/out/kernel") else 1  # heads, and features per head
         return (math.prod(own[inputs:]) // parts, math.prod(own[:inputs]))
     if "/blocks/" in name:
         return (math.prod(own) // parts,)

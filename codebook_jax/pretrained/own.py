@@ -20,12 +20,12 @@ _WORDS = tuple(f"student/towers/{name}" for name in WORDS) + tuple(f"teacher/{na
 
 
 class Own(NamedTuple):
-    """What another run or export holds."""
+    """The contents of another run or export."""
 
     title: str
     config: ml_collections.ConfigDict
     arrays: dict[str, np.ndarray]  # by the state's names: student/towers/..., teacher/...
-    tokenizer: str  # its folder; empty where it is gone
+    tokenizer: str  # its folder; empty if it is missing
 
 
 def is_own(path: Path) -> bool:
@@ -34,10 +34,10 @@ def is_own(path: Path) -> bool:
 
 
 def read_own(path: Path, what: str) -> Own:
-    """The weights there: of an export its own, of a run those of its best checkpoint, else of its newest."""
+    """The weights there: an export's own, or a run's best checkpoint, or its newest if none is marked best."""
     record = records.read_record(path)
     if record is None:
-        raise UserError(f"{what}: {path / records.RECORD} is missing: give a whole run or export")
+        raise UserError(f"{what}: {path / records.RECORD} is missing: give a complete run or export")
     if (path / MANIFEST).is_file():
         folder, title = path, "an export"
     else:
@@ -52,16 +52,16 @@ def read_own(path: Path, what: str) -> Own:
             continue
         try:
             arrays |= {f"{item}/{name}": array for name, array in read_arrays(folder / item).items()}
-        except Exception as failure:  # whatever Orbax and tensorstore raise for a broken file
+        except Exception as failure:  # any error of Orbax or tensorstore for a broken file
             raise UserError(f"{what}: {folder / item} cannot be read ({reason(failure)}): give another") from failure
     words = path / text.FOLDER
     return Own(title, records.recorded_config(record), arrays, str(words) if words.is_dir() else "")
 
 
 def fill_own(own: Own, shapes: Shapes, *, what: str, allow_partial: bool) -> Filled:
-    """Its arrays as the state of `shapes` takes them; positions of another resolution are resized.
+    """Its arrays for a state of `shapes`; positions of another resolution are resized.
 
-    Raises UserError, beginning with `what`, for another shape, and for arrays missing unless `allow_partial`.
+    Raises UserError, beginning with `what`, if a shape differs, or, unless `allow_partial`, arrays are missing or extra.
     """
     wanted = {name: shape for name, shape in shapes.items() if name.startswith(("student/", "teacher/"))}
     if not any(name.startswith("teacher/") for name in own.arrays):
@@ -79,7 +79,7 @@ def fill_own(own: Own, shapes: Shapes, *, what: str, allow_partial: bool) -> Fil
     strange = sorted(own.arrays.keys() - wanted.keys())
     if strange and not allow_partial:
         raise UserError(
-            f"{what} has {few(strange)}, which this config has no place for: give the sizes it was trained with"
+            f"{what} has {few(strange)}, which this config's model does not have: use the sizes it was trained with"
         )
     if missing and not allow_partial:
         raise UserError(f"{what} lacks {few(missing)} ({len(missing)} of {len(wanted)} arrays): {PARTIAL}")
@@ -92,9 +92,9 @@ def _refuse_other_shape(name: str, found: tuple, wanted: tuple, what: str) -> No
         return
     if name in _WORDS and found[1:] == wanted[1:]:
         raise UserError(
-            f"{what} has a vocabulary of {found[0]:,}, and the tokenizer one of {wanted[0]:,}: leave "
+            f"{what} has a vocabulary of {found[0]:,}, but the tokenizer has {wanted[0]:,}: leave "
             "config.data.tokenizer empty to use the run's own"
         )
     raise UserError(
-        f"{what}: {name} is {list(found)}, and config asks for {list(wanted)}: give the sizes it was trained with"
+        f"{what}: {name} has shape {list(found)}, but the config asks for {list(wanted)}: use the sizes it was trained with"
     )

@@ -1,4 +1,4 @@
-"""Position embeddings of a ViT for another number of patches."""
+"""Position embeddings of a ViT for a different number of patches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _A = -0.75  # of Keys' cubic kernel, as in PyTorch
 def resize_positions(
     positions: Float[np.ndarray, "1 old width"], new: int
 ) -> Float[np.ndarray, "1 new width"]:
-    """The embeddings of [CLS] and a square of patches for `new` places: [CLS] as it is, the square bicubic.
+    """The embeddings resized to `new` places: [CLS] unchanged, the square of patches bicubic.
 
-    As PyTorch's interpolate(mode="bicubic", align_corners=False), which ALBEF and DeiT use: no anti-aliasing, borders
-    repeated. Raises ValueError where a number of patches is no square.
+    Like PyTorch's interpolate(mode="bicubic", align_corners=False), which ALBEF and DeiT use: no anti-aliasing, borders
+    repeated. Raises ValueError if a number of patches is not a square.
     """
     before, after = math.isqrt(positions.shape[1] - 1), math.isqrt(new - 1)
     if before**2 != positions.shape[1] - 1 or after**2 != new - 1:
-        raise ValueError(f"{positions.shape[1] - 1} or {new - 1} patches are no square")
+        raise ValueError(f"{positions.shape[1] - 1} or {new - 1} patches do not form a square")
     weights = _cubic_weights(before, after)
     square = positions[0, 1:].reshape(before, before, -1).astype(np.float64)
     resized = np.einsum("ir,jc,rcw->ijw", weights, weights, square).reshape(after * after, -1)
@@ -29,7 +29,7 @@ def resize_positions(
 
 
 def _cubic_weights(before: int, after: int) -> Float[np.ndarray, "after before"]:
-    """What each new place takes of each old one; rows sum to one."""
+    """The weight of each old place in each new one; rows sum to one."""
     weights = np.zeros((after, before))
     for place in range(after):
         centre = (place + 0.5) * before / after - 0.5

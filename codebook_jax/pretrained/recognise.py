@@ -1,4 +1,4 @@
-"""Which layout a file of weights has, and its keys as the layout's table names them."""
+"""Finds the layout of a weight file, and renames its keys as in the layout's table."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def image_tower(arrays: Arrays, what: str) -> tuple[Layout, dict[str, Any]]:
         if prefix is None:
             continue
         if prefix not in _IMAGE_MODELS:
-            raise UserError(f"{what} holds {prefix}{ending}, of another model than ViT or DeiT: give one of those")
+            raise UserError(f"{what} holds {prefix}{ending}, which is not from a ViT or DeiT: give one of those")
         bare = {key.removeprefix(prefix): value for key, value in arrays.items()}
         newer = any(key.startswith("layers.") for key in bare)
         return layouts[-1] if newer else layouts[0], bare
-    raise UserError(f"{what} holds no ViT: it has neither {_HF_PATCHES} (Hugging Face) nor {_TIMM_PATCHES} (timm)")
+    raise UserError(f"{what} is not a ViT: it has neither {_HF_PATCHES} (Hugging Face) nor {_TIMM_PATCHES} (timm)")
 
 
 def text_tower(arrays: Arrays, what: str) -> tuple[Layout, dict[str, Any]]:
     """BERT's layout, and the tensors with its names; raises UserError for other files."""
     prefix = _prefix(arrays, _WORDS)
     if prefix is None:
-        raise UserError(f"{what} holds no BERT: it has no {_WORDS}")
+        raise UserError(f"{what} is not a BERT: it has no {_WORDS}")
     if prefix not in _TEXT_MODELS:
-        raise UserError(f"{what} holds {prefix}{_WORDS}, of another model than BERT: give a BERT")
+        raise UserError(f"{what} holds {prefix}{_WORDS}, which is not from a BERT: give a BERT")
     outer = prefix.removesuffix("bert.")
     named = {}
     for key, value in arrays.items():
@@ -51,19 +51,19 @@ def text_tower(arrays: Arrays, what: str) -> tuple[Layout, dict[str, Any]]:
 
 
 def refuse_other_kind(config: Mapping[str, Any], kinds: tuple[str, ...], what: str) -> None:
-    """Raises UserError where the config.json beside the weights states another kind of model or activation."""
+    """Raises UserError if the config.json beside the weights states another kind of model or activation."""
     kind = config.get("model_type")
     if kind is not None and kind not in kinds:
-        raise UserError(f"{what} is a {kind} by its config.json: give a {' or '.join(kinds)}")
+        raise UserError(f"{what} is a {kind} according to its config.json: give a {' or '.join(kinds)}")
     activation = config.get("hidden_act", "gelu")
     if activation not in ("gelu", "gelu_python"):
-        raise UserError(f"{what} has hidden_act={activation!r} in its config.json, and here it is the exact gelu")
+        raise UserError(f"{what} has hidden_act={activation!r} in its config.json, but this model uses the exact gelu")
     positions = config.get("position_embedding_type", "absolute")
     if positions != "absolute":
-        raise UserError(f"{what} has position_embedding_type={positions!r} in its config.json, and here it is absolute")
+        raise UserError(f"{what} has position_embedding_type={positions!r} in its config.json, but this model uses absolute")
 
 
 def _prefix(arrays: Arrays, ending: str) -> str | None:
-    """What stands before `ending` in the key that ends so; None without such a key, the shortest of several."""
+    """The part of a key before `ending`, the shortest if several keys end so; None if none does."""
     found = sorted((key.removesuffix(ending) for key in arrays if key.endswith(ending)), key=len)
     return found[0] if found else None

@@ -1,4 +1,4 @@
-"""What was loaded, resized, left to start anew and ignored, as a table of categories."""
+"""The table of loaded, resized, newly initialised and ignored parameters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from codebook_jax.pretrained.fill import Filled
 from codebook_jax.pretrained.layouts import Shapes
 
-_MOST = 12  # names a line
+_MOST = 12  # names per line
 
 
 def report(heading: str, student: Shapes, filled: Filled, *, teacher: str, queue: bool) -> str:
-    """The table: arrays and numbers of each category, and names, whole parts by their part alone."""
+    """The table: arrays and numbers of each category, and names, with whole parts abbreviated."""
     fresh = [name for name in student if name not in filled.arrays]
     resized = [name for name in student if name in filled.resized]
     loaded = [name for name in student if name in filled.arrays and name not in filled.resized]
@@ -31,11 +31,11 @@ def report(heading: str, student: Shapes, filled: Filled, *, teacher: str, queue
     ]
     lines = [heading, f"{'':18} {'arrays':>6} {'numbers':>13}"]
     lines += [f"{title:18} {count:6,} {size:13,}  {_listed(names)}" for title, count, size, names in rows]
-    return "\n".join([*lines, f"teacher: {teacher}; queues: {'read too' if queue else 'empty'}"])
+    return "\n".join([*lines, f"teacher: {teacher}; queues: {'loaded' if queue else 'empty'}"])
 
 
 def parts_of(names: Iterable[str], every: Iterable[str]) -> list[str]:
-    """The names, where all that `every` has below a part are among them by the part alone."""
+    """The names, abbreviated to a part if they include everything that `every` has below it."""
     names, every = set(names), list(every)
     found: dict[str, None] = {}
     for name in every:

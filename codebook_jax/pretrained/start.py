@@ -1,8 +1,8 @@
-"""Where a run's weights start: `config.init` read, compared with the model, reported and put into the train state.
+"""A run's initial weights: reads `config.init`, checks it against the model, reports, and fills the train state.
 
-config.init  random                          every parameter drawn anew
+config.init  random                          every parameter drawn at random
              image:SPEC,text:SPEC            a ViT or DeiT and a BERT; SPEC may be `random`
-             model:SPEC                      a whole ALBEF model, or another run or export of ours
+             model:SPEC                      a whole ALBEF model, or another run or export of this code
 
 SPEC is a file, a folder, or a name on the Hugging Face hub (`name@revision` for one of its versions).
 """
@@ -34,25 +34,25 @@ _EPS = tuple(f"model.{tower}.layer_norm_eps" for tower in _TOWERS)
 
 
 class Part(NamedTuple):
-    """What one part of config.init has read."""
+    """The weights read for one part of config.init."""
 
     part: str  # "image" | "text" | "model"
-    what: str  # "image:SPEC", which begins every sentence about it
-    layout: Layout | None  # None: one of our own
-    content: Any  # their tensors, in the layout's names; own.Own where it is ours
-    stated: dict[str, Any]  # fields of config.model that the source states
-    tokenizer: str  # folder or hub name; empty where there is none beside the weights
+    what: str  # "image:SPEC", with which every message about it begins
+    layout: Layout | None  # None: a run or export of this code
+    content: Any  # tensors by the layout's names; own.Own for a run or export
+    stated: dict[str, Any]  # fields of config.model stated by the source
+    tokenizer: str  # folder or hub name; empty if there is none beside the weights
 
 
 class Initial(NamedTuple):
-    """The parameters to start with instead of fresh ones, and the table about them."""
+    """The parameters that replace fresh ones, and the table about them."""
 
     arrays: dict[str, np.ndarray]  # by the state's names, such as student/towers/image/cls
     report: str
 
 
 def specs(init: str) -> dict[str, str]:
-    """{part: SPEC} of config.init, random parts left out; raises UserError for what it cannot mean."""
+    """{part: SPEC} of config.init, without random parts; raises UserError if it is malformed."""
     if init == RANDOM:
         return {}
     if not init:
@@ -61,10 +61,10 @@ def specs(init: str) -> dict[str, str]:
     for item in init.split(","):
         part, colon, spec = item.strip().partition(":")
         if part not in ("image", "text", "model") or not colon or not spec or part in found:
-            raise UserError(f"config.init={init!r} cannot be read at {item.strip()!r}: {FORMS}")
+            raise UserError(f"config.init={init!r} has the invalid part {item.strip()!r}: {FORMS}")
         found[part] = spec
     if "model" in found and len(found) > 1:
-        raise UserError(f"config.init={init!r} names a whole model and a tower besides: give one or the other")
+        raise UserError(f"config.init={init!r} names both a whole model and a tower: give one or the other")
     for part, other in (("image", "text"), ("text", "image")):
         if part in found and other not in found:
             raise UserError(f"config.init={init!r} names no {other} tower: add {other}:SPEC, or {other}:{RANDOM}")
@@ -72,7 +72,7 @@ def specs(init: str) -> dict[str, str]:
 
 
 def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
-    """What config.init names, read; nothing for random. Raises UserError for what cannot be read or is something else."""
+    """Reads what config.init names; nothing for random. Raises UserError if it cannot be read or has the wrong kind."""
     parts = tuple(_read(part, spec) for part, spec in specs(config.init).items())
     for part in parts:
         _refuse_other_heads(part, config)
@@ -82,9 +82,9 @@ def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
 def adopted(
     config: ml_collections.ConfigDict, start: tuple[Part, ...], record: Mapping[str, Any] | None
 ) -> ml_collections.ConfigDict:
-    """The config with the layer norms' epsilon that the weights were made with.
+    """The config with the layer norms' epsilon of the weights.
 
-    Of a run that exists it is that of its `record`, since its weights are no longer read from config.init.
+    For an existing run it comes from its `record`, since config.init is no longer read.
     """
     found = {}
     if start:
@@ -97,21 +97,21 @@ def adopted(
 
 
 def tokenizer_of(config: ml_collections.ConfigDict, start: tuple[Part, ...]) -> str:
-    """The tokenizer to use: config.data.tokenizer, else that beside the weights; raises UserError without either."""
+    """The tokenizer to use: config.data.tokenizer, else the one beside the weights; raises UserError if there is neither."""
     texts = [part for part in start if part.part != "image"]
     if config.data.tokenizer or not texts:
         return config.data.tokenizer
     (part,) = texts
     if not part.tokenizer:
         raise UserError(
-            f"{part.what} has no tokenizer beside it, and its words mean nothing without the one they were trained "
-            "with: name it, as --config.data.tokenizer=bert-base-uncased"
+            f"{part.what} has no tokenizer beside it, and its word embeddings only fit the one they were trained "
+            "with: name it, for example --config.data.tokenizer=bert-base-uncased"
         )
     return part.tokenizer
 
 
 def initial(start: tuple[Part, ...], config: ml_collections.ConfigDict, abstract_state: Any) -> Initial:
-    """Our parameters out of what was read; raises UserError for what does not fit the model."""
+    """Our parameters from the weights that were read; raises UserError if they do not fit the model."""
     shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
     of = dict(allow_partial=config.init_allow_partial)
     depth = config.model.text.depth
@@ -145,11 +145,11 @@ def initial(start: tuple[Part, ...], config: ml_collections.ConfigDict, abstract
 def _teacher(copied: int, every: int) -> str:
     if copied == every:
         return "a copy of the student"
-    return f"read too, but for {copied} arrays copied from the student" if copied else "read too"
+    return f"loaded, except {copied} arrays copied from the student" if copied else "loaded"
 
 
 def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The state with these arrays in place of its fresh ones, each where the state has it."""
+    """The state with these arrays in place of its fresh ones, sharded like them."""
 
     def put(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -175,7 +175,7 @@ def _read(part: str, spec: str) -> Part:
     try:
         weights = read_weights(spec, f"config.init names {what}")
     except UserError as error:
-        raise UserError(f"{error}; --config.init={RANDOM} starts from nothing") from error
+        raise UserError(f"{error}; --config.init={RANDOM} starts from random weights") from error
     stated = weights.config
     tokenizer = ""
     if any((weights.folder / name).is_file() for name in WORDS):
@@ -191,7 +191,7 @@ def _read(part: str, spec: str) -> Part:
     if not albef.is_albef(weights.arrays):
         raise UserError(
             f"{what} is neither an ALBEF model (visual_encoder.*, text_encoder.*) nor a run or export of this code: "
-            "name a single tower as image:SPEC or text:SPEC"
+            "for a single tower use image:SPEC or text:SPEC"
         )
     parts = {tower: stated.get(name) for tower, name in (("image", "vision"), ("text", "text"))}
     both = {
@@ -204,18 +204,18 @@ def _read(part: str, spec: str) -> Part:
 
 
 def _stated(tower: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json states of a tower that its tensors do not show."""
+    """The facts about a tower that only config.json states, not its tensors."""
     names = {"num_attention_heads": "heads", "layer_norm_eps": "layer_norm_eps"}
     return {f"model.{tower}.{ours}": config[theirs] for theirs, ours in names.items() if theirs in config}
 
 
 def _refuse_other_heads(part: Part, config: ml_collections.ConfigDict) -> None:
-    """Heads do not show in the shapes: another number would load and compute something else."""
+    """Raises UserError if the number of heads differs: the shapes would still match, but the results would not."""
     for tower in _TOWERS:
         name = f"model.{tower}.heads"
         if part.stated.get(name, heads := config.model[tower].heads) != heads:
             raise UserError(
-                f"{part.what} has {part.stated[name]} heads, and config.{name}={heads}: set it to the weights' own"
+                f"{part.what} has {part.stated[name]} heads, but config.{name}={heads}: use the number of the weights"
             )
 
 
@@ -239,5 +239,5 @@ def _heading(part: Part) -> str:
         for tower in (_TOWERS if part.part == "model" else (part.part,))
         if f"model.{tower}.heads" not in part.stated
     ]
-    unsaid = f"; it does not say how many heads its {' and '.join(silent)} tower has: config.model's are taken"
+    unsaid = f"; without a number of heads for its {' and '.join(silent)} tower: using config.model's"
     return f"{part.what} ({title}{unsaid if silent else ''})"

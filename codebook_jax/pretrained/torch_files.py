@@ -1,4 +1,4 @@
-"""What torch.save wrote, read without torch, and without running anything that is in the file.
+"""Reads files written by torch.save, without torch and without running any code in them.
 
 zip     since torch 1.6: an archive of data.pkl, byteorder, and data/KEY for each storage
 stream  before: pickles of a magic number, a version, the machine, the content and the storages' keys, then each storage
@@ -28,14 +28,14 @@ from codebook_jax.pretrained.unpickling import (
 )
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the stream
-NESTED = ("model", "state_dict", "module", "model_state")  # where training scripts keep the weights
-MOST_NESTED = 4  # a pickle can hold itself
+NESTED = ("model", "state_dict", "module", "model_state")  # keys under which training scripts keep the weights
+MOST_NESTED = 4  # a pickle can contain itself
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of the file's state dict: float16 and bfloat16 as float32, all others as they are.
+    """The tensors of the file's state dict: float16 and bfloat16 as float32, others unchanged.
 
-    Only they are read, not an optimizer's. They may be read-only, and may share memory where they did in torch.
+    An optimizer's tensors are not read. Arrays may be read-only, and share memory if they did in torch.
     Raises Unreadable.
     """
     try:
@@ -46,32 +46,32 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
             tensors = _state_dict(saved.content)
             if tensors is None:
                 raise Unreadable(
-                    f"holds no dict of tensors, neither as a whole nor under {', '.join(NESTED)}: "
+                    f"holds no dict of tensors, neither at the top nor under {', '.join(NESTED)}: "
                     "give a file with a state_dict"
                 )
             return _built(tensors, saved)
     except Unreadable:
         raise
-    except Exception as failure:  # pickle and zipfile fail in every way there is
+    except Exception as failure:  # pickle and zipfile can raise anything
         why = first_line(failure)
         raise Unreadable(f"is damaged or cut short ({why}): download it again") from failure
 
 
 def float32_of(bits: UInt16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """The numbers of bfloat16, whose bits are the upper half of float32's."""
+    """bfloat16 as float32: its bits are the upper half of float32's."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
 
 
 def first_line(failure: Exception) -> str:
-    """A library's error, short and without its full stop."""
+    """A library's error message, shortened and without its full stop."""
     text = str(failure).strip().split("\n")[0].strip().rstrip(".") or type(failure).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 class _Saved(NamedTuple):
-    """An open file: the unpickled content, and the bytes of a storage when they are wanted."""
+    """An open file: the unpickled content, and the bytes of a storage on demand."""
 
     content: Any
     bytes_of: Callable[[Storage], Any]
@@ -89,7 +89,7 @@ def _open_zip(file: IO[bytes]) -> _Saved:
     root = pickles[0].removesuffix("/data.pkl")
     if f"{root}/constants.pkl" in names:
         raise Unreadable(
-            "is a program of TorchScript: load it with torch and save its state_dict as .safetensors"
+            "is a TorchScript program: load it with torch and save its state_dict as .safetensors"
         )
     little = f"{root}/byteorder" not in names or archive.read(f"{root}/byteorder") == b"little"
     content = RestrictedUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
@@ -112,7 +112,7 @@ def _open_stream(file: IO[bytes]) -> _Saved:
     protocol, machine = RestrictedUnpickler(file).load(), RestrictedUnpickler(file).load()
     if protocol != PROTOCOL:
         raise Unreadable(
-            "is of an unknown version of torch.save's: save it again with a newer torch"
+            "was written by an unknown version of torch.save: save it again with a newer torch"
         )
     unpickler = RestrictedUnpickler(file)
     content = unpickler.load()
@@ -131,7 +131,7 @@ def _open_stream(file: IO[bytes]) -> _Saved:
 def _places(
     file: IO[bytes], keys: list[str], storages: dict[str, Storage], byte_order: str
 ) -> dict[str, tuple[int, int]]:
-    """(start, size), in bytes, of each storage in the rest of a stream: its count of numbers, and they."""
+    """(start, size), in bytes, of each storage in the rest of a stream, where its count of numbers comes before them."""
     end = os.fstat(file.fileno()).st_size
     places = {}
     for key in keys:
@@ -150,7 +150,7 @@ def _item_bytes(dtype: str) -> int:
 
 
 def _state_dict(content: Any, levels: int = MOST_NESTED) -> dict[str, Tensor] | None:
-    """The tensors of the innermost dict that has some; None where there is none."""
+    """The tensors of the innermost dict that has some; None if there are none."""
     if not isinstance(content, dict) or not levels:
         return None
     for key in NESTED:
@@ -172,7 +172,7 @@ def _built(tensors: dict[str, Tensor], saved: _Saved) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise Unreadable(
-                f"holds {name} as {tensor.dtype}, which is not read here: convert it to float32 with torch"
+                f"holds {name} as {tensor.dtype}, which is not supported: convert it to float32 with torch"
             )
         place = tensor.storage, tensor.dtype
         if place not in storages:
@@ -199,7 +199,7 @@ def _numbers(saved: _Saved, storage: Storage, dtype: str) -> np.ndarray:
 
 
 def _strided(numbers: np.ndarray, tensor: Tensor, name: str) -> np.ndarray:
-    """The tensor as a view of its storage; never of what lies beyond."""
+    """The tensor as a view of its storage; raises UnpicklingError if it would reach beyond."""
     places = (tensor.offset, *tensor.size, *tensor.stride)
     sound = len(tensor.size) == len(tensor.stride) and all(
         isinstance(place, int) and place >= 0 for place in places

@@ -1,4 +1,4 @@
-"""A pickle of torch.save's, unpickled without torch: tensors as descriptions, and nothing that is in it is run."""
+"""Unpickles a pickle of torch.save without torch or running its code: tensors become descriptions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DTYPES = {
     **{f"int{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"uint{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
     "bfloat16": np.dtype(np.uint16),  # its bits
-    "bool": np.dtype(np.uint8),  # a byte that is neither 0 nor 1 is no NumPy bool
+    "bool": np.dtype(np.uint8),  # NumPy's bool only allows the bytes 0 and 1
 }
-UNREAD_BYTES = {  # types known well enough to step over
+UNREAD_BYTES = {  # types that can be skipped: only their size is needed
     **dict.fromkeys(("qint8", "quint8", "quint4x2", "quint2x4", "float4_e2m1fn_x2"), 1),
     **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"), 1),
     **{"float8_e8m0fnu": 1, "qint32": 4, "complex32": 4, "complex64": 8, "complex128": 16},
@@ -31,17 +31,17 @@ _TURNED = "a negated or conjugated view"
 
 
 class Unreadable(Exception):
-    """The end of a sentence that began with the file's name: what is wrong, and what to do."""
+    """What is wrong with a file and what to do; completes a sentence that begins with its name."""
 
 
 class _Dtype(NamedTuple):
-    """Stands for a type of numbers, and for the class of storages that hold them."""
+    """Stands for a number type, and for the class of storages of that type."""
 
     dtype: str
 
 
 class Storage(NamedTuple):
-    """Where numbers lie in the file; a view is (start, count) within them."""
+    """The position of numbers in the file; a view is (start, count) within them."""
 
     key: str
     dtype: str
@@ -49,7 +49,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of which nothing is read yet."""
+    """A tensor whose numbers are not read yet."""
 
     storage: Storage
     dtype: str
@@ -58,7 +58,7 @@ class Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-# A pickle can set attributes of whatever it is given. Named tuples have none to set; the classes below take the
+# A pickle can set attributes of any object it gets. Named tuples have none to set; the classes below take the
 # state and drop it.
 class _RebuildTensor(NamedTuple):
     """Stands for torch._utils._rebuild_tensor, and its versions 2 and 3."""
@@ -66,7 +66,7 @@ class _RebuildTensor(NamedTuple):
     version: int
 
     def __call__(self, storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
-        # rest: requires_grad, hooks, in version 3 the type, and what else torch has to say of the tensor
+        # rest: requires_grad, hooks, in version 3 the type, and other metadata
         if not isinstance(storage, Storage):
             raise pickle.UnpicklingError("a tensor without a storage")
         dtype = rest[2].dtype if self.version == 3 else storage.dtype
@@ -94,7 +94,7 @@ class _Mapping(dict):
 
 
 class _Inert:
-    """Stands for what is no tensor: it takes everything, keeps nothing and does nothing."""
+    """Stands for anything but a tensor: accepts everything, keeps nothing and does nothing."""
 
     __slots__ = ()
 
@@ -137,18 +137,18 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Knows the parts of weights and refuses all else by name; `storages` are those it came across."""
+    """Accepts the parts of weights and refuses anything else by name; `storages` are those it found."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, encoding="latin1")  # Python 2 wrote bytes where Python 3 has text
+        super().__init__(file, encoding="latin1")  # Python 2 wrote bytes where Python 3 writes text
         self.storages: dict[str, Storage] = {}
         self._file = file
 
     def load(self) -> Any:
-        """The content; the file is then behind it."""
+        """The content; leaves the file's position after it."""
         start = self._file.tell()
         for opcode, argument, place in pickletools.genops(self._file):
-            # A damaged number here makes the unpickler reserve that much memory; a sound one counts what came before.
+            # A damaged number here makes the unpickler reserve that much memory; a valid one counts earlier entries.
             if "PUT" in opcode.name and argument > place - start:
                 raise pickle.UnpicklingError("a place in its memo is out of bounds")
         self._file.seek(start)
@@ -159,9 +159,9 @@ class RestrictedUnpickler(pickle.Unpickler):
             return _GLOBALS[module, name]
         called = f"{module}.{name}"
         if not all(part.isidentifier() for part in called.split(".")):
-            raise pickle.UnpicklingError("it is no pickle")  # but, as a rule, a text
+            raise pickle.UnpicklingError("it is not a pickle")  # usually it is text
         raise Unreadable(
-            f"asks for {called[:160]}, which weights do not need and which may run any code, so the file is "
+            f"asks for {called[:160]}, which weights do not need and which could run any code, so the file is "
             "refused: if you trust it, load it with torch and save its state_dict as .safetensors"
         )
 

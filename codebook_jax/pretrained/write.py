@@ -1,4 +1,4 @@
-"""Our weights in the layouts that PyTorch users load: Hugging Face's ViTModel and BertModel, and ALBEF's whole model."""
+"""Writes our weights for PyTorch: Hugging Face's ViTModel and BertModel, and ALBEF's whole model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def write_huggingface(
 ) -> None:
     """`folder/image`, for ViTModel.from_pretrained, and `folder/text`, for BertModel.from_pretrained.
 
-    `arrays` are a train state's, by its names; the text half is a whole BERT of its own depth. Neither model has a
-    pooler: pass add_pooling_layer=False. Fusion encoder, projections and codebook have no place there.
+    `arrays` are a train state's, by its names; the text encoder is written as a BERT of its own depth. Neither model has
+    a pooler: pass add_pooling_layer=False. Fusion encoder, projections and codebook are left out.
     """
     depth = config.model.text.depth
     towers = layouts.under(arrays, "student/towers/")
@@ -53,9 +53,9 @@ def write_albef(
     vocabulary: Vocabulary,
     tokenizer: Path,
 ) -> None:
-    """`folder/model.safetensors`, a state dict of ALBEF's pre-training model; its sizes and the tokenizer beside it.
+    """`folder/model.safetensors`, a state dict of ALBEF's pre-training model, with its sizes and the tokenizer.
 
-    `arrays` are a train state's, by its names (student/..., teacher/..., queue/...). The codebook has no place there.
+    `arrays` are a train state's, by its names (student/..., teacher/..., queue/...). The codebook is left out.
     """
     text = config.model.text
     bert = _bert(config, vocabulary, text.depth + text.fusion_depth)
@@ -78,7 +78,7 @@ def write_albef(
 
 def _save(folder: Path, arrays: Named, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: np.asarray(value, order="C") for key, value in arrays.items()}  # a scalar stays one
+    contiguous = {key: np.asarray(value, order="C") for key, value in arrays.items()}  # unlike ascontiguousarray, keeps scalars
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, config)
 
@@ -123,7 +123,7 @@ def _tower(of: ml_collections.ConfigDict, depth: int) -> dict[str, Any]:
 
 
 def _preprocessor(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What `evaluation` does to a picture: the whole of it into the square, bicubic, then normalised."""
+    """Evaluation's preprocessing: the whole picture resized to a square, bicubic, then normalised."""
     side = config.model.image.size_px
     return {
         "image_processor_type": "ViTImageProcessor",

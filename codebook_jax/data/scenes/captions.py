@@ -1,4 +1,4 @@
-"""What can be said of a scene: captions in training's wordings and in evaluation's."""
+"""Captions of a scene, in the wordings of training and of evaluation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from codebook_jax.data.scenes.world import Background, Scene, SceneObject, pick
 
-CAPTIONS = 4  # a training scene
+CAPTIONS = 4  # per training scene
 MOST_WORDS = 22  # 24 tokens with [CLS] and [SEP]
-_SIZE_WORD = 0.75  # share of the mentions of an object that tell its size
-_BACKGROUND_WORDS = 0.3  # share of the captions that tell the background, where there is room
-_UNSEEN_WORDING = 0.25  # share of the evaluation captions in a wording that training has not
+_SIZE_WORD = 0.75  # share of the mentions of an object that give its size
+_BACKGROUND_WORDS = 0.3  # share of the captions that describe the background, if there is room
+_UNSEEN_WORDING = 0.25  # share of the evaluation captions in a wording not used in training
 
 _RELATION_WORDS = {
     "left": ("left of", "to the left of"),
@@ -39,7 +39,7 @@ def training_captions(scene: Scene) -> tuple[str, ...]:
 
 
 def test_caption(scene: Scene) -> str:
-    """The scene's one caption in evaluation, now and then in a wording that training does not have."""
+    """The scene's one caption in evaluation, sometimes in a wording not used in training."""
     draw = random.Random(scene.wording_seed)
     if draw.random() < _UNSEEN_WORDING:
         return _caption(scene, draw, _TWO_UNSEEN, _THREE_UNSEEN)
@@ -56,7 +56,7 @@ def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Seque
 
 
 def two_objects(scene: Scene, first: int, draw: random.Random, wordings: Sequence[str]) -> str:
-    """A caption of a scene of two, in one of the wordings, told from object `first`."""
+    """A caption of a scene of two objects, in one of the wordings, beginning with object `first`."""
     mentions = [_mention(thing, draw) for thing in scene.objects]
     relation = scene.relation(first, 1 - first)
     parts = {
@@ -89,7 +89,7 @@ def _three_objects(scene: Scene, draw: random.Random, wordings: Sequence[str]) -
 
 
 def _finish(wording: str, parts: dict[str, str], scene: Scene, draw: random.Random) -> str:
-    """The wording filled in, shortened to fit, with an opening and the background where there is room."""
+    """The wording filled in, shortened to fit, with an opening and the background if there is room."""
     opening, ending = pick(draw, _OPENINGS), _background_words(scene.background, draw)
     caption = wording.format(**parts)
     while len(caption.split()) > MOST_WORDS:
@@ -105,11 +105,11 @@ def _finish(wording: str, parts: dict[str, str], scene: Scene, draw: random.Rand
 
 
 def _shorter(words: str) -> str:
-    """A relation or a mention in fewer words that say less or the same."""
+    """A shorter form of a relation or a mention, which says the same or less."""
     if words.startswith("to the "):
         return words.removeprefix("to the ")
     article, *others = words.split()
-    noun = " ".join(others[1:])  # without the word for its size
+    noun = " ".join(others[1:])  # without the size
     return f"the {noun}" if article == "the" else f"{_article(noun)} {noun}"
 
 
@@ -129,7 +129,7 @@ def _mention(thing: SceneObject, draw: random.Random) -> str:
 
 
 def _short(thing: SceneObject, scene: Scene) -> str:
-    """The object in as few words as tell it from the scene's others."""
+    """The object in the fewest words that distinguish it from the scene's others."""
     alike = sum(other.shape == thing.shape for other in scene.objects)
     return f"the {thing.shape}" if alike == 1 else f"the {thing.colour} {thing.shape}"
 

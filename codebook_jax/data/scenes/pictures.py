@@ -18,7 +18,7 @@ _NOISE = 7  # standard deviation of the clouds over it, of 255
 
 
 def render(scene: Scene, size_px: int) -> UInt8[np.ndarray, "size_px size_px 3"]:
-    """The scene's picture, RGB, `size_px` a side; the same picture at every size but for its detail."""
+    """The scene's picture, RGB, `size_px` a side; the same at every size except for detail."""
     image = _paint_background(scene.background, size_px)
     for thing in scene.objects:
         _paint_object(image, thing)
@@ -26,7 +26,7 @@ def render(scene: Scene, size_px: int) -> UInt8[np.ndarray, "size_px size_px 3"]
 
 
 def _paint_background(background: Background, size_px: int) -> Image.Image:
-    """Lightness alone is computed for each pixel; a table turns it into the background's colour."""
+    """Computes only the lightness of each pixel; a table maps it to the background's colours."""
     along = (np.arange(size_px, dtype=np.float32) + np.float32(0.5)) * np.float32(
         2 * math.pi * background.periods / size_px
     )
@@ -53,7 +53,7 @@ def _paint_background(background: Background, size_px: int) -> Image.Image:
 
 
 def _paint_object(image: Image.Image, thing: SceneObject) -> None:
-    """Draws the object larger than it is, in its box alone, and shrinks it: smooth edges at little cost."""
+    """Draws the object enlarged, within its box only, and shrinks it: smooth edges at little cost."""
     side = image.width
     left, top, right, bottom = (value * side for value in thing.box)
     box = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)

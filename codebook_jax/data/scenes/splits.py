@@ -30,7 +30,7 @@ def training_scene(seed: int, index: int) -> Scene:
 def evaluation_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple[Scene, str], ...]:
     """The scenes of `split` ("validation" or "test"), each with its one caption.
 
-    No caption comes twice, nor three objects, nor two in the same relation, so each caption has one best picture.
+    No caption, set of three objects, or related pair of objects occurs twice, so each caption has one best picture.
     """
     captions: set[str] = set()
     shown: set[frozenset] = set()
@@ -47,7 +47,7 @@ def evaluation_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple
 
 
 def _content(scene: Scene) -> frozenset:
-    """What every caption of the scene tells: its objects, and of two their relation."""
+    """What every caption of the scene states: its objects and, if there are two, their relation."""
     kinds = [(thing.colour, thing.shape) for thing in scene.objects]
     if len(kinds) > 2:
         return frozenset(kinds)
@@ -57,10 +57,10 @@ def _content(scene: Scene) -> frozenset:
 
 @functools.cache
 def hard_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple[Scene, str], ...]:
-    """Pairs of scenes 2k, 2k + 1 whose captions and pictures differ in one thing alone; no caption twice.
+    """Pairs of scenes 2k, 2k + 1 whose captions and pictures differ in one thing only; no caption twice.
 
-    In turn: which colour goes with which shape; which object is which side of the other ("a left of b", "b left of
-    a"); the relation ("a left of b", "a right of b").
+    Alternately: which colour goes with which shape; which object is on which side of the other ("a left of b", "b left
+    of a"); the relation ("a left of b", "a right of b").
     """
     seen: set[str] = set()
     chosen: list[tuple[Scene, str]] = []
@@ -83,7 +83,7 @@ def _hard_pair(draw: random.Random, split: str, kind: str) -> list[tuple[Scene, 
             draw, held_out_pairs(split)
         )
         if first_colour == second_colour or first_shape == second_shape:
-            continue  # the other binding would be the same
+            continue  # swapping colours would change nothing
         objects = place(draw, ((first_colour, first_shape), (second_colour, second_shape)))
         if objects is not None:
             break

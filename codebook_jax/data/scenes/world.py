@@ -1,4 +1,4 @@
-"""What a scene is, and how one is drawn by lot: objects, their places and relations, what each split holds out."""
+"""Scenes and how they are drawn at random: objects, positions, relations, and what each split holds out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WORLD = 1  # raise it when any scene or caption changes: fingerprints hold it
+WORLD = 1  # increase it when any scene or caption changes: fingerprints include it
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -26,15 +26,15 @@ COLOURS = {
     "lime": (176, 226, 46),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "moon")
-SIZES = {"small": 0.11, "large": 0.165}  # half an object's width, of the picture's
+SIZES = {"small": 0.11, "large": 0.165}  # half an object's width, as a share of the picture's
 TEXTURES = ("plain", "striped", "checked", "dotted")
 TONES = {"dark": (52, 52, 56), "light": (206, 206, 202)}
 
 # From an object's centre to the picture's edge: crops of 70 % of the area keep nearly every object.
 _MARGIN = 0.2
 _GAP = 0.05  # between two objects
-_CLEAR = 0.22  # least distance along its axis for a relation to be said
-_SKEW = 0.6  # most distance across a relation's axis, of that along it
+_CLEAR = 0.22  # least distance along its axis for a relation to hold
+_SKEW = 0.6  # greatest distance across a relation's axis, as a share of that along it
 
 
 class Background(NamedTuple):
@@ -71,14 +71,14 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows. No two objects agree in both colour and shape, and none overlap."""
+    """The content of a picture. No two objects have both the same colour and the same shape, and none overlap."""
 
     objects: tuple[SceneObject, ...]
     background: Background
     wording_seed: int
 
     def relation(self, first: int, second: int) -> str | None:
-        """How object `first` lies to object `second`: left, right, above, below, or None where it is not clear."""
+        """Where object `first` is relative to `second`: left, right, above, below, or None if it is not clear."""
         return relation_between(self.objects[first], self.objects[second])
 
     def relations(self) -> list[tuple[int, str, int]]:
@@ -89,7 +89,7 @@ class Scene:
 
 
 def relation_between(first: SceneObject, second: SceneObject) -> str | None:
-    """left, right, above or below, where `first` clearly lies so to `second`."""
+    """left, right, above or below, if `first` is clearly there relative to `second`; else None."""
     right, down = first.x - second.x, first.y - second.y
     if abs(right) >= _CLEAR and abs(down) <= _SKEW * abs(right):
         return "right" if right > 0 else "left"
@@ -106,9 +106,9 @@ Kind = tuple[str, str]  # (colour, shape)
 
 @functools.cache
 def held_out(first: Kind, second: Kind) -> str | None:
-    """The split that alone shows these two together, in either binding of the colours; None: training may.
+    """The only split that shows these two together, in either binding of the colours; None: training may.
 
-    Depends on nothing but the names, so every seed and every length of the training data holds out the same.
+    Depends only on the names, so every seed and every length of the training data holds out the same pairs.
     """
     colours, shapes = zip(first, second, strict=True)
     draw = _number(f"held out {'/'.join((*sorted(colours), *sorted(shapes)))}") % 20
@@ -117,7 +117,7 @@ def held_out(first: Kind, second: Kind) -> str | None:
 
 @functools.cache
 def held_out_pairs(split: str) -> tuple[tuple[Kind, Kind], ...]:
-    """Every two that `split` alone shows together, in both orders."""
+    """Every two that only `split` shows together, in both orders."""
     kinds = itertools.product(COLOURS, SHAPES)
     return tuple(pair for pair in itertools.permutations(kinds, 2) if held_out(*pair) == split)
 
@@ -126,7 +126,7 @@ def held_out_pairs(split: str) -> tuple[tuple[Kind, Kind], ...]:
 
 
 def draw_scene(draw: random.Random, split: str | None) -> Scene:
-    """A scene that shows what `split` alone may; None: nothing that is held out."""
+    """A scene with a pair that only `split` may show; None: a scene without held-out pairs."""
     while True:
         kinds = _draw_kinds(draw, 2 if draw.random() < 0.35 else 3, split)
         objects = place(draw, kinds)
@@ -135,7 +135,7 @@ def draw_scene(draw: random.Random, split: str | None) -> Scene:
 
 
 def _draw_kinds(draw: random.Random, count: int, split: str | None) -> list[Kind]:
-    """`count` different (colour, shape), with a pair of `split` among them, and none of another split."""
+    """`count` different (colour, shape), including a pair of `split`, and none of another split."""
     while True:
         kinds = list(pick(draw, held_out_pairs(split))) if split else []
         while len(kinds) < count:
@@ -146,7 +146,7 @@ def _draw_kinds(draw: random.Random, count: int, split: str | None) -> list[Kind
 
 
 def place(draw: random.Random, kinds: Sequence[Kind]) -> tuple[SceneObject, ...] | None:
-    """The objects where they do not overlap and each clearly lies some way to another; None if that was not found."""
+    """The objects, none overlapping and each with a clear relation to another; None if no placement was found."""
     looks = [(pick(draw, tuple(SIZES)), _shade(draw, COLOURS[colour])) for colour, _ in kinds]
     for _ in range(50):
         objects = tuple(
@@ -165,7 +165,7 @@ def place(draw: random.Random, kinds: Sequence[Kind]) -> tuple[SceneObject, ...]
 
 
 def draw_background(draw: random.Random) -> Background:
-    """Texture, tone and all else behind the objects."""
+    """The texture, tone and colour behind the objects."""
     tone = pick(draw, tuple(TONES))
     return Background(
         texture=pick(draw, TEXTURES),
@@ -178,7 +178,7 @@ def draw_background(draw: random.Random) -> Background:
     )
 
 
-# Draws: `random.Random.random` and `getrandbits` alone are promised to stay what they are in every Python.
+# Draws use `random.Random.random` and `getrandbits`: only these are promised to give the same in every Python.
 
 
 def _number(words: str) -> int:
@@ -186,12 +186,12 @@ def _number(words: str) -> int:
 
 
 def random_of(split: str, seed: int, index: int) -> random.Random:
-    """The draws of one scene; they follow from these three and from WORLD."""
+    """The random generator of one scene; it depends only on these three and WORLD."""
     return random.Random(_number(f"world {WORLD}: {split} {seed} {index}"))
 
 
 def pick(draw: random.Random, choices: Sequence):
-    """One of the choices, all equally often."""
+    """One of the choices, with equal probability."""
     return choices[int(draw.random() * len(choices))]
 
 

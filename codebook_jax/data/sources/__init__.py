@@ -1,6 +1,6 @@
-"""Where images and captions come from, by index, so that any process and any worker can read any part.
+"""Sources of images and captions, read by index, so that any process and any worker can read any part.
 
-`opening` finds the source that a config names; a file beside it for each format that people have on disk.
+`opening` opens the source that a config names; the other modules each read one format.
 """
 
 from codebook_jax.data.sources.opening import ROLES, open_source, source_of

@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets that were prepared in ArrayRecord files, read by index without TensorFlow.
+"""Data sets of TensorFlow Datasets prepared as ArrayRecord files, read by index without TensorFlow.
 
 Nothing is downloaded: `tfds build NAME --file_format=array_record` prepares a data set.
 """
@@ -34,21 +34,21 @@ _NAMES = (
     "image/id",
     "image_id",
     "id",
-)  # of what names an image
-_LOOKED_AT = 16  # examples that stand for all
+)  # usual names of the part that identifies an image
+_LOOKED_AT = 16  # examples hashed and checked on opening
 _PREPARE = "prepare it with `tfds build NAME --file_format=array_record`"
 
 
 class Examples:
     """The examples of a split, each an image with all its captions; the id is the number of the example.
 
-    An example without a caption is found when it is read: nothing but the whole data set would tell before.
+    An example without a caption is found only when it is read: to know earlier means reading the whole data set.
     """
 
     def __init__(self, what: str, builder: Any, split: str, keys: dict[str, str | None]) -> None:
-        """`keys` are {"image", "caption", "id"}: the names of the parts that were asked for, or None.
+        """`keys` are {"image", "caption", "id"}: the requested names of the parts, or None.
 
-        Raises UserError for parts that are not there, a split that is not, and data that cannot be read by index.
+        Raises UserError if a part or the split does not exist, or the data cannot be read by index.
         """
         self._what, self._split = what, split
         features = builder.info.features
@@ -98,11 +98,11 @@ class Examples:
     def _example(self, index: int) -> dict[str, Any]:
         try:
             return self._data[int(index)]
-        except Exception as failure:  # RuntimeError of ArrayRecord, all kinds of parsing
+        except Exception as failure:  # RuntimeError of ArrayRecord, any parsing error
             raise UnreadableImage(f"{self._numbered(index)}: {first_line(failure)}") from failure
 
     def _hash(self, info: Any) -> str:
-        """A hash of the files' names and sizes, and of some examples; raises UserError where none has a caption."""
+        """A hash of the files' names and sizes, and of some examples; raises UserError if none of them has a caption."""
         parts = [
             (os.path.basename(part.filename), part.skip, part.take, part.examples_in_shard)
             for part in info.splits[self._split].file_instructions
@@ -119,7 +119,7 @@ class Examples:
             kind = info.features[self._caption]
             raise UserError(
                 f"{self._what} has no text under {self._caption!r}, which is {first_line(kind)}: name the "
-                "part that holds the captions, as ?caption_key=NAME"
+                "part that holds the captions with ?caption_key=NAME"
             )
         return content.hexdigest()
 
@@ -131,7 +131,7 @@ class Examples:
 
 
 def open_tfds(request: Request) -> Examples:
-    """`tfds:NAME[/CONFIG]:SPLIT`, or the folder of a prepared data set for the name; SPLIT may be `train[:50%]`."""
+    """`tfds:NAME[/CONFIG]:SPLIT`, where NAME may be the folder of a prepared data set, and SPLIT `train[:50%]`."""
     place, split = place_and_split(request.place)
     what = f"tfds:{place}"
     builder = _builder(what, place, request.options.get("data_dir"))
@@ -141,7 +141,7 @@ def open_tfds(request: Request) -> Examples:
 
 
 def _library() -> Any:
-    """TensorFlow Datasets: half a second to import."""
+    """TensorFlow Datasets, imported late: it takes half a second."""
     try:
         import tensorflow_datasets
     except ImportError as failure:
@@ -152,31 +152,31 @@ def _library() -> Any:
 
 
 def _builder(what: str, place: str, data_dir: str | None) -> Any:
-    """What reads the prepared data set at a folder, or of a name below `data_dir`."""
+    """The builder of a prepared data set in a folder, or of that name below `data_dir`."""
     tfds = _library()
     folder = _folder(what, place)
     if folder is not None:
         return tfds.builder_from_directory(folder)
     given = None if data_dir is None else os.path.expanduser(data_dir)
     try:
-        # By its files alone: the code of a data set asks Google's cloud for what is not on this machine.
+        # From its files alone: a data set's own code asks Google's cloud for whatever is not on this machine.
         return tfds.core.read_only_builder.builder_from_files(place, data_dir=given)
-    except Exception as failure:  # DatasetNotFoundError, ValueError, what parses names, ...
+    except Exception as failure:  # DatasetNotFoundError, ValueError, errors of parsing names, ...
         where = given or "~/tensorflow_datasets (name another folder as ?data_dir=FOLDER)"
         found = isinstance(failure, tfds.core.DatasetNotFoundError)
         why = "" if found else f" ({first_line(failure)})"
         raise UserError(
             f"{what} is not prepared in {where}{why}: run `tfds build {place} --file_format=array_record`, which "
-            "downloads it; nothing is downloaded here"
+            "downloads it; a run downloads nothing"
         ) from failure
 
 
 def _folder(what: str, place: str) -> str | None:
-    """The folder of a prepared data set that a place is, or that is the only one below it; None for a name."""
+    """The folder of the prepared data set at a place, or of the only one below it; None if the place is a name."""
     if not os.path.isdir(place):
         if place.startswith(("/", ".", "~")):
             raise UserError(
-                f"{what}: there is no such folder: give the name or the folder of a data set"
+                f"{what}: the folder does not exist: give the name or the folder of a data set"
             )
         return None
     for depth in range(3):  # NAME/CONFIG/VERSION
@@ -184,7 +184,7 @@ def _folder(what: str, place: str) -> str | None:
         found = sorted(os.path.dirname(path) for path in glob.glob(pattern))
         if len(found) > 1:
             raise UserError(
-                f"{what} holds several data sets: give the folder of one, as {found[-1]}"
+                f"{what} holds several data sets: give the folder of one, for example {found[-1]}"
             )
         if found:
             return found[0]
@@ -194,7 +194,7 @@ def _folder(what: str, place: str) -> str | None:
 
 
 def _decoders(what: str, image: str, features: Any) -> dict[str, Any]:
-    """Leaves the decoding of pictures to this program; raises UserError for a part that is no picture."""
+    """Turns off tfds' own decoding of pictures; raises UserError if the part is not a picture."""
     tfds = _library()
     feature = features[image]
     if isinstance(feature, tfds.features.Image):
@@ -203,12 +203,12 @@ def _decoders(what: str, image: str, features: Any) -> dict[str, Any]:
         if feature.np_dtype == np.uint8 and len(feature.shape) == 3:
             return {}
     raise UserError(
-        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the part that is, as ?image_key=NAME"
+        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the picture part with ?image_key=NAME"
     )
 
 
 def _by_index(what: str, builder: Any, split: str, decoders: dict[str, Any]) -> Any:
-    """The examples of a split; raises UserError where there are none, or none that can be read by index."""
+    """The examples of a split; raises UserError if there are none, or they cannot be read by index."""
     try:
         if not builder.info.splits[split].num_examples:
             raise UserError(f"{what} has no examples: name another split or slice")
@@ -217,7 +217,7 @@ def _by_index(what: str, builder: Any, split: str, decoders: dict[str, Any]) -> 
         raise
     except NotImplementedError as failure:
         raise UserError(
-            f"{what} is prepared as {builder.info.file_format.value}, which cannot be read by index: prepare it anew "
+            f"{what} is prepared as {builder.info.file_format.value}, which cannot be read by index: prepare it again "
             f"in another data_dir with `tfds build {builder.name} --file_format=array_record`"
         ) from failure
     except Exception as failure:  # ValueError for splits, OSError, ...

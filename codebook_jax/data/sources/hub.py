@@ -1,7 +1,7 @@
 """Data sets of Hugging Face's `datasets`: Parquet files, what its `save_to_disk` wrote, or a name on the hub.
 
-Rows are read from Arrow files on disk. What is stored otherwise, Parquet and the hub's, the library writes anew to its
-cache, `~/.cache/huggingface/datasets` unless HF_HOME or HF_DATASETS_CACHE names another place: that takes room.
+Rows are read from Arrow files on disk. The library copies Parquet files and hub data to its own cache, which takes
+space: `~/.cache/huggingface/datasets`, unless HF_HOME or HF_DATASETS_CACHE names another place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from codebook_jax.network import hub_reachable
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
-_SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
+_SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk writes
 
 
 def open_hugging_face(request: Request) -> Rows:
@@ -48,7 +48,7 @@ def open_hugging_face(request: Request) -> Rows:
 
 
 def _library() -> Any:
-    """`datasets`: a second to import."""
+    """`datasets`, imported late: it takes a second."""
     try:
         import datasets
     except ImportError as failure:
@@ -59,11 +59,11 @@ def _library() -> Any:
 
 
 def _loaded(what: str, place: str, split: str | None) -> Any:
-    """The table of a split, or {split: table}; raises UserError for what cannot be had."""
+    """The table of a split, or {split: table}; raises UserError if it cannot be loaded."""
     datasets = _library()
     here = os.path.exists(place)
     if not here and place.startswith(("/", ".", "~")):
-        raise UserError(f"{what}: there is no such folder: give a folder, or a name on the hub")
+        raise UserError(f"{what}: the folder does not exist: give a folder, or a name on the hub")
     reachable = here or hub_reachable()
     try:
         with _quiet(datasets, offline=not reachable):
@@ -72,17 +72,17 @@ def _loaded(what: str, place: str, split: str | None) -> Any:
         raise
     except (
         Exception
-    ) as failure:  # its own errors, its HTTP library's, Arrow's, OSError, ValueError, ...
+    ) as failure:  # the library's errors, its HTTP library's, Arrow's, OSError, ValueError, ...
         reason = first_line(failure.__cause__ or failure)
         if here:
             raise UserError(
                 f"{what} cannot be read ({reason}): give a folder of Parquet files, or one that save_to_disk wrote"
             ) from failure
         if not reachable:
-            reason = "there is no network, and it was not downloaded before"
+            reason = "there is no network, and it is not in the cache"
         raise UserError(
-            f"{what} is no folder here, and could not be had from the Hugging Face hub ({reason}): give a folder, or "
-            "a name on the hub and a network"
+            f"{what} is not a folder here and could not be loaded from the Hugging Face hub ({reason}): give a folder, "
+            "or a name on the hub with network access"
         ) from failure
 
 
@@ -93,13 +93,13 @@ def _load(datasets: Any, what: str, place: str, split: str | None) -> Any:
         return datasets.load_dataset(place, split=split)
     saved = datasets.load_from_disk(place)
     if not isinstance(saved, dict) and split not in (None, "train", str(saved.split)):
-        raise UserError(f"{what} is one table, without a split {split!r}: leave the split out")
+        raise UserError(f"{what} is a single table and has no split {split!r}: leave the split out")
     return saved
 
 
 @contextlib.contextmanager
 def _quiet(datasets: Any, *, offline: bool) -> Iterator[None]:
-    """Without progress bars and warnings; `offline` also without asking for the hub, which takes 20 s."""
+    """Turns off progress bars and warnings; `offline` also stops the library from trying the hub, which takes 20 s."""
     from huggingface_hub import constants
 
     logging = datasets.utils.logging
@@ -120,7 +120,7 @@ def _quiet(datasets: Any, *, offline: bool) -> Iterator[None]:
 
 
 def _undecoded(what: str, table: Any, image: str) -> Any:
-    """The table with its pictures as files' bytes or paths; raises UserError for a column of anything else."""
+    """The table with its pictures as the bytes or paths of files; raises UserError if the column holds anything else."""
     datasets = _library()
     feature = table.features[image]
     if isinstance(feature, datasets.Image):
@@ -130,10 +130,10 @@ def _undecoded(what: str, table: Any, image: str) -> Any:
         return table
     if kind in ("string", "large_string"):
         raise UserError(
-            f"{what}: {image!r} holds texts, not pictures: where they are paths, read a list of them with json: or csv:; "
-            "where they are URLs, download them with img2dataset and read its shards with webdataset:; or name the "
-            "column of pictures, as ?image_key=NAME"
+            f"{what}: {image!r} holds texts, not pictures: if they are paths, read a list of them with json: or csv:; "
+            "if they are URLs, download them with img2dataset and read its shards with webdataset:; or name the "
+            "column of pictures with ?image_key=NAME"
         )
     raise UserError(
-        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the column that is, as ?image_key=NAME"
+        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the column of pictures with ?image_key=NAME"
     )

@@ -1,4 +1,4 @@
-"""The rows of one of Hugging Face's tables as records: what is in them is found without reading the images."""
+"""The rows of one of Hugging Face's tables as records; they are indexed without reading the images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ROWS_AT_ONCE = 10_000
 
 
 class Columns(NamedTuple):
-    """What the columns of a table are called."""
+    """The names of a table's columns."""
 
-    image: str  # bytes, or {"bytes", "path"} of which one is given
+    image: str  # of bytes, or of {"bytes", "path"} with one of the two given
     caption: str
     id: str | None
 
@@ -30,13 +30,13 @@ class Columns(NamedTuple):
 class Rows:
     """The rows of a table as a source.
 
-    Rows with the same id are the same image: to train on, each is a record; to evaluate (`merge`), they are one record
-    with all their captions. Without ids, each row is an image. Rows without an image or a caption are left out, and
-    counted.
+    Rows with the same id are the same image: for training each is a record; for evaluation (`merge`) they are one
+    record with all their captions. Without ids, each row is an image. Rows without an image or a caption are left out
+    and counted.
     """
 
     def __init__(self, what: str, table: Any, columns: Columns, *, merge: bool) -> None:
-        """Reads the captions of all rows, and no image. Raises UserError where nothing is left, and for odd ids."""
+        """Reads the captions of all rows, but no image. Raises UserError if no row is usable or ids have a wrong type."""
         self._what, self._columns = what, columns
         self._table = table.select_columns([columns.image, columns.caption])
         self._texts = table.select_columns([columns.caption])
@@ -63,7 +63,7 @@ class Rows:
     def _merge(self) -> None:
         self._rows = self._rows[np.argsort(self._ids, kind="stable")]
         self._first = np.concatenate([[0], np.cumsum(np.bincount(self._ids))])
-        self._ids = None  # each is an image, in the order in which they appear
+        self._ids = None  # each record is an image, in order of first appearance
 
     def __len__(self) -> int:
         return len(self._first) - 1
@@ -86,7 +86,7 @@ class Rows:
             return self._captions(self._rows_of(index))
         except UnreadableImage as failure:
             raise UserError(
-                f"{failure}: see that the files are there, then start again"
+                f"{failure}: check that the files are there, then start again"
             ) from failure
 
     def name(self, index: int) -> str:
@@ -125,7 +125,7 @@ def _unlike(values: list[Any]) -> tuple[str, ...]:
 
 
 def _parts(table: Any) -> Iterator[tuple[int, Any]]:
-    """(number of the first row, some rows) of a table's one column, as Arrow has them."""
+    """(number of the first row, some rows) of a one-column table, as Arrow columns."""
     start = 0
     for part in table.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
         yield start, part.column(0)
@@ -133,7 +133,7 @@ def _parts(table: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _silent(texts: Any, content: Any) -> np.ndarray:
-    """bool [rows]: which have no caption; the captions of all go into the hash `content`."""
+    """bool [rows]: rows without a caption; updates the hash `content` with all captions."""
     silent = np.zeros(len(texts), bool)
     for start, column in _parts(texts):
         captions = [texts_in(value) for value in column.to_pylist()]
@@ -143,7 +143,7 @@ def _silent(texts: Any, content: Any) -> np.ndarray:
 
 
 def _imageless(images: Any) -> np.ndarray:
-    """bool [rows]: which have no picture, by what Arrow notes of missing values beside them."""
+    """bool [rows]: rows without a picture, from Arrow's null flags alone."""
     import pyarrow.compute
 
     imageless = np.zeros(len(images), bool)
@@ -158,13 +158,13 @@ def _imageless(images: Any) -> np.ndarray:
 
 
 def _numbers(what: str, keys: Any) -> np.ndarray:
-    """int64 [rows]: equal where ids are; a row without one has a number of its own."""
+    """int64 [rows]: equal for equal ids; a row without an id gets its own number."""
     import pyarrow
 
     [(name, feature)] = keys.features.items()
     if not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "string", "large_string")):
         raise UserError(
-            f"{what}: {name!r} is {first_line(feature)}, no ids: name a column of whole numbers or texts, as ?id_key=NAME"
+            f"{what}: {name!r} is {first_line(feature)}, not ids: name a column of integers or strings with ?id_key=NAME"
         )
     column = pyarrow.chunked_array([column for _, part in _parts(keys) for column in part.chunks])
     encoded = column.combine_chunks().dictionary_encode()
@@ -178,5 +178,5 @@ def _nothing(what: str, columns: Columns, features: Any, silent: bool) -> str:
     part, column = ("caption", columns.caption) if silent else ("image", columns.image)
     return (
         f"{what} has no row with an image and a caption: {column!r}, which is {first_line(features[column])}, holds no "
-        f"{part}s: name the column that does, as ?{part}_key=NAME"
+        f"{part}s: name the column that does with ?{part}_key=NAME"
     )

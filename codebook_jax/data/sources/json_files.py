@@ -1,7 +1,7 @@
-"""Pairs in ALBEF's JSON format: a JSON list, or one JSON object a line.
+"""Pairs in ALBEF's JSON format: a JSON list, or one JSON object per line.
 
 An entry is {"image": path below the image root, "caption": text or list of texts, "image_id": optional int or text};
-other keys are passed over. The keys can have other names.
+other keys are ignored. The keys may have other names.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from codebook_jax.strict_json import parse_json, parse_json_at
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
-USABLE, CHECK = "usable.jsonl", "check.json"  # what a check of the data writes
-_SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
-_OTHERS = (  # (keys, whose they are, the scheme that reads them)
-    ({"images", "annotations"}, "a caption file of COCO", "coco"),
-    ({"images"}, "a split of Karpathy", "karpathy"),
+USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
+_OTHERS = (  # (keys, the format they belong to, the scheme that reads it)
+    ({"images", "annotations"}, "a COCO caption file", "coco"),
+    ({"images"}, "a file of Karpathy's splits", "karpathy"),
     ({"regions"}, "Visual Genome", "vg"),
 )
 
 
 class Keys(NamedTuple):
-    """What the parts of an entry are called."""
+    """The keys of the parts of an entry."""
 
     image: str = "image"
     caption: str = "caption"
@@ -47,18 +47,18 @@ class Keys(NamedTuple):
 
 
 def json_entries(path: str, keys: Keys) -> Iterator[Entry]:
-    """The entries of a file; raises UserError, with the place, for what is not a pair."""
+    """The entries of a file; raises UserError, naming the entry, if one is not a pair."""
     for where, entry in read_json(path):
         yield _pair(path, where, entry, keys)
 
 
 def read_json(path: str) -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list, or ("file line 3", entry) of a file with one entry a line."""
+    """("file[3]", entry) of a JSON list, or ("file line 3", entry) of a file with one entry per line."""
     with _opened(path, "json") as file:
         parts = iter(lambda: file.read(4096), "")
         head = next((part for part in parts if not part.isspace()), "").lstrip()
         if not head:
-            raise UserError(f"{path} is empty: give a JSON list of pairs, or one a line")
+            raise UserError(f"{path} is empty: give a JSON list of pairs, or one pair per line")
         file.seek(0)
         by_line = head[0] != "[" and (path.endswith(".jsonl") or _is_json(_first_line(file)))
         file.seek(0)
@@ -69,13 +69,13 @@ def read_json(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_list(path: str, scheme: str) -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list; raises UserError, which says what `scheme` reads, for another file."""
+    """("file[3]", entry) of a JSON list; raises UserError, naming what `scheme` reads, for any other file."""
     with _opened(path, scheme) as file:
         yield from _list_entries(path, file.read(), scheme)
 
 
 def read_object(path: str, scheme: str) -> dict[str, Any]:
-    """The JSON object of a whole file; raises UserError, which says what `scheme` reads, for another file."""
+    """The JSON object of a whole file; raises UserError, naming what `scheme` reads, for any other file."""
     with _opened(path, scheme) as file:
         text = file.read()
     try:
@@ -85,7 +85,7 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         hint = f": a list of pairs is read with json:{path}" if isinstance(content, list) else ""
         raise UserError(
-            f"{path} holds a JSON {kind_of(content)}, not an object as {scheme}: reads{hint}"
+            f"{path} holds a JSON {kind_of(content)}, but {scheme}: reads an object{hint}"
         )
     return content
 
@@ -104,15 +104,15 @@ def _first_line(lines: Iterator[str]) -> str:
 def _is_json(text: str) -> bool:
     try:
         parse_json(text, of_data=True)
-    except json.JSONDecodeError:  # where JSON ends at another line
+    except json.JSONDecodeError:  # the JSON goes on in another line
         return False
     except ValueError:
-        pass  # as far as it goes, it is JSON
+        pass  # JSON, but refused by parse_json
     return True
 
 
 def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]]:
-    """The entries one at a time: parsed all at once they take many times the memory of the text."""
+    """The entries one at a time: parsed at once, they take many times the memory of the text."""
     number = 0
     try:
         at = _SPACE.match(text).end()
@@ -139,15 +139,15 @@ def _no_list(path: str, content: Any, scheme: str) -> str:
     keys = f" with the keys {keys_of(content)}" if isinstance(content, dict) else ""
     held = f"{path} holds a JSON {kind_of(content)}{keys}, not a list"
     if scheme != "json":
-        return f"{held} as {scheme}: reads: give the file as it was published"
+        return f"{held}, which {scheme}: reads: give the file as it was published"
     return (
         f"{held} of pairs: {_other_scheme(path, content)}"
-        'write [{"image": ..., "caption": ...}, ...], or one such object a line'
+        'write [{"image": ..., "caption": ...}, ...], or one such object per line'
     )
 
 
 def _other_scheme(path: str, content: Any) -> str:
-    """What is said of content that another scheme reads; empty for any other."""
+    """A hint if another scheme reads the content; else empty."""
     if not isinstance(content, dict):
         return ""
     for keys, whose, scheme in _OTHERS:
@@ -168,11 +168,11 @@ def _line_entries(path: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _broken(path: str, failure: ValueError, where: str = "", line: int = 0) -> str:
-    """`where` is the entry, and `line` (0: the one that the failure names) where it begins."""
+    """The message; `where` is the entry, and `line` (0: the line in `failure`) where it begins."""
     if not isinstance(failure, json.JSONDecodeError):
-        return f"{where or path} cannot be read ({failure}): mend or remove it"
+        return f"{where or path} cannot be read ({failure}): fix or remove it"
     why = f"{failure.msg.lower()}, column {failure.colno}"
-    return f"{path} line {line or failure.lineno} is not JSON ({why}): mend or remove it"
+    return f"{path} line {line or failure.lineno} is not JSON ({why}): fix or remove it"
 
 
 def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
@@ -184,24 +184,24 @@ def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
         if key not in entry:
             raise UserError(
                 f'{where} has no key "{key}" (its keys: {keys_of(entry)}): {_other_scheme(path, entry)}name the '
-                f"one that is meant after the path, as ?{name}_key=NAME"
+                f"right one by adding ?{name}_key=NAME to the path"
             )
     image = entry[keys.image]
     if not isinstance(image, str) or not image:
         raise UserError(
-            f'{where}, key "{keys.image}": {shown(image)} is not the path of an image: give a text'
+            f'{where}, key "{keys.image}": {shown(image)} is not the path of an image: use a string'
         )
     captions = captions_in(where, keys.caption, entry[keys.caption])
     key = entry.get(keys.id)
     if key is not None and (isinstance(key, bool) or not isinstance(key, int | str)):
         raise UserError(
-            f'{where}, key "{keys.id}": {shown(key)} is not an id: give a whole number or a text'
+            f'{where}, key "{keys.id}": {shown(key)} is not an id: use a whole number or a string'
         )
     return Entry(where, image, captions, None if key == "" else key)
 
 
 def open_json(request: Request) -> Listed:
-    """`json:PATH`: see the module. The usable pairs of a check know where their pictures are, unless told otherwise."""
+    """`json:PATH`: see the module. For usable.jsonl, the image root is the one recorded by check-data, unless given."""
     path, options = request.place, request.options
     keys = Keys(**{name: options.get(f"{name}_key", default) for name, default in Keys()._asdict().items()})
     check = _check_beside(path)
@@ -212,9 +212,9 @@ def open_json(request: Request) -> Listed:
 
 
 class _Check(NamedTuple):
-    """What a check of the data says of the usable pairs that it left beside it."""
+    """What check.json says about the usable.jsonl beside it."""
 
-    listed: int = 0  # among how many they were found
+    listed: int = 0  # pairs checked, usable or not
     image_root: str = ""
 
 

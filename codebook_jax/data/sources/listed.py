@@ -1,4 +1,4 @@
-"""Pairs that a file lists, with their images as files below a folder: what every list format becomes."""
+"""Pairs listed in a file, with their images as files below a folder; used by every list format."""
 
 from __future__ import annotations
 
@@ -21,31 +21,30 @@ NO_CAPTION = "has no caption with words"
 
 
 class Entry(NamedTuple):
-    """One entry of a list, as a reader of a format gives it."""
+    """One entry of a list, as the reader of a format yields it."""
 
-    where: str  # "pairs.json[17]", for what is said of it
-    image: str  # as listed: a path below the image root, or one that the path map knows
-    captions: tuple[str, ...]  # none: the entry is left out
-    key: int | str | None  # names the image; None: its path does
+    where: str  # "pairs.json[17]", for messages
+    image: str  # as listed: a path below the image root, or one that the path map covers
+    captions: tuple[str, ...]  # empty: the entry is left out
+    key: int | str | None  # identifies the image; None: its path does
 
 
 class Folders(NamedTuple):
     """Where the images of a list are."""
 
     root: str  # absolute
-    path_map: tuple[tuple[str, str], ...] = ()  # (how listed paths begin, the folder here); longest first
+    path_map: tuple[tuple[str, str], ...] = ()  # (beginning of listed paths, folder here); longest first
 
 
 class Listed:
     """The entries of a list as a source.
 
-    Entries with the same key are the same image; where there is none the image's path stands for it. Ids become
-    numbers from 0 in the order of the list. To train on, each entry is a record. To evaluate (`merge`), the entries
-    of one key and one path are one record with all their captions, so that an image listed once a caption is one
-    image.
+    Entries with the same key (or, without one, the same path) are the same image. Ids become numbers from 0 in the
+    order of the list. For training each entry is a record. For evaluation (`merge`) the entries of one key and one
+    path are one record with all their captions, so that an image listed once per caption is one image.
 
-    Entries without a caption that has words are left out, and counted. Image files are not looked at here: one that is missing is
-    found when it is read, and counted then.
+    Entries without a caption that has words are left out and counted. Image files are not opened here: a missing one
+    is found and counted when it is read.
     """
 
     def __init__(
@@ -58,9 +57,9 @@ class Listed:
         merge: bool,
         listed: int = 0,
     ) -> None:
-        """`form` is the scheme. `listed` (0: as many as there are) counts what this list was made from.
+        """`form` is the scheme. `listed` (0: the number of entries) is the size of the list that this one was made from.
 
-        Raises UserError for a list without entries, and for a path that leads out of the root.
+        Raises UserError if the list has no entries, or a path leads out of the root.
         """
         self._form, self._path, self._folders = form, path, folders
         self.left_out: list[tuple[str, str]] = []
@@ -74,7 +73,7 @@ class Listed:
             if self.left_out:
                 why = (
                     f"lists no pairs with a caption: none of {len(self.left_out):,} has words (first: "
-                    f"{self.left_out[0][1]}): name the key or column that holds captions, or save them anew as UTF-8"
+                    f"{self.left_out[0][1]}): name the key or column of captions, or save the file again as UTF-8"
                 )
             raise UserError(f"{path} {why}")
         self._ids, self._fingerprint = summary.ids(), summary.fingerprint()
@@ -109,11 +108,11 @@ class Listed:
 
 
 class _Summary:
-    """What is known of all entries once they have passed: their numbers, and a hash of them."""
+    """Collects the number and a hash of every entry that passes."""
 
     def __init__(self, form: str) -> None:
         self._digest = hashlib.sha256(f"{form} 1".encode())
-        self._keys = array("Q")  # 64 bits of a hash each: a table of millions of keys takes gigabytes
+        self._keys = array("Q")  # a 64-bit hash of each: a dict of millions of keys takes gigabytes
 
     def of(self, entries: Iterable[Entry]) -> Iterable[Entry]:
         for entry in entries:
@@ -124,7 +123,7 @@ class _Summary:
             yield entry
 
     def ids(self) -> np.ndarray:
-        """int32 [entries]: the number of each entry's key, from 0 in the order in which keys appear."""
+        """int32 [entries]: the number of each entry's key, from 0 in order of first appearance."""
         return numbered(np.frombuffer(self._keys, np.uint64))[1]
 
     def fingerprint(self) -> str:
@@ -134,8 +133,8 @@ class _Summary:
 def folders_of(path: str, image_root: str, path_map: str) -> Folders:
     """`image_root` (empty: the folder of the list at `path`), and the rules of "OLD=NEW,OLD=NEW".
 
-    Where several rules fit a path, the longest OLD holds. An empty NEW is the image root. Raises UserError for what
-    is no rule.
+    If several rules match a path, the longest OLD wins. An empty NEW is the image root. Raises UserError for a
+    malformed rule.
     """
     root = os.path.abspath(os.path.expanduser(image_root) or os.path.dirname(path))
     pairs = []
@@ -143,22 +142,22 @@ def folders_of(path: str, image_root: str, path_map: str) -> Folders:
         old, equals, new = rule.rpartition("=")
         if not equals or not old:
             raise UserError(
-                f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give how listed paths begin and the "
-                "folder that stands there here, as /export/home/vl=/data, several with commas between"
+                f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give the beginning of the listed "
+                "paths and the folder here, for example /export/home/vl=/data; separate several with commas"
             )
         pairs.append((old.rstrip("/"), os.path.abspath(os.path.expanduser(new)) if new else root))
     return Folders(root, tuple(sorted(pairs, key=lambda pair: -len(pair[0]))))
 
 
 def located(image: str, folders: Folders) -> str:
-    """Where the image of an entry is on this machine."""
+    """The path of an entry's image on this machine."""
     mapped = _mapped(image, folders.path_map)
     return os.path.join(folders.root, image if mapped is None else mapped)
 
 
 @contextlib.contextmanager
 def reading(path: str, wanted: str) -> Iterator[None]:
-    """Says in one sentence why the file at `path` cannot be read; `wanted` is what to give instead."""
+    """Raises UserError with one sentence if the file at `path` cannot be read; `wanted` is what to give instead."""
     try:
         yield
     except UnicodeDecodeError as failure:
@@ -168,7 +167,7 @@ def reading(path: str, wanted: str) -> Iterator[None]:
 
 
 def captions_in(where: str, key: str, captions: Any) -> tuple[str, ...]:
-    """A text or a list of texts as captions, without those that have no words; raises UserError for anything else."""
+    """A text or a list of texts as captions, leaving out those without words; raises UserError for anything else."""
     texts = [captions] if isinstance(captions, str) else captions or []
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(
@@ -178,26 +177,26 @@ def captions_in(where: str, key: str, captions: Any) -> tuple[str, ...]:
 
 
 def keys_of(entry: Mapping[str, Any] | Sequence[str]) -> str:
-    """The keys of an entry, for what is said of it."""
+    """The keys of an entry, for messages."""
     keys = list(map(str, entry))
     more = ", ..." if len(keys) > 10 else ""
     return (", ".join(keys[:10]) + more) or "none"
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value."""
-    names = {dict: "object", list: "list", str: "text", bool: "truth value", type(None): "null"}
+    """The JSON name of a value's type."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 
 
 def shown(value: Any) -> str:
-    """A value as a file has it, not too long."""
+    """A value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _placed(entries: Iterable[Entry], folders: Folders) -> Iterable[Entry]:
-    """The entries with paths that are found below the root, or by the map."""
+    """The entries with their paths below the root; raises UserError for one that leads out of it."""
     for entry in entries:
         if _mapped(entry.image, folders.path_map) is None:
             entry = entry._replace(image=_below(entry.where, entry.image, folders.root))
@@ -210,7 +209,7 @@ def _placed(entries: Iterable[Entry], folders: Folders) -> Iterable[Entry]:
 
 
 def _merged(entries: Iterable[Entry]) -> Iterable[Entry]:
-    """The entries, those of one key and one path as one with all their captions."""
+    """The entries, with those of one key and one path merged into one with all their captions."""
     merged: dict[tuple[int | str, str], Entry] = {}
     for entry in entries:
         key = entry.image if entry.key is None else entry.key, entry.image
@@ -233,7 +232,7 @@ def _columns(entries: Iterable[Entry]) -> tuple[Texts, Texts, np.ndarray]:
 
 
 def _mapped(image: str, path_map: tuple[tuple[str, str], ...]) -> str | None:
-    """The path with its beginning replaced; None where no rule of the map fits."""
+    """The path with its beginning replaced; None if no rule of the map matches."""
     for old, new in path_map:
         if image.startswith(f"{old}/"):
             return os.path.join(new, image[len(old) :].lstrip("/"))
@@ -241,7 +240,7 @@ def _mapped(image: str, path_map: tuple[tuple[str, str], ...]) -> str | None:
 
 
 def _below(where: str, image: str, root: str) -> str:
-    """The path as it is below the root; raises UserError for one that leads out of it."""
+    """The path relative to the root; raises UserError for one that leads out of it."""
     if not os.path.isabs(image) and "." not in image.split("/") and ".." not in image.split("/"):
         if "//" not in image and "\0" not in image:
             return image
@@ -252,20 +251,20 @@ def _below(where: str, image: str, root: str) -> str:
         raise UserError(
             f'{where}, key "image": {image!r} is outside the image root {root}: give paths below it, '
             "set config.data.image_root to the folder that holds the images, or map the beginning of the "
-            "paths to a folder here, as --config.data.path_map=/export/home=/data"
+            "paths to a folder here, for example --config.data.path_map=/export/home=/data"
         )
     return os.path.relpath(path, root)
 
 
 def _cure_of_address(image: str) -> str:
-    """What is said of an address that stands where a path should."""
+    """The message for an address in place of a path."""
     scheme = image.partition("://")[0]
     if scheme.lower() in ("http", "https"):
         return (
             "a URL, not a file: download the images with img2dataset and read its shards with webdataset:SHARDS.tar, "
-            "or name the column or key of the paths on this machine, as ?image_key=NAME"
+            "or name the column or key of the paths on this machine with ?image_key=NAME"
         )
     return (
-        "not a path on this machine: map how it begins to a folder here, as "
+        "not a path on this machine: map its beginning to a folder here, for example "
         f"--config.data.path_map={scheme}://PLACE=/data"
     )

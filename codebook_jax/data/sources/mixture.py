@@ -1,4 +1,4 @@
-"""Several sources as one: their records one after another, and the order in which training meets them."""
+"""Several sources as one: their records in sequence, and the order in which training reads them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class Mixture:
-    """The records of several sources, numbered through; images of two sources are never the same one."""
+    """The records of several sources, numbered consecutively; images of different sources are never the same image."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None) -> None:
-        """`weights` (None: their sizes) are the shares of the training stream that the sources get."""
+        """`weights` (None: their sizes) are the sources' shares of the training stream."""
         self.sources = tuple(sources)
         self.weights = None if weights is None else tuple(float(weight) for weight in weights)
         self.starts = np.cumsum([0, *map(len, self.sources)])
         self.listed = sum(source.listed for source in self.sources)
         self.left_out = tuple(item for source in self.sources for item in source.left_out)
-        # Ids of every source are below what it lists: those of packed records keep the numbers of their list.
+        # A source's ids are below `listed`, not its length: packed records keep the numbers of their list.
         self._first_ids = np.cumsum([0, *(source.listed for source in self.sources)])
 
     def __len__(self) -> int:
@@ -57,13 +57,13 @@ class Mixture:
 def training_order(source: Source, seed: int) -> grain.MapDataset:
     """Position in the run -> record of the source: random access, computed and not stored.
 
-    Of one source, and of a mixture without weights, every record comes once an epoch, in a new order each epoch.
-    With weights, each source goes through its own records so, and gets its share of every stretch of the stream; an
-    epoch is then as many pairs as all sources have records, so that one may come more than once and another in part.
+    In one source, or a mixture without weights, every record appears once per epoch, in a new order each epoch. With
+    weights, each source cycles through its own records so, and gets its share of every part of the stream; an epoch is
+    then as many pairs as all sources have records, and may repeat some sources and use only part of others.
     """
     if not isinstance(source, Mixture) or source.weights is None:
         return _shuffled(len(source), seed)
-    import grain  # not above: it imports JAX, and whoever packs or checks needs no order
+    import grain  # imported here: it imports JAX, which prepare and check-data do not need
 
     parts = [
         _shuffled(len(part), seed + 7919 * number).map(_Shift(int(start)))
@@ -79,7 +79,7 @@ def _shuffled(length: int, seed: int) -> grain.MapDataset:
 
 
 class _Shift:
-    """Adds a number: a function that can be pickled."""
+    """Adds a number; a class, so that it can be pickled."""
 
     def __init__(self, by: int) -> None:
         self._by = by

@@ -1,4 +1,4 @@
-"""From a config's text to a source: `json:PATH`, `records:FOLDER?weight=2`, several with commas between."""
+"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, several separated by commas."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from codebook_jax.data.sources.record import Source
 from codebook_jax.errors import UserError
 
 ROLES = ("train", "validation", "test")
-DAMAGED = ("refuse", "skip")  # what is done about damaged shards
+DAMAGED = ("refuse", "skip")  # what to do about damaged shards
 
 
 class Request(NamedTuple):
-    """What is asked of the opener of one scheme."""
+    """The arguments of a scheme's opener."""
 
-    place: str  # what stands after the scheme: a path, a name
-    options: Mapping[str, str]  # those that the scheme knows
+    place: str  # the part after the scheme: a path or a name
+    options: Mapping[str, str]  # those that the scheme allows
     role: str  # one of ROLES
     settings: Settings
 
     @property
     def merge(self) -> bool:
-        """Whether an image is one record with all its captions: to evaluate, not to train."""
+        """Whether an image is one record with all its captions: in evaluation, not in training."""
         return self.role != "train"
 
     @property
@@ -48,10 +48,10 @@ class Request(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the config says of every source."""
+    """The settings shared by all sources."""
 
     size_px: int  # of scenes
-    scenes_examples: int  # of training's scenes, as is the seed: those of validation and test are always the same
+    scenes_examples: int  # for training, like the seed: validation and test scenes are always the same
     seed: int
     image_root: str = ""
     path_map: str = ""
@@ -92,12 +92,12 @@ def open_source(
     path_map: str = "",
     damaged_shards: str = "refuse",
 ) -> Source:
-    """The source, or the mixture of sources, that `spec` names, as `role` ("train", "validation" or "test") uses it.
+    """The source, or the mixture of sources, that `spec` names, for the `role` "train", "validation" or "test".
 
-    Raises UserError for what cannot be opened.
+    Raises UserError if it cannot be opened.
     """
     if role not in ROLES:
-        raise ValueError(f"role={role!r} is none of {ROLES}")
+        raise ValueError(f"role={role!r} is not one of {ROLES}")
     if damaged_shards not in DAMAGED:
         raise UserError(
             f"config.data.damaged_shards={damaged_shards!r} is not one of {', '.join(DAMAGED)}"
@@ -112,15 +112,15 @@ def open_source(
     if given not in (0, len(weights)):
         raise UserError(
             f"{spec!r}: {given} of {len(weights)} sources have a weight: give ?weight= to each, or to none "
-            "(every record once an epoch)"
+            "(every record once per epoch)"
         )
     if given and role != "train":
-        raise UserError(f"{spec!r}: weights are for training alone: leave them out to evaluate")
+        raise UserError(f"{spec!r}: weights only apply to training: leave them out for evaluation")
     return Mixture([source for source, _ in opened], weights if given else None)
 
 
 def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source:
-    """The source `spec` names, as `role` uses it with the fields of `config`."""
+    """The source that `spec` names, for `role`, with the fields of `config`."""
     return open_source(
         spec,
         role=role,
@@ -134,30 +134,30 @@ def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source
 
 
 def split_specs(spec: str) -> list[str]:
-    """The parts of a mixture: a comma parts them where a scheme follows it."""
+    """The parts of a mixture: split at each comma that a scheme follows."""
     names = "|".join(SCHEMES)
     return [part.strip() for part in re.split(rf",\s*(?=(?:{names})(?:[:?,]|$))", spec)]
 
 
 def forms() -> str:
-    """How sources can be named, for messages."""
+    """The forms of a source's name, for messages."""
     return ", ".join(scheme.form for scheme in SCHEMES.values())
 
 
 def _open(spec: str, role: str, settings: Settings) -> tuple[Source, float | None]:
-    """The source, and its weight in a mixture."""
+    """The source, and its weight in a mixture (None: not given)."""
     name, rest = re.match(r"(?:(\w+)(?::|(?=\?)|$))?(.*)", spec, re.DOTALL).groups()
     scheme = SCHEMES.get(name)
     if scheme is None or (name != "scenes" and not rest.partition("?")[0]):
         hint = f"did you mean json:{spec}" if spec.endswith((".json", ".jsonl")) else f"use {forms()}"
-        raise UserError(f"{spec!r} names no source of {role} data: {hint}")
+        raise UserError(f"{spec!r} does not name a source for {role} data: {hint}")
     place, options = _options(spec, rest, scheme.options)
     weight = _weight(spec, options.pop("weight", None))
     return scheme.open(Request(os.path.expanduser(place), options, role, settings)), weight
 
 
 def _options(spec: str, rest: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """(the place, {option: value}) of what follows a scheme; raises UserError for an option it does not know."""
+    """(the place, {option: value}) after a scheme; raises UserError for an unknown option."""
     place, mark, tail = rest.rpartition("?")
     if not mark or not re.match(r"\w+=", tail):
         return rest, {}
@@ -168,7 +168,7 @@ def _options(spec: str, rest: str, allowed: Sequence[str]) -> tuple[str, dict[st
             known = ", ".join(("weight", *allowed))
             close = difflib.get_close_matches(name, ("weight", *allowed), n=1)
             hint = f"did you mean {close[0]}" if close and equals else f"use NAME=VALUE with {known}"
-            raise UserError(f"{spec!r}: {part!r} is no option of this source: {hint}")
+            raise UserError(f"{spec!r}: {part!r} is not an option of this source: {hint}")
         options[name] = value
     return place, options
 

@@ -1,4 +1,4 @@
-"""What a source is: records by index, each an image with its captions."""
+"""The interface of a source: records by index, each an image with its captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from codebook_jax.data.images import UnreadableImage
 
 
 class WithoutCaption(UnreadableImage):
-    """A record that turns out to have no caption with words when it is read."""
+    """A record has no caption with words, which showed only when it was read."""
 
 
 class Record(NamedTuple):
@@ -20,36 +20,36 @@ class Record(NamedTuple):
 
     image: np.ndarray | bytes | str  # uint8 RGB [H, W, 3], or the bytes of a file, or its path
     captions: tuple[str, ...]
-    image_id: int  # equal where the image is the same one; from 0, below what the source lists
+    image_id: int  # equal for the same image; from 0, below the source's `listed`
 
 
 class Source(Protocol):
     """Records by index. It can be pickled and read from several threads."""
 
-    listed: int  # records before those without an image or a caption were left out
-    left_out: Sequence[tuple[str, str]]  # (name or place, why) of those that this source left out itself
+    listed: int  # records, including those left out
+    left_out: Sequence[tuple[str, str]]  # (name or place, why) of records that this source left out
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`; raises UnreadableImage where the source itself must read the image and
-        cannot, and WithoutCaption where only reading could tell."""
+        """Record `index`; raises UnreadableImage if the source must read the image itself and cannot,
+        and WithoutCaption if reading shows that there is no caption."""
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of record `index`, without making its image."""
 
     def name(self, index: int) -> str:
-        """What the source calls the image of record `index` (its path, key or id), without reading it."""
+        """The name of record `index`'s image in the source (its path, key or id), without reading it."""
 
     def fingerprint(self) -> str:
-        """A hash of the content: equal in every process and under every path."""
+        """A hash of the content, equal in every process and wherever the files are."""
 
     def __repr__(self) -> str:
-        """What the source is, without addresses."""
+        """A description of the source, without memory addresses."""
 
 
 def checked(index: int, length: int) -> int:
-    """The index of a record that exists; raises IndexError for another, negative ones too."""
+    """The index of a record that exists; raises IndexError if it does not, or is negative."""
     if not 0 <= index < length:
         raise IndexError(f"record {index} of {length}")
     return index

@@ -1,4 +1,4 @@
-"""Pairs that --mode=prepare packed, read by index: `codebook_jax.data.packing` says what is in the folder."""
+"""Pairs that --mode=prepare packed, read by index: `codebook_jax.data.packing` describes the folder."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
 _INDEXES_HELD = 8
-_READER_OPTIONS = "readahead_buffer_size:0"  # records are read alone, in no order
+_READER_OPTIONS = "readahead_buffer_size:0"  # records are read singly, in random order
 _READER_BUFFER_BYTES = 1 << 15
 
 Opened = TypeVar("Opened")
 
 
 class Images(NamedTuple):
-    """Which records of the shards are one image with several captions."""
+    """Groups the records of the shards that belong to one image."""
 
-    members: np.ndarray  # int64 [records], those of an image side by side
+    members: np.ndarray  # int64 [records]; those of an image are adjacent
     first: np.ndarray  # int64 [images + 1]: where the members of each begin
 
 
 class Records:
-    """The records of a packed folder; files are opened when they are first read from.
+    """The records of a packed folder; files are opened on first use.
 
-    To evaluate (`merge`), records of one image id with the same picture are one with all their captions.
+    For evaluation (`merge`), records of one image id with the same picture are merged into one with all captions.
     """
 
     def __init__(self, folder: str, manifest: Manifest, *, merge: bool, damaged: str) -> None:
-        """`damaged` shards are missing or of another size: "refuse" raises UserError, "skip" leaves them out."""
+        """`damaged`: "refuse" raises UserError if a shard is missing or has another size, "skip" leaves it out."""
         self._folder = os.fspath(folder)
         self._shards, self.left_out = _sound(self._folder, manifest, damaged)
         self._starts = np.cumsum([0, *(shard.records for shard in self._shards)])
@@ -66,7 +66,7 @@ class Records:
         content = self._content(shard, place)
         alone = self._images is None
         captions = _with_words(content["captions"]) if alone else self.captions(index)
-        if not captions:  # packed before these were left out
+        if not captions:  # packed by an older version, which kept them
             raise WithoutCaption(f"{self._folder}/{shard.file}, record {place} {NO_CAPTION}")
         return Record(content["image"], captions, content["image_id"])
 
@@ -96,12 +96,12 @@ class Records:
         return self._shards[which], int(own - self._starts[which])
 
     def _content(self, shard: Shard, place: int) -> dict[str, Any]:
-        """A record as it was packed; raises UnreadableImage where the shard no longer holds it."""
+        """A packed record; raises UnreadableImage if the shard no longer holds it."""
         try:
             return unpack(self._readers[shard.file].read([place])[0])
         except (
             Exception
-        ) as failure:  # ArrayRecord raises RuntimeError and IndexError, msgpack all kinds
+        ) as failure:  # RuntimeError and IndexError of ArrayRecord, many kinds of msgpack
             why = str(failure).split(";")[0].splitlines()[0] if str(failure) else repr(failure)
             raise UnreadableImage(
                 f"{self._folder}/{shard.file}, record {place}: {why}"
@@ -115,11 +115,11 @@ class Records:
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
                 f"{self._folder}/{index_name(shard.file)}, line {place + 1} cannot be read ({failure}): run the "
-                "same --mode=prepare command again, it remakes what is damaged"
+                "same --mode=prepare command again; it repacks damaged shards"
             ) from failure
 
     def _merged(self) -> Images:
-        """Which records are one image, in the order in which images first appear; reads all indexes."""
+        """The records of each image, in order of first appearance; reads all indexes."""
         numbers: dict[tuple[int, str], int] = {}
         images = array("q")
         for own in range(int(self._starts[-1])):
@@ -145,14 +145,14 @@ def _with_words(captions: Iterable[str]) -> tuple[str, ...]:
 def _sound(
     folder: str, manifest: Manifest, damaged: str
 ) -> tuple[tuple[Shard, ...], list[tuple[str, str]]]:
-    """(shards whose files are there in full, (file, why) of the others); raises UserError as `damaged` says."""
+    """(shards with complete files, (file, why) of the others); raises UserError if `damaged` is "refuse"."""
     wrong = dict(misfits(folder, manifest.shards))
     if wrong and damaged == "refuse":
         why = next(iter(wrong.values()))
         more = f", and {len(wrong) - 1} more shards are damaged" if len(wrong) > 1 else ""
         raise UserError(
-            f"{folder}: {why}{more}: run the same --mode=prepare command again, it remakes what is damaged; or go "
-            "without with --config.data.damaged_shards=skip"
+            f"{folder}: {why}{more}: run the same --mode=prepare command again, it repacks damaged "
+            "shards; or leave them out with --config.data.damaged_shards=skip"
         )
     sound = tuple(s for number, s in enumerate(manifest.shards) if number not in wrong)
     if not sum(shard.records for shard in sound):
@@ -170,7 +170,7 @@ def _sound(
 
 
 class _Recent(Generic[Opened]):
-    """What was opened last, by name; others are opened again when asked for. For several threads."""
+    """Keeps the last opened files by name, and reopens others when needed. Safe to use from several threads."""
 
     def __init__(self, opens: Callable[[str], Opened], most: int) -> None:
         self._opens, self._most = opens, most
@@ -181,13 +181,13 @@ class _Recent(Generic[Opened]):
             if name in self._held:
                 self._held.move_to_end(name)
                 return self._held[name]
-        opened = self._opens(name)  # not under the lock: on a network disk all threads would wait
+        opened = self._opens(name)  # outside the lock: on a network disk all threads would wait
         with self._lock:
             self._held[name] = opened
             while len(self._held) > self._most:
                 self._held.popitem(
                     last=False
-                )  # closes when the last thread that reads from it is done
+                )  # it closes when the last thread reading from it is done
         return opened
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class _Recent(Generic[Opened]):
 
 
 class _Reader:
-    """Opens the shard of a name. A class, so that it can be pickled."""
+    """Opens a shard by name. A class, so that it can be pickled."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -214,7 +214,7 @@ class _Reader:
 
 
 class _Index:
-    """Reads the lines of the index beside the shard of a name."""
+    """Reads the lines of a shard's index by the shard's name."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -224,7 +224,7 @@ class _Index:
 
 
 def _most_readers() -> int:
-    """How many shards a source keeps open: a quarter of what this process may, for a mixture has several."""
+    """How many shards a source keeps open: a quarter of the process's limit, since a mixture has several sources."""
     import resource
 
     return max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))

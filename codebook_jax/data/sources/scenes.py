@@ -1,4 +1,4 @@
-"""The built-in scenes as sources: made when they are read, from nothing but numbers."""
+"""The built-in scenes as sources: each is generated from its number when it is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TrainingScenes:
-    """`examples` scenes to train on, drawn by `seed`, with four captions each."""
+    """`examples` training scenes, drawn with `seed`, with four captions each."""
 
     def __init__(self, examples: int, seed: int, size_px: int) -> None:
         self._examples, self._seed, self._size_px = examples, seed, size_px
@@ -70,15 +70,15 @@ class EvaluationScenes:
 
 
 def open_scenes(request: Request) -> TrainingScenes | EvaluationScenes:
-    """`scenes` in every role, and `scenes:hard` to evaluate with."""
+    """`scenes` in every role, and `scenes:hard` for evaluation."""
     settings = request.settings
     if request.place not in ("", "hard"):
-        raise UserError(f"there are no scenes:{request.place}: use scenes or scenes:hard")
+        raise UserError(f"scenes:{request.place} does not exist: use scenes or scenes:hard")
     if request.role != "train":
         return EvaluationScenes(request.role, settings.size_px, hard=request.place == "hard")
     if request.place:
         raise UserError(
-            "scenes:hard is for evaluation alone: train on scenes, and name it in config.data.eval "
+            "scenes:hard is for evaluation only: train on scenes, and name it in config.data.eval "
             "or config.data.test"
         )
     if settings.scenes_examples < 1:

@@ -1,7 +1,7 @@
-"""Pairs in a table, CSV or TSV: a row a pair, the columns named by the first row or numbered from 0.
+"""Pairs in a table, CSV or TSV: one pair per row, the columns named by the first row or numbered from 0.
 
-CSV may also have semicolons or tabs between its columns, which its first row tells.
-Rows of the same image are the same image. Fields may stand in quotes; `?quotes=none` takes quotes as they are.
+CSV columns may also be separated by semicolons or tabs, whichever fits the first row. Rows with the same path or id
+are the same image. Fields may be quoted; with `?quotes=none` quotes have no meaning.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from codebook_jax.errors import UserError
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
-SEPARATORS = {"csv": ",;\t", "tsv": "\t"}  # that a form can have, the usual one first
+SEPARATORS = {"csv": ",;\t", "tsv": "\t"}  # allowed in each form, the usual one first
 _CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
-USUAL = {  # what columns are called, as first found; not "id", which numbers rows as often as images
+USUAL = {  # names of columns, first match wins; not "id", which often numbers rows, not images
     "image": (
         *("image", "image_path", "image_name", "filepath", "file_path", "filename", "file_name"),
         *("file", "path", "url"),
@@ -30,12 +30,12 @@ USUAL = {  # what columns are called, as first found; not "id", which numbers ro
 
 
 class Columns(NamedTuple):
-    """Where the parts of a pair stand in a row."""
+    """The positions of the parts of a pair in a row."""
 
     image: int
     caption: int
     id: int | None
-    count: int  # of cells in every row
+    count: int  # cells in every row
     headed: bool  # whether the first row names them
 
 
@@ -50,7 +50,7 @@ def open_tsv(request: Request) -> Listed:
 
 
 def table_entries(path: str, form: str, options: Mapping[str, str]) -> Iterator[Entry]:
-    """The entries of a file; raises UserError, with the line, for a row that is no pair."""
+    """The entries of a file; raises UserError, naming the line, if a row is not a pair."""
     rows, first, columns = _begun(path, form, options)
     if not columns.headed:
         yield _entry(path, *first, columns)
@@ -61,14 +61,14 @@ def table_entries(path: str, form: str, options: Mapping[str, str]) -> Iterator[
 def _begun(
     path: str, form: str, options: Mapping[str, str]
 ) -> tuple[Iterator[tuple[int, list[str]]], tuple[int, list[str]], Columns]:
-    """(the rows after the first, the first, the columns) with the first separator under which there are columns."""
+    """(the rows after the first, the first, the columns) with the first separator that gives the columns."""
     plain, failures = _plain(path, form, options), []
     for separator in SEPARATORS[form]:
         rows = _rows(path, form, separator, plain=plain)
         try:
             first = next(rows, None)
             if first is None:
-                raise UserError(f"{path} is empty: give a table with a row for each pair")
+                raise UserError(f"{path} is empty: give a table with one pair per row")
             return rows, first, columns_of(path, form, first[1], options)
         except UserError as failure:
             failures.append(failure)
@@ -76,9 +76,9 @@ def _begun(
 
 
 def columns_of(path: str, form: str, first: Sequence[str], options: Mapping[str, str]) -> Columns:
-    """The columns that the options ask for, by name or number, else those with usual names in the first row.
+    """The columns that the options name or number, else those with usual names in the first row.
 
-    Raises UserError for a file whose columns stay unknown.
+    Raises UserError if a column cannot be found.
     """
     names = [name.strip().lower() for name in first]
     given = {part: options.get(f"{part}_key") for part in USUAL}
@@ -111,21 +111,21 @@ def _open(request: Request, form: str) -> Listed:
 
 
 def _plain(path: str, form: str, options: Mapping[str, str]) -> bool:
-    """Whether quotes are nothing but quotes."""
+    """Whether quotes have no meaning."""
     quotes = options.get("quotes", "csv")
     if quotes not in ("csv", "none"):
-        raise UserError(f"{form}:{path}: quotes={quotes} is neither csv nor none")
+        raise UserError(f"{form}:{path}: quotes={quotes} is not valid: use quotes=csv or quotes=none")
     return quotes == "none"
 
 
 def _rows(
     path: str, form: str, separator: str, *, plain: bool
 ) -> Iterator[tuple[int, list[str]]]:
-    """(number of the line on which it begins, cells) of every row that is not blank."""
+    """(number of its first line, cells) of every row that is not blank."""
     quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
     wanted = f"the path of a table with {_CALLED[SEPARATORS[form][0]]} between its columns after {form}:"
     with reading(path, wanted), open(path, encoding="utf-8-sig", newline="") as file:
-        # Strict: a stray quote would else swallow the rows up to the next one.
+        # Strict: otherwise a stray quote would swallow the rows up to the next one.
         reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
         while True:
             line = reader.line_num + 1
@@ -133,8 +133,8 @@ def _rows(
                 row = next(reader, None)
             except csv.Error as failure:
                 raise UserError(
-                    f"{path} line {line} is no row of a table ({failure}): put fields that hold quotes in quotes, "
-                    "with those inside doubled, or add ?quotes=none where quotes mean nothing"
+                    f"{path} line {line} is not a valid row ({failure}): quote fields that contain quotes, "
+                    "doubling those inside, or add ?quotes=none if quotes have no meaning"
                 ) from failure
             if row is None:
                 return
@@ -146,14 +146,14 @@ def _entry(path: str, line: int, row: Sequence[str], columns: Columns) -> Entry:
     where = f"{path} line {line}"
     if len(row) != columns.count:
         more = len(row) > columns.count
-        cure = "put fields that hold one in quotes" if more else "write the row with all of them"
+        cure = "quote the fields that contain one" if more else "complete the row"
         raise UserError(
             f"{where} has {len(row)} cell{'s' * (len(row) != 1)}, the first row {columns.count}: "
-            f"{'a separator too many' if more else 'one is missing'}, {cure}"
+            f"{'it has extra separators' if more else 'cells are missing'}, {cure}"
         )
     image, caption = row[columns.image].strip(), row[columns.caption]
     if not image:
-        raise UserError(f"{where} names no image: give its path, or remove the row")
+        raise UserError(f"{where} has no image: give its path, or remove the row")
     key = row[columns.id].strip() if columns.id is not None else ""
     return Entry(where, image, (caption,) if has_words(caption) else (), key or None)
 
@@ -162,12 +162,12 @@ def _no_column(path: str, form: str, part: str, key: str | None, first: Sequence
     others = (other for other in SEPARATORS["csv"] if other not in SEPARATORS[form])
     found = next((other for other in others if other in first[0]), None)
     if len(first) == 1 and found:
-        return f"{path} has {_CALLED[found]} between its columns: read it with csv:{path}"
+        return f"{path} has columns separated by {_CALLED[found]}: read it with csv:{path}"
     shown = keys_of([name[:40] for name in first])
     if key is not None:
-        return f"{path} has no column {key!r} for ?{part}_key (its first row: {shown}): name one of it, or number from 0"
+        return f"{path} has no column {key!r} for ?{part}_key (its first row: {shown}): use one of these, or a number from 0"
     usual = ", ".join(USUAL[part])
     return (
-        f"{path} names no column of {part}s ({usual}) in its first row ({shown}): name one as ?{part}_key=NAME, or, "
-        "where the first row is a pair already, number them from 0 as ?image_key=0&caption_key=1"
+        f"{path} has no column with a usual name for {part}s ({usual}) in its first row ({shown}): name it with "
+        f"?{part}_key=NAME, or, if the first row is already a pair, number the columns: ?image_key=0&caption_key=1"
     )

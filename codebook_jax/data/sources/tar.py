@@ -1,8 +1,8 @@
-"""Tar shards of samples, as img2dataset writes them (WebDataset's format), read by index.
+"""Tar shards of samples, as written by img2dataset (WebDataset's format), read by index.
 
 A sample is an image, KEY.jpg (or png, webp, gif, bmp), with its caption in KEY.txt, or under "caption" in KEY.json. KEY is
-the whole name up to its last dot; members of a sample need not be side by side. The headers are read once, when the
-source is opened; images stay in the shards until they are asked for.
+the whole name up to its last dot; members of a sample need not be adjacent. The headers are read once, when the
+source is opened; images are read from the shards when needed.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from codebook_jax.errors import UserError
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
 
-_INDEXING_THREADS = 4  # they wait for the disk together; more of them get into each other's way
+_INDEXING_THREADS = 4  # they mostly wait for the disk; more are slower
 _MOST_OPEN = 128
 _COMPRESSED = re.compile(rf"(.+)\.(?:tar\.({'|'.join(COMPRESSED)})|t({'|'.join(COMPRESSED)}))")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class Shards:
-    """The samples of tar shards, in the order of the shards; files are opened when they are first read from.
+    """The samples of tar shards, in the order of the shards; files are opened on first use.
 
-    No two samples are known to be the same image: the id is the number of the record. Samples without an image or
-    without a caption are left out and counted, and so are images and texts that samples have besides.
+    The format cannot say that two samples are the same image, so the id is the number of the record. Samples without an
+    image or a caption are left out and counted, and so are further images and texts of a sample.
     """
 
     def __init__(
         self, place: str, paths: Sequence[str], caption_key: str | None, *, damaged: str
     ) -> None:
-        """`damaged` shards are missing or cut short, have a member twice, or a text that is not UTF-8: "refuse" raises
-        UserError, "skip" goes without what is damaged.
+        """`damaged`: if a shard is missing or truncated, or has a duplicate member or a text that is not UTF-8,
+        "refuse" raises UserError and "skip" leaves the affected samples out.
 
-        With `caption_key`, captions are what the JSON files have there. Raises UserError where nothing is left.
+        With `caption_key`, captions are the values at that key of the JSON files. Raises UserError if none is left.
         """
         self._place, self._paths, self._caption_key = place, tuple(paths), caption_key
         with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
@@ -69,7 +69,7 @@ class Shards:
         self._indexes = tuple(indexes)
         self._starts = np.cumsum([0, *(len(index.keys) for index in indexes)])
         self.left_out = _left_out(paths, indexes)
-        further = sum(len(index.further) for index in indexes)  # of samples that are listed
+        further = sum(len(index.further) for index in indexes)  # members of listed samples
         self.listed = len(self) + len(self.left_out) - further
         if not len(self):
             raise UserError(_nothing(place, self.left_out))
@@ -91,7 +91,7 @@ class Shards:
             return self._captions(*self._found(index))
         except UnreadableImage as failure:
             raise UserError(
-                f"{failure}: see that the disk is there and the shard whole, then start again"
+                f"{failure}: check that the disk is mounted and the shard complete, then start again"
             ) from failure
 
     def name(self, index: int) -> str:
@@ -125,7 +125,7 @@ class Shards:
         return captions
 
     def _read(self, which: int, own: int, start: int, size: int) -> bytes:
-        """A part of a shard; raises UnreadableImage where it cannot be read, or is no longer there."""
+        """A part of a shard; raises UnreadableImage if it cannot be read or is no longer there."""
         try:
             content = self._files[self._paths[which]].read(int(start), int(size))
         except OSError as failure:
@@ -138,20 +138,20 @@ class Shards:
 
 
 def open_webdataset(request: Request) -> Shards:
-    """`webdataset:PLACE`: a tar file, a folder of them, or several as `*.tar` or `{00000..00331}.tar`."""
+    """`webdataset:PLACE`: a tar file, a folder of them, or a pattern such as `*.tar` or `{00000..00331}.tar`."""
     damaged = request.settings.damaged_shards
     paths = shard_paths(request.place)
     return Shards(request.place, paths, request.options.get("caption_key"), damaged=damaged)
 
 
 def shard_paths(place: str) -> list[str]:
-    """The shards that a place names, a pattern's and a folder's sorted; raises UserError where there are none.
+    """The shards that a place names, sorted for a pattern or a folder; raises UserError if there are none.
 
-    What is named in full, ranges in braces too, need not be there.
+    Shards named in full, also by ranges in braces, need not exist.
     """
     if "://" in place or place.startswith("pipe:"):
         raise UserError(
-            f"webdataset:{place} is not on this machine: download the shards and give their path"
+            f"webdataset:{place} is not a path on this machine: download the shards and give their path"
         )
     if os.path.isdir(place):
         return _shards_in(place)
@@ -164,14 +164,14 @@ def shard_paths(place: str) -> list[str]:
         paths += found or ([] if glob.has_magic(path) else [path])
     if not paths:
         raise UserError(
-            f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, or several as "
+            f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, or a pattern such as "
             "data/*.tar or data/{00000..00331}.tar"
         )
     return paths
 
 
 def _shards_in(folder: str) -> list[str]:
-    """The shards of a folder; raises UserError where one of them is there compressed alone."""
+    """The shards of a folder; raises UserError if one exists only compressed."""
     held = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
     _refuse_compressed(held)
     paths = [path for path in held if path.endswith(".tar")]
@@ -183,7 +183,7 @@ def _shards_in(folder: str) -> list[str]:
 
 
 def _refuse_compressed(paths: Sequence[str]) -> None:
-    """Raises UserError where one of these files is a compressed shard that is not there unpacked."""
+    """Raises UserError if one of these files is a compressed shard without its unpacked version."""
     there = set(paths)
     for path in paths:
         found = _COMPRESSED.fullmatch(path)
@@ -193,7 +193,7 @@ def _refuse_compressed(paths: Sequence[str]) -> None:
 
 
 def _unfolded(place: str) -> list[str]:
-    """The paths that ranges {00..12} and lists {a,b} in braces stand for, as a shell has them."""
+    """The paths that ranges {00..12} and lists {a,b} in braces expand to, as in a shell."""
     choices = []
     for number, part in enumerate(re.split(r"\{([^{}]*)\}", place)):
         bounds = _RANGE.fullmatch(part)
@@ -222,22 +222,22 @@ def _refusal(path: str, index: Index) -> str:
     if index.damage.startswith("is compressed"):
         return f"{path} {index.damage}"
     if index.damage:
-        return f"{path} {index.damage}: fetch it again, or go without what is missing with {skip}"
+        return f"{path} {index.damage}: download it again, or leave the missing part out with {skip}"
     more = f" (and {len(index.faults) - 1:,} more such samples)" if len(index.faults) > 1 else ""
     return (
-        f"{path}: {index.faults[0]}{more}: pack the shard anew, each name once and texts in UTF-8, or leave such "
-        f"samples out with {skip}"
+        f"{path}: {index.faults[0]}{more}: pack the shard again with unique names and texts in UTF-8, or leave "
+        f"such samples out with {skip}"
     )
 
 
 def _left_out(paths: Sequence[str], indexes: Sequence[Index]) -> list[tuple[str, str]]:
-    """(name, why) of samples, of further members of those that are used, and of shards that are damaged."""
+    """(name, why) of samples left out, of further members of used samples, and of damaged shards."""
     left_out = []
     for path, index in zip(paths, indexes, strict=True):
         shard, unused = os.path.basename(path), index.left_out + index.further
         left_out += [(f"{shard}/{name}", f"{shard}/{name} {why}") for name, why in unused]
         if index.damage:
-            left_out.append((shard, f"{path} {index.damage}: what would follow is left out"))
+            left_out.append((shard, f"{path} {index.damage}: the rest is left out"))
     return left_out
 
 
@@ -246,7 +246,7 @@ def _nothing(place: str, left_out: Sequence[tuple[str, str]]) -> str:
         return f"webdataset:{place} has no samples: give shards that hold KEY.jpg and KEY.txt"
     return (
         f"webdataset:{place} has no sample with an image and a caption (first: {left_out[0][1]}): give shards that "
-        "hold KEY.jpg and KEY.txt, or name where the caption stands in KEY.json as ?caption_key=NAME"
+        "hold KEY.jpg and KEY.txt, or name the caption's key in KEY.json with ?caption_key=NAME"
     )
 
 
@@ -255,7 +255,7 @@ def _summary(path: str, index: Index) -> str:
 
 
 class _File:
-    """An open file that several threads read from; closed when the last of them has let go of it."""
+    """An open file that several threads read from; closed when the last of them releases it."""
 
     def __init__(self, path: str) -> None:
         self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -269,7 +269,7 @@ class _File:
 
 
 class _Files:
-    """Files by path, those read from last kept open; in another process they are opened anew."""
+    """Files by path; keeps the most recently used open, and reopens them in another process."""
 
     def __init__(self) -> None:
         self._lock, self._open = threading.Lock(), OrderedDict()
@@ -279,7 +279,7 @@ class _Files:
             if path in self._open:
                 self._open.move_to_end(path)
                 return self._open[path]
-        file = _File(path)  # not under the lock: on a network disk all threads would wait
+        file = _File(path)  # outside the lock: on a network disk all threads would wait
         with self._lock:
             self._open[path] = file
             if len(self._open) > _MOST_OPEN:

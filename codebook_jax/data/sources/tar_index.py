@@ -1,4 +1,4 @@
-"""What is where in one tar shard of samples: found once by its headers, without reading the images."""
+"""The index of one tar shard: where each sample is, from the headers, without reading the images."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from codebook_jax.data.text import has_words
 from codebook_jax.strict_json import parse_json
 
 IMAGES = (b"jpg", b"jpeg", b"png", b"webp", b"gif", b"bmp")
-COMPRESSED = {  # how a name ends -> (how the file begins, what unpacks it)
+COMPRESSED = {  # end of the name -> (first bytes of the file, program that unpacks it)
     "gz": (b"\x1f\x8b", "gzip"),
     "bz2": (b"BZh", "bzip2"),
     "xz": (b"\xfd7zXZ\0", "xz"),
     "zst": (b"\x28\xb5\x2f\xfd", "zstd"),
 }
 _BLOCK = 512
-_WINDOW = 8192  # at a time: of a sample all but its image
-_FILES = (ord("0"), 0)  # the kinds of members that are files
-_MORE = ord("x")  # ... and of what the header of the next one cannot hold
+_WINDOW = 8192  # bytes read at a time: all of a sample but its image
+_FILES = (ord("0"), 0)  # types of members that are files
+_MORE = ord("x")  # type of a member that extends the next header
 _CUT_SHORT = (tarfile.TruncatedHeaderError, tarfile.SubsequentHeaderError)
 
 
 class Place(NamedTuple):
-    """Where a member's content is in its shard."""
+    """The position of a member's content in its shard."""
 
     start: int
     size: int
@@ -43,31 +43,31 @@ class Index(NamedTuple):
 
     keys: Texts
     places: np.ndarray  # int64 [samples, 4]: start and size of the image, of the caption
-    in_json: np.ndarray  # bool [samples]: whether the caption stands in a JSON file
+    in_json: np.ndarray  # bool [samples]: whether the caption is in a JSON file
     left_out: list[tuple[str, str]]  # (key, why) of the others
-    further: list[tuple[str, str]]  # (member, why) of images and texts that samples have besides
-    faults: list[str]  # members that are there twice or not UTF-8; their samples are left out
+    further: list[tuple[str, str]]  # (member, why) of further images and texts of samples
+    faults: list[str]  # duplicate members, or texts not in UTF-8; their samples are left out
     fingerprint: str  # of names and sizes
-    damage: str  # where and how the shard ends before its end; empty: it does not
+    damage: str  # where and how the shard is truncated or damaged; empty if it is not
 
 
 class Damaged(Exception):
-    """Where and how a shard ends before its end, for "it ..."."""
+    """Where and how a shard is truncated or damaged; the message is a predicate, such as "is empty"."""
 
 
 class _Kind(enum.IntEnum):
-    """What a member can be to a sample."""
+    """The role of a member in a sample."""
 
     OTHER = 0
     IMAGE = 1
-    TEXT = 2  # that holds a caption
+    TEXT = 2  # with a caption
     JSON = 3
     BLANK = 4  # a text without a caption
     ENCODED = 5  # a text that is not UTF-8
 
 
 class _Members(NamedTuple):
-    """The members of a shard, without an object for each: a file may hold millions."""
+    """The members of a shard, as arrays, not objects: a file may hold millions."""
 
     names: Texts
     places: np.ndarray  # int64 [members, 2]: start and size
@@ -77,7 +77,7 @@ class _Members(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """Members whose names are alike up to the last dot are one sample; -1 where it has none of a kind."""
+    """Members with the same name up to the last dot are one sample; -1 if it has none of a kind."""
 
     first: np.ndarray  # int64 [samples], the first member of each
     which: np.ndarray  # int32 [members], the sample of each
@@ -87,11 +87,11 @@ class _Samples(NamedTuple):
 
 
 def index_shard(path: str, caption_key: str | None) -> Index:
-    """The samples of the shard at `path`; with `caption_key`, captions are those that its JSON files have there.
+    """The samples of the shard at `path`; with `caption_key`, captions are the values at that key of its JSON files.
 
     An image and its caption have the same name up to the last dot, and may be anywhere in the shard. An image or text
-    without such a partner is a further member of the sample named by what is before its first dot, as in WebDataset
-    (0001.seg.png of 0001), or else left out. Raises OSError for a file that cannot be read.
+    without such a partner is a further member of the sample named before its first dot, as in WebDataset (0001.seg.png
+    of 0001), or left out if there is no such sample. Raises OSError if the file cannot be read.
     """
     with open(path, "rb") as file:
         window = _Window(file)
@@ -101,7 +101,7 @@ def index_shard(path: str, caption_key: str | None) -> Index:
         lacking = _lacking(members, samples, window, caption_key)
     lacking |= {sample: f"cannot be used: {fault}" for sample, fault in faults.items()}
     if damage and len(samples.which):
-        lacking[int(samples.which[-1])] = ""  # it may lack what would follow, and is not counted
+        lacking[int(samples.which[-1])] = ""  # its other members may be cut off, so it is not counted
     whole = np.ones(len(samples.first), bool)
     whole[list(lacking)] = False
     left_out, further = _left_out(members, samples, lacking, whole)
@@ -120,9 +120,9 @@ def index_shard(path: str, caption_key: str | None) -> Index:
 
 
 def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
-    """The captions, without those that have no words, that a text file (`key` None) or a JSON file at `key` holds.
+    """The captions with words of a text file (`key` None), or at `key` of a JSON file.
 
-    Raises ValueError for a text that is not UTF-8, and for what is not JSON.
+    Raises ValueError if the text is not UTF-8, or not JSON.
     """
     if key is None:
         texts = [content.decode("utf-8-sig")]
@@ -135,12 +135,12 @@ def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
 
 
 def unpacking(tool: str) -> str:
-    """What to do about a shard that `tool` has compressed."""
+    """What to do about a shard compressed with `tool`."""
     return f"unpack it with `{tool} -dc FILE > NAME.tar`, for images are read in no order"
 
 
 def _read_members(window: _Window, *, texts: bool) -> tuple[_Members, str]:
-    """(the members with a suffix, where and how the shard ends before its end)."""
+    """(the members with a suffix, where and how the shard is damaged)."""
     names, places, kinds = Packer(), array("q"), array("b")
     hashes, stems, damage = array("q"), array("q"), ""
     try:
@@ -170,7 +170,7 @@ def _kind(suffix: bytes, place: Place, window: _Window, *, texts: bool) -> _Kind
         return _Kind.JSON
     if suffix != b"txt" or not texts:
         return _Kind.OTHER
-    try:  # now, while the window is here: it costs no further read
+    try:  # now, while the window holds it: no further read
         return _Kind.TEXT if captions_of(window.read(*place), None) else _Kind.BLANK
     except ValueError:
         return _Kind.ENCODED
@@ -181,19 +181,19 @@ def _grouped(members: _Members) -> _Samples:
 
     def first_of(kind: _Kind) -> np.ndarray:
         rows, found = np.flatnonzero(members.kinds == kind)[::-1], np.full(len(first), -1)
-        found[which[rows]] = rows  # of several the last that is written: the first one
+        found[which[rows]] = rows  # of several, the last one written wins: the first member
         return found
 
     return _Samples(first, which, *map(first_of, (_Kind.IMAGE, _Kind.TEXT, _Kind.JSON)))
 
 
 def _faults(members: _Members, samples: _Samples, window: _Window) -> dict[int, str]:
-    """{sample: what is wrong} of samples with a name twice, or with nothing but a text that is not UTF-8."""
+    """{sample: what is wrong} of samples with a duplicate name, or whose only text is not UTF-8."""
     faults = {}
     names, counts = np.unique(members.hashes, return_counts=True)
     twice = np.isin(members.hashes, names[counts > 1]) & (members.kinds != _Kind.OTHER)
     for row in np.flatnonzero(twice).tolist():
-        faults[int(samples.which[row])] = f"{members.names[row]} is there more than once"
+        faults[int(samples.which[row])] = f"{members.names[row]} occurs more than once"
     for row in np.flatnonzero(members.kinds == _Kind.ENCODED).tolist():
         sample = int(samples.which[row])
         if samples.image[sample] >= 0 and samples.text[sample] < 0:
@@ -207,7 +207,7 @@ def _faults(members: _Members, samples: _Samples, window: _Window) -> dict[int, 
 def _lacking(
     members: _Members, samples: _Samples, window: _Window, caption_key: str | None
 ) -> dict[int, str]:
-    """{sample: why} of those without an image or a caption."""
+    """{sample: why} of samples without an image or a caption."""
     kinds = ", ".join(suffix.decode() for suffix in IMAGES)
     no_text = "no .json" if caption_key else "no text in a .txt, and no .json"
     key, lacking = caption_key or "caption", {}
@@ -225,14 +225,14 @@ def _lacking(
             except ValueError as failure:
                 lacking[sample] = f"has no caption: its .json cannot be read ({failure})"
     for sample in lacking.keys() & linked:
-        lacking[sample] += ", but a link or a file with holes, of which a shard holds nothing"
+        lacking[sample] += ", only a link or a sparse file, whose content is not in the shard"
     return lacking
 
 
 def _left_out(
     members: _Members, samples: _Samples, lacking: dict[int, str], whole: np.ndarray
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """((key, why) of samples that lack something, (member, why) of what whole samples have besides)."""
+    """((key, why) of samples that lack something, (member, why) of further members of complete samples)."""
     keys = set(members.stems[samples.first[whole]].tolist()) if lacking else set()
     left_out, owned = [], whole.copy()
     for sample, why in sorted(lacking.items()):
@@ -250,7 +250,7 @@ def _left_out(
         first, count = further.get(suffix, (owner, 0))
         further[suffix] = first, count + 1
     return left_out, [
-        (first + suffix, f"is no pair but a further member of {first}, as {count:,} *{suffix} here")
+        (first + suffix, f"is not a pair but a further member of {first}, like {count:,} *{suffix} here")
         for suffix, (first, count) in further.items()
     ]
 
@@ -260,22 +260,22 @@ def _stem(name: str) -> str:
 
 
 def _owner(key: str) -> str:
-    """The key that WebDataset gives a member: its path up to the first dot of the name."""
+    """WebDataset's key of a member: its path up to the first dot of the name."""
     folder = key.rfind("/") + 1
     return key[:folder] + key[folder:].partition(".")[0]
 
 
 def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
-    """(name, place) of every file, the size -1 for a link or a file with holes; raises Damaged.
+    """(name, place) of every file, with size -1 for a link or a sparse file; raises Damaged.
 
-    The standard library's reader takes ten times as long. It is asked for what few archives have: long names, links,
-    sizes of gigabytes.
+    The standard library's reader takes ten times as long, and is used only for rare headers: long names, links, sizes
+    of gigabytes.
     """
     at, unusual = 0, None
     while True:
         head = window.read(at, _BLOCK)
         if head[:1] == b"\0" and head.count(0) == _BLOCK:
-            rest = window.read(at, 2 * tarfile.RECORDSIZE)  # an archive ends with its record
+            rest = window.read(at, 2 * tarfile.RECORDSIZE)  # an archive is padded to a whole record
             if rest.count(0) < len(rest):
                 raise Damaged(
                     f"goes on behind the end mark of an archive at byte {at:,}, as where cat has joined several "
@@ -301,7 +301,7 @@ def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
 
 
 def _plain_size(head: bytes) -> int:
-    """The size that a header says; -1 where it is no header that needs nothing but its name and size read."""
+    """The size in a plain header; -1 if reading it takes more than its name and size."""
     if head[257:262] != b"ustar" or head[345:346] != b"\0":
         return -1
     try:
@@ -315,7 +315,7 @@ def _padded(size: int) -> int:
 
 
 def _next(window: _Window, name: bytes, start: int, size: int) -> int:
-    """Where the header after a member is; raises Damaged where the file ends before."""
+    """The position of the header after a member; raises Damaged if the file ends before it."""
     if start + size > window.end:
         raise Damaged(f"ends inside {name.decode(errors='replace')}")
     return start + _padded(size)
@@ -326,13 +326,13 @@ class _StandardReader:
 
     def __init__(self, window: _Window) -> None:
         self._window = window
-        # Opened on an empty archive, for opening it on a damaged one fails.
+        # Opened on an empty archive, since opening a damaged one fails.
         nothing = io.BytesIO(bytes(2 * _BLOCK))
         self._tar = tarfile.TarFile(fileobj=nothing, errors="surrogateescape")
         self._tar.fileobj = window.file
 
     def member(self, at: int) -> tuple[bytes, Place, int]:
-        """(name, place, where the next header is) of the member whose header is at `at`; no name: it is no file."""
+        """(name, place, where the next header is) of the member whose header is at `at`; no name: not a file."""
         self._window.file.seek(at)
         try:
             found = tarfile.TarInfo.fromtarfile(self._tar)
@@ -350,7 +350,7 @@ class _StandardReader:
 
 
 def _reason(window: _Window, at: int, failure: Exception) -> str:
-    """What is said of a shard that has no header at `at`."""
+    """Why a shard has no header at `at`. Part of the fingerprint: rewording it changes the data of old runs."""
     if window.end == 0:
         return "is empty"
     start = window.read(0, 6)
@@ -365,14 +365,14 @@ def _reason(window: _Window, at: int, failure: Exception) -> str:
 
 
 class _Window:
-    """Reads small parts of a file, each near the one before."""
+    """Reads small parts of a file, each near the last."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.end = file, os.fstat(file.fileno()).st_size
         self._start, self._held = 0, b""
 
     def read(self, start: int, size: int) -> bytes:
-        """The bytes there; fewer where the file ends before."""
+        """The bytes there; fewer if the file ends first."""
         at = start - self._start
         if at < 0 or at + size > len(self._held):
             self._start, at = start, 0

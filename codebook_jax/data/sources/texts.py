@@ -1,4 +1,4 @@
-"""Millions of short texts, and of keys, without a Python object each: what they hold is all the memory they take."""
+"""Millions of short texts, and of keys, without a Python object each: they take only the memory of their content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Texts:
-    """A sequence of texts that never changes, as one run of UTF-8 bytes and where each begins."""
+    """An immutable sequence of texts, stored as one run of UTF-8 bytes and the start of each."""
 
     def __init__(self, packed: bytes, starts: np.ndarray) -> None:
         self._packed, self._starts = packed, starts
@@ -23,7 +23,7 @@ class Texts:
 
 
 class Packer:
-    """Gathers texts one at a time."""
+    """Collects texts one at a time."""
 
     def __init__(self) -> None:
         self._packed, self._starts = bytearray(), array("q", [0])
@@ -36,12 +36,12 @@ class Packer:
         self._starts.append(len(self._packed))
 
     def texts(self) -> Texts:
-        """What was added so far."""
+        """The texts added so far."""
         return Texts(bytes(self._packed), np.array(self._starts, np.int64))
 
 
 def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [kinds]: where each key first appears, int32 [keys]: its number), from 0 in the order of appearance."""
+    """(int64 [kinds]: where each key first appears, int32 [keys]: its number), from 0 in order of first appearance."""
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(first)
     places = np.empty(len(first), np.int32)
@@ -50,13 +50,13 @@ def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def short_hash(text: str) -> int:
-    """64 bits of a text's hash."""
+    """A 64-bit hash of a text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def not_utf8(failure: UnicodeDecodeError) -> str:
-    """What is wrong with a text, for "it ..."."""
+    """What is wrong with a text, as a predicate: "is not UTF-8 text ..."."""
     wrong = failure.object[failure.start : failure.end]
     before = failure.object[max(0, failure.start - 20) : failure.start].decode(errors="replace")
     return f"is not UTF-8 text (byte {wrong.hex()} after {before!r})"

@@ -34,7 +34,7 @@ def open_visual_genome(request: Request) -> Listed:
 
 
 def region_entries(path: str, root: str) -> Iterator[Entry]:
-    """The images of the file; raises UserError, with the place, for what is no description of regions."""
+    """The images of the file; raises UserError, naming the entry, if the file is not one of region descriptions."""
     paths: dict[int | str, str] | None = None
     for where, image in read_list(path, "vg"):
         regions = image.get("regions") if isinstance(image, dict) else None
@@ -51,14 +51,14 @@ def region_entries(path: str, root: str) -> Iterator[Entry]:
         paths = _paths(path, root) if paths is None else paths
         if (listed := spelled_as_in(paths, key)) not in paths:
             raise UserError(
-                f"{where} is of image {key}, which is neither in {IMAGE_DATA} nor in {' or '.join(FOLDERS)}: "
+                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in {' or '.join(FOLDERS)}: "
                 f"put the published {IMAGE_DATA} beside {path}"
             )
         yield Entry(where, paths[listed], tuple(phrases), key)
 
 
 def _paths(path: str, root: str) -> dict[int | str, str]:
-    """{image id: path below the root}, by image_data.json beside the file, else by what is in the folders."""
+    """{image id: path below the root}, from image_data.json beside the file, else from the folders."""
     beside = os.path.join(os.path.dirname(path), IMAGE_DATA)
     if os.path.exists(beside):
         return dict(_described(where, image) for where, image in read_list(beside, "vg"))
@@ -74,7 +74,7 @@ def _paths(path: str, root: str) -> dict[int | str, str]:
                 found[int(stem)] = f"{folder}/{name}"
     if not found:
         raise UserError(
-            f"nothing says in which of {' and '.join(FOLDERS)} an image of {path} is: put the published "
+            f"cannot tell which of {' and '.join(FOLDERS)} holds the images of {path}: put the published "
             f"{IMAGE_DATA} beside it, or set config.data.image_root to the folder that holds both (now {root or '.'})"
         )
     return found
@@ -86,6 +86,6 @@ def _described(where: str, image: Any) -> tuple[int | str, str]:
     parts = text_of(where, image, "url").split("/")
     if len(parts) < 2 or parts[-2] not in FOLDERS:
         raise UserError(
-            f'{where}, key "url": it does not end as VG_100K/NAME.jpg: give {IMAGE_DATA}'
+            f'{where}, key "url": it does not end in VG_100K/NAME.jpg: give the published {IMAGE_DATA}'
         )
     return key, "/".join(parts[-2:])
