@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import axes, memory, sharding
+from codebook_jax import axes, memory, modes, sharding
 from codebook_jax import workdir as records
 from codebook_jax.checks import check
 from codebook_jax.data.batch import Batch
@@ -194,6 +194,28 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
     return Parts(config, mesh, None, None, tokenizer, task_of(config, tokenizer, mesh))
 
 
+def with_own_data(
+    config: ml_collections.ConfigDict, workdir: Path, named: Container[str]
+) -> ml_collections.ConfigDict:
+    """The config to use a trained run with: its data settings are the run's, except the fields in `named`.
+
+    A config file has data settings of its own, such as the built-in scenes, which the flags of the training replaced.
+    Prints each one that is not used.
+    """
+    record = records.read_record(workdir)
+    if record is None:
+        return config
+    own = records.recorded_config(record).to_dict()
+    kept = {
+        name: old
+        for name, (old, new) in records.changed_fields(own, config.to_dict()).items()
+        if name.startswith("data.") and records.kind_of(name) == "free" and name not in named
+    }
+    for name, value in kept.items():
+        say(f"config.{name}={value}, the run's own: name it by a flag to change it")
+    return records.with_fields(config, kept)
+
+
 def task_of(
     config: ml_collections.ConfigDict, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> Any:
@@ -285,7 +307,7 @@ def whereabouts(config: ml_collections.ConfigDict, workdir: Path) -> str:
     return (
         f"written to  {workdir}: checkpoints every {kept.every_steps:,} steps (the newest {kept.keep} and the best), "
         "metrics.jsonl\n"
-        f"watch it    tensorboard --logdir={shlex.quote(str(workdir))}\n"
+        f"watch it    {modes.command_line('report', workdir)}, or tensorboard --logdir={shlex.quote(str(workdir))}\n"
         "stop it     Ctrl-C saves and exits; the same command continues from there"
     )
 
@@ -301,6 +323,8 @@ def _validation(parts: Parts) -> str:
     config = parts.config
     own = config.data.train.split(":")[0] != "scenes"
     spec = _named(config.data.eval) if own else config.data.eval
+    if spec != config.data.eval:
+        spec += ": name your own with --config.data.eval"
     every = config.evaluation.every_steps
     when = f"every {every:,} steps and at the end" if every else "at the end"
     images, listed = retrieval.images_to_evaluate(config), len(parts.validation)

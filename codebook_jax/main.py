@@ -133,7 +133,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         }
         return data_modes[mode](config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
-    from codebook_jax import devices, evaluate, export, report, train
+    from codebook_jax import build, devices, evaluate, export, report, train
 
     devices.check_platforms()
 
@@ -144,6 +144,8 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         "export": export.export,
         "report": report.report,
     }
+    if config is not None and mode not in NEEDS_CONFIG:
+        config = build.with_own_data(config, workdir, FLAGS["config"].override_values)
     with console.interruptible():
         return others[mode](config, workdir) or 0
 

@@ -296,7 +296,7 @@ class Run:
         self.checkpoints.record_score(self.step, float(np.mean(list(recalls.values()))), SCORE)
         best = self.checkpoints.best_step()
         say(
-            f"validation at step {self.step:,}: R@1 of texts {row['eval/txt_r1']:.1f} %, of images "
+            f"validation at step {self.step:,}: R@1 image to text {row['eval/txt_r1']:.1f} %, text to image "
             f"{row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %) on {counted(protocols['student/dual'])}"
             + ("; the best so far" if best == self.step else f"; the best is still step {best}")
         )

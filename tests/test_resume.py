@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from small_run import ROOT, STEPS, command, config_of
 
-from codebook_jax import evaluate, train
+from codebook_jax import build, evaluate, train
 from codebook_jax.checkpoint import Checkpoints
 from codebook_jax.errors import UserError
 from codebook_jax.metrics import read_rows
@@ -252,3 +252,24 @@ def test_an_evaluation_that_its_config_cuts_says_so_where_its_figures_are(
 def test_a_folder_without_a_run_cannot_be_evaluated(tmp_path):
     with pytest.raises(UserError, match="holds no trained run"):
         evaluate.evaluate(None, tmp_path)
+
+
+def test_a_config_given_to_evaluate_a_run_keeps_the_runs_own_data_unless_a_flag_names_others(
+    straight, one_device_environment, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight.workdir, workdir)
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"]["data"]["eval"] = f"json:{tmp_path / 'own.json'}"
+    (workdir / "config.json").write_text(json.dumps(record))
+    assert build.with_own_data(config_of(), workdir, {"data.eval"}).data.eval == "scenes"
+    done = subprocess.run(
+        [*command(workdir), "--mode=eval"],
+        env=one_device_environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert f"config.data.eval=json:{tmp_path / 'own.json'}" in done.stdout
+    assert "own.json cannot be read" in done.stderr

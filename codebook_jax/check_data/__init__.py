@@ -276,7 +276,7 @@ def _show(rows: list[list[str]], leaks: list[Leak], verdicts: list[str]) -> None
     for one in leaks:
         count = one.counts()
         console.print(
-            f"{count['leaked']:,} of {count['images']:,} pictures of {count['evaluation']} are in training "
+            f"{count['leaked']:,} of {count['images']:,} pictures of {count['evaluation']} are in training, or look like one there "
             f"({count['same_content']:,} the same file, {count['same_look']:,} look the same; "
             f"{count['same_name_alone']:,} more have only the same name)"
         )
