@@ -31,7 +31,7 @@ KINDS = {  # name: whether its bytes are to stay as they are
 BAD = {
     "missing.jpg": "No such file or directory",
     "empty.jpg": "0 bytes: the file is empty",
-    "text.jpg": "13 bytes: not a picture in a format that is read",
+    "text.jpg": "13 bytes: not a picture",
     "cut.jpg": "bytes: image file is truncated",
     "cut.png": "bytes: ",
     "folder.jpg": "Is a directory",

@@ -82,7 +82,7 @@ def run(imported, tmp_path, one_device):
 
 
 def test_an_imported_albef_is_a_run_whose_table_was_printed(imported):
-    assert "model:" in imported.said and "(ALBEF; it does not say how many heads" in imported.said
+    assert "model:" in imported.said and "(ALBEF; without a number of heads" in imported.said
     assert "teacher: loaded; queues: loaded" in imported.said
     lines = imported.said.splitlines()
     (new,) = [line for line in lines if line.startswith("newly initialised")]
