@@ -1,8 +1,8 @@
-"""What a source of a million pairs takes before and while it is trained on: `python benchmarks/data_scale.py`.
+"""Time and memory of a source of a million pairs, before and during training: `python benchmarks/data_scale.py`.
 
-Each row is a process of its own, so that its memory is its own: the source is opened, its order is drawn, the first batch
-is taken, and then `--batches` more, with the resident memory after every tenth of them. The records are pictures of
-16 x 16. Memory is without pages that only map the files, which the system drops when it needs them.
+Each row runs in its own process, to measure its memory separately: it opens the source, draws its order, takes the first
+batch, then `--batches` more, and measures the resident memory after every tenth. The records are pictures of 16 x 16.
+Pages that only map files are not counted, since the system drops them when it needs memory.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main() -> None:
     parser.add_argument("--sources", nargs="*", default=list(WRITERS), help=f"of: {' '.join(WRITERS)}")
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--batches", type=int, default=10_000, help=f"of {BATCH}")
-    parser.add_argument("--folder", help="where the data is written and kept; none: a temporary one")
+    parser.add_argument("--folder", help="where the data is written and kept; default: a temporary folder")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--out", help="write the figures to this JSON file")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measured(options.one, options.records, options.batches)))
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run_alone(arguments: list[str]) -> dict[str, object]:
-    """What one process of this script reports."""
+    """The figures of one process of this script."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
@@ -64,7 +64,7 @@ def run_alone(arguments: list[str]) -> dict[str, object]:
 
 
 def measured(spec: str, records: int, batches: int) -> dict[str, object]:
-    """Seconds and megabytes of this process with the source."""
+    """Measures seconds and megabytes of this process with the source."""
     from codebook_jax.data.pipeline import training_batches
     from codebook_jax.data.sources import open_source
     from codebook_jax.data.sources.mixture import training_order
@@ -73,7 +73,7 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
     def opened(spec: str, examples: int) -> object:
         return open_source(spec, role="train", size_px=16, scenes_examples=examples, seed=0)
 
-    with TemporaryDirectory() as run:  # what is loaded in any case is loaded before
+    with TemporaryDirectory() as run:  # loads first what every row loads
         tokenizer = tokenizer_for_run("", run, opened("scenes", 100), 400)
     training_order(opened("scenes", 100), 0)[0]
     before, began = resident_mb(), time.perf_counter()
@@ -120,7 +120,7 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
 
 
 def resident_mb() -> float:
-    """Memory of this process's own."""
+    """The private memory of this process."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1e3
@@ -148,7 +148,7 @@ def as_scenes(folder: Path, records: int) -> str:
 
 
 def as_json_lines(folder: Path, records: int) -> str:
-    """One entry a line, with paths as long as real ones; images repeat."""
+    """One entry per line, with paths as long as real ones; images repeat."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "pairs.jsonl"
     if path.exists():
@@ -164,7 +164,7 @@ def as_json_lines(folder: Path, records: int) -> str:
 
 
 def as_records(folder: Path, records: int) -> str:
-    """What --mode=prepare makes of the list."""
+    """The list packed by --mode=prepare."""
     from codebook_jax.prepare import prepare
     from configs import base
 

@@ -1,10 +1,10 @@
-"""Records a second that one core reads, decodes, crops and tokenises: `python benchmarks/input_pipeline.py`.
+"""Records per second that one core reads, decodes, crops and tokenises: `python benchmarks/input_pipeline.py`.
 
-Photograph-like JPEGs of 640 x 480 are made on the spot and written in every format. The process is pinned to one core and
-the stream has one thread; what counts is the CPU time of the whole process. All rows are measured in turn, `--rounds`
-times, and the fastest stands: whatever else the machine does only ever adds to it. Ours crops, and tokenises captions to 30
-tokens; RandAugment and normalisation are the device's. Where torch and torchvision are installed, ALBEF's pipeline is
-measured too (benchmarks/pytorch_pipeline.py), which does those two on the CPU and passes captions on as text.
+It generates photograph-like JPEGs of 640 x 480 and writes them in every format. The process is pinned to one core, the
+stream has one thread, and the CPU time of the whole process counts. All rows are measured in turn, `--rounds` times, and
+the fastest is kept, since other load only adds time. Ours crops, and tokenises captions to 30 tokens; RandAugment and
+normalisation run on the device. If torch and torchvision are installed, ALBEF's pipeline is measured too
+(benchmarks/pytorch_pipeline.py), which does those two on the CPU and passes captions on as text.
 
 The last rows are of larger pictures, as files and packed; and of threads and worker processes on all cores, by the clock
 (two batches are made at once, so that two cores are busy with one thread a batch too).
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measured(folder: Path, options: argparse.Namespace, cores: set[int]) -> dict[str, Any]:
-    """All figures, printed as they come."""
+    """Prints and returns all figures."""
     pictures = written(folder / "files", 640, 480, options.records, options.distinct)
     large = written(folder / "large", 1600, 1200, options.records // 8, options.distinct // 8)
     kilobytes = statistics.mean(path.stat().st_size for path in pictures.paths) / 1e3
@@ -112,7 +112,7 @@ def table(rows: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[s
 
 
 def ours(source: Source, tokenizer: Tokenizer, views: int, batches: int) -> Callable[[], float]:
-    """Measures CPU seconds a record of the stream of training batches."""
+    """Measures CPU seconds per record of the stream of training batches."""
 
     def seconds() -> float:
         stream = open_stream(source, tokenizer, views, workers=0, threads=1, prefetch=1)
@@ -148,7 +148,7 @@ def open_stream(source: Source, tokenizer: Tokenizer, views: int, **making: int)
 
 
 def decoders(files: Sequence[bytes]) -> dict[str, Callable[[], float]]:
-    """What decoding alone takes, whole and from memory."""
+    """Measures decoding alone, of whole pictures from memory."""
     import simplejpeg
 
     def by(decode: Callable[[bytes], object]) -> Callable[[], float]:
@@ -169,7 +169,7 @@ def decoders(files: Sequence[bytes]) -> dict[str, Callable[[], float]]:
 def of_pytorch(
     pictures: Pictures, batches: int, skipped: list[str]
 ) -> dict[str, Callable[[], float]]:
-    """ALBEF's pipeline, where PyTorch is installed."""
+    """ALBEF's pipeline, if PyTorch is installed."""
     try:
         import pytorch_pipeline
     except ImportError as failure:
@@ -187,7 +187,7 @@ def of_pytorch(
 def by_the_clock(
     source: Source, tokenizer: Tokenizer, options: argparse.Namespace, cores: int
 ) -> dict[str, float]:
-    """Records a second of threads and of worker processes, none of them pinned."""
+    """Records per second with threads and with worker processes, not pinned."""
     rows = {
         "1 thread": dict(workers=0, threads=1),
         f"{cores} threads": dict(workers=0, threads=cores),
@@ -197,7 +197,7 @@ def by_the_clock(
     rates: dict[str, list[float]] = {name: [] for name in rows}
     for _, (name, making) in itertools.product(range(options.rounds), rows.items()):
         stream = open_stream(source, tokenizer, 2, **making, prefetch=4)
-        for _ in range(6):  # what was made while the workers started is not counted
+        for _ in range(6):  # batches made while the workers started are not counted
             next(stream)
         began = time.perf_counter()
         for _ in range(2 * options.batches):
@@ -210,7 +210,7 @@ def by_the_clock(
 
 
 def opened(pictures: Pictures, names: Sequence[str]) -> tuple[dict[str, Source], list[str]]:
-    """The sources of these names, written beside the pictures; those whose library is missing, in a sentence each."""
+    """The sources of these names, written beside the pictures; and a sentence for each whose library is missing."""
     sources, skipped = {}, []
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""Photograph-like JPEGs with captions, made on the spot and written in every format that sources read."""
+"""Generates photograph-like JPEGs with captions, in every format that sources read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Pictures(NamedTuple):
 
 
 def written(folder: Path, width: int, height: int, records: int, distinct: int) -> Pictures:
-    """Pictures as files of their own, with captions of eight to fourteen words."""
+    """Pictures as separate files, with captions of eight to fourteen words."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     files = [jpeg(photograph(height, width, seed)) for seed in range(distinct)]
@@ -97,7 +97,7 @@ def as_tar(pictures: Pictures, folder: Path) -> str:
 
 
 def as_records(pictures: Pictures, folder: Path) -> str:
-    """What --mode=prepare makes of the files."""
+    """The files packed by --mode=prepare."""
     from codebook_jax.prepare import prepare
     from configs import base
 

@@ -1,4 +1,4 @@
-"""ALBEF's input pipeline in PyTorch, to compare with: Pillow, torchvision, and RandAugment on the CPU.
+"""ALBEF's input pipeline in PyTorch, for comparison: Pillow, torchvision, and RandAugment on the CPU.
 
 Written from its paper and its published settings (Li et al., NeurIPS 2021): a picture read by Pillow, a random crop of
 20 to 100 % of its area made 256 px by Pillow's bicubic, a mirror, two of ten operations at magnitude 7, each applied half

@@ -1,10 +1,10 @@
-"""What RandAugment on the device adds to a training step: `python benchmarks/randaugment.py`.
+"""The cost of RandAugment on the device in a training step: `python benchmarks/randaugment.py`.
 
-Two layers on both views of a batch, against the step of `--size` without them: floating-point operations and bytes as XLA
-counts them, in the program as it is written (nothing fused: more bytes than any device moves) and as compiled for the
-devices here. Loops are written out in the counted step, which XLA would count as one turn each, and nothing is computed
-again in its backward pass, so that the step is the smallest there is. From the compiled bytes follows an estimate for
-GPUs: RandAugment at the memory's full rate, the step at 40 % of the peak in bfloat16. Last, seconds of a step of `tiny`.
+Two layers on both views of a batch, against the step of `--size` without them: floating-point operations and bytes by
+XLA's count, in the program as written (nothing fused: more bytes than any device moves) and as compiled for the devices
+here. The counted step has its loops unrolled, since XLA counts a loop as one turn, and recomputes nothing in the backward
+pass, so that it is the smallest possible step. The compiled bytes give an estimate for GPUs: RandAugment at the memory's
+full rate, the step at 40 % of the bfloat16 peak. Last come the seconds of a step of `tiny`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--size", default="base")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10, help="of `tiny`, timed with and without; 0: none")
-    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--out", help="write the figures to this JSON file")
     options = parser.parse_args()
     figures = {"machine": machine(), "size": options.size, "batch": options.batch}
     print(json.dumps(figures), flush=True)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def augmentation(batch: int, side: int) -> tuple[Any, ...]:
-    """The jitted augmentation of one view, and what it takes."""
+    """The jitted augmentation of one view, and its arguments."""
     images = jax.ShapeDtypeStruct((batch, side, side, 3), np.uint8)
     flip = jax.ShapeDtypeStruct((batch,), bool)
 
@@ -68,7 +68,7 @@ def augmentation(batch: int, side: int) -> tuple[Any, ...]:
 
 
 def step_without(size: str, batch: int) -> tuple[Any, ...]:
-    """The jitted training step on one device without flips and RandAugment, and what it takes."""
+    """The jitted training step on one device without flips and RandAugment, and its arguments."""
     config = base.get_config(size)
     depth = max(config.model.image.depth, config.model.text.depth, config.model.text.fusion_depth)
     changed = {"data.global_batch": batch, "model.remat": "none", "model.scan_unroll": depth}

@@ -1,4 +1,4 @@
-"""Opens a page in headless Chromium, runs a script in it, and tells what the script found and the browser complained of."""
+"""Opens a page in headless Chromium, runs a script in it, and returns what the script found and the browser's complaints."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The step as ALBEF's own PyTorch model takes it: the same weights, inputs, negatives and masks (tests/goldens/)."""
+"""The training step against ALBEF's own PyTorch model: the same weights, inputs, negatives and masks (tests/goldens/)."""
 
 import json
 import runpy
@@ -81,7 +81,7 @@ def task(golden):
 
 @pytest.fixture(scope="module")
 def state(task, weights):
-    """The train state that the checkpoint fills; what ALBEF has not is fresh."""
+    """The train state filled from the checkpoint; parts that ALBEF lacks are fresh."""
     fresh = jax.device_get(task.init_state(0))
     shapes = {name: leaf.shape for name, leaf in sharding.named(fresh)}
     depth = task.config.model.text.depth
@@ -132,7 +132,7 @@ def stepped(task, averaged, inputs):
 
 @pytest.fixture(scope="module")
 def embedded(task, averaged, inputs):
-    """What student and teacher say of the batch before and in fusion."""
+    """The student's and teacher's outputs for the batch, before and in fusion."""
 
     def run(towers):
         towers = task.model.towers(towers)
@@ -200,7 +200,7 @@ def test_every_gradient_has_the_norm_of_albefs(task, stepped, golden):
     assert set(found) == set(expected) - tied
     for name, array in found.items():
         norm = np.linalg.norm(np.asarray(array, np.float64))
-        # A bias of keys changes no attention: its gradient is rounding alone.
+        # A bias of keys changes no attention: its gradient is only rounding.
         np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-7, err_msg=name)
     for name in (name[5:] for name in golden if name.startswith("grad/")):
         whole = golden[f"grad/{name}"]
@@ -242,7 +242,7 @@ def test_a_checkpoint_written_in_albefs_layout_is_the_one_that_was_read_bit_for_
         assert written[name].dtype == array.dtype and written[name].shape == array.shape, name
         np.testing.assert_array_equal(written[name], array, err_msg=name)
     young = albef.to_albef(named | {"queue/cursor": np.int32(10), "queue/filled": np.int32(10)}, depth)
-    assert young["queue_ptr"] == [10]  # what holds nothing yet is zero
+    assert young["queue_ptr"] == [10]  # unfilled entries are zero
     np.testing.assert_array_equal(young["text_queue"][:, :10], weights["text_queue"][:, :10])
     assert (young["text_queue"][:, 10:] == 0).all()
     shapes = {name: leaf.shape for name, leaf in named.items()}

@@ -1,4 +1,4 @@
-"""Beside PyTorch itself, where it is installed (extra `parity`): it loads what we write and computes the same."""
+"""Against PyTorch, if installed (extra `parity`): it loads our files and computes the same."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Towers as a run's start: what is loaded, resized, new and ignored is said, and what does not fit is refused."""
+"""Towers as a run's start: the report of loaded, resized, new and ignored parameters, and refusals."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def one_mesh(devices=1):
 
 
 def started(config, vocabulary=VOCABULARY):
-    """The config as a run would have it, and what it would start with."""
+    """The config of a run, and its initial weights."""
     read = start.read_start(config)
     config = start.adopted(config, read, None)
     task = pretrain.create(config, vocabulary, one_mesh())
@@ -81,7 +81,7 @@ def changed(tmp_path):
     return change
 
 
-# -- what config.init can say
+# -- forms of config.init
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_a_run_that_goes_on_keeps_its_epsilons_without_the_files():
     again = towers_config(**{"model.image.layer_norm_eps": 1e-6})
     record = {"config": config.to_dict()}
     assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-5
-    again.init = "random"  # a run that is only used may be used without saying how it began
+    again.init = "random"  # using a run does not need its config.init
     assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-5
-    del record["config"]["init"]  # a run of before there was one
+    del record["config"]["init"]  # a run older than config.init
     assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-6
 
 
@@ -285,7 +285,7 @@ def test_a_file_with_more_layers_than_the_model_is_refused_whatever_may_be_missi
     config = towers_config(**{"model.image.depth": 2, "init_allow_partial": True})
     sentence = refusal(config)
     assert "3 layers, " in sentence and "config.model.image.depth=2 asks for 2" in sentence
-    config.model.image.depth = 4  # fewer may be meant: all blocks start anew
+    config.model.image.depth = 4  # fewer layers are allowed: all blocks are initialised
     _, first = started(config)
     assert not any(name.startswith("student/towers/image/blocks") for name in first.arrays)
     assert "part of an incomplete parameter (" in first.report

@@ -41,7 +41,7 @@ def outputs_of(name):
 
 
 def filled(config, name, recognised):
-    """Our towers' parameters out of the golden's folder, zeros where it has none, and what is said of it."""
+    """Our towers' parameters out of the golden's folder, zeros where it has none, and the report."""
     layout, arrays = recognised(read_weights(str(GOLDENS / name), name).arrays, name)
     abstract = jax.eval_shape(lambda: codis.init_student(config, WORDS, jax.random.key(0)))["towers"]
     fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
