@@ -252,7 +252,7 @@ def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
     assert 'pairs.json[0] has no list "regions" (its keys: image, caption)' in refusal(
         f"vg:{pairs}"
     )
-    assert "not a list as vg: reads" in refusal(f"vg:{coco}")
+    assert "vg: reads" in refusal(f"vg:{coco}")
     assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")
     assert "line 2 is not JSON" in refusal(f"coco:{write(tmp_path / 'cut.json', chr(10) + '{')}")
 
