@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=10_000, help=f"of {BATCH}")
     parser.add_argument("--folder", help="the folder to keep the data in; default: a temporary one")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--out", help="write the figures to this JSON file")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measured(options.one, options.records, options.batches)))
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run_alone(arguments: list[str]) -> dict[str, object]:
-    """What one process of this script reports."""
+    """The figures of one process of this script."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
@@ -164,7 +164,7 @@ def as_json_lines(folder: Path, records: int) -> str:
 
 
 def as_records(folder: Path, records: int) -> str:
-    """What --mode=prepare makes of the list."""
+    """The list packed by --mode=prepare."""
     from codebook_jax.prepare import prepare
     from configs import base
 

@@ -97,7 +97,7 @@ def as_tar(pictures: Pictures, folder: Path) -> str:
 
 
 def as_records(pictures: Pictures, folder: Path) -> str:
-    """What --mode=prepare makes of the files."""
+    """The files packed by --mode=prepare."""
     from codebook_jax.prepare import prepare
     from configs import base
 

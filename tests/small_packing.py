@@ -1,6 +1,6 @@
-"""A folder of pictures of every kind packed small; and, run as a program, packings that can be killed.
+"""A small packed folder of every kind of picture; run as a program, it packs in processes that can be killed.
 
-The program reads a line of JSON a packing, forks, and packs: what it imports is imported once.
+The program reads one line of JSON per packing, forks, and packs, so that imports happen once.
 """
 
 import io
@@ -16,7 +16,7 @@ from small_run import config_of
 
 from codebook_jax import prepare
 
-KINDS = {  # name: whether its bytes are to stay as they are
+KINDS = {  # name: whether its bytes must stay unchanged
     "plain.jpg": True,
     "grey.jpg": True,
     "progressive.jpg": True,
@@ -31,7 +31,7 @@ KINDS = {  # name: whether its bytes are to stay as they are
 BAD = {
     "missing.jpg": "No such file or directory",
     "empty.jpg": "0 bytes: the file is empty",
-    "text.jpg": "13 bytes: not a picture in a format that is read",
+    "text.jpg": "13 bytes: not a picture",
     "cut.jpg": "bytes: image file is truncated",
     "cut.png": "bytes: ",
     "folder.jpg": "Is a directory",
@@ -41,7 +41,7 @@ PREPARE = tuple(config_of().prepare)  # the fields
 
 
 def picture(seed, height=40, width=60):
-    """A smooth picture like no other."""
+    """A smooth picture, different for each seed."""
     rng = np.random.default_rng(seed)
     rough = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     return rough.resize((width, height), Image.Resampling.BICUBIC)
@@ -112,7 +112,7 @@ def packing_of(path, **changes):
 
 
 def pack(path, workdir, **changes):
-    """Packs in this process, or from it; the exit code."""
+    """Packs in this process, or in workers; returns the exit code."""
     return prepare.prepare(packing_of(path, **changes), workdir)
 
 
@@ -123,7 +123,7 @@ def content(folder):
 
 
 class Slow:
-    """A source whose records take a while."""
+    """A source with slow records."""
 
     def __init__(self, source, seconds):
         self._source, self._seconds = source, seconds

@@ -200,7 +200,7 @@ def test_every_gradient_has_the_norm_of_albefs(task, stepped, golden):
     assert set(found) == set(expected) - tied
     for name, array in found.items():
         norm = np.linalg.norm(np.asarray(array, np.float64))
-        # A bias of keys changes no attention: its gradient is rounding alone.
+        # A bias of keys changes no attention: its gradient is only rounding.
         np.testing.assert_allclose(norm, expected[name], rtol=1e-4, atol=1e-7, err_msg=name)
     for name in (name[5:] for name in golden if name.startswith("grad/")):
         whole = golden[f"grad/{name}"]
@@ -242,7 +242,7 @@ def test_a_checkpoint_written_in_albefs_layout_is_the_one_that_was_read_bit_for_
         assert written[name].dtype == array.dtype and written[name].shape == array.shape, name
         np.testing.assert_array_equal(written[name], array, err_msg=name)
     young = albef.to_albef(named | {"queue/cursor": np.int32(10), "queue/filled": np.int32(10)}, depth)
-    assert young["queue_ptr"] == [10]  # what holds nothing yet is zero
+    assert young["queue_ptr"] == [10]  # unfilled entries are zero
     np.testing.assert_array_equal(young["text_queue"][:, :10], weights["text_queue"][:, :10])
     assert (young["text_queue"][:, 10:] == 0).all()
     shapes = {name: leaf.shape for name, leaf in named.items()}

@@ -48,7 +48,7 @@ def _pictures(count=5, side=SIDE):
 
 
 def _in_pil(picture, operation, sign, magnitude=MAGNITUDE):
-    """The operation as PIL has it, with ALBEF's ranges written out again."""
+    """PIL's version of the operation, with ALBEF's ranges written out independently."""
     side, amount, enhance = len(picture), sign * magnitude / 10, 0.1 + 1.8 * magnitude / 10
     whole = Image.fromarray(picture)
 
@@ -116,7 +116,7 @@ def test_operation_is_that_of_pil(operation, sign):
         assert (theirs != pictures).mean() > 0.1, "the pictures do not show this operation"
     assert difference.max() <= (2 if operation >= Operation.SHEAR_X else 1)
     assert difference.mean() <= {
-        Operation.AUTO_CONTRAST: 0.006,  # PIL cuts 254.999999 down to 254
+        Operation.AUTO_CONTRAST: 0.006,  # PIL truncates 254.999999 to 254
         Operation.ROTATE: 0.5,  # PIL rotates uint8 images alone, and cuts the fraction off
     }.get(operation, 0.1 if operation >= Operation.SHEAR_X else 0)
 

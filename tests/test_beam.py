@@ -1,4 +1,4 @@
-"""Packing on Apache Beam leaves the bytes that packing in processes leaves."""
+"""Packing on Apache Beam writes the same bytes as packing in processes."""
 
 import sys
 

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""Captions of which nothing is left once they are clean: no source has them, and they are counted."""
+"""Captions that cleaning leaves empty: every source leaves them out and counts them."""
 
 import csv
 import io
@@ -47,7 +47,7 @@ def test_a_caption_has_words_if_a_letter_a_digit_or_a_symbol_is_left_of_it(tmp_p
 
 
 class Pairs:
-    """A caption each of pictures that are all grey."""
+    """One caption per picture, all pictures grey."""
 
     listed, left_out = 0, ()
 
@@ -144,7 +144,7 @@ def test_texts_of_library_data_sets_have_words():
 
 @pytest.fixture
 def packed_before(tmp_path, monkeypatch):
-    """A folder of packed pairs of which some captions have no words, as it could be packed before."""
+    """A folder of packed pairs with some captions without words, as older versions packed them."""
     spec = write_json(tmp_path, ["a dog", "two cats", "???"])
     for at in range(3):
         (tmp_path / f"{at}.jpg").write_bytes(jpeg())
@@ -179,7 +179,7 @@ def test_a_check_counts_them_and_names_them(packed_before, tmp_path):
 
 @pytest.fixture
 def deaf(tmp_path):
-    """A given tokenizer that makes nothing of pi: its normalizer leaves it out."""
+    """A given tokenizer that ignores pi: its normalizer removes it."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Random crops: the boxes that are drawn, and what becomes of the pixels."""
+"""Random crops: the boxes drawn, and the resulting pixels."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from codebook_jax.data.images import Picture
 
 
 def texture(height, width, seed=0):
-    """Noise of every scale, as photographs have it."""
+    """Noise of every scale, as in photographs."""
     rng = np.random.default_rng(seed)
     total = np.zeros((height, width, 3))
     for scale in (64, 16, 4, 1):

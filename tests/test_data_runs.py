@@ -1,4 +1,4 @@
-"""A run on real files of which some are bad, from the command, killed and started again."""
+"""A run by the command on real files, some of them bad, killed and restarted."""
 
 import json
 import signal
@@ -66,7 +66,7 @@ def test_a_run_on_files_of_which_some_are_bad_ends_and_counts_each_once_an_epoch
     assert "unknown tokens: 0 of " in done.stdout and "captions of 504 of 504 pairs\n" in done.stdout
     rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 64))
-    assert rows[-1]["data/skipped"] == 8  # five bad ones, and those that stand before another again
+    assert rows[-1]["data/skipped"] == 8  # five bad ones, and bad ones that replaced another
     assert all(np.isfinite(row["loss"]) for row in rows)
     evaluated = next(row for row in read_rows(workdir / "metrics.jsonl") if "eval/txt_r1" in row)
     assert evaluated["step"] == 63

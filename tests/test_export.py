@@ -1,4 +1,4 @@
-"""An export computes what its checkpoint computes, anywhere, and refuses what it cannot read."""
+"""An export computes the same as its checkpoint, anywhere, and refuses input it cannot read."""
 
 import json
 import os
@@ -43,7 +43,7 @@ np.savez(
 
 @pytest.fixture(scope="module")
 def exported(straight, one_device_environment, tmp_path_factory):
-    """The export of a copy of the straight run, by the command; what it said; its run was since renamed."""
+    """The export of a copy of the straight run, by the command, with its output; the run is renamed afterwards."""
     workdir = tmp_path_factory.mktemp("exported") / "run"
     shutil.copytree(straight.workdir, workdir)
     fields = [f"--config.{name}={value}" for name, value in SMALL.items()]
@@ -116,7 +116,7 @@ def test_an_export_alone_in_a_fresh_process_computes_what_the_checkpoint_compute
     for name, values in expected.items():
         assert found[name].dtype == np.float32
         np.testing.assert_allclose(found[name], values, atol=1e-5, err_msg=name)
-    assert np.ptp(found["image"], axis=0).max() > 1e-2  # else nothing would be compared
+    assert np.ptp(found["image"], axis=0).max() > 1e-2  # otherwise nothing would be compared
     assert np.abs(found["image"] - found["teacher_image"]).max() > 1e-4
     np.testing.assert_array_equal(found["image_codes"][:, 0], (image @ directions.T).argmax(1))
     np.testing.assert_array_equal(found["text_codes"][:, 0], (text @ directions.T).argmax(1))

@@ -1,4 +1,4 @@
-"""What a user may give as images and texts, in every kind of container; a picture is told by its one colour."""
+"""The images and texts that a user may pass, in every container; a picture is identified by its one colour."""
 
 import io
 from pathlib import Path
@@ -14,7 +14,7 @@ from codebook_jax.given import as_pictures, as_texts, pixels_of
 
 @pytest.fixture
 def paths(tmp_path):
-    """Two pictures, of the greys 10 and 20."""
+    """Two pictures, of greys 10 and 20."""
     for grey in (10, 20):
         Image.new("L", (6, 4), grey).save(tmp_path / f"{grey}.png")
     return [str(tmp_path / f"{grey}.png") for grey in (10, 20)]

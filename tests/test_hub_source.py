@@ -1,4 +1,4 @@
-"""Tables of Hugging Face's `datasets`, in each form it has on disk: pictures, captions, ids, and what rows may lack."""
+"""Tables of Hugging Face's `datasets`, in each form on disk: pictures, captions, ids, and incomplete rows."""
 
 import builtins
 import io
@@ -37,7 +37,7 @@ def datasets(tmp_path_factory):
 
 
 def table(datasets, captions, **columns):
-    """A picture a caption, with the columns in the library's own types."""
+    """One picture per caption, with columns of the library's own types."""
     pictures = [{"bytes": picture(number), "path": None} for number in range(len(captions))]
     made = datasets.Dataset.from_dict({"image": pictures, "caption": captions, **columns})
     return made.cast_column("image", datasets.Image())
@@ -258,7 +258,7 @@ def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(datasets, tmp
     parquet(tmp_path / "pairs" / "a.parquet", {"image": [picture(0)], "caption": ["one"]})
     cached = tmp_path / "cache"
     load_dataset(str(tmp_path / "pairs"), cache_dir=str(cached))
-    (cached / "pairs").rename(cached / "someone___pairs")  # as what came from the hub is called
+    (cached / "pairs").rename(cached / "someone___pairs")  # named like data from the hub
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cached))
     assert records(open_it("someone/pairs:train")) == [(picture(0), ("one",), 0)]
     assert asked == [False, False]

@@ -1,4 +1,4 @@
-"""A whole model as a run's start: an ALBEF checkpoint, or another run or export, from its file to what a run does with it."""
+"""A whole model as a run's start: an ALBEF checkpoint, or another run or export, from its file to its use in a run."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def run_config(albef, **changes):
 
 @pytest.fixture(scope="module")
 def imported(albef, one_device_environment, tmp_path_factory):
-    """A run made of the golden ALBEF by --mode=import; what was said."""
+    """A run made from the golden ALBEF by --mode=import, with its output."""
     workdir = tmp_path_factory.mktemp("imported") / "run"
     said = []
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def run(imported, tmp_path, one_device):
 
 
 def test_an_imported_albef_is_a_run_whose_table_was_printed(imported):
-    assert "model:" in imported.said and "(ALBEF; it does not say how many heads" in imported.said
+    assert "model:" in imported.said and "(ALBEF; without a number of heads" in imported.said
     assert "teacher: loaded; queues: loaded" in imported.said
     lines = imported.said.splitlines()
     (new,) = [line for line in lines if line.startswith("newly initialised")]
@@ -113,7 +113,7 @@ def test_an_imported_albef_is_evaluated_and_trained_on(run, albef, capsys):
     with pytest.raises(UserError, match=rf"--workdir={run} .*step 0"):
         train.import_weights(run_config(albef), run)
     before = read_arrays(run / "checkpoints" / "0" / "student")
-    Path(albef.file).rename(albef.file.with_suffix(".away"))  # a run that goes on does not need it
+    Path(albef.file).rename(albef.file.with_suffix(".away"))  # continuing a run does not need it
     try:
         train.fit(run_config(albef), run)
     finally:
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_needs_its_own_tokenizer_and_its_own_start(run, albef
     shutil.rmtree(other / "tokenizer")
     with pytest.raises(UserError, match="other/tokenizer is missing"):
         build.build_training(config, other, steps_saved=[0])
-    assert not (other / "tokenizer").exists()  # no other words were made up
+    assert not (other / "tokenizer").exists()  # no new tokenizer was trained
     shutil.rmtree(run / "tokenizer")
     with pytest.raises(UserError, match="has no tokenizer beside it"):
         train.import_weights(config, tmp_path / "third")

@@ -1,4 +1,4 @@
-"""Where the images of a list are: path maps, and what a check of the data left."""
+"""Where the images of a list are: path maps, and the files of check-data."""
 
 
 from list_files import open_it, records, refusal, write
@@ -80,7 +80,7 @@ def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(tmp_path, monke
         assert f"{tmp_path}/none" in refusal(spec)
 
 
-# What a check of the data left
+# The files of check-data
 
 
 def test_the_usable_pairs_beside_a_check_know_of_how_many_they_are_and_where(tmp_path):

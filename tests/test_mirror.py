@@ -1,4 +1,4 @@
-"""What becomes of left and right in the caption of a mirrored picture."""
+"""Left and right in the caption of a mirrored picture."""
 
 import pytest
 

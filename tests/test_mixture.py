@@ -1,4 +1,4 @@
-"""Several sources as one: what each gets of the stream, and that they stay apart."""
+"""Several sources as one: each one's share of the stream, and that their images stay separate."""
 
 import json
 import pickle
@@ -60,7 +60,7 @@ def test_records_are_numbered_through_and_no_image_is_that_of_another_source(spe
 
 def test_ids_stay_apart_where_a_source_has_fewer_records_than_it_lists():
     class Packed:
-        """The last three of ten, which keep their ids, as records of which some were skipped."""
+        """The last three of ten, with their ids, like packed records after skipped ones."""
 
         listed, left_out = 10, ()
 

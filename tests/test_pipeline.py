@@ -1,4 +1,4 @@
-"""The stream of batches: the same whatever makes it, whole epochs, two views of one image, and bad files passed over."""
+"""The stream of batches: the same with any workers, whole epochs, two views of one image, and bad files skipped."""
 
 import hashlib
 import itertools
@@ -174,7 +174,7 @@ def alive(pid):
         os.kill(pid, 0)
         with open(
             f"/proc/{pid}/stat"
-        ) as file:  # one that ended but was not waited for is not alive
+        ) as file:  # a zombie is not alive
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Packing: which bytes are kept, what is left out and why, and what is refused."""
+"""Packing: which bytes are kept, what is left out and why, and which settings are refused."""
 
 import io
 import json
@@ -30,7 +30,7 @@ from codebook_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """Pictures of every kind, and what they are packed into."""
+    """Pictures of every kind, and the folder they are packed into."""
     folder = tmp_path_factory.mktemp("kinds")
     path = write_kinds(folder / "pictures")
     assert pack(path, folder / "packed") == 0
@@ -38,7 +38,7 @@ def kinds(tmp_path_factory):
 
 
 def records_in(folder):
-    """What ArrayRecord reads from the shards, in order."""
+    """The records that ArrayRecord reads from the shards, in order."""
     records = []
     for path in sorted(folder.glob("*.array_record")):
         reader = array_record_module.ArrayRecordReader(str(path))

@@ -1,4 +1,4 @@
-"""Packing that is ended, started again, or finds damage: the same command leaves what a packing left alone leaves."""
+"""Packing that is interrupted, restarted or finds damage ends with the same files as an undisturbed one."""
 
 import errno
 import json
@@ -22,11 +22,11 @@ from codebook_jax.data.manifest import verify
 from codebook_jax.errors import UserError
 from codebook_jax.prepare.folder import Folder
 
-WAIT_S = 30  # most, for what takes a second on a machine that does nothing else
+WAIT_S = 30  # limit for what takes a second on an idle machine
 
 
 class Server:
-    """The program that packs, in a process of its own."""
+    """The packing program, in its own process."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -46,7 +46,7 @@ class Server:
             self.lines.put(line)
 
     def start(self, source, workdir, **changes):
-        """The process id of a packing that has begun to pack."""
+        """The process id of a packing that has begun."""
         asked = {"path": str(source), "workdir": str(workdir), **changes}
         print(json.dumps(asked), file=self.process.stdin, flush=True)
         pid = int(self.until("forked ").split()[1])
@@ -54,7 +54,7 @@ class Server:
         return pid
 
     def until(self, words):
-        """The first line with these words, of those that come."""
+        """The first line of output with these words."""
         heard = []
         while not heard or words not in heard[-1]:
             try:
@@ -151,7 +151,7 @@ def test_a_worker_that_is_killed_is_told_of_in_a_sentence(server, tmp_path):
 
 
 def stop_in_the_second_shard(monkeypatch):
-    """SIGTERM arrives at the third picture of the second shard."""
+    """Sends SIGTERM at the third picture of the second shard."""
     real = packing.packed_picture
 
     def stopping(image, *options):

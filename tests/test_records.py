@@ -1,4 +1,4 @@
-"""Packed pairs read by index: the same in every process, damage named, and nothing read that is not asked for."""
+"""Packed pairs read by index: the same in every process, damage is named, and nothing is read needlessly."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def open_it(folder, role="train", **changes):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """22 pictures, of which number 5 cannot be read, packed four a shard. Copy it before changing it."""
+    """22 pictures, number 5 unreadable, packed four per shard. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("records")
     source = write_many(folder / "pictures", COUNT)
     (folder / "pictures" / "5.jpg").write_bytes(b"no picture")
@@ -265,7 +265,7 @@ def test_the_stream_of_batches_is_the_same_from_workers_and_after_a_restart(pack
 
 
 def test_packing_and_reading_touch_no_device():
-    """What they import themselves names JAX nowhere; Grain imports it, but starts nothing."""
+    """Their own imports do not include JAX; Grain imports it, but starts nothing."""
     code = """
 import sys
 import codebook_jax.prepare.workers, codebook_jax.data.sources.records

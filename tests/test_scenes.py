@@ -1,4 +1,4 @@
-"""The built-in world: what its captions say is what its pictures show, and what the splits keep apart."""
+"""The built-in world: its captions describe its pictures, and its splits stay separate."""
 
 import hashlib
 import itertools
@@ -36,7 +36,7 @@ def with_captions():
 
 
 def parse(scene, caption):
-    """Objects the caption introduces, and its (first, relation, second), found in its words alone."""
+    """Objects the caption introduces, and its (first, relation, second), found from its words alone."""
     found = []  # (start, end, position of the object in the scene)
     for match in OBJECT.finditer(caption):
         article, size, colour, shape = match.groups()

@@ -1,4 +1,4 @@
-"""JSON files in ALBEF's format and the built-in scenes, read by index; and what a file may have wrong."""
+"""JSON files in ALBEF's format and the built-in scenes, read by index, and mistakes in files."""
 
 import json
 import os

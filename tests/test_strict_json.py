@@ -1,4 +1,4 @@
-"""JSON that Python's own reader stumbles over, wherever a file of it is read."""
+"""JSON that Python's own reader mishandles, in every file that is read."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tar shards as img2dataset writes them: what they hold, in every form of tar, and what may be wrong with them."""
+"""Tar shards as img2dataset writes them: their contents, in every form of tar, and damage."""
 
 import bz2
 import gzip
@@ -24,7 +24,7 @@ from codebook_jax.errors import UserError
 
 
 def picture(number, form="jpeg"):
-    """A picture that differs from every other number's, as a file's bytes."""
+    """The bytes of a picture file, different for each number."""
     pixels = np.full((24, 30, 3), number % 251, np.uint8)
     pixels[:, :, 1] = np.arange(30) * 8
     file = io.BytesIO()
@@ -33,7 +33,7 @@ def picture(number, form="jpeg"):
 
 
 def write(path, members, form=tarfile.PAX_FORMAT, mtime=None):
-    """Writes (name, content) as img2dataset's writer does, with times that are no whole seconds."""
+    """Writes (name, content) as img2dataset's writer does, with fractional modification times."""
     with tarfile.open(path, "w", format=form) as shard:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -63,7 +63,7 @@ def records(source):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three shards of four samples each; keys begin anew in each."""
+    """Three shards of four samples each; keys restart in each."""
     for number in range(3):
         write(tmp_path / f"{number:05d}.tar", samples(0, 4 + number))
     (tmp_path / "00000_stats.json").write_text("{}")
@@ -288,7 +288,7 @@ def test_compressed_shards_are_refused_with_what_unpacks_them(
             with pytest.raises(UserError, match=f"is compressed: .*{tool}"):
                 open_it(place)
         (tmp_path / "other" / name).unlink()
-    (folder / f"00000.tar.{suffix}").write_bytes(content)  # beside what it was unpacked to
+    (folder / f"00000.tar.{suffix}").write_bytes(content)  # beside its unpacked version
     assert len(open_it(folder)) == 15
     (folder / f"00009.tar.{suffix}").write_bytes(content)
     with pytest.raises(UserError, match=rf"00009\.tar\.{suffix} is compressed"):
@@ -316,7 +316,7 @@ def test_a_shard_cut_short_is_named_and_gives_its_whole_samples_if_asked(tmp_pat
             open_it(f"{tmp_path}/{{00000..00001}}.tar")
         assert "\n" not in str(refusal.value)
         source = open_it(f"{tmp_path}/{{00000..00001}}.tar", damaged_shards="skip")
-        # Those of which the next one's image is whole too: else the last may lack a member.
+        # Samples followed by a complete image; otherwise the last may lack a member.
         count = sum(end <= length for end in ends[3::3])
         found = [record.image for record in records(source)]
         assert found[-2:] == [picture(7), picture(8)]
@@ -343,7 +343,7 @@ def test_a_shard_with_garbage_inside_is_damaged_from_there(tmp_path):
 
 
 def with_size(path, name, field):
-    """Writes this as the size of a member, with the checksum that belongs to it."""
+    """Writes this size into a member's header, with a matching checksum."""
     content = bytearray(path.read_bytes())
     at = content.rindex(name.encode() + b"\0")
     content[at + 124 : at + 136] = field

@@ -19,7 +19,7 @@ IMAGES = 9
 
 
 def picture(number):
-    """Noise: a file too large for the examples of a shard to hide in one block."""
+    """Noise, so that the file is too large for a shard's examples to fit one block."""
     pixels = np.random.default_rng(number).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "jpeg")
@@ -87,7 +87,7 @@ def open_it(place, role="train"):
 
 
 def number_of(source, index):
-    """Which image a record holds: data sets are stored in an order of their own."""
+    """The number of a record's image, since data sets have their own order."""
     return int(source.name(index)[:4])
 
 

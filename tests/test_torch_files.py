@@ -1,4 +1,4 @@
-"""What torch.save wrote is read without torch, and a pickle that wants more is refused by name."""
+"""Files of torch.save are read without torch, and a pickle that asks for more is refused by name."""
 
 import contextlib
 import os

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""A trained vocabulary in any language: spellings stay apart, nothing is unknown, and what was trained before stays."""
+"""A trained vocabulary in any language: spellings stay distinct, nothing is unknown, and older tokenizers still work."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def tokens_of(trained, captions):
 
 
 class Captions:
-    """As much of a source as a vocabulary is trained on."""
+    """The part of a source that a vocabulary is trained on."""
 
     def __init__(self, captions):
         self._captions = captions
@@ -194,7 +194,7 @@ WORDS = [
 
 @pytest.fixture
 def earlier(tmp_path):
-    """A workdir with a tokenizer as runs of before trained it."""
+    """A workdir with a tokenizer as older runs trained it."""
     vocabulary = {word: number for number, word in enumerate(WORDS)}
     model = tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100)
     trained = tokenizers.Tokenizer(model)

@@ -1,4 +1,4 @@
-"""Public weights are found and read: files, folders with shards, names of the hub; what is damaged is told in one sentence."""
+"""Public weights are found and read: files, folders with shards, names on the hub; damage gives one sentence."""
 
 import fnmatch
 import json
@@ -88,7 +88,7 @@ def test_a_file_cut_anywhere_is_told_to_be_damaged(sound):
 
 
 def test_no_library_s_error_comes_out_of_a_changed_file(sound):
-    """Any byte may be wrong: then the file is read, or refused in a sentence."""
+    """With any byte changed, the file is read or refused in one sentence."""
     content, rng = sound.read_bytes(), np.random.default_rng(0)
     refused = 0
     for place in rng.integers(len(content), size=200):
@@ -137,7 +137,7 @@ def test_a_file_that_may_not_be_opened_is_told(tmp_path, monkeypatch):
 
 
 def write_shards(folder, names=("a", "b"), suffix="safetensors", stem="model"):
-    """One tensor a shard, and the index."""
+    """One tensor per shard, and the index."""
     weight_map = {}
     for number, name in enumerate(names, 1):
         shard = f"{stem}-{number:05}-of-{len(names):05}.{suffix}"
@@ -235,7 +235,7 @@ def test_a_file_of_another_kind_is_told_by_its_name(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub of one name, `owner/it`, whose files are in `repository`; `calls` and `had` are what was asked for."""
+    """A hub of one name, `owner/it`, whose files are in `repository`; `calls` and `had` record the requests and the files."""
     hub = SimpleNamespace(repository=tmp_path / "repository", calls=[], had=set(), fails=None)
     hub.repository.mkdir()
 

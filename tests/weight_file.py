@@ -17,14 +17,14 @@ import pytest
 from codebook_jax.errors import UserError
 from codebook_jax.pretrained.files import read_weights
 
-FILES = Path(__file__).parent / "goldens" / "files"  # torch itself wrote them: make_weight_files.py
+FILES = Path(__file__).parent / "goldens" / "files"  # written by torch itself: make_weight_files.py
 WHAT = "config.init names image:it"
 SAVED = ("checkpoint_zip.pth", "checkpoint_stream.pth")
 SMALL = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.steps": np.array(7)}
 
 
 def refusal(spec):
-    """The sentence with which reading `spec` is refused; one sentence, that begins as told."""
+    """The sentence with which reading `spec` is refused; checks its beginning and that it is one line."""
     with pytest.raises(UserError) as refused:
         read_weights(str(spec), WHAT)
     sentence = str(refused.value)
