@@ -189,7 +189,7 @@ def test_the_page_is_whole_and_shows_captions_as_text(checked, tmp_path):
     last, pointed = found["hovered"]
     assert last != pointed and "or more" in last and "captions by tokens" in found["said"]
     assert found["pictures"] > 48 and found["captions"] > 0
-    assert {"A sample", "Captions of several pictures", "Copies of another picture: 1"} <= set(found["titles"])
+    assert {"A sample", "Captions shared by several pictures", "Copies of another picture: 1"} <= set(found["titles"])
     assert "The same file: validation and training: 2" in found["titles"]
 
 

@@ -14,6 +14,7 @@ from small_run import ROOT, config_of
 
 from codebook_jax import build, console, sharding
 from codebook_jax.data.progress import Bar
+from codebook_jax.data.text import tokenizer_for_run
 
 FULL = "/dev/full"
 NAME = "bïld🐱.jpg"
@@ -214,13 +215,21 @@ def test_a_platform_that_is_not_here_is_refused_with_what_is(asked, call, words)
 class Pairs(list):
     listed = 5
 
+    def captions(self, index):
+        return (f"pair {index}",)
 
-def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(capsys):
+
+def parts_of(config, count, workdir):
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    source = Pairs(range(count))
+    tokenizer = tokenizer_for_run("", workdir, source, 300)
+    return build.Parts(config, mesh, source, range(7), tokenizer, OneWeight())
+
+
+def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(capsys, tmp_path):
     def summary(count):
         config = config_of(**{"data.global_batch": 8})
-        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        parts = build.Parts(config, mesh, Pairs(range(count)), range(7), None, OneWeight())
-        build.announce(parts)
+        build.announce(parts_of(config, count, tmp_path / str(count)))
         return capsys.readouterr().out
 
     small = summary(5)
@@ -228,10 +237,11 @@ def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(caps
     assert "warning" not in summary(8)
 
 
-def test_the_summary_of_a_run_is_short_and_names_what_validation_leaves_out(capsys):
+def test_the_summary_of_a_run_is_short_and_names_what_validation_leaves_out(
+    capsys, tmp_path
+):
     config = config_of(**{"data.global_batch": 8, "evaluation.images": 3})
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    build.announce(build.Parts(config, mesh, Pairs(range(8)), range(7), None, OneWeight()))
+    build.announce(parts_of(config, 8, tmp_path))
     print(build.whereabouts(config, Path("a run")))
     said = capsys.readouterr().out
     assert len(said.splitlines()) <= 9  # and one on memory
