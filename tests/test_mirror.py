@@ -30,6 +30,7 @@ from codebook_jax.data.mirror import mirrored
             "the left track is empty, the right track full",
             "the right track is empty, the left track full",
         ),
+        ("a dog facing left and a cat", "a dog facing right and a cat"),
         ("left turn lane", "right turn lane"),
         ("no left turn sign", "no right turn sign"),
         ("a sign says keep right", "a sign says keep left"),
@@ -98,6 +99,9 @@ def test_what_is_no_place_stays(caption):
             "southpaw",
         ),
         *("the Left Bank of Paris", "Right Said Fred", "the Left Door in the north"),
+        *("he is in the right.", "it looks right.", "the one on the right now", "right of way"),
+        *("the one on the left left", "walks right away from us", "left of the right size"),
+        *("facing right next to a cat", "the drawer at bottom left open"),
         *("my right hand man", "bottom_left", "topleft corner", "the left luggage"),
     ],
 )

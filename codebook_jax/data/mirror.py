@@ -1,6 +1,7 @@
-"""The caption of a mirrored picture: swaps left and right where they are certainly places. Captions are taken to be English.
+"""The caption of a mirrored picture: left and right swapped where they are certainly places.
 
-`_PLACES` and `_IDIOMS` list what is certain. A "left" or "right" in neither, or in both, leaves the picture unmirrored.
+`_PLACES` and `_IDIOMS` list what is certain. A left or right in neither, or in both, leaves the
+picture unmirrored, and so does whatever `_UNCLEAR` finds.
 """
 
 from __future__ import annotations
@@ -9,85 +10,92 @@ import re
 import unicodedata
 
 _WORD = re.compile(r"(?<![a-z])(left|right)", re.IGNORECASE)
+_WHERE = r"top|bottom|upper|lower|front|back|rear|middle|center|centre|far"
+_TURNS = (
+    r"\b(?:turn(?:s|ed|ing)?|fac(?:es?|ed|ing)|looking|lean(?:s|ed|ing)|tilt(?:s|ed|ing)"
+    r"|keep(?:s|ing)?|veer(?:s|ed|ing)|point(?:s|ed|ing)|head(?:s|ed|ing))"
+)
 _UNCLEAR = re.compile(
-    # Other sides, and politics.
+    # Other words for a side, and other meanings of left and right.
     r"\b(?:southpaws?|starboard|\w*-?clockwise|stage[\s-](?:left|right))\b|[←→↔⬅➡👈👉]"
-    r"|(?:top|bottom|upper|lower|front|back|rear|middle|center|centre|mid|far)(?:left|right)"
-    r"|\((?:l|r)\)|\bl\s*(?:-|/|to)\s*r\b|(?<![\w'])(?-i:[LR])(?![\w'])"
+    rf"|(?:{_WHERE}|mid)(?:left|right)"
+    r"|\([lr]\)|\bl\s*(?:-|/|to)\s*r\b|(?<![\w'])(?-i:[LR])(?![\w'])"
     r"|\b(?:left|right)[\s-]*(?:wing|bank|part(?:y|ies)\b|luggage|field|foot(?:ed|er)|hook|lean)"
-    r"|\bright[\s-]hand\s+(?:man|woman)\b"
-    r"|\b(?:politic|protest|rally|rallies|activis|extremis|radical|populis|conservative|liberal|socialis|communis"
-    r"|fascis|nazi|nationalis|democrat|republican|parliament|election|voter)"
-    # What is left of the cake.
-    r"|\b(?:what|all|only|little|nothing|much|lot|some|any|few|last|half|remain\w*|slices?|pieces?|bites?)\b"
-    r".*(?<!the )\bleft\s+of\b"
-    # The man in the middle left the room.
-    r"|\b(?:top|bottom|upper|lower|front|back|rear|middle|center|centre|far)[\s-]+left\s+(?:the|an?|his|her|their)\b"
+    r"|\bright\s+of\s+(?:way|passage)\b|\bright[\s-]hand\s+(?:man|woman)\b"
+    r"|\b(?:politic|protest|rally|rallies|activis|extremis|radical|populis|conservative|liberal"
+    r"|socialis|communis|fascis|nazi|nationalis|democrat|republican|parliament|election|voter)"
+    # What is left of the cake; the man in the middle left the room; facing right next to a cat.
+    r"|\b(?:what|all|only|little|nothing|much|lot|some|any|few|last|half|remain\w*|slices?|pieces?"
+    r"|bites?)\b.*(?<!the )\bleft\s+of\b"
+    rf"|(?:\b(?:at|on|to|from|rows?|picture|pictured|shown|{_WHERE})|{_TURNS})[\s-]+"
+    r"(?:left\s+(?:the|an?|his|her|their|alone|open|unattended)"
+    r"|right\s+(?:now|away|next))\b|\bthe\s+right\s+(?:now|away)\b"
     # Left and right in other languages.
-    r"|\b(?:izquierd[ao]s?|derech[ao]s?|esquerd[ao]s?|direit[ao]s?|esquerra|dreta|gauche|droite?|sinistr[ao]|destr[ao]"
-    r"|rechts|(?:linke|rechte)[nrms]?|venstre|vanster|stanga|dreapta|lew(?:a|y|ej|o)|praw(?:a|y|ej|o)|v?levo|v?pravo"
-    r"|lijevo|desno|sleva|sprava|solda|solunda|sagda|saginda|vasem\w+|oikea\w*|balra|jobbra|(?:bal|jobb)\s+oldal\w*"
-    r"|kiri|kanan|kaliwa|kushoto|kulia)\b"
-    r"|^(?=.*\blinks\b).*\b(?:und|der|die|das|dem|ein|eine[mnr]?|im|auf|mit|von|neben|ist|van|de|een|het|op|en)\b",
+    r"|\b(?:izquierd[ao]s?|derech[ao]s?|esquerd[ao]s?|direit[ao]s?|esquerra|dreta|gauche|droite?"
+    r"|sinistr[ao]|destr[ao]|rechts|(?:linke|rechte)[nrms]?|venstre|vanster|stanga|dreapta"
+    r"|lew(?:a|y|ej|o)|praw(?:a|y|ej|o)|v?levo|v?pravo|lijevo|desno|sleva|sprava|solda|solunda"
+    r"|sagda|saginda|vasem\w+|oikea\w*|balra|jobbra|(?:bal|jobb)\s+oldal\w*|kiri|kanan|kaliwa"
+    r"|kushoto|kulia)\b|^(?=.*\blinks\b).*\b(?:und|der|die|das|dem|ein|eine[mnr]?|im|auf|mit|von"
+    r"|neben|ist|van|de|een|het|op|en)\b",
     re.IGNORECASE | re.DOTALL,
 )
 _IN_SENTENCE = re.compile(r"[\w,&'-]\s*\b(?:Left|Right)\b")
 _NO_TITLE = re.compile(r"^\W*[a-z]|\b(?!(?:the|and|for|with|from|near)\b)(?<!')[a-z]{3,}")
 
-_END = r"(?=\s*(?:$|[.,;:!?)\]\"]))"
-_IS = rf"(?:{_END}|(?=\s+(?:of|is|are|was|were)\b))"
-_NOUN = (  # after it, "the right" is a noun
-    rf"(?:{_IS}|(?=\s+(?:and|or|but|with|has|have|who|which|that|while|wearing|holding|a|an|the|in|next|near"
-    r"|behind|beside|by|at|under)\b))"
-)
 _SIDE = r"\b(?:left|right)"
+_IS = r"(?=\s*(?:$|[.,;:!?)\]\"])|\s+(?:of|is|are|was|were)\b)"
+_NOUN = (  # after it, "the right" is a noun
+    rf"(?:{_IS}|(?=\s+(?:and|or|but|with|has|have|who|which|that|while|wearing|holding|an?|the|in"
+    r"|next|near|behind|beside|by|at|under)\b))"
+)
 _OWNER = r"(?:\b(?:the|its|his|her|their|my|your|our)|'s)\s+"
 _TO_THE = rf"\b(?:on|to|at|from|towards?|in)\s+{_OWNER}(?:(?:very|far|extreme)\s+)?"
 _AREA = r"(?:side|corner|edge|lane|turn)s?\b(?![\s-]+(?:up|out)\b)"
 _PART = (
-    r"(?:(?:front|rear|hind|upper|lower)\s+)?(?:hand|half|border|margin|panel|column|arm|leg|foot|eye|ear|knee|elbow"
-    r"|shoulder|cheek|wrist|thumb|paw|hip|breast|wheel|shoe|sleeve|glove|quadrant|third|legs|paws|wheels)\b"
+    r"(?:(?:front|rear|hind|upper|lower)\s+)?(?:hand|half|border|margin|panel|column|arm|leg|foot"
+    r"|eye|ear|knee|elbow|shoulder|cheek|wrist|thumb|paw|hip|breast|wheel|quadrant|third|legs"
+    r"|paws|wheels)\b"
 )
 _ADJECTIVE = (  # before "left", which is then no verb, unlike in "someone left hand soap"
-    rf"(?:^|[^\w\s]\s*|{_OWNER}|\b(?:a|no|with|on|in|at|from|by|of|to|using|front|rear|hind|upper|lower)\s+"
-    rf"|\bright\s+{_PART}\s+(?:and|or)\s+)"
+    rf"(?:^|[^\w\s]\s*|{_OWNER}|\b(?:a|no|with|on|in|at|from|by|of|to|using|front|rear|hind|upper"
+    rf"|lower)\s+|\bright\s+{_PART}\s+(?:and|or)\s+)"
 )
 _PLACES = (
     rf"{_SIDE}(?:-?(?:most|wards?)|[\s-]?handed|-?hand|-?side)\b(?![\s-](?:up|out)\b)",
     rf"{_SIDE}[\s-]+{_AREA}",
     rf"\bright[\s-]+{_PART}",
-    rf"{_ADJECTIVE}\bleft[\s-]+{_PART}",
-    r"(?<!the )\b(?:left|right(?!\s+of\s+(?:way|passage)\b))\s+of\b",
-    rf"\b(?:left|right)(?:\s+(?:and|or)\s+(?:the\s+)?|/)(?:left|right)(?:{_IS}|\s+{_AREA}|\s+{_PART})",
-    rf"{_SIDE}(?:\s+to\s+|-to-)(?:left|right)\b(?!\s+(?:now|away|next|there|the)\b)",
+    rf"{_ADJECTIVE}left[\s-]+{_PART}",
+    rf"(?<!the ){_SIDE}\s+of\b",
+    rf"{_SIDE}(?:\s+(?:and|or)\s+(?:the\s+)?|/)(?:left|right)(?:{_IS}|\s+{_AREA}|\s+{_PART})",
+    rf"{_SIDE}(?:\s+to\s+|-to-)(?:left|right)\b(?!\s+(?:now|away|next|there|the|an?)\b)",
     rf"[(,]\s*{_SIDE}\s*[,;.)]|(?:^|[.;,(])\s*{_SIDE}\s*:",
-    rf"\b(?:top|bottom|upper|lower)[\s-]+(?:left|right)(?:{_IS}|[\s-]+{_AREA}|[\s-]+{_PART})",
+    rf"\b(?:top|bottom|upper|lower)[\s-]+(?:left|right)(?:{_IS}|[\s-]+(?:{_AREA}|{_PART}))",
     rf"\b(?:rows?,?|seated|pictured|shown|(?:on|to|at|from)(?:\s+far)?)\s+(?:left|right){_IS}",
     rf"\bat\s+{_SIDE}\s+(?:and|with|behind)\b",
-    rf"{_TO_THE}left\b|(?<!\bin ){_TO_THE}right{_NOUN}",
+    rf"{_TO_THE}left\b|(?!in\b){_TO_THE}right{_NOUN}",
     rf"\b(?:in|at)\s+(?:the\s+)?{_SIDE}\s+(?:foreground|background)\b",
-    r"\b(?:turn(?:s|ed|ing)?|fac(?:es?|ed|ing)|look(?:s|ed|ing)?|lean(?:s|ed|ing)?|tilt(?:s|ed|ing)?|keep(?:s|ing)?"
-    r"|veer(?:s|ed|ing)?|point(?:s|ed|ing)|head(?:s|ed|ing))\s+"
-    rf"(?:(?:left|right)(?:{_IS}|(?=\s+(?:and|or)\s+(?:left|right|up|down)\b))|left(?=\s+(?:at|on|in|onto|into)\b))",
-    r"\bthe\s+left\s+(?!(?:over|behind|alone)\b)\w+",
+    rf"{_TURNS}\s+(?:(?:left|right)(?:{_IS}|(?=\s+(?:and|or)\b))|left(?=\s+(?:at|on|in|into)\b))",
+    r"\bthe\s+left\s+(?!(?:over|behind|alone)\b)(?=\w)",
     # The left dog chases the right dog.
     r"\bthe\s+(left|right)\s+(\w+)\b(?:(?!\b(?:left|right)).)*\bthe\s+(?!\1)(?:left|right)\s+\2\b",
 )
 _IDIOMS = (
-    r"\ball[\s-]+right\b|\b(?:human|civil|equal|animal)\s+rights\b|\brights\s+reserved\b",
-    r"\bright\s+(?:now|away|angles?|answers?)\b|(?<!the )\bright\s+next\s+to\b|\bright[\s-]side[\s-]up\b",
-    r"\bleft-?overs?\b|\bleft\s+over(?:s\b|\s+(?:from|food|pizza|cake|meat|rice|bread)\b)",
+    rf"\ball[\s-]+right{_IS}|\b(?:human|civil|equal|animal)\s+rights\b|\brights\s+reserved\b",
+    r"\bright\s+(?:now|away(?!\s+from)|angles?|answers?)\b|(?<!the )\bright\s+next\s+to\b",
+    r"\bright[\s-]side[\s-]up\b|\bleft-?overs?\b",
+    r"\bleft\s+over(?:s\b|\s+(?:from|food|pizza|cake|meat|rice|bread)\b)",
     r"\b(?:i|we|he|she|they)\s+left\b|\bleft\s+(?:the|his|her|their|its|my|your|our)\b",
-    r"\bleft\s+(?:alone|open|unattended)\b|\b(?:is|are|was|were|been|being)\s+left\s+behind\b(?!\s+(?:the|a|an|his|her)\b)",
+    r"\bleft\s+(?:alone|open|unattended)\b",
+    r"\b(?:is|are|was|were|been|being)\s+left\s+behind\b(?!\s+(?:the|an?|his|her)\b)",
 )
 
 
 def mirrored(caption: str) -> str | None:
-    """The caption of the mirrored picture, left and right swapped in the same case; None: do not mirror.
+    """The caption of the mirrored picture, each swapped word in its case; None: do not mirror.
 
-    None if any left or right is not certain to be a place or an idiom ("right now"), if another word tells the sides
-    apart (southpaw), and for any letter outside ASCII: captions are taken to be English. Left and right in some other
-    languages are known, to catch captions that are not; others pass as captions without a side.
+    None if some left or right is neither a certain place nor an idiom ("right now"), if another
+    word tells the sides apart (southpaw), and for any letter outside ASCII. Captions are taken to
+    be English: ASCII words for left and right are known in some other languages only.
     """
     letters = unicodedata.normalize("NFC", caption)  # a letter and its accent become one
     if any(letter.isalpha() and not letter.isascii() for letter in letters):
