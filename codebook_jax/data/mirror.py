@@ -1,7 +1,7 @@
 """The caption of a mirrored picture: left and right swapped where they are certainly places.
 
 `_PLACES` and `_IDIOMS` list what is certain. A left or right in neither, or in both, leaves the
-picture unmirrored, and so does whatever `_UNCLEAR` finds.
+picture unmirrored, and so does what `_SIGN`, `_OTHER_WORDS` and `_UNCLEAR` hold.
 """
 
 from __future__ import annotations
@@ -9,6 +9,19 @@ from __future__ import annotations
 import re
 import unicodedata
 
+_SIGN = re.compile(r"[←→↔⬅➡👈👉]|\([lr]\)|\bl ?(?:-|/|to) ?r\b|(?<![\w'])[LR](?![\w'])")
+_OTHER_WORDS = frozenset(  # other words for a side: English first, then other languages
+    """southpaw southpaws starboard clockwise counterclockwise anticlockwise
+    izquierda izquierdo izquierdas izquierdos derecha derecho derechas derechos esquerda esquerdo
+    direita direito esquerra dreta gauche droite droit sinistra sinistro destra destro rechts linke
+    linken linker linkes linkem rechte rechten rechter rechtes rechtem venstre vanster stanga
+    dreapta lewa lewy lewej lewo prawa prawy prawej prawo levo vlevo pravo vpravo lijevo desno sleva
+    sprava solda solunda sagda saginda vasen vasemman vasemmalla vasemmalle vasempaan oikea oikean
+    oikealla oikealle oikeaan bal balra jobb jobbra kiri kanan kaliwa kushoto kulia""".split()
+)
+_BESIDE_LINKS = frozenset(  # with one of these, links is German or Dutch, not sausages
+    "und der die das dem ein eine einem einen im auf mit von neben ist van de een het op en".split()
+)
 _WORD = re.compile(r"(?<![a-z])(left|right)", re.IGNORECASE)
 _WHERE = r"top|bottom|upper|lower|front|back|rear|middle|center|centre|far"
 _TURNS = (
@@ -16,10 +29,7 @@ _TURNS = (
     r"|keep(?:s|ing)?|veer(?:s|ed|ing)|point(?:s|ed|ing)|head(?:s|ed|ing))"
 )
 _UNCLEAR = re.compile(
-    # Other words for a side, and other meanings of left and right.
-    r"\b(?:southpaws?|starboard|\w*-?clockwise|stage[\s-](?:left|right))\b|[←→↔⬅➡👈👉]"
-    rf"|(?:{_WHERE}|mid)(?:left|right)"
-    r"|\([lr]\)|\bl\s*(?:-|/|to)\s*r\b|(?<![\w'])(?-i:[LR])(?![\w'])"
+    rf"(?:{_WHERE}|mid)(?:left|right)|\bstage[\s-]+(?:left|right)"
     r"|\b(?:left|right)[\s-]*(?:wing|bank|part(?:y|ies)\b|luggage|field|foot(?:ed|er)|hook|lean)"
     r"|\bright\s+of\s+(?:way|passage)\b|\bright[\s-]hand\s+(?:man|woman)\b"
     r"|\b(?:politic|protest|rally|rallies|activis|extremis|radical|populis|conservative|liberal"
@@ -29,14 +39,7 @@ _UNCLEAR = re.compile(
     r"|bites?)\b.*(?<!the )\bleft\s+of\b"
     rf"|(?:\b(?:at|on|to|from|rows?|picture|pictured|shown|{_WHERE})|{_TURNS})[\s-]+"
     r"(?:left\s+(?:the|an?|his|her|their|alone|open|unattended)"
-    r"|right\s+(?:now|away|next))\b|\bthe\s+right\s+(?:now|away)\b"
-    # Left and right in other languages.
-    r"|\b(?:izquierd[ao]s?|derech[ao]s?|esquerd[ao]s?|direit[ao]s?|esquerra|dreta|gauche|droite?"
-    r"|sinistr[ao]|destr[ao]|rechts|(?:linke|rechte)[nrms]?|venstre|vanster|stanga|dreapta"
-    r"|lew(?:a|y|ej|o)|praw(?:a|y|ej|o)|v?levo|v?pravo|lijevo|desno|sleva|sprava|solda|solunda"
-    r"|sagda|saginda|vasem\w+|oikea\w*|balra|jobbra|(?:bal|jobb)\s+oldal\w*|kiri|kanan|kaliwa"
-    r"|kushoto|kulia)\b|^(?=.*\blinks\b).*\b(?:und|der|die|das|dem|ein|eine[mnr]?|im|auf|mit|von"
-    r"|neben|ist|van|de|een|het|op|en)\b",
+    r"|right\s+(?:now|away|next))\b|\bthe\s+right\s+(?:now|away)\b",
     re.IGNORECASE | re.DOTALL,
 )
 _IN_SENTENCE = re.compile(r"[\w,&'-]\s*\b(?:Left|Right)\b")
@@ -101,6 +104,12 @@ def mirrored(caption: str) -> str | None:
     if any(letter.isalpha() and not letter.isascii() for letter in letters):
         return None
     text = caption.replace("\u2019", "'")
+    words = set(re.findall("[a-z]+", text.lower()))
+    other = words & _OTHER_WORDS or ("links" in words and words & _BESIDE_LINKS)
+    if other or _SIGN.search(text):
+        return None
+    if not re.search("left|right", text, re.IGNORECASE):
+        return caption
     if _UNCLEAR.search(text) or (_IN_SENTENCE.search(text) and _NO_TITLE.search(text)):
         return None
     places, idioms = _covered(_PLACES, text), _covered(_IDIOMS, text)
