@@ -103,6 +103,7 @@ def test_what_is_no_place_stays(caption):
         *("the one on the left left", "walks right away from us", "left of the right size"),
         *("facing right next to a cat", "the drawer at bottom left open"),
         *("a dog \u2190 a cat", "a clock runs counter-clockwise", "starboard", "right of passage"),
+        *("a dog on the Left Coast", "on the right side of the law"),
         *("my right hand man", "bottom_left", "topleft corner", "the left luggage"),
     ],
 )

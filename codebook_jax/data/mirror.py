@@ -30,7 +30,8 @@ _TURNS = (
 )
 _UNCLEAR = re.compile(
     rf"(?:{_WHERE}|mid)(?:left|right)|\bstage[\s-]+(?:left|right)"
-    r"|\b(?:left|right)[\s-]*(?:wing|bank|part(?:y|ies)\b|luggage|field|foot(?:ed|er)|hook|lean)"
+    r"|\b(?:left|right)[\s-]*(?:wing|bank|coast|part(?:y|ies)\b|luggage|field|foot(?:ed|er)|hook|lean"
+    r"|side\s+of\s+(?:the\s+)?(?:law|history))"
     r"|\bright\s+of\s+(?:way|passage)\b|\bright[\s-]hand\s+(?:man|woman)\b"
     r"|\b(?:politic|protest|rally|rallies|activis|extremis|radical|populis|conservative|liberal"
     r"|socialis|communis|fascis|nazi|nationalis|democrat|republican|parliament|election|voter)"
