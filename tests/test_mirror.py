@@ -24,6 +24,24 @@ from codebook_jax.data.mirror import mirrored
         ("on the right next to a bus", "on the left next to a bus"),
         ("at left behind a tree", "at right behind a tree"),
         ("it is on the left.", "it is on the right."),
+        ("The left dog chases the right dog", "The right dog chases the left dog"),
+        ("the left person is by the right person", "the right person is by the left person"),
+        (
+            "the left track is empty, the right track full",
+            "the right track is empty, the left track full",
+        ),
+        ("a dog facing left and a cat", "a dog facing right and a cat"),
+        ("left turn lane", "right turn lane"),
+        ("no left turn sign", "no right turn sign"),
+        ("a sign says keep right", "a sign says keep left"),
+        ("Left: a cat. Right: a dog.", "Right: a cat. Left: a dog."),
+        ("seated left is Bob", "seated right is Bob"),
+        ("Ann, pictured right", "Ann, pictured left"),
+        ("A cat, left, and a dog", "A cat, right, and a dog"),
+        ("back row left", "back row right"),
+        ("left-most zebra", "right-most zebra"),
+        ("Two Dogs on the Left Side", "Two Dogs on the Right Side"),
+        ("Two sausage links on the left", "Two sausage links on the right"),
     ],
 )
 def test_places_change_and_change_back(caption, other):
@@ -45,15 +63,15 @@ def test_left_before_what_it_describes_is_a_place():
         "right now a train has left the station",
         "leftovers, left over pizza and left-over cake",
         "the child was left alone",
-        "a dog left behind the tree",
+        "the dog was left behind",
         "a bright upright copyright, leftover",
         "human rights, all rights reserved",
-        "a right angle, the right answer, the right way",
-        "a right-wing and a left-wing rally",
-        "right before the house, right next to a cat",
+        "a right angle, the right answer",
+        "right next to a cat, right away",
         "a man left his bag",
         "he left front door open",
         "right side up",
+        *("Two sausage links on a plate", "golf links at sunset"),
     ],
 )
 def test_what_is_no_place_stays(caption):
@@ -65,11 +83,49 @@ def test_what_is_no_place_stays(caption):
     [
         *("left", "right", "right?", "she was right", "the last one left", "lefts and rights"),
         *("the right dog", "the right place", "the left wing", "a far-right party"),
+        *("the right track", "the right size", "the right way", "on the right track"),
         *("what is left of the cake", "the man in the middle left the room"),
-        *("looks right at the camera", "a bus turned right at the light"),
-        *("un perro a la izquierda", "左の犬", "собака слева", "à droite", "links ein Hund", "bên tra\u0301i"),
-        "on the left, the right dog",
+        *("a slice is left of the pizza", "a dog left behind the tree", "someone left hand soap"),
+        *("looks right at the camera", "a bus turned right at the light", "right before the house"),
+        *("on the left, the right dog", "left over right shoulder"),
+        *("Bob (L) and Ann (R)", "from L to R: Bob, Ann", "Bob, Ann (l-r)", "Bob, Ann L-R"),
+        *("a far left protester", "right-wing rally", "a politician on the far right"),
+        *(
+            "a left footed kicker",
+            "right-footed",
+            "lefty",
+            "a lefthander",
+            "left-hander",
+            "southpaw",
+        ),
+        *("the Left Bank of Paris", "Right Said Fred", "the Left Door in the north"),
+        *("he is in the right.", "it looks right.", "the one on the right now", "right of way"),
+        *("the one on the left left", "walks right away from us", "left of the right size"),
+        *("facing right next to a cat", "the drawer at bottom left open"),
+        *("a dog \u2190 a cat", "a clock runs counter-clockwise", "starboard", "right of passage"),
+        *("a dog on the Left Coast", "on the right side of the law"),
+        *("my right hand man", "bottom_left", "topleft corner", "the left luggage"),
     ],
 )
 def test_what_may_be_a_place_is_not_mirrored(caption):
+    assert mirrored(caption) is None
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        *("un perro a la izquierda", "o gato direito", "gauche", "sulla destra", "un caf\u00e9"),
+        *("左の犬", "собака слева", "à droite", "bên tra\u0301i", "chỗ phải"),
+        *(
+            "links ein Hund",
+            "Hund und Katze links",
+            "de linker hond",
+            "links van een boom",
+            "rechts",
+        ),
+        *("pies po lewej", "vlevo pes", "pas lijevo", "solda kedi", "koira vasemmalla", "oikealla"),
+        *("kutya a bal oldalon", "balra", "anjing di kiri", "kanan", "mbwa kushoto"),
+    ],
+)
+def test_a_caption_in_another_language_is_not_mirrored(caption):
     assert mirrored(caption) is None

@@ -1,7 +1,7 @@
-"""The caption of a mirrored picture: swaps left and right in English captions where they name a place.
+"""The caption of a mirrored picture: left and right swapped where they are certainly places.
 
-The words around each "left" and "right" decide whether it names a place ("to the left of"), does not ("he left", "right
-now"), or may do either: `_RULES`, first match wins. Captions with left or right in another language are not mirrored.
+`_PLACES` and `_IDIOMS` list what is certain. A left or right in neither, or in both, leaves the
+picture unmirrored, and so does what `_SIGN`, `_OTHER_WORDS` and `_UNCLEAR` hold.
 """
 
 from __future__ import annotations
@@ -9,129 +9,120 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_SIDE = re.compile(r"\b(left|right)(?=(?:s|most|wards?|hand(?:ed)?|side)?\b)", re.IGNORECASE)
-_ELSEWHERE = re.compile(  # Spanish, Portuguese, French, Italian, German, Russian; Chinese and Japanese, Korean, Thai, ...
-    r"\b(?:izquierd|derech[oa]|esquerd|direit[oa]|gauche|droite?\b|sinistr|destr[aoe]\b|links\b|rechts\b)"
-    r"|\b(?:linke|rechte)[nmrs]?\b|\b(?:на)?(?:слева|справа|лево|право)|\b(?:лев|прав)(?:ый|ая|ой|ую|ом)\b"
-    r"|[左右왼]|오른|ซ้าย|ขวา|\b(?:trái|phải)\b|يسار|يمين|बाए|बाये|बाईं|दाए|दाये|दाईं|दाहिन",
-    re.IGNORECASE,
+_SIGN = re.compile(r"[←→↔⬅➡👈👉]|\([lr]\)|\bl ?(?:-|/|to) ?r\b|(?<![\w'])[LR](?![\w'])")
+_OTHER_WORDS = frozenset(  # other words for a side: English first, then other languages
+    """southpaw southpaws starboard clockwise counterclockwise anticlockwise
+    izquierda izquierdo izquierdas izquierdos derecha derecho derechas derechos esquerda esquerdo
+    direita direito esquerra dreta gauche droite droit sinistra sinistro destra destro rechts linke
+    linken linker linkes linkem rechte rechten rechter rechtes rechtem venstre vanster stanga
+    dreapta lewa lewy lewej lewo prawa prawy prawej prawo levo vlevo pravo vpravo lijevo desno sleva
+    sprava solda solunda sagda saginda vasen vasemman vasemmalla vasemmalle vasempaan oikea oikean
+    oikealla oikealle oikeaan bal balra jobb jobbra kiri kanan kaliwa kushoto kulia""".split()
 )
-_OTHER = r"(?:left|right)"
-_PARTS = (  # things that have a left and a right one
-    "side|hand|handed|half|part|portion|section|end|edge|corner|border|margin|foreground|background|panel|column|lane|"
-    "bank|arm|leg|foot|eye|ear|knee|elbow|shoulder|cheek|wrist|thumb|paw|hip|breast|wheel|shoe|sleeve|glove|page|"
-    "quadrant|third|quarter|rear|front|top|bottom|center|centre"
+_BESIDE_LINKS = frozenset(  # with one of these, links is German or Dutch, not sausages
+    "und der die das dem ein eine einem einen im auf mit von neben ist van de een het op en".split()
 )
-_ENDS = r"\s*(?:$|[.,;:!?)\]\"'])"  # no word follows that it could describe
-_GOES_ON = r"\s+(?:of|is|are|was|were|and|or|but|with|has|have|who|which|that|while|wearing|holding|side)\b"
-_OWNER = r"(?:\b(?:the|a|an|its|his|her|their|my|your|our)|['\u2019]s)\s+"
-_ARTICLE = r"\s+(?:the|a|an|his|her|its|their|my|your|our|him|them|us)\b"  # after a verb
-_WHERE_ONE = (
-    r"\b(?:on|to|at|from|toward|towards|in|into|by|near|along)\s+(?:the|its|his|her|their|my|your|our)\s+"
-    r"(?:(?:very|far|extreme|immediate)\s+)?"
+_WORD = re.compile(r"(?<![a-z])(left|right)", re.IGNORECASE)
+_WHERE = r"top|bottom|upper|lower|front|back|rear|middle|center|centre|far"
+_TURNS = (
+    r"\b(?:turn(?:s|ed|ing)?|fac(?:es?|ed|ing)|looking|lean(?:s|ed|ing)|tilt(?:s|ed|ing)"
+    r"|keep(?:s|ing)?|veer(?:s|ed|ing)|point(?:s|ed|ing)|head(?:s|ed|ing))"
 )
-_WHERE = rf"(?:{_WHERE_ONE}|\b(?:on|to|at|from|towards?)\s+)"
-_CORNER = r"\b(?:top|bottom|upper|lower|far|center|centre|middle|mid|front|rear|extreme)[\s-]+"
-_MOVES = (
-    r"\b(?:turn|fac|look|lean|point|tilt|head|mov|walk|bend|veer|swerv|swing|angl|slid|shift|driv|rid|run|fly|steer)"
-    r"(?:e|es|ed|s|ing|ning|ting)?\s+"
+_UNCLEAR = re.compile(
+    rf"(?:{_WHERE}|mid)(?:left|right)|\bstage[\s-]+(?:left|right)"
+    r"|\b(?:left|right)[\s-]*(?:wing|bank|coast|part(?:y|ies)\b|luggage|field|foot(?:ed|er)|hook|lean"
+    r"|side\s+of\s+(?:the\s+)?(?:law|history))"
+    r"|\bright\s+of\s+(?:way|passage)\b|\bright[\s-]hand\s+(?:man|woman)\b"
+    r"|\b(?:politic|protest|rally|rallies|activis|extremis|radical|populis|conservative|liberal"
+    r"|socialis|communis|fascis|nazi|nationalis|democrat|republican|parliament|election|voter)"
+    # What is left of the cake; the man in the middle left the room; facing right next to a cat.
+    r"|\b(?:what|all|only|little|nothing|much|lot|some|any|few|last|half|remain\w*|slices?|pieces?"
+    r"|bites?)\b.*(?<!the )\bleft\s+of\b"
+    rf"|(?:\b(?:at|on|to|from|rows?|picture|pictured|shown|{_WHERE})|{_TURNS})[\s-]+"
+    r"(?:left\s+(?:the|an?|his|her|their|alone|open|unattended)"
+    r"|right\s+(?:now|away|next))\b|\bthe\s+right\s+(?:now|away)\b",
+    re.IGNORECASE | re.DOTALL,
 )
-_THERE = (  # "right" before these means "exactly"; something "left" before these was left there
-    "now|away|there|here|then|before|after|beside|besides|behind|next|in|on|at|by|near|under|below|above|over|up|down|"
-    "out|off|into|onto|through|past|across|against|around|along|inside|outside|beneath|between|when|where|as|back"
+_IN_SENTENCE = re.compile(r"[\w,&'-]\s*\b(?:Left|Right)\b")
+_NO_TITLE = re.compile(r"^\W*[a-z]|\b(?!(?:the|and|for|with|from|near)\b)(?<!')[a-z]{3,}")
+
+_SIDE = r"\b(?:left|right)"
+_IS = r"(?=\s*(?:$|[.,;:!?)\]\"])|\s+(?:of|is|are|was|were)\b)"
+_NOUN = (  # after it, "the right" is a noun
+    rf"(?:{_IS}|(?=\s+(?:and|or|but|with|has|have|who|which|that|while|wearing|holding|an?|the|in"
+    r"|next|near|behind|beside|by|at|under)\b))"
 )
-_CORRECT = (
-    "answer|angle|angles|angled|triangle|time|way|thing|things|choice|decision|size|track|tool|tools|moment|amount|"
-    "job|word|words|idea|kind|person|people"
+_OWNER = r"(?:\b(?:the|its|his|her|their|my|your|our)|'s)\s+"
+_TO_THE = rf"\b(?:on|to|at|from|towards?|in)\s+{_OWNER}(?:(?:very|far|extreme)\s+)?"
+_AREA = r"(?:side|corner|edge|lane|turn)s?\b(?![\s-]+(?:up|out)\b)"
+_PART = (
+    r"(?:(?:front|rear|hind|upper|lower)\s+)?(?:hand|half|border|margin|panel|column|arm|leg|foot"
+    r"|eye|ear|knee|elbow|shoulder|cheek|wrist|thumb|paw|hip|breast|wheel|quadrant|third|legs"
+    r"|paws|wheels)\b"
 )
-# Each rule: what must come before "left" or "right", what after it, and to which of the two it applies.
-_NO_PLACE = (
-    (r"\b(?:all|human|civil|equal|animal)[\s-]+$", "", "right"),
-    (
-        "",
-        rf"\s+(?:of\s+way|side\s+up|whales?)\b|-(?:side[\s-]up|angled|wing\w*)|[\s-]+(?:{_CORRECT})\b",
-        "right",
-    ),
-    ("", r"s\b|\s+(?:now|away)\b", "right"),
-    (r"\b(?:he|she|they|we|i|who)\s+$", "", "left"),
-    ("", "-(?:over|wing)", "left"),
+_ADJECTIVE = (  # before "left", which is then no verb, unlike in "someone left hand soap"
+    rf"(?:^|[^\w\s]\s*|{_OWNER}|\b(?:a|no|with|on|in|at|from|by|of|to|using|front|rear|hind|upper"
+    rf"|lower)\s+|\bright\s+{_PART}\s+(?:and|or)\s+)"
 )
-_UNCLEAR = (
-    (
-        _CORNER + "$",
-        r"[\s-]+(?:wing|politic|part(?:y|ies)\b|group|activist|extremist|candidate|supporter)",
-        _OTHER,
-    ),
-    ("", r"[\s-]+wing|[\s-]+hand\s+(?:man|woman)\b", _OTHER),
-    (rf"(?:{_CORNER}|{_MOVES})$", _ARTICLE, "left"),  # the man in front left the room
-    (r"\b(?:what|all|little|nothing|much|lot|remains?)\b.*$", r"\s+of\b", "left"),
+_PLACES = (
+    rf"{_SIDE}(?:-?(?:most|wards?)|[\s-]?handed|-?hand|-?side)\b(?![\s-](?:up|out)\b)",
+    rf"{_SIDE}[\s-]+{_AREA}",
+    rf"\bright[\s-]+{_PART}",
+    rf"{_ADJECTIVE}left[\s-]+{_PART}",
+    rf"(?<!the ){_SIDE}\s+of\b",
+    rf"{_SIDE}(?:\s+(?:and|or)\s+(?:the\s+)?|/)(?:left|right)(?:{_IS}|\s+{_AREA}|\s+{_PART})",
+    rf"{_SIDE}(?:\s+to\s+|-to-)(?:left|right)\b(?!\s+(?:now|away|next|there|the|an?)\b)",
+    rf"[(,]\s*{_SIDE}\s*[,;.)]|(?:^|[.;,(])\s*{_SIDE}\s*:",
+    rf"\b(?:top|bottom|upper|lower)[\s-]+(?:left|right)(?:{_IS}|[\s-]+(?:{_AREA}|{_PART}))",
+    rf"\b(?:rows?,?|seated|pictured|shown|(?:on|to|at|from)(?:\s+far)?)\s+(?:left|right){_IS}",
+    rf"\bat\s+{_SIDE}\s+(?:and|with|behind)\b",
+    rf"{_TO_THE}left\b|(?!in\b){_TO_THE}right{_NOUN}",
+    rf"\b(?:in|at)\s+(?:the\s+)?{_SIDE}\s+(?:foreground|background)\b",
+    rf"{_TURNS}\s+(?:(?:left|right)(?:{_IS}|(?=\s+(?:and|or)\b))|left(?=\s+(?:at|on|in|into)\b))",
+    r"\bthe\s+left\s+(?!(?:over|behind|alone)\b)(?=\w)",
+    # The left dog chases the right dog.
+    r"\bthe\s+(left|right)\s+(\w+)\b(?:(?!\b(?:left|right)).)*\bthe\s+(?!\1)(?:left|right)\s+\2\b",
 )
-_PLACE = (
-    ("", r"(?:most|wards?|[\s-]?handed|[\s-]hand|hand|-?side)\b", _OTHER),
-    ("", rf"\s+(?:or|and|to)\s+(?:the\s+)?{_OTHER}\b(?!\s+(?:now|away))|/{_OTHER}\b", _OTHER),
-    (rf"\b{_OTHER}(?:\s+(?:or|and|to)\s+(?:the\s+)?|/)$", rf"{_ENDS}|(?!{_ARTICLE})\s", _OTHER),
-    (r"\(\s*$", r"\s*\)", _OTHER),
-    (_CORNER + "$", "", _OTHER),
-    ("", rf"\s+of\b|[\s-]+(?:{_PARTS})s?\b", _OTHER),
-    (_WHERE + "$", rf"{_ENDS}|{_GOES_ON}|\s+(?:{_THERE})\b", _OTHER),
-    (_WHERE_ONE + "$", "", "left"),
-    (_WHERE + "$", rf"(?!{_ARTICLE})\s", "left"),
-    (_MOVES + "$", rf"{_ENDS}|{_GOES_ON}", _OTHER),
-    (_MOVES + "$", "", "left"),
-    (_OWNER + "$", rf"(?!{_ARTICLE}|\s+(?:{_THERE}|alone)\b)\s+\w", "left"),
-    (_OWNER + "$", r"\s+turns?\b", "right"),
+_IDIOMS = (
+    rf"\ball[\s-]+right{_IS}|\b(?:human|civil|equal|animal)\s+rights\b|\brights\s+reserved\b",
+    r"\bright\s+(?:now|away(?!\s+from)|angles?|answers?)\b|(?<!the )\bright\s+next\s+to\b",
+    r"\bright[\s-]side[\s-]up\b|\bleft-?overs?\b",
+    r"\bleft\s+over(?:s\b|\s+(?:from|food|pizza|cake|meat|rice|bread)\b)",
+    r"\b(?:i|we|he|she|they)\s+left\b|\bleft\s+(?:the|his|her|their|its|my|your|our)\b",
+    r"\bleft\s+(?:alone|open|unattended)\b",
+    r"\b(?:is|are|was|were|been|being)\s+left\s+behind\b(?!\s+(?:the|an?|his|her)\b)",
 )
-_NO_PLACE_EITHER = (
-    ("", r"\s+(?:alone|behind|over|overs|unattended)\b", "left"),
-    (r"\b(?:you|it|has|have|had|having|just|be|been|being|gets?|got)\s+$", r"\s+\w", "left"),
-    (
-        r"\b(?:is|are|was|were)\s+$",
-        rf"\s+(?:{_THERE}|to|for|with|without|open|\w+ed|\w+ing)\b",
-        "left",
-    ),
-    (r"\w\s+$", _ARTICLE, "left"),
-    ("", rf"\s+(?:{_THERE})\b", "right"),
-)
-# Turns right at the corner, looks right at us.
-_MOVES_RIGHT_THERE = ((_MOVES + "$", rf"\s+(?:{_THERE})\b", "right"),)
-_RULES = [  # (before, after, which, whether it is a place; None: unclear)
-    (re.compile(before), re.compile(after), re.compile(which), place)
-    for rules, place in (
-        (_NO_PLACE, False),
-        (_UNCLEAR, None),
-        (_PLACE, True),
-        (_MOVES_RIGHT_THERE, None),
-        (_NO_PLACE_EITHER, False),
-    )
-    for before, after, which in rules
-]
 
 
 def mirrored(caption: str) -> str | None:
-    """The caption of the mirrored picture; None (do not mirror) if it is unclear whether a word names a place.
+    """The caption of the mirrored picture, each swapped word in its case; None: do not mirror.
 
-    Swaps left and right, keeping upper and lower case, as separate words and in leftmost, left-hand, leftward and the
-    like; not in bright, leftover or copyright. Without any word that shows it to be a place, one is unclear.
+    None if some left or right is neither a certain place nor an idiom ("right now"), if another
+    word tells the sides apart (southpaw), and for any letter outside ASCII. Captions are taken to
+    be English: ASCII words for left and right are known in some other languages only.
     """
-    if _ELSEWHERE.search(unicodedata.normalize("NFC", caption)):
+    letters = unicodedata.normalize("NFC", caption)  # a letter and its accent become one
+    if any(letter.isalpha() and not letter.isascii() for letter in letters):
         return None
-    parts, done = [], 0
-    for match in _SIDE.finditer(caption):
-        place = _is_place(
-            match[1].lower(), caption[: match.start()].lower(), caption[match.end() :].lower()
-        )
-        if place is None:
-            return None
-        parts += [caption[done : match.start()], _other(match[1]) if place else match[1]]
-        done = match.end()
-    return "".join(parts) + caption[done:]
+    text = caption.replace("\u2019", "'")
+    words = set(re.findall("[a-z]+", text.lower()))
+    other = words & _OTHER_WORDS or ("links" in words and words & _BESIDE_LINKS)
+    if other or _SIGN.search(text):
+        return None
+    if not re.search("left|right", text, re.IGNORECASE):
+        return caption
+    if _UNCLEAR.search(text) or (_IN_SENTENCE.search(text) and _NO_TITLE.search(text)):
+        return None
+    places, idioms = _covered(_PLACES, text), _covered(_IDIOMS, text)
+    if any((m.start() in places) == (m.start() in idioms) for m in _WORD.finditer(caption)):
+        return None
+    return _WORD.sub(lambda m: _other(m[1]) if m.start() in places else m[1], caption)
 
 
-def _is_place(side: str, before: str, after: str) -> bool | None:
-    for behind, ahead, which, place in _RULES:
-        if which.fullmatch(side) and behind.search(before) and ahead.match(after):
-            return place
-    return None
+def _covered(patterns: tuple[str, ...], caption: str) -> set[int]:
+    """The positions in the caption that some pattern matches."""
+    found = (m for p in patterns for m in re.finditer(p, caption, re.IGNORECASE | re.DOTALL))
+    return {position for match in found for position in range(*match.span())}
 
 
 def _other(word: str) -> str:
