@@ -228,6 +228,11 @@ def test_many_rows_are_thinned_to_their_extremes():
     assert 0 < np.isnan(thin[:, 1]).sum() < 60 and not np.isnan(thin[:, 0]).any()
 
 
+def test_a_value_that_is_text_is_a_gap():
+    found = run.facts([{"step": 2, "time/step_s": "x", "loss": "y"}, {"step": 4, "time/step_s": 0.5}], 1)
+    assert (found["step"], found["pace"], found["seconds"]) == (4, 0.5, 1.0)
+
+
 def test_every_number_of_a_row_is_in_a_chart_and_gaps_are_null():
     rows = [
         *rows_of(3),
