@@ -175,9 +175,9 @@ class Codis:
         """
         if (images is None) == (texts is None):
             raise UserError("codes takes either images=... or texts=..., not both: call it once for each")
-        if not 1 <= top_k <= len(self.codewords):
+        if not isinstance(top_k, int | np.integer) or not 1 <= top_k <= len(self.codewords):
             raise UserError(
-                f"top_k={top_k} is not between 1 and the {len(self.codewords):,} codewords"
+                f"top_k={top_k!r} is not a whole number between 1 and the {len(self.codewords):,} codewords"
             )
         features = self.encode_text(texts) if images is None else self.encode_image(images)
         probabilities = code_probabilities(
@@ -268,9 +268,12 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
         )
     config = _config(folder)
     tokenizer = tokenizer_for_run("", folder, None, 0)
-    expected = jax.eval_shape(
-        lambda: codis.init_student(config, tokenizer.vocabulary.size, key_of(0))
-    )
+    try:
+        expected = jax.eval_shape(
+            lambda: codis.init_student(config, tokenizer.vocabulary.size, key_of(0))
+        )
+    except Exception as failure:  # whatever damaged settings lead to
+        raise _damaged(folder / records.RECORD, failure) from failure
     student = _restored(folder, "student", expected)
     teacher_towers = _restored(folder, "teacher", expected["towers"]) if teacher else None
     return Codis(config, tokenizer, student, teacher_towers, manifest["step"])
@@ -292,9 +295,14 @@ def code_probabilities(
 
 
 def _export_folder(path: Path) -> Path:
-    for folder in (path, path / FOLDER):
-        if (folder / MANIFEST).is_file():
-            return folder
+    try:
+        for folder in (path, path / FOLDER):
+            if (folder / MANIFEST).is_file():
+                return folder
+    except OSError as failure:  # a name that is too long, a folder that may not be read
+        raise UserError(
+            f"{path} cannot be read ({failure.strerror}): give the folder that --mode=export wrote"
+        ) from failure
     if not path.is_dir():
         what = "is a file, not the folder of an export" if path.exists() else "is not a folder here"
         raise UserError(f"{path} {what}: give the folder that --mode=export wrote")
@@ -324,12 +332,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _config(folder: Path) -> ml_collections.ConfigDict:
     """The run's config, adapted to one device of any kind."""
-    record = records.read_record(folder)
-    if record is None:
-        raise _damaged(folder / records.RECORD, FileNotFoundError("it is missing"))
-    config = records.recorded_config(record)
-    with config.unlocked():
-        config.model.attention, config.model.remat = "auto", "none"
+    try:
+        record = records.read_record(folder)
+        if record is None:
+            raise FileNotFoundError("it is missing")
+        config = records.recorded_config(record)
+        with config.unlocked():
+            config.model.attention, config.model.remat = "auto", "none"
+    except (UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as failure:
+        raise _damaged(folder / records.RECORD, failure.__cause__ or failure) from failure
     return config
 
 
