@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from codebook_jax import devices
 from codebook_jax import workdir as records
-from codebook_jax.ambient import key_of
+from codebook_jax.ambient import key_of, own_settings
 from codebook_jax.checkpoint import read_arrays
 from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
@@ -75,9 +75,9 @@ class Codis:
         self._towers = (
             self._student["towers"] if teacher_towers is None else jax.device_put(teacher_towers)
         )
-        self._embed_images = jax.jit(self._image_features)
-        self._embed_texts = jax.jit(self._text_features)
-        self._match = jax.jit(self._match_probability)
+        self._embed_images = jax.jit(own_settings(self._image_features))
+        self._embed_texts = jax.jit(own_settings(self._text_features))
+        self._match = jax.jit(own_settings(self._match_probability))
         self._encoder = "student" if teacher_towers is None else "teacher"
         self.codewords: Float32[np.ndarray, "codes dim"] = np.asarray(
             codis.unit(self._student["codebook"]["codes"])
@@ -269,8 +269,9 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     config = _config(folder)
     tokenizer = tokenizer_for_run("", folder, None, 0)
     try:
+        student_of = own_settings(codis.init_student)
         expected = jax.eval_shape(
-            lambda: codis.init_student(config, tokenizer.vocabulary.size, key_of(0))
+            lambda: student_of(config, tokenizer.vocabulary.size, key_of(0))
         )
     except Exception as failure:  # whatever damaged settings lead to
         raise _damaged(folder / records.RECORD, failure) from failure
