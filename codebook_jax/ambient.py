@@ -27,12 +27,12 @@ def wide_enough(*dtypes: DTypeLike) -> jnp.dtype:
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
-def same_draws(program: Callable[..., Any]) -> Callable[..., Any]:
-    """`program`, drawing the same numbers whether or not JAX_THREEFRY_PARTITIONABLE is set."""
+def own_settings(program: Callable[..., Any]) -> Callable[..., Any]:
+    """`program`, traced alike whatever JAX_THREEFRY_PARTITIONABLE and JAX_NUMPY_RANK_PROMOTION are set to."""
 
     @functools.wraps(program)
     def traced(*arguments: Any) -> Any:
-        with jax.threefry_partitionable(True):
+        with jax.threefry_partitionable(True), jax.numpy_rank_promotion("allow"):
             return program(*arguments)
 
     return traced

@@ -15,7 +15,7 @@ import numpy as np
 
 from codebook_jax import axes, memory, modes, sharding
 from codebook_jax import workdir as records
-from codebook_jax.checks import check
+from codebook_jax.checks import check, check_values
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source, source_of
@@ -184,6 +184,7 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
         )
     own = config is None
     if not own:
+        check_values(config)
         config = adopted(config, (), record)
     config = records.trained_config(workdir, record, config)
     config = axes.of_trained(config, record, asked=not own)

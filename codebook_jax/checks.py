@@ -10,6 +10,10 @@ from codebook_jax.pretrained.start import specs
 
 LEAST = {
     "train.steps": 1,
+    "mesh.data": -1,
+    "mesh.fsdp": -1,
+    "mesh.tensor": -1,
+    "mesh.slices": 0,
     "log_every_steps": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
@@ -18,16 +22,27 @@ LEAST = {
     "evaluation.batch": 1,
     "evaluation.rerank_top_k": 0,
     "optimizer.accumulation": 1,
+    "optimizer.warmup_steps": 0,
     "optimizer.max_bad_steps": 1,
     "data.global_batch": 2,
     "data.workers": 0,
     "data.threads": 1,
+    "data.prefetch": 1,
     "data.patience_s": 1,
     "codebook.size": 2,
     "codebook.iterations": 1,
     "codebook.queue_samples": 0,
+    "codebook.freeze_steps": 0,
     "codebook.window_samples": 1,
+    "teacher.alpha_steps": -1,
     "model.scan_unroll": 1,
+    "model.dim": 1,
+    "model.image.size_px": 1,
+    "model.image.patch_px": 1,
+    "model.image.width": 1,
+    "model.image.heads": 1,
+    "model.text.width": 1,
+    "model.text.heads": 1,
     "model.image.mlp_width": 0,
     "model.text.mlp_width": 0,
     "model.image.depth": 1,
@@ -55,8 +70,8 @@ SHARES = (
 )
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, naming the field and its value, if no run can start with this config."""
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the field and its value, if a value alone is outside its limits."""
     for name, minimum in LEAST.items():
         refuse_below(name, _of(config, name), minimum)
     for name, allowed in CHOICES.items():
@@ -66,6 +81,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not 0 <= (value := _of(config, name)) <= 1:
             what = "share of the images" if name == "data.max_bad_rate" else "share"
             raise UserError(f"config.{name}={value} is a {what}: give a number from 0 to 1")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the field and its value, if no run can start with this config."""
+    check_values(config)
     for name in ("train", "eval"):
         if not config.data[name]:
             raise UserError(

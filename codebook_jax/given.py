@@ -84,6 +84,8 @@ def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height widt
 
 
 def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    if 0 in picture.size:
+        raise UnreadableImage(f"a PIL image of {picture.width} x {picture.height} has no pixels")
     try:
         return np.asarray(rgb(picture))
     except Exception as failure:  # Pillow opened the file but cannot read all of it

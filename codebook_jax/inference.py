@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from codebook_jax import devices
 from codebook_jax import workdir as records
-from codebook_jax.ambient import key_of
+from codebook_jax.ambient import key_of, own_settings
 from codebook_jax.checkpoint import read_arrays
 from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
@@ -75,9 +75,9 @@ class Codis:
         self._towers = (
             self._student["towers"] if teacher_towers is None else jax.device_put(teacher_towers)
         )
-        self._embed_images = jax.jit(self._image_features)
-        self._embed_texts = jax.jit(self._text_features)
-        self._match = jax.jit(self._match_probability)
+        self._embed_images = jax.jit(own_settings(self._image_features))
+        self._embed_texts = jax.jit(own_settings(self._text_features))
+        self._match = jax.jit(own_settings(self._match_probability))
         self._encoder = "student" if teacher_towers is None else "teacher"
         self.codewords: Float32[np.ndarray, "codes dim"] = np.asarray(
             codis.unit(self._student["codebook"]["codes"])
@@ -175,9 +175,9 @@ class Codis:
         """
         if (images is None) == (texts is None):
             raise UserError("codes takes either images=... or texts=..., not both: call it once for each")
-        if not 1 <= top_k <= len(self.codewords):
+        if not isinstance(top_k, int | np.integer) or not 1 <= top_k <= len(self.codewords):
             raise UserError(
-                f"top_k={top_k} is not between 1 and the {len(self.codewords):,} codewords"
+                f"top_k={top_k!r} is not a whole number between 1 and the {len(self.codewords):,} codewords"
             )
         features = self.encode_text(texts) if images is None else self.encode_image(images)
         probabilities = code_probabilities(
@@ -268,9 +268,13 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
         )
     config = _config(folder)
     tokenizer = tokenizer_for_run("", folder, None, 0)
-    expected = jax.eval_shape(
-        lambda: codis.init_student(config, tokenizer.vocabulary.size, key_of(0))
-    )
+    try:
+        student_of = own_settings(codis.init_student)
+        expected = jax.eval_shape(
+            lambda: student_of(config, tokenizer.vocabulary.size, key_of(0))
+        )
+    except Exception as failure:  # whatever damaged settings lead to
+        raise _damaged(folder / records.RECORD, failure) from failure
     student = _restored(folder, "student", expected)
     teacher_towers = _restored(folder, "teacher", expected["towers"]) if teacher else None
     return Codis(config, tokenizer, student, teacher_towers, manifest["step"])
@@ -292,9 +296,14 @@ def code_probabilities(
 
 
 def _export_folder(path: Path) -> Path:
-    for folder in (path, path / FOLDER):
-        if (folder / MANIFEST).is_file():
-            return folder
+    try:
+        for folder in (path, path / FOLDER):
+            if (folder / MANIFEST).is_file():
+                return folder
+    except OSError as failure:  # a name that is too long, a folder that may not be read
+        raise UserError(
+            f"{path} cannot be read ({failure.strerror}): give the folder that --mode=export wrote"
+        ) from failure
     if not path.is_dir():
         what = "is a file, not the folder of an export" if path.exists() else "is not a folder here"
         raise UserError(f"{path} {what}: give the folder that --mode=export wrote")
@@ -324,12 +333,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _config(folder: Path) -> ml_collections.ConfigDict:
     """The run's config, adapted to one device of any kind."""
-    record = records.read_record(folder)
-    if record is None:
-        raise _damaged(folder / records.RECORD, FileNotFoundError("it is missing"))
-    config = records.recorded_config(record)
-    with config.unlocked():
-        config.model.attention, config.model.remat = "auto", "none"
+    try:
+        record = records.read_record(folder)
+        if record is None:
+            raise FileNotFoundError("it is missing")
+        config = records.recorded_config(record)
+        with config.unlocked():
+            config.model.attention, config.model.remat = "auto", "none"
+    except (UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as failure:
+        raise _damaged(folder / records.RECORD, failure.__cause__ or failure) from failure
     return config
 
 

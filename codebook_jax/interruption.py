@@ -100,7 +100,9 @@ class Interruption:
             os._exit(128 + number)
         if not self.requested:
             self.name = signal.Signals(number).name
-            write_now(f"\n{self.name}: saving after this step (Ctrl-C exits at once without saving)\n")
+            write_now(
+                f"\n{self.name}: ending once the steps so far are saved (Ctrl-C exits at once without saving)\n"
+            )
         if self._raises:
             self._raises = False
             raise Interrupted

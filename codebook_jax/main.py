@@ -38,6 +38,7 @@ WRONG_TYPES = (
     ("('Non-boolean argument", "needs true or false"),
     ("Failed to parse", "is a section: set its fields, e.g. --config.SECTION.FIELD=value"),
 )
+NO_CONFIG = "--config: the file has no get_config() that returns a ConfigDict: write one as in configs/base.py"
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 
 Mode = Callable[[ConfigDict | None, Path], int | None]  # the exit code; None is 0
@@ -98,7 +99,10 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
         hint = did_you_mean(f"--{error.flagname}", [f"--{name}" for name in values])
         raise UserError(f"there is no flag --{error.flagname}{hint}") from error
     except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_field(argv)) from error
+        missing = str(error).endswith(("no attribute 'get_config'", "no attribute 'to_dict'"))
+        raise UserError(NO_CONFIG if missing else _unknown_field(argv)) from error
+    except SyntaxError as error:
+        raise UserError(f"--config: the file is not Python: {error}") from error
     except (flags.Error, OSError, ValueError, TypeError) as error:
         raise UserError(_one_sentence(error)) from error
     for field, value in values["config"].override_values.items() if config is not None else ():
@@ -296,7 +300,8 @@ def _one_sentence(error: Exception) -> str:
     if isinstance(error, OSError):
         path = re.search(r"No such file or directory: '([^']+)'", text)
         if not path:
-            return f"--config: {text.splitlines()[-1]}"
+            reason = text.splitlines()[-1].rpartition("failure to load: ")[2].rstrip(".")
+            return f"--config: {re.sub(r'^.Errno .*?] ', '', reason)}: give a file, e.g. configs/base.py:tiny"
         return f"--config: there is no file {path.group(1)}{_near_config(Path(path.group(1)))}"
     if "in argv before a value for" in text:
         return "--config=FILE goes before the fields it sets, such as --config.data.global_batch=64"

@@ -15,6 +15,7 @@ import jax
 import tensorboardX
 
 from codebook_jax.data.progress import Bar, duration
+from codebook_jax.errors import UserError
 from codebook_jax.strict_json import parse_json
 from codebook_jax.workdir import written_whole
 
@@ -72,15 +73,22 @@ class Metrics:
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The complete rows of a metrics.jsonl, in order; rows that a killed process left half-written are skipped."""
+    """The complete rows of a metrics.jsonl, in order, without rows and values that `Metrics` cannot have written.
+
+    Raises UserError if it is a folder.
+    """
     rows = []
-    for line in Path(path).read_bytes().split(b"\n"):
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, not the rows of a run: move it away") from error
+    for line in lines:
         try:
             row = parse_json(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**63:
+            rows.append({name: value for name, value in row.items() if _is_scalar(value)})
     return rows
 
 
@@ -171,6 +179,12 @@ def _cut(path: Path, step: int, redo_evaluation: bool) -> None:
         rows = [row for row in rows if row["step"] < step or not is_evaluation(row)]
     with written_whole(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, str | float | None):
+        return True
+    return isinstance(value, int) and abs(value) < 2**63  # larger ones are no floats
 
 
 def _value(scalar: Any) -> Scalar:

@@ -192,7 +192,7 @@ def read_record(workdir: Path | str) -> dict[str, Any] | None:
     try:
         record = parse_json(path.read_bytes())
         record["config"], record["data"]["fingerprint"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (IsADirectoryError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} is not the record of a run ({type(error).__name__}: {error}): put the original back, "
             "or give another --workdir"

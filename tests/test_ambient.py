@@ -22,6 +22,7 @@ from codebook_jax.tasks import pretrain
 OTHERS = {  # together, each as far from its default as it goes
     "jax_enable_x64": True,
     "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
     "jax_debug_nans": True,
     "jax_default_matmul_precision": "tensorfloat32",
     "jax_default_prng_impl": "rbg",

@@ -260,7 +260,10 @@ def test_words_that_a_tokenizer_does_not_know_are_named(exported, tmp_path):
         (lambda m: m.encode_text(["a star", "…。"]), "text 1, '…。', has no words"),
         (lambda m: m.match([b""] * 2, ["a"] * 3), "2 images and 3 texts "),
         (lambda m: m.codes(), "either images=... or texts=..."),
-        (lambda m: m.codes(texts="a", top_k=17), "top_k=17 is not between 1 and the 16 codewords"),
+        (lambda m: m.codes(texts="a", top_k=None), "top_k=None is not"),
+        (lambda m: m.codes(texts="a", top_k="3"), "top_k='3' is not"),
+        (lambda m: m.codes(texts="a", top_k=2.0), "top_k=2.0 is not"),
+        (lambda m: m.codes(texts="a", top_k=17), "top_k=17 is not .* between 1 and the 16 codewords"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_its_place(model, call, sentence):
@@ -295,6 +298,14 @@ def test_a_damaged_export_is_refused(exported, tmp_path):
     damages = {
         "the export is damaged: .*student": truncated,
         "the export is damaged: .*config.json .*missing": lambda f: (f / "config.json").unlink(),
+        "the export is damaged: .*config.json .*tuple": edited("config.json", lambda c: c.update(config=[])),
+        "the export is damaged: .*config.json .*model": edited("config.json", lambda c: c["config"].pop("model")),
+        "the export is damaged: .*config.json .*zero": edited(
+            "config.json", lambda c: c["config"]["model"]["image"].update(heads=0)
+        ),
+        "the export is damaged: .*config.json .*'x'": edited(
+            "config.json", lambda c: c["config"]["model"]["text"].update(width="x")
+        ),
         "tokenizer is missing": lambda f: shutil.rmtree(f / "tokenizer"),
         "the export is damaged: .*export.json": lambda f: (f / "export.json").write_text("{"),
         "format 2, .* reads format 1": edited(

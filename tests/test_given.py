@@ -65,6 +65,11 @@ def test_an_export_may_be_below_the_home_folder(tmp_path, monkeypatch):
         codebook_jax.load("~/none")
 
 
+def test_an_export_that_cannot_be_reached_is_refused_by_its_name():
+    with pytest.raises(UserError, match="aaaa cannot be read"):
+        codebook_jax.load("a" * 5000)
+
+
 def test_files_may_be_closed_once_they_were_given(paths):
     def opened():
         for path in paths:
@@ -87,6 +92,8 @@ def test_what_is_neither_is_refused_in_a_sentence(paths):
         ([paths[0], io.StringIO("x")], 'image 1 .*"rb"'),
         (Path(paths[0]).open(), 'image 0 .*"rb"'),
         ([closed], "image 0 cannot be read .*closed"),
+        (Image.new("RGB", (0, 3)), "image 0: .* 0 x 3 has no pixels"),
+        ("", "image 0: .*empty"),
         (io.BytesIO(), "image 0: 0 bytes: the file is empty"),
         (np.array(["none.png"]), "image 0: none.png: .*file"),
     ):

@@ -88,6 +88,9 @@ def test_a_trained_run_needs_no_config():
             "configs/base.py has no size 'tinny'; the sizes are tiny, small",
         ),
         (["--config=configs/bas.py:tiny", WORKDIR], "--config: there is no file "),
+        ([f"--config={ROOT}/configs", WORKDIR], f"--config: Is a directory: '{ROOT}/configs'"),
+        (["--config=", WORKDIR], "--config: Path to config file is an empty string: give"),
+        ([f"--config={ROOT}/README.md", WORKDIR], "--config: the file is not Python"),
         (["--config.seed=1", CONFIG, WORKDIR], "--config=FILE goes before the fields it sets"),
         (["--config.seed=1", WORKDIR], "--config=FILE is missing before --config.seed"),
         ([WORKDIR], "--config is missing"),
@@ -110,6 +113,14 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(arguments, sentence):
         parsed(*arguments)
     assert str(refusal.value).startswith(sentence)
     assert "\n" not in str(refusal.value) and "Traceback" not in str(refusal.value)
+
+
+def test_a_config_file_without_a_config_is_named_in_a_sentence(tmp_path, monkeypatch):
+    for content in ("", "def get_config(): return 3"):
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections' name for every file
+        (tmp_path / "empty.py").write_text(content)
+        with pytest.raises(UserError, match="get_config"):
+            parsed(f"--config={tmp_path / 'empty.py'}", WORKDIR)
 
 
 @pytest.mark.parametrize(

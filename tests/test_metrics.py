@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from codebook_jax.data import progress
+from codebook_jax.errors import UserError
 from codebook_jax.interruption import Interrupted, Interruption
 from codebook_jax.metrics import Clock, Metrics, ProgressReport, read_rows
 
@@ -91,6 +92,20 @@ def test_rows_are_read_past_a_line_that_is_half_there(tmp_path):
         '{"step": 1, "loss": 3.0}\n{"step": 2, "lo{"step": 2, "loss": 2.0}\n{"step": 3}\n'
     )
     assert [row["step"] for row in read_rows(path)] == [1, 3]
+
+
+def test_rows_that_no_run_has_written_are_skipped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = ("null", '"x"', "1e400", "1.5", "true", "[1]", "-1", "9" * 400, "[" * 100_000)
+    rows = [f'{{"step": {step}, "loss": 3}}' for step in steps]
+    last = '{"step": 7, "loss": [1], "other": {}, "large": 1%s, "kept": null, "text": "x"}' % ("0" * 400)
+    path.write_text("\n".join([*rows, last]))
+    (row,) = read_rows(path)
+    assert row == {"step": 7, "kept": None, "text": "x"}
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=str(path)):
+        read_rows(path)
 
 
 def test_tensorboard_reads_the_scalars_back(tmp_path):

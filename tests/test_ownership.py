@@ -172,7 +172,26 @@ def test_of_many_that_start_together_one_owns_the_folder(start, tmp_path):
     assert owners == [record_of(tmp_path)["pid"]]
 
 
-def test_a_file_that_says_nothing_is_nobodys(tmp_path):
-    (tmp_path / ".running").write_text("{}")
+@pytest.mark.parametrize("pid", ["abc", None, 1.5, [1], 10**30, -1, 0, True])
+def test_a_file_that_names_no_process_is_nobodys(pid, tmp_path):
+    with owned(tmp_path):
+        record = record_of(tmp_path)
+    (tmp_path / ".running").write_text(json.dumps(record | {"pid": pid}))
     with owned(tmp_path):
         assert record_of(tmp_path)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["{}", "[" * 100_000, "\0", "3", '{"pid": 1, "x": 2}'], ids=len)
+def test_a_file_that_says_nothing_is_nobodys(content, tmp_path):
+    (tmp_path / ".running").write_text(content)
+    with owned(tmp_path):
+        assert record_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_file_that_cannot_be_replaced_is_named_in_a_sentence(tmp_path):
+    path = tmp_path / ".running"
+    for make in (path.mkdir, lambda: path.symlink_to(tmp_path / "none/x"), lambda: path.symlink_to(path)):
+        make()
+        with pytest.raises(UserError, match=str(path)), owned(tmp_path):
+            pass
+        path.rmdir() if not path.is_symlink() else path.unlink()

@@ -203,6 +203,19 @@ def test_a_page_holds_data_as_text_and_asks_the_network_for_nothing(tmp_path):
         assert "\u2028" not in script and "<" not in script
 
 
+def test_a_page_has_no_characters_that_end_a_browser(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "EVIL", "a\0 red\x1b \ud83d ring \U0001f600 \\ud83d")
+    pictures = Pictures()
+    seen = seen_of(pictures, images=30, codes=50)
+    page = page_of(tmp_path / "report.html", rows_of(3), seen, pictures)
+    text = page.read_text()
+    assert not re.search("[\\x00-\\x08\\x0b-\\x1f]", text)
+    assert "a red ? ring \U0001f600 \\ud83d" in embedded(text, "codebook")["captions"].values()
+    assert text.count("a red ? ring \U0001f600 \\ud83d") >= 2  # the settings
+    look = "found.captions = Object.values(JSON.parse(document.getElementById('codebook').textContent).captions)"
+    assert any("red ?" in one for one in browser.look(page, look, tmp_path)["captions"])
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_short_run_has_a_page(count, tmp_path):
     rows = rows_of(count)
@@ -226,6 +239,11 @@ def test_many_rows_are_thinned_to_their_extremes():
     at = int(np.argmax(thin[:, 0]))
     assert abs(steps[at] - 70_002) <= 2 * 100_003 / charts.MOST_POINTS
     assert 0 < np.isnan(thin[:, 1]).sum() < 60 and not np.isnan(thin[:, 0]).any()
+
+
+def test_a_value_that_is_text_is_a_gap():
+    found = run.facts([{"step": 2, "time/step_s": "x", "loss": "y"}, {"step": 4, "time/step_s": 0.5}], 1)
+    assert (found["step"], found["pace"], found["seconds"]) == (4, 0.5, 1.0)
 
 
 def test_every_number_of_a_row_is_in_a_chart_and_gaps_are_null():

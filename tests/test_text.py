@@ -88,6 +88,15 @@ def test_a_caption_without_words_is_two_tokens(tokenizer):
     assert tokenizer.encode([], 8)[0].shape == (0, 8)
 
 
+def test_a_special_token_in_a_caption_is_only_words(tokenizer):
+    for one in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
+            tokens, lengths, _ = one.encode([f"a {name} star", f"a {name.lower()} star"], 16)
+            inside = tokens[0, 1 : lengths[0] - 1]
+            assert not set(inside.tolist()) & set(one.vocabulary.special_ids)
+            assert (tokens[0] == tokens[1]).all()
+
+
 def test_a_long_caption_is_cut_and_counted_and_still_ends(tokenizer):
     captions = ["red " * 6, "red " * 7, "red " * 100]
     tokens, lengths, truncated = tokenizer.encode(captions, 8)
@@ -228,6 +237,8 @@ def test_a_tokenizer_json_alone_is_read_with_its_special_tokens(tmp_path, specia
     for one in (tokenizer, kept):
         assert one.vocabulary == (7, 0, 2, 3, 4, (0, 1, 2, 3, 4))
         assert one.encode(["a red circle"], 6)[0].tolist() == [[2, 1, 5, 6, 3, 0]]
+        tokens, lengths, _ = one.encode([" ".join(specials)], 20)
+        assert not {0, 2, 3, 4} & set(tokens[0, 1 : lengths[0] - 1].tolist())
 
 
 def test_a_tokenizer_that_cannot_be_had_is_refused_with_the_choices(tmp_path):

@@ -237,7 +237,7 @@ def _saying(name: str) -> Iterator[None]:
     except UnreadableImage:
         raise
     except Exception as failure:  # OSError, SyntaxError, struct.error, ...
-        raise UnreadableImage(f"{name}: {_reason(failure)}") from failure
+        raise UnreadableImage(f"{name or 'an empty path'}: {_reason(failure)}") from failure
 
 
 def _reason(failure: Exception) -> str:

@@ -72,6 +72,11 @@ class Tokenizer:
         self._tokenizer, self._cleans = tokenizer, cleans
         self._prepared = whole if cleans else clean
         self.vocabulary, self.unknown_id = vocabulary, unknown_id
+        tokenizer.encode_special_tokens = True  # a caption's "[MASK]" is a word, not the special token
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._tokenizer.encode_special_tokens = True  # which pickling loses
 
     def encode(
         self, captions: Sequence[str], max_tokens: int

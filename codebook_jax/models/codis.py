@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from codebook_jax import sharding
-from codebook_jax.ambient import key_of, wide_enough
+from codebook_jax.ambient import key_of, own_settings, wide_enough
 from codebook_jax.models.bert import FusionEncoder, TextEncoder
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
@@ -99,8 +99,12 @@ def build_model(
     config: ml_collections.ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
 ) -> Model:
     """The graphs of the model that `config` describes, for parameters split over `mesh`; allocates nothing."""
-    modules = nnx.eval_shape(lambda: _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh))
-    return Model(*(nnx.split(module)[0] for module in modules), mesh)
+
+    def modules() -> tuple[nnx.Module, ...]:
+        return _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh)
+
+    abstract = nnx.eval_shape(own_settings(modules))
+    return Model(*(nnx.split(module)[0] for module in abstract), mesh)
 
 
 def init_student(

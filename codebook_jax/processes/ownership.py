@@ -23,8 +23,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UNREACHABLE, UserError
 from codebook_jax.processes.joining import end
+from codebook_jax.strict_json import parse_json
+from codebook_jax.workdir import refused
 
 FILE = ".running"
 BEAT_S = 5.0
@@ -53,9 +55,10 @@ def owned(folder: Path, name: str = FILE) -> Iterator[None]:
     The file is removed on leaving. If another process takes over meanwhile, because this one or its disk stood still for
     `WATCH_S`, this process exits at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path, own = folder / name, _this_process()
-    descriptor = _claim(path, own)
+    with refused(path, *UNREACHABLE):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _claim(path, own)
     left = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, own, left), daemon=True)
     beating.start()
@@ -220,9 +223,11 @@ def _is(one: Owner | None, other: Owner | None) -> bool:
 def _read(path: Path) -> Owner | None:
     """The contents of the file; None if it is missing or unusable."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        owner = Owner(**parse_json(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+    is_process = type(owner.pid) is int and 0 < owner.pid < 2**31
+    return owner if is_process and all(isinstance(x, str) for x in owner._replace(pid="")) else None
 
 
 def _write(descriptor: int, owner: Owner) -> None:

@@ -157,9 +157,10 @@ def _charts(plots: Sequence[_Plot], columns: Mapping[str, np.ndarray]) -> list[d
 def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """{name: values [rows]} of everything with a number in some row; NaN where a row has none."""
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+    columns = {name: np.array([number(row.get(name)) for row in rows]) for name in names}
     return {name: values for name, values in columns.items() if not np.isnan(values).all()}
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """A logged value as a float; NaN for null and text."""
     return math.nan if value is None or isinstance(value, str) else float(value)

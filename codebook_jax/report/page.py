@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ THUMBNAIL_PX = 120  # of the longer side
 MOST_BYTES = 7_500_000  # of the pictures in a page
 
 _FOLDER = Path(__file__).parent
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f]")  # all but tab and newline
 
 
 class Pictures:
@@ -53,10 +55,10 @@ class Pictures:
 
 
 def write_page(path: Path | str, template: str, **values: Any) -> None:
-    """Writes the page; `values` fill the template. Broken characters, as in a file name, become question marks."""
+    """Writes the page; `values` fill the template, without the characters that browsers cannot show."""
     text = _environment().get_template(template).render(**values)
-    with written_whole(path, errors="replace") as file:
-        file.write(text)
+    with written_whole(path) as file:
+        file.write(_shown(text))
 
 
 @functools.cache
@@ -68,11 +70,25 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_function"] = _json
     environment.globals["asset"] = _asset
     environment.filters["count"] = "{:,}".format
     environment.filters["plain"] = _plain
     environment.filters["percent"] = lambda share, places=1: f"{100 * share:.{places}f}\u00a0%"
     return environment
+
+
+def _json(value: Any, **options: Any) -> str:
+    return json.dumps(_shown(value), **options)
+
+
+def _shown(value: Any) -> Any:
+    """All texts in `value` without control characters; broken characters, as in a file name, become question marks."""
+    if isinstance(value, dict):
+        return {_shown(name): _shown(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(inner) for inner in value]
+    return _CONTROL.sub("", value).encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> str:

@@ -21,7 +21,7 @@ from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.evaluation.retrieval import images_to_evaluate
 from codebook_jax.models.codis import unit
 from codebook_jax.report.codebook import PICTURES, explore
-from codebook_jax.report.curves import Row, curves
+from codebook_jax.report.curves import Row, curves, number
 from codebook_jax.report.examples import examples
 from codebook_jax.report.page import FILE, Pictures, write_page
 from codebook_jax.strict_json import parse_json
@@ -78,7 +78,7 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
     """Figures of the training for the first paragraph, beyond those in the run's record."""
     training = [row for row in rows if not metrics.is_evaluation(row)]
     steps = np.array([0, *(row["step"] for row in training)])
-    pace = np.array([row.get("time/step_s") or np.nan for row in training])
+    pace = np.array([number(row.get("time/step_s")) for row in training])
     return {
         "parameters": parameters,
         "step": int(steps[-1]),
@@ -180,7 +180,7 @@ def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(parse_json(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+    except (IsADirectoryError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} was not written by --mode=eval ({error}): run --mode=eval again, or delete it"
         ) from error

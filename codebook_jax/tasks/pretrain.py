@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from codebook_jax import losses, optimizer, sharding, teacher, usage
 from codebook_jax.accumulation import Passes, Scalars
-from codebook_jax.ambient import key_of, same_draws
+from codebook_jax.ambient import key_of, own_settings
 from codebook_jax.data import augment
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
@@ -78,7 +78,7 @@ class Pretraining:
         )
         self.pass_groups = config.itm.groups // o.accumulation
         self.passes = Passes(o.accumulation, mesh)
-        shapes = jax.eval_shape(self._init, key_of(0))
+        shapes = jax.eval_shape(own_settings(self._init), key_of(0))
         self.shardings = sharding.state_shardings(shapes, mesh)
         self._abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -88,14 +88,14 @@ class Pretraining:
         rows = sharding.batch_sharding(mesh)
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self.step = jax.jit(
-            same_draws(self._step),
+            own_settings(self._step),
             donate_argnums=0,
             in_shardings=(self.shardings, rows),
             out_shardings=(self.shardings, whole),
         )
-        self.encode_images = jax.jit(self._encode_images)
-        self.encode_texts = jax.jit(self._encode_texts)
-        self.match = jax.jit(self._match)
+        self.encode_images = jax.jit(own_settings(self._encode_images))
+        self.encode_texts = jax.jit(own_settings(self._encode_texts))
+        self.match = jax.jit(own_settings(self._match))
 
     # -- state
 
@@ -105,7 +105,7 @@ class Pretraining:
 
     def init_state(self, seed: int) -> TrainState:
         """A fresh state, created directly on its devices."""
-        return jax.jit(same_draws(self._init), out_shardings=self.shardings)(key_of(seed))
+        return jax.jit(own_settings(self._init), out_shardings=self.shardings)(key_of(seed))
 
     def _init(self, key: Key[Array, ""]) -> TrainState:
         config = self.config
