@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m codebook_jax.main --workdir=runs/demo
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
 
 # Trains the tiny CODIS on the built-in scenes, exports it, prints the retrieval table and writes a report.
 demo: $(VENV)/.installed
@@ -19,6 +19,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	touch $@
 
 test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed

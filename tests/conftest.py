@@ -11,6 +11,15 @@ GIVEN_XLA_FLAGS = os.environ.setdefault("XLA_FLAGS_BEFORE_TESTS", os.environ.get
 os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+SLOW = (  # many processes, launchers, plans: what a change rarely touches
+    "test_processes.py",
+    "test_plan.py",
+    "test_plan_tpu.py",
+    "test_launch.py",
+    "test_launch_gke.py",
+    "test_launch_tpu.py",
+    "test_local.py",
+)
 LONGEST = "test_processes.py"  # of all files; started last, it would run while the other process is idle
 
 
@@ -20,6 +29,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != LONGEST)
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
