@@ -29,7 +29,7 @@ def test_a_run_logs_saves_and_evaluates_on_schedule_and_at_the_end(world, tmp_pa
         "data/skipped",
     } <= timed.keys()
     assert "eval/teacher_img_r10" in rows[-1] and "eval/teacher_chance_r1" not in rows[-1]
-    assert "step 13: R@1 of texts 13.0 %" in capsys.readouterr().out
+    assert "step 13: R@1 image to text 13.0 %" in capsys.readouterr().out
 
 
 def test_the_next_batch_is_on_the_device_before_a_step_is_waited_for(world, tmp_path, monkeypatch):
