@@ -281,7 +281,7 @@ def announce(parts: Parts) -> None:
     say(
         f"model       {config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained parameters\n"
         f"devices     {devices} device{'s' * (devices != 1)} ({mesh.devices.flat[0].device_kind}), "
-        f"{processes} process{'es' * (processes > 1)}; a batch of {batch} pairs = {shards} data shards x "
+        f"{processes} process{'es' * (processes > 1)}; a batch of {batch} pairs = {shards} data shard{'s' * (shards != 1)} x "
         f"{batch // shards} (accumulation {config.optimizer.accumulation})\n"
         f"data        {_named(config.data.train)}"
     )

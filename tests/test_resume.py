@@ -71,7 +71,7 @@ def copy_of(straight, workdir, *, newest):
 
 def test_a_straight_run_says_what_it_does_and_learns(straight):
     assert "built-in synthetic scenes, not real images" in straight.said
-    assert "8 pairs = 1 data shards x 8 (accumulation 1)" in straight.said
+    assert "8 pairs = 1 data shard x 8 (accumulation 1)" in straight.said
     assert "8 of 1,000 images" in straight.said and str(straight.workdir) in straight.said
     assert straight.said.index("validation at step 10") < straight.said.index("--mode=export")
     assert "step 20/20" in straight.progress
