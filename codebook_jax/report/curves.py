@@ -43,9 +43,11 @@ _CODEBOOK = (
         "share",
         {
             "codebook/unused_share": "unused codewords",
+            "codebook/unused_share_uniform": "unused if used uniformly",
             "codebook/agreement": "agreement",
         },
-        "Agreement: the share of pairs whose picture and caption are assigned to the same codeword.",
+        "Only a share of unused codewords above that of uniform use means dead ones. Agreement: the share of pairs whose "
+        "picture and caption are assigned to the same codeword.",
     ),
     _Plot(
         "Entropy of an assignment",
