@@ -1,8 +1,9 @@
-"""The effect of the codebook loss: weight 0 against 1, by seed and data set: `python benchmarks/ablation.py`.
+"""The effect of the codebook loss: weight 0 against 1, by seed and data set: `python
+benchmarks/ablation.py`.
 
-Every run is the ordinary command at size `tiny` with the same number of steps; recalls are on the test data, by the
-student's dual encoder, after the last step. `--emoji=FOLDER` adds picture-text pairs of your own (train.json, and
-val.json to evaluate on, in that folder).
+Every run is the ordinary command at size `tiny` with the same number of steps; recalls are on the
+test data, by the student's dual encoder, after the last step. `--emoji=FOLDER` adds picture-text
+pairs of your own (train.json, and val.json to evaluate on, in that folder).
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def main() -> None:
     out = ROOT / options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    print("| data | codebook weight | seed | TR R@1 / 5 / 10 | IR R@1 / 5 / 10 |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| data | codebook weight | seed | TR R@1 / 5 / 10 | IR R@1 / 5 / 10 "
+        "|\n|---|---|---|---|---|",
+        flush=True,
+    )
     for name, fields in data.items():
         for seed in options.seeds:
             for weight in options.weights:
@@ -48,17 +53,22 @@ def main() -> None:
                     *options.fields,
                 ]
                 recalls = run(workdir, changed)
-                rows.append({"data": name, "weight": weight, "seed": seed, "steps": options.steps} | recalls)
+                rows.append(
+                    {"data": name, "weight": weight, "seed": seed, "steps": options.steps} | recalls
+                )
                 cells = [f"{recalls[name]:.1f}" for name in NAMES]
                 print(
-                    f"| {name} | {weight:g} | {seed} | {' / '.join(cells[:3])} | {' / '.join(cells[3:])} |",
+                    f"| {name} | {weight:g} | {seed} | {' / '.join(cells[:3])} | "
+                    f"{' / '.join(cells[3:])} |",
                     flush=True,
                 )
                 out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def emoji_fields(folder: Path) -> list[str]:
-    """Fields for a few thousand small pictures with short captions from many words, evaluated in another drawing style."""
+    """Fields for a few thousand small pictures with short captions from many words, evaluated in
+    another drawing style.
+    """
     return [
         f"data.train=json:{folder / 'train.json'}",
         f"data.eval=json:{folder / 'val.json'}",
@@ -74,7 +84,10 @@ def emoji_fields(folder: Path) -> list[str]:
 def run(workdir: Path, fields: list[str]) -> dict[str, float]:
     """Trains and evaluates; returns the recalls in percent."""
     command = [sys.executable, "-m", "codebook_jax.main", f"--workdir={workdir}"]
-    config = [f"--config={ROOT / 'configs' / 'base.py'}:tiny", *(f"--config.{field}" for field in fields)]
+    config = [
+        f"--config={ROOT / 'configs' / 'base.py'}:tiny",
+        *(f"--config.{field}" for field in fields),
+    ]
     for extra in ([], ["--mode=eval"]):
         done = subprocess.run([*command, *config, *extra], capture_output=True, text=True, cwd=ROOT)
         if done.returncode:

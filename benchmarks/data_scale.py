@@ -1,8 +1,10 @@
-"""Time and memory that a source of a million pairs takes before and during training: `python benchmarks/data_scale.py`.
+"""Time and memory that a source of a million pairs takes before and during training: `python
+benchmarks/data_scale.py`.
 
-Each row is a separate process, so that its memory is its own: it opens the source, draws its order, takes the first
-batch, and then `--batches` more, with the resident memory after every tenth of them. The records are pictures of
-16 x 16. Memory excludes pages that only map the files, which the system drops when it needs them.
+Each row is a separate process, so that its memory is its own: it opens the source, draws its order,
+takes the first batch, and then `--batches` more, with the resident memory after every tenth of
+them. The records are pictures of 16 x 16. Memory excludes pages that only map the files, which the
+system drops when it needs them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ BATCH = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sources", nargs="*", default=list(WRITERS), help=f"of: {' '.join(WRITERS)}")
+    parser.add_argument(
+        "--sources", nargs="*", default=list(WRITERS), help=f"of: {' '.join(WRITERS)}"
+    )
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--batches", type=int, default=10_000, help=f"of {BATCH}")
     parser.add_argument("--folder", help="the folder to keep the data in; default: a temporary one")
@@ -37,16 +41,29 @@ def main() -> None:
         print(json.dumps(measured(options.one, options.records, options.batches)))
         return
     figures: dict[str, object] = {"pairs": options.records, "batch": BATCH}
-    print(f"{'':10} {'open, s':>8} {'order, s':>8} {'batch, s':>8} {'index, MB':>9}  MB in use along the way")
+    print(
+        f"{'':10} {'open, s':>8} {'order, s':>8} {'batch, s':>8} {'index, MB':>9}  MB in use along "
+        "the way"
+    )
     with TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary)
         for name in options.sources:
             spec = WRITERS[name](folder / name, options.records)
-            row = run_alone(["--one", spec, "--records", str(options.records), "--batches", str(options.batches)])
+            row = run_alone(
+                [
+                    "--one",
+                    spec,
+                    "--records",
+                    str(options.records),
+                    "--batches",
+                    str(options.batches),
+                ]
+            )
             figures[name] = row
             print(
-                f"{name:10} {row['open_s']:8.3f} {row['order_s']:8.3f} {row['first_batch_s']:8.3f} "
-                f"{row['index_mb']:9.1f}  {' '.join(f'{megabytes:.0f}' for megabytes in row['mb'])}",
+                f"{name:10} {row['open_s']:8.3f} {row['order_s']:8.3f} "
+                f"{row['first_batch_s']:8.3f} {row['index_mb']:9.1f}  "
+                f"{' '.join(f'{megabytes:.0f}' for megabytes in row['mb'])}",
                 flush=True,
             )
     if options.out:
@@ -81,7 +98,11 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
     open_s, began = time.perf_counter() - began, time.perf_counter()
     order = training_order(source, 0)
     order[0], order[len(source) - 1]
-    order_s, index_mb, began = time.perf_counter() - began, resident_mb() - before, time.perf_counter()
+    order_s, index_mb, began = (
+        time.perf_counter() - began,
+        resident_mb() - before,
+        time.perf_counter(),
+    )
     stream = training_batches(
         source,
         tokenizer,
@@ -165,7 +186,7 @@ def as_json_lines(folder: Path, records: int) -> str:
 
 def as_records(folder: Path, records: int) -> str:
     """The list packed by --mode=prepare."""
-    from codebook_jax.prepare import prepare
+    from codebook_jax.tools.prepare import prepare
     from configs import base
 
     if not (folder / "manifest.json").exists():

@@ -1,4 +1,6 @@
-"""Prints the table of docs/faults.md from the results of benchmarks/faults.py: `python benchmarks/fault_table.py [FILE]`."""
+"""Prints the table of docs/faults.md from the results of benchmarks/faults.py: `python
+benchmarks/fault_table.py [FILE]`.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
-"""How a run of two processes handles many faults: `python benchmarks/faults.py [--only NAME ...] [--out FILE]`.
+"""How a run of two processes handles many faults: `python benchmarks/faults.py [--only NAME ...]
+[--out FILE]`.
 
-Every row starts a small run of two real processes on this machine, injects one fault, waits for the run to end, starts
-the same command again without the fault, and compares the outcome with an undisturbed run: every logged number and
-every array of the last checkpoint. Times are in seconds. A full disk and a folder that becomes read-only are mounts,
-which need root on Linux; without root those rows are left out with a message.
+Every row starts a small run of two real processes on this machine, injects one fault, waits for the
+run to end, starts
+the same command again without the fault, and compares the outcome with an undisturbed run: every
+logged number and every array of the last checkpoint. Times are in seconds. A full disk and a folder
+that becomes read-only are mounts, which need root on Linux; without root those rows are left out
+with a message.
 """
 
 from __future__ import annotations
@@ -30,12 +33,12 @@ from absl import logging
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from fault_table import Row, read, table  # noqa: E402
-from small_run import command, together  # noqa: E402
+from fault_table import Row, read, table
+from small_run import command, together
 
-from codebook_jax.checkpoint import read_arrays  # noqa: E402
-from codebook_jax.metrics import FILE, read_rows  # noqa: E402
-from codebook_jax.workdir import write_json  # noqa: E402
+from codebook_jax.files import write_json
+from codebook_jax.run.checkpoint import read_arrays
+from codebook_jax.run.metrics import FILE, read_rows
 
 STEPS, EVERY = 24, 4
 CHANGES = {
@@ -52,13 +55,22 @@ class Run:
     """The processes of one start, and their output."""
 
     def __init__(
-        self, workdir: Path, *, fault: str = "", changes: dict[str, Any] | None = None,
-        own: dict[int, list[str]] | None = None, processes: int = 2, started: int | None = None,
+        self,
+        workdir: Path,
+        *,
+        fault: str = "",
+        changes: dict[str, Any] | None = None,
+        own: dict[int, list[str]] | None = None,
+        processes: int = 2,
+        started: int | None = None,
     ) -> None:
         self.workdir, self.began = workdir, time.monotonic()
         self.logs = [workdir.with_name(f"{workdir.name}.{n}.log") for n in range(processes)]
         given = command(workdir, **CHANGES | (changes or {}))
-        commands = [[*given, *(own or {}).get(n, [])] for n in range(processes if started is None else started)]
+        commands = [
+            [*given, *(own or {}).get(n, [])]
+            for n in range(processes if started is None else started)
+        ]
         told = {"JAX_PLATFORMS": "cpu", "FAULT": fault or "none:0:0"}
         with contextlib.ExitStack() as open_logs:
             outputs = [open_logs.enter_context(open(log, "w")) for log in self.logs]
@@ -73,7 +85,9 @@ class Run:
         return max(good, default=0)
 
     def wait_for(self, ready: Callable[[], bool], limit_s: float = 240) -> None:
-        """Waits until `ready`; raises RuntimeError with all output if the run ends or takes too long."""
+        """Waits until `ready`; raises RuntimeError with all output if the run ends or takes too
+        long.
+        """
         until = time.monotonic() + limit_s
         while not ready():
             if all(process.poll() is not None for process in self.processes):
@@ -132,7 +146,12 @@ class Faults:
         during_save = number % 4 == 0
         if during_save:
             checkpoints = workdir / "checkpoints"
-            run.wait_for(lambda: any("tmp" in path.name for path in checkpoints.iterdir()) or run.step() >= STEPS - 1)
+            run.wait_for(
+                lambda: (
+                    any("tmp" in path.name for path in checkpoints.iterdir())
+                    or run.step() >= STEPS - 1
+                )
+            )
         else:
             time.sleep((at % 1) * 0.2)
         run.processes[victim].kill()
@@ -181,7 +200,9 @@ class Faults:
         return self.inside("an unforeseen exception on one host", "raise:1:13")
 
     def worker_killed(self) -> Row:
-        return self.inside("a data worker killed (out of memory)", "kill-worker:1:13", changes={"data.workers": 2})
+        return self.inside(
+            "a data worker killed (out of memory)", "kill-worker:1:13", changes={"data.workers": 2}
+        )
 
     def clock(self) -> Row:
         return self.inside("clocks an hour apart", "clock:1:0")
@@ -211,7 +232,9 @@ class Faults:
         draw = np.random.default_rng(0)
         pairs = []
         for n in range(64):
-            Image.fromarray(draw.integers(0, 255, (40, 40, 3), np.uint8)).save(pictures / f"{n}.jpg")
+            Image.fromarray(draw.integers(0, 255, (40, 40, 3), np.uint8)).save(
+                pictures / f"{n}.jpg"
+            )
             pairs.append({"image": f"{n}.jpg", "caption": f"noise number {n}", "image_id": n})
         (pictures / "3.jpg").write_bytes((pictures / "3.jpg").read_bytes()[:200])
         (pictures / "pairs.json").write_text(json.dumps(pairs))
@@ -231,7 +254,11 @@ class Faults:
         workdir = self.folder / f"cut{number}"
         run = Run(workdir)
         run.end()
-        files = [path for path in (workdir / "checkpoints" / str(STEPS) / item).rglob("*") if path.is_file()]
+        files = [
+            path
+            for path in (workdir / "checkpoints" / str(STEPS) / item).rglob("*")
+            if path.is_file()
+        ]
         largest = max(files, key=lambda path: path.stat().st_size)
         os.truncate(largest, largest.stat().st_size // 2)
         return self.resumed(f"newest checkpoint cut short in {item}/", "", run, None, reached=STEPS)
@@ -250,14 +277,17 @@ class Faults:
             run = Run(place / "run", fault="slow:*:0")
             run.wait_for(lambda: run.step() >= 12)
             began = time.monotonic()
-            # Over itself: files open for writing belong to the mount below, which would keep it from becoming read-only.
+            # Over itself: files open for writing belong to the mount below, which would keep it
+            # from becoming read-only.
             subprocess.run(["mount", "--bind", str(place), str(place)], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
             codes = run.end()
             ended = time.monotonic() - began
             happened, reached = f"exit codes {codes}: {run.sentence()}", run.step()
             subprocess.run(["umount", "-l", str(place)], check=True)
-            return self.resumed("checkpoint folder becomes read-only", happened, run, ended, reached)
+            return self.resumed(
+                "checkpoint folder becomes read-only", happened, run, ended, reached
+            )
 
     # -- pieces
 
@@ -265,7 +295,9 @@ class Faults:
         self, name: str, fault: str, *, changes: dict[str, Any] | None = None, frees: bool = False
     ) -> Row:
         """A fault that the process injects into itself."""
-        run = Run(self.folder / fault.replace(":", "_").replace("*", "all"), fault=fault, changes=changes)
+        run = Run(
+            self.folder / fault.replace(":", "_").replace("*", "all"), fault=fault, changes=changes
+        )
         step = int(fault.rsplit(":", 1)[1])
         if step:
             run.wait_for(lambda: run.step() >= min(step, STEPS) - 1)
@@ -286,7 +318,12 @@ class Faults:
         return self.resumed(name, f"exit codes {codes}: {run.sentence()}", run, ended, run.step())
 
     def resumed(
-        self, name: str, happened: str, run: Run, ended_s: float | None, reached: int,
+        self,
+        name: str,
+        happened: str,
+        run: Run,
+        ended_s: float | None,
+        reached: int,
         changes: dict[str, Any] | None = None,
     ) -> Row:
         """Runs the same command again to its end, and compares."""
@@ -318,9 +355,12 @@ class Faults:
         )
 
     def compared(self, run: Run) -> str:
-        """How the logged numbers and the last checkpoint's arrays compare with those of the undisturbed run."""
+        """How the logged numbers and the last checkpoint's arrays compare with those of the
+        undisturbed run.
+        """
         timeless = lambda rows: [  # noqa: E731
-            {name: value for name, value in row.items() if not name.startswith("time/")} for row in rows
+            {name: value for name, value in row.items() if not name.startswith("time/")}
+            for row in rows
         ]
         same_rows = timeless(run.rows()) == timeless(rows_of(self.straight))
         largest = 0.0
@@ -367,9 +407,21 @@ def named_rows(faults: Faults) -> dict[str, Callable[[], Row]]:
     }
     named |= {f"truncated{n}": lambda n=n: faults.truncated(n) for n in range(5)}
     for method in (
-        faults.coordinator_gone, faults.sigterm_to_one, faults.sigterm_to_all, faults.sigterm_to_workers_of_one,
-        faults.hangs, faults.stuck_input, faults.nan, faults.crash, faults.worker_killed, faults.bad_record,
-        faults.clock, faults.other_code, faults.other_config, faults.not_shared, faults.missing_process,
+        faults.coordinator_gone,
+        faults.sigterm_to_one,
+        faults.sigterm_to_all,
+        faults.sigterm_to_workers_of_one,
+        faults.hangs,
+        faults.stuck_input,
+        faults.nan,
+        faults.crash,
+        faults.worker_killed,
+        faults.bad_record,
+        faults.clock,
+        faults.other_code,
+        faults.other_config,
+        faults.not_shared,
+        faults.missing_process,
     ):
         named[method.__name__] = method
     if hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux":

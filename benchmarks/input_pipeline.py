@@ -1,13 +1,17 @@
-"""Records per second that one core reads, decodes, crops and tokenises: `python benchmarks/input_pipeline.py`.
+"""Records per second that one core reads, decodes, crops and tokenises: `python
+benchmarks/input_pipeline.py`.
 
-Photograph-like JPEGs of 640 x 480 are generated and written in every format. The process is pinned to one core and the
-stream has one thread; the CPU time of the whole process counts. All rows are measured in turn, `--rounds` times, and the
-fastest is kept, since other work on the machine can only slow a row down. Our pipeline crops, and tokenises captions to 30
-tokens; the device does RandAugment and normalisation. If torch and torchvision are installed, ALBEF's pipeline is measured
-too (benchmarks/pytorch_pipeline.py), which does those two on the CPU and passes captions on as text.
+Photograph-like JPEGs of 640 x 480 are generated and written in every format. The process is pinned
+to one core and the stream has one thread; the CPU time of the whole process counts. All rows are
+measured in turn, `--rounds` times, and the fastest is kept, since other work on the machine can
+only slow a row down. Our pipeline crops, and tokenises captions to 30 tokens; the device does
+RandAugment and normalisation. If torch and torchvision are installed, ALBEF's pipeline is measured
+too (benchmarks/pytorch_pipeline.py), which does those two on the CPU and passes captions on as
+text.
 
-The last rows are for larger pictures, as files and packed; and for threads and worker processes on all cores, in wall-clock
-time (two batches are prepared at once, so two cores are busy even with one thread per batch).
+The last rows are for larger pictures, as files and packed; and for threads and worker processes on
+all cores, in wall-clock time (two batches are prepared at once, so two cores are busy even with one
+thread per batch).
 """
 
 from __future__ import annotations
@@ -33,20 +37,31 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from codebook_jax.data.pipeline import training_batches  # noqa: E402
-from codebook_jax.data.sources import Source, open_source  # noqa: E402
-from codebook_jax.data.text import Tokenizer, tokenizer_for_run  # noqa: E402
-from codebook_jax.errors import UserError  # noqa: E402
+from codebook_jax.data.pipeline import training_batches
+from codebook_jax.data.sources import Source, open_source
+from codebook_jax.data.text import Tokenizer, tokenizer_for_run
+from codebook_jax.errors import UserError
 
 SIZE_PX, MAX_TOKENS, BATCH = 256, 30, 64
 VIEWS = {2: "independent", 1: "same"}
-PACKAGES = ("grain", "numpy", "opencv-python-headless", "pillow", "simplejpeg", "tokenizers", "torch", "torchvision")
+PACKAGES = (
+    "grain",
+    "numpy",
+    "opencv-python-headless",
+    "pillow",
+    "simplejpeg",
+    "tokenizers",
+    "torch",
+    "torchvision",
+)
 COLUMNS = {"records_per_s": ".0f", "of_decoding": ".0%", "times_pytorch": ".2f"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sources", nargs="*", default=list(WRITERS), help=f"of: {' '.join(WRITERS)}")
+    parser.add_argument(
+        "--sources", nargs="*", default=list(WRITERS), help=f"of: {' '.join(WRITERS)}"
+    )
     parser.add_argument("--records", type=int, default=2048)
     parser.add_argument("--distinct", type=int, default=128, help="pictures; records repeat them")
     parser.add_argument("--batches", type=int, default=6, help=f"of {BATCH}, per measurement")
@@ -76,7 +91,9 @@ def measured(folder: Path, options: argparse.Namespace, cores: set[int]) -> dict
     for (name, source), views in itertools.product(sources.items(), VIEWS):
         rows[f"{name}, {views} views"] = ours(source, tokenizer, views, options.batches)
     rows |= of_pytorch(pictures, options.batches, skipped)
-    large_sources, _ = opened(large, [name for name in options.sources if name in ("files", "records")])
+    large_sources, _ = opened(
+        large, [name for name in options.sources if name in ("files", "records")]
+    )
     for name, source in large_sources.items():
         rows[f"{name} of 1600 x 1200, 2 views"] = ours(source, tokenizer, 2, options.batches)
     figures["records a second and core"] = table(rows, options.rounds)
@@ -210,12 +227,18 @@ def by_the_clock(
 
 
 def opened(pictures: Pictures, names: Sequence[str]) -> tuple[dict[str, Source], list[str]]:
-    """The named sources, written next to the pictures; and one sentence per source whose library is missing."""
+    """The named sources, written next to the pictures; and one sentence per source whose library is
+    missing.
+    """
     sources, skipped = {}, []
     for name in names:
         try:
-            spec = WRITERS[name](pictures, pictures.folder.with_name(f"{pictures.folder.name} {name}"))
-            sources[name] = open_source(spec, role="train", size_px=SIZE_PX, scenes_examples=0, seed=0)
+            spec = WRITERS[name](
+                pictures, pictures.folder.with_name(f"{pictures.folder.name} {name}")
+            )
+            sources[name] = open_source(
+                spec, role="train", size_px=SIZE_PX, scenes_examples=0, seed=0
+            )
         except (ImportError, UserError, NotImplementedError) as failure:
             skipped.append(f"{name} is left out: {failure!r}")
     return sources, skipped
@@ -224,14 +247,19 @@ def opened(pictures: Pictures, names: Sequence[str]) -> tuple[dict[str, Source],
 def machine() -> dict[str, Any]:
     """The processor and the versions."""
     with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "")
+        model = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), ""
+        )
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"processor": model or platform.processor(), "python": platform.python_version()} | versions
+    return {
+        "processor": model or platform.processor(),
+        "python": platform.python_version(),
+    } | versions
 
 
 if __name__ == "__main__":

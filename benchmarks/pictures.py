@@ -60,7 +60,9 @@ def photograph(height: int, width: int, seed: int) -> np.ndarray:
         axes = int(draw.integers(10, width // 5)), int(draw.integers(10, height // 5))
         colour = (1.5 * spread * draw.normal(size=3)).tolist()
         cv2.ellipse(total, centre, axes, float(draw.uniform(0, 180)), 0, 360, colour, -1)
-    texture = draw.uniform(0.06, 0.14) * 480 / height  # larger photographs are smoother pixel by pixel
+    texture = (
+        draw.uniform(0.06, 0.14) * 480 / height
+    )  # larger photographs are smoother pixel by pixel
     total += texture * spread * draw.normal(size=(height, width, 1)).astype(np.float32)
     return np.clip(118 + 52 * (total - total.mean()) / total.std(), 0, 255).astype(np.uint8)
 
@@ -98,7 +100,7 @@ def as_tar(pictures: Pictures, folder: Path) -> str:
 
 def as_records(pictures: Pictures, folder: Path) -> str:
     """The files packed by --mode=prepare."""
-    from codebook_jax.prepare import prepare
+    from codebook_jax.tools.prepare import prepare
     from configs import base
 
     config = base.get_config("base")
@@ -117,7 +119,9 @@ def as_tfds(pictures: Pictures, folder: Path) -> str:
 
         def _info(self) -> tfds.core.DatasetInfo:
             features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, dl_manager: object) -> dict[str, Any]:
             return {"train": self._generate_examples()}
@@ -145,4 +149,10 @@ def as_parquet(pictures: Pictures, folder: Path) -> str:
     return f"hf:{folder}:train"
 
 
-WRITERS = {"files": as_files, "tar": as_tar, "records": as_records, "tfds": as_tfds, "hf": as_parquet}
+WRITERS = {
+    "files": as_files,
+    "tar": as_tar,
+    "records": as_records,
+    "tfds": as_tfds,
+    "hf": as_parquet,
+}

@@ -1,8 +1,9 @@
-"""The plans and tables of docs/scale.md: `python benchmarks/plan_table.py`, a quarter of an hour on two cores.
+"""The plans and tables of docs/scale.md: `python benchmarks/plan_table.py`, a quarter of an hour on
+two cores.
 
-Each plan is one process of `--mode=plan`; its figures go to `results/plans.json`. A plan already in there is not repeated
-unless you name it with `--plans`; plans whose names end with `libtpu` need libtpu. The tables are written into the page,
-between its marks.
+Each plan is one process of `--mode=plan`; its figures go to `results/plans.json`. A plan already in
+there is not repeated unless you name it with `--plans`; plans whose names end with `libtpu` need
+libtpu. The tables are written into the page, between its marks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ PLANS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "base, 256 v5p, 64 a chip": ("base", "v5p", 256, {"data.global_batch": 16_384}),
     "huge, 1 v5p, 64 a chip": ("huge", "v5p", 1, {"data.global_batch": 64}),
     "huge, 256 v5p, 64 a chip": ("huge", "v5p", 256, {"data.global_batch": 16_384}),
-    "huge, 256 v5p, 64 a chip, fsdp 8": ("huge", "v5p", 256, {"data.global_batch": 16_384, "mesh.fsdp": 8}),
+    "huge, 256 v5p, 64 a chip, fsdp 8": (
+        "huge",
+        "v5p",
+        256,
+        {"data.global_batch": 16_384, "mesh.fsdp": 8},
+    ),
 }
 LIBTPU = (  # compiled by a TPU's own compiler too
     "base, 64 v5p",
@@ -41,7 +47,9 @@ LIBTPU = (  # compiled by a TPU's own compiler too
     "huge, 256 v5p, 64 a chip",
     "huge, 256 v5p, 64 a chip, fsdp 8",
 )
-JOBS = {name: (*of, "cpu") for name, of in PLANS.items()} | {f"{name}, libtpu": (*PLANS[name], "tpu") for name in LIBTPU}
+JOBS = {name: (*of, "cpu") for name, of in PLANS.items()} | {
+    f"{name}, libtpu": (*PLANS[name], "tpu") for name in LIBTPU
+}
 
 
 def main() -> None:
@@ -67,13 +75,26 @@ def with_tables(page: str, found: dict[str, Any]) -> str:
     return page
 
 
-def planned(size: str, chip: str, devices: int, fields: dict[str, Any], compiler: str) -> dict[str, Any]:
+def planned(
+    size: str, chip: str, devices: int, fields: dict[str, Any], compiler: str
+) -> dict[str, Any]:
     """The figures of one plan."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "codebook_jax.main", "--mode=plan", f"--config=configs/base.py:{size}"]
+        command = [
+            sys.executable,
+            "-m",
+            "codebook_jax.main",
+            "--mode=plan",
+            f"--config=configs/base.py:{size}",
+        ]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
-        command += [f"--plan.chip={chip}", f"--plan.devices={devices}", f"--plan.compiler={compiler}", f"--plan.json={out}"]
+        command += [
+            f"--plan.chip={chip}",
+            f"--plan.devices={devices}",
+            f"--plan.compiler={compiler}",
+            f"--plan.json={out}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
@@ -96,10 +117,23 @@ def between(of: dict[str, float], form: str) -> str:
 
 def needs(found: dict[str, Any]) -> str:
     """Memory and time of each plan."""
-    heads = ["", "batch", "GB a chip, of", "step, ms", "at least", "bound by", "images/s", "days", "chip-hours"]
+    heads = [
+        "",
+        "batch",
+        "GB a chip, of",
+        "step, ms",
+        "at least",
+        "bound by",
+        "images/s",
+        "days",
+        "chip-hours",
+    ]
     rows = []
     for name, plan in ((name, found[name]) for name in PLANS):
-        memory, seconds = plan["memory"], {k: 1e3 * v for k, v in plan["seconds"].items() if k != "bound_by"}
+        memory, seconds = (
+            plan["memory"],
+            {k: 1e3 * v for k, v in plan["seconds"].items() if k != "bound_by"},
+        )
         rows.append(
             [
                 name,
@@ -128,8 +162,18 @@ def fsdp(found: dict[str, Any]) -> str:
 
 
 def weak_scaling(found: dict[str, Any]) -> str:
-    """The step time of one chip divided by that of many with the same share of the batch, with nothing and all hidden."""
-    heads = ["64 pairs a chip", "chips", "GB sent a chip", "collectives", "communication, ms", "of it latency", "efficiency"]
+    """The step time of one chip divided by that of many with the same share of the batch, with
+    nothing and all hidden.
+    """
+    heads = [
+        "64 pairs a chip",
+        "chips",
+        "GB sent a chip",
+        "collectives",
+        "communication, ms",
+        "of it latency",
+        "efficiency",
+    ]
     rows = []
     for name, plan in ((name, found[name]) for name in PLANS):
         if "64 a chip" not in name:
@@ -154,18 +198,36 @@ def weak_scaling(found: dict[str, Any]) -> str:
 
 def parts(found: dict[str, Any]) -> str:
     """Shares of the matrix products by part."""
-    names = [name for name in ("base, 256 v5p", "base, 256 v5p, 64 a chip", "huge, 256 v5p") if name in found]
+    names = [
+        name
+        for name in ("base, 256 v5p", "base, 256 v5p, 64 a chip", "huge, 256 v5p")
+        if name in found
+    ]
     rows = []
     for part in found[names[0]]["operations"]:
-        shares = [sum(found[name]["operations"].get(part, {}).values()) / found[name]["operations_total"] for name in names]
+        shares = [
+            sum(found[name]["operations"].get(part, {}).values()) / found[name]["operations_total"]
+            for name in names
+        ]
         rows.append([part, *(f"{share:.1%}" for share in shares)])
     whole = [f"{found[name]['operations_total'] / 1e12:,.0f}" for name in names]
     return table(["share of the products", *names], [*rows, ["TFLOP a step", *whole]])
 
 
 def libtpu(found: dict[str, Any]) -> str:
-    """What libtpu needs and sends, compared with the estimate and with what XLA's partitioner for CPUs sends."""
-    heads = ["", "GB a chip: estimated", "libtpu: held", "in between", "program", "GB sent: for CPUs", "libtpu", "collectives"]
+    """What libtpu needs and sends, compared with the estimate and with what XLA's partitioner for
+    CPUs sends.
+    """
+    heads = [
+        "",
+        "GB a chip: estimated",
+        "libtpu: held",
+        "in between",
+        "program",
+        "GB sent: for CPUs",
+        "libtpu",
+        "collectives",
+    ]
     heads += ["communication, ms", "efficiency, none of it hidden"]
     rows = []
     for name in LIBTPU:

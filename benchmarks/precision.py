@@ -1,7 +1,9 @@
-"""How much bfloat16 changes the outputs of an untrained model: `python benchmarks/precision.py --size base --batch 4`.
+"""How much bfloat16 changes the outputs of an untrained model: `python benchmarks/precision.py
+--size base --batch 4`.
 
-The same random weights, pictures and captions, computed in float32 and in bfloat16: the cosine between both versions of
-each [CLS] feature, and the losses of one step without dropout. Prints one line of JSON.
+The same random weights, pictures and captions, computed in float32 and in bfloat16: the cosine
+between both versions of each [CLS] feature, and the losses of one step without dropout. Prints one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ def main() -> None:
     parser.add_argument("--size", default="base")
     parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args()
-    narrow, wide = (measured(options.size, options.batch, dtype) for dtype in ("bfloat16", "float32"))
+    narrow, wide = (
+        measured(options.size, options.batch, dtype) for dtype in ("bfloat16", "float32")
+    )
     figures: dict[str, object] = {"size": options.size, "batch": options.batch}
     for name in ("image", "text"):
         figures[f"least cosine, {name}"] = float(np.sum(narrow[name] * wide[name], axis=1).min())
@@ -30,7 +34,12 @@ def main() -> None:
 
 def measured(size: str, batch: int, dtype: str) -> dict[str, object]:
     """Unit features of the batch, and the losses of a step."""
-    fields = {"data.global_batch": batch, "model.dtype": dtype, "model.text.dropout": 0.0, "model.remat": "none"}
+    fields = {
+        "data.global_batch": batch,
+        "model.dtype": dtype,
+        "model.text.dropout": 0.0,
+        "model.remat": "none",
+    }
     task, rows = random_task(size, fields)
     state = task.init_state(0)
     towers = state.student["towers"]
@@ -39,7 +48,9 @@ def measured(size: str, batch: int, dtype: str) -> dict[str, object]:
         "text": np.asarray(task.encode_texts(towers, rows.tokens, rows.text_length)[0]),
     }
     _, scalars = task.step(state, rows)
-    losses = jax.device_get({name: value for name, value in scalars.items() if name.startswith("loss")})
+    losses = jax.device_get(
+        {name: value for name, value in scalars.items() if name.startswith("loss")}
+    )
     return found | {name: float(value) for name, value in losses.items()}
 
 

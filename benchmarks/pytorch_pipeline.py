@@ -1,8 +1,10 @@
-"""ALBEF's input pipeline in PyTorch, for comparison: Pillow, torchvision, and RandAugment on the CPU.
+"""ALBEF's input pipeline in PyTorch, for comparison: Pillow, torchvision, and RandAugment on the
+CPU.
 
-Written from its paper and its published settings (Li et al., NeurIPS 2021): a picture read by Pillow, a random crop of
-20 to 100 % of its area resized to 256 px by Pillow's bicubic, a mirror, two of ten operations at magnitude 7, each applied
-half of the time, by OpenCV and NumPy on uint8 arrays, and normalisation. Captions stay text; they are not tokenised.
+Written from its paper and its published settings (Li et al., NeurIPS 2021): a picture read by
+Pillow, a random crop of 20 to 100 % of its area resized to 256 px by Pillow's bicubic, a mirror,
+two of ten operations at magnitude 7, each applied half of the time, by OpenCV and NumPy on uint8
+arrays, and normalisation. Captions stay text; they are not tokenised.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class Pairs(Dataset):
     """Files and captions; `views` transformed pictures of each."""
 
-    def __init__(self, paths: Sequence[Path], captions: Sequence[str], views: int, size_px: int) -> None:
+    def __init__(
+        self, paths: Sequence[Path], captions: Sequence[str], views: int, size_px: int
+    ) -> None:
         self.paths, self.captions, self.views = paths, captions, views
         crop = transforms.RandomResizedCrop(
             size_px, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
@@ -51,7 +55,13 @@ class Pairs(Dataset):
 
 
 def seconds_a_record(
-    paths: Sequence[Path], captions: Sequence[str], views: int, *, size_px: int, batch: int, batches: int
+    paths: Sequence[Path],
+    captions: Sequence[str],
+    views: int,
+    *,
+    size_px: int,
+    batch: int,
+    batches: int,
 ) -> float:
     """CPU time of a DataLoader with one thread and no workers."""
     torch.set_num_threads(1)

@@ -1,9 +1,12 @@
-"""The time of the same step in PyTorch, for comparison: `python benchmarks/pytorch_step.py` (extra [parity]).
+"""The time of the same step in PyTorch, for comparison: `python benchmarks/pytorch_step.py` (extra
+[parity]).
 
-ALBEF's step (Li et al., NeurIPS 2021), written from its paper in plain PyTorch: image, text and fusion encoder with their
-momentum copies, contrast with queues, matching with a negative text and a negative image per pair, masked words with soft
-targets, AdamW. CODIS adds intra-modal terms and a codebook, which cost next to nothing compared with the encoders of
-`base`. Put `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it for the huge pages that this project's command uses.
+ALBEF's step (Li et al., NeurIPS 2021), written from its paper in plain PyTorch: image, text and
+fusion encoder with their momentum copies, contrast with queues, matching with a negative text and a
+negative image per pair, masked words with soft targets, AdamW. CODIS adds intra-modal terms and a
+codebook, which cost next to nothing compared with the encoders of
+`base`. Put `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it for the huge pages that this project's
+command uses.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ class Block(nn.Module):
         self.first = first
         self.attention = Attention(width, heads)
         self.cross = Attention(width, heads) if cross else None
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3 if cross else 2))
 
     def forward(self, x: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
@@ -69,12 +74,19 @@ class Towers(nn.Module):
         image, text, dim = SIZES[size]["image"], SIZES[size]["text"], SIZES[size]["dim"]
         width, heads, patch = image["width"], image["heads"], image["patch_px"]
         self.patches = nn.Conv2d(3, width, patch, patch)
-        self.places = nn.Parameter(torch.randn(1, 1 + (image["size_px"] // patch) ** 2, width) * 0.02)
+        self.places = nn.Parameter(
+            torch.randn(1, 1 + (image["size_px"] // patch) ** 2, width) * 0.02
+        )
         self.image = nn.ModuleList(Block(width, heads, first=True) for _ in range(image["depth"]))
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.words, self.positions = nn.Embedding(WORDS[size], width), nn.Embedding(text["max_tokens"], width)
+        self.words, self.positions = (
+            nn.Embedding(WORDS[size], width),
+            nn.Embedding(text["max_tokens"], width),
+        )
         self.text = nn.ModuleList(Block(width, heads, first=False) for _ in range(text["depth"]))
-        self.fusion = nn.ModuleList(Block(width, heads, first=False, cross=True) for _ in range(text["fusion_depth"]))
+        self.fusion = nn.ModuleList(
+            Block(width, heads, first=False, cross=True) for _ in range(text["fusion_depth"])
+        )
         self.to_image, self.to_text = nn.Linear(width, dim), nn.Linear(width, dim)
         self.match = nn.Linear(width, 2)
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
@@ -102,7 +114,9 @@ class Towers(nn.Module):
         return F.linear(self.transform(states), self.words.weight)
 
 
-def loss_of(student: Towers, teacher: Towers, queue: torch.Tensor, views: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def loss_of(
+    student: Towers, teacher: Towers, queue: torch.Tensor, views: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
     """ALBEF's three losses of one batch; every seventh token counts as masked."""
     pairs = len(tokens)
     masked = tokens.clone()
@@ -115,8 +129,13 @@ def loss_of(student: Towers, teacher: Towers, queue: torch.Tensor, views: torch.
         taught_image, taught_states = teacher.see(views[1])
         taught_text, _ = teacher.read(tokens)
         images, texts = torch.cat([taught_image, queue[0]]).T, torch.cat([taught_text, queue[1]]).T
-        soft = [torch.softmax(a @ b / 0.07, -1) for a, b in ((taught_image, texts), (taught_text, images))]
-        soft_words = torch.softmax(teacher.guess(teacher.fuse(teacher.read(masked)[1], taught_states)), -1)
+        soft = [
+            torch.softmax(a @ b / 0.07, -1)
+            for a, b in ((taught_image, texts), (taught_text, images))
+        ]
+        soft_words = torch.softmax(
+            teacher.guess(teacher.fuse(teacher.read(masked)[1], taught_states)), -1
+        )
     loss = torch.zeros(())
     for targets, rows, candidates in zip(soft, (image, text), (texts, images), strict=True):
         loss = loss - (targets * F.log_softmax(rows @ candidates / 0.07, -1)).sum(-1).mean()
@@ -157,7 +176,11 @@ def main() -> None:
             optimizer.step()
             times.append(time.perf_counter() - began)
         weights = sum(p.numel() for p in student.parameters()) / 1e6
-        print(f"{size}, batch {pairs}: {statistics.median(times[2:]):.3f} s a step ({weights:.1f} M parameters)", flush=True)
+        print(
+            f"{size}, batch {pairs}: {statistics.median(times[2:]):.3f} s a step ({weights:.1f} M "
+            "parameters)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

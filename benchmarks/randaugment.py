@@ -1,10 +1,13 @@
-"""The cost that RandAugment on the device adds to a training step: `python benchmarks/randaugment.py`.
+"""The cost that RandAugment on the device adds to a training step: `python
+benchmarks/randaugment.py`.
 
-Two layers on both views of a batch, against the step of `--size` without them: floating-point operations and bytes as XLA
-counts them, in the program as written (nothing fused: more bytes than any device moves) and as compiled for the devices
-here. Loops are unrolled in the counted step, since XLA would count each as one iteration, and its backward pass recomputes
-nothing, so that the step is as small as possible. The compiled bytes give an estimate for GPUs: RandAugment at the memory's
-full rate, the step at 40 % of the peak in bfloat16. Last come the seconds of a step of `tiny`.
+Two layers on both views of a batch, against the step of `--size` without them: floating-point
+operations and bytes as XLA counts them, in the program as written (nothing fused: more bytes than
+any device moves) and as compiled for the devices here. Loops are unrolled in the counted step,
+since XLA would count each as one iteration, and its backward pass recomputes nothing, so that the
+step is as small as possible. The compiled bytes give an estimate for GPUs: RandAugment at the
+memory's full rate, the step at 40 % of the peak in bfloat16. Last come the seconds of a step of
+`tiny`.
 """
 
 from __future__ import annotations
@@ -19,15 +22,19 @@ import jax
 import numpy as np
 from train_step import ROOT, machine, measure
 
-from codebook_jax import sharding, workdir
 from codebook_jax.data.augment import augment
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.memory import abstract_batch
+from codebook_jax.parallel import sharding
+from codebook_jax.parallel.memory import abstract_batch
+from codebook_jax.run import record as workdir
 from codebook_jax.tasks import pretrain
 from configs import base
 
 LAYERS, MAGNITUDE = 2, 7
-GPUS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # bfloat16 operations and bytes per second, SXM
+GPUS = {
+    "H100": (989e12, 3.35e12),
+    "H200": (989e12, 4.8e12),
+}  # bfloat16 operations and bytes per second, SXM
 UTILISATION = 0.4
 
 
@@ -35,7 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="base")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10, help="steps of `tiny` to time with and without it; 0: none")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps of `tiny` to time with and without it; 0: none"
+    )
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args()
     figures = {"machine": machine(), "size": options.size, "batch": options.batch}
@@ -97,7 +106,8 @@ def costs(program: Any, *arguments: Any) -> dict[str, float]:
 def estimated(added: dict[str, float], step: dict[str, float]) -> dict[str, float]:
     """RandAugment's share of a step's time on each GPU."""
     return {
-        name: (added["bytes, compiled"] / rate) / (step["operations, as written"] / (UTILISATION * peak))
+        name: (added["bytes, compiled"] / rate)
+        / (step["operations, as written"] / (UTILISATION * peak))
         for name, (peak, rate) in GPUS.items()
     }
 

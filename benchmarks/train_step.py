@@ -1,8 +1,9 @@
 """Step time, compile time and peak memory of the training step: `python benchmarks/train_step.py`.
 
-One process per row, so that peak memory is the row's own, started with the huge pages that the command uses; batches are
-random, nothing is read. Each row runs `--steps` steps after three that do not count, and reports their median. The first
-line is the rate of a large float32 matrix product on the same machine, to compare machines by.
+One process per row, so that peak memory is the row's own, started with the huge pages that the
+command uses; batches are random, nothing is read. Each row runs `--steps` steps after three that do
+not count, and reports their median. The first line is the rate of a large float32 matrix product on
+the same machine, to compare machines by.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from codebook_jax.console import HUGE_PAGES  # noqa: E402
+from codebook_jax.console import HUGE_PAGES
 
-# name, size, fields. The two-loss row has the size for which a prototype's step took 0.39 s on two other cores.
+# name, size, fields. The two-loss row has the size for which a prototype's step took 0.39 s on two
+# other cores.
 ROWS = {
     "tiny": ("tiny", {}),
     "tiny, alignment and codebook only": (
@@ -32,7 +34,12 @@ ROWS = {
     ),
     "base, batch 4, float32": (
         "base",
-        {"data.global_batch": 4, "model.dtype": "float32", "model.remat": "none", "model.text.dropout": 0.0},
+        {
+            "data.global_batch": 4,
+            "model.dtype": "float32",
+            "model.remat": "none",
+            "model.text.dropout": 0.0,
+        },
     ),
     "base, batch 4": ("base", {"data.global_batch": 4}),
     "base, batch 64": ("base", {"data.global_batch": 64}),
@@ -72,7 +79,9 @@ def main() -> None:
 def run_alone(script: str, arguments: list[str]) -> dict[str, Any]:
     """Runs one process of a benchmark; returns the JSON in its last line."""
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=HUGE_PAGES | os.environ, cwd=ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=HUGE_PAGES | os.environ, cwd=ROOT
+    )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -82,13 +91,17 @@ def machine() -> dict[str, object]:
     """The devices, the versions, and the rate of a 2 048 x 2 048 float32 product."""
     program = (
         "import jax, jax.numpy as jnp, time, json\n"
-        "x = jnp.ones((2048, 2048)); f = jax.jit(lambda x: x @ x); f(x).block_until_ready(); times = []\n"
+        "x = jnp.ones((2048, 2048)); f = jax.jit(lambda x: x @ x); f(x).block_until_ready(); "
+        "times = []\n"
         "for _ in range(10):\n"
-        "    began = time.perf_counter(); f(x).block_until_ready(); times.append(time.perf_counter() - began)\n"
+        "    began = time.perf_counter(); f(x).block_until_ready(); "
+        "times.append(time.perf_counter() - began)\n"
         "print(json.dumps({'device': jax.devices()[0].device_kind, 'devices': jax.device_count(),\n"
         "  'jax': jax.__version__, 'matmul_gflops': round(2 * 2048**3 / sorted(times)[5] / 1e9)}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     return found | {"cores": os.cpu_count(), "python": platform.python_version()}
 
@@ -97,9 +110,10 @@ def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
     """The pre-training task of a size over all devices, and a random batch placed for it."""
     import numpy as np
 
-    from codebook_jax import sharding, workdir
     from codebook_jax.data.batch import Batch
     from codebook_jax.data.text import Vocabulary
+    from codebook_jax.parallel import sharding
+    from codebook_jax.run import record as workdir
     from codebook_jax.tasks import pretrain
     from configs import base
 
@@ -110,12 +124,23 @@ def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
     words = 500 if size == "tiny" else 30_522
     task = pretrain.create(config, Vocabulary(words, 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh)
     draw = np.random.default_rng(0)
-    pairs, side, tokens = config.data.global_batch, config.model.image.size_px, config.model.text.max_tokens
+    pairs, side, tokens = (
+        config.data.global_batch,
+        config.model.image.size_px,
+        config.model.text.max_tokens,
+    )
     images = draw.integers(0, 255, (2, pairs, side, side, 3), dtype=np.uint8)
     ids = np.arange(pairs, dtype=np.int32)
     text = draw.integers(5, words, (pairs, tokens), dtype=np.int32)
     batch = Batch(
-        images[0], images[1], np.zeros(pairs, bool), text, np.full(pairs, tokens, np.int32), ids, ids, 0 * ids
+        images[0],
+        images[1],
+        np.zeros(pairs, bool),
+        text,
+        np.full(pairs, tokens, np.int32),
+        ids,
+        ids,
+        0 * ids,
     )
     return task, sharding.put_batch(batch, mesh)
 

@@ -1,4 +1,6 @@
-"""From a config to the parts of a run: mesh, data, tokenizer, task. Raises UserError for settings that do not fit."""
+"""From a config to the parts of a run: mesh, data, tokenizer, task. Raises UserError for settings
+that do not fit.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import axes, memory, modes, sharding
-from codebook_jax import workdir as records
-from codebook_jax.checks import check, check_values
+from codebook_jax import modes
+from codebook_jax.config import check, check_values
+from codebook_jax.console import say
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source, source_of
@@ -31,8 +33,11 @@ from codebook_jax.data.text import (
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import Progress
-from codebook_jax.metrics import say
-from codebook_jax.pretrained.start import (
+from codebook_jax.parallel import axes, memory, sharding
+from codebook_jax.parallel.processes import peers
+from codebook_jax.run import record as records
+from codebook_jax.tasks import pretrain
+from codebook_jax.weights.start import (
     Initial,
     Part,
     adopted,
@@ -42,8 +47,6 @@ from codebook_jax.pretrained.start import (
     specs,
     tokenizer_of,
 )
-from codebook_jax.processes import peers
-from codebook_jax.tasks import pretrain
 
 TASKS = {"pretrain": pretrain.create}
 
@@ -64,7 +67,8 @@ class Parts(NamedTuple):
 def build_training(
     config: ml_collections.ConfigDict, workdir: Path, *, steps_saved: list[int], learns: bool = True
 ) -> Parts:
-    """The parts of a training run in `workdir`; writes its record. Raises UserError if the config cannot be trained.
+    """The parts of a training run in `workdir`; writes its record. Raises UserError if the config
+    cannot be trained.
 
     `learns=False`, for a run that only keeps its weights, skips the memory check.
     """
@@ -72,8 +76,8 @@ def build_training(
     record = records.read_record(workdir)
     if record is None and steps_saved:
         raise UserError(
-            f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config with: "
-            "put the file back, or give another --workdir"
+            f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config "
+            "with: put the file back, or give another --workdir"
         )
     config = asked = axes.kept(config, record)
     mesh = sharding.mesh_of(config.mesh)
@@ -134,7 +138,9 @@ def _changes(
     *,
     has_checkpoint: bool,
 ) -> dict[str, list[Any]]:
-    """Prints and returns what changed since the last start, {name: [old, new]}; raises UserError if it may not change."""
+    """Prints and returns what changed since the last start, {name: [old, new]}; raises UserError if
+    it may not change.
+    """
     if record is None:
         return {}
     changes, sentences = records.check_restart(
@@ -146,7 +152,9 @@ def _changes(
 
 
 def first_state(parts: Parts) -> Any:
-    """The state that a run starts with: fresh, or with the parameters that config.init names; prints which were read."""
+    """The state that a run starts with: fresh, or with the parameters that config.init names;
+    prints which were read.
+    """
     state = parts.task.init_state(parts.config.seed)
     if parts.start is None:
         return state
@@ -154,9 +162,7 @@ def first_state(parts: Parts) -> Any:
     return placed(state, parts.start.arrays)
 
 
-def _resolve_alpha(
-    config: ml_collections.ConfigDict, examples: int
-) -> ml_collections.ConfigDict:
+def _resolve_alpha(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
     """The config with `teacher.alpha_steps` resolved: -1 means the steps of one epoch."""
     if config.teacher.alpha_steps >= 0:
         return config
@@ -167,7 +173,9 @@ def _resolve_alpha(
 def _adopt(
     config: ml_collections.ConfigDict, start: tuple[Part, ...], record: dict[str, Any] | None
 ) -> ml_collections.ConfigDict:
-    """The config with the fields that the weights, or the run, were made with; prints each change."""
+    """The config with the fields that the weights, or the run, were made with; prints each
+    change.
+    """
     resolved = adopted(config, start, record)
     whose = "from the weights" if start else "from the run"
     for name, (old, new) in records.changed_fields(config.to_dict(), resolved.to_dict()).items():
@@ -176,7 +184,9 @@ def _adopt(
 
 
 def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Parts:
-    """The parts to use a trained run in `workdir`; `config` (None: the run's own) may change only how it is used."""
+    """The parts to use a trained run in `workdir`; `config` (None: the run's own) may change only
+    how it is used.
+    """
     record = records.read_record(workdir)
     if record is None:
         raise UserError(
@@ -198,10 +208,11 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
 def with_own_data(
     config: ml_collections.ConfigDict, workdir: Path, named: Container[str]
 ) -> ml_collections.ConfigDict:
-    """The config to use a trained run with: its data settings are the run's, except the fields in `named`.
+    """The config to use a trained run with: its data settings are the run's, except the fields in
+    `named`.
 
-    A config file has data settings of its own, such as the built-in scenes, which the flags of the training replaced.
-    Prints each one that is not used.
+    A config file has data settings of its own, such as the built-in scenes, which the flags of the
+    training replaced. Prints each one that is not used.
     """
     record = records.read_record(workdir)
     if record is None:
@@ -231,7 +242,9 @@ def _create_of(config: ml_collections.ConfigDict) -> memory.Create:
 
 
 def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
-    """This process's rows of every batch from `start_step` on; leaving the context ends the worker processes."""
+    """This process's rows of every batch from `start_step` on; leaving the context ends the worker
+    processes.
+    """
     data, model = parts.config.data, parts.config.model
     stream = training_batches(
         parts.source,
@@ -256,7 +269,9 @@ def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator
 def validate(
     parts: Parts, state: Any, *, last: bool, progress: Progress | None = None
 ) -> dict[str, dict[str, float]]:
-    """Retrieval on the validation data by protocol; re-ranked at the end of training, or always if so configured."""
+    """Retrieval on the validation data by protocol; re-ranked at the end of training, or always if
+    so configured.
+    """
     config = parts.config
     rerank = config.evaluation.rerank_top_k > 0 and (last or config.evaluation.rerank_on_schedule)
     return retrieval.evaluate(
@@ -272,16 +287,20 @@ def validate(
 
 
 def announce(parts: Parts) -> None:
-    """Prints a summary: the model, its data, how it is validated, and how it is split over several devices."""
+    """Prints a summary: the model, its data, how it is validated, and how it is split over several
+    devices.
+    """
     config, mesh = parts.config, parts.mesh
     parameters = parameter_count(parts.task.abstract_state().student)
     devices, processes = mesh.devices.size, jax.process_count()
     shards = sharding.data_shards(mesh)
     batch = config.data.global_batch
     say(
-        f"model       {config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained parameters\n"
+        f"model       {config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained "
+        "parameters\n"
         f"devices     {devices} device{'s' * (devices != 1)} ({mesh.devices.flat[0].device_kind}), "
-        f"{processes} process{'es' * (processes > 1)}; a batch of {batch} pairs = {shards} data shard{'s' * (shards != 1)} x "
+        f"{processes} process{'es' * (processes > 1)}; a batch of {batch} pairs = {shards} data "
+        f"shard{'s' * (shards != 1)} x "
         f"{batch // shards} (accumulation {config.optimizer.accumulation})\n"
         f"data        {_named(config.data.train)}"
     )
@@ -293,9 +312,9 @@ def announce(parts: Parts) -> None:
     say(f"validation  {_validation(parts)}")
     if len(parts.source) < batch:
         say(
-            f"warning: config.data.global_batch={batch} is more than the {len(parts.source):,} training pairs, so a step "
-            f"contains the same pair several times: set --config.data.global_batch={len(parts.source)} or less, or "
-            "give more data"
+            f"warning: config.data.global_batch={batch} is more than the {len(parts.source):,} "
+            "training pairs, so a step contains the same pair several times: set "
+            f"--config.data.global_batch={len(parts.source)} or less, or give more data"
         )
     if devices > 1:
         say(f"mesh {axes.said(mesh, config.mesh.slices)}")
@@ -306,9 +325,11 @@ def whereabouts(config: ml_collections.ConfigDict, workdir: Path) -> str:
     """Where a training run writes, and how to watch, stop and continue it."""
     kept = config.checkpoint
     return (
-        f"written to  {workdir}: checkpoints every {kept.every_steps:,} steps (the newest {kept.keep} and the best), "
+        f"written to  {workdir}: checkpoints every {kept.every_steps:,} steps (the newest "
+        f"{kept.keep} and the best), "
         "metrics.jsonl\n"
-        f"watch it    {modes.command_line('report', workdir)}, or tensorboard --logdir={shlex.quote(str(workdir))}\n"
+        f"watch it    {modes.command_line('report', workdir)}, or tensorboard "
+        f"--logdir={shlex.quote(str(workdir))}\n"
         "stop it     Ctrl-C saves and exits; the same command continues from there"
     )
 

@@ -1,7 +1,8 @@
-"""The terminal: output that cannot be written never ends a run, and Ctrl-C ends the command with one sentence.
+"""The terminal: output that cannot be written never ends a run, and Ctrl-C ends the command with
+one sentence.
 
-`command` is what the console script and `python -m codebook_jax.main` start. It runs before the imports that take a
-second, so this module imports only the standard library.
+`command` is what the console script and `python -m codebook_jax.main` start. It runs before the
+imports that take a second, so this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ def command() -> None:
 
 
 def begin() -> None:
-    """Makes Ctrl-C and unwritable output harmless; on Linux it first restarts the process with huge pages."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell ignores it for background jobs
+    """Makes Ctrl-C and unwritable output harmless; on Linux it first restarts the process with huge
+    pages.
+    """
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    ):  # a shell ignores it for background jobs
         signal.signal(signal.SIGINT, _leave)
     _with_huge_pages()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -37,10 +42,12 @@ def begin() -> None:
 
 
 def keep_output() -> None:
-    """Replaces stdout and stderr by streams that escape what they cannot encode and drop what cannot be written.
+    """Replaces stdout and stderr by streams that escape what they cannot encode and drop what
+    cannot be written.
 
-    After a closed pipe or terminal everything is dropped, after a full disk only what did not fit. A standard stream that
-    is closed becomes /dev/null: otherwise the next file opened would get its number and receive what is printed.
+    After a closed pipe or terminal everything is dropped, after a full disk only what did not fit.
+    A standard stream that is closed becomes /dev/null: otherwise the next file opened would get its
+    number and receive what is printed.
     """
     for number in range(3):
         try:
@@ -50,15 +57,26 @@ def keep_output() -> None:
     sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
 
 
+def say(text: str) -> None:
+    """Prints a sentence to the user, on process 0 only."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def write_now(text: str) -> None:
-    """Writes to stderr from a signal handler, which may have interrupted print; print is not re-entrant."""
+    """Writes to stderr from a signal handler, which may have interrupted print; print is not
+    re-entrant.
+    """
     with contextlib.suppress(OSError):
         os.write(2, text.encode("ascii", "backslashreplace"))
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, the first Ctrl-C raises KeyboardInterrupt, so that drafts are removed; a second one exits at once.
+    """Inside, the first Ctrl-C raises KeyboardInterrupt, so that drafts are removed; a second one
+    exits at once.
 
     Does nothing in a process that did not call `begin`.
     """
@@ -88,7 +106,9 @@ class _Lasting(io.FileIO):
             except BlockingIOError:
                 select.select([], [self.fileno()], [])
             except OSError as error:
-                if error.errno not in FULL_DISK:  # there may be space again; a closed pipe stays closed
+                if (
+                    error.errno not in FULL_DISK
+                ):  # there may be space again; a closed pipe stays closed
                     _discard(self.fileno())
                 break
         return len(data)

@@ -1,4 +1,6 @@
-"""The one exception for user errors, and the checks and error numbers that several modules share."""
+"""The one exception for user errors, and the checks and error numbers that several modules
+share.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ UNREACHABLE = (errno.EROFS, errno.ESTALE, errno.EIO, errno.ETIMEDOUT)  # of a fo
 
 
 class UserError(Exception):
-    """A user error in one sentence: what was given, what is wrong, what to do. `main` prints it and exits with 2."""
+    """A user error in one sentence: what was given, what is wrong, what to do. `main` prints it and
+    exits with 2.
+    """
 
 
 def refuse_below(field: str, value: float, least: float) -> None:
@@ -20,8 +24,11 @@ def refuse_below(field: str, value: float, least: float) -> None:
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
-    """The end of a sentence about a misspelt name: the closest of `names`; empty if none is close."""
-    import difflib  # not at the top: this module is imported before Ctrl-C is caught, see console.py
+    """The end of a sentence about a misspelt name: the closest of `names`; empty if none is
+    close.
+    """
+    # not at the top: this module is imported before Ctrl-C is caught, see console.py
+    import difflib
 
     close = difflib.get_close_matches(given, list(names), n=1)
     return f" ... did you mean {close[0]}?" if close else ""

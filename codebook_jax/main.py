@@ -1,4 +1,5 @@
-"""The command: `codebook-jax --config=configs/base.py[:size] --workdir=DIR --mode=MODE`; modes.py lists the modes.
+"""The command: `codebook-jax --config=configs/base.py[:size] --workdir=DIR --mode=MODE`; modes.py
+lists the modes.
 
 The only file that reads flags. A user error prints one sentence on stderr and exits with code 2.
 """
@@ -26,8 +27,8 @@ from ml_collections import ConfigDict, config_flags
 
 from codebook_jax import console, modes
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
-from codebook_jax.plan.options import PlanOptions, environment
-from codebook_jax.processes import joining, peers, shared_folder
+from codebook_jax.parallel.processes import joining, peers, shared_folder
+from codebook_jax.tools.plan.options import PlanOptions, environment
 
 DATA_MODES = ("prepare", "check-data")  # need no devices
 NEEDS_CONFIG = ("train", "import", "plan", *DATA_MODES)
@@ -51,7 +52,8 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "the config file, after a colon the size: configs/base.py:tiny; --config.data.global_batch=64 sets a field",
+        "the config file, after a colon the size: configs/base.py:tiny; "
+        "--config.data.global_batch=64 sets a field",
         flag_values=values,
         sys_argv=argv,
     )
@@ -66,24 +68,44 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
         flag_values=values,
     )
     flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, if no launcher provides it", flag_values=values
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, if no launcher provides it",
+        flag_values=values,
     )
-    flags.DEFINE_integer("processes", None, "the number of processes in the run", flag_values=values)
+    flags.DEFINE_integer(
+        "processes", None, "the number of processes in the run", flag_values=values
+    )
     flags.DEFINE_integer("process", None, "the number of this process, from 0", flag_values=values)
     flags.DEFINE_integer(
-        "join_timeout_s", 300, "how long the processes look for each other, in seconds", flag_values=values
+        "join_timeout_s",
+        300,
+        "how long the processes look for each other, in seconds",
+        flag_values=values,
     )
     default = PlanOptions()
-    flags.DEFINE_string("plan.chip", default.chip, "for --mode=plan: the accelerator", flag_values=values)
-    flags.DEFINE_integer("plan.devices", default.devices, "for --mode=plan: the number of chips", flag_values=values)
-    flags.DEFINE_integer("plan.slices", default.slices, "for --mode=plan: the number of slices", flag_values=values)
+    flags.DEFINE_string(
+        "plan.chip", default.chip, "for --mode=plan: the accelerator", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "plan.devices", default.devices, "for --mode=plan: the number of chips", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "plan.slices", default.slices, "for --mode=plan: the number of slices", flag_values=values
+    )
     flags.DEFINE_string(
         "plan.compiler",
         default.compiler,
-        "for --mode=plan: what compiles the step: cpu, or tpu (libtpu, for the chip itself; takes minutes)",
+        "for --mode=plan: what compiles the step: cpu, or tpu (libtpu, for the chip itself; takes "
+        "minutes)",
         flag_values=values,
     )
-    flags.DEFINE_string("plan.json", default.json, "for --mode=plan: a file to write the figures to", flag_values=values)
+    flags.DEFINE_string(
+        "plan.json",
+        default.json,
+        "for --mode=plan: a file to write the figures to",
+        flag_values=values,
+    )
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
@@ -117,10 +139,13 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
     if config is None and values.mode in NEEDS_CONFIG:
         raise UserError("--config is missing: give one, e.g. --config=configs/base.py:tiny")
     if not values.workdir and values.mode != "plan":
-        raise UserError("--workdir is missing: give the folder of the run, e.g. --workdir=runs/first")
+        raise UserError(
+            "--workdir is missing: give the folder of the run, e.g. --workdir=runs/first"
+        )
     if "://" in (values.workdir or ""):
         raise UserError(
-            f"--workdir={values.workdir} is not a folder on this machine: give a local or mounted one"
+            f"--workdir={values.workdir} is not a folder on this machine: give a local or mounted "
+            "one"
         )
     return rest
 
@@ -129,7 +154,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     """Runs `mode` and returns the exit code."""
     # Imported here, after the flags were checked, because they import JAX and other slow modules.
     if mode in DATA_MODES:
-        from codebook_jax import check_data, prepare
+        from codebook_jax.tools import check_data, prepare
 
         data_modes: dict[str, Mode] = {
             "prepare": prepare.prepare,
@@ -137,12 +162,16 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         }
         return data_modes[mode](config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
-    from codebook_jax import build, devices, evaluate, export, report, train
+    from codebook_jax import build, report, train
+    from codebook_jax.parallel import devices
+    from codebook_jax.tools import evaluate, export
 
     devices.check_platforms()
 
     others: dict[str, Mode] = {
-        "train": lambda config, workdir: 0 if train.fit(config, workdir) else FLAGS.preempted_exit_code,
+        "train": lambda config, workdir: (
+            0 if train.fit(config, workdir) else FLAGS.preempted_exit_code
+        ),
         "import": train.import_weights,
         "eval": evaluate.evaluate,
         "export": export.export,
@@ -161,10 +190,11 @@ def complain(sentence: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what the flags ask for and returns the exit code; a user error prints one sentence and returns 2.
+    """Runs what the flags ask for and returns the exit code; a user error prints one sentence and
+    returns 2.
 
-    With several processes, a failing one tells the others why and exits at once: a normal Python exit would wait for
-    them.
+    With several processes, a failing one tells the others why and exits at once: a normal Python
+    exit would wait for them.
     """
     del argv
     try:
@@ -190,12 +220,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _plan() -> int:
-    options = PlanOptions(
-        **{name: FLAGS[f"plan.{name}"].value for name in PlanOptions._fields}
-    )
+    options = PlanOptions(**{name: FLAGS[f"plan.{name}"].value for name in PlanOptions._fields})
     options = options._replace(json=os.path.expanduser(options.json))
     os.environ |= environment(options)  # read when JAX is imported
-    from codebook_jax.plan import plan
+    from codebook_jax.tools.plan import plan
 
     with console.interruptible():
         plan(FLAGS.config, options)
@@ -203,7 +231,9 @@ def _plan() -> int:
 
 
 def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -> None:
-    """Connects to the run's other processes, if any, and checks that all do the same in the same workdir."""
+    """Connects to the run's other processes, if any, and checks that all do the same in the same
+    workdir.
+    """
     found = joining.find(
         os.environ,
         coordinator=FLAGS.coordinator,
@@ -214,13 +244,15 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
     )
     if found is None or not joining.join(found, timeout_s=FLAGS.join_timeout_s):
         return
-    from codebook_jax import devices
+    from codebook_jax.parallel import devices
 
     devices.check_platforms()
     others = peers.connected()
     others.watch()
     print(joining.describe(found), flush=True)
-    others.compare("start", _facts(mode, config), "start all with the same command, code and versions")
+    others.compare(
+        "start", _facts(mode, config), "start all with the same command, code and versions"
+    )
     if warning := others.clocks():
         print(warning, flush=True)
     if mode in WRITES_A_RUN:
@@ -231,11 +263,14 @@ def _facts(mode: str, config: ConfigDict | None) -> dict[str, Any]:
     """What must be the same on every host."""
     import jax
 
-    from codebook_jax import workdir as records
+    from codebook_jax.run import record as records
 
     facts = {"--mode": mode, "code": records.code_digest()}
     facts |= {f"version of {name}": version for name, version in records.package_versions().items()}
-    facts |= {"devices per process": jax.local_device_count(), "kind": jax.local_devices()[0].device_kind}
+    facts |= {
+        "devices per process": jax.local_device_count(),
+        "kind": jax.local_devices()[0].device_kind,
+    }
     if config is not None:
         facts |= {f"config.{name}": value for name, value in records.flat(config.to_dict()).items()}
     return facts
@@ -248,13 +283,13 @@ def _about_files(error: Exception) -> UserError | None:
     if error.errno in FULL_DISK:
         goes_on = "" if FLAGS.mode in DATA_MODES else ", it goes on from the newest checkpoint"
         return UserError(
-            f"no space left while writing {error.filename or FLAGS.workdir}: free some and start the same "
-            f"command again{goes_on}"
+            f"no space left while writing {error.filename or FLAGS.workdir}: free some and start "
+            f"the same command again{goes_on}"
         )
     if error.errno in UNREACHABLE:
         return UserError(
-            f"{error.filename or FLAGS.workdir} can no longer be reached ({error.strerror}): fix this and start "
-            "the same command again"
+            f"{error.filename or FLAGS.workdir} can no longer be reached ({error.strerror}): fix "
+            "this and start the same command again"
         )
     return None
 

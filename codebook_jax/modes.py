@@ -27,7 +27,8 @@ MODES = {
     "import": Mode(
         "Train",
         "makes a run from pre-trained weights, to evaluate, export or train further",
-        "--mode=import --config=configs/albef.py --config.init=model:ALBEF.pth --workdir=runs/albef",
+        "--mode=import --config=configs/albef.py --config.init=model:ALBEF.pth "
+        "--workdir=runs/albef",
     ),
     "eval": Mode(
         "Evaluate",
@@ -47,12 +48,14 @@ MODES = {
     "check-data": Mode(
         "Look at data",
         "finds unusable, repeated and leaked pictures before you train",
-        "--mode=check-data --config=configs/base.py --config.data.train=json:pairs.json --workdir=checks/pairs",
+        "--mode=check-data --config=configs/base.py --config.data.train=json:pairs.json "
+        "--workdir=checks/pairs",
     ),
     "prepare": Mode(
         "Look at data",
         "packs pairs into shards that are fast to read",
-        "--mode=prepare --config=configs/base.py --config.prepare.source=json:pairs.json --workdir=packed/pairs",
+        "--mode=prepare --config=configs/base.py --config.prepare.source=json:pairs.json "
+        "--workdir=packed/pairs",
     ),
     "plan": Mode(
         "Plan",
@@ -98,8 +101,10 @@ def help_text() -> str:
         [
             *lines,
             "",
-            "SIZE is tiny, small, base, large or huge. configs/base.py lists every FIELD with its source. Modes that use a",
-            "trained run need no --config. Exit codes: 0 done, 1 failed, 2 user error, 130 Ctrl-C; a training answers Ctrl-C by",
+            "SIZE is tiny, small, base, large or huge. configs/base.py lists every FIELD with its "
+            "source. Modes that use a",
+            "trained run need no --config. Exit codes: 0 done, 1 failed, 2 user error, 130 "
+            "Ctrl-C; a training answers Ctrl-C by",
             "saving, then exits with 0, or with --preempted_exit_code if that is given.",
             "--helpfull lists all flags.",
         ]

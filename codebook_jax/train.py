@@ -1,4 +1,6 @@
-"""A run from start to end: build, restore, loop, log, evaluate, save. Knows nothing about losses."""
+"""A run from start to end: build, restore, loop, log, evaluate, save. Knows nothing about
+losses.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,23 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import build, memory, modes, sharding
-from codebook_jax import workdir as records
-from codebook_jax.checkpoint import BEST, FOLDER, Checkpoints, Restored
+from codebook_jax import build, modes
+from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.retrieval import counted
-from codebook_jax.interruption import Interrupted, Interruption, Stuck, patience
-from codebook_jax.metrics import FILE, Clock, Metrics, ProgressReport, say
-from codebook_jax.pretrained.start import specs
-from codebook_jax.processes import peers
-from codebook_jax.processes.agreement import Agreement, Tally
-from codebook_jax.processes.joining import end
-from codebook_jax.processes.ownership import owned
+from codebook_jax.parallel import memory, sharding
+from codebook_jax.parallel.processes import peers
+from codebook_jax.parallel.processes.agreement import Agreement, Tally
+from codebook_jax.parallel.processes.joining import end
+from codebook_jax.run import record as records
+from codebook_jax.run.checkpoint import BEST, FOLDER, Checkpoints, Restored
+from codebook_jax.run.interruption import Interrupted, Interruption, Stuck, patience
+from codebook_jax.run.metrics import FILE, Clock, Metrics, ProgressReport
+from codebook_jax.run.ownership import owned
+from codebook_jax.weights.start import specs
 
 INPUT_BOUND_SHARE = (
     0.3  # of a step's time; prefetching keeps it near zero until the data cannot keep up
@@ -112,7 +116,10 @@ class Run:
         """Trains until the last step or a signal; then saves and evaluates the newest state."""
         steps = self.config.train.steps
         if self.step >= steps:
-            say(f"step {self.step:,} of {steps:,} is already reached: raise config.train.steps to continue")
+            say(
+                f"step {self.step:,} of {steps:,} is already reached: raise config.train.steps to "
+                "continue"
+            )
         elif self.step and self.evaluation_due() and self.step not in self.checkpoints.scores:
             self.evaluate()  # its first evaluation was cut short
         self.loop()
@@ -131,8 +138,8 @@ class Run:
     def loop(self) -> None:
         """Runs the steps; the step number is the position in the data.
 
-        Scalars are read one step late, so that the next batch and its step are already queued while the previous step
-        runs.
+        Scalars are read one step late, so that the next batch and its step are already queued while
+        the previous step runs.
         """
         pending = None
         with contextlib.ExitStack() as streams:
@@ -141,7 +148,9 @@ class Run:
                 batch = self.next_batch(batches)
                 if batch is None and self.agreement.alone:
                     break
-                if batch is None:  # the other processes will run this step: read the same stream without workers
+                if (
+                    batch is None
+                ):  # the other processes will run this step: read the same stream without workers
                     config = records.with_fields(self.config, {"data.workers": 0})
                     alike = build.batches(self.parts._replace(config=config), start_step=self.step)
                     batches = streams.enter_context(alike)
@@ -162,9 +171,11 @@ class Run:
             self.settle(pending)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None if its worker processes were killed by the signal that also stops this run.
+        """The next batch; None if its worker processes were killed by the signal that also stops
+        this run.
 
-        If it takes longer than `data.patience_s` the process exits, since a hanging reader cannot be joined.
+        If it takes longer than `data.patience_s` the process exits, since a hanging reader cannot
+        be joined.
         """
         began = time.monotonic()
         try:
@@ -189,12 +200,16 @@ class Run:
             self.checkpoints.wait()
         saved = self.checkpoints.steps()
         kept = f"step {saved[-1]:,} is saved" if saved else "nothing is saved"
-        sentence = f"{stuck}; {kept}: see whether the place of the training data answers, and start again"
+        sentence = (
+            f"{stuck}; {kept}: see whether the place of the training data answers, and start again"
+        )
         peers.connected().fail(sentence)
         end(sentence, 1)
 
     def settle(self, pending: _Pending | None) -> None:
-        """Reads a step's scalars: counts bad steps and records, logs if due. Raises UserError if the run must stop."""
+        """Reads a step's scalars: counts bad steps and records, logs if due. Raises UserError if
+        the run must stop.
+        """
         if pending is None:
             return
         self.agreed |= bool(pending.tally.stop)
@@ -227,8 +242,8 @@ class Run:
         some = ", ".join(str(example) for example in examples[:8])
         more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""
         say(
-            f"step {step:,} was skipped: {terms} not finite; {self.bad_in_row} in a row, the run stops "
-            f"at {most}; its examples: {some}{more} (all in metrics.jsonl)"
+            f"step {step:,} was skipped: {terms} not finite; {self.bad_in_row} in a row, the run "
+            f"stops at {most}; its examples: {some}{more} (all in metrics.jsonl)"
         )
         if self.bad_in_row >= most:
             self.checkpoints.wait()
@@ -239,9 +254,9 @@ class Run:
                 else "nothing was saved"
             )
             raise UserError(
-                f"stopped at step {step:,}: {most} steps in a row were not finite ({terms}); {newest}: "
-                "try a lower config.optimizer.learning_rate, config.optimizer.clip_norm=1, or "
-                "config.model.dtype=float32"
+                f"stopped at step {step:,}: {most} steps in a row were not finite ({terms}); "
+                f"{newest}: try a lower config.optimizer.learning_rate, "
+                "config.optimizer.clip_norm=1, or config.model.dtype=float32"
             )
 
     def warn_if_input_bound(self, row: Mapping[str, Any]) -> None:
@@ -252,9 +267,9 @@ class Run:
         self.warned_input_bound = True
         data = self.config.data
         say(
-            f"input-bound: {share:.0%} of the step time is spent waiting for data; raise config.data.threads "
-            f"(now {data.threads}) or config.data.workers (now {data.workers}), or pack smaller pictures "
-            "with --mode=prepare"
+            f"input-bound: {share:.0%} of the step time is spent waiting for data; raise "
+            f"config.data.threads (now {data.threads}) or config.data.workers (now "
+            f"{data.workers}), or pack smaller pictures with --mode=prepare"
         )
 
     def evaluation_due(self) -> bool:
@@ -262,7 +277,9 @@ class Run:
         return every > 0 and self.step % every == 0
 
     def save(self) -> None:
-        """Saves the state unless its last steps were bad, so that it never replaces a good checkpoint."""
+        """Saves the state unless its last steps were bad, so that it never replaces a good
+        checkpoint.
+        """
         if self.bad_in_row:
             say(
                 f"step {self.step:,} is not saved: the last {self.bad_in_row} steps were not finite"
@@ -275,7 +292,9 @@ class Run:
         self.clock.paused(time.monotonic() - began)
 
     def evaluate(self) -> None:
-        """Retrieval on the validation data; a signal interrupts it, and the next start repeats it."""
+        """Retrieval on the validation data; a signal interrupts it, and the next start
+        repeats it.
+        """
         if self.bad_in_row:
             return
         began = time.monotonic()
@@ -285,7 +304,9 @@ class Run:
                 with self.stop.may_interrupt():
                     protocols = build.validate(self.parts, self.state, last=last)
             else:
-                protocols = build.validate(self.parts, self.state, last=last, progress=self.interrupt)
+                protocols = build.validate(
+                    self.parts, self.state, last=last, progress=self.interrupt
+                )
         except Interrupted:
             return
         row = flat_evaluation(protocols)
@@ -296,13 +317,16 @@ class Run:
         self.checkpoints.record_score(self.step, float(np.mean(list(recalls.values()))), SCORE)
         best = self.checkpoints.best_step()
         say(
-            f"validation at step {self.step:,}: R@1 image to text {row['eval/txt_r1']:.1f} %, text to image "
-            f"{row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %) on {counted(protocols['student/dual'])}"
+            f"validation at step {self.step:,}: R@1 image to text {row['eval/txt_r1']:.1f} %, text "
+            f"to image {row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %) on "
+            f"{counted(protocols['student/dual'])}"
             + ("; the best so far" if best == self.step else f"; the best is still step {best}")
         )
 
     def interrupt(self, what: str, done: int, of: int) -> None:
-        """Called between two batches of an evaluation: raises Interrupted on all processes if one was asked to stop."""
+        """Called between two batches of an evaluation: raises Interrupted on all processes if one
+        was asked to stop.
+        """
         self.agreed |= self.agreement.any(self.stop.requested)
         if self.agreed:
             raise Interrupted
@@ -324,12 +348,14 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> No
     build.check(config)
     if not specs(config.init):
         raise UserError(
-            "config.init=random names no weights to import: give some, e.g. --config.init=model:ALBEF.pth"
+            "config.init=random names no weights to import: give some, e.g. "
+            "--config.init=model:ALBEF.pth"
         )
     with _own_checkpoints(config, workdir) as checkpoints:
         if saved := checkpoints.steps():
             raise UserError(
-                f"--workdir={workdir} already holds a run (step {saved[-1]:,}): give another folder to import into"
+                f"--workdir={workdir} already holds a run (step {saved[-1]:,}): give another "
+                "folder to import into"
             )
         parts = build.build_training(config, workdir, steps_saved=[], learns=False)
         build.announce(parts)
@@ -340,7 +366,9 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> No
 
 @contextlib.contextmanager
 def _own_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[Checkpoints]:
-    """The checkpoints of a workdir owned by this run; raises UserError if another run owns it or it cannot be written."""
+    """The checkpoints of a workdir owned by this run; raises UserError if another run owns it or it
+    cannot be written.
+    """
     records.check_outputs(workdir, (records.RECORD, FILE, BEST), (FOLDER, text.FOLDER))
     alone = owned(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone:
@@ -365,7 +393,9 @@ def next_steps(step: int, workdir: Path) -> str:
     uses = [name for name, mode in modes.MODES.items() if mode.group in modes.USES]
     width = max(map(len, uses))
     lines = [f"  {name:{width}}  {modes.command_line(name, workdir)}" for name in uses]
-    return "\n".join([f"{workdir} holds the model of step {step:,}; what you can do with it:", *lines])
+    return "\n".join(
+        [f"{workdir} holds the model of step {step:,}; what you can do with it:", *lines]
+    )
 
 
 def resumption(restored: Restored, global_batch: int) -> str:
@@ -373,20 +403,24 @@ def resumption(restored: Restored, global_batch: int) -> str:
     minutes = (time.time() - restored.meta["saved_at"]) / 60
     age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     return (
-        f"resuming at step {restored.step:,} (checkpoint {age} old, "
-        f"data position {restored.step * global_batch:,})"
+        f"resuming at step {restored.step:,} (checkpoint {age} old, data position "
+        f"{restored.step * global_batch:,})"
     )
 
 
 def broken_terms(row: Mapping[str, Any]) -> list[str]:
-    """Names of the losses that are not finite; if all of them are finite, of the other scalars that are not."""
+    """Names of the losses that are not finite; if all of them are finite, of the other scalars that
+    are not.
+    """
     broken = [name for name, value in row.items() if not math.isfinite(value)]
     losses = [name for name in broken if name.startswith("loss/")]
     return losses or broken or ["the gradient"]
 
 
 def flat_evaluation(protocols: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """`eval/txt_r1`, ... of student/dual with its chance and counts, and the recalls of the other protocols."""
+    """`eval/txt_r1`, ... of student/dual with its chance and counts, and the recalls of the other
+    protocols.
+    """
     row = {f"eval/{name}": value for name, value in protocols["student/dual"].items()}
     for protocol, prefix in (("teacher/dual", "teacher"), ("student/reranked", "reranked")):
         if protocol in protocols:

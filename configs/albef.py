@@ -1,8 +1,10 @@
-"""ALBEF's objective in this code, in every size: --config=configs/albef.py[:tiny|small|base|large|huge].
+"""ALBEF's objective in this code, in every size:
+--config=configs/albef.py[:tiny|small|base|large|huge].
 
-Li et al., NeurIPS 2021: no codebook, no intra-modal terms, one view for teacher and student, other captions of the
-same image as negatives in the alignment (never in the matching, as everywhere in this code). All else is as in configs/base.py,
-whose crops, flips and RandAugment suit the built-in scenes; configs/pretrain_4m.py has ALBEF's.
+Li et al., NeurIPS 2021: no codebook, no intra-modal terms, one view for teacher and student, other
+captions of the same image as negatives in the alignment (never in the matching, as everywhere in
+this code). All else is as in configs/base.py, whose crops, flips and RandAugment suit the built-in
+scenes; configs/pretrain_4m.py has ALBEF's.
 """
 
 import runpy

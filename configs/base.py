@@ -13,32 +13,91 @@ SIZES = {
     "tiny": dict(
         image=dict(size_px=64, patch_px=8, width=128, depth=4, heads=4),
         text=dict(width=128, depth=2, fusion_depth=2, heads=4, max_tokens=24, max_positions=64),
-        dim=64, codes=512, queue=64, batch=64, steps=540, examples=20_000, dtype="float32",
-        learning_rate=1.5e-3, learning_rate_ends=1.5e-5, warmup_steps=40, dropout=0.0, momentum=0.99, momentum_ramp=True,
+        dim=64,
+        codes=512,
+        queue=64,
+        batch=64,
+        steps=540,
+        examples=20_000,
+        dtype="float32",
+        learning_rate=1.5e-3,
+        learning_rate_ends=1.5e-5,
+        warmup_steps=40,
+        dropout=0.0,
+        momentum=0.99,
+        momentum_ramp=True,
     ),
     "small": dict(
         image=dict(size_px=224, patch_px=16, width=384, depth=12, heads=6),
         text=dict(width=384, depth=4, fusion_depth=4, heads=6, max_tokens=30, max_positions=512),
-        dim=256, codes=2000, queue=16_384, batch=256, steps=40_000, examples=1_000_000, dtype="bfloat16",
-        learning_rate=5e-4, learning_rate_ends=1e-5, warmup_steps=2000, dropout=0.1, momentum=0.995, momentum_ramp=True,
+        dim=256,
+        codes=2000,
+        queue=16_384,
+        batch=256,
+        steps=40_000,
+        examples=1_000_000,
+        dtype="bfloat16",
+        learning_rate=5e-4,
+        learning_rate_ends=1e-5,
+        warmup_steps=2000,
+        dropout=0.1,
+        momentum=0.995,
+        momentum_ramp=True,
     ),
     "base": dict(
         image=dict(size_px=256, patch_px=16, width=768, depth=12, heads=12),
         text=dict(width=768, depth=6, fusion_depth=6, heads=12, max_tokens=30, max_positions=512),
-        dim=256, codes=4000, queue=65_536, batch=512, steps=58_590, examples=1_000_000, dtype="bfloat16",
-        learning_rate=1e-4, learning_rate_ends=1e-5, warmup_steps=2000, dropout=0.1, momentum=0.995, momentum_ramp=False,
+        dim=256,
+        codes=4000,
+        queue=65_536,
+        batch=512,
+        steps=58_590,
+        examples=1_000_000,
+        dtype="bfloat16",
+        learning_rate=1e-4,
+        learning_rate_ends=1e-5,
+        warmup_steps=2000,
+        dropout=0.1,
+        momentum=0.995,
+        momentum_ramp=False,
     ),
     "large": dict(
         image=dict(size_px=256, patch_px=16, width=1024, depth=24, heads=16),
-        text=dict(width=1024, depth=12, fusion_depth=12, heads=16, max_tokens=30, max_positions=512),
-        dim=256, codes=8000, queue=65_536, batch=1024, steps=29_295, examples=1_000_000, dtype="bfloat16",
-        learning_rate=1e-4, learning_rate_ends=1e-5, warmup_steps=2000, dropout=0.1, momentum=0.995, momentum_ramp=False,
+        text=dict(
+            width=1024, depth=12, fusion_depth=12, heads=16, max_tokens=30, max_positions=512
+        ),
+        dim=256,
+        codes=8000,
+        queue=65_536,
+        batch=1024,
+        steps=29_295,
+        examples=1_000_000,
+        dtype="bfloat16",
+        learning_rate=1e-4,
+        learning_rate_ends=1e-5,
+        warmup_steps=2000,
+        dropout=0.1,
+        momentum=0.995,
+        momentum_ramp=False,
     ),
     "huge": dict(
         image=dict(size_px=224, patch_px=14, width=1280, depth=32, heads=16),
-        text=dict(width=1024, depth=12, fusion_depth=12, heads=16, max_tokens=30, max_positions=512),
-        dim=512, codes=16_000, queue=65_536, batch=2048, steps=14_648, examples=1_000_000, dtype="bfloat16",
-        learning_rate=1e-4, learning_rate_ends=1e-5, warmup_steps=2000, dropout=0.1, momentum=0.995, momentum_ramp=False,
+        text=dict(
+            width=1024, depth=12, fusion_depth=12, heads=16, max_tokens=30, max_positions=512
+        ),
+        dim=512,
+        codes=16_000,
+        queue=65_536,
+        batch=2048,
+        steps=14_648,
+        examples=1_000_000,
+        dtype="bfloat16",
+        learning_rate=1e-4,
+        learning_rate_ends=1e-5,
+        warmup_steps=2000,
+        dropout=0.1,
+        momentum=0.995,
+        momentum_ramp=False,
     ),
 }
 
@@ -59,7 +118,9 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     # Where the weights start: "random" | "image:SPEC,text:SPEC" (a ViT or DeiT, a BERT; or random) | "model:SPEC" (a whole
     # ALBEF model, a run or an export). SPEC: a file, a folder, or a name on the Hugging Face hub.
     config.init = "random"
-    config.init_allow_partial = False  # true: initialise a parameter that SPEC holds only in part, instead of stopping
+    config.init_allow_partial = (
+        False  # true: initialise a parameter that SPEC holds only in part, instead of stopping
+    )
 
     # Devices along each axis; -1: all that are left. The batch is split over data x fsdp; parameters, teacher and moments over
     # fsdp (0: as few as fit into memory) and tensor. slices: groups joined by a slower network; 0: as the devices report.
@@ -68,28 +129,44 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     config.model = dict(
         dim=at["dim"],  # joint space; paper: 256
         dtype=at["dtype"],  # compute; parameters, softmax, transport and losses stay float32
-        remat="none" if tiny or size == "small" else "blocks",  # "none" | "blocks" | "dots": what the backward pass recomputes
-        scan_unroll=4 if tiny else 1,  # blocks per scan iteration, 1 with remat; 1 compiles fastest, all at once run a third faster on a CPU
+        remat="none"
+        if tiny or size == "small"
+        else "blocks",  # "none" | "blocks" | "dots": what the backward pass recomputes
+        scan_unroll=4
+        if tiny
+        else 1,  # blocks per scan iteration, 1 with remat; 1 compiles fastest, all at once run a third faster on a CPU
         attention="auto",  # "xla", "cudnn", or "auto": cudnn on a GPU in bfloat16
         image=dict(
             **at["image"],  # ViT
             mlp_width=0,  # inside the feed-forward part; 0: four times the width (ViT)
             layer_norm_eps=1e-6,  # ViT
-            init_std=0.12 if tiny else 0.02,  # of initial matrices; ViT: 0.02; ours: wider in a narrow encoder
-            position_std=0.6 if tiny else 0.02,  # of initial position embeddings; ViT: 0.02; ours: positions matter in a short run
+            init_std=0.12
+            if tiny
+            else 0.02,  # of initial matrices; ViT: 0.02; ours: wider in a narrow encoder
+            position_std=0.6
+            if tiny
+            else 0.02,  # of initial position embeddings; ViT: 0.02; ours: positions matter in a short run
         ),
         text=dict(
             **at["text"],  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
             mlp_width=0,  # inside the feed-forward part; 0: four times the width (BERT)
             layer_norm_eps=1e-12,  # BERT
-            init_std=0.06 if tiny else 0.02,  # of initial matrices, also in fusion encoder and heads; BERT: 0.02; ours
-            value_std=0.06 if tiny else 0.02,  # of initial attention values and outputs in the text encoder; BERT: 0.02; ours
-            embedding_std=0.1 if tiny else 0.02,  # of initial word, position and segment embeddings; BERT: 0.02; ours
+            init_std=0.06
+            if tiny
+            else 0.02,  # of initial matrices, also in fusion encoder and heads; BERT: 0.02; ours
+            value_std=0.06
+            if tiny
+            else 0.02,  # of initial attention values and outputs in the text encoder; BERT: 0.02; ours
+            embedding_std=0.1
+            if tiny
+            else 0.02,  # of initial word, position and segment embeddings; BERT: 0.02; ours
             dropout=at["dropout"],  # on hidden states, BERT: 0.1; tiny: short runs underfit
         ),
     )
 
-    config.losses = dict(alignment=1.0, codebook=1.0, matching=1.0, masked_lm=1.0)  # paper: a plain sum
+    config.losses = dict(
+        alignment=1.0, codebook=1.0, matching=1.0, masked_lm=1.0
+    )  # paper: a plain sum
 
     config.alignment = dict(
         intra_weight=1.0,  # paper: intra-modal terms; 0 is ALBEF's ITC
@@ -113,14 +190,20 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
 
     config.teacher = dict(
         momentum=at["momentum"],  # paper: 0.995
-        momentum_ramp=at["momentum_ramp"],  # min(momentum, (1+s)/(10+s)): ours, short runs cannot wait 1/(1-m) steps
+        momentum_ramp=at[
+            "momentum_ramp"
+        ],  # min(momentum, (1+s)/(10+s)): ours, short runs cannot wait 1/(1-m) steps
         alpha=0.4,  # weight of soft targets; ALBEF
         alpha_steps=-1,  # linear from 0 over these; -1: one epoch (ALBEF)
     )
 
-    config.queue = dict(size=at["queue"])  # ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
+    config.queue = dict(
+        size=at["queue"]
+    )  # ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
 
-    config.itm = dict(groups=0)  # negatives are drawn inside equal groups; 0: data shards x accumulation (ALBEF: one per GPU)
+    config.itm = dict(
+        groups=0
+    )  # negatives are drawn inside equal groups; 0: data shards x accumulation (ALBEF: one per GPU)
 
     config.mlm = dict(
         probability=0.15,  # BERT
@@ -131,7 +214,9 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
 
     config.optimizer = dict(
         learning_rate=at["learning_rate"],  # peak; ALBEF: 1e-4
-        learning_rate_ends=at["learning_rate_ends"],  # where warm-up starts and cosine ends; ALBEF: 1e-5
+        learning_rate_ends=at[
+            "learning_rate_ends"
+        ],  # where warm-up starts and cosine ends; ALBEF: 1e-5
         warmup_steps=at["warmup_steps"],  # ALBEF: 2000
         weight_decay=0.02,  # ALBEF
         b1=0.9,
@@ -156,7 +241,10 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         tokenizer_lowercase=True,  # of a trained one: A is a; ALBEF
         tokenizer_strip_accents=False,  # of a trained one: é is e, and Hindi loses its vowel signs; ours: words stay apart
         teacher_view="independent",  # paper: its own augmented view | "same" (ALBEF)
-        crop_scale=(0.7, 1.0),  # share of the area kept; ALBEF 0.2-1, but small crops remove what a scene's caption names
+        crop_scale=(
+            0.7,
+            1.0,
+        ),  # share of the area kept; ALBEF 0.2-1, but small crops remove what a scene's caption names
         crop_ratio=(0.75, 4 / 3),  # ALBEF
         flip=False,  # ALBEF flips; scenes, emoji and text in images must not
         randaugment_layers=0,  # ALBEF: 2; shear, translate and rotate can make a scene's relations false
@@ -177,7 +265,9 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         every_steps=200 if tiny else 5000,  # 0: only at the end
         images=-1,  # most images in validation; 0: all; -1: 1 000, and 32 above `tiny` on a CPU. --mode=eval takes all
         batch=64 if tiny else 256,
-        rerank_top_k=16 if tiny else 128,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
+        rerank_top_k=16
+        if tiny
+        else 128,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
         rerank_on_schedule=False,  # also during training
         rerank_add_dual=False,  # add the dual encoder's similarity to the matching logit (BLIP does)
     )

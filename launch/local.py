@@ -1,10 +1,12 @@
 """Starts N processes of one run on this machine: for tests, and for boxes with several GPUs.
 
-    python launch/local.py --processes=2 -- python -m codebook_jax.main --config=configs/base.py:tiny --workdir=runs/two
+    python launch/local.py --processes=2 -- python -m codebook_jax.main
+    --config=configs/base.py:tiny --workdir=runs/two
 
-Each line of output begins with the number of its process. SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on to all of
-them. If one fails, the others have `--grace` seconds to exit. `--restarts=R` then starts all of them again, up to R times,
-unless it was a user error (exit code 2). The exit code is that of the first process that failed.
+Each line of output begins with the number of its process. SIGTERM, SIGINT, SIGUSR1 and SIGHUP are
+passed on to all of them. If one fails, the others have `--grace` seconds to exit. `--restarts=R`
+then starts all of them again, up to R times, unless it was a user error (exit code 2). The exit
+code is that of the first process that failed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = group.run()
         if code in (0, USERS_MISTAKE) or group.signalled or attempt == options.restarts:
             return code
-        _write(f"local.py: starting all {options.processes} again ({attempt + 1} of {options.restarts})\n".encode())
+        _write(
+            f"local.py: starting all {options.processes} again ({attempt + 1} of "
+            f"{options.restarts})\n".encode()
+        )
     raise AssertionError("the loop returns")
 
 
@@ -40,24 +45,42 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, required=True, help="how many to start")
     parser.add_argument(
-        "--devices", type=int, default=0, help="virtual CPU devices per process; 0: the real devices"
+        "--devices",
+        type=int,
+        default=0,
+        help="virtual CPU devices per process; 0: the real devices",
     )
     parser.add_argument(
-        "--gpus", type=int, default=0, help="GPUs of this machine to divide among the processes; 0: each sees all"
+        "--gpus",
+        type=int,
+        default=0,
+        help="GPUs of this machine to divide among the processes; 0: each sees all",
     )
-    parser.add_argument("--restarts", type=int, default=0, help="how often to restart all after a failure")
-    parser.add_argument("--grace", type=float, default=60.0, help="seconds that the others have to exit after one failed")
+    parser.add_argument(
+        "--restarts", type=int, default=0, help="how often to restart all after a failure"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=60.0,
+        help="seconds that the others have to exit after one failed",
+    )
     parser.add_argument("--port", type=int, default=0, help="the port of process 0; 0: a free one")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: the command to start")
     options = parser.parse_args(argv)
     if options.command[:1] == ["--"]:
         del options.command[0]
     if not options.command:
-        parser.error("a command is missing: give it after --, e.g. -- python -m codebook_jax.main --config=...")
+        parser.error(
+            "a command is missing: give it after --, e.g. -- python -m codebook_jax.main "
+            "--config=..."
+        )
     if options.processes < 1:
         parser.error(f"--processes={options.processes}: give at least 1")
     if options.gpus % options.processes:
-        parser.error(f"--gpus={options.gpus} does not divide evenly among --processes={options.processes}")
+        parser.error(
+            f"--gpus={options.gpus} does not divide evenly among --processes={options.processes}"
+        )
     return options
 
 
@@ -93,7 +116,8 @@ class Group:
                         env={**os.environ, **told},
                         stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT,
-                        start_new_session=True,  # else Ctrl-C reaches them twice, and the second exits without saving
+                        # else Ctrl-C reaches them twice, and the second exits without saving
+                        start_new_session=True,
                     )
                 )
             echoes = [
@@ -115,8 +139,14 @@ class Group:
 
     def _wait(self) -> int:
         first, until = 0, None
-        while (alive := [process for process in self._running if process.poll() is None]) or until is None:
-            failed = [(own, p.returncode) for own, p in enumerate(self._running) if p.returncode not in (None, 0)]
+        while (
+            alive := [process for process in self._running if process.poll() is None]
+        ) or until is None:
+            failed = [
+                (own, p.returncode)
+                for own, p in enumerate(self._running)
+                if p.returncode not in (None, 0)
+            ]
             if failed and until is None:
                 own, first = failed[0]
                 until = time.monotonic() + self.options.grace
@@ -125,7 +155,9 @@ class Group:
                 break
             if until is not None and time.monotonic() > until:
                 grace = f"{self.options.grace:.0f} s"
-                _write(f"local.py: {len(alive)} did not exit within {grace} and are killed\n".encode())
+                _write(
+                    f"local.py: {len(alive)} did not exit within {grace} and are killed\n".encode()
+                )
                 for process in alive:
                     process.kill()
                     process.wait()
@@ -142,7 +174,9 @@ class Group:
 def environment(
     own: int, processes: int, port: int, *, devices: int = 0, gpus: int = 0, flags: str = ""
 ) -> dict[str, str]:
-    """The environment variables that tell process `own` about the run; `flags` are XLA's flags so far."""
+    """The environment variables that tell process `own` about the run; `flags` are XLA's flags so
+    far.
+    """
     told = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(processes),
@@ -180,7 +214,9 @@ def _write(line: bytes) -> None:
 
 
 def _ending(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return (
+        f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    )
 
 
 if __name__ == "__main__":

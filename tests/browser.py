@@ -1,4 +1,6 @@
-"""Opens a page in headless Chromium, runs a script in it, and returns its findings and the browser's complaints."""
+"""Opens a page in headless Chromium, runs a script in it, and returns its findings and the
+browser's complaints.
+"""
 
 import json
 import re
@@ -11,11 +13,13 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 QUIET = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --enable-logging=stderr --v=0 --dump-dom"
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--disable-dev-shm-usage --enable-logging=stderr --v=0 --dump-dom"
 ).split()
 
-# What both pages must do: every chart has ink, and pointing at one shows other values than its last ones.
+# What both pages must do: every chart has ink, and pointing at one shows other values than its last
+# ones.
 CHARTS = """
     const inked = canvas => {
         const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -43,7 +47,9 @@ CHARTS = """
 
 
 def look(page, script, tmp_path, width=1400):
-    """What `script` put into `found`, with the browser's complaints as "complaints"; skips the test without Chromium."""
+    """What `script` put into `found`, with the browser's complaints as "complaints"; skips the test
+    without Chromium.
+    """
     if CHROMIUM is None:
         pytest.skip("no Chromium here")
     # All within the load event, before which the page is not printed: microtasks, no timers.

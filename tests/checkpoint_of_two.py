@@ -1,4 +1,6 @@
-"""One of two processes that save a state split over both, or read it: `checkpoint_of_two.py WORKDIR save|restore`."""
+"""One of two processes that save a state split over both, or read it: `checkpoint_of_two.py WORKDIR
+save|restore`.
+"""
 
 import os
 import sys
@@ -10,9 +12,9 @@ import jax
 import numpy as np
 from test_checkpoint import abstract
 
-from codebook_jax.checkpoint import Checkpoints
-from codebook_jax.processes import joining
-from codebook_jax.state import TrainState
+from codebook_jax.parallel.processes import joining
+from codebook_jax.run.checkpoint import Checkpoints
+from codebook_jax.tasks.state import TrainState
 
 joining.join(joining.find(os.environ), timeout_s=60)
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))

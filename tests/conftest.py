@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-# Saved before the changes below: parallel test processes inherit the environment as the first one has changed it.
+# Saved before the changes below: parallel test processes inherit the environment as the first one
+# has changed it.
 GIVEN_XLA_FLAGS = os.environ.setdefault("XLA_FLAGS_BEFORE_TESTS", os.environ.get("XLA_FLAGS", ""))
 os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,7 +21,9 @@ SLOW = (  # many processes, launchers, plans: what a change rarely touches
     "test_launch_tpu.py",
     "test_local.py",
 )
-LONGEST = "test_processes.py"  # of all files; started last, it would run while the other process is idle
+LONGEST = (
+    "test_processes.py"  # of all files; started last, it would run while the other process is idle
+)
 
 
 def pytest_configure(config):
@@ -36,7 +39,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def one_device_environment(tmp_path_factory):
-    """The environment of a small run in its own process: one device, and a shared folder of compiled programs."""
+    """The environment of a small run in its own process: one device, and a shared folder of
+    compiled programs.
+    """
     settings = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -60,7 +65,7 @@ def one_device(one_device_environment, monkeypatch):
     import jax
     from jax.sharding import AxisType
 
-    from codebook_jax import sharding
+    from codebook_jax.parallel import sharding
 
     def make_mesh(data, fsdp, tensor, *, slices=0, devices=None):
         kinds = (AxisType.Auto,) * len(sharding.AXES)
@@ -89,7 +94,10 @@ def world(monkeypatch):
 
 @pytest.fixture(scope="session")
 def straight(one_device_environment, tmp_path_factory):
-    """Twenty uninterrupted steps of a small run, and what it printed. Copy it before changing it."""
+    """Twenty uninterrupted steps of a small run, and what it printed.
+
+    Copy it before changing it.
+    """
     from small_run import ROOT, command
 
     workdir = tmp_path_factory.mktemp("straight") / "run"

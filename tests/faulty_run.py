@@ -1,8 +1,10 @@
-"""The command with a fault injected into a process of the run; used by tests and benchmarks/faults.py.
+"""The command with a fault injected into a process of the run; used by tests and
+benchmarks/faults.py.
 
-FAULT in the environment is `KIND:PROCESS:STEP` (PROCESS * for all): before the batch after STEP the process is killed, loses a
-data worker (kill-worker), hangs (stop), does not get its batch (stuck) or fails (raise), from then on it is slow; its codebook is nan in
-STEP; its clock or code is another from the start. The flags are those of codebook_jax.main.
+FAULT in the environment is `KIND:PROCESS:STEP` (PROCESS * for all): before the batch after STEP the
+process is killed, loses a data worker (kill-worker), hangs (stop), does not get its batch (stuck)
+or fails (raise), from then on it is slow; its codebook is nan in STEP; its clock or code is another
+from the start. The flags are those of codebook_jax.main.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
 
 def main() -> None:
     from codebook_jax import console
@@ -39,7 +42,7 @@ def put(kind: str, step: int) -> None:
         real = time.time
         time.time = lambda: real() + 3600
     elif kind == "code":
-        from codebook_jax import workdir
+        from codebook_jax.run import record as workdir
 
         workdir.code_digest = lambda: "other code"
     elif kind == "nan":

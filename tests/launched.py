@@ -53,7 +53,8 @@ case $4 in
 esac
 """
 
-# Takes itself for every Python: makes an environment of itself, and ends as the file `codes` of its home says.
+# Takes itself for every Python: makes an environment of itself, and ends as the file `codes` of its
+# home says.
 PYTHON = """
 case "$1 $2" in
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;

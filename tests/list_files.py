@@ -1,4 +1,6 @@
-"""What the tests of lists of files share: to write one, to open it, and what is said where it cannot be."""
+"""What the tests of lists of files share: to write one, to open it, and what is said where it
+cannot be.
+"""
 
 import json
 

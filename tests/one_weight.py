@@ -12,15 +12,17 @@ import numpy as np
 
 from codebook_jax import build, train
 from codebook_jax.data.batch import Batch
-from codebook_jax.metrics import read_rows
-from codebook_jax.state import TrainState
+from codebook_jax.run.metrics import read_rows
+from codebook_jax.tasks.state import TrainState
 from configs import base
 
 PAIRS = 4
 
 
 class OneWeight:
-    """A task whose step is bad when the batch's first image holds 255, or the weight is not finite."""
+    """A task whose step is bad when the batch's first image holds 255, or the weight is not
+    finite.
+    """
 
     def init_state(self, seed: int) -> TrainState:
         weight = {"w": jax.random.normal(jax.random.key(seed), (3,))}
@@ -68,7 +70,9 @@ class Source:
 
 
 def make_world(monkeypatch):
-    """What a test may change: which steps are poisoned, what reading does, how evaluation scores."""
+    """What a test may change: which steps are poisoned, what reading does, how evaluation
+    scores.
+    """
     world = SimpleNamespace(
         poisoned=set(), unreadable={}, before_batch=lambda step: None, evaluated=[]
     )
@@ -131,7 +135,7 @@ def rows_of(workdir):
 
 
 def final_weight(workdir, step):
-    from codebook_jax.checkpoint import Checkpoints
+    from codebook_jax.run.checkpoint import Checkpoints
 
     with Checkpoints(workdir, keep=3) as checkpoints:
         return np.asarray(

@@ -1,7 +1,7 @@
 """A process, started by tests, that owns a folder until its standard input ends: `owner.py FOLDER`.
 
-The environment variables HOST, BOOT and PID_NAMESPACE name its machine, kernel and container; FORKS makes it leave a
-child behind.
+The environment variables HOST, BOOT and PID_NAMESPACE name its machine, kernel and container; FORKS
+makes it leave a child behind.
 """
 
 import os
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from codebook_jax.errors import UserError
-from codebook_jax.processes import ownership
+from codebook_jax.run import ownership
 
 BEAT_S, WATCH_S = 0.2, 2.0
 

@@ -1,8 +1,9 @@
-"""The whole objective in float64 NumPy, written from the equations alone, with loops where they are plainer.
+"""The whole objective in float64 NumPy, written from the equations alone, with loops where they are
+plainer.
 
-Nothing of codebook_jax is imported: a mistake would have to be made twice. What exists in both modalities is a pair
-(image, text); symbols are those of METHOD. Sources: Duan et al., CVPR 2022, 3 (CODIS); Li et al., NeurIPS 2021, 3
-(ALBEF); Cuturi 2013 (Sinkhorn); Xie et al. 2018 (IPOT).
+Nothing of codebook_jax is imported: a mistake would have to be made twice. What exists in both
+modalities is a pair (image, text); symbols are those of METHOD. Sources: Duan et al., CVPR 2022, 3
+(CODIS); Li et al., NeurIPS 2021, 3 (ALBEF); Cuturi 2013 (Sinkhorn); Xie et al. 2018 (IPOT).
 """
 
 from typing import Any, NamedTuple
@@ -94,9 +95,11 @@ def sinkhorn_plan(cost, *, epsilon, iterations):
 
 
 def ipot_plan(cost, *, beta, iterations):
-    """T^{s+1} = diag(a) (exp(-D / beta) * T^s) diag(b), one sweep each, b carried on; then a row update.
+    """T^{s+1} = diag(a) (exp(-D / beta) * T^s) diag(b), one sweep each, b carried on; then a row
+    update.
 
-    T^s is kept as the product of all a, all b and exp(-s D / beta), whose logarithms do not underflow.
+    T^s is kept as the product of all a, all b and exp(-s D / beta), whose logarithms do not
+    underflow.
     """
     cost = _double(cost)
     rows, columns = cost.shape
@@ -151,7 +154,8 @@ def code_losses(student, teacher, codes, q, *, gamma):
 
 
 def negatives(queries, keys, image_id, noise, *, groups, temperature):
-    """Each row's place in the batch of its negative: of its group, of another image; -1 where there is none.
+    """Each row's place in the batch of its negative: of its group, of another image; -1 where there
+    is none.
 
     `noise` [B, B / groups] is Gumbel's, so that the largest sum is a draw from the softmax.
     """
@@ -168,7 +172,9 @@ def negatives(queries, keys, image_id, noise, *, groups, temperature):
 
 
 def matching(logits, has_negative):
-    """L_itm of logits [B, 3, 2]: a pair, its image with another text, its text with another image; class 1: match."""
+    """L_itm of logits [B, 3, 2]: a pair, its image with another text, its text with another image;
+    class 1: match.
+    """
     total = weights = 0.0
     for row, counts in zip(_double(logits), has_negative, strict=True):
         for right, weight, of in zip((1, 0, 0), (1, counts, counts), row, strict=True):
@@ -212,7 +218,9 @@ class Decided(NamedTuple):
 
 
 def decide(said, ring, image_id, noise, *, temperature, codebook, alpha, config):
-    """Targets, codes and negatives of a batch; `noise` is that of the images' and of the texts' draws."""
+    """Targets, codes and negatives of a batch; `noise` is that of the images' and of the texts'
+    draws.
+    """
     codes, chosen = config.codebook, []
     for modality in MODALITIES:
         older = ring.newest(codes.queue_samples)[modality]
@@ -251,11 +259,7 @@ def decide(said, ring, image_id, noise, *, temperature, codebook, alpha, config)
 def objective(said, decided, ring, image_id, masked, *, temperature, codebook, config):
     """Every loss and their weighted sum, by the names of a step's scalars."""
     parts = code_losses(
-        said.student,
-        said.teacher,
-        unit(codebook),
-        decided.codes,
-        gamma=config.codebook.temperature,
+        said.student, said.teacher, unit(codebook), decided.codes, gamma=config.codebook.temperature
     )
     losses = {f"loss/codebook_{name}": part for name, part in parts._asdict().items()}
     losses["loss/codebook"] = sum(parts)
@@ -308,7 +312,9 @@ def averaged(teacher, student, momentum):
 
 
 class Ring:
-    """The last Q features of both modalities, first in, first out; one after another goes to the next place."""
+    """The last Q features of both modalities, first in, first out; one after another goes to the
+    next place.
+    """
 
     def __init__(self, size, dim):
         self.rows, self.written = np.zeros((2, size, dim)), 0

@@ -1,4 +1,5 @@
-"""A small packed folder of every kind of picture; run as a program, it packs in processes that can be killed.
+"""A small packed folder of every kind of picture; run as a program, it packs in processes that can
+be killed.
 
 The program reads one line of JSON per packing, forks, and packs, so that imports happen once.
 """
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 from small_run import config_of
 
-from codebook_jax import prepare
+from codebook_jax.tools import prepare
 
 KINDS = {  # name: whether its bytes must stay unchanged
     "plain.jpg": True,
@@ -102,7 +103,9 @@ def write_many(folder, count):
 
 
 def packing_of(path, **changes):
-    """The config that packs the pairs of a JSON file; `changes` are fields of `prepare`, and dotted others."""
+    """The config that packs the pairs of a JSON file; `changes` are fields of `prepare`, and dotted
+    others.
+    """
     fields = {"source": f"json:{path}", "side_px": SIDE_PX, "shard_records": 4, "processes": 1}
     prepared = {
         f"prepare.{name}": value for name, value in (fields | changes).items() if name in PREPARE

@@ -1,4 +1,6 @@
-"""A whole small run: one of its kind is trained once per test session (`straight`, in conftest.py)."""
+"""A whole small run: one of its kind is trained once per test session (`straight`, in
+conftest.py).
+"""
 
 import subprocess
 import sys
@@ -37,8 +39,10 @@ SMALL = {
     "evaluation.rerank_top_k": 2,
 }
 
+
 def together(commands, environment, outputs=None, count=None):
-    """Processes of one run of `count` (default: one per command), each told of the others as by launch/local.py.
+    """Processes of one run of `count` (default: one per command), each told of the others as by
+    launch/local.py.
 
     Their output goes to the files `outputs`, or to pipes.
     """
@@ -66,4 +70,10 @@ def config_of(**changes):
 def command(workdir, **changes):
     fields = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
     config = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
-    return [sys.executable, str(ROOT / "tests" / "faulty_run.py"), config, f"--workdir={workdir}", *fields]
+    return [
+        sys.executable,
+        str(ROOT / "tests" / "faulty_run.py"),
+        config,
+        f"--workdir={workdir}",
+        *fields,
+    ]

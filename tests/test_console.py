@@ -1,4 +1,6 @@
-"""Output that cannot be printed does no harm, and Ctrl-C prints one sentence; tested in separate processes."""
+"""Output that cannot be printed does no harm, and Ctrl-C prints one sentence; tested in separate
+processes.
+"""
 
 import io
 import os
@@ -12,9 +14,10 @@ import pytest
 from one_weight import OneWeight, saved_steps
 from small_run import ROOT, config_of
 
-from codebook_jax import build, console, sharding
+from codebook_jax import build, console
 from codebook_jax.data.progress import Bar
 from codebook_jax.data.text import tokenizer_for_run
+from codebook_jax.parallel import sharding
 
 FULL = "/dev/full"
 NAME = "bïld🐱.jpg"
@@ -22,15 +25,16 @@ NAME = "bïld🐱.jpg"
 
 def started(script, *, redirect="", environment=None, **options):
     """A script behind a shell's redirections; both outputs are pipes otherwise."""
-    command = ["bash", "-c", f'exec "$0" -c "$1" {redirect}', sys.executable, textwrap.dedent(script)]
+    command = [
+        "bash",
+        "-c",
+        f'exec "$0" -c "$1" {redirect}',
+        sys.executable,
+        textwrap.dedent(script),
+    ]
     everything = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(environment or {})}
     return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=everything,
-        cwd=ROOT,
-        **options,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=everything, cwd=ROOT, **options
     )
 
 
@@ -237,9 +241,7 @@ def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(caps
     assert "warning" not in summary(8)
 
 
-def test_the_summary_of_a_run_is_short_and_names_what_validation_leaves_out(
-    capsys, tmp_path
-):
+def test_the_summary_of_a_run_is_short_and_names_what_validation_leaves_out(capsys, tmp_path):
     config = config_of(**{"data.global_batch": 8, "evaluation.images": 3})
     build.announce(parts_of(config, 8, tmp_path))
     print(build.whereabouts(config, Path("a run")))

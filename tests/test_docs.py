@@ -185,7 +185,9 @@ def first_batch(config, workdir):
 
 
 def run(arguments):
-    """Runs a command of the page; of training, it reads all there is, and once goes as far as the first batch."""
+    """Runs a command of the page; of training, it reads all there is, and once goes as far as the
+    first batch.
+    """
     assert arguments[:3] == ["python", "-m", "codebook_jax.main"], arguments
     values = parsed(arguments[2:], FEW)
     workdir = Path(values.workdir)

@@ -55,7 +55,8 @@ def test_a_trained_run_needs_no_config():
     [
         (
             [CONFIG, WORKDIR, "--config.data.global_bach=3"],
-            "config.data.global_bach: the config has no field global_bach ... did you mean global_batch?",
+            "config.data.global_bach: the config has no field global_bach ... did you mean "
+            "global_batch?",
         ),
         (
             [CONFIG, WORKDIR, "--config.dta.global_batch=3"],
@@ -99,10 +100,7 @@ def test_a_trained_run_needs_no_config():
             [CONFIG, "--workdir=gs://bucket/run"],
             "--workdir=gs://bucket/run is not a folder on this machine",
         ),
-        (
-            [CONFIG, WORKDIR, "--mode=trian"],
-            "--mode=trian is not one of train, import, eval",
-        ),
+        ([CONFIG, WORKDIR, "--mode=trian"], "--mode=trian is not one of train, import, eval"),
         ([CONFIG, "--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
         ([CONFIG, WORKDIR, "seed=3"], "'seed=3' is not a flag"),
     ],
@@ -117,7 +115,9 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(arguments, sentence):
 
 def test_a_config_file_without_a_config_is_named_in_a_sentence(tmp_path, monkeypatch):
     for content in ("", "def get_config(): return 3"):
-        monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections' name for every file
+        monkeypatch.delitem(
+            sys.modules, "config_config", raising=False
+        )  # ml_collections' name for every file
         (tmp_path / "empty.py").write_text(content)
         with pytest.raises(UserError, match="get_config"):
             parsed(f"--config={tmp_path / 'empty.py'}", WORKDIR)
@@ -183,7 +183,8 @@ def test_the_command_prints_the_sentence_alone_and_exits_2():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines() == [
-        "error: config.data.global_bach: the config has no field global_bach ... did you mean global_batch?"
+        "error: config.data.global_bach: the config has no field global_bach ... did you mean "
+        "global_batch?"
     ]
 
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from codebook_jax.checkpoint import Checkpoints
 from codebook_jax.data.manifest import read_manifest
 from codebook_jax.errors import UserError
-from codebook_jax.metrics import read_rows
-from codebook_jax.strict_json import parse_json
-from codebook_jax.workdir import read_record
+from codebook_jax.files import parse_json
+from codebook_jax.run.checkpoint import Checkpoints
+from codebook_jax.run.metrics import read_rows
+from codebook_jax.run.record import read_record
 
 DEEP = "[" * 100_000
 

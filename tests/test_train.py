@@ -10,7 +10,7 @@ from one_weight import PAIRS, OneWeight, config_of, final_weight, rows_of, saved
 
 from codebook_jax import build, train
 from codebook_jax.errors import UserError
-from codebook_jax.metrics import read_rows
+from codebook_jax.run.metrics import read_rows
 
 
 def test_a_run_logs_saves_and_evaluates_on_schedule_and_at_the_end(world, tmp_path, capsys):

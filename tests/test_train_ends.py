@@ -1,4 +1,6 @@
-"""How a run ends before its last step, with a one-weight model, and that the next start continues from there."""
+"""How a run ends before its last step, with a one-weight model, and that the next start continues
+from there.
+"""
 
 import os
 import signal
@@ -76,7 +78,9 @@ def test_a_batch_that_does_not_come_is_waited_for_aloud_then_the_step_is_saved_a
         train.fit(config, tmp_path)
     sentence, code = ended.value.args
     assert "the batch of step 8 did not come in 1 s; step 7 is saved" in sentence and code == 1
-    assert "waiting for the batch of step 8 for 0 s; after 1 s the run ends" in capfd.readouterr().err
+    assert (
+        "waiting for the batch of step 8 for 0 s; after 1 s the run ends" in capfd.readouterr().err
+    )
     world.before_batch = lambda step: None
     train.fit(config, tmp_path)
     train.fit(config_of(), tmp_path / "straight")

@@ -1,4 +1,6 @@
-"""Weight files made on the spot: in both formats of torch.save without torch, and in safetensors."""
+"""Weight files made on the spot: in both formats of torch.save without torch, and in
+safetensors.
+"""
 
 import collections
 import contextlib
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from codebook_jax.errors import UserError
-from codebook_jax.pretrained.files import read_weights
+from codebook_jax.weights.files import read_weights
 
 FILES = Path(__file__).parent / "goldens" / "files"  # written by torch itself: make_weight_files.py
 WHAT = "config.init names image:it"
@@ -24,7 +26,9 @@ SMALL = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.steps": np
 
 
 def refusal(spec):
-    """The sentence with which reading `spec` is refused; checks its beginning and that it is one line."""
+    """The sentence with which reading `spec` is refused; checks its beginning and that it is one
+    line.
+    """
     with pytest.raises(UserError) as refused:
         read_weights(str(spec), WHAT)
     sentence = str(refused.value)

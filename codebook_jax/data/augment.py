@@ -1,12 +1,15 @@
 """Augmentation on the device: mirroring, RandAugment without colour operations, normalisation.
 
-Every image passes the three stages of a layer: a lookup table per channel, a 3x3 sharpening, an affine warp. The
-drawn operation sets the parameters of its stage; the other stages get neutral ones, which leave every bit unchanged.
-So all ten operations cost one pass, and nothing couples two images: a batch-sharded mesh needs no communication.
+Every image passes the three stages of a layer: a lookup table per channel, a 3x3 sharpening, an
+affine warp. The drawn operation sets the parameters of its stage; the other stages get neutral
+ones, which leave every bit unchanged.
+So all ten operations cost one pass, and nothing couples two images: a batch-sharded mesh needs no
+communication.
 
-Ranges, fill and probability are those of ALBEF's public code (Li et al. 2021); pixel arithmetic is PIL's, and as in
-both, every stage ends in uint8. Departures from ALBEF: translation scales with the side; the outermost source pixel is
-not blended with the fill, and shear and rotation count from pixel corners, not pixel centres (half a pixel at most).
+Ranges, fill and probability are those of ALBEF's public code (Li et al. 2021); pixel arithmetic is
+PIL's, and as in both, every stage ends in uint8. Departures from ALBEF: translation scales with the
+side; the outermost source pixel is not blended with the fill, and shear and rotation count from
+pixel corners, not pixel centres (half a pixel at most).
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ _ROTATE_DEGREES = 30.0
 _ENHANCE_SPAN, _ENHANCE_LEAST = 1.8, 0.1
 
 _ONE_BITS = 16  # fraction bits of a matrix entry in `warp`: sides up to 4096 fit 32 bits
-_SHARE_BITS = 8  # of an interpolation weight: two weights and a pixel value fill the 24 bits of a float32
+_SHARE_BITS = (
+    8  # of an interpolation weight: two weights and a pixel value fill the 24 bits of a float32
+)
 
 
 class Operation(enum.IntEnum):
@@ -56,10 +61,12 @@ def augment(
     layers: int,
     magnitude: int | float,
 ) -> Float32[Array, "batch side side 3"]:
-    """The images, mirrored where `flip`, then changed by `layers` random operations each; values stay in 0..255.
+    """The images, mirrored where `flip`, then changed by `layers` random operations each; values
+    stay in 0..255.
 
-    An image's operations depend on the key and its place in the global batch, not on where it is computed.
-    RandAugment (Cubuk et al. 2020) with ALBEF's ranges; `magnitude` is 0..10, and ALBEF uses 7 in 2 layers.
+    An image's operations depend on the key and its place in the global batch, not on where it is
+    computed. RandAugment (Cubuk et al. 2020) with ALBEF's ranges; `magnitude` is 0..10, and ALBEF
+    uses 7 in 2 layers.
     """
     images = jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
     if layers:
@@ -70,9 +77,12 @@ def augment(
 
 
 def normalise(
-    images: UInt8[Array, "batch side side 3"] | Float32[Array, "batch side side 3"], dtype: DTypeLike
+    images: UInt8[Array, "batch side side 3"] | Float32[Array, "batch side side 3"],
+    dtype: DTypeLike,
 ) -> Float[Array, "batch side side 3"]:
-    """Pixels in 0..255 as the encoders expect them; computed in float32, since bfloat16 has no 256 even steps."""
+    """Pixels in 0..255 as the encoders expect them; computed in float32, since bfloat16 has no 256
+    even steps.
+    """
     images = images.astype(jnp.float32) / 255
     mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
     return ((images - mean) / std).astype(dtype)
@@ -81,7 +91,9 @@ def normalise(
 def draw(
     key: PRNGKeyArray, batch: int, layers: int
 ) -> tuple[Int32[Array, "batch layers"], Float32[Array, "batch layers"]]:
-    """Each image's operations, with replacement, and their signs; an operation that is skipped counts as identity."""
+    """Each image's operations, with replacement, and their signs; an operation that is skipped
+    counts as identity.
+    """
     which, whether, sign = jax.random.split(key, 3)
     operations = jax.random.randint(which, (batch, layers), 0, len(Operation), jnp.int32)
     applied = jax.random.bernoulli(whether, jnp.float32(APPLY_PROBABILITY), (batch, layers))
@@ -97,7 +109,10 @@ def apply(
     *,
     magnitude: int | float,
 ) -> UInt8[Array, "batch side side 3"]:
-    """Each image after its own operation. The sign turns shears, translations and rotations only, as in ALBEF."""
+    """Each image after its own operation.
+
+    The sign turns shears, translations and rotations only, as in ALBEF.
+    """
     enhance = magnitude / HIGHEST_MAGNITUDE * _ENHANCE_SPAN + _ENHANCE_LEAST
     amount = signs * (magnitude / HIGHEST_MAGNITUDE)
 
@@ -118,7 +133,9 @@ def histograms(images: UInt8[Array, "batch side side 3"]) -> Int32[Array, "batch
 
 
 def auto_contrast_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "batch 3 256"]:
-    """Stretches the values that occur over 0..255; a channel of one value stays (PIL's autocontrast, no cutoff)."""
+    """Stretches the values that occur over 0..255; a channel of one value stays (PIL's
+    autocontrast, no cutoff).
+    """
     first = lambda counts: jax.lax.argmax(counts > 0, counts.ndim - 1, jnp.int32)[..., None]  # noqa: E731
     low, high = first(counts), 255 - first(counts[..., ::-1])
     values = jnp.arange(256, dtype=jnp.int32)
@@ -127,7 +144,9 @@ def auto_contrast_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "b
 
 
 def equalise_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "batch 3 256"]:
-    """Makes the values that occur about equally frequent; a channel of one value stays (PIL's equalize)."""
+    """Makes the values that occur about equally frequent; a channel of one value stays (PIL's
+    equalize).
+    """
     values = jnp.arange(256, dtype=jnp.int32)
     last = jnp.max(jnp.where(counts > 0, values, 0), axis=-1, keepdims=True)
     others = jnp.where(values == last, 0, counts)
@@ -166,7 +185,9 @@ def _tables(
 
 
 def _bins(images: UInt8[Array, "batch side side 3"]) -> Int32[Array, "batch values"]:
-    return (images.astype(jnp.int32) + 256 * jnp.arange(3, dtype=jnp.int32)).reshape(len(images), -1)
+    return (images.astype(jnp.int32) + 256 * jnp.arange(3, dtype=jnp.int32)).reshape(
+        len(images), -1
+    )
 
 
 # Sharpness.
@@ -201,11 +222,13 @@ def sharpen(
 def warp(
     images: UInt8[Array, "batch side side 3"], matrices: Float32[Array, "batch 2 3"]
 ) -> UInt8[Array, "batch side side 3"]:
-    """Each image warped by its matrix, which maps output (x, y, 1), in pixels from the corner, to source (x, y).
+    """Each image warped by its matrix, which maps output (x, y, 1), in pixels from the corner, to
+    source (x, y).
 
-    Bilinear, rounded; pixels from outside the source are FILL. Its edge pixels reach to the edge, as in PIL.
-    Matrix entries are truncated to 2^-16, weights rounded to 2^-8, and all else is exact: with float coordinates, two
-    compilations could land on different sides of a pixel border, and a sharded batch would differ from the whole one.
+    Bilinear, rounded; pixels from outside the source are FILL. Its edge pixels reach to the edge,
+    as in PIL. Matrix entries are truncated to 2^-16, weights rounded to 2^-8, and all else is
+    exact: with float coordinates, two compilations could land on different sides of a pixel border,
+    and a sharded batch would differ from the whole one.
     """
     batch, side = images.shape[:2]
     matrices = (matrices * 2**_ONE_BITS).astype(jnp.int32)[:, :, :, None, None]
@@ -246,7 +269,9 @@ def warp(
 
 
 def shear_matrix(x: Float32[Array, ""], y: Float32[Array, ""]) -> Float32[Array, "2 3"]:
-    """Reads x times the row further right and y times the column further down, from the top left corner."""
+    """Reads x times the row further right and y times the column further down, from the top left
+    corner.
+    """
     return jnp.array([[1, x, 0], [y, 1, 0]], jnp.float32)
 
 
@@ -290,12 +315,14 @@ def _choose(
     chosen = operations == jnp.array(list(by_operation), jnp.int32)[:, None]
     chosen = jnp.concatenate([chosen, ~chosen.any(axis=0, keepdims=True)]).astype(jnp.float32)
     rows = jnp.stack([*by_operation.values(), otherwise])
-    # A product with a one-hot vector, exact in float32, instead of a select: XLA would fuse a select's branches into
-    # the reads of `look_up` and `warp`, and recompute them for every pixel.
+    # A product with a one-hot vector, exact in float32, instead of a select: XLA would fuse a
+    # select's branches into the reads of `look_up` and `warp`, and recompute them for every pixel.
     exact = jnp.einsum("ob,ob...->b...", chosen, rows.astype(jnp.float32), precision="highest")
     return exact.astype(rows.dtype)
 
 
 def _take(rows: Array, places: Int32[Array, "batch places"]) -> Array:
-    """Entry `places[i, j]` of row i, which must exist (unchecked); row by row, so nothing crosses devices."""
+    """Entry `places[i, j]` of row i, which must exist (unchecked); row by row, so nothing crosses
+    devices.
+    """
     return jax.vmap(lambda row, where: row.at[where].get(mode="promise_in_bounds"))(rows, places)

@@ -15,7 +15,9 @@ from codebook_jax.data.images import Picture
 cv2.setNumThreads(1)  # the pipeline has its own threads and worker processes
 
 _CROP_TRIES = 10  # torchvision's
-_CUBIC = 1.5  # up to this factor, cubic interpolation is closer to Pillow's bicubic; above it, linear
+_CUBIC = (
+    1.5  # up to this factor, cubic interpolation is closer to Pillow's bicubic; above it, linear
+)
 _TWICE = 2.5  # above this factor, neither is close
 
 
@@ -31,8 +33,9 @@ def random_crops(
 ) -> list[UInt8[np.ndarray, "size size 3"]]:
     """`count` random parts of the picture, from one decoding, each in a square of `size_px`.
 
-    `scale` bounds the share of the area, `ratio` width over height before the resize. Drawn as in torchvision's
-    RandomResizedCrop. Written into `out` if given. Raises UnreadableImage if the pixels cannot be decoded.
+    `scale` bounds the share of the area, `ratio` width over height before the resize. Drawn as in
+    torchvision's RandomResizedCrop. Written into `out` if given. Raises UnreadableImage if the
+    pixels cannot be decoded.
     """
     height, width = picture.height, picture.width
     boxes = [crop_box(height, width, rng, scale=scale, ratio=ratio) for _ in range(count)]
@@ -52,11 +55,12 @@ def resize(
     size_px: int,
     out: UInt8[np.ndarray, "size size 3"] | None = None,
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """The part resized to a square of `size_px`, in `out` if given: bicubic to enlarge, antialiased to reduce.
+    """The part resized to a square of `size_px`, in `out` if given: bicubic to enlarge, antialiased
+    to reduce.
 
-    To reduce, interpolates to twice the size and averages 2 x 2: as close to Pillow's antialiased bicubic as Pillow's
-    bilinear is (near a factor of 2.5 slightly less), in a quarter of the time. Above 2.5, where interpolation would
-    skip pixels, averages the area.
+    To reduce, interpolates to twice the size and averages 2 x 2: as close to Pillow's antialiased
+    bicubic as Pillow's bilinear is (near a factor of 2.5 slightly less), in a quarter of the time.
+    Above 2.5, where interpolation would skip pixels, averages the area.
     """
     height, width = part.shape[:2]
     size, twice = (size_px, size_px), (2 * size_px, 2 * size_px)
@@ -82,7 +86,9 @@ def crop_box(
     scale: Sequence[float],
     ratio: Sequence[float],
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random crop: ten tries, then a central crop at the nearest allowed ratio."""
+    """(left, top, right, bottom) of a random crop: ten tries, then a central crop at the nearest
+    allowed ratio.
+    """
     area = height * width
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_TRIES):

@@ -16,7 +16,16 @@ from PIL import Image, ImageOps
 _TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where a file may store its rotation
 _ORIENTATION = 0x0112  # EXIF
 _PHOTOMETRIC = 262  # TIFF: 0 if the smallest number is white
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would start Ghostscript
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "AVIF",
+)  # EPS would start Ghostscript
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
@@ -32,7 +41,8 @@ class Picture:
         image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike,
         name: str | None = None,
     ) -> None:
-        """Takes an array, the bytes of a file, or its path; raises UnreadableImage if it is not a picture.
+        """Takes an array, the bytes of a file, or its path; raises UnreadableImage if it is not a
+        picture.
 
         `name` identifies the picture in messages (None: the path, or the number of bytes).
         """
@@ -45,7 +55,9 @@ class Picture:
             self._array = image
             self.height, self.width = image.shape[:2]
             return
-        self._name = name or (f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image))
+        self._name = name or (
+            f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image)
+        )
         with _saying(self._name):
             self._content = image if isinstance(image, bytes) else _read(image)
             if not self._content:
@@ -57,7 +69,8 @@ class Picture:
             height, width = size
             if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
                 raise UnreadableImage(
-                    f"{self._name}: {width:,} x {height:,} pixels are over the limit of {Image.MAX_IMAGE_PIXELS:,}"
+                    f"{self._name}: {width:,} x {height:,} pixels are over the limit of "
+                    f"{Image.MAX_IMAGE_PIXELS:,}"
                 )
             if self._pillow is not None:
                 self._array = self._decoded()
@@ -65,10 +78,12 @@ class Picture:
         self.height, self.width = height, width
 
     def pixels(self, shrink: int = 1) -> np.ndarray:
-        """uint8 RGB [height / shrink, width / shrink, 3], rounded up: upright, transparency on white.
+        """uint8 RGB [height / shrink, width / shrink, 3], rounded up: upright, transparency on
+        white.
 
-        A JPEG can be decoded at 1/2, 1/4 or 1/8, each pixel the mean of those it replaces; for other formats `shrink`
-        must be 1. Raises UnreadableImage if the file is truncated or damaged.
+        A JPEG can be decoded at 1/2, 1/4 or 1/8, each pixel the mean of those it replaces; for
+        other formats `shrink` must be 1. Raises UnreadableImage if the file is truncated or
+        damaged.
         """
         if shrink == 1 and self._array is not None:
             return self._array
@@ -103,10 +118,11 @@ class Picture:
 
 
 def decode(image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike) -> np.ndarray:
-    """The picture as uint8 RGB [height, width, 3]: upright, transparency on white; an array is returned unchanged.
+    """The picture as uint8 RGB [height, width, 3]: upright, transparency on white; an array is
+    returned unchanged.
 
-    Takes an array, the bytes of a file, or its path. Raises UnreadableImage if it is missing, empty, truncated, not a
-    picture, or larger than Pillow's limit.
+    Takes an array, the bytes of a file, or its path. Raises UnreadableImage if it is missing,
+    empty, truncated, not a picture, or larger than Pillow's limit.
     """
     return Picture(image).pixels()
 
@@ -126,9 +142,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB, upright, transparency on white; raises ValueError if the range is unknown."""
+    """Any of Pillow's modes as RGB, upright, transparency on white; raises ValueError if the range
+    is unknown.
+    """
     raw = _raw_mode(image)  # lost once the pixels are loaded
-    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0  # Pillow inverts 8-bit values only
+    negative = (
+        getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+    )  # Pillow inverts 8-bit values only
     image.load()
     image = _upright(image)
     hidden = _hidden(image, raw)
@@ -154,7 +174,8 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _hidden(image: Image.Image, raw: str) -> np.ndarray | None:
-    """bool [height, width]: the pixels of the one transparent colour; None if transparency is stored otherwise.
+    """bool [height, width]: the pixels of the one transparent colour; None if transparency is
+    stored otherwise.
 
     Pillow compares the colour as stored with pixels already converted to eight bits.
     """
@@ -169,7 +190,9 @@ def _hidden(image: Image.Image, raw: str) -> np.ndarray | None:
 
 
 def _eight_bits(values: np.ndarray, mode: str, raw: str) -> UInt8[np.ndarray, "height width"]:
-    """Grey from whole numbers up to 255, 4095 or 65535, or floats from 0 to 1; raises ValueError for other ranges."""
+    """Grey from whole numbers up to 255, 4095 or 65535, or floats from 0 to 1; raises ValueError
+    for other ranges.
+    """
     if mode == "F":
         most = 1
     elif raw == "I;12":
@@ -179,7 +202,8 @@ def _eight_bits(values: np.ndarray, mode: str, raw: str) -> UInt8[np.ndarray, "h
     if not (values.min() >= 0 and values.max() <= most):  # also catches NaN
         kind = "floats from 0 to 1" if mode == "F" else "whole numbers from 0 to 65535"
         raise ValueError(
-            f"its grey values range from {values.min():g} to {values.max():g}; only {kind} can be read"
+            f"its grey values range from {values.min():g} to {values.max():g}; only {kind} can be "
+            "read"
         )
     return np.rint(values * (255 / most)).astype(np.uint8)
 
@@ -200,7 +224,9 @@ def _read(path: str | os.PathLike) -> bytes:
 
 
 def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo decodes exactly as Pillow does; None for any other file."""
+    """(height, width) of a JPEG that libjpeg-turbo decodes exactly as Pillow does; None for any
+    other file.
+    """
     if not content.startswith(b"\xff\xd8"):
         return None
     head = _before_pixels(content)

@@ -1,4 +1,6 @@
-"""The manifest of a folder of packed pairs: reads it, writes it, and checks the files against it."""
+"""The manifest of a folder of packed pairs: reads it, writes it, and checks the files against
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,7 @@ from typing import Any, NamedTuple
 
 from codebook_jax.data.packing import Receipt, file_sha256, index_name, shard_name
 from codebook_jax.errors import UserError
-from codebook_jax.strict_json import parse_json
-from codebook_jax.workdir import write_json, written_whole
+from codebook_jax.files import parse_json, write_json, written_whole
 
 MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
 PROGRESS = ".progress"  # folder of the packing's state until the manifest is written
@@ -104,8 +105,9 @@ def read_manifest(folder: Path | str) -> Manifest:
         content = parse_json(path.read_bytes())
         if content["version"] != VERSION:
             raise UserError(
-                f"{path} has version {content['version']}, but this program reads version {VERSION}: pack the "
-                "source again, or use the version of the program that packed it"
+                f"{path} has version {content['version']}, but this program reads version "
+                f"{VERSION}: pack the source again, or use the version of the program that packed "
+                "it"
             )
         shards = tuple(Shard(**shard) for shard in content["shards"])
         fields = {name: content[name] for name in Manifest._fields}
@@ -114,8 +116,8 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise UserError(_no_manifest(Path(folder), failure)) from failure
     except (ValueError, KeyError, TypeError) as failure:
         raise UserError(
-            f"{path} is not a valid manifest ({type(failure).__name__}: {failure}): restore the original, or remove the "
-            "folder and pack the source again"
+            f"{path} is not a valid manifest ({type(failure).__name__}: {failure}): restore the "
+            "original, or remove the folder and pack the source again"
         ) from failure
 
 
@@ -123,14 +125,18 @@ def _no_manifest(folder: Path, failure: OSError) -> str:
     if not folder.is_dir():
         return f"the folder {folder} does not exist: after records: give the --workdir of a --mode=prepare run"
     if not isinstance(failure, FileNotFoundError):
-        return f"{folder / MANIFEST} cannot be read ({failure.strerror}): fix that, then start again"
+        return (
+            f"{folder / MANIFEST} cannot be read ({failure.strerror}): fix that, then start again"
+        )
     if any(folder.glob("pairs-*.array_record")) or (folder / PROGRESS).is_dir():
         return f"{folder} is not completely packed (no {MANIFEST}): run the same --mode=prepare command again"
     return f"{folder} holds no packed pairs (no {MANIFEST}): after records: give the --workdir of a --mode=prepare run"
 
 
 def misfits(folder: Path | str, shards: Sequence[Shard]) -> list[tuple[int, str]]:
-    """(number, why) of each shard with a file that is missing or does not have the size in the manifest."""
+    """(number, why) of each shard with a file that is missing or does not have the size in the
+    manifest.
+    """
     with os.scandir(
         folder
     ) as entries:  # one request: on a network disk, a request per file is slow
@@ -148,7 +154,8 @@ def misfits(folder: Path | str, shards: Sequence[Shard]) -> list[tuple[int, str]
 def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> list[tuple[str, str]]:
     """(file, why) of every file in a packed folder whose size or sha256 differs from the manifest.
 
-    Reads every file; calls `tell` with each name when it is done. Raises UserError if there is no manifest.
+    Reads every file; calls `tell` with each name when it is done. Raises UserError if there is no
+    manifest.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -163,7 +170,11 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
         try:
             if held is None or misfit:
                 return misfit or f"{name} is missing"
-            return "" if file_sha256(path) == sha256 else f"{name} has changed (its sha256 differs from the manifest)"
+            return (
+                ""
+                if file_sha256(path) == sha256
+                else f"{name} has changed (its sha256 differs from the manifest)"
+            )
         except OSError as failure:
             return f"{name} cannot be read ({failure.strerror})"
         finally:
@@ -176,7 +187,9 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
 
 
 def _size_misfit(name: str, held: int | None, size: int | None) -> str:
-    """How a file of `held` bytes (None: missing) differs from the expected `size`; empty if it does not."""
+    """How a file of `held` bytes (None: missing) differs from the expected `size`; empty if it does
+    not.
+    """
     if held is None:
         return f"{name} is missing"
     return "" if held == size else f"{name} has {held:,} bytes instead of {size:,}"

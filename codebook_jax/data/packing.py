@@ -3,15 +3,19 @@
 A folder of packed pairs, which --mode=prepare writes and `records:FOLDER` reads, holds
 
 - `pairs-00003-of-00042.array_record`: consecutive records of the source, in ArrayRecord with
-  `group_size:1,uncompressed` (records are read singly, and JPEG does not compress further). ArrayRecord checksums each.
-  A record is msgpack of {"image": the bytes of a JPEG, "captions": [text], "image_id": number, "name": text}.
-- `pairs-00003-of-00042.jsonl`: the same without pictures, a line per record: {"name", "image_id", "captions", "height",
+  `group_size:1,uncompressed` (records are read singly, and JPEG does not compress further).
+  ArrayRecord checksums each. A record is msgpack of {"image": the bytes of a JPEG, "captions":
+  [text], "image_id": number, "name": text}.
+- `pairs-00003-of-00042.jsonl`: the same without pictures, a line per record: {"name", "image_id",
+  "captions", "height",
   "width", "bytes", "sha256"}, the last two of the JPEG.
 - `skipped.tsv`: name and reason of each record left out of the shards.
-- `manifest.json`, written last: the contents and hashes of all of them (`codebook_jax.data.manifest`).
+- `manifest.json`, written last: the contents and hashes of all of them
+  (`codebook_jax.data.manifest`).
 
-Shard s holds the source's records s * shard_records to (s + 1) * shard_records, without those whose picture cannot be
-read. The files depend only on the source and the options: two runs write the same bytes.
+Shard s holds the source's records s * shard_records to (s + 1) * shard_records, without those whose
+picture cannot be read. The files depend only on the source and the options: two runs write the same
+bytes.
 """
 
 from __future__ import annotations
@@ -89,9 +93,10 @@ def index_name(file: str) -> str:
 def packed_picture(image: np.ndarray | bytes | str, side_px: int, quality: int) -> Packed:
     """The picture as a JPEG whose shorter side is at most `side_px`.
 
-    A JPEG that is small enough, upright, and grey or RGB keeps its bytes. Anything else is decoded, turned upright, put
-    on white, reduced (bicubic, antialiased), and encoded as JPEG of `quality` with colour at full resolution (4:4:4),
-    so that drawings and text keep their edges. Raises UnreadableImage if the picture cannot be decoded.
+    A JPEG that is small enough, upright, and grey or RGB keeps its bytes. Anything else is decoded,
+    turned upright, put on white, reduced (bicubic, antialiased), and encoded as JPEG of `quality`
+    with colour at full resolution (4:4:4), so that drawings and text keep their edges. Raises
+    UnreadableImage if the picture cannot be decoded.
     """
     content = _read(image) if isinstance(image, str) else image
     picture = Picture(content)
@@ -120,7 +125,9 @@ def _read(path: str) -> bytes:
 
 
 def _smaller(picture: Picture, short: int, side_px: int) -> np.ndarray:
-    """The pixels, the shorter side reduced to `side_px` if longer; a JPEG is decoded no larger than needed."""
+    """The pixels, the shorter side reduced to `side_px` if longer; a JPEG is decoded no larger than
+    needed.
+    """
     if not side_px or short <= side_px:
         return picture.pixels()
     shrink = max(by for by in picture.shrinks if by == 1 or short >= 2 * by * side_px)
@@ -141,7 +148,9 @@ def pack(record: Record, name: str, jpeg: bytes) -> bytes:
 
 
 def unpack(content: bytes) -> dict[str, Any]:
-    """{"image", "captions", "image_id", "name"} of a record in a shard; raises ValueError if it is not one."""
+    """{"image", "captions", "image_id", "name"} of a record in a shard; raises ValueError if it is
+    not one.
+    """
     return msgpack.unpackb(content, unicode_errors="surrogatepass")
 
 
@@ -150,7 +159,8 @@ def write_shard(
 ) -> Receipt:
     """Writes shard `shard` of the source into the folder; its files appear complete or not at all.
 
-    Pictures that cannot be read are left out and named in the receipt. If the disk is full, ArrayRecord raises
+    Pictures that cannot be read are left out and named in the receipt. If the disk is full,
+    ArrayRecord raises
     RuntimeError: see `full_disk_named`.
     """
     folder = Path(folder)
@@ -214,7 +224,9 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _drafts(folder: Path, *names: str) -> Iterator[list[Path]]:
-    """Hidden files to write; renamed to `names` and flushed on success, removed if anything raises."""
+    """Hidden files to write; renamed to `names` and flushed on success, removed if anything
+    raises.
+    """
     own = uuid.uuid4().hex[
         :12
     ]  # unique to this attempt: processes on several machines may write into one folder
@@ -242,7 +254,9 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Raises UserError if the disk is full, which ArrayRecord reports only in the text of a RuntimeError."""
+    """Raises UserError if the disk is full, which ArrayRecord reports only in the text of a
+    RuntimeError.
+    """
     try:
         yield
     except (OSError, RuntimeError) as failure:
@@ -250,6 +264,6 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         if not full and not any(os.strerror(number) in str(failure) for number in FULL_DISK):
             raise
         raise UserError(
-            f"no space left while writing shards to {folder}: free some and run the same command again; it continues "
-            "with the missing shards"
+            f"no space left while writing shards to {folder}: free some and run the same command "
+            "again; it continues with the missing shards"
         ) from failure

@@ -1,7 +1,9 @@
-"""The stream of training batches: read, decoded, cropped twice and tokenised in threads and worker processes.
+"""The stream of training batches: read, decoded, cropped twice and tokenised in threads and worker
+processes.
 
-Row r of step s depends only on (seed, s, r). The numbers of workers, threads and processes, the read-ahead and the
-first step change when a row is made, not its content. So the step is the only position that must be saved.
+Row r of step s depends only on (seed, s, r). The numbers of workers, threads and processes, the
+read-ahead and the first step change when a row is made, not its content. So the step is the only
+position that must be saved.
 """
 
 from __future__ import annotations
@@ -53,15 +55,17 @@ def training_batches(
     threads: int,
     prefetch: int,
 ) -> BatchStream:
-    """This process's `rows` of every global batch from `start_step` on, endlessly; call `close()` after use.
+    """This process's `rows` of every global batch from `start_step` on, endlessly; call `close()`
+    after use.
 
-    An epoch has every record of the source once, in a new order, and the next one starts within the same batch. One
-    caption of a record is drawn. With `flip`, half the rows are marked to be mirrored on the device, and left and right
-    are swapped in their captions, except where `mirrored` finds the caption unclear. `teacher_view` is "independent"
-    (its own crop of the same image) or "same".
+    An epoch has every record of the source once, in a new order, and the next one starts within the
+    same batch. One caption of a record is drawn. With `flip`, half the rows are marked to be
+    mirrored on the device, and left and right are swapped in their captions, except where
+    `mirrored` finds the caption unclear. `teacher_view` is "independent" (its own crop of the same
+    image) or "same".
 
-    A record whose image cannot be read is replaced by the next one in the source. Raises UserError for invalid
-    settings, and from `next` if nothing can be read.
+    A record whose image cannot be read is replaced by the next one in the source. Raises UserError
+    for invalid settings, and from `next` if nothing can be read.
     """
     if teacher_view not in ("independent", "same"):
         raise UserError(
@@ -139,7 +143,9 @@ class BadRate:
     """Counts unreadable images, and stops the run if there are too many."""
 
     def __init__(self, max_rate: float, unreadable: int) -> None:
-        """`unreadable`: the count before this start of the run; reported, but not held against `max_rate`."""
+        """`unreadable`: the count before this start of the run; reported, but not held against
+        `max_rate`.
+        """
         self._max_rate = max_rate
         self._before = unreadable
         self._unreadable = self._read = 0
@@ -150,9 +156,11 @@ class BadRate:
         return self._before + self._unreadable
 
     def add(self, *, unreadable: int, read: int) -> None:
-        """Counts a batch. Raises UserError if the unreadable share exceeds the rate by more than two standard errors.
+        """Counts a batch. Raises UserError if the unreadable share exceeds the rate by more than
+        two standard errors.
 
-        So five bad images in a row stop a run, but a share just below the rate does not stop it by chance.
+        So five bad images in a row stop a run, but a share just below the rate does not stop it by
+        chance.
         """
         self._unreadable += unreadable
         self._read += read
@@ -187,7 +195,10 @@ class _Row(NamedTuple):
 
 
 class _Maker:
-    """Makes the batch of a step. It is pickled into every worker process, where it starts its own threads."""
+    """Makes the batch of a step.
+
+    It is pickled into every worker process, where it starts its own threads.
+    """
 
     def __init__(
         self,
@@ -228,7 +239,9 @@ class _Maker:
 
     def __call__(self, step: int) -> _Made:
         count = len(self.rows)
-        views = np.empty((1 if self.same_view else 2, count, self.size_px, self.size_px, 3), np.uint8)
+        views = np.empty(
+            (1 if self.same_view else 2, count, self.size_px, self.size_px, 3), np.uint8
+        )
         numbers = np.zeros((3, count), np.int32)  # image id, example, skipped
         flips = np.zeros(count, bool)
         captions: list[str] = [""] * count
@@ -256,7 +269,8 @@ class _Maker:
         return _Made(batch, tuple(why for row in reasons for why in row)[:_NAMED], failure)
 
     def _read(self, position: int, views: np.ndarray) -> _Row:
-        """The record at this position of the run, or the next readable one of the source, cropped into `views`.
+        """The record at this position of the run, or the next readable one of the source, cropped
+        into `views`.
 
         The random draws depend only on the position, in a fixed order, whichever record is used.
         """
@@ -285,12 +299,14 @@ class _Maker:
             flip = other is not None
             return _Row(example, record, other if flip else caption, flip, reasons)
         raise UserError(
-            f"{self.source!r}: none of {len(reasons):,} pairs in a row could be read (first: {reasons[0]}): "
-            "check config.data.image_root and the files"
+            f"{self.source!r}: none of {len(reasons):,} pairs in a row could be read (first: "
+            f"{reasons[0]}): check config.data.image_root and the files"
         )
 
     def _drawn_caption(self, record: Record, drawn: float, example: int) -> str:
-        """One of the captions that give at least one token; raises UnreadableImage if there is none."""
+        """One of the captions that give at least one token; raises UnreadableImage if there is
+        none.
+        """
         captions = self.tokenizer.readable(record.captions)
         if not captions:
             raise UnreadableImage(f"{self.source.name(example)} {UNREAD}")
@@ -314,8 +330,8 @@ class _Maker:
 def _start_resource_tracker() -> None:
     """Starts Python's process that cleans up shared memory so that SIGUSR1 does not end it.
 
-    It ignores only SIGINT and SIGTERM, and without it the run fails on a broken pipe. A signal that is blocked while
-    a program starts stays blocked in it.
+    It ignores only SIGINT and SIGTERM, and without it the run fails on a broken pipe. A signal that
+    is blocked while a program starts stays blocked in it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
@@ -330,8 +346,6 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _say(sentence: str) -> None:
-    from codebook_jax.metrics import (
-        say,
-    )  # not above: it imports jax, and workers import this module
+    from codebook_jax.console import say
 
     say(sentence)

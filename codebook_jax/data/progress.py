@@ -76,7 +76,9 @@ class Progress:
 
 
 class Stages:
-    """Work in stages: call it with (unit, done, total), and each unit gets a Progress; use it in a `with`."""
+    """Work in stages: call it with (unit, done, total), and each unit gets a Progress; use it in a
+    `with`.
+    """
 
     def __init__(self, verb: str, *, silent: bool = False) -> None:
         self._verb, self._silent = verb, silent

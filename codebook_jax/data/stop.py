@@ -47,7 +47,8 @@ def stoppable() -> Iterator[None]:
 
 
 def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:
-    """Call it first in a worker process: ignores these signals, which the parent handles, and exits with the parent.
+    """Call it first in a worker process: ignores these signals, which the parent handles, and exits
+    with the parent.
 
     Terminals and schedulers send such signals to every process.
     """

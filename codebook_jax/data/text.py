@@ -17,9 +17,9 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
+from codebook_jax.data.network import hub_reachable
 from codebook_jax.data.vocabulary import CLS, MASK, PAD, SEP, UNKNOWN, train_vocabulary, whole
 from codebook_jax.errors import UserError
-from codebook_jax.network import hub_reachable
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources import Source
@@ -40,10 +40,13 @@ SPECIALS = {  # their names in BERT and in RoBERTa
 }
 
 _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
-_LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # the four code points are invisible letters
+_LETTER = re.compile(
+    r"[^\W_\u115F\u1160\u3164\uFFA0]"
+)  # the four code points are invisible letters
 _SHOWS_NOTHING = "\ufffd\u2800\u115f\u1160"  # the first marks characters lost by a wrong encoding
 _NAMED = 5  # unknown words
-_CLEANS = "cleans_captions"  # in tokenizer_config.json: our own tokenizers need no `clean`; older runs lack the key
+# in tokenizer_config.json: our own tokenizers need no `clean`; older runs lack the key
+_CLEANS = "cleans_captions"
 
 
 class Vocabulary(NamedTuple):
@@ -68,11 +71,15 @@ class Tokenizer:
         unknown_id: int | None = None,
         cleans: bool = False,
     ) -> None:
-        """`unknown_id` (None: it has none) stands for unknown words; `cleans`: the tokenizer cleans captions itself."""
+        """`unknown_id` (None: it has none) stands for unknown words; `cleans`: the tokenizer cleans
+        captions itself.
+        """
         self._tokenizer, self._cleans = tokenizer, cleans
         self._prepared = whole if cleans else clean
         self.vocabulary, self.unknown_id = vocabulary, unknown_id
-        tokenizer.encode_special_tokens = True  # a caption's "[MASK]" is a word, not the special token
+        tokenizer.encode_special_tokens = (
+            True  # a caption's "[MASK]" is a word, not the special token
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -81,10 +88,13 @@ class Tokenizer:
     def encode(
         self, captions: Sequence[str], max_tokens: int
     ) -> tuple[Int[np.ndarray, "captions tokens"], Int[np.ndarray, "captions"], int]:
-        """Tokens ([CLS] words [SEP], padded), how many are not padding, and how many captions were truncated."""
+        """Tokens ([CLS] words [SEP], padded), how many are not padding, and how many captions were
+        truncated.
+        """
         pad, cls, sep = self.vocabulary.pad_id, self.vocabulary.cls_id, self.vocabulary.sep_id
         texts = [self._prepared(caption) for caption in captions]
-        # Truncated and padded here: the tokenizer's own setting belongs to an object that threads share.
+        # Truncated and padded here: the tokenizer's own setting belongs to an object that threads
+        # share.
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens = np.full((len(captions), max_tokens), pad, np.int32)
         lengths = np.empty(len(captions), np.int32)
@@ -136,10 +146,11 @@ class Unknown(NamedTuple):
 
 
 def has_words(caption: str) -> bool:
-    """Whether cleaning leaves anything of a caption: a letter, a digit, or a symbol such as an emoji.
+    """Whether cleaning leaves anything of a caption: a letter, a digit, or a symbol such as an
+    emoji.
 
-    Every source leaves out captions without words. Punctuation, spaces, control and zero-width characters do not
-    count, nor does the replacement character of a lost encoding.
+    Every source leaves out captions without words. Punctuation, spaces, control and zero-width
+    characters do not count, nor does the replacement character of a lost encoding.
     """
     if _LETTER.search(caption):
         return True
@@ -185,26 +196,33 @@ def open_tokenizer(
     lowercase: bool = True,
     strip_accents: bool = False,
 ) -> Opened:
-    """The tokenizer of a run: the one in the workdir if there is one, else that of `spec`; writes nothing yet.
+    """The tokenizer of a run: the one in the workdir if there is one, else that of `spec`; writes
+    nothing yet.
 
-    `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on the captions of `source`;
-    `lowercase` and `strip_accents` apply only then. Raises UserError if there is no usable tokenizer.
+    `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on the captions
+    of `source`;
+    `lowercase` and `strip_accents` apply only then. Raises UserError if there is no usable
+    tokenizer.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has its own threads and workers
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # the pipeline has its own threads and workers
     folder = Path(workdir) / FOLDER
     if folder.is_dir():
         own = _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
         return Opened(own, lambda: None)
     if spec and (strip_accents or not lowercase):
         raise UserError(
-            f"config.data.tokenizer={spec!r} has its own spelling rules: leave config.data.tokenizer_lowercase "
-            "and config.data.tokenizer_strip_accents at their defaults, or config.data.tokenizer empty to train one"
+            f"config.data.tokenizer={spec!r} has its own spelling rules: leave "
+            "config.data.tokenizer_lowercase and config.data.tokenizer_strip_accents at their "
+            "defaults, or config.data.tokenizer empty to train one"
         )
     if spec:
         loaded = _load(spec, f"config.data.tokenizer={spec!r}")
     elif source is None:
         raise UserError(
-            f"{folder} is missing, and the run's tokens cannot be read without it: restore the folder"
+            f"{folder} is missing, and the run's tokens cannot be read without it: restore the "
+            "folder"
         )
     else:
         spelling = {"lowercase": lowercase, "strip_accents": strip_accents}
@@ -238,13 +256,15 @@ def unknown_in(source: Source, tokenizer: Tokenizer) -> tuple[Unknown, int]:
 
 
 def said_unknown(unknown: Unknown, captions: str) -> str:
-    """A sentence on the share of unknown tokens in these `captions`; a warning with advice if it is large."""
+    """A sentence on the share of unknown tokens in these `captions`; a warning with advice if it is
+    large.
+    """
     said = f"unknown tokens: {unknown.count:,} of {unknown.tokens:,} ({unknown.share:.2%}) in {captions}"
     if unknown.share <= MOST_UNKNOWN:
         return said
     return (
-        f"warning: {said}: the model cannot tell these words apart; set config.data.tokenizer to a tokenizer of "
-        "their language, or leave it empty to train one"
+        f"warning: {said}: the model cannot tell these words apart; set config.data.tokenizer to a "
+        "tokenizer of their language, or leave it empty to train one"
     )
 
 
@@ -254,7 +274,9 @@ def spelling(data: ml_collections.ConfigDict) -> dict[str, bool]:
 
 
 def _transformers() -> Any:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides that torch is not installed
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # hides that torch is not installed
     import transformers  # takes a second to import, and workers never need it
 
     return transformers
@@ -285,11 +307,13 @@ def _load(name: str, what: str) -> Any:
         reason = str(failure).strip().split("\n")[0].rstrip(".") or type(failure).__name__
         if os.path.isdir(name):
             raise UserError(
-                f"{what} cannot be loaded ({reason}): give a folder with tokenizer.json or vocab.txt"
+                f"{what} cannot be loaded ({reason}): give a folder with tokenizer.json or "
+                "vocab.txt"
             ) from failure
         raise UserError(
-            f"{what} is not a folder here and could not be loaded from the Hugging Face hub ({reason}): "
-            "give a folder, or a name on the hub with network access, or leave it empty to train one"
+            f"{what} is not a folder here and could not be loaded from the Hugging Face hub "
+            f"({reason}): give a folder, or a name on the hub with network access, or leave it "
+            "empty to train one"
         ) from failure
     _name_specials(loaded)
     if _has_words_alone(name):
@@ -297,13 +321,16 @@ def _load(name: str, what: str) -> Any:
         absent = {getattr(loaded, f"{kind}_token") for kind in SPECIALS} - listed
         if absent:  # transformers has appended them
             raise UserError(
-                f"{what}: its {WORDS} has no {', '.join(map(str, sorted(absent)))}: use one like BERT's"
+                f"{what}: its {WORDS} has no {', '.join(map(str, sorted(absent)))}: use one like "
+                "BERT's"
             )
     return loaded
 
 
 def _in_any_form(name: str) -> Any:
-    """The tokenizer as transformers reads it; for a folder with only word pieces, BERT's WordPiece."""
+    """The tokenizer as transformers reads it; for a folder with only word pieces, BERT's
+    WordPiece.
+    """
     library, here = _transformers(), os.path.isdir(name) or not hub_reachable()
     try:
         return library.AutoTokenizer.from_pretrained(name, local_files_only=here)
@@ -314,12 +341,16 @@ def _in_any_form(name: str) -> Any:
 
 
 def _has_words_alone(name: str) -> bool:
-    """Whether a folder has a list of word pieces but no complete tokenizer saved by transformers."""
+    """Whether a folder has a list of word pieces but no complete tokenizer saved by
+    transformers.
+    """
     return (Path(name) / WORDS).is_file() and not (Path(name) / "tokenizer.json").exists()
 
 
 def _name_specials(loaded: Any) -> None:
-    """Sets the special tokens by their usual names, for a tokenizer.json without a tokenizer_config.json."""
+    """Sets the special tokens by their usual names, for a tokenizer.json without a
+    tokenizer_config.json.
+    """
     vocabulary = loaded.get_vocab()
     for kind, usual in SPECIALS.items():
         token = next((token for token in usual if token in vocabulary), None)
@@ -353,7 +384,9 @@ def _wrapped(loaded: Any, name: str) -> Tokenizer:
 
 
 def _keep(loaded: Any, folder: Path) -> None:
-    """Saves into `folder`, which appears complete or not at all; another process may have saved it first."""
+    """Saves into `folder`, which appears complete or not at all; another process may have saved it
+    first.
+    """
     draft = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     loaded.save_pretrained(draft)

@@ -6,7 +6,8 @@
     builder.download_and_prepare()
     tfds.data_source("codebook_pairs", data_dir="data/tfds", split="train")[0]
 
-To train here, `--mode=prepare` is simpler; this module is for other programs that read TensorFlow Datasets.
+To train here, `--mode=prepare` is simpler; this module is for other programs that read TensorFlow
+Datasets.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _ROLES = {"validation": "validation", "val": "validation", "dev": "validation", 
 
 
 class CodebookPairs(tfds.core.GeneratorBasedBuilder):
-    """The pairs of sources, a split for each: {"image": JPEG, "captions": [text], "image_id": number, "name": text}."""
+    """The pairs of sources, a split for each: {"image": JPEG, "captions": [text], "image_id":
+    number, "name": text}.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "The pairs of any source, in its order."}  # noqa: RUF012 (as tfds has it)
@@ -52,10 +55,12 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
         size_px: int = 256,
         **kwargs: Any,
     ) -> None:
-        """`sources` is {split: a source as in config.data.train}; None reads a data set prepared earlier.
+        """`sources` is {split: a source as in config.data.train}; None reads a data set prepared
+        earlier.
 
-        In splits called validation or test, an image is one record with all its captions. `size_px` is the size of
-        scenes; the others are as in the config, and `kwargs` are those of any builder.
+        In splits called validation or test, an image is one record with all its captions. `size_px`
+        is the size of scenes; the others are as in the config, and `kwargs` are those of any
+        builder.
         """
         self._sources = dict(sources or {})
         self._places = {"image_root": image_root, "path_map": path_map, "size_px": size_px}
@@ -79,7 +84,8 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         if not self._sources:
             raise UserError(
-                'codebook_pairs is not prepared yet: pass its sources, for example sources={"train": "json:PAIRS.json"}'
+                "codebook_pairs is not prepared yet: pass its sources, for example "
+                'sources={"train": "json:PAIRS.json"}'
             )
         return {split: self._generate_examples(split) for split in self._sources}
 
@@ -108,7 +114,7 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
             )
         if skipped:
             print(
-                f"{split}: {len(skipped):,} of {len(source):,} pictures cannot be read and are left out "
-                f"(first: {skipped[0]})",
+                f"{split}: {len(skipped):,} of {len(source):,} pictures cannot be read and are "
+                f"left out (first: {skipped[0]})",
                 flush=True,
             )

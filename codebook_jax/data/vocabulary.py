@@ -1,4 +1,6 @@
-"""Trains a vocabulary on captions of any language: different spellings get different tokens, and no word is unknown."""
+"""Trains a vocabulary on captions of any language: different spellings get different tokens, and no
+word is unknown.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,14 @@ _SPECIALS = [PAD, UNKNOWN, CLS, SEP, MASK]
 _INSIDE = "##"  # before the tokens inside a word; BERT
 _MOST_COUNTED = 10_000  # a word counts at most this often
 _LEAST_PAIRS = 2  # a pair must occur this often to become a token: rarer ones teach nothing
-_LONGEST = 48  # bytes of a token, 16 Thai letters: otherwise whole captions without spaces become one token
+# bytes of a token, 16 Thai letters: otherwise whole captions without spaces become one token
+_LONGEST = 48
 
-# Replaced by spaces, since they separate words: the zero width space, and punctuation that is not ASCII. Not the
-# apostrophes of man’s and צה״ל, nor the dot of Catalan's col·legi.
+# Replaced by spaces, since they separate words: the zero width space, and punctuation that is not
+# ASCII. Not the apostrophes of man’s and צה״ל, nor the dot of Catalan's col·legi.
 _BETWEEN = r"[\u200B\uFF5E]|[\p{P}&&[^\x00-\x7F\u2018\u2019\u05F3\u05F4\u00B7]]"
-# Removed: ALBEF's punctuation, those apostrophes, control characters, and marks of direction and order. Kept:
-# the joiners, which Hindi, Persian and emoji need, and the keycaps # and *.
+# Removed: ALBEF's punctuation, those apostrophes, control characters, and marks of direction and
+# order. Kept: the joiners, which Hindi, Persian and emoji need, and the keycaps # and *.
 _LEFT_OUT = (
     r"""[,.'!?"():;~\u2018\u2019\u05F3\u05F4]|[*#](?!\uFE0F?\u20E3)|[\p{Cc}&&[^\s]]"""
     r"|[\u00AD\u061C\u200E\u200F\u202A-\u202E\u2060-\u2064\u2066-\u206F\uFEFF]"
@@ -35,14 +38,16 @@ def whole(caption: str) -> str:
 def train_vocabulary(
     captions: Iterable[str], size: int, *, lowercase: bool = True, strip_accents: bool = False
 ) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer of at most `size` entries (more only if the bytes alone need more).
+    """A byte-level BPE tokenizer of at most `size` entries (more only if the bytes alone need
+    more).
 
-    Words are split into UTF-8 bytes, which are merged as the captions suggest, so letters that no caption has still
-    get different tokens, and scripts without spaces need no words. Entries inside a word begin with ##, as in BERT.
+    Words are split into UTF-8 bytes, which are merged as the captions suggest, so letters that no
+    caption has still get different tokens, and scripts without spaces need no words. Entries inside
+    a word begin with ##, as in BERT.
 
-    The same captions give the same entries in the same order. The library's trainer alone does not: it numbers the
-    letters inside words in hash-table order. Here all letters are numbered before it starts. Those missing from the
-    captions come last, so that they change no other number.
+    The same captions give the same entries in the same order. The library's trainer alone does not:
+    it numbers the letters inside words in hash-table order. Here all letters are numbered before it
+    starts. Those missing from the captions come last, so that they change no other number.
     """
     normalizer = _normalizer(lowercase=lowercase, strip_accents=strip_accents)
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -77,8 +82,9 @@ def train_vocabulary(
 def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normalizer:
     """Cleans captions of every script as ALBEF's clean-up does English.
 
-    NFKC, not NFC: it also unifies ways to write or store the same letters (full and half width, ligatures,
-    presentation forms), which depend on a keyboard or an old encoding. It keeps every mark and accent.
+    NFKC, not NFC: it also unifies ways to write or store the same letters (full and half width,
+    ligatures, presentation forms), which depend on a keyboard or an old encoding. It keeps every
+    mark and accent.
     """
     steps = [normalizers.Replace(Regex(_BETWEEN), " "), normalizers.NFKC()]
     if lowercase:
@@ -94,7 +100,9 @@ def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normaliz
 
 
 def _byte_letters(cut: pre_tokenizers.ByteLevel, normalizer: normalizers.Normalizer) -> list[str]:
-    """Every byte of UTF-8 text as the byte level writes it, at each position in a word where it can occur."""
+    """Every byte of UTF-8 text as the byte level writes it, at each position in a word where it can
+    occur.
+    """
     plain = [
         c for c in map(chr, range(0x21, 0x7F)) if normalizer.normalize_str(c) == c or c in "#*"
     ]

@@ -1,4 +1,6 @@
-"""Images and captions of a source as features and tokens on the host, in padded chunks of one shape."""
+"""Images and captions of a source as features and tokens on the host, in padded chunks of one
+shape.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from codebook_jax import sharding
+from codebook_jax.console import say
 from codebook_jax.data.images import UnreadableImage, decode, resize_square
 from codebook_jax.data.sources import Record, Source
 from codebook_jax.data.text import UNREAD, Tokenizer
 from codebook_jax.errors import UserError
-from codebook_jax.metrics import say
+from codebook_jax.parallel import sharding
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, out of how many
 
@@ -56,10 +58,12 @@ def encode_source(
     with_tokens: frozenset[str] = frozenset(),
     progress: Progress | None = None,
 ) -> Gallery:
-    """The first `images` images of a source (0: all) and all their captions, through each of the `towers`.
+    """The first `images` images of a source (0: all) and all their captions, through each of the
+    `towers`.
 
-    `with_tokens` names the towers whose tokens are kept too. Images that cannot be read are left out with their
-    captions and reported. Raises UserError if none can be read or a feature is not finite.
+    `with_tokens` names the towers whose tokens are kept too. Images that cannot be read are left
+    out with their captions and reported. Raises UserError if none can be read or a feature is not
+    finite.
     """
     count = min(images, len(source)) if images else len(source)
     kept: list[tuple[int, Record]] = []
@@ -83,12 +87,17 @@ def encode_source(
     captions = [caption for record in records for caption in record.captions]
     tokens, lengths, truncated = tokenizer.encode(captions, max_tokens)
     if truncated:
-        say(f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens: their ends are cut off")
+        say(
+            f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens: "
+            "their ends are cut off"
+        )
     features = {}
     for name, weights in towers.items():
         keep = name in with_tokens
         text, states = _encode_texts(task, weights, tokens, lengths, rows, keep, progress)
-        features[name] = Features(tables[name][0].filled, text, tables[name][1].filled if keep else None, states)
+        features[name] = Features(
+            tables[name][0].filled, text, tables[name][1].filled if keep else None, states
+        )
         _check_finite(name, features[name])
     return Gallery(
         np.array([record.image_id for record in records]),
@@ -105,7 +114,9 @@ def encode_source(
 def encode_image_rows(
     task: Any, towers: Any, images: UInt8[np.ndarray, "images side side 3"], rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Features and tokens of at most `rows` images, padded to exactly `rows`; ignore the rows past the images."""
+    """Features and tokens of at most `rows` images, padded to exactly `rows`; ignore the rows past
+    the images.
+    """
     return task.encode_images(towers, sharding.to_device(padded(images, rows), task.mesh))
 
 
@@ -116,8 +127,13 @@ def encode_text_rows(
     lengths: Int[np.ndarray, "texts"],
     rows: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Features and states of at most `rows` texts, padded to exactly `rows`; ignore the rows past the texts."""
-    placed = sharding.to_device(padded(tokens, rows), task.mesh), sharding.to_device(padded(lengths, rows), task.mesh)
+    """Features and states of at most `rows` texts, padded to exactly `rows`; ignore the rows past
+    the texts.
+    """
+    placed = (
+        sharding.to_device(padded(tokens, rows), task.mesh),
+        sharding.to_device(padded(lengths, rows), task.mesh),
+    )
     return task.encode_texts(towers, *placed)
 
 
@@ -177,7 +193,10 @@ def _encode_texts(
 def _read(
     source: Source, tokenizer: Tokenizer, count: int, rows: int, size_px: int, threads: int
 ) -> Iterator[Sequence[tuple[int, Record | None, Any]]]:
-    """Chunks of (position, record, image), or (position, None, why) if unreadable. Reads one chunk ahead."""
+    """Chunks of (position, record, image), or (position, None, why) if unreadable.
+
+    Reads one chunk ahead.
+    """
 
     def read(position: int) -> tuple[int, Record | None, Any]:
         try:
@@ -204,8 +223,8 @@ def _say_unreadable(source: Source, unreadable: Sequence[str], count: int) -> No
         raise UserError(f"{source!r} has no image to evaluate: 0 of {count:,} could be read{why}")
     if unreadable:
         say(
-            f"{len(unreadable):,} of {count:,} images could not be read and are left out with their captions "
-            f"(first: {unreadable[0]})"
+            f"{len(unreadable):,} of {count:,} images could not be read and are left out with "
+            f"their captions (first: {unreadable[0]})"
         )
 
 
@@ -214,6 +233,6 @@ def _check_finite(name: str, features: Features) -> None:
         bad = int((~np.isfinite(array).all(axis=1)).sum())
         if bad:
             raise UserError(
-                f"the {name}'s features of {bad:,} of {len(array):,} {kind} are not finite and cannot be ranked: "
-                "the weights are broken, use an earlier checkpoint"
+                f"the {name}'s features of {bad:,} of {len(array):,} {kind} are not finite and "
+                "cannot be ranked: the weights are broken, use an earlier checkpoint"
             )

@@ -17,10 +17,12 @@ def recall_at_k(
     text_image_ids: Int[np.ndarray, "texts"],
     ks: Sequence[int] = RANKS,
 ) -> dict[str, float]:
-    """R@k of both directions in percent: `txt_r1` (an image finds a text), ..., `img_r1` (a text finds its image), ...
+    """R@k of both directions in percent: `txt_r1` (an image finds a text), ..., `img_r1` (a text
+    finds its image), ...
 
-    An image finds a text when any text with its id is among the k highest. Equal scores are counted as if shuffled,
-    so uninformative scores give chance. Raises ValueError for NaN scores and for a query without a match.
+    An image finds a text when any text with its id is among the k highest. Equal scores are counted
+    as if shuffled, so uninformative scores give chance. Raises ValueError for NaN scores and for a
+    query without a match.
     """
     text_recall = recall_of_queries(scores, image_ids, text_image_ids, ks)
     image_recall = recall_of_queries(scores.T, text_image_ids, image_ids, ks)
@@ -33,10 +35,13 @@ def recall_of_queries(
     candidate_ids: Int[np.ndarray, "candidates"],
     ks: Sequence[int] = RANKS,
 ) -> Float[np.ndarray, "ks"]:
-    """Share of queries, in percent, with a candidate of their own id among the k highest, for each k."""
+    """Share of queries, in percent, with a candidate of their own id among the k highest, for each
+    k.
+    """
     if scores.shape != (len(query_ids), len(candidate_ids)):
         raise ValueError(
-            f"scores is {list(scores.shape)}, but there are {len(query_ids)} queries and {len(candidate_ids)} candidates"
+            f"scores is {list(scores.shape)}, but there are {len(query_ids)} queries and "
+            f"{len(candidate_ids)} candidates"
         )
     hits = np.zeros(len(ks))
     rows = max(1, CELLS_AT_ONCE // max(1, len(candidate_ids)))
@@ -44,7 +49,10 @@ def recall_of_queries(
         part = scores[start : start + rows]
         if np.isnan(part).any():
             bad = int(np.isnan(part).any(axis=1).sum())
-            raise ValueError(f"scores of {bad} of {len(part)} queries from {start} on hold NaN, which cannot be ranked")
+            raise ValueError(
+                f"scores of {bad} of {len(part)} queries from {start} on hold NaN, which cannot be "
+                "ranked"
+            )
         matches = query_ids[start : start + rows, None] == candidate_ids[None, :]
         hits += _expected_hits(part, matches, ks).sum(axis=0)
     return 100 * hits / max(1, len(query_ids))
@@ -55,9 +63,11 @@ def chance_at_k(
     text_image_ids: Int[np.ndarray, "texts"],
     ks: Sequence[int] = RANKS,
 ) -> dict[str, float]:
-    """Exact R@k of a random order, in percent: `txt_chance_r1`, ..., `img_chance_r1`, ..., and their mean `chance_r1`.
+    """Exact R@k of a random order, in percent: `txt_chance_r1`, ..., `img_chance_r1`, ..., and
+    their mean `chance_r1`.
 
-    With several texts per image it is hypergeometric; with one text per image all three are k / images.
+    With several texts per image it is hypergeometric; with one text per image all three are k /
+    images.
     """
     text_chance = _chance_of_queries(image_ids, text_image_ids, ks)
     image_chance = _chance_of_queries(text_image_ids, image_ids, ks)
@@ -68,7 +78,9 @@ def chance_at_k(
     )
 
 
-def named_recalls(prefix: str, recalls: Float[np.ndarray, "ks"], ks: Sequence[int] = RANKS) -> dict[str, float]:
+def named_recalls(
+    prefix: str, recalls: Float[np.ndarray, "ks"], ks: Sequence[int] = RANKS
+) -> dict[str, float]:
     """{"txt_r1": ..., "txt_r5": ...} for the prefix "txt_r"."""
     return {f"{prefix}{k}": float(recall) for k, recall in zip(ks, recalls, strict=True)}
 
@@ -80,7 +92,10 @@ def _expected_hits(
 ) -> Float[np.ndarray, "queries ks"]:
     """Probability that each query hits within k when equal scores are in random order."""
     if not matches.any(axis=1).all():
-        raise ValueError(f"{int((~matches.any(axis=1)).sum())} queries have no matching candidate: leave them out")
+        raise ValueError(
+            f"{int((~matches.any(axis=1)).sum())} queries have no matching candidate: leave them "
+            "out"
+        )
     best = np.where(matches, scores, -np.inf).max(axis=1, keepdims=True)
     above = (scores > best).sum(axis=1)
     tied = scores == best
@@ -88,14 +103,18 @@ def _expected_hits(
 
 
 def _chance_of_queries(
-    query_ids: Int[np.ndarray, "queries"], candidate_ids: Int[np.ndarray, "candidates"], ks: Sequence[int]
+    query_ids: Int[np.ndarray, "queries"],
+    candidate_ids: Int[np.ndarray, "candidates"],
+    ks: Sequence[int],
 ) -> Float[np.ndarray, "ks"]:
     ids, counts = np.unique(candidate_ids, return_counts=True)
     places = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)
     if not np.array_equal(ids[places], query_ids):
         raise ValueError("some queries have no matching candidate: leave them out")
     everything = np.full(len(query_ids), len(candidate_ids))
-    return 100 * _hit_probability(np.zeros_like(everything), everything, counts[places], ks).mean(axis=0)
+    return 100 * _hit_probability(np.zeros_like(everything), everything, counts[places], ks).mean(
+        axis=0
+    )
 
 
 def _hit_probability(
@@ -104,7 +123,9 @@ def _hit_probability(
     matching: Int[np.ndarray, "queries"],
     ks: Sequence[int],
 ) -> Float[np.ndarray, "queries ks"]:
-    """1 - C(tied - matching, m) / C(tied, m) with m = k - above: m draws from the tied ones, `matching` of them hits."""
+    """1 - C(tied - matching, m) / C(tied, m) with m = k - above: m draws from the tied ones,
+    `matching` of them hits.
+    """
     probability = np.empty((len(above), len(ks)))
     for column, k in enumerate(ks):
         miss = np.ones(len(above))

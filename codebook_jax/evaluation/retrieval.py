@@ -1,4 +1,6 @@
-"""Zero-shot retrieval: the dual encoder's recall, and the recall after re-ranking its best candidates by matching."""
+"""Zero-shot retrieval: the dual encoder's recall, and the recall after re-ranking its best
+candidates by matching.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,9 @@ import ml_collections
 import numpy as np
 from jaxtyping import Float, Int
 
-from codebook_jax import sharding
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
-from codebook_jax.evaluation.encoding import (
-    Gallery,
-    Progress,
-    encode_source,
-    rows_over_shards,
-)
+from codebook_jax.evaluation.encoding import Gallery, Progress, encode_source, rows_over_shards
 from codebook_jax.evaluation.recall import (
     RANKS,
     chance_at_k,
@@ -27,9 +23,12 @@ from codebook_jax.evaluation.recall import (
     recall_at_k,
     recall_of_queries,
 )
-from codebook_jax.workdir import write_json
+from codebook_jax.files import write_json
+from codebook_jax.parallel import sharding
 
-TEXTS_A_ROW = 16  # texts that share one projection of an image to keys and values in the fusion encoder
+TEXTS_A_ROW = (
+    16  # texts that share one projection of an image to keys and values in the fusion encoder
+)
 
 
 def evaluate(
@@ -43,11 +42,13 @@ def evaluate(
     rerank: bool,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Recalls in percent by protocol: `student/dual`, `teacher/dual` and, with `rerank`, `student/reranked`.
+    """Recalls in percent by protocol: `student/dual`, `teacher/dual` and, with `rerank`,
+    `student/reranked`.
 
-    The first `images` images (0: all) and their captions are the gallery. Besides the recalls each protocol has its
-    chance levels, `images`, `images_listed` (of the source), `texts`, `left_out` (unreadable images), `truncated`
-    (captions) and `rerank_top_k` (0: not re-ranked). Raises UserError if no image can be read.
+    The first `images` images (0: all) and their captions are the gallery. Besides the recalls each
+    protocol has its chance levels, `images`, `images_listed` (of the source), `texts`, `left_out`
+    (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked). Raises
+    UserError if no image can be read.
     """
     top_k = config.evaluation.rerank_top_k if rerank else 0
     images = min(images or len(source), len(source))
@@ -72,7 +73,9 @@ def evaluate(
         "left_out": gallery.left_out,
         "truncated": gallery.truncated,
     }
-    similarity = {name: features.image @ features.text.T for name, features in gallery.features.items()}
+    similarity = {
+        name: features.image @ features.text.T for name, features in gallery.features.items()
+    }
     results = {}
     for name, scores in similarity.items():
         results[f"{name}/dual"] = recall_at_k(scores, *ids) | shared | {"rerank_top_k": 0}
@@ -112,7 +115,8 @@ def rerank_gallery(
     batch: int,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Recalls in percent after sorting the `top_k` candidates of every query by their matching logits.
+    """Recalls in percent after sorting the `top_k` candidates of every query by their matching
+    logits.
 
     Pairs that are candidates in both directions are scored once (ALBEF scores them twice).
     """
@@ -123,7 +127,9 @@ def rerank_gallery(
     text_keys = images_of_texts * text_count + np.arange(text_count)[:, None]
     keys = np.unique(np.concatenate([image_keys.ravel(), text_keys.ravel()]))
     pair_images, pair_texts = np.divmod(keys, text_count)
-    logits = match_pairs(task, student, gallery, pair_images, pair_texts, batch=batch, progress=progress)
+    logits = match_pairs(
+        task, student, gallery, pair_images, pair_texts, batch=batch, progress=progress
+    )
     if add_dual:
         logits = logits + similarity[pair_images, pair_texts]
     ids = gallery.image_ids, gallery.text_image_ids
@@ -147,8 +153,9 @@ def match_pairs(
 ) -> Float[np.ndarray, "pairs"]:
     """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends.
 
-    Pairs of one image form rows of TEXTS_A_ROW texts, so that its keys and values are projected once per row;
-    every call has the same shape, with about as many text tokens as `batch` images have patches.
+    Pairs of one image form rows of TEXTS_A_ROW texts, so that its keys and values are projected
+    once per row; every call has the same shape, with about as many text tokens as `batch` images
+    have patches.
     """
     features = gallery.features["student"]
     row_images, row_texts, places = pair_rows(pair_images, pair_texts, TEXTS_A_ROW)
@@ -162,13 +169,21 @@ def match_pairs(
         texts = row_texts[chosen]
         placed = [
             sharding.to_device(part, task.mesh)
-            for part in (features.image_tokens[row_images[chosen]], features.text_states[texts], gallery.text_lengths[texts])
+            for part in (
+                features.image_tokens[row_images[chosen]],
+                features.text_states[texts],
+                gallery.text_lengths[texts],
+            )
         ]
         running = start, task.match(student, *placed)
         _fetch(pending, logits)  # one call late: the device works while the host gathers
         pending = running
         if progress is not None:
-            progress("pairs", min(start + rows, len(row_images)) * TEXTS_A_ROW, len(row_images) * TEXTS_A_ROW)
+            progress(
+                "pairs",
+                min(start + rows, len(row_images)) * TEXTS_A_ROW,
+                len(row_images) * TEXTS_A_ROW,
+            )
     _fetch(pending, logits)
     return logits.ravel()[places]
 
@@ -176,7 +191,8 @@ def match_pairs(
 def pair_rows(
     pair_images: Int[np.ndarray, "pairs"], pair_texts: Int[np.ndarray, "pairs"], width: int
 ) -> tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows width"], Int[np.ndarray, "pairs"]]:
-    """Rows of one image and `width` of its texts each, and every pair's place in the flattened rows.
+    """Rows of one image and `width` of its texts each, and every pair's place in the flattened
+    rows.
 
     `pair_images` ascends; places that no pair fills repeat text 0.
     """
@@ -205,7 +221,8 @@ def promoted(
     chosen: Int[np.ndarray, "queries top_k"],
     values: Float[np.ndarray, "queries top_k"],
 ) -> Float[np.ndarray, "queries candidates"]:
-    """Scores in which the chosen candidates come before all others, in the order of their values, with ties kept.
+    """Scores in which the chosen candidates come before all others, in the order of their values,
+    with ties kept.
 
     The ranks of the values are added, not the values, so that nothing is rounded.
     """
@@ -228,7 +245,8 @@ def counted(values: Mapping[str, float]) -> str:
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A table for a terminal: how much was evaluated, the recalls of every protocol, and chance below them.
+    """A table for a terminal: how much was evaluated, the recalls of every protocol, and chance
+    below them.
 
     Names the protocols that are no better than chance.
     """
@@ -239,11 +257,21 @@ def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
     block = 8 * len(RANKS)
     lines = [f"{counted(any_result)}, {any_result['texts']:,} texts" + _remarks(results)]
     lines.append(f"{'':{width}} {'image to text':>{block}}   {'text to image':>{block}}")
-    lines.append(f"{'recall, %':{width}}" + _cells({name: f"R@{name.split('_r')[1]}" for name in names}))
+    lines.append(
+        f"{'recall, %':{width}}" + _cells({name: f"R@{name.split('_r')[1]}" for name in names})
+    )
     for protocol, values in results.items():
-        lines.append(f"{protocol:{width}}" + _cells({name: f"{values[name]:.2f}" for name in names}))
-    lines.append(f"{'chance':{width}}" + _cells({name: f"{value:.2f}" for name, value in chance.items()}))
-    lines += [f"{protocol} is no better than chance" for protocol, values in results.items() if at_chance(values)]
+        lines.append(
+            f"{protocol:{width}}" + _cells({name: f"{values[name]:.2f}" for name in names})
+        )
+    lines.append(
+        f"{'chance':{width}}" + _cells({name: f"{value:.2f}" for name, value in chance.items()})
+    )
+    lines += [
+        f"{protocol} is no better than chance"
+        for protocol, values in results.items()
+        if at_chance(values)
+    ]
     return "\n".join(lines)
 
 
@@ -259,7 +287,9 @@ def at_chance(values: Mapping[str, float]) -> bool:
 
 
 def write_eval_json(path: Path | str, results: Mapping[str, Mapping[str, float]]) -> None:
-    """Writes `eval.json`, {protocol: {name: percent}}: a reader sees the old file or the new one, never a part."""
+    """Writes `eval.json`, {protocol: {name: percent}}: a reader sees the old file or the new one,
+    never a part.
+    """
     write_json(path, {protocol: dict(values) for protocol, values in results.items()})
 
 
@@ -272,7 +302,12 @@ def _fetch(pending: tuple[int, Any] | None, logits: Float[np.ndarray, "rows text
 def _cells(values: Mapping[str, str]) -> str:
     texts = list(values.values())
     half = len(texts) // 2
-    return " " + "".join(f"{text:>8}" for text in texts[:half]) + "   " + "".join(f"{text:>8}" for text in texts[half:])
+    return (
+        " "
+        + "".join(f"{text:>8}" for text in texts[:half])
+        + "   "
+        + "".join(f"{text:>8}" for text in texts[half:])
+    )
 
 
 def _remarks(results: Mapping[str, Mapping[str, float]]) -> str:

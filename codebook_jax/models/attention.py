@@ -9,14 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from codebook_jax.ambient import default_types
+from codebook_jax.method.ambient import default_types
 from codebook_jax.models.layers import Dense
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention of a sequence over itself (Vaswani et al., 2017), with padding masked by length.
+    """Multi-head attention of a sequence over itself (Vaswani et al., 2017), with padding masked by
+    length.
 
-    `value_std` is for the initial value and output weights: how much a token takes in from others at first.
+    `value_std` is for the initial value and output weights: how much a token takes in from others
+    at first.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class SelfAttention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Attention of texts over image tokens, whose keys and values are computed once for all texts of the image."""
+    """Attention of texts over image tokens, whose keys and values are computed once for all texts
+    of the image.
+    """
 
     def __init__(
         self, width: int, image_width: int, heads: int, *, std: float, dtype: Any, rngs: nnx.Rngs
@@ -63,7 +67,9 @@ class CrossAttention(nnx.Module):
         *,
         implementation: str | None,
     ) -> Float[Array, "images tokens width"]:
-        """`tokens` may hold several texts of one image in sequence: queries do not see each other."""
+        """`tokens` may hold several texts of one image in sequence: queries do not see each
+        other.
+        """
         key, value = keys_values[:, :, 0], keys_values[:, :, 1]
         return self.out(_attended(self.query(x), key, value, None, implementation))
 

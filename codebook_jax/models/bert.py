@@ -1,6 +1,8 @@
-"""The text encoder and the fusion encoder: the first and the last layers of a BERT (Devlin et al., 2019), post-norm.
+"""The text encoder and the fusion encoder: the first and the last layers of a BERT (Devlin et al.,
+2019), post-norm.
 
-The fusion layers have cross-attention to the image tokens between self-attention and feed-forward, as ALBEF's.
+The fusion layers have cross-attention to the image tokens between self-attention and feed-forward,
+as ALBEF's.
 """
 
 from __future__ import annotations
@@ -119,7 +121,8 @@ class FusionBlock(TextBlock):
         *,
         compute: Compute,
     ) -> Float[Array, "images texts tokens width"]:
-        """Cross-attention of each row's texts to its image; with negatives, of the last text to its negative image.
+        """Cross-attention of each row's texts to its image; with negatives, of the last text to its
+        negative image.
 
         Keys and values of an image are computed once, and gathered for the negatives.
         """
@@ -164,7 +167,9 @@ class TextEncoder(nnx.Module):
         normal = nnx.initializers.truncated_normal(embedding_std)
         self.words = nnx.Param(normal(rngs.params(), (vocabulary_size, width), jnp.float32))
         self.positions = nnx.Param(normal(rngs.params(), (max_positions, width), jnp.float32))
-        self.segment = nnx.Param(normal(rngs.params(), (2, width), jnp.float32))  # row 0 is used, as in ALBEF
+        self.segment = nnx.Param(
+            normal(rngs.params(), (2, width), jnp.float32)
+        )  # row 0 is used, as in ALBEF
         self.norm = LayerNorm(width, eps=layer_norm_eps, dtype=compute.dtype, rngs=rngs)
         self.blocks = stack(
             lambda r: TextBlock(
@@ -202,7 +207,9 @@ class TextEncoder(nnx.Module):
 
 
 class FusionEncoder(nnx.Module):
-    """BERT's last layers, which attend to the image: text states to states of the pair (Duan et al. 2022, 3)."""
+    """BERT's last layers, which attend to the image: text states to states of the pair (Duan et al.
+    2022, 3).
+    """
 
     def __init__(
         self,
@@ -244,7 +251,8 @@ class FusionEncoder(nnx.Module):
         negatives: Negatives | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "images texts tokens width"]:
-        """States of every pair of an image with one of its row's texts; token 0 stands for the pair.
+        """States of every pair of an image with one of its row's texts; token 0 stands for the
+        pair.
 
         With `negatives`, the last text of each row attends to its negative image instead.
         """
@@ -267,7 +275,9 @@ class FusionEncoder(nnx.Module):
 def gather_in_groups(
     x: Shaped[Array, "rows *some"], row: Int[Array, "rows"], groups: int
 ) -> Shaped[Array, "rows *some"]:
-    """Row `row[i]` of i's group for every i: the rows are `groups` equal contiguous parts, so none crosses a shard."""
+    """Row `row[i]` of i's group for every i: the rows are `groups` equal contiguous parts, so none
+    crosses a shard.
+    """
     grouped = x.reshape(groups, -1, *x.shape[1:])
     return jax.vmap(lambda part, at: part[at])(grouped, row.reshape(groups, -1)).reshape(x.shape)
 

@@ -1,7 +1,8 @@
 """CODIS assembled: the parts that have a teacher (`Towers`), and those that only the student has.
 
-The student's parameters are {"towers", "matching", "codebook", "temperature"}, a nested dict of float32 arrays; the
-teacher's are a second tree like "towers". Both run through one graph definition, so nothing here holds state.
+The student's parameters are {"towers", "matching", "codebook", "temperature"}, a nested dict of
+float32 arrays; the teacher's are a second tree like "towers". Both run through one graph
+definition, so nothing here holds state.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ import ml_collections
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from codebook_jax import sharding
-from codebook_jax.ambient import key_of, own_settings, wide_enough
+from codebook_jax.method.ambient import key_of, own_settings, wide_enough
 from codebook_jax.models.bert import FusionEncoder, TextEncoder
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
 from codebook_jax.models.vit import VisionTransformer
+from codebook_jax.parallel import sharding
 
-_TEXT_ONLY = ("depth", "max_positions", "value_std", "embedding_std")  # fields of the text encoder that fusion does not use
+_TEXT_ONLY = (
+    "depth",
+    "max_positions",
+    "value_std",
+    "embedding_std",
+)  # fields of the text encoder that fusion does not use
 
 
 class Towers(nnx.Module):
-    """Image, text and fusion encoder, the projections to the joint space and the masked-word head."""
+    """Image, text and fusion encoder, the projections to the joint space and the masked-word
+    head.
+    """
 
     def __init__(
         self,
@@ -48,11 +56,7 @@ class Towers(nnx.Module):
         self.image_projection = Dense(image["width"], dim, std=image["init_std"], **of)
         self.text_projection = Dense(text["width"], dim, std=text["init_std"], **of)
         self.masked_words = MaskedWordHead(
-            text["width"],
-            vocabulary_size,
-            eps=text["layer_norm_eps"],
-            std=text["init_std"],
-            **of,
+            text["width"], vocabulary_size, eps=text["layer_norm_eps"], std=text["init_std"], **of
         )
 
     def embed_images(
@@ -98,7 +102,9 @@ class Model(NamedTuple):
 def build_model(
     config: ml_collections.ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
 ) -> Model:
-    """The graphs of the model that `config` describes, for parameters split over `mesh`; allocates nothing."""
+    """The graphs of the model that `config` describes, for parameters split over `mesh`; allocates
+    nothing.
+    """
 
     def modules() -> tuple[nnx.Module, ...]:
         return _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh)
@@ -123,13 +129,17 @@ def init_student(
 
 
 def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
-    """Rows scaled to length one, in at least float32; a row of zeros stays zero, with a finite gradient."""
+    """Rows scaled to length one, in at least float32; a row of zeros stays zero, with a finite
+    gradient.
+    """
     x = x.astype(wide_enough(x.dtype))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def compute_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None) -> Compute:
-    """How `config.model` asks the towers to compute; "auto" attention is cuDNN's on a GPU in bfloat16."""
+    """How `config.model` asks the towers to compute; "auto" attention is cuDNN's on a GPU in
+    bfloat16.
+    """
     dtype = jnp.dtype(config.model.dtype)
     attention = config.model.attention
     if attention == "auto":

@@ -9,17 +9,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from codebook_jax.ambient import wide_enough
+from codebook_jax.method.ambient import wide_enough
 from codebook_jax.models.layers import Dense, LayerNorm, gelu
 
 MATCH = 1  # the class of a matching pair (ALBEF)
 
 
 class MaskedWordHead(nnx.Module):
-    """BERT's head: a transform, then the word embeddings as the output layer, and a bias (Devlin et al., 2019)."""
+    """BERT's head: a transform, then the word embeddings as the output layer, and a bias (Devlin et
+    al., 2019).
+    """
 
     def __init__(
-        self, width: int, vocabulary_size: int, *, eps: float, std: float, dtype: Any, rngs: nnx.Rngs
+        self,
+        width: int,
+        vocabulary_size: int,
+        *,
+        eps: float,
+        std: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
     ) -> None:
         self.transform = Dense(width, width, std=std, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(width, eps=eps, dtype=dtype, rngs=rngs)
@@ -42,7 +51,9 @@ class MaskedWordHead(nnx.Module):
 
 
 class MatchingHead(nnx.Module):
-    """Two logits of a pair from its [CLS] state, in at least float32; class 1 means match (Li et al. 2021, 3.2)."""
+    """Two logits of a pair from its [CLS] state, in at least float32; class 1 means match (Li et
+    al. 2021, 3.2).
+    """
 
     def __init__(self, width: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.classes = Dense(width, 2, std=std, dtype=None, rngs=rngs)

@@ -1,4 +1,6 @@
-"""The pieces of every tower: dense layers, the feed-forward part, dropout, and blocks stacked for one scan."""
+"""The pieces of every tower: dense layers, the feed-forward part, dropout, and blocks stacked for
+one scan.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from codebook_jax import sharding
-from codebook_jax.ambient import default_types, wide_enough
+from codebook_jax.method.ambient import default_types, wide_enough
+from codebook_jax.parallel import sharding
 
 REMAT = ("none", "blocks", "dots")
 
@@ -20,15 +22,20 @@ REMAT = ("none", "blocks", "dots")
 class Compute(NamedTuple):
     """How a tower computes: nothing here changes what it computes."""
 
-    dtype: Any  # of matrix products; parameters, softmax and layer normalisation's sums stay float32
-    remat: str  # what the backward pass recomputes: "none", whole "blocks", or all but matrix products ("dots")
+    dtype: (
+        Any  # of matrix products; parameters, softmax and layer normalisation's sums stay float32
+    )
+    # what the backward pass recomputes: "none", whole "blocks", or all but matrix products ("dots")
+    remat: str
     unroll: int  # blocks per scan iteration, if nothing is recomputed
     attention: str | None  # jax.nn.dot_product_attention's implementation
     mesh: jax.sharding.Mesh | None  # that parameters and rows are split over
 
 
 class Dense(nnx.Module):
-    """A dense layer from the last axes to new ones, weights from a truncated normal, biases zero (BERT, ViT)."""
+    """A dense layer from the last axes to new ones, weights from a truncated normal, biases zero
+    (BERT, ViT).
+    """
 
     def __init__(
         self,
@@ -59,7 +66,9 @@ class Dense(nnx.Module):
 def _product(
     rows: Float[Array, "rows inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "rows outputs"]:
-    """rows @ kernel with a written-out backward pass: on a CPU, XLA's own transposes an operand, at half the speed."""
+    """rows @ kernel with a written-out backward pass: on a CPU, XLA's own transposes an operand, at
+    half the speed.
+    """
     return rows @ kernel
 
 
@@ -78,9 +87,11 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def gelu(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
-    """The exact GELU, x times the normal distribution function, by erf as in PyTorch (jax.nn's erfc is slow on a CPU).
+    """The exact GELU, x times the normal distribution function, by erf as in PyTorch (jax.nn's erfc
+    is slow on a CPU).
 
-    In bfloat16, 1 + erf would lose all digits for negative x, so it is computed in float32 from the upper tail.
+    In bfloat16, 1 + erf would lose all digits for negative x, so it is computed in float32 from the
+    upper tail.
     """
     if x.dtype == jnp.bfloat16:
         return _gelu_of_bfloat16(x)
@@ -101,21 +112,25 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
     size = jnp.abs(x).astype(jnp.float32)
     root, ratio = _upper_tail(size)
-    slope = root * ((ratio - size * math.sqrt(0.5 / math.pi)) * root)  # at -size; both slopes add up to 1
+    slope = root * (
+        (ratio - size * math.sqrt(0.5 / math.pi)) * root
+    )  # at -size; both slopes add up to 1
     slope = jnp.where(x < 0, slope, 1 - slope)
     return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
 _gelu_of_bfloat16.defvjp(_gelu_forward, _gelu_backward)
 
-# Abramowitz & Stegun 26.2.17 with one more power, and coefficients of our own that minimise the largest relative error
-# over 0..16: 5e-6, a hundredth of bfloat16's rounding.
+# Abramowitz & Stegun 26.2.17 with one more power, and coefficients of our own that minimise the
+# largest relative error over 0..16: 5e-6, a hundredth of bfloat16's rounding.
 _TAIL_SCALE = 0.31
 _TAIL = (0.12386133, 0.12043419, 0.13345889, 0.015689409, 0.18049944, -0.073945604)
 
 
 def _upper_tail(x: Float[Array, "*some"]) -> tuple[Float[Array, "*some"], Float[Array, "*some"]]:
-    """(root, ratio) with P(normal > x) = ratio root^2 for x >= 0, where root^2 itself may be too small for float32."""
+    """(root, ratio) with P(normal > x) = ratio root^2 for x >= 0, where root^2 itself may be too
+    small for float32.
+    """
     t = 1 / (1 + _TAIL_SCALE * x)
     ratio = jnp.zeros_like(x)
     for coefficient in reversed(_TAIL):
@@ -135,7 +150,9 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class FeedForward(nnx.Module):
-    """Two dense layers around an exact GELU; `inner` is the width between them, 0: four times the outer one."""
+    """Two dense layers around an exact GELU; `inner` is the width between them, 0: four times the
+    outer one.
+    """
 
     def __init__(self, width: int, inner: int, *, std: float, dtype: Any, rngs: nnx.Rngs) -> None:
         inner = inner or 4 * width
@@ -146,7 +163,9 @@ class FeedForward(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
-def dropout(x: Float[Array, "*some"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*some"]:
+def dropout(
+    x: Float[Array, "*some"], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "*some"]:
     """Drops a share `rate` of the entries and scales the rest; without a key it changes nothing."""
     if key is None or rate == 0:
         return x
@@ -160,11 +179,17 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 
 
 def scan(
-    blocks: nnx.Module, apply: Callable[[Any, Array, Any], Array], x: Array, per_block: Any, compute: Compute
+    blocks: nnx.Module,
+    apply: Callable[[Any, Array, Any], Array],
+    x: Array,
+    per_block: Any,
+    compute: Compute,
 ) -> Array:
-    """Sends `x` through stacked blocks one after another; `per_block` has a leading axis over them too.
+    """Sends `x` through stacked blocks one after another; `per_block` has a leading axis over them
+    too.
 
-    Compile time does not grow with depth, and the memory of the backward pass follows `compute.remat`.
+    Compile time does not grow with depth, and the memory of the backward pass follows
+    `compute.remat`.
     """
     graph, state = nnx.split(blocks)
     parameters = nnx.to_pure_dict(state)
@@ -172,9 +197,12 @@ def scan(
     def body(x: Array, block: Any) -> tuple[Array, None]:
         own, extra = block
         own = sharding.gathered(own, compute.mesh, in_blocks=True)
-        return apply(nnx.merge(graph, nnx.State(own)), sharding.by_rows(x, compute.mesh), extra), None
+        return apply(
+            nnx.merge(graph, nnx.State(own)), sharding.by_rows(x, compute.mesh), extra
+        ), None
 
-    unroll = 1  # with both in one iteration, XLA would merge the recomputation with the first computation
+    # with both in one iteration, XLA would merge the recomputation with the first computation
+    unroll = 1
     if compute.remat == "blocks":
         body = jax.checkpoint(body, prevent_cse=False)
     elif compute.remat == "dots":

@@ -1,4 +1,6 @@
-"""The image encoder: a Vision Transformer (Dosovitskiy et al., 2021), pre-norm, with a [CLS] token."""
+"""The image encoder: a Vision Transformer (Dosovitskiy et al., 2021), pre-norm, with a [CLS]
+token.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Pages for people to read, each one self-contained HTML file: that of a run (`--mode=report`) and that of check-data.
+"""Pages for people to read, each one self-contained HTML file: that of a run (`--mode=report`) and
+that of check-data.
 
-page.py writes a page from its template, including the stylesheet, the script, the chart library (uPlot) and the pictures.
+page.py writes a page from its template, including the stylesheet, the script, the chart library
+(uPlot) and the pictures.
 """
 
 from __future__ import annotations
@@ -12,6 +14,6 @@ import ml_collections
 
 def report(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
     """Writes `report.html` into a run's workdir and prints its path; see run.py."""
-    from codebook_jax.report import run  # imported here: check-data needs no JAX
+    from codebook_jax.report import run
 
     run.write_report(config, Path(workdir).absolute())

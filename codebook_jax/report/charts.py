@@ -1,6 +1,7 @@
 """Charts as data for page.js.
 
-A chart is {"title", "note", "kind": "lines" or "bars", "x", "y" (axis labels), "log", "xs", "series": [{"label",
+A chart is {"title", "note", "kind": "lines" or "bars", "x", "y" (axis labels), "log", "xs",
+"series": [{"label",
 "values", "dash"}]}, for bars also their width "step" and the "mark"; missing values are null.
 """
 
@@ -28,7 +29,9 @@ def lines(
     log: bool = False,
     dashed: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Curves {label: values [xs]} over `xs`, thinned; a logarithmic axis leaves out values that are not positive."""
+    """Curves {label: values [xs]} over `xs`, thinned; a logarithmic axis leaves out values that are
+    not positive.
+    """
     values = np.stack(list(curves.values()), axis=1)
     if log:
         values = np.where(values > 0, values, np.nan)
@@ -44,7 +47,8 @@ def lines(
 def histogram(
     counts: np.ndarray, *, title: str, x: str, y: str, note: str = "", mark: int | None = None
 ) -> dict[str, Any]:
-    """Bars of equal width; `counts` [values] is how often each value occurs, `mark` the last value before a line.
+    """Bars of equal width; `counts` [values] is how often each value occurs, `mark` the last value
+    before a line.
 
     The last bar collects the few large values that would make the others narrow.
     """
@@ -67,9 +71,11 @@ def histogram(
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_POINTS of the [rows] steps and [rows, curves] values: the extremes of each bucket of rows.
+    """At most MOST_POINTS of the [rows] steps and [rows, curves] values: the extremes of each
+    bucket of rows.
 
-    A curve's lowest and highest value in a bucket keep their order; a bucket that is all NaN gives NaN.
+    A curve's lowest and highest value in a bucket keep their order; a bucket that is all NaN gives
+    NaN.
     """
     rows = len(steps)
     if rows <= MOST_POINTS:

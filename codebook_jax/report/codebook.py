@@ -1,4 +1,6 @@
-"""What each codeword stands for: the pictures and captions that use it, and the words that set them apart."""
+"""What each codeword stands for: the pictures and captions that use it, and the words that set them
+apart.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from jaxtyping import Float, Int
 
 from codebook_jax.data.text import clean
 from codebook_jax.evaluation.encoding import Gallery
-from codebook_jax.inference import code_probabilities
 from codebook_jax.report.charts import lines
+from codebook_jax.weights.load import code_probabilities
 
 PICTURES, CAPTIONS, WORDS = 10, 4, 6  # shown per codeword
-LEAST_LIFT = 1.5  # a word is shown if it is this much more frequent in the codeword's captions than in all
+LEAST_LIFT = (
+    1.5  # a word is shown if it is this much more frequent in the codeword's captions than in all
+)
 
 
 class Codeword(NamedTuple):
@@ -59,7 +63,9 @@ def codewords_of(
 def words_of(
     captions: Sequence[str], everywhere: Counter[str], total: int
 ) -> list[tuple[str, float]]:
-    """Words that set these captions apart from all `total`, the most distinctive first, with their share of these."""
+    """Words that set these captions apart from all `total`, the most distinctive first, with their
+    share of these.
+    """
     here = Counter(word for caption in captions for word in set(clean(caption).split()))
     gains = []
     for word, count in here.items():
@@ -72,7 +78,9 @@ def words_of(
 def explore(
     gallery: Gallery, codewords: Float[np.ndarray, "codes dim"], *, temperature: float
 ) -> dict[str, Any]:
-    """What the page shows of the codebook: `totals`, a `chart` of its use, the `codewords`, the `captions` they name."""
+    """What the page shows of the codebook: `totals`, a `chart` of its use, the `codewords`, the
+    `captions` they name.
+    """
     features = gallery.features["student"]
     probabilities = [
         code_probabilities(part, codewords, temperature=temperature)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codebook_jax.evaluation.recall import RANKS
-from codebook_jax.metrics import is_evaluation
 from codebook_jax.report.charts import lines
+from codebook_jax.run.metrics import is_evaluation
 
 Row = Mapping[str, Any]
 
@@ -46,8 +46,8 @@ _CODEBOOK = (
             "codebook/unused_share_uniform": "unused if used uniformly",
             "codebook/agreement": "agreement",
         },
-        "Only a share of unused codewords above that of uniform use means dead ones. Agreement: the share of pairs whose "
-        "picture and caption are assigned to the same codeword.",
+        "Only a share of unused codewords above that of uniform use means dead ones. Agreement: "
+        "the share of pairs whose picture and caption are assigned to the same codeword.",
     ),
     _Plot(
         "Entropy of an assignment",
@@ -106,7 +106,9 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _losses(names: Iterable[str]) -> list[_Plot]:
-    """The total loss with its parts, then the parts of each part: loss/NAME_X is part of loss/NAME."""
+    """The total loss with its parts, then the parts of each part: loss/NAME_X is part of
+    loss/NAME.
+    """
     parts = {name: name.removeprefix("loss/") for name in names if name.startswith("loss/")}
     inner = {
         name: {

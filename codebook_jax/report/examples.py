@@ -16,7 +16,9 @@ ANSWERS = 5  # shown per query
 def examples(
     gallery: Gallery, similarity: Float[np.ndarray, "images texts"], *, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Random `captions` as queries for pictures, and random `pictures` as queries for captions, with their answers."""
+    """Random `captions` as queries for pictures, and random `pictures` as queries for captions,
+    with their answers.
+    """
     ids, text_ids = gallery.image_ids, gallery.text_image_ids
     rng = np.random.default_rng(seed)
     texts = rng.permutation(len(text_ids))[:QUERIES].tolist()

@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from codebook_jax.workdir import written_whole
+from codebook_jax.files import written_whole
 
 FILE = "report.html"
 THUMBNAIL_PX = 120  # of the longer side
@@ -55,7 +55,9 @@ class Pictures:
 
 
 def write_page(path: Path | str, template: str, **values: Any) -> None:
-    """Writes the page; `values` fill the template, without the characters that browsers cannot show."""
+    """Writes the page; `values` fill the template, without the characters that browsers cannot
+    show.
+    """
     text = _environment().get_template(template).render(**values)
     with written_whole(path) as file:
         file.write(_shown(text))
@@ -83,12 +85,18 @@ def _json(value: Any, **options: Any) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """All texts in `value` without control characters; broken characters, as in a file name, become question marks."""
+    """All texts in `value` without control characters; broken characters, as in a file name, become
+    question marks.
+    """
     if isinstance(value, dict):
         return {_shown(name): _shown(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_shown(inner) for inner in value]
-    return _CONTROL.sub("", value).encode(errors="replace").decode() if isinstance(value, str) else value
+    return (
+        _CONTROL.sub("", value).encode(errors="replace").decode()
+        if isinstance(value, str)
+        else value
+    )
 
 
 def _plain(value: Any) -> str:

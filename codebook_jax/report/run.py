@@ -1,4 +1,6 @@
-"""The page of a run: how training went, what the model finds, what the codewords stand for, with which settings."""
+"""The page of a run: how training went, what the model finds, what the codewords stand for, with
+which settings.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,23 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import build, evaluate, metrics
-from codebook_jax import workdir as records
-from codebook_jax.checkpoint import Checkpoints
+from codebook_jax import build
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Gallery, encode_source, rows_over_shards
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.evaluation.retrieval import images_to_evaluate
+from codebook_jax.files import parse_json
 from codebook_jax.models.codis import unit
 from codebook_jax.report.codebook import PICTURES, explore
 from codebook_jax.report.curves import Row, curves, number
 from codebook_jax.report.examples import examples
 from codebook_jax.report.page import FILE, Pictures, write_page
-from codebook_jax.strict_json import parse_json
+from codebook_jax.run import metrics
+from codebook_jax.run import record as records
+from codebook_jax.run.checkpoint import Checkpoints
+from codebook_jax.tools import evaluate
 
 MOST_IMAGES = 1000  # of the test data
 
@@ -40,9 +44,11 @@ class Encoded(NamedTuple):
 
 
 def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
-    """Writes `report.html`: the curves and, if there is a checkpoint, what the best one in validation finds in test data.
+    """Writes `report.html`: the curves and, if there is a checkpoint, what the best one in
+    validation finds in test data.
 
-    The run's settings are compared with `config` if one is given. Raises UserError for a folder that holds no run.
+    The run's settings are compared with `config` if one is given. Raises UserError for a folder
+    that holds no run.
     """
     records.check_outputs(workdir, (FILE,))
     parts = build.build_trained(config, workdir)
@@ -90,7 +96,9 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
 
 
 def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The recalls by protocol and their origin: eval.json, else the last validation; None if there is neither."""
+    """The recalls by protocol and their origin: eval.json, else the last validation; None if there
+    is neither.
+    """
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
     if path.exists():
         found = {"step": None, "protocols": _read_json(path)}
@@ -105,7 +113,9 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
 def what_is_seen(
     encoded: Encoded, config: ml_collections.ConfigDict, pictures: Pictures
 ) -> dict[str, Any]:
-    """Examples of retrieval and the codebook, for the template; adds the pictures that they show."""
+    """Examples of retrieval and the codebook, for the template; adds the pictures that they
+    show.
+    """
     gallery = encoded.gallery
     features = gallery.features["student"]
     similarity = features.image @ features.text.T
@@ -134,7 +144,9 @@ def what_is_seen(
 
 
 def _images(shown: Mapping[str, Any]) -> list[int]:
-    """The pictures that are shown, the most important first: those of the examples, then a few of every codeword."""
+    """The pictures that are shown, the most important first: those of the examples, then a few of
+    every codeword.
+    """
     found = []
     for query in shown["examples"]["captions"]:
         found += [query["right"], *(answer["at"] for answer in query["answers"])]
@@ -146,7 +158,9 @@ def _images(shown: Mapping[str, Any]) -> list[int]:
 
 
 def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
-    """The test data encoded by the checkpoint best in validation; None before the first checkpoint."""
+    """The test data encoded by the checkpoint best in validation; None before the first
+    checkpoint.
+    """
     config = parts.config
     with Checkpoints(workdir, keep=config.checkpoint.keep, create=False) as checkpoints:
         if checkpoints.step_to_use() is None:

@@ -1,4 +1,6 @@
-"""All random draws of a pre-training step, made for the global batch before anything is computed."""
+"""All random draws of a pre-training step, made for the global batch before anything is
+computed.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,14 @@ from jaxtyping import Array, Key
 from codebook_jax.data import augment
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.losses import Pair
-from codebook_jax.sampling import MaskedText, mask_words, may_be_negatives
+from codebook_jax.method.losses import Pair
+from codebook_jax.method.sampling import MaskedText, mask_words, may_be_negatives
 
 
 class Inputs(NamedTuple):
-    """What a step learns from, with all its random draws; the first axis of every array is the batch."""
+    """What a step learns from, with all its random draws; the first axis of every array is the
+    batch.
+    """
 
     image: Any  # uint8 [B, S, S, 3], augmented
     teacher_image: Any
@@ -27,13 +31,17 @@ class Inputs(NamedTuple):
     word_weight: Any  # of each hidden word in L_mlm; they sum to 1
     noise: Pair | None  # Gumbel noise, for the negatives of images and of texts
     allowed: Any  # bool [B, B / groups]: which rows of its group each row may take as a negative
-    match_weight: Any  # [B, 3] of the pair, its negative text, its negative image in L_itm; they sum to 1
+    match_weight: (
+        Any  # [B, 3] of the pair, its negative text, its negative image in L_itm; they sum to 1
+    )
 
 
 def draw_inputs(
     batch: Batch, key: Key[Array, ""], config: ml_collections.ConfigDict, vocabulary: Vocabulary
 ) -> Inputs:
-    """Augmented views, hidden words and noise, drawn for the whole batch, independent of passes and shards."""
+    """Augmented views, hidden words and noise, drawn for the whole batch, independent of passes and
+    shards.
+    """
     student_key, teacher_key, word_key, image_noise, text_noise = jax.random.split(key, 5)
     views = _views(batch, student_key, teacher_key, config)
     masked, word_weight = None, None
@@ -61,14 +69,7 @@ def draw_inputs(
         match_weight = jnp.stack([jnp.ones_like(some), some, some], axis=1)
         match_weight = match_weight / match_weight.sum()
     return Inputs(
-        *views,
-        batch.tokens,
-        batch.text_length,
-        masked,
-        word_weight,
-        noise,
-        allowed,
-        match_weight,
+        *views, batch.tokens, batch.text_length, masked, word_weight, noise, allowed, match_weight
     )
 
 

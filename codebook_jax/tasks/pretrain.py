@@ -1,6 +1,8 @@
-"""Pre-training: read this first. One step teaches, assigns, learns, averages and remembers (Duan et al. 2022, 3).
+"""Pre-training: read this first. One step teaches, assigns, learns, averages and remembers (Duan et
+al. 2022, 3).
 
-Everything is written for the global batch, under one jit over the mesh; the only randomness is fold_in(seed, step).
+Everything is written for the global batch, under one jit over the mesh; the only randomness is
+fold_in(seed, step).
 A batch larger than memory is split into passes: accumulation.py.
 """
 
@@ -16,20 +18,22 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from codebook_jax import losses, optimizer, sharding, teacher, usage
-from codebook_jax.accumulation import Passes, Scalars
-from codebook_jax.ambient import key_of, own_settings
 from codebook_jax.data import augment
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.losses import Pair
+from codebook_jax.method import losses, teacher, usage
+from codebook_jax.method.ambient import key_of, own_settings
+from codebook_jax.method.losses import Pair
+from codebook_jax.method.sampling import draw_negatives
+from codebook_jax.method.transport import codeword_costs, transport_plan
 from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives, gather_in_groups
 from codebook_jax.models.heads import MATCH
-from codebook_jax.sampling import draw_negatives
-from codebook_jax.state import TrainState
+from codebook_jax.parallel import sharding
+from codebook_jax.parallel.accumulation import Passes, Scalars
+from codebook_jax.tasks import optimizer
 from codebook_jax.tasks.draws import Inputs, draw_inputs
-from codebook_jax.transport import codeword_costs, transport_plan
+from codebook_jax.tasks.state import TrainState
 
 
 class Taught(NamedTuple):
@@ -49,7 +53,9 @@ class Learned(NamedTuple):
 
 
 def create(config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh):
-    """The task for one config, vocabulary and mesh; raises UserError if they do not fit together."""
+    """The task for one config, vocabulary and mesh; raises UserError if they do not fit
+    together.
+    """
     return Pretraining(config, vocabulary, mesh)
 
 
@@ -137,7 +143,11 @@ class Pretraining:
             dropout_key,
             embed=self.embed,
             compare=functools.partial(
-                self.compare, state=state, teacher_features=taught.features, plan=plan, image_id=batch.image_id
+                self.compare,
+                state=state,
+                teacher_features=taught.features,
+                plan=plan,
+                image_id=batch.image_id,
             ),
             pair=functools.partial(
                 self.pair, alpha=self.alpha(_updates(state)), teacher_towers=state.teacher
@@ -152,7 +162,9 @@ class Pretraining:
 
     @jax.named_scope("teach")
     def teach(self, towers: Any, inputs: Inputs) -> Taught:
-        """The teacher's features of its view of the images and of the texts, and its states at the hidden words."""
+        """The teacher's features of its view of the images and of the texts, and its states at the
+        hidden words.
+        """
         towers = self.model.towers(towers)
         image, image_tokens = towers.embed_images(self._pixels(inputs.teacher_image))
         text, _, masked_states = self._read(towers, inputs, None)
@@ -167,8 +179,8 @@ class Pretraining:
     def assign(self, features: Pair, state: TrainState) -> Float[Array, "2 rows codes"] | None:
         """The transport plan of the teacher's image and text features over the codewords.
 
-        Its first rows are the batch's; `codebook.queue_samples` more are the queue's newest. Each valid row sums to
-        1 / (their number).
+        Its first rows are the batch's; `codebook.queue_samples` more are the queue's newest. Each
+        valid row sums to 1 / (their number).
         """
         codebook = self.config.codebook
         if not self.config.losses.codebook:
@@ -207,11 +219,13 @@ class Pretraining:
         plan: Float[Array, "2 rows codes"] | None,
         image_id: Array,
     ) -> tuple[Array, Scalars]:
-        """L_ica and L_code of the global batch's features, weighted; `own` has the codebook and the temperature."""
+        """L_ica and L_code of the global batch's features, weighted; `own` has the codebook and the
+        temperature.
+        """
         config, scalars, loss = self.config, {}, jnp.float32(0)
         if config.losses.alignment:
-            # Every row's candidates are the whole batch and the queue. Without this, XLA splits the candidates instead of
-            # the rows, and so gathers the queues and moves the logits.
+            # Every row's candidates are the whole batch and the queue. Without this, XLA splits the
+            # candidates instead of the rows, and so gathers the queues and moves the logits.
             candidates, candidate_id = sharding.whole((teacher_features, image_id), self.mesh)
             alignment = losses.alignment_loss(
                 features,
@@ -252,17 +266,23 @@ class Pretraining:
         alpha: Array,
         teacher_towers: Any,
     ) -> tuple[Array, Scalars]:
-        """L_itm and L_mlm, weighted: one run of the fusion encoder over all pairs that either loss needs."""
+        """L_itm and L_mlm, weighted: one run of the fusion encoder over all pairs that either loss
+        needs.
+        """
         config, scalars, loss = self.config, {}, jnp.float32(0)
         towers = self.model.towers(student["towers"])
-        rows: list[tuple[Array, Array]] = []  # (states, lengths) of the texts that each image is paired with
+        rows: list[
+            tuple[Array, Array]
+        ] = []  # (states, lengths) of the texts that each image is paired with
         negatives = None
         if inputs.masked is not None:
             rows.append((learned.masked_states, inputs.text_length))
         if inputs.noise is not None:
             own_text = learned.text_states, inputs.text_length
             image, text = self._negatives(student, learned.features, inputs, taught.features)
-            other_text = jax.tree.map(lambda x: gather_in_groups(x, text, self.pass_groups), own_text)
+            other_text = jax.tree.map(
+                lambda x: gather_in_groups(x, text, self.pass_groups), own_text
+            )
             rows += [own_text, other_text, own_text]  # the last looks at its negative image
             negatives = Negatives(image, self.pass_groups)
         if not rows:
@@ -381,7 +401,9 @@ class Pretraining:
     def _read(
         self, towers: codis.Towers, inputs: Inputs, key: Key[Array, ""] | None
     ) -> tuple[Array, Array, Array | None]:
-        """Features and states of the texts, and states of the masked ones, in one run of the text encoder."""
+        """Features and states of the texts, and states of the masked ones, in one run of the text
+        encoder.
+        """
         if inputs.masked is None:
             return *towers.embed_texts(inputs.tokens, inputs.text_length, key), None
         # Side by side: a row's two texts stay on the device that has the row.
@@ -394,7 +416,9 @@ class Pretraining:
     def _negatives(
         self, student: Any, learned: Pair, inputs: Inputs, taught: Pair
     ) -> tuple[Array, Array]:
-        """For each text a negative image, for each image a negative text: their places in the group."""
+        """For each text a negative image, for each image a negative text: their places in the
+        group.
+        """
         draw = functools.partial(
             draw_negatives,
             allowed=inputs.allowed,
@@ -428,4 +452,3 @@ def _if_good(good: Array, after: TrainState, before: TrainState) -> TrainState:
         bad_in_row=jnp.where(good, 0, before.bad_in_row + 1),
         bad_total=before.bad_total + (~good).astype(jnp.int32),
     )
-

@@ -1,10 +1,12 @@
-"""Makes the goldens of the towers: what PyTorch's own BERT, ViT and DeiT compute with random weights of odd small sizes.
+"""Makes the goldens of the towers: what PyTorch's own BERT, ViT and DeiT compute with random
+weights of odd small sizes.
 
     python -m pip install -e .[parity]
     python tests/goldens/make_towers.py
 
-Each folder is what `save_pretrained` (or timm's state dict) writes, with outputs.npz beside it: inputs, the states after the
-embeddings and after every layer, and what stands on top of them. On another version of torch the last digits may differ.
+Each folder is what `save_pretrained` (or timm's state dict) writes, with outputs.npz beside it:
+inputs, the states after the embeddings and after every layer, and what stands on top of them. On
+another version of torch the last digits may differ.
 """
 
 from pathlib import Path
@@ -26,7 +28,9 @@ FOLDER = Path(__file__).parent
 
 
 def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Weights that make every part count, unlike a fresh model's: no bias is zero and no scale one."""
+    """Weights that make every part count, unlike a fresh model's: no bias is zero and no
+    scale one.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,7 +41,10 @@ def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def write(name: str, arrays: dict) -> None:
-    outputs = {key: np.asarray(value.detach() if torch.is_tensor(value) else value) for key, value in arrays.items()}
+    outputs = {
+        key: np.asarray(value.detach() if torch.is_tensor(value) else value)
+        for key, value in arrays.items()
+    }
     np.savez_compressed(FOLDER / name / "outputs.npz", **outputs)
     print(name, sum(path.stat().st_size for path in (FOLDER / name).iterdir()), "bytes")
 
@@ -53,7 +60,10 @@ def bert() -> None:
     tokens, lengths = rng.integers(0, 53, (3, 11)), np.array([11, 4, 7])
     mask = (np.arange(11) < lengths[:, None]).astype(np.int64)
     out = model(
-        torch.tensor(tokens), attention_mask=torch.tensor(mask), output_hidden_states=True, return_dict=True
+        torch.tensor(tokens),
+        attention_mask=torch.tensor(mask),
+        output_hidden_states=True,
+        return_dict=True,
     )
     states = {f"states_{layer}": state for layer, state in enumerate(out.hidden_states)}
     write("bert", {"tokens": tokens, "lengths": lengths, **states, "logits": out.prediction_logits})
@@ -90,7 +100,9 @@ def deit() -> None:
 
 
 def encoded(model: torch.nn.Module, images: torch.Tensor, *, distilled: bool) -> dict:
-    """The states of a Hugging Face ViT after the embeddings, every layer and the norm; DeiT's without its distillation token."""
+    """The states of a Hugging Face ViT after the embeddings, every layer and the norm; DeiT's
+    without its distillation token.
+    """
     states = model.embeddings(images)
     if distilled:
         states = torch.cat([states[:, :1], states[:, 2:]], dim=1)
@@ -100,7 +112,9 @@ def encoded(model: torch.nn.Module, images: torch.Tensor, *, distilled: bool) ->
         states = layer(states)
         states = states[0] if isinstance(states, tuple) else states
         found.append(states)
-    return {f"states_{place}": state for place, state in enumerate(found)} | {"normed": model.layernorm(states)}
+    return {f"states_{place}": state for place, state in enumerate(found)} | {
+        "normed": model.layernorm(states)
+    }
 
 
 def timm_vit() -> None:
@@ -116,7 +130,9 @@ def timm_vit() -> None:
     for place, block in enumerate(model.blocks, 1):
         states = block(states)
         found[f"states_{place}"] = states
-    np.testing.assert_allclose(model.norm(states).detach(), model.forward_features(images).detach(), atol=1e-5)
+    np.testing.assert_allclose(
+        model.norm(states).detach(), model.forward_features(images).detach(), atol=1e-5
+    )
     write("timm", found | {"normed": model.norm(states)})
 
 

@@ -22,7 +22,8 @@ _RELATION_WORDS = {
 _SIZE_WORDS = {"small": ("small", "tiny"), "large": ("large", "big")}
 _OPENINGS = ("", "", "", "a picture of", "an image of")
 
-# A, B, C: an object with its article; r: a relation; a, b: "the" object; t: the object that C is related to.
+# A, B, C: an object with its article; r: a relation; a, b: "the" object; t: the object that C is
+# related to.
 _TWO = ("{A} {r} {B}", "{A} is {r} {B}", "there is {A} {r} {B}", "{r} {B} there is {A}")
 _TWO += ("{A} and {B}, {a} {r} {b}",)
 _TWO_UNSEEN = ("{A} and {B}: {a} is {r} {b}", "{r} {B} is {A}")
@@ -56,7 +57,9 @@ def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Seque
 
 
 def two_objects(scene: Scene, first: int, draw: random.Random, wordings: Sequence[str]) -> str:
-    """A caption of a scene of two objects, in one of the wordings, beginning with object `first`."""
+    """A caption of a scene of two objects, in one of the wordings, beginning with object
+    `first`.
+    """
     mentions = [_mention(thing, draw) for thing in scene.objects]
     relation = scene.relation(first, 1 - first)
     parts = {
@@ -89,7 +92,9 @@ def _three_objects(scene: Scene, draw: random.Random, wordings: Sequence[str]) -
 
 
 def _finish(wording: str, parts: dict[str, str], scene: Scene, draw: random.Random) -> str:
-    """The wording filled in, shortened to fit, with an opening and the background if there is room."""
+    """The wording filled in, shortened to fit, with an opening and the background if there is
+    room.
+    """
     opening, ending = pick(draw, _OPENINGS), _background_words(scene.background, draw)
     caption = wording.format(**parts)
     while len(caption.split()) > MOST_WORDS:

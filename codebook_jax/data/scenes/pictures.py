@@ -53,7 +53,9 @@ def _paint_background(background: Background, size_px: int) -> Image.Image:
 
 
 def _paint_object(image: Image.Image, thing: SceneObject) -> None:
-    """Draws the object enlarged, within its box only, and shrinks it: smooth edges at little cost."""
+    """Draws the object enlarged, within its box only, and shrinks it: smooth edges at little
+    cost.
+    """
     side = image.width
     left, top, right, bottom = (value * side for value in thing.box)
     box = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)

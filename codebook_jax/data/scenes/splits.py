@@ -1,4 +1,6 @@
-"""The scenes of each split: training by index, evaluation with one caption each, and the hard pairs."""
+"""The scenes of each split: training by index, evaluation with one caption each, and the hard
+pairs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def training_scene(seed: int, index: int) -> Scene:
 def evaluation_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple[Scene, str], ...]:
     """The scenes of `split` ("validation" or "test"), each with its one caption.
 
-    No caption, set of three objects, or related pair of objects occurs twice, so each caption has one best picture.
+    No caption, set of three objects, or related pair of objects occurs twice, so each caption has
+    one best picture.
     """
     captions: set[str] = set()
     shown: set[frozenset] = set()
@@ -57,10 +60,11 @@ def _content(scene: Scene) -> frozenset:
 
 @functools.cache
 def hard_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple[Scene, str], ...]:
-    """Pairs of scenes 2k, 2k + 1 whose captions and pictures differ in one thing only; no caption twice.
+    """Pairs of scenes 2k, 2k + 1 whose captions and pictures differ in one thing only; no caption
+    twice.
 
-    Alternately: which colour goes with which shape; which object is on which side of the other ("a left of b", "b left
-    of a"); the relation ("a left of b", "a right of b").
+    Alternately: which colour goes with which shape; which object is on which side of the other ("a
+    left of b", "b left of a"); the relation ("a left of b", "a right of b").
     """
     seen: set[str] = set()
     chosen: list[tuple[Scene, str]] = []

@@ -1,4 +1,6 @@
-"""Scenes and how they are drawn at random: objects, positions, relations, and what each split holds out."""
+"""Scenes and how they are drawn at random: objects, positions, relations, and what each split holds
+out.
+"""
 
 from __future__ import annotations
 
@@ -71,14 +73,19 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The content of a picture. No two objects have both the same colour and the same shape, and none overlap."""
+    """The content of a picture.
+
+    No two objects have both the same colour and the same shape, and none overlap.
+    """
 
     objects: tuple[SceneObject, ...]
     background: Background
     wording_seed: int
 
     def relation(self, first: int, second: int) -> str | None:
-        """Where object `first` is relative to `second`: left, right, above, below, or None if it is not clear."""
+        """Where object `first` is relative to `second`: left, right, above, below, or None if it is
+        not clear.
+        """
         return relation_between(self.objects[first], self.objects[second])
 
     def relations(self) -> list[tuple[int, str, int]]:
@@ -106,9 +113,11 @@ Kind = tuple[str, str]  # (colour, shape)
 
 @functools.cache
 def held_out(first: Kind, second: Kind) -> str | None:
-    """The only split that shows these two together, in either binding of the colours; None: training may.
+    """The only split that shows these two together, in either binding of the colours; None:
+    training may.
 
-    Depends only on the names, so every seed and every length of the training data holds out the same pairs.
+    Depends only on the names, so every seed and every length of the training data holds out the
+    same pairs.
     """
     colours, shapes = zip(first, second, strict=True)
     draw = _number(f"held out {'/'.join((*sorted(colours), *sorted(shapes)))}") % 20
@@ -146,7 +155,9 @@ def _draw_kinds(draw: random.Random, count: int, split: str | None) -> list[Kind
 
 
 def place(draw: random.Random, kinds: Sequence[Kind]) -> tuple[SceneObject, ...] | None:
-    """The objects, none overlapping and each with a clear relation to another; None if no placement was found."""
+    """The objects, none overlapping and each with a clear relation to another; None if no placement
+    was found.
+    """
     looks = [(pick(draw, tuple(SIZES)), _shade(draw, COLOURS[colour])) for colour, _ in kinds]
     for _ in range(50):
         objects = tuple(
@@ -178,7 +189,8 @@ def draw_background(draw: random.Random) -> Background:
     )
 
 
-# Draws use `random.Random.random` and `getrandbits`: only these are promised to give the same in every Python.
+# Draws use `random.Random.random` and `getrandbits`: only these are promised to give the same in
+# every Python.
 
 
 def _number(words: str) -> int:

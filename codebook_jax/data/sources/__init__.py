@@ -1,4 +1,5 @@
-"""Sources of images and captions, read by index, so that any process and any worker can read any part.
+"""Sources of images and captions, read by index, so that any process and any worker can read any
+part.
 
 `opening` opens the source that a config names; the other modules each read one format.
 """

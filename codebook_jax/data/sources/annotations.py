@@ -35,31 +35,42 @@ def open_coco(request: Request) -> Listed:
 
 
 def open_karpathy(request: Request) -> Listed:
-    """`karpathy:PATH`: {"images": [{"filepath", "filename", "cocoid", "split", "sentences": [{"raw"}]}]}."""
+    """`karpathy:PATH`: {"images": [{"filepath", "filename", "cocoid", "split", "sentences":
+    [{"raw"}]}]}.
+    """
     split = request.options.get("split")
     wanted = None if split is None else split.replace("+", ",").split(",")
     return open_images(request, "karpathy", karpathy_entries(request.place, wanted, request.role))
 
 
 def open_images(request: Request, form: str, entries: Iterator[Entry]) -> Listed:
-    """These entries, each an image with all its captions, as a source with the records that `?per=` selects."""
+    """These entries, each an image with all its captions, as a source with the records that `?per=`
+    selects.
+    """
     per = request.options.get("per", "image")
     if per not in PER:
-        raise UserError(f"{form}:{request.place}: per={per} is not valid: use per=image or per=caption")
+        raise UserError(
+            f"{form}:{request.place}: per={per} is not valid: use per=image or per=caption"
+        )
     folders = folders_of(request.place, request.image_root, request.settings.path_map)
     entries = _split(entries) if per == "caption" else entries
     return Listed(form, request.place, entries, folders, merge=request.merge)
 
 
 def coco_entries(path: str) -> Iterator[Entry]:
-    """The images of a caption file in its order; raises UserError, naming the entry, if the file is inconsistent."""
+    """The images of a caption file in its order; raises UserError, naming the entry, if the file is
+    inconsistent.
+    """
     content = read_object(path, "coco")
     for name in ("images", "annotations"):
         if not isinstance(content.get(name), list):
             karpathy = name == "annotations" and "images" in content
-            cure = f"karpathy:{path} reads Karpathy's splits; otherwise give " if karpathy else "give "
+            cure = (
+                f"karpathy:{path} reads Karpathy's splits; otherwise give " if karpathy else "give "
+            )
             raise UserError(
-                f'{path} has no list "{name}" (its keys: {keys_of(content)}): {cure}a COCO caption file, '
+                f'{path} has no list "{name}" (its keys: {keys_of(content)}): {cure}a COCO '
+                "caption file, "
                 "such as captions_train2014.json"
             )
     images: dict[int | str, tuple[str, str]] = {}
@@ -67,15 +78,17 @@ def coco_entries(path: str) -> Iterator[Entry]:
         where = f"{path} images[{number}]"
         key = identity(where, image, "id")
         if key in images:
-            raise UserError(f"{where} has the same id {key} as {images[key][0]}: give each image its own id")
+            raise UserError(
+                f"{where} has the same id {key} as {images[key][0]}: give each image its own id"
+            )
         images[key] = where, text_of(where, image, "file_name")
     captions: dict[int | str, list[str]] = {key: [] for key in images}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path} annotations[{number}]"
         if isinstance(annotation, dict) and "caption" not in annotation:
             raise UserError(
-                f"{where} has no caption (its keys: {keys_of(annotation)}): give a COCO caption file, "
-                "such as captions_train2014.json, not one of boxes or keypoints"
+                f"{where} has no caption (its keys: {keys_of(annotation)}): give a COCO caption "
+                "file, such as captions_train2014.json, not one of boxes or keypoints"
             )
         key = spelled_as_in(captions, identity(where, annotation, "image_id"))
         if key not in captions:
@@ -87,7 +100,9 @@ def coco_entries(path: str) -> Iterator[Entry]:
 
 
 def karpathy_entries(path: str, wanted: Sequence[str] | None, role: str) -> Iterator[Entry]:
-    """The images of the `wanted` splits (None: those of the role); raises UserError naming a malformed entry."""
+    """The images of the `wanted` splits (None: those of the role); raises UserError naming a
+    malformed entry.
+    """
     content = read_object(path, "karpathy")
     images = content.get("images")
     if not isinstance(images, list) or "annotations" in content:
@@ -105,8 +120,8 @@ def karpathy_entries(path: str, wanted: Sequence[str] | None, role: str) -> Iter
     if absent:
         held = ", ".join(f"{count:,} of {name}" for name, count in sizes.items())
         raise UserError(
-            f"{path} has no split {absent[0]!r} (it has {held or 'no images'}): name its splits, for example "
-            "?split=train+restval"
+            f"{path} has no split {absent[0]!r} (it has {held or 'no images'}): name its splits, "
+            "for example ?split=train+restval"
         )
     for where, image in zip(places, images, strict=True):
         if image["split"] in chosen:
@@ -139,7 +154,9 @@ def _split(entries: Iterator[Entry]) -> Iterator[Entry]:
 
 
 def text_of(where: str, entry: Any, key: str, *, empty: bool = False) -> str:
-    """The string at a key of an entry; raises UserError if there is none, or, unless `empty`, if it is empty."""
+    """The string at a key of an entry; raises UserError if there is none, or, unless `empty`, if it
+    is empty.
+    """
     value = value_of(where, entry, key)
     if not isinstance(value, str) or not (value or empty):
         raise UserError(f'{where}, key "{key}": {shown(value)} is not a text: give one')
@@ -150,7 +167,9 @@ def identity(where: str, entry: Any, key: str) -> int | str:
     """The id at a key of an entry; raises UserError if there is none."""
     value = value_of(where, entry, key)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise UserError(f'{where}, key "{key}": {shown(value)} is not an id: use a whole number or a string')
+        raise UserError(
+            f'{where}, key "{key}": {shown(value)} is not an id: use a whole number or a string'
+        )
     return value
 
 

@@ -40,9 +40,11 @@ _PREPARE = "prepare it with `tfds build NAME --file_format=array_record`"
 
 
 class Examples:
-    """The examples of a split, each an image with all its captions; the id is the number of the example.
+    """The examples of a split, each an image with all its captions; the id is the number of the
+    example.
 
-    An example without a caption is found only when it is read: to know earlier means reading the whole data set.
+    An example without a caption is found only when it is read: to know earlier means reading the
+    whole data set.
     """
 
     def __init__(self, what: str, builder: Any, split: str, keys: dict[str, str | None]) -> None:
@@ -102,7 +104,9 @@ class Examples:
             raise UnreadableImage(f"{self._numbered(index)}: {first_line(failure)}") from failure
 
     def _hash(self, info: Any) -> str:
-        """A hash of the files' names and sizes, and of some examples; raises UserError if none of them has a caption."""
+        """A hash of the files' names and sizes, and of some examples; raises UserError if none of
+        them has a caption.
+        """
         parts = [
             (os.path.basename(part.filename), part.skip, part.take, part.examples_in_shard)
             for part in info.splits[self._split].file_instructions
@@ -118,8 +122,8 @@ class Examples:
         if not captions:
             kind = info.features[self._caption]
             raise UserError(
-                f"{self._what} has no text under {self._caption!r}, which is {first_line(kind)}: name the "
-                "part that holds the captions with ?caption_key=NAME"
+                f"{self._what} has no text under {self._caption!r}, which is {first_line(kind)}: "
+                "name the part that holds the captions with ?caption_key=NAME"
             )
         return content.hexdigest()
 
@@ -131,7 +135,9 @@ class Examples:
 
 
 def open_tfds(request: Request) -> Examples:
-    """`tfds:NAME[/CONFIG]:SPLIT`, where NAME may be the folder of a prepared data set, and SPLIT `train[:50%]`."""
+    """`tfds:NAME[/CONFIG]:SPLIT`, where NAME may be the folder of a prepared data set, and SPLIT
+    `train[:50%]`.
+    """
     place, split = place_and_split(request.place)
     what = f"tfds:{place}"
     builder = _builder(what, place, request.options.get("data_dir"))
@@ -159,20 +165,23 @@ def _builder(what: str, place: str, data_dir: str | None) -> Any:
         return tfds.builder_from_directory(folder)
     given = None if data_dir is None else os.path.expanduser(data_dir)
     try:
-        # From its files alone: a data set's own code asks Google's cloud for whatever is not on this machine.
+        # From its files alone: a data set's own code asks Google's cloud for whatever is not on
+        # this machine.
         return tfds.core.read_only_builder.builder_from_files(place, data_dir=given)
     except Exception as failure:  # DatasetNotFoundError, ValueError, errors of parsing names, ...
         where = given or "~/tensorflow_datasets (name another folder as ?data_dir=FOLDER)"
         found = isinstance(failure, tfds.core.DatasetNotFoundError)
         why = "" if found else f" ({first_line(failure)})"
         raise UserError(
-            f"{what} is not prepared in {where}{why}: run `tfds build {place} --file_format=array_record`, which "
-            "downloads it; a run downloads nothing"
+            f"{what} is not prepared in {where}{why}: run `tfds build {place} "
+            "--file_format=array_record`, which downloads it; a run downloads nothing"
         ) from failure
 
 
 def _folder(what: str, place: str) -> str | None:
-    """The folder of the prepared data set at a place, or of the only one below it; None if the place is a name."""
+    """The folder of the prepared data set at a place, or of the only one below it; None if the
+    place is a name.
+    """
     if not os.path.isdir(place):
         if place.startswith(("/", ".", "~")):
             raise UserError(
@@ -203,12 +212,15 @@ def _decoders(what: str, image: str, features: Any) -> dict[str, Any]:
         if feature.np_dtype == np.uint8 and len(feature.shape) == 3:
             return {}
     raise UserError(
-        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the picture part with ?image_key=NAME"
+        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the picture part with "
+        "?image_key=NAME"
     )
 
 
 def _by_index(what: str, builder: Any, split: str, decoders: dict[str, Any]) -> Any:
-    """The examples of a split; raises UserError if there are none, or they cannot be read by index."""
+    """The examples of a split; raises UserError if there are none, or they cannot be read by
+    index.
+    """
     try:
         if not builder.info.splits[split].num_examples:
             raise UserError(f"{what} has no examples: name another split or slice")
@@ -217,8 +229,9 @@ def _by_index(what: str, builder: Any, split: str, decoders: dict[str, Any]) -> 
         raise
     except NotImplementedError as failure:
         raise UserError(
-            f"{what} is prepared as {builder.info.file_format.value}, which cannot be read by index: prepare it again "
-            f"in another data_dir with `tfds build {builder.name} --file_format=array_record`"
+            f"{what} is prepared as {builder.info.file_format.value}, which cannot be read by "
+            f"index: prepare it again in another data_dir with `tfds build {builder.name} "
+            "--file_format=array_record`"
         ) from failure
     except Exception as failure:  # ValueError for splits, OSError, ...
         splits = ", ".join(builder.info.splits)

@@ -1,6 +1,8 @@
-"""Data sets of Hugging Face's `datasets`: Parquet files, what its `save_to_disk` wrote, or a name on the hub.
+"""Data sets of Hugging Face's `datasets`: Parquet files, what its `save_to_disk` wrote, or a name
+on the hub.
 
-Rows are read from Arrow files on disk. The library copies Parquet files and hub data to its own cache, which takes
+Rows are read from Arrow files on disk. The library copies Parquet files and hub data to its own
+cache, which takes
 space: `~/.cache/huggingface/datasets`, unless HF_HOME or HF_DATASETS_CACHE names another place.
 """
 
@@ -11,6 +13,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from codebook_jax.data.network import hub_reachable
 from codebook_jax.data.sources.hub_rows import Columns, Rows
 from codebook_jax.data.sources.library_datasets import (
     chosen_part,
@@ -19,7 +22,6 @@ from codebook_jax.data.sources.library_datasets import (
     place_and_split,
 )
 from codebook_jax.errors import UserError
-from codebook_jax.network import hub_reachable
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
@@ -28,7 +30,9 @@ _SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk writes
 
 
 def open_hugging_face(request: Request) -> Rows:
-    """`hf:PLACE:SPLIT`: PLACE is a folder, a Parquet file or a name on the hub; SPLIT may be `train[:50%]`."""
+    """`hf:PLACE:SPLIT`: PLACE is a folder, a Parquet file or a name on the hub; SPLIT may be
+    `train[:50%]`.
+    """
     place, split = place_and_split(request.place)
     what = f"hf:{place}"
     table = _loaded(what, place, split)
@@ -76,13 +80,14 @@ def _loaded(what: str, place: str, split: str | None) -> Any:
         reason = first_line(failure.__cause__ or failure)
         if here:
             raise UserError(
-                f"{what} cannot be read ({reason}): give a folder of Parquet files, or one that save_to_disk wrote"
+                f"{what} cannot be read ({reason}): give a folder of Parquet files, or one that "
+                "save_to_disk wrote"
             ) from failure
         if not reachable:
             reason = "there is no network, and it is not in the cache"
         raise UserError(
-            f"{what} is not a folder here and could not be loaded from the Hugging Face hub ({reason}): give a folder, "
-            "or a name on the hub with network access"
+            f"{what} is not a folder here and could not be loaded from the Hugging Face hub "
+            f"({reason}): give a folder, or a name on the hub with network access"
         ) from failure
 
 
@@ -99,7 +104,9 @@ def _load(datasets: Any, what: str, place: str, split: str | None) -> Any:
 
 @contextlib.contextmanager
 def _quiet(datasets: Any, *, offline: bool) -> Iterator[None]:
-    """Turns off progress bars and warnings; `offline` also stops the library from trying the hub, which takes 20 s."""
+    """Turns off progress bars and warnings; `offline` also stops the library from trying the hub,
+    which takes 20 s.
+    """
     from huggingface_hub import constants
 
     logging = datasets.utils.logging
@@ -120,7 +127,9 @@ def _quiet(datasets: Any, *, offline: bool) -> Iterator[None]:
 
 
 def _undecoded(what: str, table: Any, image: str) -> Any:
-    """The table with its pictures as the bytes or paths of files; raises UserError if the column holds anything else."""
+    """The table with its pictures as the bytes or paths of files; raises UserError if the column
+    holds anything else.
+    """
     datasets = _library()
     feature = table.features[image]
     if isinstance(feature, datasets.Image):
@@ -130,10 +139,11 @@ def _undecoded(what: str, table: Any, image: str) -> Any:
         return table
     if kind in ("string", "large_string"):
         raise UserError(
-            f"{what}: {image!r} holds texts, not pictures: if they are paths, read a list of them with json: or csv:; "
-            "if they are URLs, download them with img2dataset and read its shards with webdataset:; or name the "
-            "column of pictures with ?image_key=NAME"
+            f"{what}: {image!r} holds texts, not pictures: if they are paths, read a list of them "
+            "with json: or csv:; if they are URLs, download them with img2dataset and read its "
+            "shards with webdataset:; or name the column of pictures with ?image_key=NAME"
         )
     raise UserError(
-        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the column of pictures with ?image_key=NAME"
+        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the column of pictures "
+        "with ?image_key=NAME"
     )

@@ -1,4 +1,6 @@
-"""The rows of one of Hugging Face's tables as records; they are indexed without reading the images."""
+"""The rows of one of Hugging Face's tables as records; they are indexed without reading the
+images.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,16 @@ class Columns(NamedTuple):
 class Rows:
     """The rows of a table as a source.
 
-    Rows with the same id are the same image: for training each is a record; for evaluation (`merge`) they are one
-    record with all their captions. Without ids, each row is an image. Rows without an image or a caption are left out
-    and counted.
+    Rows with the same id are the same image: for training each is a record; for evaluation
+    (`merge`) they are one record with all their captions. Without ids, each row is an image. Rows
+    without an image or a caption are left out and counted.
     """
 
     def __init__(self, what: str, table: Any, columns: Columns, *, merge: bool) -> None:
-        """Reads the captions of all rows, but no image. Raises UserError if no row is usable or ids have a wrong type."""
+        """Reads the captions of all rows, but no image.
+
+        Raises UserError if no row is usable or ids have a wrong type.
+        """
         self._what, self._columns = what, columns
         self._table = table.select_columns([columns.image, columns.caption])
         self._texts = table.select_columns([columns.caption])
@@ -164,7 +169,8 @@ def _numbers(what: str, keys: Any) -> np.ndarray:
     [(name, feature)] = keys.features.items()
     if not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "string", "large_string")):
         raise UserError(
-            f"{what}: {name!r} is {first_line(feature)}, not ids: name a column of integers or strings with ?id_key=NAME"
+            f"{what}: {name!r} is {first_line(feature)}, not ids: name a column of integers or "
+            "strings with ?id_key=NAME"
         )
     column = pyarrow.chunked_array([column for _, part in _parts(keys) for column in part.chunks])
     encoded = column.combine_chunks().dictionary_encode()
@@ -177,6 +183,7 @@ def _numbers(what: str, keys: Any) -> np.ndarray:
 def _nothing(what: str, columns: Columns, features: Any, silent: bool) -> str:
     part, column = ("caption", columns.caption) if silent else ("image", columns.image)
     return (
-        f"{what} has no row with an image and a caption: {column!r}, which is {first_line(features[column])}, holds no "
-        f"{part}s: name the column that does with ?{part}_key=NAME"
+        f"{what} has no row with an image and a caption: {column!r}, which is "
+        f"{first_line(features[column])}, holds no {part}s: name the column that does with "
+        f"?{part}_key=NAME"
     )

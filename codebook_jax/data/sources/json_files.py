@@ -1,7 +1,7 @@
 """Pairs in ALBEF's JSON format: a JSON list, or one JSON object per line.
 
-An entry is {"image": path below the image root, "caption": text or list of texts, "image_id": optional int or text};
-other keys are ignored. The keys may have other names.
+An entry is {"image": path below the image root, "caption": text or list of texts, "image_id":
+optional int or text}; other keys are ignored. The keys may have other names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from codebook_jax.data.sources.listed import (
     shown,
 )
 from codebook_jax.errors import UserError
-from codebook_jax.strict_json import parse_json, parse_json_at
+from codebook_jax.files import parse_json, parse_json_at
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
@@ -53,7 +53,9 @@ def json_entries(path: str, keys: Keys) -> Iterator[Entry]:
 
 
 def read_json(path: str) -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list, or ("file line 3", entry) of a file with one entry per line."""
+    """("file[3]", entry) of a JSON list, or ("file line 3", entry) of a file with one entry per
+    line.
+    """
     with _opened(path, "json") as file:
         parts = iter(lambda: file.read(4096), "")
         head = next((part for part in parts if not part.isspace()), "").lstrip()
@@ -69,13 +71,17 @@ def read_json(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_list(path: str, scheme: str) -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list; raises UserError, naming what `scheme` reads, for any other file."""
+    """("file[3]", entry) of a JSON list; raises UserError, naming what `scheme` reads, for any
+    other file.
+    """
     with _opened(path, scheme) as file:
         yield from _list_entries(path, file.read(), scheme)
 
 
 def read_object(path: str, scheme: str) -> dict[str, Any]:
-    """The JSON object of a whole file; raises UserError, naming what `scheme` reads, for any other file."""
+    """The JSON object of a whole file; raises UserError, naming what `scheme` reads, for any other
+    file.
+    """
     with _opened(path, scheme) as file:
         text = file.read()
     try:
@@ -183,7 +189,8 @@ def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
     for name, key in (("image", keys.image), ("caption", keys.caption)):
         if key not in entry:
             raise UserError(
-                f'{where} has no key "{key}" (its keys: {keys_of(entry)}): {_other_scheme(path, entry)}name the '
+                f'{where} has no key "{key}" (its keys: {keys_of(entry)}): '
+                f"{_other_scheme(path, entry)}name the "
                 f"right one by adding ?{name}_key=NAME to the path"
             )
     image = entry[keys.image]
@@ -201,9 +208,14 @@ def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
 
 
 def open_json(request: Request) -> Listed:
-    """`json:PATH`: see the module. For usable.jsonl, the image root is the one recorded by check-data, unless given."""
+    """`json:PATH`: see the module.
+
+    For usable.jsonl, the image root is the one recorded by check-data, unless given.
+    """
     path, options = request.place, request.options
-    keys = Keys(**{name: options.get(f"{name}_key", default) for name, default in Keys()._asdict().items()})
+    keys = Keys(
+        **{name: options.get(f"{name}_key", default) for name, default in Keys()._asdict().items()}
+    )
     check = _check_beside(path)
     root = options.get("image_root") or check.image_root or request.image_root
     folders = folders_of(path, root, request.settings.path_map)

@@ -1,4 +1,6 @@
-"""Shared by the data sets of other libraries: NAME:SPLIT, and the names of the parts of an example."""
+"""Shared by the data sets of other libraries: NAME:SPLIT, and the names of the parts of an
+example.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,7 @@ USUAL = {  # names of parts, first match wins; not ids, which often number examp
     "image": ("image", "img", "jpg", "jpeg", "png", "webp"),
     "caption": ("caption", "captions", "text", "texts", "sentences", "sentence", "txt"),
 }
-_TEXTS = (
-    "text",
-    "caption",
-    "raw",
-    "sentence",
-)  # keys of the text in captions stored as objects
+_TEXTS = ("text", "caption", "raw", "sentence")  # keys of the text in captions stored as objects
 _PART = r"[A-Za-z_][\w.-]*(?:\[[^\]]*\])?"  # for example train, train[:50%]
 _SPLIT = re.compile(rf":({_PART}(?:\+{_PART})*)$")
 
@@ -53,13 +50,15 @@ def chosen_part(what: str, part: str, given: str | None, names: Sequence[str]) -
     if found is None:
         usual = ", ".join(USUAL[part])
         raise UserError(
-            f"{what} has no {part} under a usual name ({usual}; {held}): name it with ?{part}_key=NAME"
+            f"{what} has no {part} under a usual name ({usual}; {held}): name it with "
+            f"?{part}_key=NAME"
         )
     return found
 
 
 def texts_in(value: Any) -> tuple[str, ...]:
-    """The texts with words in a text, a list of texts, or lists of objects with a text; anything else is left out.
+    """The texts with words in a text, a list of texts, or lists of objects with a text; anything
+    else is left out.
 
     Bytes that are not UTF-8 do not count as text.
     """

@@ -33,18 +33,21 @@ class Folders(NamedTuple):
     """Where the images of a list are."""
 
     root: str  # absolute
-    path_map: tuple[tuple[str, str], ...] = ()  # (beginning of listed paths, folder here); longest first
+    path_map: tuple[
+        tuple[str, str], ...
+    ] = ()  # (beginning of listed paths, folder here); longest first
 
 
 class Listed:
     """The entries of a list as a source.
 
-    Entries with the same key (or, without one, the same path) are the same image. Ids become numbers from 0 in the
-    order of the list. For training each entry is a record. For evaluation (`merge`) the entries of one key and one
-    path are one record with all their captions, so that an image listed once per caption is one image.
+    Entries with the same key (or, without one, the same path) are the same image. Ids become
+    numbers from 0 in the order of the list. For training each entry is a record. For evaluation
+    (`merge`) the entries of one key and one path are one record with all their captions, so that an
+    image listed once per caption is one image.
 
-    Entries without a caption that has words are left out and counted. Image files are not opened here: a missing one
-    is found and counted when it is read.
+    Entries without a caption that has words are left out and counted. Image files are not opened
+    here: a missing one is found and counted when it is read.
     """
 
     def __init__(
@@ -57,7 +60,8 @@ class Listed:
         merge: bool,
         listed: int = 0,
     ) -> None:
-        """`form` is the scheme. `listed` (0: the number of entries) is the size of the list that this one was made from.
+        """`form` is the scheme. `listed` (0: the number of entries) is the size of the list that
+        this one was made from.
 
         Raises UserError if the list has no entries, or a path leads out of the root.
         """
@@ -72,8 +76,9 @@ class Listed:
             why = "lists no pairs: give a file with at least one entry"
             if self.left_out:
                 why = (
-                    f"lists no pairs with a caption: none of {len(self.left_out):,} has words (first: "
-                    f"{self.left_out[0][1]}): name the key or column of captions, or save the file again as UTF-8"
+                    f"lists no pairs with a caption: none of {len(self.left_out):,} has words "
+                    f"(first: {self.left_out[0][1]}): name the key or column of captions, or save "
+                    "the file again as UTF-8"
                 )
             raise UserError(f"{path} {why}")
         self._ids, self._fingerprint = summary.ids(), summary.fingerprint()
@@ -133,8 +138,8 @@ class _Summary:
 def folders_of(path: str, image_root: str, path_map: str) -> Folders:
     """`image_root` (empty: the folder of the list at `path`), and the rules of "OLD=NEW,OLD=NEW".
 
-    If several rules match a path, the longest OLD wins. An empty NEW is the image root. Raises UserError for a
-    malformed rule.
+    If several rules match a path, the longest OLD wins. An empty NEW is the image root. Raises
+    UserError for a malformed rule.
     """
     root = os.path.abspath(os.path.expanduser(image_root) or os.path.dirname(path))
     pairs = []
@@ -142,8 +147,9 @@ def folders_of(path: str, image_root: str, path_map: str) -> Folders:
         old, equals, new = rule.rpartition("=")
         if not equals or not old:
             raise UserError(
-                f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give the beginning of the listed "
-                "paths and the folder here, for example /export/home/vl=/data; separate several with commas"
+                f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give the beginning "
+                "of the listed paths and the folder here, for example /export/home/vl=/data; "
+                "separate several with commas"
             )
         pairs.append((old.rstrip("/"), os.path.abspath(os.path.expanduser(new)) if new else root))
     return Folders(root, tuple(sorted(pairs, key=lambda pair: -len(pair[0]))))
@@ -157,7 +163,9 @@ def located(image: str, folders: Folders) -> str:
 
 @contextlib.contextmanager
 def reading(path: str, wanted: str) -> Iterator[None]:
-    """Raises UserError with one sentence if the file at `path` cannot be read; `wanted` is what to give instead."""
+    """Raises UserError with one sentence if the file at `path` cannot be read; `wanted` is what to
+    give instead.
+    """
     try:
         yield
     except UnicodeDecodeError as failure:
@@ -167,11 +175,14 @@ def reading(path: str, wanted: str) -> Iterator[None]:
 
 
 def captions_in(where: str, key: str, captions: Any) -> tuple[str, ...]:
-    """A text or a list of texts as captions, leaving out those without words; raises UserError for anything else."""
+    """A text or a list of texts as captions, leaving out those without words; raises UserError for
+    anything else.
+    """
     texts = [captions] if isinstance(captions, str) else captions or []
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(
-            f'{where}, key "{key}": {shown(captions)} is neither a text nor a list of texts: give one of them'
+            f'{where}, key "{key}": {shown(captions)} is neither a text nor a list of texts: give '
+            "one of them"
         )
     return tuple(text for text in texts if has_words(text))
 
@@ -196,13 +207,16 @@ def shown(value: Any) -> str:
 
 
 def _placed(entries: Iterable[Entry], folders: Folders) -> Iterable[Entry]:
-    """The entries with their paths below the root; raises UserError for one that leads out of it."""
+    """The entries with their paths below the root; raises UserError for one that leads out of
+    it.
+    """
     for entry in entries:
         if _mapped(entry.image, folders.path_map) is None:
             entry = entry._replace(image=_below(entry.where, entry.image, folders.root))
         elif ".." in entry.image.split("/") or "\0" in entry.image:
             raise UserError(
-                f'{entry.where}, key "image": {entry.image!r} may lead out of the folder that config.data.path_map '
+                f'{entry.where}, key "image": {entry.image!r} may lead out of the folder that '
+                "config.data.path_map "
                 'gives: give paths without ".."'
             )
         yield entry
@@ -249,8 +263,10 @@ def _below(where: str, image: str, root: str) -> str:
     path = os.path.normpath(os.path.join(root, image))
     if "\0" in path or not path.startswith(root.rstrip(os.sep) + os.sep):
         raise UserError(
-            f'{where}, key "image": {image!r} is outside the image root {root}: give paths below it, '
-            "set config.data.image_root to the folder that holds the images, or map the beginning of the "
+            f'{where}, key "image": {image!r} is outside the image root {root}: give paths below '
+            "it, "
+            "set config.data.image_root to the folder that holds the images, or map the beginning "
+            "of the "
             "paths to a folder here, for example --config.data.path_map=/export/home=/data"
         )
     return os.path.relpath(path, root)
@@ -261,8 +277,9 @@ def _cure_of_address(image: str) -> str:
     scheme = image.partition("://")[0]
     if scheme.lower() in ("http", "https"):
         return (
-            "a URL, not a file: download the images with img2dataset and read its shards with webdataset:SHARDS.tar, "
-            "or name the column or key of the paths on this machine with ?image_key=NAME"
+            "a URL, not a file: download the images with img2dataset and read its shards with "
+            "webdataset:SHARDS.tar, or name the column or key of the paths on this machine with "
+            "?image_key=NAME"
         )
     return (
         "not a path on this machine: map its beginning to a folder here, for example "

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class Mixture:
-    """The records of several sources, numbered consecutively; images of different sources are never the same image."""
+    """The records of several sources, numbered consecutively; images of different sources are never
+    the same image.
+    """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None) -> None:
         """`weights` (None: their sizes) are the sources' shares of the training stream."""
@@ -23,7 +25,8 @@ class Mixture:
         self.starts = np.cumsum([0, *map(len, self.sources)])
         self.listed = sum(source.listed for source in self.sources)
         self.left_out = tuple(item for source in self.sources for item in source.left_out)
-        # A source's ids are below `listed`, not its length: packed records keep the numbers of their list.
+        # A source's ids are below `listed`, not its length: packed records keep the numbers of
+        # their list.
         self._first_ids = np.cumsum([0, *(source.listed for source in self.sources)])
 
     def __len__(self) -> int:
@@ -48,7 +51,9 @@ class Mixture:
         return which, index - int(self.starts[which])
 
     def fingerprint(self) -> str:
-        return digest([*(source.fingerprint() for source in self.sources), f"weights {self.weights}"])
+        return digest(
+            [*(source.fingerprint() for source in self.sources), f"weights {self.weights}"]
+        )
 
     def __repr__(self) -> str:
         return f"mixture({', '.join(map(repr, self.sources))}; weights={self.weights})"
@@ -57,9 +62,10 @@ class Mixture:
 def training_order(source: Source, seed: int) -> grain.MapDataset:
     """Position in the run -> record of the source: random access, computed and not stored.
 
-    In one source, or a mixture without weights, every record appears once per epoch, in a new order each epoch. With
-    weights, each source cycles through its own records so, and gets its share of every part of the stream; an epoch is
-    then as many pairs as all sources have records, and may repeat some sources and use only part of others.
+    In one source, or a mixture without weights, every record appears once per epoch, in a new order
+    each epoch. With weights, each source cycles through its own records so, and gets its share of
+    every part of the stream; an epoch is then as many pairs as all sources have records, and may
+    repeat some sources and use only part of others.
     """
     if not isinstance(source, Mixture) or source.weights is None:
         return _shuffled(len(source), seed)

@@ -1,4 +1,6 @@
-"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, several separated by commas."""
+"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, several separated
+by commas.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Settings(NamedTuple):
     """The settings shared by all sources."""
 
     size_px: int  # of scenes
-    scenes_examples: int  # for training, like the seed: validation and test scenes are always the same
+    scenes_examples: (
+        int  # for training, like the seed: validation and test scenes are always the same
+    )
     seed: int
     image_root: str = ""
     path_map: str = ""
@@ -72,7 +76,9 @@ SCHEMES = {
     "csv": Scheme(tables.open_csv, "csv:PAIRS.csv", (*_FILES, *_KEYS, "quotes")),
     "tsv": Scheme(tables.open_tsv, "tsv:PAIRS.tsv", (*_FILES, *_KEYS, "quotes")),
     "coco": Scheme(annotations.open_coco, "coco:CAPTIONS.json", (*_FILES, "per")),
-    "karpathy": Scheme(annotations.open_karpathy, "karpathy:DATASET.json", (*_FILES, "split", "per")),
+    "karpathy": Scheme(
+        annotations.open_karpathy, "karpathy:DATASET.json", (*_FILES, "split", "per")
+    ),
     "vg": Scheme(visual_genome.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", (*_FILES, "per")),
     "webdataset": Scheme(tar.open_webdataset, "webdataset:SHARDS.tar", ("caption_key",)),
     "records": Scheme(records.open_records, "records:FOLDER"),
@@ -92,7 +98,8 @@ def open_source(
     path_map: str = "",
     damaged_shards: str = "refuse",
 ) -> Source:
-    """The source, or the mixture of sources, that `spec` names, for the `role` "train", "validation" or "test".
+    """The source, or the mixture of sources, that `spec` names, for the `role` "train",
+    "validation" or "test".
 
     Raises UserError if it cannot be opened.
     """
@@ -111,8 +118,8 @@ def open_source(
     given = sum(weight is not None for weight in weights)
     if given not in (0, len(weights)):
         raise UserError(
-            f"{spec!r}: {given} of {len(weights)} sources have a weight: give ?weight= to each, or to none "
-            "(every record once per epoch)"
+            f"{spec!r}: {given} of {len(weights)} sources have a weight: give ?weight= to each, or "
+            "to none (every record once per epoch)"
         )
     if given and role != "train":
         raise UserError(f"{spec!r}: weights only apply to training: leave them out for evaluation")
@@ -149,7 +156,9 @@ def _open(spec: str, role: str, settings: Settings) -> tuple[Source, float | Non
     name, rest = re.match(r"(?:(\w+)(?::|(?=\?)|$))?(.*)", spec, re.DOTALL).groups()
     scheme = SCHEMES.get(name)
     if scheme is None or (name != "scenes" and not rest.partition("?")[0]):
-        hint = f"did you mean json:{spec}" if spec.endswith((".json", ".jsonl")) else f"use {forms()}"
+        hint = (
+            f"did you mean json:{spec}" if spec.endswith((".json", ".jsonl")) else f"use {forms()}"
+        )
         raise UserError(f"{spec!r} does not name a source for {role} data: {hint}")
     place, options = _options(spec, rest, scheme.options)
     weight = _weight(spec, options.pop("weight", None))
@@ -167,7 +176,9 @@ def _options(spec: str, rest: str, allowed: Sequence[str]) -> tuple[str, dict[st
         if not equals or name not in ("weight", *allowed):
             known = ", ".join(("weight", *allowed))
             close = difflib.get_close_matches(name, ("weight", *allowed), n=1)
-            hint = f"did you mean {close[0]}" if close and equals else f"use NAME=VALUE with {known}"
+            hint = (
+                f"did you mean {close[0]}" if close and equals else f"use NAME=VALUE with {known}"
+            )
             raise UserError(f"{spec!r}: {part!r} is not an option of this source: {hint}")
         options[name] = value
     return place, options

@@ -1,4 +1,6 @@
-"""Pairs that --mode=prepare packed, read by index: `codebook_jax.data.packing` describes the folder."""
+"""Pairs that --mode=prepare packed, read by index: `codebook_jax.data.packing` describes the
+folder.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.record import Record, WithoutCaption, checked, digest
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
-from codebook_jax.strict_json import parse_json
+from codebook_jax.files import parse_json
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources.opening import Request
@@ -41,11 +43,14 @@ class Images(NamedTuple):
 class Records:
     """The records of a packed folder; files are opened on first use.
 
-    For evaluation (`merge`), records of one image id with the same picture are merged into one with all captions.
+    For evaluation (`merge`), records of one image id with the same picture are merged into one with
+    all captions.
     """
 
     def __init__(self, folder: str, manifest: Manifest, *, merge: bool, damaged: str) -> None:
-        """`damaged`: "refuse" raises UserError if a shard is missing or has another size, "skip" leaves it out."""
+        """`damaged`: "refuse" raises UserError if a shard is missing or has another size, "skip"
+        leaves it out.
+        """
         self._folder = os.fspath(folder)
         self._shards, self.left_out = _sound(self._folder, manifest, damaged)
         self._starts = np.cumsum([0, *(shard.records for shard in self._shards)])
@@ -114,8 +119,9 @@ class Records:
             return parse_json(self._indexes[shard.file][place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
-                f"{self._folder}/{index_name(shard.file)}, line {place + 1} cannot be read ({failure}): run the "
-                "same --mode=prepare command again; it repacks damaged shards"
+                f"{self._folder}/{index_name(shard.file)}, line {place + 1} cannot be read "
+                f"({failure}): run the same --mode=prepare command again; it repacks damaged "
+                "shards"
             ) from failure
 
     def _merged(self) -> Images:
@@ -145,7 +151,9 @@ def _with_words(captions: Iterable[str]) -> tuple[str, ...]:
 def _sound(
     folder: str, manifest: Manifest, damaged: str
 ) -> tuple[tuple[Shard, ...], list[tuple[str, str]]]:
-    """(shards with complete files, (file, why) of the others); raises UserError if `damaged` is "refuse"."""
+    """(shards with complete files, (file, why) of the others); raises UserError if `damaged` is
+    "refuse".
+    """
     wrong = dict(misfits(folder, manifest.shards))
     if wrong and damaged == "refuse":
         why = next(iter(wrong.values()))
@@ -170,7 +178,10 @@ def _sound(
 
 
 class _Recent(Generic[Opened]):
-    """Keeps the last opened files by name, and reopens others when needed. Safe to use from several threads."""
+    """Keeps the last opened files by name, and reopens others when needed.
+
+    Safe to use from several threads.
+    """
 
     def __init__(self, opens: Callable[[str], Opened], most: int) -> None:
         self._opens, self._most = opens, most
@@ -224,7 +235,9 @@ class _Index:
 
 
 def _most_readers() -> int:
-    """How many shards a source keeps open: a quarter of the process's limit, since a mixture has several sources."""
+    """How many shards a source keeps open: a quarter of the process's limit, since a mixture has
+    several sources.
+    """
     import resource
 
     return max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))

@@ -83,6 +83,7 @@ def open_scenes(request: Request) -> TrainingScenes | EvaluationScenes:
         )
     if settings.scenes_examples < 1:
         raise UserError(
-            f"config.data.scenes_examples={settings.scenes_examples} leaves nothing to train on: give at least 1"
+            f"config.data.scenes_examples={settings.scenes_examples} leaves nothing to train on: "
+            "give at least 1"
         )
     return TrainingScenes(settings.scenes_examples, settings.seed, settings.size_px)

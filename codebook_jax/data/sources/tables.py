@@ -1,7 +1,9 @@
-"""Pairs in a table, CSV or TSV: one pair per row, the columns named by the first row or numbered from 0.
+"""Pairs in a table, CSV or TSV: one pair per row, the columns named by the first row or numbered
+from 0.
 
-CSV columns may also be separated by semicolons or tabs, whichever fits the first row. Rows with the same path or id
-are the same image. Fields may be quoted; with `?quotes=none` quotes have no meaning.
+CSV columns may also be separated by semicolons or tabs, whichever fits the first row. Rows with the
+same path or id are the same image. Fields may be quoted; with `?quotes=none` quotes have no
+meaning.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def table_entries(path: str, form: str, options: Mapping[str, str]) -> Iterator[
 def _begun(
     path: str, form: str, options: Mapping[str, str]
 ) -> tuple[Iterator[tuple[int, list[str]]], tuple[int, list[str]], Columns]:
-    """(the rows after the first, the first, the columns) with the first separator that gives the columns."""
+    """(the rows after the first, the first, the columns) with the first separator that gives the
+    columns.
+    """
     plain, failures = _plain(path, form, options), []
     for separator in SEPARATORS[form]:
         rows = _rows(path, form, separator, plain=plain)
@@ -114,16 +118,18 @@ def _plain(path: str, form: str, options: Mapping[str, str]) -> bool:
     """Whether quotes have no meaning."""
     quotes = options.get("quotes", "csv")
     if quotes not in ("csv", "none"):
-        raise UserError(f"{form}:{path}: quotes={quotes} is not valid: use quotes=csv or quotes=none")
+        raise UserError(
+            f"{form}:{path}: quotes={quotes} is not valid: use quotes=csv or quotes=none"
+        )
     return quotes == "none"
 
 
-def _rows(
-    path: str, form: str, separator: str, *, plain: bool
-) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: str, form: str, separator: str, *, plain: bool) -> Iterator[tuple[int, list[str]]]:
     """(number of its first line, cells) of every row that is not blank."""
     quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    wanted = f"the path of a table with {_CALLED[SEPARATORS[form][0]]} between its columns after {form}:"
+    wanted = (
+        f"the path of a table with {_CALLED[SEPARATORS[form][0]]} between its columns after {form}:"
+    )
     with reading(path, wanted), open(path, encoding="utf-8-sig", newline="") as file:
         # Strict: otherwise a stray quote would swallow the rows up to the next one.
         reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
@@ -133,8 +139,8 @@ def _rows(
                 row = next(reader, None)
             except csv.Error as failure:
                 raise UserError(
-                    f"{path} line {line} is not a valid row ({failure}): quote fields that contain quotes, "
-                    "doubling those inside, or add ?quotes=none if quotes have no meaning"
+                    f"{path} line {line} is not a valid row ({failure}): quote fields that contain "
+                    "quotes, doubling those inside, or add ?quotes=none if quotes have no meaning"
                 ) from failure
             if row is None:
                 return
@@ -168,6 +174,7 @@ def _no_column(path: str, form: str, part: str, key: str | None, first: Sequence
         return f"{path} has no column {key!r} for ?{part}_key (its first row: {shown}): use one of these, or a number from 0"
     usual = ", ".join(USUAL[part])
     return (
-        f"{path} has no column with a usual name for {part}s ({usual}) in its first row ({shown}): name it with "
-        f"?{part}_key=NAME, or, if the first row is already a pair, number the columns: ?image_key=0&caption_key=1"
+        f"{path} has no column with a usual name for {part}s ({usual}) in its first row ({shown}): "
+        f"name it with ?{part}_key=NAME, or, if the first row is already a pair, number the "
+        "columns: ?image_key=0&caption_key=1"
     )

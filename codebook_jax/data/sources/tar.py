@@ -1,8 +1,9 @@
 """Tar shards of samples, as written by img2dataset (WebDataset's format), read by index.
 
-A sample is an image, KEY.jpg (or png, webp, gif, bmp), with its caption in KEY.txt, or under "caption" in KEY.json. KEY is
-the whole name up to its last dot; members of a sample need not be adjacent. The headers are read once, when the
-source is opened; images are read from the shards when needed.
+A sample is an image, KEY.jpg (or png, webp, gif, bmp), with its caption in KEY.txt, or under
+"caption" in KEY.json. KEY is the whole name up to its last dot; members of a sample need not be
+adjacent. The headers are read once, when the source is opened; images are read from the shards when
+needed.
 """
 
 from __future__ import annotations
@@ -44,17 +45,20 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 class Shards:
     """The samples of tar shards, in the order of the shards; files are opened on first use.
 
-    The format cannot say that two samples are the same image, so the id is the number of the record. Samples without an
-    image or a caption are left out and counted, and so are further images and texts of a sample.
+    The format cannot say that two samples are the same image, so the id is the number of the
+    record. Samples without an image or a caption are left out and counted, and so are further
+    images and texts of a sample.
     """
 
     def __init__(
         self, place: str, paths: Sequence[str], caption_key: str | None, *, damaged: str
     ) -> None:
-        """`damaged`: if a shard is missing or truncated, or has a duplicate member or a text that is not UTF-8,
+        """`damaged`: if a shard is missing or truncated, or has a duplicate member or a text that
+        is not UTF-8,
         "refuse" raises UserError and "skip" leaves the affected samples out.
 
-        With `caption_key`, captions are the values at that key of the JSON files. Raises UserError if none is left.
+        With `caption_key`, captions are the values at that key of the JSON files. Raises UserError
+        if none is left.
         """
         self._place, self._paths, self._caption_key = place, tuple(paths), caption_key
         with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
@@ -91,7 +95,8 @@ class Shards:
             return self._captions(*self._found(index))
         except UnreadableImage as failure:
             raise UserError(
-                f"{failure}: check that the disk is mounted and the shard complete, then start again"
+                f"{failure}: check that the disk is mounted and the shard complete, then start "
+                "again"
             ) from failure
 
     def name(self, index: int) -> str:
@@ -138,20 +143,24 @@ class Shards:
 
 
 def open_webdataset(request: Request) -> Shards:
-    """`webdataset:PLACE`: a tar file, a folder of them, or a pattern such as `*.tar` or `{00000..00331}.tar`."""
+    """`webdataset:PLACE`: a tar file, a folder of them, or a pattern such as `*.tar` or
+    `{00000..00331}.tar`.
+    """
     damaged = request.settings.damaged_shards
     paths = shard_paths(request.place)
     return Shards(request.place, paths, request.options.get("caption_key"), damaged=damaged)
 
 
 def shard_paths(place: str) -> list[str]:
-    """The shards that a place names, sorted for a pattern or a folder; raises UserError if there are none.
+    """The shards that a place names, sorted for a pattern or a folder; raises UserError if there
+    are none.
 
     Shards named in full, also by ranges in braces, need not exist.
     """
     if "://" in place or place.startswith("pipe:"):
         raise UserError(
-            f"webdataset:{place} is not a path on this machine: download the shards and give their path"
+            f"webdataset:{place} is not a path on this machine: download the shards and give their "
+            "path"
         )
     if os.path.isdir(place):
         return _shards_in(place)
@@ -164,7 +173,8 @@ def shard_paths(place: str) -> list[str]:
         paths += found or ([] if glob.has_magic(path) else [path])
     if not paths:
         raise UserError(
-            f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, or a pattern such as "
+            f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, "
+            "or a pattern such as "
             "data/*.tar or data/{00000..00331}.tar"
         )
     return paths
@@ -222,16 +232,20 @@ def _refusal(path: str, index: Index) -> str:
     if index.damage.startswith("is compressed"):
         return f"{path} {index.damage}"
     if index.damage:
-        return f"{path} {index.damage}: download it again, or leave the missing part out with {skip}"
+        return (
+            f"{path} {index.damage}: download it again, or leave the missing part out with {skip}"
+        )
     more = f" (and {len(index.faults) - 1:,} more such samples)" if len(index.faults) > 1 else ""
     return (
-        f"{path}: {index.faults[0]}{more}: pack the shard again with unique names and texts in UTF-8, or leave "
-        f"such samples out with {skip}"
+        f"{path}: {index.faults[0]}{more}: pack the shard again with unique names and texts in "
+        f"UTF-8, or leave such samples out with {skip}"
     )
 
 
 def _left_out(paths: Sequence[str], indexes: Sequence[Index]) -> list[tuple[str, str]]:
-    """(name, why) of samples left out, of further members of used samples, and of damaged shards."""
+    """(name, why) of samples left out, of further members of used samples, and of damaged
+    shards.
+    """
     left_out = []
     for path, index in zip(paths, indexes, strict=True):
         shard, unused = os.path.basename(path), index.left_out + index.further
@@ -245,8 +259,9 @@ def _nothing(place: str, left_out: Sequence[tuple[str, str]]) -> str:
     if not left_out:
         return f"webdataset:{place} has no samples: give shards that hold KEY.jpg and KEY.txt"
     return (
-        f"webdataset:{place} has no sample with an image and a caption (first: {left_out[0][1]}): give shards that "
-        "hold KEY.jpg and KEY.txt, or name the caption's key in KEY.json with ?caption_key=NAME"
+        f"webdataset:{place} has no sample with an image and a caption (first: {left_out[0][1]}): "
+        "give shards that hold KEY.jpg and KEY.txt, or name the caption's key in KEY.json with "
+        "?caption_key=NAME"
     )
 
 

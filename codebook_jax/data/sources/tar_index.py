@@ -1,4 +1,6 @@
-"""The index of one tar shard: where each sample is, from the headers, without reading the images."""
+"""The index of one tar shard: where each sample is, from the headers, without reading the
+images.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from codebook_jax.data.sources.texts import Packer, Texts, not_utf8, numbered
 from codebook_jax.data.text import has_words
-from codebook_jax.strict_json import parse_json
+from codebook_jax.files import parse_json
 
 IMAGES = (b"jpg", b"jpeg", b"png", b"webp", b"gif", b"bmp")
 COMPRESSED = {  # end of the name -> (first bytes of the file, program that unpacks it)
@@ -52,7 +54,9 @@ class Index(NamedTuple):
 
 
 class Damaged(Exception):
-    """Where and how a shard is truncated or damaged; the message is a predicate, such as "is empty"."""
+    """Where and how a shard is truncated or damaged; the message is a predicate, such as "is
+    empty".
+    """
 
 
 class _Kind(enum.IntEnum):
@@ -87,11 +91,13 @@ class _Samples(NamedTuple):
 
 
 def index_shard(path: str, caption_key: str | None) -> Index:
-    """The samples of the shard at `path`; with `caption_key`, captions are the values at that key of its JSON files.
+    """The samples of the shard at `path`; with `caption_key`, captions are the values at that key
+    of its JSON files.
 
-    An image and its caption have the same name up to the last dot, and may be anywhere in the shard. An image or text
-    without such a partner is a further member of the sample named before its first dot, as in WebDataset (0001.seg.png
-    of 0001), or left out if there is no such sample. Raises OSError if the file cannot be read.
+    An image and its caption have the same name up to the last dot, and may be anywhere in the
+    shard. An image or text without such a partner is a further member of the sample named before
+    its first dot, as in WebDataset (0001.seg.png of 0001), or left out if there is no such sample.
+    Raises OSError if the file cannot be read.
     """
     with open(path, "rb") as file:
         window = _Window(file)
@@ -101,7 +107,9 @@ def index_shard(path: str, caption_key: str | None) -> Index:
         lacking = _lacking(members, samples, window, caption_key)
     lacking |= {sample: f"cannot be used: {fault}" for sample, fault in faults.items()}
     if damage and len(samples.which):
-        lacking[int(samples.which[-1])] = ""  # its other members may be cut off, so it is not counted
+        lacking[int(samples.which[-1])] = (
+            ""  # its other members may be cut off, so it is not counted
+        )
     whole = np.ones(len(samples.first), bool)
     whole[list(lacking)] = False
     left_out, further = _left_out(members, samples, lacking, whole)
@@ -232,7 +240,9 @@ def _lacking(
 def _left_out(
     members: _Members, samples: _Samples, lacking: dict[int, str], whole: np.ndarray
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """((key, why) of samples that lack something, (member, why) of further members of complete samples)."""
+    """((key, why) of samples that lack something, (member, why) of further members of complete
+    samples).
+    """
     keys = set(members.stems[samples.first[whole]].tolist()) if lacking else set()
     left_out, owned = [], whole.copy()
     for sample, why in sorted(lacking.items()):
@@ -250,7 +260,10 @@ def _left_out(
         first, count = further.get(suffix, (owner, 0))
         further[suffix] = first, count + 1
     return left_out, [
-        (first + suffix, f"is not a pair but a further member of {first}, like {count:,} *{suffix} here")
+        (
+            first + suffix,
+            f"is not a pair but a further member of {first}, like {count:,} *{suffix} here",
+        )
         for suffix, (first, count) in further.items()
     ]
 
@@ -268,8 +281,8 @@ def _owner(key: str) -> str:
 def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
     """(name, place) of every file, with size -1 for a link or a sparse file; raises Damaged.
 
-    The standard library's reader takes ten times as long, and is used only for rare headers: long names, links, sizes
-    of gigabytes.
+    The standard library's reader takes ten times as long, and is used only for rare headers: long
+    names, links, sizes of gigabytes.
     """
     at, unusual = 0, None
     while True:
@@ -278,8 +291,8 @@ def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
             rest = window.read(at, 2 * tarfile.RECORDSIZE)  # an archive is padded to a whole record
             if rest.count(0) < len(rest):
                 raise Damaged(
-                    f"goes on behind the end mark of an archive at byte {at:,}, as where cat has joined several "
-                    "(tar -A joins them whole)"
+                    f"goes on behind the end mark of an archive at byte {at:,}, as where cat has "
+                    "joined several (tar -A joins them whole)"
                 )
             return
         start, size = at + _BLOCK, _plain_size(head)
@@ -332,7 +345,9 @@ class _StandardReader:
         self._tar.fileobj = window.file
 
     def member(self, at: int) -> tuple[bytes, Place, int]:
-        """(name, place, where the next header is) of the member whose header is at `at`; no name: not a file."""
+        """(name, place, where the next header is) of the member whose header is at `at`; no name:
+        not a file.
+        """
         self._window.file.seek(at)
         try:
             found = tarfile.TarInfo.fromtarfile(self._tar)
@@ -350,7 +365,10 @@ class _StandardReader:
 
 
 def _reason(window: _Window, at: int, failure: Exception) -> str:
-    """Why a shard has no header at `at`. Part of the fingerprint: rewording it changes the data of old runs."""
+    """Why a shard has no header at `at`.
+
+    Part of the fingerprint: rewording it changes the data of old runs.
+    """
     if window.end == 0:
         return "is empty"
     start = window.read(0, 6)

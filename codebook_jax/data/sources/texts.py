@@ -1,4 +1,6 @@
-"""Millions of short texts, and of keys, without a Python object each: they take only the memory of their content."""
+"""Millions of short texts, and of keys, without a Python object each: they take only the memory of
+their content.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Packer:
 
 
 def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [kinds]: where each key first appears, int32 [keys]: its number), from 0 in order of first appearance."""
+    """(int64 [kinds]: where each key first appears, int32 [keys]: its number), from 0 in order of
+    first appearance.
+    """
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(first)
     places = np.empty(len(first), np.int32)

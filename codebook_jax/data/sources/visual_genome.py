@@ -1,6 +1,8 @@
-"""The phrases of Visual Genome: `region_descriptions.json`, with the images in VG_100K and VG_100K_2.
+"""The phrases of Visual Genome: `region_descriptions.json`, with the images in VG_100K and
+VG_100K_2.
 
-A record is an image with all its distinct phrases, or with `?per=caption` an image with one of them.
+A record is an image with all its distinct phrases, or with `?per=caption` an image with one of
+them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def open_visual_genome(request: Request) -> Listed:
 
 
 def region_entries(path: str, root: str) -> Iterator[Entry]:
-    """The images of the file; raises UserError, naming the entry, if the file is not one of region descriptions."""
+    """The images of the file; raises UserError, naming the entry, if the file is not one of region
+    descriptions.
+    """
     paths: dict[int | str, str] | None = None
     for where, image in read_list(path, "vg"):
         regions = image.get("regions") if isinstance(image, dict) else None
@@ -51,14 +55,16 @@ def region_entries(path: str, root: str) -> Iterator[Entry]:
         paths = _paths(path, root) if paths is None else paths
         if (listed := spelled_as_in(paths, key)) not in paths:
             raise UserError(
-                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in {' or '.join(FOLDERS)}: "
-                f"put the published {IMAGE_DATA} beside {path}"
+                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in "
+                f"{' or '.join(FOLDERS)}: put the published {IMAGE_DATA} beside {path}"
             )
         yield Entry(where, paths[listed], tuple(phrases), key)
 
 
 def _paths(path: str, root: str) -> dict[int | str, str]:
-    """{image id: path below the root}, from image_data.json beside the file, else from the folders."""
+    """{image id: path below the root}, from image_data.json beside the file, else from the
+    folders.
+    """
     beside = os.path.join(os.path.dirname(path), IMAGE_DATA)
     if os.path.exists(beside):
         return dict(_described(where, image) for where, image in read_list(beside, "vg"))
@@ -74,8 +80,9 @@ def _paths(path: str, root: str) -> dict[int | str, str]:
                 found[int(stem)] = f"{folder}/{name}"
     if not found:
         raise UserError(
-            f"cannot tell which of {' and '.join(FOLDERS)} holds the images of {path}: put the published "
-            f"{IMAGE_DATA} beside it, or set config.data.image_root to the folder that holds both (now {root or '.'})"
+            f"cannot tell which of {' and '.join(FOLDERS)} holds the images of {path}: put the "
+            f"published {IMAGE_DATA} beside it, or set config.data.image_root to the folder that "
+            f"holds both (now {root or '.'})"
         )
     return found
 
@@ -86,6 +93,7 @@ def _described(where: str, image: Any) -> tuple[int | str, str]:
     parts = text_of(where, image, "url").split("/")
     if len(parts) < 2 or parts[-2] not in FOLDERS:
         raise UserError(
-            f'{where}, key "url": it does not end in VG_100K/NAME.jpg: give the published {IMAGE_DATA}'
+            f'{where}, key "url": it does not end in VG_100K/NAME.jpg: give the published '
+            f"{IMAGE_DATA}"
         )
     return key, "/".join(parts[-2:])

@@ -1,0 +1,165 @@
+"""Files read and written safely: strict JSON, whole files or none, and outputs checked before any
+work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
+
+
+class TooLong:
+    """Stands for a whole number with more digits than Python reads, so that messages can name its
+    place.
+    """
+
+    def __init__(self, digits: str) -> None:
+        self._digits = digits
+
+    def __str__(self) -> str:
+        return f"{self._digits[:8]}... ({len(self._digits):,} digits)"
+
+
+def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
+    """The content of a JSON text; raises ValueError with one sentence for anything that is not
+    JSON.
+
+    Unlike Python's own reader, it raises ValueError for a repeated key in an object, and for
+    nesting too deep for the stack. With `of_data`, whole numbers that are too long become
+    `TooLong`, so that the rest can be read.
+    """
+    with _one_kind_of_error():
+        return (_OF_DATA if of_data else _STRICT).decode(
+            text if isinstance(text, str) else _decoded(text)
+        )
+
+
+def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+    """(the value that begins at `start`, where it ends), otherwise like
+    `parse_json(of_data=True)`.
+    """
+    with _one_kind_of_error():
+        return _OF_DATA.raw_decode(text, start)
+
+
+@contextlib.contextmanager
+def _one_kind_of_error() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as failure:
+        raise ValueError("lists or objects are nested too deeply") from failure
+
+
+def _decoded(text: bytes) -> str:
+    return text.decode(json.detect_encoding(text), "surrogatepass").removeprefix("\ufeff")
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for at, key in enumerate(keys) if key in keys[:at])
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return content
+
+
+def _whole_number(digits: str) -> int | TooLong:
+    try:
+        return int(digits)
+    except ValueError:  # sys.get_int_max_str_digits()
+        return TooLong(digits)
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object)
+_OF_DATA = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole_number)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes `value` as JSON so that a reader sees the old file or the new one, never a part."""
+    with written_whole(path) as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[str]]:
+    """A UTF-8 text file that gets its name only once it is written completely; `errors` as in
+    `open`.
+    """
+    path = Path(path)
+    draft = _draft_of(path)
+    with refused(path, *UNREACHABLE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(draft, "w", encoding="utf-8", errors=errors, newline="\n")
+    try:
+        with opened as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with refused(path, *UNREACHABLE):
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
+    """Raises UserError if one of these files and folders could not be written into `folder`; leaves
+    nothing behind.
+
+    Every mode calls it before it loads anything, so that no work is lost. `folder` need not exist.
+    """
+    with refused(folder):
+        write_probe(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
+    for name in (*files, *folders):
+        path, kind = folder / name, "file" if name in files else "folder"
+        with refused(path):
+            if path.exists() and path.is_dir() != (kind == "folder"):
+                raise UserError(
+                    f"{path} is not a {kind}, and a {kind} of this name must be written: move it "
+                    "away, or give another place"
+                )
+            if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(_draft_of(path))  # its name may be too long
+
+
+def write_probe(folder: Path) -> None:
+    """Writes a small file into the folder and removes it; raises OSError if that fails."""
+    path = folder / f".writable-{secrets.token_hex(8)}"
+    try:
+        with open(path, "xb") as file:
+            file.write(b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(
+        f".{path.name}.{secrets.token_hex(8)}.tmp"
+    )  # two hosts may share process numbers
+
+
+@contextlib.contextmanager
+def refused(path: Path, *but: int) -> Iterator[None]:
+    """Raises UserError instead of an OSError, except for the error numbers in `but` and a full
+    disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (*FULL_DISK, *but):
+            raise
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): make it writable, or give another place"
+        ) from error

@@ -1,0 +1,53 @@
+"""Keeps JAX's settings (JAX_ENABLE_X64, JAX_DEFAULT_PRNG_IMPL, ...) from changing draws and other
+libraries' types.
+
+Our own code states its types, so float64 inputs are computed in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Key
+
+
+def key_of(seed: int) -> Key[jax.Array, ""]:
+    """The threefry key of a seed's last 32 bits, which are all that JAX uses."""
+    return jax.random.key(np.uint32(seed % 2**32), impl="threefry2x32")
+
+
+def wide_enough(*dtypes: DTypeLike) -> jnp.dtype:
+    """The type that holds all of these, at least float32 (JAX's own promotion may be set to
+    refuse).
+    """
+    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
+def own_settings(program: Callable[..., Any]) -> Callable[..., Any]:
+    """`program`, traced alike whatever JAX_THREEFRY_PARTITIONABLE and JAX_NUMPY_RANK_PROMOTION are
+    set to.
+    """
+
+    @functools.wraps(program)
+    def traced(*arguments: Any) -> Any:
+        with jax.threefry_partitionable(True), jax.numpy_rank_promotion("allow"):
+            return program(*arguments)
+
+    return traced
+
+
+@contextlib.contextmanager
+def default_types(dtype: DTypeLike = jnp.float32) -> Iterator[None]:
+    """Inside, other libraries compute in their default types; float64 is enabled only if `dtype` is
+    float64.
+    """
+    wide = jnp.dtype(dtype) == jnp.float64
+    with jax.enable_x64(wide), jax.numpy_dtype_promotion("standard"):
+        yield

@@ -1,0 +1,264 @@
+"""One writer at a time in a folder, on this machine or another: `with owned(folder)`.
+
+A hidden file in the folder names its owner. Between processes of one machine the process number
+decides, which a killed owner does not keep. An owner on another machine is alive if the beat in the
+file changes: no clocks are compared, and the file system need not have locks, or locks that other
+hosts see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import platform
+import secrets
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from codebook_jax.errors import UNREACHABLE, UserError
+from codebook_jax.files import parse_json, refused
+from codebook_jax.parallel.processes.joining import end
+
+FILE = ".running"
+BEAT_S = 5.0
+# an owner without a beat for this long is gone; parsing a long JSON, which blocks all threads, is
+# shorter
+WATCH_S = 30.0
+CLAIM_S = 2.0  # the most that another process needs to write its name once it has the lock
+
+
+class Owner(NamedTuple):
+    """The contents of the file."""
+
+    host: str
+    pid: int
+    since: str  # only for people to read, like the next
+    command: str
+    boot: str  # of the kernel; empty if there is no /proc, like the next two
+    pid_namespace: str
+    started: str  # since the boot; differs for another process with the same number
+    token: str
+    beat: str = "0" * 9  # of fixed length, so that no reader sees a partial file
+
+
+@contextlib.contextmanager
+def owned(folder: Path, name: str = FILE) -> Iterator[None]:
+    """Keeps other processes from owning the folder; raises UserError naming the one that does.
+
+    The file is removed on leaving. If another process takes over meanwhile, because this one or its
+    disk stood still for
+    `WATCH_S`, this process exits at once.
+    """
+    path, own = folder / name, _this_process()
+    with refused(path, *UNREACHABLE):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _claim(path, own)
+    left = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, own, left), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        left.set()
+        beating.join(BEAT_S)  # it may be stuck on a hanging disk
+        if _is(_read(path), own):
+            with contextlib.suppress(OSError):  # the next process sees that this one is gone
+                path.unlink()
+        os.close(descriptor)
+
+
+def _claim(path: Path, own: Owner) -> int:
+    """An open file at `path` that names this process and is locked; raises UserError if another
+    process owns it.
+    """
+    end_of_patience = time.monotonic() + CLAIM_S
+    while True:
+        with _opened(path) as descriptor:
+            locked = _lock(descriptor)
+            owner = _read(path)
+            if owner is not None and _is_alive(path, owner, locked):
+                raise UserError(
+                    f"--workdir={path.parent} is in use by process {owner.pid} on {owner.host} "
+                    f"since {owner.since}: wait for it, end it, or give another folder"
+                )
+            # Another process may be writing its name just now. A child of a dead one, or a dead
+            # host, may keep the lock.
+            settled = locked is not False and _is_at(path, descriptor)
+            if (settled or time.monotonic() > end_of_patience) and _is(_read(path), owner):
+                return _put(path, own)
+        time.sleep(0.1)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except PermissionError:  # another user's
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _put(path: Path, own: Owner) -> int:
+    """Replaces the file at `path`, whose lock a child of a dead process, or a dead host, may still
+    hold; the new file.
+    """
+    draft = path.with_name(f"{path.name}.{own.token}")
+    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        _lock(descriptor)
+        _write(descriptor, own)
+        draft.replace(path)
+    except BaseException:
+        os.close(descriptor)
+        draft.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+def _beat(path: Path, own: Owner, left: threading.Event) -> None:
+    for beat in itertools.count(1):
+        if left.wait(BEAT_S):
+            return
+        owner = _read(path)
+        if owner is not None and not _is(owner, own) and not left.is_set():
+            end(
+                f"process {owner.pid} on {owner.host} has taken over --workdir={path.parent}, "
+                f"since this one stood still for {WATCH_S:.0f} s: the run continues there",
+                1,
+            )
+        with (
+            contextlib.suppress(
+                OSError
+            ),  # a disk that is full or gone: whoever writes the results reports it
+            open(
+                path, "r+b"
+            ) as file,  # by its name: a mounted bucket loses what is written to a renamed file
+        ):
+            _write(file.fileno(), own._replace(beat=f"{beat:09}"))
+
+
+def _is_alive(path: Path, owner: Owner, locked: bool | None) -> bool:
+    here = _this_process()
+    if owner.boot == here.boot and (here.boot or owner.host == here.host):  # one kernel
+        if (owner.host, owner.pid_namespace) == (here.host, here.pid_namespace):
+            return _runs(owner)
+        if (
+            locked
+        ):  # a container of this machine, or a machine restored from one image: the lock decides
+            return False
+    return _beats(path, owner)
+
+
+def _beats(path: Path, owner: Owner) -> bool:
+    """Whether the owner shows that it is alive; meanwhile it may leave, or another process may take
+    its place.
+    """
+    print(
+        f"--workdir={path.parent} was in use by process {owner.pid} on {owner.host}, which has "
+        f"not released it: watching for {WATCH_S:.0f} s whether it is still alive",
+        flush=True,
+    )
+    last = time.monotonic() + WATCH_S
+    while time.monotonic() < last:
+        time.sleep(min(0.5, WATCH_S / 10))
+        os.listdir(path.parent)  # makes a network file system ask its server
+        now = _read(path)
+        if now is None and path.exists():  # a network file system may show a partial file
+            continue
+        if not _is(now, owner):
+            return False
+        if now.beat != owner.beat:
+            return True
+    return False
+
+
+def _runs(owner: Owner) -> bool:
+    """Whether a process of this machine is running; a zombie is not."""
+    try:
+        state, started = _status(owner.pid)
+        return state not in "ZX" and started == owner.started
+    except OSError:
+        pass
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _this_process() -> Owner:
+    boot = namespace = started = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+        started = _status(os.getpid())[1]
+    return Owner(
+        host=platform.node(),
+        pid=os.getpid(),
+        since=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=shlex.join(sys.orig_argv),
+        boot=boot,
+        pid_namespace=namespace,
+        started=started,
+        token=secrets.token_hex(8),
+    )
+
+
+def _status(pid: int) -> tuple[str, str]:
+    """(state, start in ticks since the boot) of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]
+
+
+def _is(one: Owner | None, other: Owner | None) -> bool:
+    return (one and one.token) == (other and other.token)
+
+
+def _read(path: Path) -> Owner | None:
+    """The contents of the file; None if it is missing or unusable."""
+    try:
+        owner = Owner(**parse_json(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    is_process = type(owner.pid) is int and 0 < owner.pid < 2**31
+    return owner if is_process and all(isinstance(x, str) for x in owner._replace(pid="")) else None
+
+
+def _write(descriptor: int, owner: Owner) -> None:
+    os.pwrite(descriptor, json.dumps(owner._asdict()).encode(), 0)
+    os.fsync(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Whether this process now holds the lock of an open file; None if the file system has no
+    locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

@@ -1,0 +1,219 @@
+"""`--mode=export`: a trained model as one self-contained folder, in the format
+config.export.format.
+
+codis         export/, what `codebook_jax.load` reads
+                export.json   the contents: format, step, sizes, versions
+                config.json   the run's record, with its config
+                tokenizer/    the run's tokenizer
+                student/      Orbax: towers, matching, codebook, temperature
+                teacher/      Orbax: towers, if config.export.teacher is set
+huggingface   export_huggingface/, image/ for ViTModel and text/ for BertModel: pretrained/write.py
+albef         export_albef/, a whole model for ALBEF's code: pretrained/write.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from codebook_jax import build
+from codebook_jax.console import say
+from codebook_jax.data import text
+from codebook_jax.errors import UserError
+from codebook_jax.parallel import sharding
+from codebook_jax.run import record as records
+from codebook_jax.run.checkpoint import Restored, reason
+from codebook_jax.run.ownership import owned
+from codebook_jax.tools import evaluate
+from codebook_jax.weights.load import FOLDER, FORMAT, MANIFEST
+from codebook_jax.weights.write import write_albef, write_huggingface
+
+
+class Format(NamedTuple):
+    """An export format."""
+
+    folder: str  # in the workdir
+    items: tuple[str, ...]  # of the train state
+    use: tuple[str, ...]  # lines that show the user how to load it
+
+
+FORMATS = {
+    "codis": Format(
+        FOLDER, ("student",), ("import codebook_jax; model = codebook_jax.load('{folder}')",)
+    ),
+    "huggingface": Format(
+        f"{FOLDER}_huggingface",
+        ("student",),
+        (
+            "from transformers import BertModel, ViTModel",
+            "ViTModel.from_pretrained('{folder}/image', add_pooling_layer=False)",
+            "BertModel.from_pretrained('{folder}/text', add_pooling_layer=False)",
+        ),
+    ),
+    "albef": Format(
+        f"{FOLDER}_albef",
+        ("student", "teacher", "queue"),
+        (
+            "from safetensors.torch import load_file",
+            "model.load_state_dict(load_file('{folder}/model.safetensors'))  # ALBEF's own model; "
+            "it has no codebook",
+        ),
+    ),
+}
+
+
+def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
+    """Writes the best checkpoint by validation into `workdir`; replaces an older export once
+    complete.
+    """
+    workdir = Path(workdir).absolute()
+    parts = build.build_trained(config, workdir)
+    name = parts.config.export.format
+    if name not in FORMATS:
+        raise UserError(f"config.export.format={name!r} is not one of {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    items = form.items
+    if name == "codis" and parts.config.export.teacher:
+        items += ("teacher",)
+    folder = workdir / form.folder
+    draft, first = _draft(folder), jax.process_index() == 0
+    with _alone(folder) if first else contextlib.nullcontext():
+        _together("the draft's folder is empty")
+        restored = evaluate.restore_trained(parts, workdir, items)
+        if name == "codis":
+            _write(draft, parts, restored, items)
+        else:
+            _write_for_pytorch(draft, name, parts, restored, items)
+        if first:
+            again = ", replacing the previous export" if _put_in_place(folder) else ""
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
+            for line in form.use:
+                say(line.format(folder=folder))
+        _together("the export is in place")
+
+
+def _write_for_pytorch(
+    draft: Path, form: str, parts: build.Parts, restored: Restored, items: tuple[str, ...]
+) -> None:
+    """Gathers the arrays of all processes; the first process writes them."""
+    state = {item: getattr(restored.state, item) for item in items}
+    if jax.process_count() > 1:
+        state = multihost_utils.process_allgather(state, tiled=True)
+    if jax.process_index() != 0:
+        return
+    arrays = {name: np.asarray(leaf) for name, leaf in sharding.named(state)}
+    write = write_albef if form == "albef" else write_huggingface
+    with _writing(draft):
+        write(draft, arrays, parts.config, parts.tokenizer.vocabulary, draft.parent / text.FOLDER)
+
+
+def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str, ...]) -> None:
+    """Every process writes its part of the arrays, the first one everything else."""
+    with _writing(draft), ocp.StandardCheckpointer() as checkpointer:
+        for item in items:
+            checkpointer.save(draft / item, getattr(restored.state, item))
+            checkpointer.wait_until_finished()
+    if jax.process_index() != 0:
+        return
+    record = records.read_record(draft.parent) | {"config": parts.config.to_dict()}
+    records.write_json(draft / records.RECORD, record)
+    shutil.copytree(draft.parent / text.FOLDER, draft / text.FOLDER)
+    records.write_json(draft / MANIFEST, _manifest(parts, restored, items))
+
+
+@contextlib.contextmanager
+def _writing(draft: Path) -> Iterator[None]:
+    """Turns the errors in which Orbax, tensorstore and safetensors wrap a full disk into one
+    sentence.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as failure:
+        raise UserError(
+            f"the export could not be written to {draft.parent} ({reason(failure)}), and an "
+            "earlier export is unchanged: fix this and export again"
+        ) from failure
+
+
+def _manifest(parts: build.Parts, restored: Restored, items: tuple[str, ...]) -> dict[str, Any]:
+    config = parts.config
+    return {
+        "format": FORMAT,
+        "task": config.task,
+        "size": config.size,
+        "step": restored.step,
+        "items": list(items),
+        "parameters": {
+            item: build.parameter_count(getattr(restored.state, item)) for item in items
+        },
+        "image_size_px": config.model.image.size_px,
+        "max_tokens": config.model.text.max_tokens,
+        "dim": config.model.dim,
+        "codes": config.codebook.size,
+        "vocabulary": parts.tokenizer.vocabulary.size,
+        "versions": records.package_versions(),
+        "git": records.git_commit(),
+    }
+
+
+def _draft(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.draft")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """An empty draft that no other export writes to; raises UserError if one does, or the folder
+    cannot be replaced.
+    """
+    records.check_outputs(folder.parent, folders=(folder.name,))
+    with owned(folder.parent, f".{folder.name}.running"):
+        if _replaced(folder).exists() and not folder.exists():
+            _replaced(folder).rename(folder)  # left by a killed export
+        for leftover in (_draft(folder), _replaced(folder)):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with records.refused(folder):
+            if folder.exists():
+                folder.rename(_replaced(folder))
+                _replaced(folder).rename(folder)
+            _draft(folder).mkdir()
+        try:
+            yield
+        finally:
+            shutil.rmtree(_draft(folder), ignore_errors=True)  # frees the space for another attempt
+
+
+def _put_in_place(folder: Path) -> bool:
+    """Makes the complete draft the export; returns whether it replaced one."""
+    there = folder.exists()
+    if there:
+        folder.rename(_replaced(folder))  # a folder cannot be renamed onto one that holds files
+    try:
+        _draft(folder).rename(folder)
+    except OSError:
+        if there:
+            _replaced(folder).rename(folder)
+        raise
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
+    return there
+
+
+def _together(point: str) -> None:
+    """Waits until every process of the run gets here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(point)

@@ -1,0 +1,47 @@
+"""Position embeddings of a ViT for a different number of patches."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float
+
+_A = -0.75  # of Keys' cubic kernel, as in PyTorch
+
+
+def resize_positions(
+    positions: Float[np.ndarray, "1 old width"], new: int
+) -> Float[np.ndarray, "1 new width"]:
+    """The embeddings resized to `new` places: [CLS] unchanged, the square of patches bicubic.
+
+    Like PyTorch's interpolate(mode="bicubic", align_corners=False), which ALBEF and DeiT use: no
+    anti-aliasing, borders repeated. Raises ValueError if a number of patches is not a square.
+    """
+    before, after = math.isqrt(positions.shape[1] - 1), math.isqrt(new - 1)
+    if before**2 != positions.shape[1] - 1 or after**2 != new - 1:
+        raise ValueError(f"{positions.shape[1] - 1} or {new - 1} patches do not form a square")
+    weights = _cubic_weights(before, after)
+    square = positions[0, 1:].reshape(before, before, -1).astype(np.float64)
+    resized = np.einsum("ir,jc,rcw->ijw", weights, weights, square).reshape(after * after, -1)
+    whole = np.concatenate([positions[0, :1].astype(np.float64), resized])
+    return whole[None].astype(positions.dtype)
+
+
+def _cubic_weights(before: int, after: int) -> Float[np.ndarray, "after before"]:
+    """The weight of each old place in each new one; rows sum to one."""
+    weights = np.zeros((after, before))
+    for place in range(after):
+        centre = (place + 0.5) * before / after - 0.5
+        first = math.floor(centre) - 1
+        for old in range(first, first + 4):
+            weights[place, min(max(old, 0), before - 1)] += _kernel(abs(centre - old))
+    return weights
+
+
+def _kernel(distance: float) -> float:
+    if distance <= 1:
+        return ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
+    if distance < 2:
+        return ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
+    return 0.0

@@ -1,0 +1,280 @@
+"""Packed pairs read by index: the same in every process, damage is named, and nothing is read
+needlessly.
+"""
+
+import hashlib
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from small_packing import content, jpeg, pack, write_many
+
+from codebook_jax.data.images import UnreadableImage, decode
+from codebook_jax.data.manifest import Shard, verify
+from codebook_jax.data.pipeline import training_batches
+from codebook_jax.data.sources import open_source, records
+from codebook_jax.data.text import tokenizer_for_run
+from codebook_jax.errors import UserError
+
+COUNT = 22
+SHARD = "pairs-00002-of-00006.array_record"
+
+
+def open_it(folder, role="train", **changes):
+    options = dict(size_px=32, scenes_examples=50, seed=0) | changes
+    return open_source(f"records:{folder}", role=role, **options)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """22 pictures, number 5 unreadable, packed four per shard. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("records")
+    source = write_many(folder / "pictures", COUNT)
+    (folder / "pictures" / "5.jpg").write_bytes(b"no picture")
+    assert pack(source, folder / "packed") == 0
+    return folder / "packed"
+
+
+@pytest.fixture
+def copied(packed, tmp_path):
+    return shutil.copytree(packed, tmp_path / "copied")
+
+
+def numbers():
+    return [number for number in range(COUNT) if number != 5]
+
+
+def test_every_record_is_the_one_that_was_packed(packed):
+    source = open_it(packed)
+    assert [len(source), source.listed, list(source.left_out)] == [COUNT - 1, COUNT, []]
+    for index, number in enumerate(numbers()):
+        assert source[index] == (jpeg(number), (f"picture {number}",), number)
+        assert source.captions(index) == (f"picture {number}",)
+        assert source.name(index) == f"{number}.jpg"
+    for index in (-1, COUNT - 1):
+        with pytest.raises(IndexError):
+            source[index]
+        with pytest.raises(IndexError):
+            source.name(index)
+
+
+def test_records_of_one_image_are_one_to_evaluate_and_two_pictures_of_one_id_stay_two(tmp_path):
+    path = write_many(tmp_path / "pictures", 5)
+    entries = [
+        {"image": f"{image}.jpg", "caption": caption, "image_id": key}
+        for image, caption, key in (
+            (0, "a", "x"), (1, ["b", "c"], "y"), (0, "d", "x"), (2, "e", "z"), (3, "f", "z"), (0, ["a", "g"], "x")
+        )
+    ]  # fmt: skip
+    path.write_text(json.dumps(entries))
+    assert pack(path, tmp_path / "packed") == 0
+    listed = open_source(f"json:{path}", role="test", size_px=32, scenes_examples=50, seed=0)
+    merged = open_it(tmp_path / "packed", role="test")
+    found = [merged[index] for index in range(len(merged))]
+    expected = [listed[index] for index in range(len(listed))]
+    assert [record.captions for record in found] == [("a", "d", "g"), ("b", "c"), ("e",), ("f",)]
+    assert [record[1:] for record in found] == [record[1:] for record in expected]
+    assert [merged.name(index) for index in range(4)] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert [merged.captions(index) for index in range(4)] == [record.captions for record in found]
+    for record, plain in zip(found, expected, strict=True):
+        assert (decode(record.image) == decode(plain.image)).all()
+    train = open_it(tmp_path / "packed")
+    assert len(train) == 6 and train.fingerprint() != merged.fingerprint()
+
+
+def test_a_fingerprint_is_of_the_content_and_of_no_path(packed, copied, tmp_path):
+    source = open_it(packed)
+    assert open_it(copied).fingerprint() == source.fingerprint()
+    other = pickle.loads(pickle.dumps(source))
+    assert other.fingerprint() == source.fingerprint() and other[3] == source[3]
+    assert repr(other) == repr(source) == f"records('{packed}', images={COUNT - 1})"
+    path = write_many(tmp_path / "pictures", COUNT)
+    path.write_text(path.read_text().replace("picture 20", "photo 20"))
+    assert pack(path, tmp_path / "other") == 0
+    assert open_it(tmp_path / "other").fingerprint() != source.fingerprint()
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "no index"])
+def test_a_damaged_shard_is_named_refused_skipped_and_remade(packed, copied, how):
+    shard = copied / SHARD
+    if how == "missing":
+        shard.unlink()
+        words = f"{SHARD} is missing"
+    elif how == "cut":
+        shard.write_bytes(shard.read_bytes()[:-1])
+        words = f"{SHARD} has .* bytes instead of"
+    else:
+        (copied / "pairs-00002-of-00006.jsonl").unlink()
+        words = "pairs-00002-of-00006.jsonl is missing"
+    with pytest.raises(
+        UserError, match=f"{words}.*same --mode=prepare command again.*damaged_shards=skip"
+    ):
+        open_it(copied)
+    source = open_it(copied, damaged_shards="skip")
+    left = [number for number in numbers() if number not in (8, 9, 10, 11)]
+    assert [source[index].image_id for index in range(len(source))] == left
+    assert source.listed == COUNT
+    ((name, why),) = source.left_out
+    assert name == SHARD and why.endswith("4 records left out")
+    assert source.fingerprint() != open_it(packed).fingerprint()
+    assert pack(packed.parent / "pictures" / "pairs.json", copied) == 0
+    assert content(copied) == content(packed)
+    assert len(open_it(copied)) == COUNT - 1
+
+
+def test_more_damaged_shards_are_counted_and_all_of_them_are_no_source(copied):
+    for path in copied.glob("*0[13]-of*.array_record"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="00001-of-00006.* and 1 more shards are damaged"):
+        open_it(copied)
+    for path in copied.glob("*.array_record"):
+        path.unlink()
+    with pytest.raises(UserError, match="every shard is damaged"):
+        open_it(copied, damaged_shards="skip")
+
+
+def test_a_flipped_byte_anywhere_in_a_picture_is_found_when_its_record_is_read(copied):
+    shard = copied / SHARD
+    whole = shard.read_bytes()
+    picture = jpeg(9)
+    start = whole.index(picture)
+    rng = np.random.default_rng(0)
+    for at in [0, len(picture) - 1, *rng.integers(0, len(picture), 20)]:
+        flipped = bytearray(whole)
+        flipped[start + at] ^= 1 << int(rng.integers(8))
+        shard.write_bytes(flipped)
+        source = open_it(copied)
+        with pytest.raises(UnreadableImage, match=f"{SHARD}, record 1: .*hash mismatch"):
+            source[8]
+        assert source[7].image == jpeg(8) and source[9].image == jpeg(10)
+    [(file, why)] = verify(copied)
+    assert file == SHARD and SHARD in why and "sha256" in why
+
+
+def test_a_shard_that_goes_away_while_it_is_read_is_an_unreadable_image(copied):
+    source = open_it(copied)
+    (copied / SHARD).unlink()
+    with pytest.raises(UnreadableImage, match=f"{SHARD}, record 0"):
+        source[7]
+    (copied / "pairs-00002-of-00006.jsonl").unlink()
+    with pytest.raises(UserError, match=r"00006.jsonl, line 2 .*--mode=prepare"):
+        source.captions(8)
+
+
+def test_folders_that_are_not_packed_are_refused_with_what_to_do(copied, tmp_path):
+    manifest = copied / "manifest.json"
+    text = manifest.read_text()
+    for change, words in (
+        (
+            text.replace('"version": 1', '"version": 2'),
+            r"manifest\.json .*version 2\b.* version 1\b",
+        ),
+        (text[:300], r"manifest\.json .*JSONDecodeError"),
+        (text.replace('"captions"', '"words"'), r"manifest\.json .*TypeError: .*words"),
+    ):
+        manifest.write_text(change)
+        with pytest.raises(UserError, match=words):
+            open_it(copied)
+    manifest.unlink()
+    with pytest.raises(UserError, match=r"no manifest\.json.*same --mode=prepare command"):
+        open_it(copied)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty .*no manifest\.json.*--workdir"):
+        open_it(tmp_path / "empty")
+    with pytest.raises(UserError, match="gone .*--workdir"):
+        open_it(tmp_path / "gone")
+
+
+def test_many_threads_read_more_shards_than_stay_open(packed, monkeypatch):
+    monkeypatch.setattr(records, "_most_readers", lambda: 2)
+    monkeypatch.setattr(records, "_INDEXES_HELD", 1)
+    source = open_it(packed)
+    wrong = []
+
+    def read(seed):
+        for index in np.random.default_rng(seed).integers(0, COUNT - 1, 200):
+            number = numbers()[index]
+            if source[index].image != jpeg_of[number] or source.name(index) != f"{number}.jpg":
+                wrong.append(index)
+
+    jpeg_of = {number: jpeg(number) for number in range(COUNT)}
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(source._readers._held) == 2 and len(source._indexes._held) == 1
+
+
+def test_a_million_records_open_at_once_without_reading_a_shard(packed, tmp_path):
+    manifest = json.loads((packed / "manifest.json").read_text())
+    names = [f"pairs-{n:05d}-of-00250" for n in range(250)]
+    one = Shard("", 4096, 4096, 0, 7, "0" * 64, 3, "0" * 64)
+    manifest["shards"] = [one._replace(file=f"{name}.array_record")._asdict() for name in names]
+    manifest["listed"] = 250 * 4096
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for name in names:
+        (tmp_path / f"{name}.array_record").write_bytes(b"a shard")
+        (tmp_path / f"{name}.jsonl").write_bytes(b"no\n")
+    began = time.process_time()
+    source = open_it(tmp_path)
+    assert time.process_time() - began < 0.5
+    assert len(source) == source.listed == 1_024_000
+    assert len(pickle.dumps(source)) < 100_000
+
+
+def test_the_stream_of_batches_is_the_same_from_workers_and_after_a_restart(packed, tmp_path):
+    source = open_it(packed)
+    tokenizer = tokenizer_for_run("", tmp_path, source, 100)
+
+    def hashes(start_step, steps, workers):
+        stream = training_batches(
+            source,
+            tokenizer,
+            seed=0,
+            start_step=start_step,
+            global_batch=8,
+            rows=slice(0, 8),
+            size_px=24,
+            max_tokens=8,
+            crop_scale=(0.5, 1.0),
+            crop_ratio=(0.75, 4 / 3),
+            flip=False,
+            teacher_view="independent",
+            workers=workers,
+            threads=2,
+            prefetch=2,
+        )
+        try:
+            batches = [next(stream) for _ in range(steps)]
+        finally:
+            stream.close()
+        return [
+            hashlib.sha256(b"".join(a.tobytes() for a in batch)).hexdigest() for batch in batches
+        ]
+
+    straight = hashes(0, 6, workers=0)
+    assert len(set(straight)) == 6
+    assert hashes(0, 6, workers=1) == straight
+    assert hashes(4, 2, workers=0) == straight[4:]
+
+
+def test_packing_and_reading_touch_no_device():
+    """Their own imports do not include JAX; Grain imports it, but starts nothing."""
+    code = """
+import sys
+import codebook_jax.tools.prepare.workers, codebook_jax.data.sources.records
+assert "codebook_jax.metrics" not in sys.modules and "flax" not in sys.modules
+if "jax" in sys.modules:
+    from jax._src import xla_bridge
+    assert not xla_bridge._backends
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,213 @@
+# ruff: noqa: RUF001
+"""Captions that cleaning leaves empty: every source leaves them out and counts them."""
+
+import csv
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_run import config_of
+
+from codebook_jax.data.images import UnreadableImage
+from codebook_jax.data.pipeline import training_batches
+from codebook_jax.data.sources import Record, open_source
+from codebook_jax.data.sources.library_datasets import texts_in
+from codebook_jax.data.text import UNREAD, has_words, tokenizer_for_run
+from codebook_jax.errors import UserError
+from codebook_jax.tools.check_data import check_data
+from codebook_jax.tools.prepare import prepare
+
+EMPTY = [
+    "",
+    " \n\u3000",
+    "??? ???",
+    "...",
+    "。、！",
+    "«»",
+    "॥",
+    "\ufeff\u200b",
+    "\x00\x07",
+    "\ufffd\ufffd ?",
+    "- / _",
+    "～",
+    "\u3164",
+]
+WORDS = ["a", "7", "猫", "🙂", "$", "か゚", "ก", "!x!"]
+
+
+def test_a_caption_has_words_if_a_letter_a_digit_or_a_symbol_is_left_of_it(tmp_path):
+    assert not any(map(has_words, EMPTY))
+    assert all(map(has_words, WORDS))
+    source = Pairs(WORDS)
+    tokenizer = tokenizer_for_run("", tmp_path, source, 400)
+    assert (tokenizer.encode(WORDS, 32)[1] > 2).all()
+
+
+class Pairs:
+    """One caption per picture, all pictures grey."""
+
+    listed, left_out = 0, ()
+
+    def __init__(self, captions):
+        self._captions = captions
+
+    def __len__(self):
+        return len(self._captions)
+
+    def __getitem__(self, index):
+        return Record(np.full((40, 40, 3), index, np.uint8), self.captions(index), index)
+
+    def captions(self, index):
+        return (self._captions[index],)
+
+    def name(self, index):
+        return f"pair {index}"
+
+
+def jpeg():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_json(folder, captions):
+    pairs = [{"image": f"{at}.jpg", "caption": caption} for at, caption in enumerate(captions)]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return f"json:{folder / 'pairs.json'}"
+
+
+def write_csv(folder, captions):
+    with open(folder / "pairs.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(
+            [("image", "caption"), *((f"{at}.jpg", caption) for at, caption in enumerate(captions))]
+        )
+    return f"csv:{folder / 'pairs.csv'}"
+
+
+def write_coco(folder, captions):
+    images = [{"id": at, "file_name": f"{at}.jpg"} for at in range(len(captions))]
+    annotations = [{"image_id": at, "caption": caption} for at, caption in enumerate(captions)]
+    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return f"coco:{folder / 'coco.json'}"
+
+
+def write_karpathy(folder, captions):
+    images = [
+        {"filename": f"{at}.jpg", "imgid": at, "split": "train", "sentences": [{"raw": caption}]}
+        for at, caption in enumerate(captions)
+    ]
+    (folder / "karpathy.json").write_text(json.dumps({"images": images}))
+    return f"karpathy:{folder / 'karpathy.json'}"
+
+
+def write_visual_genome(folder, captions):
+    images = [{"id": at, "regions": [{"phrase": caption}]} for at, caption in enumerate(captions)]
+    (folder / "regions.json").write_text(json.dumps(images))
+    where = [{"image_id": at, "url": f"x/VG_100K/{at}.jpg"} for at in range(len(captions))]
+    (folder / "image_data.json").write_text(json.dumps(where))
+    return f"vg:{folder / 'regions.json'}"
+
+
+def write_shard(folder, captions):
+    with tarfile.open(folder / "s.tar", "w") as shard:
+        for at, caption in enumerate(captions):
+            for suffix, content in (("jpg", jpeg()), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{at:03}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    return f"webdataset:{folder / 's.tar'}"
+
+
+def opened(spec, role="train"):
+    return open_source(spec, role=role, size_px=32, scenes_examples=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    "write", [write_json, write_csv, write_coco, write_karpathy, write_visual_genome, write_shard]
+)
+def test_no_source_has_a_caption_without_words_and_all_are_counted(tmp_path, write):
+    captions = [*EMPTY, *WORDS]
+    source = opened(write(tmp_path, captions))
+    assert [source.captions(at)[0] for at in range(len(source))] == WORDS
+    assert source.listed == len(captions) and len(source.left_out) == len(EMPTY)
+    assert all("has no caption" in why for _, why in source.left_out)
+    with pytest.raises(UserError, match=r"has no caption"):
+        opened(write(tmp_path, EMPTY))
+
+
+def test_texts_of_library_data_sets_have_words():
+    assert texts_in([*EMPTY, {"raw": "..."}, b"???", " a dog "]) == ("a dog",)
+
+
+@pytest.fixture
+def packed_before(tmp_path, monkeypatch):
+    """A folder of packed pairs with some captions without words, as older versions packed them."""
+    spec = write_json(tmp_path, ["a dog", "two cats", "???"])
+    for at in range(3):
+        (tmp_path / f"{at}.jpg").write_bytes(jpeg())
+    monkeypatch.setattr("codebook_jax.data.sources.listed.has_words", bool)
+    prepare(config_of(**{"prepare.source": spec, "prepare.processes": 1}), tmp_path / "packed")
+    return f"records:{tmp_path / 'packed'}"
+
+
+def test_packed_pairs_of_before_lose_captions_without_words_when_they_are_read(packed_before):
+    for role in ("train", "validation"):
+        source = opened(packed_before, role)
+        assert [source.captions(at) for at in range(3)] == [("a dog",), ("two cats",), ()]
+        assert source[0].captions == ("a dog",)
+        with pytest.raises(UnreadableImage, match="has no caption with words"):
+            source[2]
+
+
+def test_a_check_counts_them_and_names_them(packed_before, tmp_path):
+    workdir = tmp_path / "check"
+    changes = {"data.train": packed_before, "check.processes": 1, "check.max_bad_share": 0.1}
+    assert check_data(config_of(**changes), workdir) == 1
+    found = json.loads((workdir / "check.json").read_text())["sources"][0]
+    assert [found[name] for name in ("listed", "without_caption", "usable", "captions")] == [
+        3,
+        1,
+        2,
+        2,
+    ]
+    assert (found["undecodable"], found["unknown_tokens"]) == (0, 0) and found["tokens"] >= 4
+    assert "2.jpg has no caption with words" in (workdir / "skipped.tsv").read_text()
+
+
+@pytest.fixture
+def deaf(tmp_path):
+    """A given tokenizer that ignores pi: its normalizer removes it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    kinds = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
+    words = [*kinds.values(), "a", "dog"]
+    given = Tokenizer(
+        models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    given.normalizer = normalizers.Replace("π", "")
+    given.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=given, **kinds).save_pretrained(tmp_path / "deaf")
+    return tokenizer_for_run(str(tmp_path / "deaf"), tmp_path / "run", None, 0)
+
+
+def batches_of(source, tokenizer, **changes):
+    options = dict(seed=0, start_step=0, global_batch=8, rows=slice(0, 8), size_px=24, max_tokens=8)
+    options |= dict(crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False, workers=0)
+    options |= dict(teacher_view="independent", threads=1, prefetch=1) | changes
+    return training_batches(source, tokenizer, **options)
+
+
+def test_a_caption_of_which_a_given_tokenizer_makes_nothing_is_passed_over_and_counted(deaf):
+    stream = batches_of(Pairs(["a dog", "π", "dog", "ππ"]), deaf)
+    batch = next(stream)
+    stream.close()
+    assert set(batch.example.tolist()) == {0, 2} and batch.skipped.sum() > 0
+    assert (batch.text_length > 2).all()
+    stream = batches_of(Pairs(["π"] * 4), deaf)
+    with pytest.raises(UserError, match=rf"pair \d {UNREAD}"):
+        next(stream)
+    stream.close()

@@ -1,0 +1,195 @@
+"""Retrieval on a whole source: re-ranking against an oracle, and no number changed by padding or
+chunking.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codebook_jax.data.images import UnreadableImage
+from codebook_jax.data.sources import Record
+from codebook_jax.errors import UserError
+from codebook_jax.evaluation import retrieval
+from codebook_jax.evaluation.encoding import encode_source
+from codebook_jax.parallel import sharding
+from configs import base
+
+SIDE, TOKENS = 6, 5
+
+
+class Numbers:
+    """Images of one value each, with one or two captions that spell a number; some images cannot be
+    read.
+    """
+
+    def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:
+        self.count, self.broken = count, broken
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        if index in self.broken:
+            raise UnreadableImage(f"{index}.png: truncated")
+        image = np.full((SIDE, SIDE, 3), index, np.uint8)
+        return Record(image, (str(index),) * (1 + index % 2), 100 + index)
+
+
+class Digits:
+    def readable(self, captions):
+        return captions
+
+    def encode(self, captions, max_tokens):
+        tokens = np.zeros((len(captions), max_tokens), np.int32)
+        tokens[:, 0] = [int(caption) for caption in captions]
+        return tokens, np.full(len(captions), 1, np.int32), 0
+
+
+class Oracle:
+    """Towers whose features are noise around the truth, and a matching head that knows it."""
+
+    def __init__(self, mesh, noise: float = 0.0) -> None:
+        self.mesh, self.noise = mesh, noise
+
+    def _feature(self, number, salt):
+        angle = 2 * jnp.pi * number / 64 + self.noise * jnp.sin(97.0 * number + salt)
+        return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+    def encode_images(self, towers, images):
+        number = images[:, 0, 0, 0].astype(jnp.float32)
+        return self._feature(number, towers), jnp.broadcast_to(
+            number[:, None, None], (len(images), 3, 1)
+        )
+
+    def encode_texts(self, towers, tokens, lengths):
+        number = tokens[:, 0].astype(jnp.float32)
+        return self._feature(number, towers + 1), jnp.broadcast_to(
+            number[:, None, None], (*tokens.shape, 1)
+        )
+
+    def match(self, student, image_tokens, states, lengths):
+        return -jnp.abs(image_tokens[:, :1, 0] - states[:, :, 0, 0])
+
+
+def config_of(**changes):
+    config = base.get_config("tiny")
+    config.update_from_flattened_dict(
+        {
+            "model.image.size_px": SIDE,
+            "model.text.max_tokens": TOKENS,
+            "evaluation.batch": 8,
+            "evaluation.rerank_top_k": 7,
+        }
+        | changes
+    )
+    return config
+
+
+def evaluate(source, *, noise=0.3, rerank=True, images=0, **changes):
+    mesh = sharding.make_mesh(-1, 1, 1)
+    state = SimpleNamespace(student={"towers": 0.0}, teacher=2.0)
+    return retrieval.evaluate(
+        Oracle(mesh, noise),
+        state,
+        source,
+        Digits(),
+        config_of(**changes),
+        images=images,
+        rerank=rerank,
+    )
+
+
+def recalls(values):
+    return {name: value for name, value in values.items() if name[-2:] in ("r1", "r5", "10")}
+
+
+def test_an_oracle_that_matches_finds_every_pair_among_enough_candidates():
+    results = evaluate(Numbers(37), **{"evaluation.rerank_top_k": 100})
+    assert set(results) == {"student/dual", "teacher/dual", "student/reranked"}
+    reranked = results["student/reranked"]
+    assert all(reranked[f"{side}_r{k}"] == 100 for side in ("txt", "img") for k in (1, 5, 10))
+    assert results["student/dual"]["txt_r1"] < 60
+    assert results["student/dual"]["images"] == 37 and results["student/dual"]["texts"] == 37 + 18
+
+
+def test_re_ranking_cannot_find_what_is_not_among_the_candidates():
+    """Re-ranking the top k keeps R@k of the dual encoder, and an oracle moves all of it to R@1."""
+    results = evaluate(Numbers(37), **{"evaluation.rerank_top_k": 5})
+    dual, reranked = results["student/dual"], results["student/reranked"]
+    for side in ("txt", "img"):
+        assert reranked[f"{side}_r5"] == pytest.approx(dual[f"{side}_r5"])
+        assert reranked[f"{side}_r1"] == pytest.approx(dual[f"{side}_r5"])
+        assert dual[f"{side}_r1"] < reranked[f"{side}_r1"] < 100
+
+
+def test_the_rest_keeps_the_order_of_the_dual_encoder_below_the_candidates():
+    scores = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32)
+    result = retrieval.promoted(scores, np.array([[0, 2]]), np.array([[-3.0, 5.0]]))
+    assert np.argsort(-result[0]).tolist() == [2, 0, 1, 3, 4]
+    tied = retrieval.promoted(scores, np.array([[0, 2]]), np.array([[1.0, 1.0]]))
+    assert tied[0, 0] == tied[0, 2] > tied[0, 1]
+
+
+@pytest.mark.parametrize("batch", [3, 8, 50])
+def test_no_number_depends_on_how_the_source_is_cut_into_batches(batch):
+    expected = evaluate(Numbers(37))
+    assert evaluate(Numbers(37), **{"evaluation.batch": batch}) == expected
+
+
+def test_pairs_are_scored_one_by_one_whatever_row_they_stand_in():
+    rng = np.random.default_rng(0)
+    images = np.sort(rng.integers(0, 9, 70))
+    texts = rng.integers(0, 30, 70)
+    rows, row_texts, places = retrieval.pair_rows(images, texts, 4)
+    assert (np.repeat(rows, 4)[places] == images).all() and (
+        row_texts.ravel()[places] == texts
+    ).all()
+    assert len(np.unique(places)) == 70
+
+
+def test_unreadable_images_are_left_out_with_their_captions_and_said(capsys):
+    whole, holed = Numbers(20), Numbers(21, broken=(20,))
+    expected, results = evaluate(whole), evaluate(holed)
+    assert recalls(results["student/dual"]) == recalls(expected["student/dual"])
+    assert results["student/dual"]["left_out"] == 1
+    assert "1 of 21 images could not be read" in capsys.readouterr().out
+    with pytest.raises(UserError, match="0 of 3 could be read"):
+        evaluate(Numbers(3, broken=(0, 1, 2)))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    mesh = sharding.make_mesh(-1, 1, 1)
+    with pytest.raises(UserError, match=r"student's features of .* are not finite"):
+        encode_source(
+            Oracle(mesh, float("nan")), {"student": 0.0}, Numbers(9), Digits(),
+            images=0, rows=8, size_px=SIDE, max_tokens=TOKENS, threads=1,
+        )  # fmt: skip
+
+
+def test_the_table_says_what_is_at_chance(capsys):
+    results = evaluate(Numbers(37), rerank=False)
+    table = retrieval.format_table(results)
+    assert (
+        "student/dual" in table
+        and "37 images, 55 texts" in table
+        and "better than chance" not in table
+    )
+    constant = evaluate(Numbers(37), noise=1e3, rerank=False)
+    low = {
+        name: dict(values, **{k: 0.0 for k in recalls(values) if "chance" not in k})
+        for name, values in constant.items()
+    }
+    assert "student/dual is no better than chance" in retrieval.format_table(low)
+
+
+def test_only_as_many_images_as_asked_are_read():
+    results = evaluate(Numbers(37), rerank=False, images=10)
+    values = results["student/dual"]
+    assert (values["images"], values["images_listed"]) == (10, 37)
+    assert retrieval.format_table(results).startswith("10 of 37 images")
+    assert jax.device_count() == 8  # rows were padded over eight devices all along

@@ -1,0 +1,227 @@
+"""The four losses: closed forms, what their gradients reach, and what they refuse
+(test_objective.py has the equations).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from scipy.special import softmax
+
+from codebook_jax.method.losses import (
+    Pair,
+    alignment_loss,
+    codebook_losses,
+    masked_word_loss,
+    matching_loss,
+)
+from codebook_jax.models.codis import unit
+
+BATCH, QUEUE, FILLED, DIM, CODES = 7, 11, 5, 13, 17
+VALID = np.arange(QUEUE) < FILLED
+_ALIGNMENT = jax.jit(alignment_loss, static_argnames=("intra_weight", "same_image"))
+IMAGE_ID = np.array([3, 1, 3, 2, 3, 1, 0], np.int32)  # three texts of one image, two of another
+
+
+def unit_rows(rng, *shape):
+    x = rng.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def pair_of(rng, *shape):
+    return Pair(unit_rows(rng, *shape), unit_rows(rng, *shape))
+
+
+def alignment_arguments(seed):
+    rng = np.random.default_rng(seed)
+    features = [pair_of(rng, rows, DIM) for rows in (BATCH, BATCH, QUEUE)]
+    return *features, VALID, IMAGE_ID
+
+
+def aligned(*arguments, temperature=0.07, alpha=0.4, intra_weight=1.0, same_image="ignore"):
+    return _ALIGNMENT(
+        *arguments,
+        temperature=jnp.asarray(temperature),
+        alpha=jnp.asarray(alpha),
+        intra_weight=intra_weight,
+        same_image=same_image,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.07, 0.5])
+def test_uninformative_features_score_the_logarithm_of_the_number_of_candidates(temperature):
+    same = np.tile(unit_rows(np.random.default_rng(3), 1, DIM), (BATCH, 1))
+    features = Pair(same, same)
+    queue = Pair(np.zeros((QUEUE, DIM), np.float32), np.zeros((QUEUE, DIM), np.float32))
+    nothing = np.zeros(QUEUE, bool)
+    different = np.arange(BATCH, dtype=np.int32)
+    loss = aligned(features, features, queue, nothing, different, temperature=temperature)
+    np.testing.assert_allclose(loss, np.log(BATCH), rtol=1e-5)
+    full = Pair(*(np.tile(x[:1], (QUEUE, 1)) for x in features))
+    loss = aligned(features, features, full, VALID, different, temperature=temperature)
+    np.testing.assert_allclose(loss, np.log(BATCH + FILLED), rtol=1e-5)
+    alone = aligned(features, features, queue, nothing, np.zeros(BATCH, np.int32))
+    np.testing.assert_allclose(alone, 0.0, atol=1e-6)  # all of one image: nobody to be told from
+
+
+def test_a_perfect_student_of_a_cold_softmax_has_no_alignment_loss():
+    features = Pair(np.eye(BATCH, DIM, dtype=np.float32), np.eye(BATCH, DIM, dtype=np.float32))
+    queue = Pair(*(np.roll(np.eye(QUEUE, DIM, dtype=np.float32), BATCH, axis=1) for _ in range(2)))
+    loss = aligned(
+        features, features, queue, np.zeros(QUEUE, bool), np.arange(BATCH), temperature=0.01
+    )
+    assert 0 <= float(loss) < 1e-5
+
+
+@pytest.mark.parametrize("same_image", ["ignore", "negative"])
+def test_places_of_the_queue_that_are_not_valid_change_neither_loss_nor_gradient(same_image):
+    student, teacher, queue, valid, image_id = alignment_arguments(4)
+
+    def value_and_gradient(queue):
+        return jax.value_and_grad(
+            lambda s: aligned(s, teacher, queue, valid, image_id, same_image=same_image)
+        )(student)
+
+    def filled_with(value):
+        return Pair(*(np.where(valid[:, None], x, np.float32(value)) for x in queue))
+
+    loss, gradient = value_and_gradient(filled_with(0.0))
+    for garbage in (1.0, -1e20, 1e20):
+        other, other_gradient = value_and_gradient(filled_with(garbage))
+        np.testing.assert_array_equal(other, loss)
+        jax.tree.map(np.testing.assert_array_equal, other_gradient, gradient)
+    np.testing.assert_array_equal(value_and_gradient(filled_with(np.nan))[0], loss)
+
+
+def test_alignment_teaches_the_student_and_the_temperature_alone():
+    student, teacher, queue, valid, image_id = alignment_arguments(5)
+    gradients = jax.grad(
+        lambda s, t, q, tau: aligned(s, t, q, valid, image_id, temperature=tau),
+        argnums=(0, 1, 2, 3),
+    )(student, teacher, queue, 0.07)
+    to_student, to_teacher, to_queue, to_temperature = gradients
+    assert all(np.abs(g).max() > 1e-3 for g in to_student) and abs(float(to_temperature)) > 1e-3
+    assert all((np.asarray(g) == 0).all() for g in (*to_teacher, *to_queue))
+
+
+def test_alignment_gradient_is_that_of_central_differences_in_float64():
+    student, teacher, queue, valid, image_id = alignment_arguments(6)
+    to_image, to_temperature = jax.grad(
+        lambda image, tau: aligned(
+            Pair(image, student.text), teacher, queue, valid, image_id, temperature=tau
+        ),
+        argnums=(0, 1),
+    )(student.image, 0.07)
+
+    given = teacher, queue, valid, image_id
+    targets = reference.alignment_targets(*given, temperature=0.07, alpha=0.4)
+
+    def loss(image, temperature):
+        moved = image, student.text
+        return reference.alignment(
+            moved, *given, targets, temperature=temperature, intra_weight=1.0
+        )
+
+    image = student.image.astype(np.float64)
+    step = np.zeros_like(image)
+    step[2, 3] = 1e-5
+    slope = (loss(image + step, 0.07) - loss(image - step, 0.07)) / 2e-5
+    np.testing.assert_allclose(to_image[2, 3], slope, rtol=1e-4)
+    # The temperature moves p alone: the target is a constant to the gradient.
+    slope = (loss(image, 0.07 + 1e-7) - loss(image, 0.07 - 1e-7)) / 2e-7
+    np.testing.assert_allclose(to_temperature, slope, rtol=1e-4)
+
+
+def test_an_unknown_treatment_of_the_same_image_is_refused():
+    with pytest.raises(ValueError, match='alignment.same_image="positive"'):
+        aligned(*alignment_arguments(0), same_image="positive")
+
+
+def codebook_arguments(seed):
+    rng = np.random.default_rng(seed)
+    plans = Pair(*rng.dirichlet(np.full(CODES, 0.3), size=(2, BATCH)).astype(np.float32))
+    return pair_of(rng, BATCH, DIM), pair_of(rng, BATCH, DIM), unit_rows(rng, CODES, DIM), plans
+
+
+def test_students_that_point_nowhere_predict_codes_at_log_of_their_number():
+    _, teacher, codes, plans = codebook_arguments(0)
+    nowhere = Pair(np.zeros((BATCH, DIM), np.float32), np.zeros((BATCH, DIM), np.float32))
+    parts = codebook_losses(nowhere, teacher, codes, plans, temperature=0.1)
+    np.testing.assert_allclose([parts.text_to_code, parts.image_to_code], np.log(CODES), rtol=1e-5)
+
+
+def test_teacher_and_plan_get_no_gradient_from_the_codebook_losses_and_only_predictions_reach_the_student():
+    arguments = codebook_arguments(1)
+
+    def gradients(part):
+        return jax.grad(
+            lambda *a: getattr(codebook_losses(*a, temperature=0.1), part), argnums=(0, 1, 2, 3)
+        )(*arguments)
+
+    reached = {
+        part: [bool(np.any(np.asarray(g) != 0)) for g in jax.tree.leaves(gradients(part))]
+        for part in ("transport", "text_to_code", "image_to_code")
+    }
+    # student image, student text, teacher image, teacher text, codes, plan image, plan text
+    assert reached == {
+        "transport": [False, False, False, False, True, False, False],
+        "text_to_code": [False, True, False, False, True, False, False],
+        "image_to_code": [True, False, False, False, True, False, False],
+    }
+
+
+def test_codebook_gradient_through_the_unit_rows_is_that_of_central_differences_with_frozen_plans():
+    student, teacher, _, plans = codebook_arguments(2)
+    raw = np.random.default_rng(2).normal(size=(CODES, DIM)) * 1.7  # rows are not of length one
+
+    def loss(raw):
+        return sum(reference.code_losses(student, teacher, reference.unit(raw), plans, gamma=0.1))
+
+    with jax.enable_x64(True):
+        wide = [jax.tree.map(lambda x: x.astype(np.float64), x) for x in (student, teacher, plans)]
+        gradient = jax.grad(
+            lambda c: sum(codebook_losses(wide[0], wide[1], unit(c), wide[2], temperature=0.1))
+        )(raw)
+        assert gradient.dtype == np.float64
+        gradient = np.asarray(gradient)
+    slopes = np.zeros_like(raw)
+    for place in np.ndindex(raw.shape):
+        step = np.zeros_like(raw)
+        step[place] = 1e-6
+        slopes[place] = (loss(raw + step) - loss(raw - step)) / 2e-6
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-8)
+
+
+def test_matching_class_one_means_match():
+    logits = np.array([[-20.0, 20.0]], np.float32)
+    one = np.ones(1, np.float32)
+    assert float(matching_loss(logits, np.array([True]), one)) < 1e-6
+    assert float(matching_loss(logits, np.array([False]), one)) > 39
+
+
+def test_slots_without_a_hidden_word_change_nothing():
+    rng = np.random.default_rng(7)
+    logits, soft = rng.normal(size=(2, 5, 3, 19)).astype(np.float32) * 3
+    words = rng.integers(0, 19, (5, 3))
+    used = rng.random((5, 3)) < 0.6
+    weights = (used / used.sum()).astype(np.float32)
+    loss = masked_word_loss(logits, soft, words, weights, alpha=jnp.float32(0.4))
+    garbage = np.where(used[..., None], logits, np.float32(1e6))
+    np.testing.assert_array_equal(
+        masked_word_loss(garbage, soft, words, weights, alpha=jnp.float32(0.4)), loss
+    )
+
+
+def test_masked_words_send_no_gradient_to_the_teacher():
+    rng = np.random.default_rng(8)
+    logits, soft = rng.normal(size=(2, 4, 9)).astype(np.float32)
+    words, weights = np.arange(4), np.full(4, 0.25, np.float32)
+    to_student, to_teacher = jax.grad(
+        lambda a, b: masked_word_loss(a, b, words, weights, alpha=jnp.float32(0.4)), argnums=(0, 1)
+    )(logits, soft)
+    assert np.abs(to_student).max() > 1e-3 and (np.asarray(to_teacher) == 0).all()
+    # The gradient of a cross-entropy: what is predicted minus what is wanted.
+    wanted = 0.6 * np.eye(9)[words] + 0.4 * softmax(soft.astype(np.float64), axis=1)
+    expected = 0.25 * (softmax(logits.astype(np.float64), axis=1) - wanted)
+    np.testing.assert_allclose(to_student, expected, atol=1e-6)

@@ -1,0 +1,77 @@
+"""The GELU against SciPy's normal distribution, over every bfloat16 number."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from scipy.stats import norm
+
+from codebook_jax.models.layers import gelu
+
+
+@pytest.fixture(scope="module")
+def every_bfloat16():
+    numbers = np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16)
+    return numbers[np.isfinite(numbers.astype(np.float32))]
+
+
+def assert_rounded(found, expected):
+    """Within one unit in the last place of bfloat16, or of its smallest normal number, which
+    backends flush.
+    """
+    limits = jnp.finfo(jnp.bfloat16)
+    size = np.maximum(np.abs(expected), float(limits.tiny))
+    unit = np.exp2(np.floor(np.log2(size))) * float(limits.eps)
+    wrong = np.abs(np.asarray(found, np.float64) - expected)
+    assert (wrong <= np.maximum(unit, float(limits.tiny))).all()
+
+
+def test_gelu_is_exact_to_the_rounding_of_every_bfloat16(every_bfloat16):
+    x = every_bfloat16.astype(np.float64)
+    found = jax.jit(gelu)(every_bfloat16)
+    assert found.dtype == jnp.bfloat16
+    assert_rounded(found, x * scipy.special.ndtr(x))
+
+
+def test_the_slope_of_gelu_is_exact_to_the_rounding_of_every_bfloat16(every_bfloat16):
+    x = every_bfloat16.astype(np.float64)
+    found = jax.jit(jax.vmap(jax.grad(gelu)))(every_bfloat16)
+    assert_rounded(found, scipy.special.ndtr(x) + x * norm.pdf(x))
+
+
+def test_the_backward_pass_of_gelu_keeps_its_bfloat16_input_alone():
+    x = jnp.linspace(-4, 4, 33, dtype=jnp.bfloat16)
+    (kept,) = jax.tree.leaves(jax.vjp(gelu, x)[1])
+    np.testing.assert_array_equal(kept, x)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gelu_in_a_scan_that_is_computed_again_has_the_same_gradient(dtype):
+    x = jnp.linspace(-3, 3, 13).astype(dtype)
+
+    def plain(x):
+        return gelu(gelu(gelu(x))).sum()
+
+    def scanned(x):
+        body = jax.checkpoint(lambda x, _: (gelu(x), None), prevent_cse=False)
+        return jax.lax.scan(body, x, length=3)[0].sum()
+
+    np.testing.assert_allclose(
+        *(np.asarray(jax.jit(jax.grad(f))(x), np.float64) for f in (plain, scanned)),
+        rtol={"bfloat16": 2e-2, "float32": 1e-6}[dtype],
+        atol=1e-6,
+    )
+
+
+def test_gelu_of_wider_types_is_the_formula_with_erf():
+    formula = lambda x: 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))  # noqa: E731
+    x = jnp.linspace(-6, 6, 101, dtype=jnp.float32)
+    assert str(jax.make_jaxpr(gelu)(x)) == str(jax.make_jaxpr(formula)(x))
+    with jax.enable_x64(True):
+        wide = np.linspace(-6, 6, 101)
+        found = gelu(jnp.asarray(wide))
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, wide * scipy.special.ndtr(wide), rtol=0, atol=1e-15)

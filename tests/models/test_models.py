@@ -1,0 +1,432 @@
+"""The towers against float64 NumPy, against the sizes of ViT and BERT by arithmetic, and against
+themselves piece by piece.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import erf, softmax
+
+from codebook_jax.models import codis
+from codebook_jax.models.bert import Negatives
+from codebook_jax.models.layers import dropout
+from codebook_jax.models.vit import cut_patches
+from configs import base
+
+pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
+
+VOCABULARY = 30_522  # BERT's, uncased
+TINY = {
+    "model.image.size_px": 21,
+    "model.image.patch_px": 7,
+    "model.image.width": 12,
+    "model.image.depth": 3,
+    "model.image.heads": 3,
+    "model.text.width": 10,
+    "model.text.depth": 2,
+    "model.text.fusion_depth": 3,
+    "model.text.heads": 2,
+    "model.text.max_tokens": 7,
+    "model.text.max_positions": 11,
+    "model.text.dropout": 0.1,
+    "model.dim": 5,
+    "model.image.init_std": 0.3,
+    "model.text.init_std": 0.3,
+    "model.text.value_std": 0.3,
+    "codebook.size": 6,
+}
+WORDS = 23
+
+
+def tiny(**changes):
+    config = base.get_config("tiny")
+    config.update_from_flattened_dict(TINY | changes)
+    return config
+
+
+def built(**changes):
+    return codis.build_model(tiny(**changes), WORDS)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """The initial parameters of the tiny size."""
+    return jax.jit(lambda key: codis.init_student(tiny(), WORDS, key))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def student(fresh):
+    """The same, each moved off its initial value so that no bias is zero and no scale one."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: np.asarray(x) + rng.normal(size=x.shape).astype(np.float32) * 0.1, fresh
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(1)
+    lengths = np.array([7, 3, 5, 4], np.int32)
+    return dict(
+        images=rng.normal(size=(4, 21, 21, 3)).astype(np.float32),
+        tokens=rng.integers(0, WORDS, (4, 7)).astype(np.int32),
+        lengths=lengths,
+    )
+
+
+def forward(model, towers, images, tokens, lengths, key=None):
+    """(image feature, text feature, image tokens, text states, fused states, word logits)"""
+    towers = model.towers(towers)
+    image, image_tokens = towers.embed_images(images)
+    text, states = towers.embed_texts(tokens, lengths, key)
+    fused = towers.fusion(states[:, None], lengths[:, None], image_tokens, key=key)[:, 0]
+    return image, text, image_tokens, states, fused, towers.word_logits(fused)
+
+
+RUN = jax.jit(forward, static_argnums=0)
+
+
+# -- how many parameters
+
+
+def vit(width, depth, patch, size):
+    block = 4 * (width * width + width) + 8 * width * width + 5 * width + 4 * width
+    tokens = (size // patch) ** 2 + 1
+    return (3 * patch**2 + 1) * width + width + tokens * width + depth * block + 2 * width
+
+
+def bert_layer(width):
+    return 4 * (width * width + width) + 8 * width * width + 5 * width + 4 * width
+
+
+def text_half(width, depth, positions):
+    return (VOCABULARY + positions + 2) * width + 2 * width + depth * bert_layer(width)
+
+
+def fusion_half(width, image_width, depth):
+    cross = 2 * (width * width + width) + 2 * (image_width * width + width) + 2 * width
+    return depth * (bert_layer(width) + cross)
+
+
+def counted(size):
+    config = base.get_config(size)
+    shapes = jax.eval_shape(lambda: codis.init_student(config, VOCABULARY, jax.random.key(0)))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
+    towers = {f"towers/{name}": count(part) for name, part in shapes["towers"].items()}
+    return towers | {name: count(part) for name, part in shapes.items() if name != "towers"}
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_every_part_has_the_parameters_that_arithmetic_says(size):
+    at = base.SIZES[size]
+    image, text, dim = at["image"], at["text"], at["dim"]
+    width, image_width = text["width"], image["width"]
+    assert counted(size) == {
+        "towers/image": vit(image_width, image["depth"], image["patch_px"], image["size_px"]),
+        "towers/text": text_half(width, text["depth"], text["max_positions"]),
+        "towers/fusion": fusion_half(width, image_width, text["fusion_depth"]),
+        "towers/image_projection": (image_width + 1) * dim,
+        "towers/text_projection": (width + 1) * dim,
+        "towers/masked_words": width * width + width + 2 * width + VOCABULARY,
+        "matching": 2 * width + 2,
+        "codebook": at["codes"] * dim,
+        "temperature": 1,
+    }
+
+
+def test_base_is_the_published_vit_b_16_and_bert_base():
+    # Published: ViT-B/16 at 224 px without its classifier 85,798,656; BERT-base without its pooler
+    # 108,891,648.
+    parts = counted("base")
+    assert parts["towers/image"] == 85_798_656 + (257 - 197) * 768
+    cross_attention = 6 * (4 * (768 * 768 + 768) + 2 * 768)
+    assert parts["towers/text"] + parts["towers/fusion"] - cross_attention == 108_891_648
+
+
+# -- against NumPy
+
+
+def float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def norm(x, p, eps):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+
+
+def gelu(x):
+    return x * (1 + erf(x / np.sqrt(2))) / 2
+
+
+def product(x, p):
+    """x times a kernel whose axes after the first are flattened."""
+    return x @ p["kernel"].reshape(x.shape[-1], -1) + p["bias"].ravel()
+
+
+def attend(queries, keys, values, heads):
+    """One sequence at a time, one head at a time."""
+    size = queries.shape[-1] // heads
+    found = []
+    for head in range(heads):
+        q, k, v = (part[:, head * size : (head + 1) * size] for part in (queries, keys, values))
+        found.append(softmax(q @ k.T / np.sqrt(size), axis=-1) @ v)
+    return np.concatenate(found, axis=-1)
+
+
+def out(x, p):
+    return x @ p["kernel"].reshape(-1, p["kernel"].shape[-1]) + p["bias"]
+
+
+def self_attention(x, p, heads, length):
+    q, k, v = np.split(product(x, p["qkv"]), 3, axis=-1)
+    return out(attend(q, k[:length], v[:length], heads), p["out"])
+
+
+def mlp(x, p):
+    return product(gelu(product(x, p["up"])), p["down"])
+
+
+def layer(blocks, index):
+    return jax.tree.map(lambda x: x[index], blocks)
+
+
+def vit_forward(p, image):
+    patches = [
+        image[7 * row : 7 * row + 7, 7 * column : 7 * column + 7].ravel()
+        for row in range(3)
+        for column in range(3)
+    ]
+    x = np.concatenate([p["cls"][0], product(np.stack(patches), p["patches"])]) + p["positions"][0]
+    for index in range(3):
+        b = layer(p["blocks"], index)
+        x = x + self_attention(norm(x, b["attention_norm"], 1e-6), b["attention"], 3, len(x))
+        x = x + mlp(norm(x, b["mlp_norm"], 1e-6), b["mlp"])
+    return norm(x, p["norm"], 1e-6)
+
+
+def text_forward(p, tokens, length):
+    x = norm(p["words"][tokens] + p["positions"][: len(tokens)] + p["segment"][0], p["norm"], 1e-12)
+    for index in range(2):
+        b = layer(p["blocks"], index)
+        x = norm(x + self_attention(x, b["attention"], 2, length), b["attention_norm"], 1e-12)
+        x = norm(x + mlp(x, b["mlp"]), b["mlp_norm"], 1e-12)
+    return x
+
+
+def fusion_forward(p, x, length, image_tokens):
+    for index in range(3):
+        b = layer(p["blocks"], index)
+        x = norm(x + self_attention(x, b["attention"], 2, length), b["attention_norm"], 1e-12)
+        k, v = np.split(product(image_tokens, b["cross"]["key_value"]), 2, axis=-1)
+        looked = attend(product(x, b["cross"]["query"]), k, v, 2)
+        x = norm(x + out(looked, b["cross"]["out"]), b["cross_norm"], 1e-12)
+        x = norm(x + mlp(x, b["mlp"]), b["mlp_norm"], 1e-12)
+    return x
+
+
+def test_the_towers_are_a_float64_numpy_vit_and_bert(student, inputs):
+    found = RUN(built(), student["towers"], **inputs)
+    p = float64(student["towers"])
+    for row in range(4):
+        length = inputs["lengths"][row]
+        image_tokens = vit_forward(p["image"], inputs["images"][row].astype(np.float64))
+        states = text_forward(p["text"], inputs["tokens"][row], length)
+        fused = fusion_forward(p["fusion"], states, length, image_tokens)
+        image, text = (
+            product(x[0], p[f"{name}_projection"])
+            for name, x in (("image", image_tokens), ("text", states))
+        )
+        head = p["masked_words"]
+        words = norm(gelu(product(fused, head["transform"])), head["norm"], 1e-12)
+        words = words @ p["text"]["words"].T + head["bias"]
+        expected = (
+            image / np.linalg.norm(image),
+            text / np.linalg.norm(text),
+            image_tokens,
+            states,
+            fused,
+            words,
+        )
+        for name, ours, reference in zip(
+            ("image", "text", "image tokens", "states", "fused", "words"),
+            found,
+            expected,
+            strict=True,
+        ):
+            scale = np.abs(reference).max()
+            np.testing.assert_allclose(
+                ours[row] / scale, reference / scale, atol=1e-5, err_msg=f"{name} of row {row}"
+            )
+
+
+def test_matching_logits_are_the_students_head_in_float32(student):
+    cls = np.random.default_rng(2).normal(size=(3, 10)).astype(np.float32)
+    head = float64(student["matching"])["classes"]
+    logits = built().match_logits(student["matching"], jnp.asarray(cls, jnp.bfloat16))
+    rounded = np.asarray(jnp.asarray(cls, jnp.bfloat16), np.float64)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, rounded @ head["kernel"] + head["bias"], atol=1e-5)
+
+
+# -- against themselves
+
+
+def test_one_scan_is_the_blocks_one_after_another(student, inputs):
+    model = built()
+    towers = model.towers(student["towers"])
+
+    def one_by_one(images):
+        vision = towers.image
+        x = vision.patches(cut_patches(images, 7))
+        x = jnp.concatenate([jnp.tile(vision.cls[...], (4, 1, 1)), x], 1) + vision.positions[...]
+        graph, stacked = nnx.split(vision.blocks)
+        for index in range(3):
+            x = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))(
+                x, vision.compute
+            )
+        return vision.norm(x)
+
+    np.testing.assert_allclose(
+        jax.jit(towers.image)(inputs["images"]),
+        jax.jit(one_by_one)(inputs["images"]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_what_the_backward_pass_recomputes_does_not_change_the_gradient(student, inputs):
+    def gradient(**changes):
+        model = built(**changes)
+
+        def objective(towers):  # every tower's blocks go through one scan: the text's stand for all
+            encode = model.towers(towers).embed_texts
+            feature, states = encode(inputs["tokens"], inputs["lengths"], jax.random.key(0))
+            return jnp.sum(jnp.sin(states)) + jnp.sum(jnp.sin(feature))
+
+        return jax.jit(jax.grad(objective))(student["towers"])
+
+    plain = gradient(**{"model.remat": "none"})
+    assert np.abs(plain["text"]["blocks"]["mlp"]["up"]["kernel"]).max() > 1e-3
+    for changes in ({"model.remat": "blocks"}, {"model.remat": "dots", "model.scan_unroll": 2}):
+        other = gradient(**changes)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(a).max()),
+            plain,
+            other,
+        )
+
+
+def test_an_unknown_remat_is_refused(student, inputs):
+    towers = built(**{"model.remat": "all"}).towers(student["towers"])
+    with pytest.raises(ValueError, match='model.remat="all"'):
+        jax.eval_shape(towers.embed_images, inputs["images"])
+
+
+def test_tokens_after_the_length_change_no_output_before_it(student, inputs):
+    model = built()
+    padding = np.arange(7)[None, :] >= inputs["lengths"][:, None]
+    assert padding.any()
+    other = np.where(padding, (inputs["tokens"] + 5) % WORDS, inputs["tokens"])
+    first = RUN(model, student["towers"], **inputs)
+    second = RUN(model, student["towers"], **(inputs | {"tokens": other}))
+    np.testing.assert_array_equal(first[1], second[1])
+    for before, after in zip(first[3:], second[3:], strict=True):
+        np.testing.assert_array_equal(np.asarray(before)[~padding], np.asarray(after)[~padding])
+        assert (np.asarray(before)[padding] != np.asarray(after)[padding]).any()
+
+
+@pytest.fixture(scope="module")
+def fused(student):
+    """The fusion encoder as one program for each shape."""
+    model = built()
+
+    @jax.jit
+    def run(states, lengths, image_tokens, negative=None):
+        negatives = None if negative is None else Negatives(negative, 2)
+        return model.towers(student["towers"]).fusion(
+            states, lengths, image_tokens, negatives=negatives
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def states():
+    rng = np.random.default_rng(3)
+    return (
+        rng.normal(size=(4, 3, 7, 10)).astype(np.float32),
+        rng.integers(3, 8, (4, 3)).astype(np.int32),
+        rng.normal(size=(4, 10, 12)).astype(np.float32),
+    )
+
+
+def test_the_last_text_looks_at_its_negative_image_as_if_that_had_been_given(fused, states):
+    text, lengths, image_tokens = states
+    negative = np.array([1, 1, 0, 1], np.int32)  # places in groups of two
+    rows = np.array([1, 1, 2, 3])
+    found = fused(text, lengths, image_tokens, negative)
+    own = fused(text[:, :2], lengths[:, :2], image_tokens)
+    np.testing.assert_allclose(found[:, :2], own, rtol=1e-5, atol=1e-5)
+    other = fused(text[:, 2:], lengths[:, 2:], image_tokens[rows])
+    np.testing.assert_allclose(found[:, 2:], other, rtol=1e-5, atol=1e-5)
+    plain = fused(text[:, 2:], lengths[:, 2:], image_tokens)
+    assert np.abs(np.asarray(plain - found[:, 2:]))[[0, 2]].max() > 1e-2  # rows with another image
+
+
+def test_several_texts_of_one_image_are_what_they_are_one_by_one(fused, states):
+    text, lengths, image_tokens = states
+    together = fused(text, lengths, image_tokens)
+    for place in range(3):
+        alone = fused(text[:, place, None], lengths[:, place, None], image_tokens)
+        np.testing.assert_allclose(together[:, place, None], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_towers_point_where_float32_ones_do(student, inputs):
+    wide = RUN(built(), student["towers"], **inputs)
+    narrow = RUN(built(**{"model.dtype": "bfloat16"}), student["towers"], **inputs)
+    for index in (0, 1):
+        assert narrow[index].dtype == jnp.float32
+        np.testing.assert_allclose(jnp.linalg.norm(narrow[index], axis=1), 1, rtol=1e-5)
+        cosine = np.sum(np.asarray(wide[index]) * np.asarray(narrow[index]), axis=1)
+        assert (cosine > 0.999).all(), cosine
+    assert narrow[2].dtype == narrow[4].dtype == jnp.bfloat16 and narrow[5].dtype == jnp.float32
+    assert not np.array_equal(wide[0], narrow[0])
+
+
+def test_dropout_happens_with_a_key_alone_and_follows_it(student, inputs):
+    model = built()
+    still = RUN(model, student["towers"], **inputs)
+    one, again, other = (
+        RUN(model, student["towers"], **inputs, key=jax.random.key(k)) for k in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one[4], again[4])
+    assert not np.allclose(one[4], other[4]) and not np.allclose(one[4], still[4])
+    np.testing.assert_array_equal(one[2], still[2])  # none in the ViT
+    off = RUN(
+        built(**{"model.text.dropout": 0.0}), student["towers"], **inputs, key=jax.random.key(0)
+    )
+    np.testing.assert_array_equal(off[4], still[4])
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    x = jnp.ones((200, 500))
+    dropped = np.asarray(jax.jit(lambda x, key: dropout(x, 0.1, key))(x, jax.random.key(0)))
+    share = (dropped == 0).mean()
+    assert abs(share - 0.1) < 4 * np.sqrt(0.09 / x.size)
+    np.testing.assert_allclose(dropped[dropped != 0], 1 / 0.9, rtol=1e-6)
+
+
+def test_a_row_of_zeros_has_no_direction_and_a_finite_gradient():
+    x = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+    unit, gradient = jax.jit(jax.value_and_grad(lambda x: (codis.unit(x) ** 3).sum()))(x)
+    np.testing.assert_allclose(unit, 0.6**3 + 0.8**3, rtol=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+def test_a_fresh_codebook_is_of_unit_rows_and_the_temperature_is_the_configs(fresh):
+    np.testing.assert_allclose(jnp.linalg.norm(fresh["codebook"]["codes"], axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(fresh["temperature"], 0.07, rtol=1e-6)

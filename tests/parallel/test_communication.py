@@ -1,0 +1,244 @@
+"""What the training step sends between devices, against a bound in closed form: an unintended
+gather fails here.
+
+The real step is compiled on three meshes; `plan/hlo.py` (tested in test_plan.py) reads what it
+sends.
+"""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from small_run import SMALL
+
+from codebook_jax.method.transport import transport_plan
+from codebook_jax.models.bert import gather_in_groups
+from codebook_jax.parallel import memory, sharding
+from codebook_jax.tasks import pretrain
+from codebook_jax.tools.plan import hlo, timing
+from codebook_jax.tools.plan.foresight import QUICK
+from configs import base
+
+DEVICES, WORDS, ROWS, TOKENS, PATCHES, TEXT, WIDTH, DIM, CODES, QUEUE = (
+    8,
+    211,
+    24,
+    26,
+    25,
+    23,
+    32,
+    16,
+    56,
+    112,
+)
+ITERATIONS = 7
+CHANGES = {
+    "data.global_batch": ROWS,
+    "model.image.size_px": 40,
+    "model.text.max_tokens": TEXT,
+    "model.remat": "blocks",
+    "codebook.size": CODES,
+    "codebook.iterations": ITERATIONS,
+    "queue.size": QUEUE,
+}
+
+
+def sent_on(data, fsdp, tensor, changes=None):
+    """What the step sends on a mesh, with the shapes of the parameters."""
+    config = base.get_config("tiny")
+    sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+    config.update_from_flattened_dict(SMALL | CHANGES | sizes | (changes or {}))
+    planner = memory.Planner(config, pretrain.create, WORDS)
+    config, mesh = planner.with_changes({})
+    task = pretrain.create(config, planner.vocabulary, mesh)
+    state = task.abstract_state()
+    lowered = task.step.trace(state, memory.abstract_batch(config)).lower()
+    text = lowered.compile(compiler_options=QUICK).as_text()
+    return SimpleNamespace(
+        mesh=dict(mesh.shape), found=hlo.collectives(text), student=state.student
+    )
+
+
+@pytest.fixture(scope="module")
+def by_data():
+    return sent_on(8, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def by_fsdp():
+    return sent_on(1, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def by_all():
+    return sent_on(2, 2, 2)
+
+
+PARTS = ("by_data", "by_fsdp", "by_all")
+ROWS_SPLIT = P(("data", "fsdp"))
+RING = (
+    DEVICES - 1
+) / DEVICES  # of what is gathered or shared out, a device sends this; of what is summed, twice
+
+
+def bytes_of(leaf):
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def parameter_bytes(sent, *, only=lambda name, leaf: True):
+    return sum(bytes_of(leaf) for name, leaf in sharding.named(sent.student) if only(name, leaf))
+
+
+def is_split(name, leaf):
+    return "fsdp" in leaf.sharding.spec
+
+
+def rows_carried(sent):
+    """Collectives between data shards that carry states of tokens or patches, recognised by the
+    length of two axes.
+    """
+    counts = (TOKENS, PATCHES, TEXT)
+
+    def states(array):
+        of_tokens = [
+            size for size in array.shape if size and any(size % count == 0 for count in counts)
+        ]
+        others = list(array.shape)
+        for size in of_tokens:
+            others.remove(size)
+        more_than_a_row = math.prod(array.shape) > TOKENS * WIDTH  # which position embeddings are
+        return bool(of_tokens) and more_than_a_row and any(size % DIM == 0 for size in others)
+
+    between = [c for c in sent.found if {"data", "fsdp"} & set(timing.spanned(c.groups, sent.mesh))]
+    return [c for c in between if any(map(states, (*c.operands, *c.results)))]
+
+
+def total(found):
+    return sum(c.sent * c.times for c in found)
+
+
+def of_part(sent, name):
+    return [c for c in sent.found if f"({name})" in c.where or f"/{name}/" in c.where]
+
+
+def compiled(function, mesh, *arguments):
+    """What a function sends whose arrays have their rows (first axis) split over the data
+    shards.
+    """
+    text = jax.jit(function).lower(*arguments).compile(compiler_options=QUICK).as_text()
+    return SimpleNamespace(mesh=dict(mesh.shape), found=hlo.collectives(text), student={})
+
+
+def rows_of(mesh, *shape, spec=ROWS_SPLIT):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("mesh", PARTS)
+def test_no_states_of_tokens_leave_their_data_shard(mesh, request):
+    assert rows_carried(request.getfixturevalue(mesh)) == []
+
+
+def test_states_of_tokens_that_leave_their_data_shard_are_seen():
+    mesh = sharding.make_mesh(8, 1, 1)
+    states = rows_of(mesh, ROWS, TOKENS, WIDTH)
+    at = jax.ShapeDtypeStruct((ROWS,), jnp.int32, sharding=NamedSharding(mesh, P("data")))
+    own = compiled(lambda x, at: gather_in_groups(x, at, DEVICES), mesh, states, at)
+    across = compiled(lambda x, at: gather_in_groups(x, at, 1), mesh, states, at)
+    assert rows_carried(own) == [] and rows_carried(across)
+
+
+def test_copies_of_the_parameters_are_never_gathered(by_data):
+    shapes = {leaf.shape for _, leaf in sharding.named(by_data.student) if len(leaf.shape) > 1}
+    gathers = [c for c in by_data.found if c.kind != "all-reduce"]
+    assert [c for c in gathers if shapes & {array.shape for array in c.results}] == []
+
+
+def transport_bytes():
+    """A maximum and a sum per codeword and iteration, for both modalities."""
+    return ITERATIONS * 2 * (2 * CODES * 4)
+
+
+def gradient_bytes(sent):
+    """Each parameter once, but twice if used twice: word embeddings, and the cross-attention to own
+    and other images.
+    """
+    looks = parameter_bytes(
+        sent, only=lambda name, leaf: "cross/query" in name or "cross/out" in name
+    )
+    return parameter_bytes(sent) + looks + WORDS * WIDTH * 4
+
+
+def vector_bytes():
+    """Sums of the metrics, at most one number per codeword; and of the losses, some per pair, at
+    most its features.
+    """
+    return 4 * (2 * DIM + 4 * CODES + 128) + 4 * ROWS * (2 * 2 * DIM + 20)
+
+
+def test_data_shards_sum_their_gradients_and_the_columns_of_transport_and_little_else(by_data):
+    found = total(c for c in by_data.found if c.kind == "all-reduce")
+    assert found <= 2 * RING * (gradient_bytes(by_data) + transport_bytes() + vector_bytes())
+    assert found >= 2 * RING * (
+        parameter_bytes(by_data) + transport_bytes()
+    )  # what a step has to send
+
+
+def test_data_shards_gather_features_and_draws_for_the_queue_and_the_words_to_hide(by_data):
+    others = [
+        c for c in by_data.found if c.kind != "all-reduce" and c not in of_part(by_data, "compare")
+    ]
+    slots = TEXT // 4
+    assert total(others) <= RING * 4 * ROWS * (2 * DIM + TEXT + 3 * slots + 6)
+
+
+@pytest.mark.parametrize("mesh", PARTS[:2])
+def test_the_losses_of_features_gather_features_alone(mesh, request):
+    sent = request.getfixturevalue(mesh)
+    features = 2 * 4 * ROWS * DIM
+    mask = (
+        2 * 2 * ROWS * (ROWS + QUEUE) / DEVICES
+    )  # who is a candidate of whom, in bytes, put in order twice
+    assert total(c for c in of_part(sent, "compare") if c.kind != "all-reduce") <= features + mask
+
+
+def test_parameters_split_over_fsdp_are_gathered_for_teacher_student_and_recompute_once_each(
+    by_fsdp,
+):
+    in_blocks = parameter_bytes(
+        by_fsdp, only=lambda name, leaf: is_split(name, leaf) and "blocks/" in name
+    )
+    others = parameter_bytes(
+        by_fsdp, only=lambda name, leaf: is_split(name, leaf) and "blocks/" not in name
+    )
+    shapes = {leaf.shape for name, leaf in sharding.named(by_fsdp.student) if is_split(name, leaf)}
+    gathers = [c for c in by_fsdp.found if c.kind == "all-gather" and c.results[0].shape in shapes]
+    assert total(gathers) == pytest.approx(RING * (3 * in_blocks + 2 * others), rel=0.02)
+
+
+def test_fsdp_sums_each_gradient_once(by_fsdp):
+    sums = total(c for c in by_fsdp.found if c.kind in ("all-reduce", "reduce-scatter"))
+    assert sums <= 2 * RING * (gradient_bytes(by_fsdp) + transport_bytes() + vector_bytes())
+
+
+@pytest.mark.parametrize("mesh", PARTS[:2])
+def test_an_iteration_of_both_transports_is_two_sums_over_the_shards(mesh, request):
+    sent = request.getfixturevalue(mesh)
+    inside = [c for c in of_part(sent, "assign") if c.times > 1]
+    assert [(c.kind, c.times) for c in inside] == [("all-reduce", ITERATIONS)] * 2
+    assert {array.shape for c in inside for array in c.operands} == {(2, CODES)}
+
+
+def test_two_transports_together_send_as_often_as_one():
+    mesh = sharding.make_mesh(8, 1, 1)
+    options = dict(solver="sinkhorn", epsilon=0.05, iterations=ITERATIONS, ipot_beta=0.5)
+    solve = lambda cost: transport_plan(cost, **options)  # noqa: E731
+    count = lambda sent: sum(c.times for c in sent.found if c.times > 1)  # noqa: E731
+    both = rows_of(mesh, 2, ROWS, CODES, spec=P(None, ("data", "fsdp")))
+    one = rows_of(mesh, ROWS, CODES)
+    assert count(compiled(solve, mesh, both)) == count(compiled(solve, mesh, one)) == 2 * ITERATIONS
+    apart = compiled(lambda a, b: (solve(a), solve(b)), mesh, one, one)
+    assert count(apart) == 4 * ITERATIONS

@@ -1,0 +1,261 @@
+"""The mesh, the rows of the batch, and the table from name to axes on the real parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from codebook_jax.data.text import Vocabulary
+from codebook_jax.errors import UserError
+from codebook_jax.parallel import sharding
+from codebook_jax.tasks import pretrain
+from configs import base
+
+BERT = Vocabulary(30_522, 0, 101, 102, 103, (0, 100, 101, 102, 103))
+# All of them once a run, and each below 2 MB in float32.
+WHOLE = {
+    "image/positions": 257 * 768,
+    "text/positions": 512 * 768,
+    "masked_words/bias": 30_522,
+    "usage/winners": 2 * 16_384,
+}
+
+
+@pytest.fixture(scope="module")
+def abstract():
+    """The train state of `base` on two data shards, fsdp 2 and tensor 2, as shapes."""
+    config = base.get_config("base")
+    config.itm.groups = 4
+    mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2)
+    return pretrain.create(config, BERT, mesh).abstract_state()
+
+
+def test_every_array_of_more_than_ten_thousand_numbers_is_split_or_named_here(abstract):
+    split, whole = 0, set()
+    for name, leaf in sharding.named(abstract):
+        axes = {axis for axis in leaf.sharding.spec if axis is not None}
+        if leaf.size <= 10_000:
+            continue
+        if axes:
+            split += 1
+            continue
+        (known,) = [known for known in WHOLE if name.endswith(known)] or [None]
+        assert known is not None, f"{name} {leaf.shape} is whole on every device"
+        assert leaf.size == WHOLE[known]
+        whole.add(known)
+    assert split > 80 and whole == WHOLE.keys()
+
+
+def test_matrices_of_blocks_are_split_four_ways_alike_in_student_teacher_and_moments(abstract):
+    four_ways = {"fsdp", "tensor"}
+    leaves = dict(sharding.named(abstract))
+    matrices = [name for name in leaves if "blocks/" in name and name.endswith("/kernel")]
+    assert len(matrices) == 15 * 4  # student, teacher, two moments
+    for name in matrices:
+        spec = leaves[name].sharding.spec
+        assert {axis for axis in spec if axis is not None} == four_ways, (name, spec)
+        assert spec[0] is None, "the first axis counts the layers"
+        tower, own = name.split("/blocks/")
+        tower = tower.rsplit("/", 1)[-1]
+        twins = [other for other in leaves if other.endswith(f"{tower}/blocks/{own}")]
+        assert len(twins) == 4 and len({leaves[twin].sharding.spec for twin in twins}) == 1
+
+
+def test_a_device_holds_about_a_quarter_of_the_state(abstract):
+    own = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    assert total / 4 < own < 1.2 * total / 4  # what is whole, or split over one axis alone
+
+
+def test_the_table_printed_at_the_start_counts_every_byte_of_a_device(abstract):
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    held = lambda tree: sum(  # noqa: E731
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+    rows = sharding.table(abstract, mesh)
+    copies = held((abstract.teacher, abstract.moments))
+    assert sum(row.copies for row in rows) == copies
+    assert sum(row.own for row in rows) == held(abstract) - copies
+    lines = sharding.describe(abstract, mesh).splitlines()
+    assert len(lines) == len(rows) + 2 <= 15
+    own, others = (float(cell.replace(",", "")) for cell in lines[-1].split()[-2:])
+    assert abs(own + others - held(abstract) / 1e6) < 0.02
+
+
+def test_the_table_names_what_is_split_how(abstract):
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    lines = sharding.describe(abstract, mesh).splitlines()
+    (words,) = [line for line in lines if line.startswith("word embeddings")]
+    assert "30522 x 768" in words and "- x fsdp" in words
+    assert words.split()[-2:] == [
+        f"{30_522 * 768 * 4 / 2 / 1e6:.2f}",
+        f"{3 * 30_522 * 768 * 4 / 2 / 1e6:.2f}",
+    ]
+    (queues,) = [line for line in lines if line.startswith("queues  ")]
+    assert "tensor x -" in queues and queues.split()[-1] == f"{2 * 65_536 * 256 * 4 / 2 / 1e6:.2f}"
+    assert not [line for line in lines if "$" in line or "(" in line]
+
+
+def test_what_is_whole_everywhere_is_a_line_for_parameters_and_one_for_queues(abstract):
+    mesh = sharding.make_mesh(-1, 1, 1)
+    assert [row.group for row in sharding.table(abstract, mesh)] == [
+        "whole on every device",
+        "queues and counts, whole",
+    ]
+
+
+def test_an_axis_that_does_not_divide_is_left_whole():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert sharding.spec_of("student/codebook/codes", (17, 8), mesh) == P(None, None)
+    assert sharding.spec_of("student/codebook/codes", (18, 8), mesh) == P("tensor", None)
+    up = "teacher/text/blocks/mlp/up/kernel"
+    assert sharding.spec_of(up, (3, 31, 8), mesh) == P(None, None, "tensor")
+
+
+def test_one_mesh_size_may_be_what_the_others_leave():
+    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(sharding.make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert sharding.data_shards(sharding.make_mesh(-1, 2, 2)) == 4
+
+
+def test_a_mesh_is_made_of_the_devices_that_are_given():
+    some = jax.devices()[4:]
+    mesh = sharding.make_mesh(-1, 2, 1, devices=some)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1} and set(
+        mesh.devices.flat
+    ) == set(some)
+
+
+def test_an_fsdp_that_nobody_chose_is_one_or_what_the_others_leave():
+    assert dict(sharding.make_mesh(-1, 0, 2).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert dict(sharding.make_mesh(2, 0, 1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(sharding.make_mesh(8, 0, -1).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((3, 1, 1), "config.mesh.data=3, config.mesh.fsdp=1, config.mesh.tensor=1 does not fit 8"),
+        ((-1, 3, 1), "config.mesh.fsdp=3, config.mesh.tensor=1 does not fit 8 devices"),
+        ((-1, 16, 1), "does not fit 8 devices"),
+        ((-1, -1, 1), "config.mesh.data=-1, config.mesh.fsdp=-1"),
+        ((0, 1, 8), "config.mesh.data=0"),
+        ((-2, 2, 2), "config.mesh.data=-2"),
+        (
+            (-1, 0, -1),
+            "config.mesh.data=-1, config.mesh.fsdp=0, config.mesh.tensor=-1: .*fsdp may be 0",
+        ),
+        ((3, 0, 1), "config.mesh.data=3, config.mesh.fsdp=0, config.mesh.tensor=1 does not fit 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_numbers(sizes, words):
+    with pytest.raises(UserError, match=words):
+        sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "groups", "words"),
+    [
+        (15, 1, 3, "global_batch=15 does not split over 8 data shards .*: 16 would"),
+        (
+            24,
+            2,
+            8,
+            "global_batch=24 does not split over 8 data shards .* x 2 passes: (16|32) would",
+        ),
+        (32, 2, 8, "accumulation=2 on 8 data shards needs config.itm.groups .* 16, .* 8:"),
+        (16, 1, 16, "itm.groups=16 of config.data.global_batch=16 leaves one pair"),
+        (3, 1, 1, "global_batch=3 does not split"),
+    ],
+)
+def test_a_batch_that_does_not_split_is_refused_with_its_numbers(
+    batch, accumulation, groups, words
+):
+    mesh = sharding.make_mesh(8, 1, 1)
+    with pytest.raises(UserError, match=words):
+        sharding.check_batch(mesh, batch, accumulation)
+        sharding.check_groups(mesh, batch, accumulation, groups)
+
+
+def test_batches_that_split_are_accepted():
+    mesh = sharding.make_mesh(2, 2, 2)
+    for batch, accumulation, groups in [(16, 1, 1), (16, 1, 8), (16, 2, 8), (48, 3, 12)]:
+        sharding.check_batch(mesh, batch, accumulation)
+        sharding.check_groups(mesh, batch, accumulation, groups)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_one_process_reads_every_row_once_in_order(sizes):
+    rows = sharding.process_rows(sharding.make_mesh(*sizes), 16)
+    np.testing.assert_array_equal(rows, np.arange(16))
+
+
+def test_a_put_batch_is_the_host_rows_in_order_split_over_the_data_axes():
+    mesh = sharding.make_mesh(2, 2, 2)
+    rows = np.arange(16 * 3, dtype=np.int32).reshape(16, 3)
+    put = sharding.put_batch({"rows": rows}, mesh)["rows"]
+    np.testing.assert_array_equal(put, rows)
+    assert {shard.data.shape for shard in put.addressable_shards} == {(4, 3)}
+
+
+@pytest.mark.parametrize(("sizes", "parts"), [((8, 1, 1), 2), ((2, 2, 2), 3), ((1, 1, 1), 4)])
+def test_passes_take_equally_many_rows_of_every_shard_and_join_again_in_order(sizes, parts):
+    count = int(np.prod(sizes))
+    devices = np.array(jax.devices()[:count]).reshape(sizes)
+    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    shards = sharding.data_shards(mesh)
+    rows = np.arange(shards * parts * 2 * 5).reshape(-1, 5)
+    put = jax.device_put(rows, sharding.batch_sharding(mesh))
+    split = jax.jit(lambda x: sharding.split_rows(x, parts, mesh))
+    compiled = split.lower(put).compile()
+    passes = compiled(put)
+    assert passes.shape == (parts, shards * 2, 5)
+    size = len(rows) // shards
+    of_shard = np.asarray(passes)[:, :, 0] // 5 // size  # which shard each row came from
+    np.testing.assert_array_equal(of_shard, np.tile(np.repeat(np.arange(shards), 2), (parts, 1)))
+    join = jax.jit(lambda x: sharding.join_rows(x, mesh))
+    np.testing.assert_array_equal(join(passes), rows)
+    assert join(passes).sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+    for program in (compiled, join.lower(passes).compile()):
+        text = program.as_text()
+        for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+            assert f"{word}(" not in text and f"{word}-start(" not in text
+
+
+def test_split_and_join_of_images_keep_each_row_whole():
+    mesh = sharding.make_mesh(8, 1, 1)
+    rows = jnp.arange(16 * 2 * 3).reshape(16, 2, 3)
+    passes = jax.jit(lambda x: sharding.split_rows(x, 2, mesh))(rows)
+    assert passes.sharding.is_equivalent_to(NamedSharding(mesh, P(None, sharding.BATCH)), 4)
+    np.testing.assert_array_equal(sharding.join_rows(passes, mesh), rows)
+
+
+def test_a_mesh_fits_when_its_sizes_make_up_the_devices():
+    assert sharding.fits(8, 1, 1) and sharding.fits(2, 2, 2) and sharding.fits(-1, 4, 1)
+    assert not sharding.fits(4, 1, 1) and not sharding.fits(-1, 3, 1)
+
+
+def test_a_layer_uses_its_parameters_whole_over_fsdp_and_split_over_tensor():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    block = {
+        "attention": {"out": {"kernel": np.zeros((4, 8, 16))}},
+        "mlp": {"up": {"kernel": np.zeros((16, 64))}},
+    }
+    used = jax.jit(lambda tree: sharding.gathered(tree, mesh, in_blocks=True))(block)
+    assert used["attention"]["out"]["kernel"].sharding.spec == P("tensor")
+    assert used["mlp"]["up"]["kernel"].sharding.spec == P(None, "tensor")
+    towers = {"text": {"words": np.zeros((32, 16)), "blocks": block}}
+    places = sharding.state_shardings(towers, mesh)
+    used = jax.jit(
+        lambda tree: sharding.gathered(tree, mesh), in_shardings=(places,), out_shardings=None
+    )(towers)
+    assert used["text"]["words"].sharding.is_fully_replicated
+    kept = used["text"]["blocks"]["mlp"]["up"]["kernel"].sharding
+    assert kept.is_equivalent_to(places["text"]["blocks"]["mlp"]["up"]["kernel"], 2)
+    assert sharding.gathered(towers, None) is towers

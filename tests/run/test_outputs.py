@@ -1,0 +1,218 @@
+"""Every mode checks that it can write before it loads anything, and shows results before it writes
+them.
+"""
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from small_run import ROOT
+
+import codebook_jax
+from codebook_jax import build, train
+from codebook_jax.errors import UserError
+from codebook_jax.run import record as records
+from codebook_jax.run.ownership import owned
+from codebook_jax.tools import check_data, evaluate, export, prepare
+from codebook_jax.tools.evaluate import restore_trained
+from codebook_jax.tools.plan import PlanOptions, foresight, plan
+from configs import base
+
+
+def config_of(**changes):
+    config = base.get_config("tiny")
+    config.update_from_flattened_dict(changes)
+    return config.lock()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("too late to refuse")
+
+    trained = SimpleNamespace(config=config_of())  # made without reading weights
+    monkeypatch.setattr(build, "build_trained", lambda *_: trained)
+    monkeypatch.setattr(foresight, "foresee", load)
+    for module, name in (
+        (build, "build_training"),
+        (evaluate, "restore_trained"),
+        (prepare, "source_of"),
+        (check_data, "source_of"),
+    ):
+        monkeypatch.setattr(module, name, load)
+
+
+IMPORT = {"init": "model:weights.pth"}
+MODES = {
+    "train": lambda workdir: train.fit(config_of(), workdir),
+    "import": lambda workdir: train.import_weights(config_of(**IMPORT), workdir),
+    "eval": lambda workdir: evaluate.evaluate(None, workdir),
+    "export": lambda workdir: export.export(None, workdir),
+    "prepare": lambda workdir: prepare.prepare(config_of(), workdir),
+    "check-data": lambda workdir: check_data.check_data(config_of(), workdir),
+    "plan": lambda workdir: plan(config_of(), PlanOptions(json=str(workdir / "plan.json"))),
+}
+WRITTEN = (
+    ("train", "metrics.jsonl", "file"),
+    ("train", "checkpoints", "folder"),
+    ("import", "config.json", "file"),
+    ("import", "tokenizer", "folder"),
+    ("eval", "eval.json", "file"),
+    ("export", "export", "folder"),
+    ("prepare", "manifest.json", "file"),
+    ("check-data", "report.html", "file"),
+    ("check-data", "check.json", "file"),
+    ("plan", "plan.json", "file"),
+)
+
+
+@pytest.mark.parametrize("mode, name, kind", WRITTEN)
+def test_a_folder_in_place_of_a_file_or_the_reverse_is_refused_at_the_start(
+    mode, name, kind, tmp_path
+):
+    if kind == "file":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{tmp_path / name} .*\b{kind}\b"):
+        MODES[mode](tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_place_that_cannot_be_written_is_refused_at_the_start(
+    mode, number, tmp_path, monkeypatch
+):
+    def probe(folder):
+        raise OSError(number, os.strerror(number), str(folder))
+
+    monkeypatch.setattr(records, "write_probe", probe)
+    with pytest.raises(UserError) as refusal:
+        MODES[mode](tmp_path)
+    assert str(tmp_path) in str(refusal.value) and os.strerror(number) in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "export"])
+@pytest.mark.parametrize(
+    "place", ["/proc/run", "file/run", "n" * 300], ids=["proc", "file", "long"]
+)
+def test_a_place_that_cannot_be_is_refused_at_the_start(mode, place, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError) as refusal:
+        MODES[mode](tmp_path / place)
+    assert str(tmp_path / place) in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_name_too_long_for_the_draft_is_refused_at_the_start(tmp_path):
+    with pytest.raises(UserError, match=os.strerror(errno.ENAMETOOLONG)):
+        records.check_outputs(tmp_path, ("n" * 250,))
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "export").mkdir()
+
+    def rename(path, other):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))  # something is mounted there
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(UserError, match=f"export cannot be written .*{os.strerror(errno.EBUSY)}"):
+        export.export(None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_two_exports_at_once_do_not_share_a_draft(tmp_path):
+    with (
+        owned(tmp_path, ".export.running"),
+        pytest.raises(UserError, match=f"process {os.getpid()} "),
+    ):
+        export.export(None, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["train", "import"])
+def test_a_workdir_in_use_is_refused_at_the_start(mode, tmp_path):
+    with owned(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} "):
+        MODES[mode](tmp_path)
+
+
+def test_two_that_write_one_file_at_once_leave_the_whole_of_one(tmp_path):
+    path = tmp_path / "eval.json"
+    with records.written_whole(path) as one:
+        with records.written_whole(path) as two:  # on another host, with the same process number
+            two.write("two")
+        one.write("one")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_in_the_end_is_a_sentence(tmp_path):
+    (tmp_path / "eval.json").mkdir()
+    with pytest.raises(UserError, match="eval.json cannot be written"):
+        records.write_json(tmp_path / "eval.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_an_evaluation_is_shown_though_it_cannot_be_written(tmp_path, monkeypatch, capsys):
+    def evaluated(*_, **__):
+        (tmp_path / "eval.json").mkdir()  # since it was looked at
+        return {"student/dual": {"txt_r1": 12.34}}
+
+    monkeypatch.setattr(evaluate, "restore_trained", lambda *_, **__: SimpleNamespace(state=None))
+    monkeypatch.setattr(evaluate, "source_of", lambda *_: [])
+    monkeypatch.setattr(evaluate.retrieval, "evaluate", evaluated)
+    monkeypatch.setattr(evaluate.retrieval, "format_table", str)
+    parts = SimpleNamespace(config=config_of(), task=None, tokenizer=None)
+    monkeypatch.setattr(build, "build_trained", lambda *_: parts)
+    with pytest.raises(UserError, match="eval.json"):
+        evaluate.evaluate(None, tmp_path)
+    assert "12.34" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "there, advice", [(True, "start training again"), (False, "the same command again")]
+)
+def test_a_checkpoint_that_training_removed_is_not_called_damaged(
+    there, advice, tmp_path, monkeypatch
+):
+    step = tmp_path / "checkpoints" / "5"
+
+    class Damaged:
+        step_to_use = best_step = lambda self: 5
+
+        def restore(self, *_):
+            if not there:
+                step.rmdir()
+            raise FileNotFoundError(step)
+
+    step.mkdir(parents=True)
+    parts = SimpleNamespace(config=config_of(), task=SimpleNamespace(abstract_state=lambda: None))
+    monkeypatch.setattr(evaluate, "Checkpoints", lambda *_, **__: contextlib.nullcontext(Damaged()))
+    with pytest.raises(UserError, match=f"step 5 .*{advice}"):
+        restore_trained(parts, tmp_path, ("student",))
+
+
+def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"^{tmp_path}/none "):
+        codebook_jax.load("~/none")
+    (tmp_path / "plan.json").mkdir()
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    for flags in (
+        ["--mode=plan", "--plan.json=~/plan.json"],
+        ["--mode=check-data", "--workdir=~/run"],
+    ):
+        command = [
+            sys.executable,
+            "-m",
+            "codebook_jax.main",
+            f"--config={ROOT}/configs/base.py:tiny",
+            *flags,
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and f"{tmp_path}/" in done.stderr

@@ -1,0 +1,207 @@
+"""One process at a time owns a folder, wherever it runs, and a dead one blocks nobody."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import owner
+import pytest
+from small_run import ROOT
+
+from codebook_jax.errors import UserError
+from codebook_jax.run import ownership
+from codebook_jax.run.ownership import owned
+
+AT_ONCE_S = (
+    owner.WATCH_S / 2 + ownership.CLAIM_S
+)  # a watch is longer on a machine that does much else
+
+
+@pytest.fixture
+def start():
+    """Starts a process that wants to own a folder; all are killed at the end."""
+    started = []
+
+    def start(folder, **environment):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "owner.py", folder],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(ownership, "BEAT_S", owner.BEAT_S)
+    monkeypatch.setattr(ownership, "WATCH_S", owner.WATCH_S)
+
+
+def answer(process):
+    """What the process ends up with, and after how many seconds."""
+    began = time.monotonic()
+    for line in process.stdout:
+        if line.startswith(("owns", "refused")):
+            return line, time.monotonic() - began
+    raise AssertionError(process.stderr.read())
+
+
+def record_of(folder):
+    return json.loads((folder / ".running").read_text())
+
+
+def test_a_second_process_is_told_who_owns_the_folder_until_the_first_leaves(start, tmp_path):
+    first = start(tmp_path)
+    assert answer(first)[0] == "owns\n"
+    record = record_of(tmp_path)
+    refusal, _ = answer(start(tmp_path))
+    assert record["pid"] == first.pid and "owner.py" in record["command"]
+    for value in (tmp_path, first.pid, os.uname().nodename, record["since"]):
+        assert str(value) in refusal
+    first.communicate("")
+    assert list(tmp_path.iterdir()) == []
+    assert answer(start(tmp_path))[0] == "owns\n"
+
+
+def test_a_killed_owner_that_nobody_waited_for_is_gone_at_once(start, tmp_path):
+    first = start(tmp_path)
+    answer(first)
+    first.kill()
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    os.kill(first.pid, 0)
+    said, seconds = answer(start(tmp_path))
+    assert said == "owns\n" and seconds < AT_ONCE_S
+
+
+def test_a_child_that_outlives_a_killed_owner_does_not_keep_the_folder(start, tmp_path):
+    first = start(tmp_path, FORKS="yes")
+    answer(first)
+    first.kill()
+    with open(tmp_path / ".running") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child has it
+    said, seconds = answer(start(tmp_path))
+    assert said == "owns\n" and seconds < AT_ONCE_S + ownership.CLAIM_S
+
+
+def test_another_process_that_got_the_owners_number_is_not_the_owner(quick, tmp_path, capsys):
+    with owned(tmp_path):
+        record = record_of(tmp_path)
+    (tmp_path / ".running").write_text(json.dumps(record | {"started": "1"}))
+    with owned(tmp_path):
+        assert record_of(tmp_path)["token"] != record["token"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_an_owner_on_another_host_counts_as_long_as_its_beat_moves(
+    locks, start, tmp_path, quick, monkeypatch
+):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", none)
+    first = start(tmp_path, HOST="elsewhere", BOOT="another")
+    answer(first)
+    with pytest.raises(UserError, match=f"process {first.pid} on elsewhere"), owned(tmp_path):
+        pass
+    first.kill()
+    began = time.monotonic()
+    with owned(tmp_path):
+        assert record_of(tmp_path)["pid"] == os.getpid()
+    assert time.monotonic() - began >= owner.WATCH_S
+
+
+def test_a_dead_host_whose_lock_the_file_server_keeps_hinders_nobody(quick, tmp_path, monkeypatch):
+    with monkeypatch.context() as there:
+        there.setattr("platform.node", lambda: "dead")
+        with owned(tmp_path):
+            record = (tmp_path / ".running").read_text()
+    (tmp_path / ".running").write_text(record)
+    with open(tmp_path / ".running") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with owned(tmp_path):
+            assert record_of(tmp_path)["host"] != "dead"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", [{"PID_NAMESPACE": "pid:[1]"}, {"HOST": "elsewhere"}], ids=str)
+def test_the_kernel_knows_of_a_container_of_this_machine_whether_it_is_gone(where, start, tmp_path):
+    first = start(tmp_path, **where)
+    answer(first)
+    refusal, _ = answer(start(tmp_path))
+    for value in (first.pid, where.get("HOST", "")):
+        assert str(value) in refusal
+    first.kill()
+    first.wait()
+    said, seconds = answer(start(tmp_path))
+    assert said == "owns\n" and seconds < AT_ONCE_S
+
+
+def test_an_owner_that_was_taken_over_while_it_stood_still_ends(start, tmp_path, quick):
+    first = start(tmp_path, HOST="elsewhere", BOOT="another")
+    answer(first)
+    first.send_signal(signal.SIGSTOP)
+    with owned(tmp_path):
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(timeout=20) == 1
+        assert f"process {os.getpid()}" in first.stderr.read()
+        assert record_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_of_many_that_start_together_one_owns_the_folder(start, tmp_path):
+    dead = start(tmp_path)
+    answer(dead)
+    dead.kill()
+    processes = [start(tmp_path) for _ in range(6)]
+    said = [answer(process)[0] for process in processes]
+    owners = [
+        process.pid for process, line in zip(processes, said, strict=True) if line == "owns\n"
+    ]
+    assert owners == [record_of(tmp_path)["pid"]]
+
+
+@pytest.mark.parametrize("pid", ["abc", None, 1.5, [1], 10**30, -1, 0, True])
+def test_a_file_that_names_no_process_is_nobodys(pid, tmp_path):
+    with owned(tmp_path):
+        record = record_of(tmp_path)
+    (tmp_path / ".running").write_text(json.dumps(record | {"pid": pid}))
+    with owned(tmp_path):
+        assert record_of(tmp_path)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["{}", "[" * 100_000, "\0", "3", '{"pid": 1, "x": 2}'], ids=len)
+def test_a_file_that_says_nothing_is_nobodys(content, tmp_path):
+    (tmp_path / ".running").write_text(content)
+    with owned(tmp_path):
+        assert record_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_file_that_cannot_be_replaced_is_named_in_a_sentence(tmp_path):
+    path = tmp_path / ".running"
+    for make in (
+        path.mkdir,
+        lambda: path.symlink_to(tmp_path / "none/x"),
+        lambda: path.symlink_to(path),
+    ):
+        make()
+        with pytest.raises(UserError, match=str(path)), owned(tmp_path):
+            pass
+        path.rmdir() if not path.is_symlink() else path.unlink()

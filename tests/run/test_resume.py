@@ -1,0 +1,283 @@
+"""End to end with a small real model: a run that was stopped and continued leaves what an
+uninterrupted one leaves.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import ROOT, STEPS, command, config_of
+
+from codebook_jax import build, train
+from codebook_jax.errors import UserError
+from codebook_jax.run.checkpoint import Checkpoints
+from codebook_jax.run.metrics import read_rows
+from codebook_jax.tools import evaluate
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def went_on(workdir, environment, **changes):
+    """The output of the command that continues a run to its end, in its own process.
+
+    With other devices it may sum the same numbers in another order.
+    """
+    done = subprocess.run(
+        command(workdir, **changes), env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows_of(workdir):
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")} for row in rows
+    ]
+
+
+def states_of(workdir, step=STEPS):
+    """Every array of a checkpoint by its path, read without the model."""
+    import orbax.checkpoint as ocp
+
+    arrays = {}
+    for item in ("student", "teacher", "moments", "queue", "rest"):
+        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / item)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return arrays
+
+
+def assert_same_run(workdir, other):
+    assert rows_of(workdir) == rows_of(other)
+    left, right = states_of(workdir), states_of(other)
+    assert left.keys() == right.keys() and len(left) > 50
+    for name, array in left.items():
+        np.testing.assert_array_equal(array, right[name], err_msg=name)
+
+
+def copy_of(straight, workdir, *, newest):
+    """A copy of the straight run as of step `newest`, with the later rows and scores still in
+    it.
+    """
+    shutil.copytree(straight.workdir, workdir)
+    for folder in (workdir / "checkpoints").iterdir():
+        if int(folder.name) > newest:
+            shutil.rmtree(folder)
+    return workdir
+
+
+def test_a_straight_run_says_what_it_does_and_learns(straight):
+    assert "built-in synthetic scenes, not real images" in straight.said
+    assert "8 pairs = 1 data shard x 8 (accumulation 1)" in straight.said
+    assert "8 of 1,000 images" in straight.said and str(straight.workdir) in straight.said
+    assert straight.said.index("validation at step 10") < straight.said.index("--mode=export")
+    assert "step 20/20" in straight.progress
+    rows = [row for row in rows_of(straight.workdir) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(row["loss"]) for row in rows) and rows[-1]["loss"] < rows[0]["loss"]
+    evaluations = [row for row in rows_of(straight.workdir) if "eval/txt_r1" in row]
+    assert [row["step"] for row in evaluations] == [10, 20]
+    assert (
+        "eval/reranked_txt_r1" in evaluations[-1] and "eval/reranked_txt_r1" not in evaluations[0]
+    )
+    record = json.loads((straight.workdir / "config.json").read_text())
+    assert record["config"]["itm"]["groups"] == 1 and record["data"]["examples"] == 64
+
+
+def test_a_run_keeps_others_out_until_it_is_killed_and_resumed_it_is_the_straight_run(
+    straight, one_device_environment, tmp_path
+):
+    workdir = tmp_path / "run"
+    first = subprocess.Popen(
+        command(workdir, **{"data.workers": 1}),
+        env=one_device_environment | {"FAULT": "stop:*:11"},
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    stopped = os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert stopped.si_status == signal.SIGSTOP
+    second = subprocess.run(
+        command(workdir), env=one_device_environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
+    assert f"--workdir={workdir} is in use by process {first.pid}" in second.stderr
+    evaluate.evaluate(None, workdir)
+    assert "student/dual" in json.loads((workdir / "eval.json").read_text())
+    first.kill()  # alone: its worker ends by itself
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "loss": 3.')
+    said = went_on(workdir, one_device_environment, **{"data.workers": 2})
+    assert "resuming at step " in said and "data.workers=1, now 2" in said
+    assert "watching" not in said  # nothing is waited for
+    assert_same_run(workdir, straight.workdir)
+    first.wait()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(first.pid, 0)
+
+
+def test_sigterm_to_every_process_saves_and_the_resumed_run_is_the_straight_run(
+    straight, one_device_environment, tmp_path
+):
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(workdir, **{"data.workers": 2}),
+        env=one_device_environment | {"FAULT": "slow:*:7"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 300
+    while time.monotonic() < end and process.poll() is None:
+        if (workdir / "metrics.jsonl").exists() and len(read_rows(workdir / "metrics.jsonl")) >= 7:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-3000:]
+    (line,) = [line for line in said.splitlines() if line.endswith(" on SIGTERM")]
+    step = int(line.removeprefix("saved step ").removesuffix(" on SIGTERM"))
+    assert 7 <= step < STEPS and (workdir / "checkpoints" / str(step)).is_dir()
+    assert f"resuming at step {step} " in went_on(workdir, one_device_environment)
+    assert_same_run(workdir, straight.workdir)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
+    straight, one_device_environment, tmp_path
+):
+    workdir = copy_of(straight, tmp_path / "run", newest=20)
+    files = [
+        path for path in (workdir / "checkpoints" / "20" / "student").rglob("*") if path.is_file()
+    ]
+    os.truncate(max(files, key=lambda path: path.stat().st_size), 100)
+    said = went_on(workdir, one_device_environment)
+    assert "step 20 is damaged" in said and "resuming at step 15 (" in said
+    assert_same_run(workdir, straight.workdir)
+    assert (workdir / "checkpoints" / "damaged-20").is_dir()
+
+
+def test_a_changed_config_is_refused_by_name_before_anything_is_touched(straight):
+    before = sorted((path, path.stat().st_mtime_ns) for path in straight.workdir.rglob("*"))
+    changes = {
+        "data.global_batch": 4,
+        "seed": 1,
+        "model.image.depth": 2,
+        "data.scenes_examples": 65,
+    }
+    with pytest.raises(UserError) as refusal:
+        train.fit(config_of(**changes), straight.workdir)
+    for words in (
+        "data.global_batch=8, now 4",
+        "seed=0, now 1",
+        "model.image.depth=1, now 2",
+        "=64, now 65",
+    ):
+        assert words in str(refusal.value)
+    assert sorted((path, path.stat().st_mtime_ns) for path in straight.workdir.rglob("*")) == before
+
+
+def test_a_longer_run_goes_on_from_the_last_step_and_the_change_is_recorded(
+    straight, tmp_path, capsys
+):
+    workdir = copy_of(straight, tmp_path / "run", newest=20)
+    train.fit(config_of(**{"train.steps": 22}), workdir)
+    said = capsys.readouterr().out
+    assert (
+        "train.steps=20, now 22: changes what is learned" in said
+        and "resuming at step 20 (" in said
+    )
+    rows = rows_of(workdir)
+    assert rows[: len(rows_of(straight.workdir))] == rows_of(straight.workdir)
+    assert rows[-2]["step"] == rows[-1]["step"] == 22
+    record = json.loads((workdir / "config.json").read_text())
+    assert record["changes"] == [{"step": 20, "fields": {"train.steps": [20, 22]}}]
+
+
+def test_a_weight_that_is_not_finite_stops_the_run_with_its_losses_and_saves_nothing(
+    straight, tmp_path, monkeypatch, capsys
+):
+    workdir = copy_of(straight, tmp_path / "run", newest=15)
+    restore = Checkpoints.restore_newest
+
+    def poisoned(self, abstract_state):
+        restored = restore(self, abstract_state)
+        student = dict(restored.state.student)
+        student["codebook"] = jax.tree.map(
+            lambda leaf: jnp.full_like(leaf, jnp.nan), student["codebook"]
+        )
+        return restored._replace(state=restored.state.replace(student=student))
+
+    monkeypatch.setattr(Checkpoints, "restore_newest", poisoned)
+    with pytest.raises(
+        UserError, match="3 steps in a row were not finite .*loss/codebook.*step 15 is untouched"
+    ):
+        train.fit(config_of(**{"optimizer.max_bad_steps": 3}), workdir)
+    assert "step 16 was skipped: " in capsys.readouterr().out
+    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == 15
+
+
+def test_the_best_checkpoint_is_evaluated_on_the_test_data(straight, capsys):
+    assert (
+        json.loads((straight.workdir / "config.json").read_text())["config"]["evaluation"]["images"]
+        == 8
+    )  # of its validation
+    evaluate.evaluate(None, straight.workdir)
+    said = capsys.readouterr().out
+    best = json.loads((straight.workdir / "best.json").read_text())["step"]
+    assert f"the checkpoint of step {best} (the best in validation)" in said
+    results = json.loads((straight.workdir / "eval.json").read_text())
+    assert results.keys() == {"student/dual", "teacher/dual", "student/reranked"}
+    assert {"txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "chance_r1"} <= results[
+        "student/dual"
+    ].keys()
+    assert {(values["images"], values["images_listed"]) for values in results.values()} == {
+        (1000, 1000)
+    }
+
+
+def test_an_evaluation_that_its_config_cuts_says_so_where_its_figures_are(
+    straight, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight.workdir, workdir)
+    evaluate.evaluate(config_of(), workdir)
+    (head,) = [line for line in capsys.readouterr().out.splitlines() if " texts" in line]
+    assert "8 of 1,000 images" in head
+    results = json.loads((workdir / "eval.json").read_text())["student/dual"]
+    assert (results["images"], results["images_listed"]) == (8, 1000)
+
+
+def test_a_folder_without_a_run_cannot_be_evaluated(tmp_path):
+    with pytest.raises(UserError, match="holds no trained run"):
+        evaluate.evaluate(None, tmp_path)
+
+
+def test_a_config_given_to_evaluate_a_run_keeps_the_runs_own_data_unless_a_flag_names_others(
+    straight, one_device_environment, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight.workdir, workdir)
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"]["data"]["eval"] = f"json:{tmp_path / 'own.json'}"
+    (workdir / "config.json").write_text(json.dumps(record))
+    assert build.with_own_data(config_of(), workdir, {"data.eval"}).data.eval == "scenes"
+    done = subprocess.run(
+        [*command(workdir), "--mode=eval"],
+        env=one_device_environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert f"config.data.eval=json:{tmp_path / 'own.json'}" in done.stdout
+    assert "own.json cannot be read" in done.stderr

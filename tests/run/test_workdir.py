@@ -1,0 +1,245 @@
+"""What a run's folder records, and which changes a restart may make."""
+
+import json
+import os
+import subprocess
+
+import jax
+import pytest
+
+from codebook_jax.errors import UserError
+from codebook_jax.run import record as records
+from configs import base
+
+
+def config_of(size="tiny", **changes):
+    config = base.get_config(size)
+    config.update_from_flattened_dict(changes)
+    return records.resolve_groups(config, None, data_shards=1)
+
+
+def start(workdir, config, *, fingerprint="data-1", previous=None, changes=None, step=0):
+    records.write_record(
+        workdir,
+        previous,
+        config,
+        data={"train": "scenes/train", "examples": 20_000, "fingerprint": fingerprint},
+        devices={"kind": "cpu", "count": 1, "processes": 1},
+        changes=changes or {},
+        step=step,
+    )
+    return records.read_record(workdir)
+
+
+def restart(workdir, record, config, *, fingerprint="data-1", has_checkpoint=True):
+    return records.check_restart(
+        workdir, record, config, fingerprint, has_checkpoint=has_checkpoint
+    )
+
+
+def test_the_record_holds_the_config_the_data_and_the_versions(tmp_path):
+    config = config_of()
+    record = start(tmp_path, config)
+    assert records.recorded_config(record).to_dict() == config.to_dict()  # tuples too
+    assert record["data"] == {"train": "scenes/train", "examples": 20_000, "fingerprint": "data-1"}
+    assert record["versions"]["jax"] == jax.__version__
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    records.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(ValueError):
+        records.write_json(tmp_path / "a.json", {"new": float("nan")})
+    monkeypatch.setattr(
+        os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OSError):
+        records.write_json(tmp_path / "a.json", {"new": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+
+
+def test_the_same_config_starts_again_without_a_word(tmp_path):
+    record = start(tmp_path, config_of())
+    assert restart(tmp_path, record, config_of()) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"data.global_batch": 32},
+        {"data.train": "json:pairs.json"},
+        {"data.scenes_examples": 10},
+        {"data.tokenizer": "bert-base-uncased"},
+        {"data.tokenizer_vocabulary": 100},
+        {"model.image.width": 64},
+        {"model.text.max_tokens": 30},
+        {"model.dtype": "bfloat16"},
+        {"codebook.size": 128},
+        {"queue.size": 256},
+        {"itm.groups": 4},
+        {"task": "retrieval"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_breaks_the_data_or_the_shapes_is_refused_by_name_with_both_values(changes, tmp_path):
+    record = start(tmp_path, config_of())
+    (name, new), *_ = changes.items()
+    old = next(
+        old
+        for field, (old, _) in records.changed_fields(
+            record["config"], config_of(**changes).to_dict()
+        ).items()
+        if field == name
+    )
+    with pytest.raises(UserError) as refusal:
+        restart(
+            tmp_path,
+            record,
+            config_of(**changes),
+            fingerprint="data-2" if name == "data.train" else "data-1",
+        )
+    assert f"{name}={json.dumps(old)}, now {json.dumps(new)}" in str(refusal.value)
+    assert str(tmp_path) in str(refusal.value) and "another --workdir" in str(refusal.value)
+
+
+def test_every_refused_field_is_named_at_once(tmp_path):
+    record = start(tmp_path, config_of())
+    with pytest.raises(UserError, match=r'size="tiny", now "small"; .*and \d+ more'):
+        restart(tmp_path, record, config_of("small"))
+
+
+def test_data_whose_content_changed_is_refused(tmp_path):
+    record = start(tmp_path, config_of())
+    with pytest.raises(
+        UserError, match="training data scenes, whose content is no longer the same"
+    ):
+        restart(tmp_path, record, config_of(), fingerprint="data-2")
+
+
+def test_the_same_data_under_another_path_is_accepted(tmp_path):
+    record = start(tmp_path, config_of(**{"data.train": "json:/old/pairs.json"}))
+    _, sentences = restart(tmp_path, record, config_of(**{"data.train": "json:/new/pairs.json"}))
+    assert len(sentences) == 1 and "the same data by its fingerprint" in sentences[0]
+
+
+@pytest.mark.parametrize(
+    "name, new, noted",
+    [
+        ("train.steps", 900, True),
+        ("optimizer.learning_rate", 1e-3, True),
+        ("losses.codebook", 0.0, True),
+        ("data.crop_scale", (0.5, 1.0), True),
+        ("data.workers", 2, False),
+        ("data.threads", 8, False),
+        ("data.prefetch", 8, False),
+        ("log_every_steps", 7, False),
+        ("checkpoint.keep", 9, False),
+        ("evaluation.images", 9, False),
+        ("mesh.fsdp", 2, False),
+        ("model.remat", "blocks", False),
+    ],
+)
+def test_what_changes_only_learning_or_computing_is_accepted_and_said(name, new, noted, tmp_path):
+    record = start(tmp_path, config_of())
+    changes, sentences = restart(tmp_path, record, config_of(**{name: new}))
+    assert list(changes) == [name] and len(sentences) == 1 and sentences[0].startswith(f"{name}=")
+    assert ("changes what is learned from here on" in sentences[0]) == noted
+
+
+def test_before_the_first_checkpoint_only_the_tokenizer_is_fixed(tmp_path):
+    record = start(tmp_path, config_of())
+    changes, _ = restart(
+        tmp_path, record, config_of(**{"data.global_batch": 32, "seed": 1}), has_checkpoint=False
+    )
+    assert changes == {"data.global_batch": [64, 32], "seed": [0, 1]}
+    with pytest.raises(UserError, match="data.tokenizer_vocabulary"):
+        restart(
+            tmp_path, record, config_of(**{"data.tokenizer_vocabulary": 99}), has_checkpoint=False
+        )
+
+
+def test_accepted_changes_are_kept_with_their_step(tmp_path):
+    record = start(tmp_path, config_of())
+    longer = config_of(**{"train.steps": 900})
+    changes, _ = restart(tmp_path, record, longer)
+    record = start(tmp_path, longer, previous=record, changes=changes, step=200)
+    assert record["changes"] == [
+        {"step": 200, "fields": {"train.steps": [config_of().train.steps, 900]}}
+    ]
+    assert record["config"]["train"]["steps"] == 900
+
+
+def test_another_version_of_a_package_is_said(tmp_path):
+    record = start(tmp_path, config_of())
+    record["versions"]["jax"] = "0.1.0"
+    _, sentences = restart(tmp_path, record, config_of())
+    assert sentences == [f'versions.jax="0.1.0", now "{jax.__version__}": results may differ']
+
+
+def test_groups_are_data_shards_times_accumulation_and_stay_those_of_the_run(tmp_path):
+    config = base.get_config("tiny")
+    config.optimizer.accumulation = 2
+    first = records.resolve_groups(config, None, data_shards=4)
+    assert first.itm.groups == 8 and config.itm.groups == 0
+    record = start(tmp_path, first)
+    assert records.resolve_groups(config, record, data_shards=1).itm.groups == 8
+    assert restart(tmp_path, record, records.resolve_groups(config, record, data_shards=1)) == (
+        {},
+        [],
+    )
+    config.itm.groups = 5
+    with pytest.raises(
+        UserError, match="config.itm.groups=5 does not split config.data.global_batch=64"
+    ):
+        records.resolve_groups(config, None, data_shards=1)
+
+
+def test_a_trained_run_is_used_with_its_own_config_but_for_its_use(tmp_path):
+    record = start(tmp_path, config_of(**{"model.image.width": 64, "seed": 3}))
+    assert records.trained_config(tmp_path, record, None).model.image.width == 64
+    given = config_of(
+        **{"model.image.width": 64, "evaluation.images": 5, "data.test": "json:t.json"}
+    )
+    used = records.trained_config(tmp_path, record, given)
+    assert (used.evaluation.images, used.data.test, used.seed) == (5, "json:t.json", 3)
+    with pytest.raises(UserError, match="holds another model: model.image.width=64, now 128"):
+        records.trained_config(tmp_path, record, config_of())
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path):
+    assert records.read_record(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"config": {}')
+    with pytest.raises(UserError, match="is not the record of a run"):
+        records.read_record(tmp_path)
+
+
+def test_the_commit_is_that_of_the_checkout_and_none_in_a_stranger_s(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            *arguments,
+        ]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("1")
+    (tmp_path / "other").write_text("1")
+    monkeypatch.setattr(records, "__file__", str(package / "run" / "record.py"))
+    assert records.git_commit() is None
+    git("init", "-q")
+    git("add", "other")
+    git("commit", "-qm", "another project")
+    assert records.git_commit() is None  # a virtual environment inside someone's repository
+    git("add", ".")
+    git("commit", "-qm", "the package")
+    assert records.git_commit() == git("rev-parse", "HEAD")
+    (package / "a.py").write_text("2")
+    assert records.git_commit() == git("rev-parse", "HEAD") + "-dirty"

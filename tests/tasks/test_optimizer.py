@@ -1,0 +1,139 @@
+"""The learning rate at its corners, what decays by name, and AdamW against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from codebook_jax.models import codis
+from codebook_jax.tasks.optimizer import adamw, decayed, schedule
+from configs import base
+
+PAPER = dict(peak=1e-4, ends=1e-5, warmup_steps=2000, steps=58_590)
+ADAM = dict(weight_decay=0.02, b1=0.9, b2=0.999, eps=1e-8)
+
+
+def test_the_rate_warms_up_in_a_line_and_falls_in_half_a_cosine():
+    rate = schedule(**PAPER)
+    for step, expected in {
+        0: 1e-5,
+        500: 1e-5 + 9e-5 / 4,
+        1000: 5.5e-5,
+        2000: 1e-4,
+        2000 + 56_590 // 2: 5.5e-5,  # half way down
+        2000 + 56_590 // 4: 1e-5 + 9e-5 * (1 + np.cos(np.pi * (56_590 // 4) / 56_590)) / 2,
+        58_590: 1e-5,
+        70_000: 1e-5,
+    }.items():
+        np.testing.assert_allclose(rate(step), expected, rtol=1e-4, err_msg=str(step))
+
+
+def test_a_run_shorter_than_its_warm_up_still_reaches_the_peak():
+    rate = schedule(peak=1e-4, ends=1e-5, warmup_steps=2000, steps=10)
+    np.testing.assert_allclose([rate(0), rate(9), rate(10)], [1e-5, 1e-4, 1e-5], rtol=1e-5)
+    assert np.isfinite(schedule(peak=1e-4, ends=1e-5, warmup_steps=5, steps=1)(0))
+
+
+@pytest.fixture(scope="module")
+def student():
+    """The real parameter tree of `base`, as shapes."""
+    config = base.get_config("base")
+    return jax.eval_shape(lambda: codis.init_student(config, 30_522, jax.random.key(0)))
+
+
+def names(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def test_of_the_real_parameters_matrices_and_embeddings_decay_and_nothing_else(student):
+    decays = {name for name, decay in names(decayed(student)).items() if decay}
+    kernels = {
+        # one product a line: image blocks, text blocks, fusion blocks with their cross-attention,
+        # and the rest
+        *(f"towers/image/blocks/{part}/kernel" for part in ("attention/qkv", "attention/out")),
+        *(f"towers/image/blocks/mlp/{part}/kernel" for part in ("up", "down")),
+        *(f"towers/text/blocks/{part}/kernel" for part in ("attention/qkv", "attention/out")),
+        *(f"towers/text/blocks/mlp/{part}/kernel" for part in ("up", "down")),
+        *(f"towers/fusion/blocks/{part}/kernel" for part in ("attention/qkv", "attention/out")),
+        *(f"towers/fusion/blocks/mlp/{part}/kernel" for part in ("up", "down")),
+        *(f"towers/fusion/blocks/cross/{part}/kernel" for part in ("query", "key_value", "out")),
+        "towers/image/patches/kernel",
+        "towers/image_projection/kernel",
+        "towers/text_projection/kernel",
+        "towers/masked_words/transform/kernel",
+        "matching/classes/kernel",
+    }
+    embeddings = {"towers/image/cls", "towers/text/words", "towers/text/segment"}
+    assert decays == kernels | embeddings and len(decays) == 23
+    rest = names(student).keys() - decays
+    assert {"temperature", "codebook/codes", "towers/masked_words/bias"} <= rest
+    assert {name.rsplit("/")[-1] for name in rest} == {
+        "bias", "scale", "positions", "temperature", "codes"
+    }  # fmt: skip
+    # One bias for each of the 20 products, one of the vocabulary; a scale and a bias for each of
+    # the 10 norms.
+    assert sum(name.endswith("/bias") for name in rest) == 20 + 1 + 10
+    assert sum(name.endswith("/scale") for name in rest) == 10
+
+
+def test_three_steps_of_adamw_are_those_of_numpy_and_biases_do_not_decay():
+    rng = np.random.default_rng(0)
+    shapes = {"layer": {"kernel": (5, 3), "bias": (2, 3)}, "codebook": {"codes": (4, 3)}}
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    parameters = jax.tree.map(
+        lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=is_shape
+    )
+    rate = schedule(peak=0.1, ends=0.01, warmup_steps=2, steps=10)
+    rates = [0.01, 0.055, 0.1]
+    transform = adamw(rate, clip_norm=0.0, **ADAM)
+    found = jax.tree.map(jnp.asarray, parameters)
+    moments = transform.init(found)
+    expected = jax.tree.map(np.float64, parameters)
+    first = jax.tree.map(np.zeros_like, expected)
+    second = jax.tree.map(np.zeros_like, expected)
+    decay = {"layer": {"kernel": 0.02, "bias": 0.0}, "codebook": {"codes": 0.0}}
+    update = jax.jit(transform.update)
+    for step in range(1, 4):
+        gradients = jax.tree.map(
+            lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=is_shape
+        )
+        updates, moments = update(gradients, moments, found)
+        found = jax.tree.map(jnp.add, found, updates)
+        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradients)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * np.square(g), second, gradients)
+        expected = jax.tree.map(
+            lambda p, m, v, d, step=step: (
+                p
+                - rates[step - 1]
+                * (m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8) + d * p)
+            ),
+            expected,
+            first,
+            second,
+            decay,
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+        )
+
+
+def test_a_zero_gradient_moves_only_what_decays():
+    parameters = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full((2, 2), 3.0)}
+    transform = adamw(lambda _: 0.1, clip_norm=0.0, **ADAM)
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = transform.update(zeros, transform.init(parameters), parameters)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.02 * 3.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_clipping_scales_the_whole_gradient_to_its_norm_and_leaves_a_small_one():
+    parameters = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
+    gradients = {"a": jnp.full(3, 4.0), "b": jnp.full(4, -3.0)}
+    norm = np.sqrt(3 * 16 + 4 * 9)
+    for clip, scale in [(1.0, 1 / norm), (100.0, 1.0), (0.0, 1.0)]:
+        transform = adamw(lambda _: 0.1, clip_norm=clip, **ADAM)
+        update = jax.jit(lambda g, p, t=transform: t.update(g, t.init(p), p))
+        _, moments = update(gradients, parameters)
+        first = [leaf for name, leaf in names(moments).items() if "mu/a" in name]
+        np.testing.assert_allclose(first[0], 0.1 * 4.0 * scale, rtol=1e-5, err_msg=str(clip))

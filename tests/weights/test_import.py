@@ -1,0 +1,342 @@
+"""A whole model as a run's start: an ALBEF checkpoint, or another run or export, from its file to
+its use in a run.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from small_run import together
+from test_albef import GOLDEN, albef_config
+from test_start import VOCABULARY, one_mesh, refusal, sizes, started
+
+from codebook_jax import build, train
+from codebook_jax.errors import UserError
+from codebook_jax.parallel import sharding
+from codebook_jax.run.checkpoint import Checkpoints, read_arrays
+from codebook_jax.tasks import pretrain
+from codebook_jax.tools import evaluate, export
+from codebook_jax.weights import start, write
+
+pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
+
+
+@pytest.fixture(scope="module")
+def albef(tmp_path_factory):
+    """The golden ALBEF as a file, and a folder with a tokenizer of as many words."""
+    folder = tmp_path_factory.mktemp("albef")
+    with np.load(GOLDEN) as stored:
+        weights = {name[6:]: stored[name] for name in stored.files if name.startswith("state/")}
+    save_file(
+        {key: np.ascontiguousarray(value) for key, value in weights.items()},
+        folder / "albef.safetensors",
+    )
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
+    words += [f"{a}{b}" for a in "aeio" for b in letters[1:12]]
+    (folder / "words").mkdir()
+    (folder / "words" / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "words" / "config.json").write_text('{"model_type": "bert"}')
+    return SimpleNamespace(
+        file=folder / "albef.safetensors", tokenizer=folder / "words", weights=weights
+    )
+
+
+def run_config(albef, **changes):
+    config = albef_config(sizes())
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            {
+                "init": f"model:{albef.file}",
+                "data.tokenizer": str(albef.tokenizer),
+                "data.scenes_examples": 16,
+                "data.threads": 1,
+                "data.prefetch": 1,
+                "evaluation.images": 5,
+                "evaluation.batch": 5,
+                "evaluation.rerank_top_k": 2,
+                "evaluation.every_steps": 0,
+                "train.steps": 2,
+                "log_every_steps": 1,
+            }
+            | changes
+        )
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def imported(albef, one_device_environment, tmp_path_factory):
+    """A run made from the golden ALBEF by --mode=import, with its output."""
+    workdir = tmp_path_factory.mktemp("imported") / "run"
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda *_, **__: one_mesh())
+        for module in (train, build):
+            patch.setattr(module, "say", said.append)
+        train.import_weights(run_config(albef), workdir)
+    return SimpleNamespace(workdir=workdir, said="\n".join(said))
+
+
+@pytest.fixture
+def run(imported, tmp_path, one_device):
+    """A copy of the imported run."""
+    return Path(shutil.copytree(imported.workdir, tmp_path / "run"))
+
+
+def test_an_imported_albef_is_a_run_whose_table_was_printed(imported):
+    assert "model:" in imported.said and "(ALBEF; without a number of heads" in imported.said
+    assert "teacher: loaded; queues: loaded" in imported.said
+    lines = imported.said.splitlines()
+    (new,) = [line for line in lines if line.startswith("newly initialised")]
+    assert new.split()[-1] == "codebook"
+    with Checkpoints(imported.workdir, keep=1, create=False) as checkpoints:
+        assert checkpoints.steps() == [0]
+
+
+def test_an_imported_albef_exported_again_is_the_file_bit_for_bit(run, albef):
+    export.export(run_config(albef, **{"export.format": "albef"}), run)
+    written = load_file(run / "export_albef" / "model.safetensors")
+    assert set(written) == set(albef.weights)
+    for key, value in albef.weights.items():
+        assert written[key].dtype == value.dtype and written[key].shape == value.shape
+        np.testing.assert_array_equal(written[key], value, err_msg=key)
+    described = json.loads((run / "export_albef" / "config.json").read_text())
+    assert (
+        described["vision"]["num_attention_heads"] == 3 and described["text"]["fusion_layer"] == 2
+    )
+    again = start.read_start(
+        run_config(albef, init=f"model:{run / 'export_albef'}", **{"data.tokenizer": ""})
+    )
+    assert start.tokenizer_of(run_config(albef, **{"data.tokenizer": ""}), again) == str(
+        run / "export_albef"
+    )
+    with pytest.raises(UserError, match=r"3 heads, .*config.model.image.heads=6"):
+        start.read_start(
+            run_config(albef, init=f"model:{run / 'export_albef'}", **{"model.image.heads": 6})
+        )
+
+
+def test_an_imported_albef_is_evaluated_and_trained_on(run, albef, capsys):
+    evaluate.evaluate(None, run)
+    results = json.loads((run / "eval.json").read_text())
+    assert {"student/dual", "teacher/dual", "student/reranked"} <= results.keys()
+    with pytest.raises(UserError, match=rf"--workdir={run} .*step 0"):
+        train.import_weights(run_config(albef), run)
+    before = read_arrays(run / "checkpoints" / "0" / "student")
+    Path(albef.file).rename(albef.file.with_suffix(".away"))  # continuing a run does not need it
+    try:
+        train.fit(run_config(albef), run)
+    finally:
+        albef.file.with_suffix(".away").rename(albef.file)
+    after = read_arrays(run / "checkpoints" / "2" / "student")
+    assert "resuming at step 0" in capsys.readouterr().out
+    moved = np.abs(
+        after["towers/image/patches/kernel"] - before["towers/image/patches/kernel"]
+    ).max()
+    assert 0 < moved < 0.01
+
+
+def test_a_run_that_goes_on_needs_its_own_tokenizer_and_its_own_start(run, albef, tmp_path):
+    config = run_config(albef, init=f"model:{run}", **{"data.tokenizer": ""})
+    other = tmp_path / "other"
+    train.import_weights(config, other)
+    shutil.rmtree(other / "tokenizer")
+    with pytest.raises(UserError, match="other/tokenizer is missing"):
+        build.build_training(config, other, steps_saved=[0])
+    assert not (other / "tokenizer").exists()  # no new tokenizer was trained
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(UserError, match="has no tokenizer beside it"):
+        train.import_weights(config, tmp_path / "third")
+    shutil.copytree(albef.tokenizer, other / "tokenizer")
+    changed = run_config(albef, **{"data.tokenizer": ""})
+    for steps in ([], [0]):  # before the first checkpoint the tokenizer is there already
+        with pytest.raises(UserError, match='init="model:.*, now "model:'):
+            build.build_training(changed, other, steps_saved=steps)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_draft(run, albef, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(write, "save_file", full)
+    for form in ("albef", "huggingface"):
+        with pytest.raises(UserError, match="could not be written to .*No space left on device"):
+            export.export(run_config(albef, **{"export.format": form}), run)
+    assert not [path.name for path in run.iterdir() if "export" in path.name]
+
+
+def test_a_run_is_the_start_of_another_at_another_resolution(run, albef, monkeypatch):
+    monkeypatch.chdir(run.parent)  # as a user would name it
+    config = run_config(
+        albef, init=f"model:{run.name}/", **{"model.image.size_px": 64, "data.tokenizer": ""}
+    )
+    read = start.read_start(config)
+    assert start.tokenizer_of(config, read) == str(run / "tokenizer")
+    task = pretrain.create(config, VOCABULARY._replace(size=101), one_mesh())
+    first = start.initial(read, config, task.abstract_state())
+    assert (
+        "image/positions 3x3 to 4x4 patches, bicubic" in first.report and "step 0" in first.report
+    )
+    stored = read_arrays(run / "checkpoints" / "0" / "teacher")
+    np.testing.assert_array_equal(first.arrays["teacher/text/words"], stored["text/words"])
+    assert first.arrays["teacher/image/positions"].shape == (1, 17, 72)
+    sentences = {
+        "codebook.size": (9, r"student/codebook/codes .*\[7, 24\], .*\[9, 24\]"),
+        "model.image.heads": (4, "3 heads, .*config.model.image.heads=4"),
+    }
+    for field, (value, told) in sentences.items():
+        config = run_config(albef, init=f"model:{run}", **{field: value})
+        with pytest.raises(UserError, match=told):
+            started(config, VOCABULARY._replace(size=101))
+
+
+def test_an_export_is_the_start_of_another_run_without_its_teacher(run, albef):
+    export.export(None, run)
+    config = run_config(albef, init=f"model:{run / 'export'}")
+    _, first = started(config, VOCABULARY._replace(size=101))
+    assert "an export" in first.report and "teacher: a copy of the student" in first.report
+    stored = read_arrays(run / "export" / "student")
+    for name, value in stored.items():
+        np.testing.assert_array_equal(first.arrays[f"student/{name}"], value)
+
+
+TWO = """
+import os, sys
+from types import SimpleNamespace
+import jax
+tests, weights, tokenizer, workdir = sys.argv[1:]
+sys.path.insert(0, tests)
+jax.distributed.initialize(num_processes=2, process_id=int(os.environ["JAX_PROCESS_ID"]))
+from test_import import run_config
+from codebook_jax import train
+from codebook_jax.tools import export
+albef = SimpleNamespace(file=weights, tokenizer=tokenizer)
+config = run_config(albef, **{"mesh.fsdp": 2, "data.global_batch": 8, "export.format": "albef"})
+train.import_weights(config, workdir)
+export.export(config, workdir)
+"""
+
+
+def test_two_processes_that_split_the_weights_import_and_export_them_bit_for_bit(albef, tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    arguments = [Path(__file__).parents[1], albef.file, albef.tokenizer, tmp_path / "run"]
+    both = together([[sys.executable, "-c", TWO, *map(str, arguments)]] * 2, environment)
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    written = load_file(tmp_path / "run" / "export_albef" / "model.safetensors")
+    assert set(written) == set(albef.weights)
+    for key, value in albef.weights.items():
+        np.testing.assert_array_equal(written[key], value, err_msg=key)
+
+
+def test_the_towers_exported_for_hugging_face_are_read_again_bit_for_bit(run, albef):
+    config = run_config(albef, **{"export.format": "huggingface"})
+    export.export(config, run)
+    folder = run / "export_huggingface"
+    assert json.loads((folder / "text" / "config.json").read_text())["num_hidden_layers"] == 2
+    with config.unlocked():
+        config.init, config.init_allow_partial = (
+            f"image:{folder / 'image'},text:{folder / 'text'}",
+            True,
+        )
+        config.data.tokenizer = ""
+    assert start.tokenizer_of(config, start.read_start(config)) == str(folder / "text")
+    _, first = started(config, VOCABULARY._replace(size=101))
+    stored = read_arrays(run / "checkpoints" / "0" / "student")
+    found = [name for name in stored if f"student/{name}" in first.arrays]
+    assert len(found) == sum(name.startswith(("towers/image/", "towers/text/")) for name in stored)
+    for name in found:
+        np.testing.assert_array_equal(first.arrays[f"student/{name}"], stored[name], err_msg=name)
+
+
+def test_an_albef_fine_tuned_for_retrieval_is_loaded_but_for_its_head(albef, tmp_path):
+    """Its text encoder is a BertModel: other names, no head for masked words, queues of indices
+    besides.
+    """
+    weights = {
+        key.replace("text_encoder.bert.", "text_encoder.").replace(
+            "text_encoder_m.bert.", "text_encoder_m."
+        ): value
+        for key, value in albef.weights.items()
+        if ".cls." not in key
+    }
+    weights |= {"idx_queue": np.zeros((1, 35), np.int64), "queue_ptr": np.array([10])}
+    save_file(
+        {key: np.ascontiguousarray(value) for key, value in weights.items()},
+        tmp_path / "tuned.safetensors",
+    )
+    config = run_config(albef, init=f"model:{tmp_path / 'tuned.safetensors'}")
+    words = VOCABULARY._replace(size=101)
+    assert "lacks text_encoder.cls.predictions.bias" in refusal(config, words)
+    with config.unlocked():
+        config.init_allow_partial = True
+    _, first = started(config, words)
+    assert "not of this model (idx_queue)" in first.report and "queues: loaded" in first.report
+    assert first.arrays["queue/cursor"] == 10 and first.arrays["queue/filled"] == 35
+    missing = [line for line in first.report.splitlines() if line.startswith("newly initialised")]
+    assert missing[0].split()[-2:] == ["codebook,", "masked_words"]
+
+
+def test_a_teacher_that_is_not_whole_is_completed_by_the_student(albef, tmp_path):
+    weights = {
+        key: value
+        for key, value in albef.weights.items()
+        if not key.startswith("visual_encoder_m.")
+    }
+    del weights["queue_ptr"]
+    save_file(
+        {key: np.ascontiguousarray(value) for key, value in weights.items()},
+        tmp_path / "part.safetensors",
+    )
+    config = run_config(
+        albef, init=f"model:{tmp_path / 'part.safetensors'}", init_allow_partial=True
+    )
+    _, first = started(config, VOCABULARY._replace(size=101))
+    copied = [name for name in first.arrays if name.startswith("teacher/image/")]
+    assert (
+        f"teacher: loaded, except {len(copied)} arrays copied from the student; queues: empty"
+        in first.report
+    )
+    assert len(copied) > 10 and "part of a queue (2: image_queue, ...)" in first.report
+    for name in copied:
+        np.testing.assert_array_equal(
+            first.arrays[name], first.arrays[f"student/towers/{name[8:]}"]
+        )
+
+
+def test_a_temperature_of_two_numbers_is_refused(albef, tmp_path):
+    weights = albef.weights | {"temp": np.ones(2, np.float32)}
+    save_file(
+        {key: np.ascontiguousarray(value) for key, value in weights.items()},
+        tmp_path / "two.safetensors",
+    )
+    config = run_config(albef, init=f"model:{tmp_path / 'two.safetensors'}")
+    sentence = refusal(config, VOCABULARY._replace(size=101))
+    assert "temp " in sentence and "[2], " in sentence
+
+
+def test_words_without_a_tokenizer_are_refused_and_nothing_is_written(albef, tmp_path, one_device):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="has no tokenizer beside it"):
+        train.import_weights(run_config(albef, **{"data.tokenizer": ""}), workdir)
+    other = run_config(albef, **{"model.text.width": 30})
+    with pytest.raises(UserError, match="config.model asks for"):
+        train.import_weights(other, workdir)
+    assert not (workdir / "config.json").exists() and not (workdir / "tokenizer").exists()
+    with pytest.raises(UserError, match="config.init=random names no weights to import"):
+        train.import_weights(run_config(albef, init="random"), workdir)

@@ -1,0 +1,424 @@
+"""Towers as a run's start: the report of loaded, resized, new and ignored parameters, and
+refusals.
+"""
+
+import json
+import os
+import pickle
+import runpy
+import shutil
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from jax.sharding import AxisType, Mesh
+from safetensors.numpy import load_file, save_file
+from test_albef import GOLDEN, albef_config
+from test_towers import GOLDENS, IMAGES, TEXT, WORDS
+
+from codebook_jax.config import check
+from codebook_jax.data.text import Vocabulary
+from codebook_jax.errors import UserError
+from codebook_jax.parallel import sharding
+from codebook_jax.tasks import pretrain
+from codebook_jax.weights import start
+from codebook_jax.weights.fill import fitted_positions
+
+pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
+VOCABULARY = Vocabulary(WORDS, 0, 2, 3, 4, (0, 1, 2, 3, 4))
+
+
+def towers_config(image="vit", **changes):
+    """The sizes of the goldens' towers, with config.init naming them."""
+    config = albef_config(sizes())
+    with config.unlocked():
+        config.model.image.update(IMAGES[image])
+        config.model.text.update(TEXT)
+        config.init = f"image:{GOLDENS / image},text:{GOLDENS / 'bert'}"
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def sizes():
+    with np.load(GOLDEN) as stored:
+        return json.loads(stored["config_json"].tobytes())
+
+
+def one_mesh(devices=1):
+    kinds = (AxisType.Auto,) * 3
+    shape = (devices // 2 or 1, min(devices, 2), 1)
+    return Mesh(np.array(jax.devices()[:devices]).reshape(shape), sharding.AXES, axis_types=kinds)
+
+
+def started(config, vocabulary=VOCABULARY):
+    """The config of a run, and its initial weights."""
+    read = start.read_start(config)
+    config = start.adopted(config, read, None)
+    task = pretrain.create(config, vocabulary, one_mesh())
+    return config, start.initial(read, config, task.abstract_state())
+
+
+def refusal(config, vocabulary=VOCABULARY):
+    with pytest.raises(UserError) as caught:
+        started(config, vocabulary)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """A copy of a golden's folder with its tensors changed; the folder."""
+
+    def change(name, edit):
+        folder = tmp_path / name
+        shutil.copytree(GOLDENS / name, folder)
+        arrays = load_file(folder / "model.safetensors")
+        edit(arrays)
+        save_file(arrays, folder / "model.safetensors")
+        return folder
+
+    return change
+
+
+# -- forms of config.init
+
+
+@pytest.mark.parametrize(
+    ("init", "expected"),
+    [
+        ("random", {}),
+        ("image:a/b,text:c@main", {"image": "a/b", "text": "c@main"}),
+        ("image:random, text:c", {"text": "c"}),
+        ("model:runs/first", {"model": "runs/first"}),
+    ],
+)
+def test_init_names_parts(init, expected):
+    assert start.specs(init) == expected
+
+
+@pytest.mark.parametrize(
+    ("init", "told"),
+    [
+        ("", "config.init is empty"),
+        ("image:a", "image:a.*add text:SPEC, or text:random"),
+        ("text:a", "text:a.*add image:SPEC"),
+        ("bert-base-uncased", "config.init=.* 'bert-base-uncased': "),
+        ("image:a,image:b", "config.init=.* 'image:b': "),
+        ("image:,text:a", "config.init=.* 'image:': "),
+        ("model:a,text:b", "config.init='model:a,text:b' .*tower"),
+    ],
+)
+def test_an_init_that_says_nothing_clear_is_refused_before_anything_is_built(init, told):
+    config = towers_config(init=init)
+    with pytest.raises(UserError, match=told):
+        check(config)
+
+
+def test_the_papers_recipe_starts_from_a_deit_and_a_bert_unless_it_is_told_random(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    module = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "pretrain_4m.py"))
+    config = module["get_config"]()
+    assert set(start.specs(config.init)) == {"image", "text"}
+    with pytest.raises(UserError, match="--config.init=random"):
+        start.read_start(config)  # there is no hub here
+    config.init = "random"
+    assert start.read_start(config) == ()
+    assert (config.train.steps, config.data.global_batch, config.model.image.size_px) == (
+        298_828,
+        512,
+        256,
+    )
+    with pytest.raises(ValueError, match="not 'tiny'"):
+        module["get_config"]("tiny")
+
+
+# -- two towers
+
+
+def test_the_table_says_what_was_loaded_resized_new_and_ignored():
+    config = towers_config(**{"model.image.size_px": 49})
+    config, first = started(config)
+    rows = {line[:17].strip(): line[18:] for line in first.report.splitlines()}
+    assert rows["resized"].split() == "1 1,500 image/positions 4x4 to 7x7 patches, bicubic".split()
+    new = rows["newly initialised"]
+    for part in (
+        "cross",
+        "image_projection",
+        "text_projection",
+        "matching",
+        "codebook",
+        "temperature",
+    ):
+        assert part in new
+    assert "image/blocks" in rows["loaded"] and "masked_words" in rows["loaded"]
+    assert (
+        "pooler (4: image pooler.dense.bias, ...), next-sentence head (2: text cls.seq_"
+        in rows["ignored"]
+    )
+    assert "a copy of the student" in first.report
+    assert len(first.report.splitlines()) < 10  # never a wall of keys
+    shapes = {
+        name: leaf.shape
+        for name, leaf in sharding.named(
+            pretrain.create(config, VOCABULARY, one_mesh()).abstract_state()
+        )
+    }
+    counts = [int(rows[kind].split()[0]) for kind in ("loaded", "resized", "newly initialised")]
+    assert sum(counts) == sum(name.startswith("student/") for name in shapes)
+
+
+def test_epsilons_are_those_of_the_weights():
+    config, _ = started(towers_config("deit", **{"model.image.layer_norm_eps": 1e-6}))
+    assert config.model.image.layer_norm_eps == 1e-12 and config.model.text.layer_norm_eps == 1e-12
+
+
+def test_a_run_that_goes_on_keeps_its_epsilons_without_the_files():
+    config, _ = started(towers_config())
+    assert config.model.image.layer_norm_eps == 1e-5
+    again = towers_config(**{"model.image.layer_norm_eps": 1e-6})
+    record = {"config": config.to_dict()}
+    assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-5
+    again.init = "random"  # using a run does not need its config.init
+    assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-5
+    del record["config"]["init"]  # a run older than config.init
+    assert start.adopted(again, (), record).model.image.layer_norm_eps == 1e-6
+
+
+def test_a_state_is_placed_on_eight_devices_and_its_teacher_is_a_copy():
+    config, first = started(towers_config())
+    task = pretrain.create(config, VOCABULARY, one_mesh(8))
+    state = task.init_state(0)
+    fresh = dict(sharding.named(jax.device_get(state)))
+    placed = start.placed(state, first.arrays)
+    jax.tree.map(lambda new, old: new.sharding == old.sharding or pytest.fail(), placed, state)
+    found = dict(sharding.named(jax.device_get(placed)))
+    words = load_file(GOLDENS / "bert" / "model.safetensors")[
+        "bert.embeddings.word_embeddings.weight"
+    ]
+    np.testing.assert_array_equal(found["student/towers/text/words"], words)
+    for name, value in found.items():
+        if name in first.arrays:
+            np.testing.assert_array_equal(value, first.arrays[name], err_msg=name)
+        else:
+            np.testing.assert_array_equal(value, fresh[name], err_msg=name)
+        if name.startswith("teacher/"):  # what is new too
+            np.testing.assert_array_equal(value, found[f"student/towers/{name[8:]}"], err_msg=name)
+
+
+# -- what does not fit
+
+
+def test_one_tensor_missing_is_named_and_may_be_started_anew(changed):
+    key = "bert.encoder.layer.3.output.dense.bias"
+    folder = changed("bert", lambda arrays: arrays.pop(key))
+    config = towers_config(init=f"image:{GOLDENS / 'vit'},text:{folder}")
+    sentence = refusal(config)
+    assert (
+        f"lacks {key} (1 of 90 tensors)" in sentence
+        and "--config.init_allow_partial=true" in sentence
+    )
+    config.init_allow_partial = True
+    _, first = started(config)
+    assert "student/towers/fusion/blocks/mlp/down/bias" not in first.arrays  # its layer 1 of three
+    assert "student/towers/fusion/blocks/mlp/down/kernel" in first.arrays
+    assert "fusion/blocks/mlp/down/bias" in first.report
+    assert (
+        "part of an incomplete parameter (2: text bert.encoder.layer.2.output.dense.bias, ...)"
+        in first.report
+    )
+
+
+def test_one_tensor_too_many_outside_the_tower_is_named_as_ignored(changed):
+    folder = changed(
+        "vit", lambda arrays: arrays.update({"decoder.weight": np.ones(3, np.float32)})
+    )
+    _, first = started(towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}"))
+    assert "not of this model (image decoder.weight)" in first.report
+
+
+def test_one_tensor_too_many_inside_the_tower_is_another_architecture(changed):
+    key = "encoder.layer.1.layer_scale.lambda1"
+    folder = changed("vit", lambda arrays: arrays.update({key: np.ones(30, np.float32)}))
+    config = towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}")
+    assert f"has {key}, which ViT in the Hugging Face layout " in refusal(config)
+
+
+def test_a_transposed_tensor_is_refused_with_both_shapes(changed):
+    key = "bert.encoder.layer.0.intermediate.dense.weight"
+    folder = changed(
+        "bert", lambda arrays: arrays.update({key: np.ascontiguousarray(arrays[key].T)})
+    )
+    sentence = refusal(towers_config(init=f"image:{GOLDENS / 'vit'},text:{folder}"))
+    assert (
+        key in sentence
+        and "[36, 70], " in sentence
+        and " [70, 36] " in sentence
+        and "transposed?" in sentence
+    )
+
+
+def test_one_word_too_many_is_refused_with_both_sizes():
+    sentence = refusal(towers_config(), VOCABULARY._replace(size=WORDS - 1))
+    assert (
+        f"has a vocabulary of {WORDS} " in sentence
+        and f"the tokenizer has {WORDS - 1}:" in sentence
+    )
+
+
+def test_a_vocabulary_of_30523_is_refused_beside_a_tokenizer_of_30522(changed):
+    def widen(arrays):
+        for key in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+            arrays[key] = np.resize(arrays[key], (30_523, *arrays[key].shape[1:]))
+
+    folder = changed("bert", widen)
+    sentence = refusal(
+        towers_config(init=f"image:random,text:{folder}"), VOCABULARY._replace(size=30_522)
+    )
+    assert "has a vocabulary of 30,523 " in sentence and "the tokenizer has 30,522:" in sentence
+
+
+def test_384_pixels_from_224_are_resized_and_other_patches_refused():
+    positions = np.random.default_rng(0).normal(size=(1, 197, 5)).astype(np.float32)
+    resized, note = fitted_positions(positions, (1, 577, 5), "pos_embed", "image:x")
+    assert resized.shape == (1, 577, 5) and note == "14x14 to 24x24 patches, bicubic"
+    config = towers_config(**{"model.image.patch_px": 14, "model.image.size_px": 28})
+    sentence = refusal(config)
+    assert "[30, 3, 7, 7], " in sentence and " [30, 3, 14, 14] " in sentence
+
+
+def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, tmp_path):
+    folder = changed("vit", lambda arrays: None)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    text_part = f"text:{GOLDENS / 'bert'}"
+    assert "is damaged or cut short" in refusal(towers_config(init=f"image:{folder},{text_part}"))
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    evil = tmp_path / "evil.pth"
+    with zipfile.ZipFile(evil, "w") as archive:
+        archive.writestr("evil/data.pkl", pickle.dumps({"model": Payload()}, protocol=2))
+    sentence = refusal(towers_config(init=f"image:{evil},{text_part}"))
+    assert (
+        f"asks for {os.mkdir.__module__}.mkdir" in sentence and "so the file is refused" in sentence
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("model.text.heads", 2, "text:.* 3 heads, .*config.model.text.heads=2"),
+        ("model.image.heads", 3, "image:.* 5 heads, .*config.model.image.heads=3"),
+        (
+            "model.text.fusion_depth",
+            2,
+            "5 layers, .*config.model.text.depth=2 . config.model.text.fusion_depth=2 asks for 4",
+        ),
+        ("model.image.depth", 4, "3 layers, .*config.model.image.depth=4 asks for 4"),
+        ("model.image.width", 40, r"\[30\], .*config.model .*\[40\]"),
+        ("model.text.max_positions", 30, r"\[24, 36\], .*config.model .*\[30, 36\]"),
+    ],
+)
+def test_sizes_that_differ_are_named_on_both_sides(field, value, told):
+    with pytest.raises(UserError, match=told):
+        started(towers_config(**{field: value}))
+
+
+def test_a_file_with_more_layers_than_the_model_is_refused_whatever_may_be_missing():
+    config = towers_config(**{"model.image.depth": 2, "init_allow_partial": True})
+    sentence = refusal(config)
+    assert "3 layers, " in sentence and "config.model.image.depth=2 asks for 2" in sentence
+    config.model.image.depth = 4  # fewer layers are allowed: all blocks are initialised
+    _, first = started(config)
+    assert not any(name.startswith("student/towers/image/blocks") for name in first.arrays)
+    assert "part of an incomplete parameter (" in first.report
+
+
+def test_a_lone_file_has_the_tokenizer_beside_it(tmp_path):
+    shutil.copy(GOLDENS / "bert" / "model.safetensors", tmp_path / "bert.safetensors")
+    config = towers_config(init=f"image:random,text:{tmp_path / 'bert.safetensors'}")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # no words in them
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="has no tokenizer beside it"):
+        start.tokenizer_of(config, start.read_start(config))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n")
+    assert start.tokenizer_of(config, start.read_start(config)) == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "told"),
+    [
+        ("bert", "hidden_act", "relu", "hidden_act='relu'"),
+        ("bert", "model_type", "roberta", "bert is a roberta "),
+        (
+            "bert",
+            "position_embedding_type",
+            "relative_key",
+            "position_embedding_type='relative_key'",
+        ),
+        ("vit", "model_type", "beit", "vit is a beit "),
+    ],
+)
+def test_another_kind_of_model_is_refused_by_its_config(name, field, value, told, changed):
+    folder = changed(name, lambda arrays: None)
+    config = json.loads((folder / "config.json").read_text()) | {field: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    part = {"bert": "text", "vit": "image"}
+    names = {part[name]: folder, part["vit" if name == "bert" else "bert"]: "random"}
+    assert told in refusal(
+        towers_config(init=",".join(f"{part}:{spec}" for part, spec in names.items()))
+    )
+
+
+def test_towers_in_each_others_place_are_refused():
+    sentence = refusal(towers_config(init=f"image:{GOLDENS / 'bert'},text:random"))
+    assert "a ViT" in sentence and "Hugging Face" in sentence and "timm" in sentence
+    sentence = refusal(towers_config(init=f"image:random,text:{GOLDENS / 'vit'}"))
+    assert "a BERT" in sentence and "word_embeddings" in sentence
+    sentence = refusal(towers_config(init=f"model:{GOLDENS / 'bert'}"))
+    assert "is neither an ALBEF model" in sentence
+
+
+def test_an_output_layer_that_is_not_tied_is_refused(changed):
+    def untie(arrays):
+        words = arrays["bert.embeddings.word_embeddings.weight"]
+        arrays["cls.predictions.decoder.weight"] = words + 1
+
+    folder = changed("bert", untie)
+    assert "cls.predictions.decoder.weight differs" in refusal(
+        towers_config(init=f"image:random,text:{folder}")
+    )
+
+
+def test_weights_that_are_not_finite_are_refused(changed):
+    def spoil(arrays):
+        arrays["layernorm.weight"][3] = np.nan
+
+    folder = changed("vit", spoil)
+    assert "layernorm.weight holds values that are not finite" in refusal(
+        towers_config(init=f"image:{folder},text:random")
+    )
+
+
+def test_norms_with_tensorflows_names_are_norms(changed):
+    def rename(arrays):
+        for key in [key for key in arrays if ".LayerNorm." in key]:
+            new = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            )
+            arrays[new] = arrays.pop(key)
+
+    folder = changed("bert", rename)
+    _, first = started(towers_config(init=f"image:random,text:{folder}"))
+    _, plain = started(towers_config(init=f"image:random,text:{GOLDENS / 'bert'}"))
+    assert first.arrays.keys() == plain.arrays.keys()
+    for name, value in plain.arrays.items():
+        np.testing.assert_array_equal(first.arrays[name], value)

@@ -1,0 +1,359 @@
+"""Public weights are found and read: files, folders with shards, names on the hub; damage gives one
+sentence.
+"""
+
+import fnmatch
+import json
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import huggingface_hub.constants
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub import errors
+from safetensors.numpy import save_file
+from weight_file import (
+    FILES,
+    SAVED,
+    SMALL,
+    WHAT,
+    Tensor,
+    assert_same,
+    refusal,
+    write_safetensors,
+    write_zip,
+)
+
+from codebook_jax.errors import UserError
+from codebook_jax.weights import files
+from codebook_jax.weights.files import read_weights
+
+# safetensors
+
+
+def test_safetensors_are_read_with_halves_as_float32(tmp_path):
+    exact = np.array([[1.5, -2.0, 3e38], [0.0, -0.0, 1e-40]])
+    brain = exact.astype(ml_dtypes.bfloat16)
+    half = exact[:, :2].astype(np.float16)
+    counts = {f"u{bits}": np.arange(3, dtype=f"uint{bits}") for bits in (8, 16, 32, 64)}
+    plain = {**SMALL, **counts, "double": exact, "bool": np.array([True, False])}
+    save_file(plain, tmp_path / "plain.safetensors")
+    assert_same(read_weights(str(tmp_path / "plain.safetensors"), WHAT).arrays, plain)
+    path = write_safetensors(
+        tmp_path / "halves.safetensors",
+        {
+            "first": ("F32", [1], np.float32(4).tobytes()),
+            "brain": ("BF16", [2, 3], brain.tobytes()),
+            "scalar": ("BF16", [], brain[0, 0].tobytes()),
+            "none": ("BF16", [0, 3], b""),
+            "half": ("F16", [2, 2], half.tobytes()),
+        },
+    )
+    expected = {
+        "first": np.array([4], np.float32),
+        "brain": brain.astype(np.float32),
+        "scalar": np.array(1.5, np.float32),
+        "none": np.empty((0, 3), np.float32),
+        "half": half.astype(np.float32),
+    }
+    assert_same(read_weights(str(path), WHAT).arrays, expected)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "C64"])
+def test_types_that_are_no_weights_are_named(tmp_path, kind):
+    content = bytes(16 if kind == "C64" else 2)
+    path = write_safetensors(tmp_path / "it.safetensors", {"a.scale": (kind, [2], content)})
+    assert f"it.safetensors holds a.scale as {kind}" in refusal(path)
+
+
+# damage
+
+
+@pytest.fixture(params=["checkpoint_zip.pth", "checkpoint_stream.pth", "it.safetensors"])
+def sound(request, tmp_path):
+    if request.param != "it.safetensors":
+        return shutil.copy(FILES / request.param, tmp_path / request.param)
+    tensors = {"a": ("BF16", [50], bytes(100)), "b": ("F32", [50], bytes(200))}
+    return write_safetensors(tmp_path / request.param, tensors)
+
+
+def test_a_file_cut_anywhere_is_told_to_be_damaged(sound):
+    content = sound.read_bytes()
+    assert read_weights(str(sound), WHAT).arrays
+    for length in [*range(0, len(content), 61), len(content) - 1]:
+        sound.write_bytes(content[:length])
+        sentence = refusal(sound)
+        assert str(sound) in sentence and "download it again" in sentence, sentence
+
+
+def test_no_library_s_error_comes_out_of_a_changed_file(sound):
+    """With any byte changed, the file is read or refused in one sentence."""
+    content, rng = sound.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for place in rng.integers(len(content), size=200):
+        changed = bytearray(content)
+        changed[place] ^= int(rng.integers(1, 256))
+        sound.write_bytes(changed)
+        try:
+            read_weights(str(sound), WHAT)
+        except UserError:
+            refused += 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth", ".pt"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git-lfs"),
+        (b"<!DOCTYPE html>\n<html><head><title>404</title>", "is a web page"),
+        (b"\n  <html class=''>", "is a web page"),
+        (b'{"error": "Entry not found"}', "damaged"),
+        (b"configuration\nof a model\n", "damaged"),
+        (pickle.dumps({"a": 1}), "damaged"),
+        (bytes(1000), "damaged"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_told_apart(tmp_path, suffix, content, told):
+    path = tmp_path / f"it{suffix}"
+    path.write_bytes(content)
+    sentence = refusal(path)
+    assert str(path) in sentence and told in sentence
+
+
+def test_a_file_that_may_not_be_opened_is_told(tmp_path, monkeypatch):
+    def closed(path, mode="r"):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = tmp_path / "it.pth"
+    path.write_bytes(b"x")
+    monkeypatch.setattr("builtins.open", closed)
+    assert "it.pth cannot be read (Permission denied)" in refusal(path)
+
+
+# folders
+
+
+def write_shards(folder, names=("a", "b"), suffix="safetensors", stem="model"):
+    """One tensor per shard, and the index."""
+    weight_map = {}
+    for number, name in enumerate(names, 1):
+        shard = f"{stem}-{number:05}-of-{len(names):05}.{suffix}"
+        weight_map[name] = shard
+        if suffix == "safetensors":
+            save_file({name: np.full(3, number, np.float32)}, folder / shard)
+        else:
+            numbers = {"0": np.full(3, number, np.float32)}
+            write_zip(folder / shard, {name: Tensor("0", (3,), (1,))}, storages=numbers)
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize(("suffix", "stem"), [("safetensors", "model"), ("bin", "pytorch_model")])
+def test_shards_are_joined(tmp_path, suffix, stem):
+    write_shards(tmp_path, ("module.a", "b"), suffix=suffix, stem=stem)
+    read = read_weights(str(tmp_path), WHAT)
+    assert_same(
+        read.arrays, {"module.a": np.full(3, 1, np.float32), "b": np.full(3, 2, np.float32)}
+    )
+    assert read.folder == tmp_path
+
+
+def test_a_folder_gives_its_safetensors_before_its_pickles(tmp_path):
+    save_file(SMALL, tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+    (tmp_path / "tf_model.h5").write_bytes(b"not read")
+    assert_same(read_weights(str(tmp_path), WHAT).arrays, SMALL)
+
+
+def test_the_only_weight_file_of_a_folder_is_its_weights(tmp_path):
+    (tmp_path / "README.md").write_text("a model")
+    assert "holds no weight file" in refusal(tmp_path)
+    save_file(SMALL, tmp_path / "epoch-30.safetensors")
+    assert_same(read_weights(str(tmp_path), WHAT).arrays, SMALL)
+    shutil.copy(FILES / SAVED[0], tmp_path / "other.pth")
+    assert "(epoch-30.safetensors, other.pth): give the path of one" in refusal(tmp_path)
+
+
+def test_an_index_and_its_shards_have_to_agree(tmp_path):
+    index = write_shards(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    assert "names model-00002-of-00002.safetensors, which is not beside it" in refusal(tmp_path)
+    save_file(SMALL, tmp_path / "model-00002-of-00002.safetensors")
+    assert "lists b, which is not in model-00002-of-00002.safetensors" in refusal(tmp_path)
+    for weight_map in ({"a.steps": "../outside.safetensors"}, {"a": 1}, ["a"], None):
+        save_file(SMALL, tmp_path.parent / "outside.safetensors")
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert str(index) in refusal(tmp_path)
+    index.write_text("{")
+    assert f"{index} is not JSON" in refusal(tmp_path)
+
+
+def test_config_json_beside_the_weights_is_read(tmp_path):
+    save_file(SMALL, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    assert read_weights(str(path), WHAT)[1:] == ({}, tmp_path)
+    assert read_weights(str(tmp_path), WHAT)[1:] == ({}, tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden_size": 768}')
+    for spec in (path, tmp_path):
+        assert read_weights(str(spec), WHAT)[1:] == ({"hidden_size": 768}, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff", "[" * 100_000])
+def test_a_damaged_config_json_is_named(tmp_path, content):
+    save_file(SMALL, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(content, encoding="latin1")
+    assert "config.json is " in refusal(tmp_path)
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "/no/such", "./it", "~/no/such", "it.pth", "owner/it.SafeTensors", "a/b/c"]
+)
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(spec, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    sentence = refusal(spec)
+    assert "does not exist" in sentence and "give a weight file" in sentence
+
+
+def test_an_address_is_to_be_downloaded_first():
+    assert "download the file" in refusal("https://dl.fbaipublicfiles.com/deit/deit_base.pth")
+
+
+def test_a_file_of_another_kind_is_told_by_its_name(tmp_path):
+    (tmp_path / "tf_model.h5").write_bytes(b"HDF")
+    assert "does not end with .safetensors, .pth, .pt, .bin" in refusal(tmp_path / "tf_model.h5")
+
+
+# the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of one name, `owner/it`, whose files are in `repository`; `calls` and `had` record the
+    requests and the files.
+    """
+    hub = SimpleNamespace(repository=tmp_path / "repository", calls=[], had=set(), fails=None)
+    hub.repository.mkdir()
+
+    def snapshot_download(name, *, revision, allow_patterns, local_files_only):
+        assert not local_files_only
+        hub.calls.append((name, revision))
+        if hub.fails is not None:
+            raise hub.fails
+        cache = tmp_path / "cache"
+        cache.mkdir(exist_ok=True)
+        for path in hub.repository.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, cache)
+                hub.had.add(path.name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(files, "hub_reachable", lambda: True)
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked"),
+    [
+        ("owner/it", ("owner/it", None)),
+        ("it", ("it", None)),
+        ("owner/it@refs/pr/2", ("owner/it", "refs/pr/2")),
+        ("owner/it@", ("owner/it", None)),
+    ],
+)
+def test_only_one_format_and_the_tokenizer_come_from_the_hub(hub, tmp_path, spec, asked):
+    for name in ("pytorch_model.bin", "tf_model.h5", "README.md", "vocab.txt", "tokenizer.json"):
+        (hub.repository / name).write_text("x")
+    (hub.repository / "config.json").write_text('{"hidden_size": 3}')
+    (hub.repository / "fp16.safetensors").write_text("x")
+    save_file(SMALL, hub.repository / "model.safetensors")
+    read = read_weights(spec, WHAT)
+    assert_same(read.arrays, SMALL)
+    assert read[1:] == ({"hidden_size": 3}, tmp_path / "cache")
+    assert hub.calls == [asked]
+    assert hub.had == {"config.json", "vocab.txt", "tokenizer.json", "model.safetensors"}
+
+
+def test_pickles_come_from_the_hub_where_there_are_no_safetensors(hub):
+    shutil.copy(FILES / SAVED[1], hub.repository / "pytorch_model.bin")
+    read = read_weights("owner/it", WHAT)
+    assert_same(read.arrays, dict(np.load(FILES / "checkpoint.npz")))
+
+
+def test_shards_come_from_the_hub(hub):
+    write_shards(hub.repository)
+    assert read_weights("owner/it", WHAT).arrays.keys() == {"a", "b"}
+
+
+def test_a_name_without_weights_on_the_hub_is_told(hub):
+    (hub.repository / "config.json").write_text("{}")
+    sentence = refusal("owner/it")
+    assert "neither model.safetensors nor pytorch_model.bin of owner/it" in sentence
+
+
+def no_response(kind):
+    failure = kind.__new__(kind)
+    failure.args = ("403 Client Error. (Request ID: 1)\n\nA long story.",)
+    return failure
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (no_response(errors.GatedRepoError), "`hf auth login`"),
+        (no_response(errors.RepositoryNotFoundError), "private"),
+        (no_response(errors.RevisionNotFoundError), "no such revision"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            RuntimeError("Data processing error: CAS\nand a long story."),
+            "(Data processing error: CAS)",
+        ),
+    ],
+)
+def test_a_failure_of_the_hub_is_one_sentence(hub, failure, told):
+    hub.fails = failure
+    sentence = refusal("owner/it@v2")
+    assert "owner/it@v2 " in sentence and "hub" in sentence
+    assert told in sentence and "story" not in sentence
+
+
+@pytest.mark.parametrize("spec", ["bert-base-uncased", "owner/it", "owner/it@main"])
+@pytest.mark.parametrize(
+    ("offline", "told"), [(True, "HF_HUB_OFFLINE is set"), (False, "there is no network")]
+)
+def test_without_a_network_a_name_of_the_hub_is_refused(tmp_path, monkeypatch, spec, offline, told):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(files, "hub_reachable", lambda: offline)
+    sentence = refusal(spec)
+    assert f"({told}" in sentence and f"{spec} " in sentence
+
+
+def test_a_name_that_no_hub_can_have_is_refused():
+    sentence = refusal("bad name!")
+    assert "bad name! " in sentence and "name there" in sentence
+
+
+def test_what_was_downloaded_before_is_read_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached, commit = tmp_path / "models--owner--it", "0123456789" * 4
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    snapshot = cached / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "vocab.txt").write_text("[PAD]\n")
+    assert "pytorch_model.bin of owner/it" in refusal("owner/it")
+    shutil.copy(FILES / SAVED[1], snapshot / "pytorch_model.bin")
+    for spec in ("owner/it", "owner/it@main", f"owner/it@{commit}"):
+        read = read_weights(spec, WHAT)
+        assert_same(read.arrays, dict(np.load(FILES / "checkpoint.npz")))
+        assert read.folder == snapshot
