@@ -4,7 +4,7 @@ that do not fit.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import shlex
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
@@ -16,10 +16,8 @@ import ml_collections
 import numpy as np
 
 from codebook_jax import modes
-from codebook_jax.config import check, check_values
+from codebook_jax.config import check_values
 from codebook_jax.console import say
-from codebook_jax.data.batch import Batch
-from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.text import (
@@ -31,12 +29,11 @@ from codebook_jax.data.text import (
     unknown_in,
 )
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation import retrieval
-from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.parallel import axes, memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
 from codebook_jax.tasks import pretrain
+from codebook_jax.tasks.task import Evaluation, Progress, Task, missing_methods
 from codebook_jax.weights.start import (
     Initial,
     Part,
@@ -48,7 +45,8 @@ from codebook_jax.weights.start import (
     tokenizer_of,
 )
 
-TASKS = {"pretrain": pretrain.create}
+Batches = AbstractContextManager[Iterator[NamedTuple]]
+TASKS: dict[str, type[Task]] = {"pretrain": pretrain.Pretraining}  # by config.task
 
 
 class Parts(NamedTuple):
@@ -59,18 +57,37 @@ class Parts(NamedTuple):
     source: Source | None  # the training data; None if nothing is trained
     validation: Source | None
     tokenizer: Tokenizer
-    task: Any
+    task: Task
     planner: memory.Planner | None = None  # estimates memory, also with other settings
     start: Initial | None = None  # parameters to start from; None: fresh ones, or the run's own
+
+
+def task_class(config: ml_collections.ConfigDict) -> type[Task]:
+    """The task that `config.task` names; raises UserError for an unknown or incomplete one."""
+    if config.task not in TASKS:
+        raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
+    task = TASKS[config.task]
+    if missing := missing_methods(task):
+        raise UserError(
+            f"config.task={config.task!r} lacks {', '.join(missing)} of the protocol of a task: "
+            f"add them to {task.__module__}.{task.__qualname__}"
+        )
+    return task
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the field and its value, if no run can start with this config."""
+    task_class(config).check(config)
+    specs(config.init)
 
 
 def build_training(
     config: ml_collections.ConfigDict, workdir: Path, *, steps_saved: list[int], learns: bool = True
 ) -> Parts:
-    """The parts of a training run in `workdir`; writes its record. Raises UserError if the config
-    cannot be trained.
+    """The parts of a training run in `workdir`; writes its record.
 
-    `learns=False`, for a run that only keeps its weights, skips the memory check.
+    `learns=False`, for a run that only keeps its weights, skips the memory check. Raises UserError
+    if the config cannot be trained.
     """
     check(config)
     record = records.read_record(workdir)
@@ -79,18 +96,16 @@ def build_training(
             f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config "
             "with: put the file back, or give another --workdir"
         )
+    before = None if record is None else records.recorded_config(record)
     config = asked = axes.kept(config, record)
     mesh = sharding.mesh_of(config.mesh)
-    batch, passes = config.data.global_batch, config.optimizer.accumulation
-    sharding.check_batch(mesh, batch, passes)
-    config = records.resolve_groups(config, record, data_shards=sharding.data_shards(mesh))
-    sharding.check_groups(mesh, batch, passes, config.itm.groups)
+    sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
     start = () if steps_saved else read_start(config)
-    config = _resolve_alpha(_adopt(config, start, record), len(source))
-    fingerprint = source.fingerprint()
-    saved = bool(steps_saved)
+    resolve = functools.partial(task_class(config).resolve, before=before, examples=len(source))
+    config = resolve(_adopt(config, start, record), shards=sharding.data_shards(mesh))
+    fingerprint, saved = source.fingerprint(), bool(steps_saved)
     changes = _changes(workdir, record, config, fingerprint, has_checkpoint=saved)
     tokenizer, keep = open_tokenizer(
         tokenizer_of(config, start),
@@ -102,7 +117,7 @@ def build_training(
     words = tokenizer.vocabulary.size
     facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": words}
     peers.connected().compare("data", facts, "every host must read the same files")
-    planner = memory.Planner(asked, _create_of(config), words, record=record, has_checkpoint=saved)
+    planner = memory.Planner(asked, task_class(config), resolve, words, has_checkpoint=saved)
     split = axes.chosen(config, planner)
     mesh = sharding.mesh_of(split.mesh)
     if learns:  # otherwise the choice is left to the start that trains, for its devices
@@ -110,22 +125,16 @@ def build_training(
         memory.check(planner)
     if "mesh.fsdp" in changes:
         changes["mesh.fsdp"][1] = config.mesh.fsdp
-    task = task_of(config, tokenizer, mesh)
+    task = task_class(config)(config, tokenizer.vocabulary, mesh)
     first = initial(start, config, task.abstract_state()) if start else None
     if jax.process_index() == 0:
         keep()  # the first write: all checks have passed
+        data = {"train": repr(source), "examples": len(source), "fingerprint": fingerprint}
+        kind = mesh.devices.flat[0].device_kind
+        devices = {"kind": kind, "count": mesh.devices.size, "processes": jax.process_count()}
+        at = max(steps_saved, default=0)
         records.write_record(
-            workdir,
-            record,
-            config,
-            data={"train": repr(source), "examples": len(source), "fingerprint": fingerprint},
-            devices={
-                "kind": mesh.devices.flat[0].device_kind,
-                "count": mesh.devices.size,
-                "processes": jax.process_count(),
-            },
-            changes=changes,
-            step=max(steps_saved, default=0),
+            workdir, record, config, data=data, devices=devices, changes=changes, step=at
         )
     return Parts(config, mesh, source, validation, tokenizer, task, planner, first)
 
@@ -162,14 +171,6 @@ def first_state(parts: Parts) -> Any:
     return placed(state, parts.start.arrays)
 
 
-def _resolve_alpha(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
-    """The config with `teacher.alpha_steps` resolved: -1 means the steps of one epoch."""
-    if config.teacher.alpha_steps >= 0:
-        return config
-    steps = max(1, examples // config.data.global_batch)
-    return records.with_fields(config, {"teacher.alpha_steps": steps})
-
-
 def _adopt(
     config: ml_collections.ConfigDict, start: tuple[Part, ...], record: dict[str, Any] | None
 ) -> ml_collections.ConfigDict:
@@ -202,7 +203,8 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
     tokenizer = tokenizer_for_run(
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
     )
-    return Parts(config, mesh, None, None, tokenizer, task_of(config, tokenizer, mesh))
+    task = task_class(config)(config, tokenizer.vocabulary, mesh)
+    return Parts(config, mesh, None, None, tokenizer, task)
 
 
 def with_own_data(
@@ -228,62 +230,36 @@ def with_own_data(
     return records.with_fields(config, kept)
 
 
-def task_of(
-    config: ml_collections.ConfigDict, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
-) -> Any:
-    """The task `config.task` names, for this mesh."""
-    return _create_of(config)(config, tokenizer.vocabulary, mesh)
-
-
-def _create_of(config: ml_collections.ConfigDict) -> memory.Create:
-    if config.task not in TASKS:
-        raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
-    return TASKS[config.task]
-
-
-def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
-    """This process's rows of every batch from `start_step` on; leaving the context ends the worker
-    processes.
-    """
-    data, model = parts.config.data, parts.config.model
-    stream = training_batches(
-        parts.source,
-        parts.tokenizer,
-        seed=parts.config.seed,
-        start_step=start_step,
-        global_batch=data.global_batch,
-        rows=sharding.process_rows(parts.mesh, data.global_batch),
-        size_px=model.image.size_px,
-        max_tokens=model.text.max_tokens,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        flip=data.flip,
-        teacher_view=data.teacher_view,
-        workers=data.workers,
-        threads=data.threads,
-        prefetch=data.prefetch,
-    )
-    return contextlib.closing(stream)
+def batches(parts: Parts, *, start_step: int, workers: int | None = None) -> Batches:
+    """This process's rows of every batch from `start_step` on; `workers` None: as configured."""
+    workers = parts.config.data.workers if workers is None else workers
+    return parts.task.batches(parts.source, parts.tokenizer, start_step=start_step, workers=workers)
 
 
 def validate(
     parts: Parts, state: Any, *, last: bool, progress: Progress | None = None
-) -> dict[str, dict[str, float]]:
-    """Retrieval on the validation data by protocol; re-ranked at the end of training, or always if
-    so configured.
-    """
-    config = parts.config
-    rerank = config.evaluation.rerank_top_k > 0 and (last or config.evaluation.rerank_on_schedule)
-    return retrieval.evaluate(
-        parts.task,
-        state,
-        parts.validation,
-        parts.tokenizer,
-        config,
-        images=retrieval.images_to_evaluate(config),
-        rerank=rerank,
-        progress=progress,
+) -> Evaluation:
+    """The evaluation on the validation data."""
+    images = validation_images(parts.config)
+    return parts.task.evaluate(
+        state, parts.validation, parts.tokenizer, images=images, final=last, progress=progress
     )
+
+
+def validation_images(config: ml_collections.ConfigDict) -> int:
+    """How many images to validate on during training (0: all): `evaluation.images`.
+
+    -1 means 1,000, but 32 for a model above `tiny` on a CPU, where more would take an hour.
+    """
+    if config.evaluation.images >= 0:
+        return config.evaluation.images
+    return 32 if jax.default_backend() == "cpu" and config.size != "tiny" else 1000
+
+
+def trained_parameters(task: Task, state: Any = None) -> int:
+    """How many parameters a task trains."""
+    state = task.abstract_state() if state is None else state
+    return parameter_count(getattr(state, task.checkpoint_items().trained))
 
 
 def announce(parts: Parts) -> None:
@@ -291,7 +267,7 @@ def announce(parts: Parts) -> None:
     devices.
     """
     config, mesh = parts.config, parts.mesh
-    parameters = parameter_count(parts.task.abstract_state().student)
+    parameters = trained_parameters(parts.task)
     devices, processes = mesh.devices.size, jax.process_count()
     shards = sharding.data_shards(mesh)
     batch = config.data.global_batch
@@ -349,7 +325,7 @@ def _validation(parts: Parts) -> str:
         spec += ": name your own with --config.data.eval"
     every = config.evaluation.every_steps
     when = f"every {every:,} steps and at the end" if every else "at the end"
-    images, listed = retrieval.images_to_evaluate(config), len(parts.validation)
+    images, listed = validation_images(config), len(parts.validation)
     if not images or images >= listed:
         return f"all {listed:,} images of {spec}, {when}"
     why = ", since this is a CPU" if config.evaluation.images == -1 and images < 1000 else ""

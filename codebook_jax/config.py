@@ -6,7 +6,6 @@ import ml_collections
 
 from codebook_jax.errors import UserError, refuse_below
 from codebook_jax.models.layers import REMAT
-from codebook_jax.weights.start import specs
 
 LEAST = {
     "train.steps": 1,
@@ -92,7 +91,6 @@ def check(config: ml_collections.ConfigDict) -> None:
                 f"config.data.{name} is empty: name your pairs, e.g. "
                 f"--config.data.{name}=json:PATH, or scenes"
             )
-    specs(config.init)
     if not any(config.losses.values()):
         raise UserError("every weight in config.losses is 0: nothing would be learned")
     for name in ("crop_scale", "crop_ratio"):
@@ -145,3 +143,6 @@ def _of(config: ml_collections.ConfigDict, name: str):
     for part in name.split("."):
         config = config[part]
     return config
+
+
+from codebook_jax.run.record import with_fields  # noqa: E402, F401

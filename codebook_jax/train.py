@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import jax
 import ml_collections
-import numpy as np
 
 from codebook_jax import build, modes
 from codebook_jax.console import say
@@ -22,7 +21,7 @@ from codebook_jax.data import text
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation.retrieval import counted
+from codebook_jax.files import check_outputs
 from codebook_jax.parallel import memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.parallel.processes.agreement import Agreement, Tally
@@ -37,7 +36,6 @@ from codebook_jax.weights.start import specs
 INPUT_BOUND_SHARE = (
     0.3  # of a step's time; prefetching keeps it near zero until the data cannot keep up
 )
-SCORE = "mean of the recalls of student/dual in validation"
 
 
 def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
@@ -151,8 +149,7 @@ class Run:
                 if (
                     batch is None
                 ):  # the other processes will run this step: read the same stream without workers
-                    config = records.with_fields(self.config, {"data.workers": 0})
-                    alike = build.batches(self.parts._replace(config=config), start_step=self.step)
+                    alike = build.batches(self.parts, start_step=self.step, workers=0)
                     batches = streams.enter_context(alike)
                     continue
                 placed = sharding.put_batch(batch, self.parts.mesh)
@@ -218,13 +215,12 @@ class Run:
         )
         self.progress.advance(pending.step)
         bad = bool(pending.scalars["bad_step"])
+        self.bad_in_row = self.bad_in_row + 1 if bad else 0
         logged = pending.step % self.config.log_every_steps == 0 or pending.step == 1
         if not (bad or logged):
-            self.bad_in_row = 0
             return
         row = {name: value.item() for name, value in jax.device_get(pending.scalars).items()}
         row["data/skipped"] = self.bad_rate.unreadable
-        self.bad_in_row = int(row["bad_in_row"])
         if bad:
             examples = sharding.to_host(pending.examples).tolist()
             row |= {"bad/terms": ", ".join(broken_terms(row)), "bad/examples": str(examples)}
@@ -292,7 +288,7 @@ class Run:
         self.clock.paused(time.monotonic() - began)
 
     def evaluate(self) -> None:
-        """Retrieval on the validation data; a signal interrupts it, and the next start
+        """Evaluates on the validation data; a signal interrupts it, and the next start
         repeats it.
         """
         if self.bad_in_row:
@@ -302,26 +298,18 @@ class Run:
             last = self.step >= self.config.train.steps
             if self.agreement.alone:
                 with self.stop.may_interrupt():
-                    protocols = build.validate(self.parts, self.state, last=last)
+                    found = build.validate(self.parts, self.state, last=last)
             else:
-                protocols = build.validate(
-                    self.parts, self.state, last=last, progress=self.interrupt
-                )
+                found = build.validate(self.parts, self.state, last=last, progress=self.interrupt)
         except Interrupted:
             return
-        row = flat_evaluation(protocols)
         seconds = time.monotonic() - began
         self.clock.paused(seconds)
-        self.metrics.write(self.step, {**row, "time/evaluation_s": seconds})
-        recalls = recalls_of(protocols["student/dual"])
-        self.checkpoints.record_score(self.step, float(np.mean(list(recalls.values()))), SCORE)
+        self.metrics.write(self.step, {**found.scalars, "time/evaluation_s": seconds})
+        self.checkpoints.record_score(self.step, found.score, found.metric)
         best = self.checkpoints.best_step()
-        say(
-            f"validation at step {self.step:,}: R@1 image to text {row['eval/txt_r1']:.1f} %, text "
-            f"to image {row['eval/img_r1']:.1f} % (chance {row['eval/chance_r1']:.1f} %) on "
-            f"{counted(protocols['student/dual'])}"
-            + ("; the best so far" if best == self.step else f"; the best is still step {best}")
-        )
+        rank = "the best so far" if best == self.step else f"the best is still step {best}"
+        say(f"validation at step {self.step:,}: {found.summary}; {rank}")
 
     def interrupt(self, what: str, done: int, of: int) -> None:
         """Called between two batches of an evaluation: raises Interrupted on all processes if one
@@ -369,11 +357,12 @@ def _own_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Iterat
     """The checkpoints of a workdir owned by this run; raises UserError if another run owns it or it
     cannot be written.
     """
-    records.check_outputs(workdir, (records.RECORD, FILE, BEST), (FOLDER, text.FOLDER))
+    check_outputs(workdir, (records.RECORD, FILE, BEST), (FOLDER, text.FOLDER))
     alone = owned(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone:
         peers.connected().exchange("workdir owned", None)
-        with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+        alone = build.task_class(config).checkpoint_items().alone
+        with Checkpoints(workdir, alone, keep=config.checkpoint.keep) as checkpoints:
             yield checkpoints
 
 
@@ -415,22 +404,3 @@ def broken_terms(row: Mapping[str, Any]) -> list[str]:
     broken = [name for name, value in row.items() if not math.isfinite(value)]
     losses = [name for name in broken if name.startswith("loss/")]
     return losses or broken or ["the gradient"]
-
-
-def flat_evaluation(protocols: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """`eval/txt_r1`, ... of student/dual with its chance and counts, and the recalls of the other
-    protocols.
-    """
-    row = {f"eval/{name}": value for name, value in protocols["student/dual"].items()}
-    for protocol, prefix in (("teacher/dual", "teacher"), ("student/reranked", "reranked")):
-        if protocol in protocols:
-            row |= {
-                f"eval/{prefix}_{name}": value
-                for name, value in recalls_of(protocols[protocol]).items()
-            }
-    return row
-
-
-def recalls_of(values: Mapping[str, float]) -> dict[str, float]:
-    """The recalls of a protocol, without its chance levels and counts."""
-    return {name: value for name, value in values.items() if name.startswith(("txt_r", "img_r"))}

@@ -14,6 +14,7 @@ from test_checkpoint import abstract
 
 from codebook_jax.parallel.processes import joining
 from codebook_jax.run.checkpoint import Checkpoints
+from codebook_jax.tasks.pretrain import Pretraining
 from codebook_jax.tasks.state import TrainState
 
 joining.join(joining.find(os.environ), timeout_s=60)
@@ -28,7 +29,7 @@ def state(step):
     return TrainState(array, *[{"w": array}] * 4, *[array] * 3)
 
 
-with Checkpoints(sys.argv[1], keep=3) as checkpoints:
+with Checkpoints(sys.argv[1], Pretraining.checkpoint_items().alone, keep=3) as checkpoints:
     if sys.argv[2] == "save":
         checkpoints.save(1, state(1), {})
         checkpoints.save(2, state(2), {})

@@ -77,13 +77,15 @@ def _before_batches(act: Callable[[int], None]) -> None:
     real = build.batches
 
     @contextlib.contextmanager
-    def batches(parts: Any, *, start_step: int) -> Iterator[Iterator[Any]]:
+    def batches(
+        parts: Any, *, start_step: int, workers: int | None = None
+    ) -> Iterator[Iterator[Any]]:
         def acting(stream: Iterator[Any]) -> Iterator[Any]:
             for at, batch in enumerate(stream, start_step):
                 act(at)
                 yield batch
 
-        with real(parts, start_step=start_step) as stream:
+        with real(parts, start_step=start_step, workers=workers) as stream:
             yield acting(stream)
 
     build.batches = batches

@@ -13,7 +13,9 @@ import numpy as np
 from codebook_jax import build, train
 from codebook_jax.data.batch import Batch
 from codebook_jax.run.metrics import read_rows
+from codebook_jax.tasks.pretrain import Pretraining
 from codebook_jax.tasks.state import TrainState
+from codebook_jax.tasks.task import Evaluation
 from configs import base
 
 PAIRS = 4
@@ -23,6 +25,27 @@ class OneWeight:
     """A task whose step is bad when the batch's first image holds 255, or the weight is not
     finite.
     """
+
+    checkpoint_items = staticmethod(Pretraining.checkpoint_items)
+
+    def __init__(self, world=None):
+        self.world = world
+
+    def batches(self, source, tokenizer, *, start_step, workers):
+        def stream():
+            for step in itertools.count(start_step):
+                self.world.before_batch(step)
+                poisoned = step in self.world.poisoned
+                yield batch_at(step, poisoned, self.world.unreadable.get(step, 0))
+
+        return contextlib.closing(stream())
+
+    def evaluate(self, state, source, tokenizer, *, images, final, progress=None):
+        self.world.during_evaluation()
+        step = int(state.step)
+        self.world.evaluated.append((step, final))
+        score = self.world.score(step)
+        return Evaluation({}, {"eval/score": score}, score, "score", f"scored {score:.1f}", "")
 
     def init_state(self, seed: int) -> TrainState:
         weight = {"w": jax.random.normal(jax.random.key(seed), (3,))}
@@ -79,28 +102,11 @@ def make_world(monkeypatch):
     world.score = lambda step: float(step)
     world.during_evaluation = lambda: None
 
-    def stream(start_step):
-        for step in itertools.count(start_step):
-            world.before_batch(step)
-            yield batch_at(step, step in world.poisoned, world.unreadable.get(step, 0))
-
-    def validate(parts, state, *, last):
-        world.during_evaluation()
-        step = int(state.step)
-        world.evaluated.append((step, last))
-        recalls = {f"{side}_r{k}": world.score(step) for side in ("txt", "img") for k in (1, 5, 10)}
-        counts = {"chance_r1": 0.1, "images": 8, "images_listed": 9, "left_out": 0}
-        return {"student/dual": recalls | counts, "teacher/dual": recalls | counts}
-
     def parts(config, workdir, *, steps_saved):
-        return build.Parts(config, None, Source(), None, None, OneWeight())
+        return build.Parts(config, None, Source(), None, None, OneWeight(world))
 
     monkeypatch.setattr(build, "build_training", parts)
     monkeypatch.setattr(build, "announce", lambda parts: None)
-    monkeypatch.setattr(
-        build, "batches", lambda parts, *, start_step: contextlib.closing(stream(start_step))
-    )
-    monkeypatch.setattr(build, "validate", validate)
     monkeypatch.setattr(
         train.sharding, "put_batch", lambda batch, mesh: jax.tree.map(jnp.asarray, batch)
     )
@@ -137,7 +143,7 @@ def rows_of(workdir):
 def final_weight(workdir, step):
     from codebook_jax.run.checkpoint import Checkpoints
 
-    with Checkpoints(workdir, keep=3) as checkpoints:
+    with Checkpoints(workdir, OneWeight.checkpoint_items().alone, keep=3) as checkpoints:
         return np.asarray(
             checkpoints.restore(step, OneWeight().abstract_state()).state.student["w"]
         )

@@ -10,6 +10,7 @@ from codebook_jax.files import parse_json
 from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.run.metrics import read_rows
 from codebook_jax.run.record import read_record
+from codebook_jax.tasks.pretrain import Pretraining
 
 DEEP = "[" * 100_000
 
@@ -55,7 +56,10 @@ def test_a_number_of_thousands_of_digits_stands_for_itself_in_data_alone():
     [
         ("config.json", read_record),
         ("manifest.json", read_manifest),
-        ("best.json", lambda folder: Checkpoints(folder, keep=1)),
+        (
+            "best.json",
+            lambda folder: Checkpoints(folder, Pretraining.checkpoint_items().alone, keep=1),
+        ),
     ],
 )
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import ml_collections
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from codebook_jax.console import say
 from codebook_jax.data.images import UnreadableImage, decode, resize_square
@@ -44,60 +45,97 @@ class Gallery(NamedTuple):
     truncated: int  # captions longer than the model reads
 
 
+class Encoders(Protocol):
+    """Programs that run towers, given as parameters, on rows split over a mesh."""
+
+    mesh: jax.sharding.Mesh
+
+    def encode_images(
+        self, towers: Any, images: UInt8[Array, "rows side side 3"]
+    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows patches width"]]:
+        """Unit features of images, and their tokens."""
+
+    def encode_texts(
+        self, towers: Any, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"]
+    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows tokens width"]]:
+        """Unit features of texts, and the states of their tokens."""
+
+
+class Reading(NamedTuple):
+    """How much of a source is read, and in which shapes."""
+
+    images: int  # the first of the source; 0: all
+    rows: int  # per call of an encoder, a multiple of the mesh's data shards
+    size_px: int
+    max_tokens: int
+    threads: int
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, images: int) -> Reading:
+        """The shapes of a config, for `images` images."""
+        rows = rows_over_shards(min(config.evaluation.batch, images), mesh)
+        model = config.model
+        return cls(images, rows, model.image.size_px, model.text.max_tokens, config.data.threads)
+
+
 def encode_source(
-    task: Any,
+    encoders: Encoders,
     towers: Mapping[str, Any],
     source: Source,
     tokenizer: Tokenizer,
+    reading: Reading,
     *,
-    images: int,
-    rows: int,
-    size_px: int,
-    max_tokens: int,
-    threads: int,
     with_tokens: frozenset[str] = frozenset(),
     progress: Progress | None = None,
 ) -> Gallery:
-    """The first `images` images of a source (0: all) and all their captions, through each of the
-    `towers`.
+    """The first images of a source and all their captions, through each of the `towers`.
 
     `with_tokens` names the towers whose tokens are kept too. Images that cannot be read are left
     out with their captions and reported. Raises UserError if none can be read or a feature is not
     finite.
     """
-    count = min(images, len(source)) if images else len(source)
+    mesh, rows = encoders.mesh, reading.rows
+    count = min(reading.images, len(source)) if reading.images else len(source)
     kept: list[tuple[int, Record]] = []
     tables = {name: (_Table(count), _Table(count)) for name in towers}
     unreadable: list[str] = []
-    for chunk in _read(source, tokenizer, count, rows, size_px, threads):
+    for chunk in _read(source, tokenizer, count, reading):
         readable = [(at, record, image) for at, record, image in chunk if record is not None]
         unreadable += [image for _, record, image in chunk if record is None]
         kept += [(at, record) for at, record, _ in readable]
         if readable:
             pixels = np.stack([image for _, _, image in readable])
             for name, weights in towers.items():
-                features, tokens = encode_image_rows(task, weights, pixels, rows)
-                tables[name][0].add(sharding.to_host(features)[: len(pixels)])
-                if name in with_tokens:
-                    tables[name][1].add(sharding.to_host(tokens)[: len(pixels)])
+                found = encoders.encode_images(weights, _padded(pixels, rows, mesh))
+                for table, part in zip(tables[name], found, strict=True):
+                    if table is tables[name][0] or name in with_tokens:
+                        table.add(part, len(pixels))
         if progress is not None:
             progress("images", chunk[-1][0] + 1, count)
-    _say_unreadable(source, unreadable, count)
+    _report_unreadable(source, unreadable, count)
     records = [record for _, record in kept]
     captions = [caption for record in records for caption in record.captions]
-    tokens, lengths, truncated = tokenizer.encode(captions, max_tokens)
+    tokens, lengths, truncated = tokenizer.encode(captions, reading.max_tokens)
     if truncated:
         say(
-            f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens: "
-            "their ends are cut off"
+            f"{truncated:,} of {len(captions):,} captions are longer than {reading.max_tokens} "
+            "tokens: their ends are cut off"
         )
     features = {}
     for name, weights in towers.items():
-        keep = name in with_tokens
-        text, states = _encode_texts(task, weights, tokens, lengths, rows, keep, progress)
-        features[name] = Features(
-            tables[name][0].filled, text, tables[name][1].filled if keep else None, states
-        )
+        text, states = _Table(len(tokens)), _Table(len(tokens))
+        for start in range(0, len(tokens), rows):
+            part = slice(start, start + rows)
+            found = encoders.encode_texts(
+                weights, _padded(tokens[part], rows, mesh), _padded(lengths[part], rows, mesh)
+            )
+            text.add(found[0], len(tokens[part]))
+            if name in with_tokens:
+                states.add(found[1], len(tokens[part]))
+            if progress is not None:
+                progress("texts", min(start + rows, len(tokens)), len(tokens))
+        image, image_tokens = (table.filled for table in tables[name])
+        features[name] = Features(image, text.filled, image_tokens, states.filled)
         _check_finite(name, features[name])
     return Gallery(
         np.array([record.image_id for record in records]),
@@ -111,43 +149,10 @@ def encode_source(
     )
 
 
-def encode_image_rows(
-    task: Any, towers: Any, images: UInt8[np.ndarray, "images side side 3"], rows: int
-) -> tuple[jax.Array, jax.Array]:
-    """Features and tokens of at most `rows` images, padded to exactly `rows`; ignore the rows past
-    the images.
-    """
-    return task.encode_images(towers, sharding.to_device(padded(images, rows), task.mesh))
-
-
-def encode_text_rows(
-    task: Any,
-    towers: Any,
-    tokens: Int[np.ndarray, "texts tokens"],
-    lengths: Int[np.ndarray, "texts"],
-    rows: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Features and states of at most `rows` texts, padded to exactly `rows`; ignore the rows past
-    the texts.
-    """
-    placed = (
-        sharding.to_device(padded(tokens, rows), task.mesh),
-        sharding.to_device(padded(lengths, rows), task.mesh),
-    )
-    return task.encode_texts(towers, *placed)
-
-
 def rows_over_shards(rows: int, mesh: jax.sharding.Mesh) -> int:
     """`rows` rounded up to a multiple of the parts that the batch is split into."""
     shards = sharding.data_shards(mesh)
     return -(-rows // shards) * shards
-
-
-def padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array with its last row repeated until there are `rows`: a valid input, unlike zeros."""
-    if len(array) == rows:
-        return array
-    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
 
 
 class _Table:
@@ -157,41 +162,29 @@ class _Table:
         self._rows, self._used = rows, 0
         self._array: np.ndarray | None = None
 
-    def add(self, part: np.ndarray) -> None:
+    def add(self, part: Array, count: int) -> None:
+        """Adds the first `count` rows; the others were padding."""
+        rows = sharding.to_host(part)[:count]
         if self._array is None:
-            self._array = np.empty((self._rows, *part.shape[1:]), part.dtype)
-        self._array[self._used : self._used + len(part)] = part
-        self._used += len(part)
+            self._array = np.empty((self._rows, *rows.shape[1:]), rows.dtype)
+        self._array[self._used : self._used + count] = rows
+        self._used += count
 
     @property
-    def filled(self) -> np.ndarray:
-        return self._array[: self._used]
+    def filled(self) -> np.ndarray | None:
+        return None if self._array is None else self._array[: self._used]
 
 
-def _encode_texts(
-    task: Any,
-    towers: Any,
-    tokens: Int[np.ndarray, "texts tokens"],
-    lengths: Int[np.ndarray, "texts"],
-    rows: int,
-    keep_states: bool,
-    progress: Progress | None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    features, states = _Table(len(tokens)), _Table(len(tokens))
-    for start in range(0, len(tokens), rows):
-        part = slice(start, start + rows)
-        count = len(tokens[part])
-        feature_rows, state_rows = encode_text_rows(task, towers, tokens[part], lengths[part], rows)
-        features.add(sharding.to_host(feature_rows)[:count])
-        if keep_states:
-            states.add(sharding.to_host(state_rows)[:count])
-        if progress is not None:
-            progress("texts", start + count, len(tokens))
-    return features.filled, states.filled if keep_states else None
+def _padded(array: np.ndarray, rows: int, mesh: jax.sharding.Mesh) -> Array:
+    """On the device, with the last row repeated up to `rows`: a valid input, unlike zeros."""
+    missing = rows - len(array)
+    if missing:
+        array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+    return sharding.to_device(array, mesh)
 
 
 def _read(
-    source: Source, tokenizer: Tokenizer, count: int, rows: int, size_px: int, threads: int
+    source: Source, tokenizer: Tokenizer, count: int, reading: Reading
 ) -> Iterator[Sequence[tuple[int, Record | None, Any]]]:
     """Chunks of (position, record, image), or (position, None, why) if unreadable.
 
@@ -205,19 +198,20 @@ def _read(
             if not captions:
                 raise UnreadableImage(f"{source.name(position)} {UNREAD}")
             record = record._replace(captions=captions)
-            return position, record, resize_square(decode(record.image), size_px)
+            return position, record, resize_square(decode(record.image), reading.size_px)
         except UnreadableImage as error:
             return position, None, str(error)
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+    with ThreadPoolExecutor(max(1, reading.threads)) as pool:
+        rows = reading.rows
         chunks = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
         ahead = [pool.submit(read, position) for position in chunks[0]] if chunks else []
         for upcoming in [*chunks[1:], range(0)]:
-            reading, ahead = ahead, [pool.submit(read, position) for position in upcoming]
-            yield [job.result() for job in reading]
+            running, ahead = ahead, [pool.submit(read, position) for position in upcoming]
+            yield [job.result() for job in running]
 
 
-def _say_unreadable(source: Source, unreadable: Sequence[str], count: int) -> None:
+def _report_unreadable(source: Source, unreadable: Sequence[str], count: int) -> None:
     if len(unreadable) == count:
         why = f" (first: {unreadable[0]})" if unreadable else ""
         raise UserError(f"{source!r} has no image to evaluate: 0 of {count:,} could be read{why}")

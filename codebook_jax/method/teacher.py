@@ -1,17 +1,12 @@
-"""The momentum teacher and its queues: an average of the student's weights, and its newest
-features.
-"""
+"""The momentum teacher: an average of the student's weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-from codebook_jax.method.losses import Pair
+from jaxtyping import Array, Float, Int
 
 
 def momentum_at(step: Int[Array, ""], *, momentum: float, ramp: bool) -> Float[Array, ""]:
@@ -29,52 +24,3 @@ def momentum_at(step: Int[Array, ""], *, momentum: float, ramp: bool) -> Float[A
 def average(teacher: Any, student: Any, momentum: Float[Array, ""]) -> Any:
     """momentum x teacher + (1 - momentum) x student, leaf by leaf, in the teacher's own float32."""
     return jax.tree.map(lambda old, new: momentum * old + (1 - momentum) * new, teacher, student)
-
-
-@flax.struct.dataclass
-class Queue:
-    """The newest teacher features of both modalities, a ring; only `enqueue` changes it."""
-
-    image: Float[Array, "queue dim"]
-    text: Float[Array, "queue dim"]
-    cursor: Int[Array, ""]  # where the next feature goes
-    filled: Int[Array, ""]  # how many are filled
-
-    @property
-    def features(self) -> Pair:
-        return Pair(self.image, self.text)
-
-    @property
-    def valid(self) -> Bool[Array, "queue"]:
-        """Which places already hold a feature."""
-        return jnp.arange(self.image.shape[0], dtype=jnp.int32) < self.filled
-
-
-def empty_queue(size: int, dim: int) -> Queue:
-    """A queue in which nothing is valid (Departure from MoCo and ALBEF, which start from random
-    features).
-    """
-    zeros = jnp.zeros((size, dim), jnp.float32)
-    return Queue(zeros, zeros.copy(), jnp.int32(0), jnp.int32(0))
-
-
-def enqueue(queue: Queue, features: Pair) -> Queue:
-    """The queue with one batch of features in place of its oldest; its size need not be a multiple
-    of the batch.
-    """
-    size, batch = queue.image.shape[0], features.image.shape[0]
-    places = (queue.cursor + jnp.arange(batch, dtype=jnp.int32)) % size
-    put = lambda ring, new: ring.at[places].set(new.astype(ring.dtype), unique_indices=True)  # noqa: E731
-    return Queue(
-        put(queue.image, features.image),
-        put(queue.text, features.text),
-        (queue.cursor + batch) % size,
-        jnp.minimum(queue.filled + batch, size),
-    )
-
-
-def newest(queue: Queue, count: int) -> tuple[Pair, Bool[Array, "count"]]:
-    """The `count` newest features, and which of them exist already."""
-    back = jnp.arange(count, dtype=jnp.int32)
-    places = (queue.cursor - 1 - back) % queue.image.shape[0]
-    return Pair(queue.image[places], queue.text[places]), back < queue.filled

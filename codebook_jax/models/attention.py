@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from codebook_jax.method.ambient import default_types
+from codebook_jax.method.numerics import default_types
 from codebook_jax.models.layers import Dense
 
 

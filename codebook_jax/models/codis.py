@@ -15,7 +15,7 @@ import ml_collections
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from codebook_jax.method.ambient import key_of, own_settings, wide_enough
+from codebook_jax.method.numerics import key_of, own_settings, wide_enough
 from codebook_jax.models.bert import FusionEncoder, TextEncoder
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from codebook_jax.method.ambient import wide_enough
+from codebook_jax.method.numerics import wide_enough
 from codebook_jax.models.layers import Dense, LayerNorm, gelu
 
 MATCH = 1  # the class of a matching pair (ALBEF)

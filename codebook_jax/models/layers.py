@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from codebook_jax.method.ambient import default_types, wide_enough
+from codebook_jax.method.numerics import default_types, wide_enough
 from codebook_jax.parallel import sharding
 
 REMAT = ("none", "blocks", "dots")

@@ -10,7 +10,7 @@ its masks per pass. And matching draws its negatives inside groups that must lie
 (`itm.groups`), since it needs image tokens and
 text states, which are not kept: with the same number of groups the result is equal too; with the
 default, data shards x passes, a pair's candidates are those of its shard in its pass, so more
-passes leave fewer. Alignment and codebook always compare with the whole batch.
+passes leave fewer. Alignment and codebook always batch_loss with the whole batch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from codebook_jax.parallel import sharding
 
 Scalars = dict[str, Array]
-DIRECT = (
-    "codebook",
-    "temperature",
-)  # the student's parts that `compare` reads besides the features
+
+
+class Objective(NamedTuple):
+    """A loss of the whole batch's features and a sum of losses of each pass."""
+
+    embed: Callable[..., Any]  # (student, inputs, key) to its outputs, with `.features`
+    # (features, {the student's `direct` parts}) of the whole batch to (loss, scalars)
+    batch_loss: Callable[..., tuple[Array, Scalars]]
+    # (student, outputs, inputs, taught, key) of a pass to its shares of (loss, scalars)
+    pass_loss: Callable[..., tuple[Array, Scalars]]
+    direct: tuple[str, ...]  # parts of the student that `batch_loss` reads besides the features
 
 
 class Passes(NamedTuple):
@@ -37,7 +44,7 @@ class Passes(NamedTuple):
     count: int
     mesh: jax.sharding.Mesh
 
-    def over(self, apply: Callable[[Any], Any], rows: Any) -> Any:
+    def over(self, apply: Callable[[Any], Any], rows: PyTree) -> PyTree:
         """Calls `apply` on each pass's rows and joins the results in the order of the batch."""
         if self.count == 1:
             return apply(rows)
@@ -45,64 +52,55 @@ class Passes(NamedTuple):
 
     def gradients(
         self,
-        student: Mapping[str, Any],
-        inputs: Any,
-        taught: Any,
+        objective: Objective,
+        student: Mapping[str, PyTree],
+        inputs: PyTree,
+        taught: PyTree,
         key: Key[Array, ""],
-        *,
-        embed: Callable[..., Any],
-        compare: Callable[..., tuple[Array, Scalars]],
-        pair: Callable[..., tuple[Array, Scalars]],
-    ) -> tuple[tuple[Array, Scalars], Any]:
-        """((loss, scalars), gradient with respect to the student) of compare + the sum of pair over
-        the passes.
-
-        Args:
-          embed: (student, inputs, key) to its outputs, with `.features`.
-          compare: (features, {the student's DIRECT parts}) of the whole batch to (loss, scalars).
-          pair: (student, learned, inputs, taught, key) of a pass to its (share of the loss, shares
-          of the scalars).
-        """
+    ) -> tuple[tuple[Array, Scalars], PyTree]:
+        """((loss, scalars), gradient with respect to the student) of an objective."""
+        embed, batch_loss, pass_loss, direct = objective
         if self.count == 1:
-            return _one_pass(student, inputs, taught, key, embed, compare, pair)
+            return _one_pass(objective, student, inputs, taught, key)
         keys = jax.random.split(key, self.count)
         inputs, taught = self._split(inputs), self._split(taught)
         features = jax.lax.map(lambda at: embed(student, *at).features, (inputs, keys))
-        direct = {name: student[name] for name in DIRECT}
-        (shared, scalars), (pull, direct) = jax.value_and_grad(
-            compare, argnums=(0, 1), has_aux=True
-        )(self._join(features), direct)
+        (shared, scalars), (pull, own) = jax.value_and_grad(
+            batch_loss, argnums=(0, 1), has_aux=True
+        )(self._join(features), {name: student[name] for name in direct})
 
-        def share(total: Any, rows: Any) -> tuple[Any, tuple[Array, Scalars]]:
+        def share(total: PyTree, rows: PyTree) -> tuple[PyTree, tuple[Array, Scalars]]:
             inputs, taught, pull, key = rows
 
-            def objective(student: Any) -> tuple[Array, tuple[Array, Scalars]]:
-                learned = embed(student, inputs, key)
-                pulled = sum(jnp.sum(a * b) for a, b in zip(learned.features, pull, strict=True))
-                paired, more = pair(student, learned, inputs, taught, key)
-                return pulled + paired, (paired, more)
+            def of_pass(student: PyTree) -> tuple[Array, tuple[Array, Scalars]]:
+                outputs = embed(student, inputs, key)
+                pulled = sum(jnp.sum(a * b) for a, b in zip(outputs.features, pull, strict=True))
+                loss, more = pass_loss(student, outputs, inputs, taught, key)
+                return pulled + loss, (loss, more)
 
-            gradient, found = jax.grad(objective, has_aux=True)(student)
+            gradient, found = jax.grad(of_pass, has_aux=True)(student)
             return jax.tree.map(jnp.add, total, gradient), found
 
         nothing = jax.tree.map(jnp.zeros_like, student)
         gradient, found = jax.lax.scan(share, nothing, (inputs, taught, self._split(pull), keys))
-        paired, more = jax.tree.map(lambda shares: shares.sum(axis=0), found)
-        gradient |= jax.tree.map(jnp.add, {name: gradient[name] for name in DIRECT}, direct)
-        return (shared + paired, scalars | more), gradient
+        loss, more = jax.tree.map(lambda shares: shares.sum(axis=0), found)
+        gradient |= jax.tree.map(jnp.add, {name: gradient[name] for name in direct}, own)
+        return (shared + loss, scalars | more), gradient
 
-    def _split(self, rows: Any) -> Any:
+    def _split(self, rows: PyTree) -> PyTree:
         return jax.tree.map(lambda x: sharding.split_rows(x, self.count, self.mesh), rows)
 
-    def _join(self, parts: Any) -> Any:
+    def _join(self, parts: PyTree) -> PyTree:
         return jax.tree.map(lambda x: sharding.join_rows(x, self.mesh), parts)
 
 
-def _one_pass(student, inputs, taught, key, embed, compare, pair) -> Any:
-    def objective(student: Any) -> tuple[Array, Scalars]:
-        learned = embed(student, inputs, key)
-        shared, scalars = compare(learned.features, student)
-        paired, more = pair(student, learned, inputs, taught, key)
-        return shared + paired, scalars | more
+def _one_pass(
+    objective: Objective, student: PyTree, inputs: PyTree, taught: PyTree, key: Key[Array, ""]
+) -> tuple[tuple[Array, Scalars], PyTree]:
+    def whole(student: PyTree) -> tuple[Array, Scalars]:
+        outputs = objective.embed(student, inputs, key)
+        shared, scalars = objective.batch_loss(outputs.features, student)
+        loss, more = objective.pass_loss(student, outputs, inputs, taught, key)
+        return shared + loss, scalars | more
 
-    return jax.value_and_grad(objective, has_aux=True)(student)
+    return jax.value_and_grad(whole, has_aux=True)(student)

@@ -78,16 +78,16 @@ class Planner:
         self,
         config: ml_collections.ConfigDict,
         create: Create,
+        resolve: Callable[..., ml_collections.ConfigDict],
         vocabulary_size: int,
         *,
-        record: dict[str, Any] | None = None,
         has_checkpoint: bool = False,
         in_float32: bool | None = None,
     ) -> None:
         self.config, self.create = config, create
         # Whether bfloat16 is computed in float32; None: as on this machine (on a CPU, XLA does so).
         self.in_float32 = in_float32
-        self.record, self.has_checkpoint = record, has_checkpoint  # what an existing run fixes
+        self.resolve, self.has_checkpoint = resolve, has_checkpoint  # what an existing run fixes
         self.vocabulary = Vocabulary(
             vocabulary_size, 0, 1, 2, 3, (0, 1, 2, 3)
         )  # ids do not matter here
@@ -114,9 +114,7 @@ class Planner:
         mesh = sharding.mesh_of(config.mesh)
         batch, passes = config.data.global_batch, config.optimizer.accumulation
         sharding.check_batch(mesh, batch, passes)
-        config = records.resolve_groups(config, self.record, data_shards=sharding.data_shards(mesh))
-        sharding.check_groups(mesh, batch, passes, config.itm.groups)
-        return config, mesh
+        return self.resolve(config, shards=sharding.data_shards(mesh)), mesh
 
     def possible(self, changes: Mapping[str, Any]) -> bool:
         """Whether the run, which may already exist, can be started with `changes`."""

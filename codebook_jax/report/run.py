@@ -13,13 +13,13 @@ import ml_collections
 import numpy as np
 
 from codebook_jax import build
+from codebook_jax.console import say
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation.encoding import Gallery, encode_source, rows_over_shards
+from codebook_jax.evaluation.encoding import Gallery, Reading, encode_source
 from codebook_jax.evaluation.recall import recall_at_k
-from codebook_jax.evaluation.retrieval import images_to_evaluate
-from codebook_jax.files import parse_json
+from codebook_jax.files import check_outputs, parse_json
 from codebook_jax.models.codis import unit
 from codebook_jax.report.codebook import PICTURES, explore
 from codebook_jax.report.curves import Row, curves, number
@@ -50,7 +50,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
     The run's settings are compared with `config` if one is given. Raises UserError for a folder
     that holds no run.
     """
-    records.check_outputs(workdir, (FILE,))
+    check_outputs(workdir, (FILE,))
     parts = build.build_trained(config, workdir)
     record = records.read_record(workdir)
     encoded = _encoded(parts, workdir)
@@ -65,7 +65,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
         workdir / FILE,
         "run.html",
         title=workdir.name,
-        facts=facts(rows, build.parameter_count(parts.task.abstract_state().student)),
+        facts=facts(rows, build.trained_parameters(parts.task)),
         result=result(workdir / "eval.json", rows),
         charts=curves(rows),
         seen=seen,
@@ -76,8 +76,8 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
         compared=config is not None,
     )
     if encoded is None:
-        metrics.say("there is no checkpoint yet: the page shows only the curves")
-    metrics.say(f"report: {workdir / FILE}")
+        say("there is no checkpoint yet: the page shows only the curves")
+    say(f"report: {workdir / FILE}")
 
 
 def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
@@ -162,25 +162,23 @@ def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
     checkpoint.
     """
     config = parts.config
-    with Checkpoints(workdir, keep=config.checkpoint.keep, create=False) as checkpoints:
+    with Checkpoints(
+        workdir, parts.task.checkpoint_items().alone, keep=config.checkpoint.keep, create=False
+    ) as checkpoints:
         if checkpoints.step_to_use() is None:
             return None
     restored = evaluate.restore_trained(parts, workdir, ("student",))
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test")
-    images = min(images_to_evaluate(config) or len(source), len(source), MOST_IMAGES)
-    metrics.say(f"test data {spec}: {images:,} of {len(source):,} images")
+    images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)
+    say(f"test data {spec}: {images:,} of {len(source):,} images")
     student = restored.state.student
     gallery = encode_source(
-        parts.task,
+        parts.task.programs,
         {"student": student["towers"]},
         source,
         parts.tokenizer,
-        images=images,
-        rows=rows_over_shards(min(config.evaluation.batch, images), parts.mesh),
-        size_px=config.model.image.size_px,
-        max_tokens=config.model.text.max_tokens,
-        threads=config.data.threads,
+        Reading.of(config, parts.mesh, images),
     )
     codewords = None
     if config.losses.codebook:

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,18 +16,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from jaxtyping import PyTree
 
 from codebook_jax.console import say
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, write_json, write_probe
 from codebook_jax.parallel.processes import peers
 
-ITEMS = (
-    "student",
-    "teacher",
-    "moments",
-    "queue",
-)  # each can be restored alone; other fields are in `rest`
 REST = "rest"
 META = "meta"
 BEST = "best.json"
@@ -38,43 +34,41 @@ class Restored(NamedTuple):
     """A state read back, the step it was saved after, and the metadata saved with it."""
 
     step: int
-    state: Any
+    state: PyTree
     meta: dict[str, Any]
-
-
-def _handlers() -> dict[str, Any]:
-    return {name: ocp.StandardCheckpointHandler() for name in (*ITEMS, REST)} | {
-        META: ocp.JsonCheckpointHandler()
-    }
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run, one folder per step, each complete or absent.
 
-    Every process calls every method. Use it in a `with`: leaving waits for the save in progress.
+    `alone` names the fields of the state that can be restored alone; the others are stored
+    together. Every process calls every method. Use it in a `with`: leaving waits for the save in
+    progress.
     """
 
-    def __init__(self, workdir: Path | str, *, keep: int, create: bool = True) -> None:
+    def __init__(
+        self, workdir: Path | str, alone: Sequence[str], *, keep: int, create: bool = True
+    ) -> None:
         self._workdir = Path(workdir).absolute()
         self._folder = self._workdir / FOLDER
+        self._alone = tuple(alone)
         self._saving: int | None = None
         self._failed: list[int] = []
         self.scores: dict[int, float] = _read_scores(self._workdir / BEST)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in (*alone, REST)}
+        handlers[META] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
             create=create, preservation_policy=_NewestAndBest(keep, self.scores)
         )
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_handlers=_handlers()
-        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         # After reading, the manager's own reader waits for all processes, forever if one of them
         # failed.
         own = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        one = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        composite = ocp.CompositeOptions(multiprocessing_options=one)
         self._reader = ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler(
-                composite_options=ocp.CompositeOptions(multiprocessing_options=alone), **_handlers()
-            ),
-            multiprocessing_options=alone,
+            ocp.CompositeCheckpointHandler(composite_options=composite, **handlers),
+            multiprocessing_options=one,
         )
 
     def __enter__(self) -> Checkpoints:
@@ -123,7 +117,7 @@ class Checkpoints:
             record = {"step": best, "score": shown, "metric": metric, "scores": scores}
             write_json(self._workdir / BEST, record)
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> bool:
+    def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> bool:
         """Starts writing `state` in the background; prints a note and returns False if `step` is
         already saved.
 
@@ -134,7 +128,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             say(f"step {step:,} is already saved and stays as it is")
             return False
-        arguments = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        arguments = {
+            name: ocp.args.StandardSave(tree) for name, tree in _items(state, self._alone).items()
+        }
         arguments[META] = ocp.args.JsonSave({"step": step, "saved_at": time.time(), **meta})
         self._check_room(step, state)
         self._saving = step
@@ -144,7 +140,7 @@ class Checkpoints:
             raise self._failure(failure) from failure
         return True
 
-    def _check_room(self, step: int, state: Any) -> None:
+    def _check_room(self, step: int, state: PyTree) -> None:
         """Raises UserError if this process cannot write, or if all of them would run out of room.
 
         Otherwise Orbax would wait many minutes for a process that failed while writing.
@@ -169,7 +165,7 @@ class Checkpoints:
             raise self._failure(failure) from failure
         self._saving = None
 
-    def restore_newest(self, abstract_state: Any) -> Restored | None:
+    def restore_newest(self, abstract_state: PyTree) -> Restored | None:
         """The newest checkpoint that can be read, placed as `abstract_state` says; None when there
         is none.
 
@@ -209,21 +205,25 @@ class Checkpoints:
         return None
 
     def restore(
-        self, step: int, abstract_state: Any, items: tuple[str, ...] = (*ITEMS, REST)
+        self, step: int, abstract_state: PyTree, items: Sequence[str] | None = None
     ) -> Restored:
-        """The checkpoint of `step`, each array placed as `abstract_state` says; fields not in
-        `items` are None.
+        """The checkpoint of `step`, each array placed as `abstract_state` says.
 
-        Raises UserError if a name, shape or type differs from `abstract_state`, and whatever
-        reading raises if the files are damaged. No process waits for another.
+        Fields that are not in `items` (None: all) are None. Raises UserError if a name, shape or
+        type differs from `abstract_state`, and whatever reading raises if the files are damaged. No
+        process waits for another.
         """
-        wanted = {name: tree for name, tree in _items(abstract_state).items() if name in items}
+        wanted = {
+            name: tree
+            for name, tree in _items(abstract_state, self._alone).items()
+            if items is None or name in items
+        }
         self._compare(step, wanted)
         stored = self._read(
             step, {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         )
         trees = {name: stored[name] for name in wanted}
-        return Restored(step, _state(abstract_state, trees), stored[META])
+        return Restored(step, _state(abstract_state, trees, self._alone), stored[META])
 
     def meta(self, step: int) -> dict[str, Any]:
         """The metadata saved with the state of `step`: step, config, data position, versions,
@@ -338,33 +338,34 @@ def read_arrays(item: Path) -> dict[str, np.ndarray]:
     return traverse_util.flatten_dict(arrays, sep="/")
 
 
-def _items(state: Any) -> dict[str, Any]:
-    """The state as named items, each a nested dict with string keys, whatever containers it is
-    built of.
-    """
+def _items(state: PyTree, alone: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The state as named items, each a nested dict with string keys, whatever it is built of."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    rest = {name: value for name, value in fields.items() if name not in ITEMS}
-    return {name: _nested(tree) for name, tree in [*((n, fields[n]) for n in ITEMS), (REST, rest)]}
+    rest = {name: value for name, value in fields.items() if name not in alone}
+    return {name: _nested(fields[name]) for name in alone} | {REST: _nested(rest)}
 
 
-def _state(like: Any, trees: dict[str, Any]) -> Any:
+def _state(like: PyTree, trees: dict[str, Any], alone: Sequence[str]) -> PyTree:
     """The inverse of `_items` for the items in `trees`; other fields are None."""
-    fields = {}
+    found = {}
     for field in dataclasses.fields(like):
         name, old = field.name, getattr(like, field.name)
-        if name in ITEMS:
-            fields[name] = _unnested(old, trees[name]) if name in trees else None
+        item = name if name in alone else REST
+        if item not in trees:
+            found[name] = None
+        elif item == REST:
+            found[name] = _unnested({name: old}, trees[REST])[name]
         else:
-            fields[name] = _unnested({name: old}, trees[REST])[name] if REST in trees else None
-    return dataclasses.replace(like, **fields)
+            found[name] = _unnested(old, trees[name])
+    return dataclasses.replace(like, **found)
 
 
-def _nested(tree: Any) -> dict[str, Any]:
+def _nested(tree: PyTree) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return traverse_util.unflatten_dict({_names(path): leaf for path, leaf in leaves})
 
 
-def _unnested(like: Any, nested: dict[str, Any]) -> Any:
+def _unnested(like: PyTree, nested: dict[str, Any]) -> Any:
     flat = traverse_util.flatten_dict(nested)
     return jax.tree_util.tree_map_with_path(lambda path, _: flat[_names(path)], like)
 
@@ -373,7 +374,7 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _described(tree: Any) -> dict[str, str]:
+def _described(tree: PyTree) -> dict[str, str]:
     leaves = traverse_util.flatten_dict(dict(tree), sep="/")
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 

@@ -1,47 +1,41 @@
-"""All random draws of a pre-training step, made for the global batch before anything is
-computed.
-"""
+"""All random draws of a pre-training step, made before anything is computed."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from codebook_jax.data import augment
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.method.losses import Pair
-from codebook_jax.method.sampling import MaskedText, mask_words, may_be_negatives
+from codebook_jax.method.masking import MaskedText, Masking, mask_words
+from codebook_jax.method.matching import may_be_negatives
+from codebook_jax.method.pair import Pair
 
 
 class Inputs(NamedTuple):
-    """What a step learns from, with all its random draws; the first axis of every array is the
-    batch.
-    """
+    """What a step learns from, with all its random draws."""
 
-    image: Any  # uint8 [B, S, S, 3], augmented
-    teacher_image: Any
-    tokens: Any
-    text_length: Any
+    image: UInt8[Array, "batch side side 3"]  # augmented
+    teacher_image: UInt8[Array, "batch side side 3"]
+    tokens: Int[Array, "batch tokens"]
+    text_length: Int[Array, "batch"]
     masked: MaskedText | None
-    word_weight: Any  # of each hidden word in L_mlm; they sum to 1
+    word_weight: Float[Array, "batch slots"] | None  # of the hidden words in L_mlm; sum to 1
     noise: Pair | None  # Gumbel noise, for the negatives of images and of texts
-    allowed: Any  # bool [B, B / groups]: which rows of its group each row may take as a negative
-    match_weight: (
-        Any  # [B, 3] of the pair, its negative text, its negative image in L_itm; they sum to 1
-    )
+    allowed: Bool[Array, "batch group"] | None  # what each row may take as a negative
+    # of the pair, its negative text and its negative image in L_itm; they sum to 1
+    match_weight: Float[Array, "batch 3"] | None
 
 
 def draw_inputs(
     batch: Batch, key: Key[Array, ""], config: ml_collections.ConfigDict, vocabulary: Vocabulary
 ) -> Inputs:
-    """Augmented views, hidden words and noise, drawn for the whole batch, independent of passes and
-    shards.
-    """
+    """Views, hidden words and noise for the global batch, whatever its passes and shards."""
     student_key, teacher_key, word_key, image_noise, text_noise = jax.random.split(key, 5)
     views = _views(batch, student_key, teacher_key, config)
     masked, word_weight = None, None
@@ -49,11 +43,15 @@ def draw_inputs(
         masked = mask_words(
             word_key,
             batch.tokens,
-            vocabulary,
-            probability=config.mlm.probability,
-            slots=max(1, int(config.mlm.max_share * config.model.text.max_tokens)),
-            mask_share=config.mlm.mask_share,
-            random_share=config.mlm.random_share,
+            Masking(
+                config.mlm.probability,
+                max(1, int(config.mlm.max_share * config.model.text.max_tokens)),
+                config.mlm.mask_share,
+                config.mlm.random_share,
+            ),
+            special_ids=vocabulary.special_ids,
+            mask_id=vocabulary.mask_id,
+            vocabulary_size=vocabulary.size,
         )
         word_weight = masked.used.astype(jnp.float32)
         word_weight = word_weight / jnp.maximum(word_weight.sum(), 1)
@@ -79,11 +77,13 @@ def _views(
     data = config.data
     if not (data.flip or data.randaugment_layers):
         return batch.image, batch.teacher_image
-    of = dict(layers=data.randaugment_layers, magnitude=data.randaugment_magnitude)
-    image = _to_uint8(augment.augment(batch.image, batch.flip, key, **of))
+    operations = dict(layers=data.randaugment_layers, magnitude=data.randaugment_magnitude)
+    image = _to_uint8(augment.augment(batch.image, batch.flip, key, **operations))
     if data.teacher_view == "same":
         return image, image
-    return image, _to_uint8(augment.augment(batch.teacher_image, batch.flip, teacher_key, **of))
+    return image, _to_uint8(
+        augment.augment(batch.teacher_image, batch.flip, teacher_key, **operations)
+    )
 
 
 def _to_uint8(images: Array) -> Array:

@@ -7,13 +7,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
-from codebook_jax.method.ambient import default_types
+from codebook_jax.method.numerics import default_types
 
 # Decided by name, since stacked biases have two or more axes (ALBEF and timm decide by the number
 # of axes).
 NO_DECAY = re.compile(r"(^|/)(bias|scale|positions|temperature|codebook)(/|$)")
+
+
+def from_config(
+    config: ml_collections.ConfigDict,
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate over the steps and the optimizer that `config.optimizer` describes."""
+    o = config.optimizer
+    rate = schedule(
+        peak=o.learning_rate,
+        ends=o.learning_rate_ends,
+        warmup_steps=o.warmup_steps,
+        steps=config.train.steps,
+    )
+    return rate, adamw(
+        rate, weight_decay=o.weight_decay, b1=o.b1, b2=o.b2, eps=o.eps, clip_norm=o.clip_norm
+    )
 
 
 def schedule(*, peak: float, ends: float, warmup_steps: int, steps: int) -> optax.Schedule:

@@ -1,119 +1,70 @@
-"""Pre-training: read this first. One step teaches, assigns, learns, averages and remembers (Duan et
-al. 2022, 3).
+"""Pre-training: read this first. One step teaches, assigns, learns, averages and remembers.
 
 Everything is written for the global batch, under one jit over the mesh; the only randomness is
-fold_in(seed, step).
-A batch larger than memory is split into passes: accumulation.py.
+fold_in(seed, step). A batch larger than memory is split into passes: parallel/accumulation.py.
+Source: Duan et al. 2022, 3.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from codebook_jax.data import augment
 from codebook_jax.data.batch import Batch
-from codebook_jax.data.text import Vocabulary
-from codebook_jax.method import losses, teacher, usage
-from codebook_jax.method.ambient import key_of, own_settings
-from codebook_jax.method.losses import Pair
-from codebook_jax.method.sampling import draw_negatives
-from codebook_jax.method.transport import codeword_costs, transport_plan
+from codebook_jax.data.sources import Source
+from codebook_jax.data.text import Tokenizer, Vocabulary
+from codebook_jax.method import alignment, codebook, matching, teacher
+from codebook_jax.method.masking import masked_word_loss
+from codebook_jax.method.numerics import key_of
+from codebook_jax.method.pair import Pair
+from codebook_jax.method.queue import Queue, empty_queue, enqueue, newest
 from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives, gather_in_groups
 from codebook_jax.models.heads import MATCH
 from codebook_jax.parallel import sharding
-from codebook_jax.parallel.accumulation import Passes, Scalars
-from codebook_jax.tasks import optimizer
+from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
+from codebook_jax.tasks import limits, optimizer
 from codebook_jax.tasks.draws import Inputs, draw_inputs
-from codebook_jax.tasks.state import TrainState
+from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
+from codebook_jax.tasks.task import Evaluation, Items, OverMesh, Progress
+from codebook_jax.tasks.towers import TowerPrograms
+
+# config.codebook.solver: from its section to an assignment of features to codewords.
+ASSIGNMENTS: dict[str, Callable[[ml_collections.ConfigDict], codebook.Assign]] = {
+    "sinkhorn": lambda c: codebook.sinkhorn(epsilon=c.epsilon, iterations=c.iterations),
+    "ipot": lambda c: codebook.ipot(beta=c.ipot_beta, iterations=c.iterations),
+}
 
 
-class Taught(NamedTuple):
-    """The teacher's outputs for a batch."""
-
-    features: Pair  # z'_v, z'_t
-    masked_states: Any  # [B, slots, width]: its fused states at the hidden words
-
-
-class Learned(NamedTuple):
-    """The student's outputs for a batch before fusion."""
-
-    features: Pair  # z_v, z_t
-    image_tokens: Any
-    text_states: Any
-    masked_states: Any  # of the texts with hidden words
-
-
-def create(config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh):
-    """The task for one config, vocabulary and mesh; raises UserError if they do not fit
-    together.
-    """
-    return Pretraining(config, vocabulary, mesh)
-
-
-class Pretraining:
+class Pretraining(OverMesh):
     """The jitted programs of a run; holds no parameters."""
+
+    check = staticmethod(limits.check)
+    resolve = staticmethod(limits.resolve)
 
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
     ) -> None:
-        self.config, self.vocabulary, self.mesh = config, vocabulary, mesh
         self.model = codis.build_model(config, vocabulary.size, mesh)
-        o = config.optimizer
-        self.rate = optimizer.schedule(
-            peak=o.learning_rate,
-            ends=o.learning_rate_ends,
-            warmup_steps=o.warmup_steps,
-            steps=config.train.steps,
-        )
-        self.optimizer = optimizer.adamw(
-            self.rate,
-            weight_decay=o.weight_decay,
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            clip_norm=o.clip_norm,
-        )
-        self.pass_groups = config.itm.groups // o.accumulation
-        self.passes = Passes(o.accumulation, mesh)
-        shapes = jax.eval_shape(own_settings(self._init), key_of(0))
-        self.shardings = sharding.state_shardings(shapes, mesh)
-        self._abstract = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            self.shardings,
-        )
-        rows = sharding.batch_sharding(mesh)
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self.step = jax.jit(
-            own_settings(self._step),
-            donate_argnums=0,
-            in_shardings=(self.shardings, rows),
-            out_shardings=(self.shardings, whole),
-        )
-        self.encode_images = jax.jit(own_settings(self._encode_images))
-        self.encode_texts = jax.jit(own_settings(self._encode_texts))
-        self.match = jax.jit(own_settings(self._match))
+        self.rate, self.optimizer = optimizer.from_config(config)
+        self.assignment = ASSIGNMENTS[config.codebook.solver](config.codebook)
+        self.pass_groups = config.itm.groups // config.optimizer.accumulation
+        self.passes = Passes(config.optimizer.accumulation, mesh)
+        super().__init__(config, vocabulary, mesh)
+        self.programs = TowerPrograms(self.model, config, mesh)
 
-    # -- state
+    @staticmethod
+    def checkpoint_items() -> Items:
+        return Items(("student", "teacher", "moments", "queue"), "student", ("student", "teacher"))
 
-    def abstract_state(self) -> TrainState:
-        """Shapes, types and shardings of the state."""
-        return self._abstract
-
-    def init_state(self, seed: int) -> TrainState:
-        """A fresh state, created directly on its devices."""
-        return jax.jit(own_settings(self._init), out_shardings=self.shardings)(key_of(seed))
-
-    def _init(self, key: Key[Array, ""]) -> TrainState:
+    def fresh(self, key: Key[Array, ""]) -> TrainState:
+        """A state whose teacher is a copy of the student and whose queues are empty."""
         config = self.config
         student = codis.init_student(config, self.vocabulary.size, key)
         return TrainState(
@@ -121,37 +72,25 @@ class Pretraining:
             student=student,
             teacher=jax.tree.map(jnp.copy, student["towers"]),
             moments=self.optimizer.init(student),
-            queue=teacher.empty_queue(config.queue.size, config.model.dim),
-            usage=usage.empty_usage(config.codebook.window_samples),
+            queue=empty_queue(config.queue.size, config.model.dim),
+            usage=codebook.empty_usage(config.codebook.window_samples),
             bad_in_row=jnp.int32(0),
             bad_total=jnp.int32(0),
         )
 
     # -- the step
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+        """One step; if its loss or gradient is not finite, only the counts change."""
         key = jax.random.fold_in(key_of(self.config.seed), state.step)
         draw_key, dropout_key = jax.random.split(key)
         with jax.named_scope("draw"):
             inputs = draw_inputs(batch, draw_key, self.config, self.vocabulary)
         taught = self.passes.over(functools.partial(self.teach, state.teacher), inputs)
         plan = self.assign(taught.features, state)
+        objective = self.objective(state, Targets(taught.features, plan, batch.image_id))
         (loss, scalars), gradients = self.passes.gradients(
-            state.student,
-            inputs,
-            taught,
-            dropout_key,
-            embed=self.embed,
-            compare=functools.partial(
-                self.compare,
-                state=state,
-                teacher_features=taught.features,
-                plan=plan,
-                image_id=batch.image_id,
-            ),
-            pair=functools.partial(
-                self.pair, alpha=self.alpha(_updates(state)), teacher_towers=state.teacher
-            ),
+            objective, state.student, inputs, taught, dropout_key
         )
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -160,13 +99,25 @@ class Pretraining:
         scalars = {"loss": loss, **scalars, "gradient_norm": gradient_norm, "bad_step": ~good}
         return after, scalars | self.report(state, after, inputs, plan)
 
+    def objective(self, state: TrainState, targets: Targets) -> Objective:
+        """The four losses: L_ica and L_code of the global batch, L_itm and L_mlm of each pass."""
+        alpha = self.alpha(_updates(state))
+        return Objective(
+            self.embed,
+            functools.partial(
+                self.alignment_and_codebook, targets=targets, queue=state.queue, alpha=alpha
+            ),
+            functools.partial(
+                self.matching_and_masked_words, alpha=alpha, teacher_towers=state.teacher
+            ),
+            direct=("codebook", "temperature"),
+        )
+
     @jax.named_scope("teach")
-    def teach(self, towers: Any, inputs: Inputs) -> Taught:
-        """The teacher's features of its view of the images and of the texts, and its states at the
-        hidden words.
-        """
+    def teach(self, towers: PyTree, inputs: Inputs) -> Taught:
+        """The teacher's features of its view of the batch, and its states at the hidden words."""
         towers = self.model.towers(towers)
-        image, image_tokens = towers.embed_images(self._pixels(inputs.teacher_image))
+        image, image_tokens = towers.embed_images(self.programs.pixels(inputs.teacher_image))
         text, _, masked_states = self._read(towers, inputs, None)
         if inputs.masked is not None:
             fused = towers.fusion(
@@ -176,76 +127,67 @@ class Pretraining:
         return jax.lax.stop_gradient(Taught(Pair(image, text), masked_states))
 
     @jax.named_scope("assign")
-    def assign(self, features: Pair, state: TrainState) -> Float[Array, "2 rows codes"] | None:
+    def assign(self, features: Pair, state: TrainState) -> Plan | None:
         """The transport plan of the teacher's image and text features over the codewords.
 
         Its first rows are the batch's; `codebook.queue_samples` more are the queue's newest. Each
         valid row sums to 1 / (their number).
         """
-        codebook = self.config.codebook
+        queued = self.config.codebook.queue_samples
         if not self.config.losses.codebook:
             return None
         rows, valid = jnp.stack(features), None
-        if codebook.queue_samples:
-            older, here = teacher.newest(state.queue, codebook.queue_samples)
+        if queued:
+            older, here = newest(state.queue, queued)
             rows = jnp.concatenate([rows, jnp.stack(older)], axis=1)
             valid = jnp.concatenate([jnp.ones(features.image.shape[0], bool), here])
             valid = jnp.broadcast_to(valid, rows.shape[:2])
-        return transport_plan(
-            codeword_costs(rows, codis.unit(state.student["codebook"]["codes"])),
-            solver=codebook.solver,
-            epsilon=codebook.epsilon,
-            iterations=codebook.iterations,
-            ipot_beta=codebook.ipot_beta,
-            valid=valid,
-        )
+        costs = codebook.codeword_costs(rows, codis.unit(state.student["codebook"]["codes"]))
+        return codebook.transport_plan(costs, self.assignment, valid=valid)
 
     @jax.named_scope("embed")
-    def embed(self, student: Any, inputs: Inputs, key: Key[Array, ""]) -> Learned:
+    def embed(self, student: PyTree, inputs: Inputs, key: Key[Array, ""]) -> Learned:
         """The student's outputs for its view of the images and for the texts, before fusion."""
         towers = self.model.towers(student["towers"])
-        image, image_tokens = towers.embed_images(self._pixels(inputs.image))
+        image, image_tokens = towers.embed_images(self.programs.pixels(inputs.image))
         text, states, masked_states = self._read(towers, inputs, jax.random.fold_in(key, 0))
         return Learned(Pair(image, text), image_tokens, states, masked_states)
 
     @jax.named_scope("compare")
-    def compare(
+    def alignment_and_codebook(
         self,
         features: Pair,
-        own: Mapping[str, Any],
+        own: Mapping[str, PyTree],
         *,
-        state: TrainState,
-        teacher_features: Pair,
-        plan: Float[Array, "2 rows codes"] | None,
-        image_id: Array,
+        targets: Targets,
+        queue: Queue,
+        alpha: Array,
     ) -> tuple[Array, Scalars]:
-        """L_ica and L_code of the global batch's features, weighted; `own` has the codebook and the
-        temperature.
-        """
+        """L_ica and L_code of the global batch, weighted; `own` has codebook and temperature."""
         config, scalars, loss = self.config, {}, jnp.float32(0)
         if config.losses.alignment:
             # Every row's candidates are the whole batch and the queue. Without this, XLA splits the
             # candidates instead of the rows, and so gathers the queues and moves the logits.
-            candidates, candidate_id = sharding.whole((teacher_features, image_id), self.mesh)
-            alignment = losses.alignment_loss(
+            candidates, candidate_id = sharding.whole(
+                (targets.features, targets.image_id), self.mesh
+            )
+            scalars["loss/alignment"] = alignment.alignment_loss(
                 features,
                 candidates,
-                state.queue.features,
-                state.queue.valid,
+                queue,
                 candidate_id,
                 temperature=own["temperature"],
-                alpha=self.alpha(_updates(state)),
+                alpha=alpha,
                 intra_weight=config.alignment.intra_weight,
                 same_image=config.alignment.same_image,
             )
-            scalars["loss/alignment"] = alignment
-            loss += config.losses.alignment * alignment
-        if plan is not None:
-            parts = losses.codebook_losses(
+            loss += config.losses.alignment * scalars["loss/alignment"]
+        if targets.plan is not None:
+            parts = codebook.codebook_losses(
                 features,
-                teacher_features,
+                targets.features,
                 codis.unit(own["codebook"]["codes"]),
-                Pair(*usage.soft_codes(plan, len(image_id))),
+                Pair(*codebook.soft_codes(targets.plan, len(targets.image_id))),
                 temperature=config.codebook.temperature,
             )
             scalars |= {f"loss/codebook_{name}": part for name, part in parts._asdict().items()}
@@ -255,39 +197,34 @@ class Pretraining:
         return loss, scalars
 
     @jax.named_scope("pair")
-    def pair(
+    def matching_and_masked_words(
         self,
-        student: Any,
+        student: PyTree,
         learned: Learned,
         inputs: Inputs,
         taught: Taught,
         key: Key[Array, ""],
         *,
         alpha: Array,
-        teacher_towers: Any,
+        teacher_towers: PyTree,
     ) -> tuple[Array, Scalars]:
-        """L_itm and L_mlm, weighted: one run of the fusion encoder over all pairs that either loss
-        needs.
-        """
+        """L_itm and L_mlm, weighted: one run of the fusion encoder over the pairs of both."""
         config, scalars, loss = self.config, {}, jnp.float32(0)
         towers = self.model.towers(student["towers"])
-        rows: list[
-            tuple[Array, Array]
-        ] = []  # (states, lengths) of the texts that each image is paired with
+        texts: dict[str, tuple[Array, Array]] = {}  # states, lengths that each image is paired with
         negatives = None
         if inputs.masked is not None:
-            rows.append((learned.masked_states, inputs.text_length))
+            texts["masked"] = learned.masked_states, inputs.text_length
         if inputs.noise is not None:
-            own_text = learned.text_states, inputs.text_length
+            own = learned.text_states, inputs.text_length
             image, text = self._negatives(student, learned.features, inputs, taught.features)
-            other_text = jax.tree.map(
-                lambda x: gather_in_groups(x, text, self.pass_groups), own_text
-            )
-            rows += [own_text, other_text, own_text]  # the last looks at its negative image
-            negatives = Negatives(image, self.pass_groups)
-        if not rows:
+            other = jax.tree.map(lambda x: gather_in_groups(x, text, self.pass_groups), own)
+            texts |= {"own": own, "other text": other, "other image": own}
+            negatives = Negatives(image, self.pass_groups)  # the image of the last texts
+        if not texts:
             return loss, scalars
-        states, lengths = (jnp.stack(part, axis=1) for part in zip(*rows, strict=True))
+        place = list(texts).index
+        states, lengths = (jnp.stack(part, axis=1) for part in zip(*texts.values(), strict=True))
         fused = towers.fusion(
             states,
             lengths,
@@ -296,16 +233,17 @@ class Pretraining:
             key=jax.random.fold_in(key, 1),
         )
         if inputs.noise is not None:
-            logits = self.model.match_logits(student["matching"], fused[:, -3:, 0])
+            logits = self.model.match_logits(student["matching"], fused[:, place("own") :, 0])
             match = jnp.broadcast_to(jnp.array([True, False, False]), inputs.match_weight.shape)
             flat = logits.reshape(-1, 2), match.ravel(), inputs.match_weight.ravel()
-            scalars["loss/matching"] = losses.matching_loss(*flat)
+            scalars["loss/matching"] = matching.matching_loss(*flat)
             right = (_likeliest(logits) == MATCH) == match
             scalars["matching/accuracy"] = jnp.sum(jnp.where(right, inputs.match_weight, 0))
             loss += config.losses.matching * scalars["loss/matching"]
         if inputs.masked is not None:
-            logits = towers.word_logits(_at_positions(fused[:, 0], inputs.masked.positions))
-            scalars["loss/masked_lm"] = losses.masked_word_loss(
+            masked = _at_positions(fused[:, place("masked")], inputs.masked.positions)
+            logits = towers.word_logits(masked)
+            scalars["loss/masked_lm"] = masked_word_loss(
                 logits,
                 self.model.towers(teacher_towers).word_logits(taught.masked_states),
                 inputs.masked.words,
@@ -318,39 +256,30 @@ class Pretraining:
         return loss, scalars
 
     @jax.named_scope("learn")
-    def learn(self, state: TrainState, gradients: Any) -> TrainState:
+    def learn(self, state: TrainState, gradients: PyTree) -> TrainState:
         """The student after the optimizer, the teacher after its average."""
-        alignment = self.config.alignment
         frozen = _updates(state) < self.config.codebook.freeze_steps
-        gradients["codebook"] = jax.tree.map(
-            lambda gradient: jnp.where(frozen, 0, gradient), gradients["codebook"]
-        )
+        of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
+        gradients = {**gradients, "codebook": of_codes}
         updates, moments = self.optimizer.update(gradients, state.moments, state.student)
         student = optax.apply_updates(state.student, updates)
-        student["temperature"] = jnp.clip(
-            student["temperature"], alignment.temperature_min, alignment.temperature_max
-        )
+        low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
+        student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
         averaged = teacher.average(state.teacher, student["towers"], self.momentum(_updates(state)))
         return state.replace(student=student, moments=moments, teacher=averaged)
 
     @jax.named_scope("remember")
-    def remember(
-        self, state: TrainState, features: Pair, plan: Float[Array, "2 rows codes"] | None
-    ) -> TrainState:
+    def remember(self, state: TrainState, features: Pair, plan: Plan | None) -> TrainState:
         """The queues with the teacher's features, and the codewords that won them."""
-        state = state.replace(queue=teacher.enqueue(state.queue, features))
+        state = state.replace(queue=enqueue(state.queue, features))
         if plan is None:
             return state
         winners = _likeliest(plan[:, : features.image.shape[0]])
-        return state.replace(usage=usage.record(state.usage, winners))
+        return state.replace(usage=codebook.add_winners(state.usage, winners))
 
     @jax.named_scope("report")
     def report(
-        self,
-        before: TrainState,
-        after: TrainState,
-        inputs: Inputs,
-        plan: Float[Array, "2 rows codes"] | None,
+        self, before: TrainState, after: TrainState, inputs: Inputs, plan: Plan | None
     ) -> Scalars:
         """The metrics besides the losses."""
         scalars = {
@@ -367,7 +296,7 @@ class Pretraining:
                 ~inputs.allowed.any(axis=1), dtype=jnp.int32
             )
         if plan is not None:
-            scalars |= usage.codebook_scalars(after.usage, plan, len(inputs.tokens))
+            scalars |= codebook.codebook_scalars(after.usage, plan, len(inputs.tokens))
         return scalars
 
     # -- schedules
@@ -383,27 +312,31 @@ class Pretraining:
 
     # -- evaluation
 
-    def _encode_images(self, towers: Any, images: Array) -> tuple[Array, Array]:
-        return self.model.towers(towers).embed_images(self._pixels(images))
-
-    def _encode_texts(self, towers: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-        return self.model.towers(towers).embed_texts(tokens, lengths)
-
-    def _match(self, student: Any, image_tokens: Array, states: Array, lengths: Array) -> Array:
-        fused = self.model.towers(student["towers"]).fusion(states, lengths, image_tokens)
-        return self.model.match_logits(student["matching"], fused[:, :, 0])[..., MATCH]
-
-    # -- small pieces
-
-    def _pixels(self, images: Array) -> Array:
-        return augment.normalise(images, jnp.dtype(self.config.model.dtype))
+    def evaluate(
+        self,
+        state: TrainState,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        images: int,
+        final: bool,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Retrieval, re-ranked if `final` or always so configured."""
+        rerank = final or self.config.evaluation.rerank_on_schedule
+        return self.programs.evaluate(
+            {"student": state.student["towers"], "teacher": state.teacher},
+            state.student if rerank else None,
+            source,
+            tokenizer,
+            images=images,
+            progress=progress,
+        )
 
     def _read(
         self, towers: codis.Towers, inputs: Inputs, key: Key[Array, ""] | None
     ) -> tuple[Array, Array, Array | None]:
-        """Features and states of the texts, and states of the masked ones, in one run of the text
-        encoder.
-        """
+        """Features and states of the texts, and states of the masked ones, in one run."""
         if inputs.masked is None:
             return *towers.embed_texts(inputs.tokens, inputs.text_length, key), None
         # Side by side: a row's two texts stay on the device that has the row.
@@ -414,13 +347,11 @@ class Pretraining:
         return features[::2], states[:, 0], states[:, 1]
 
     def _negatives(
-        self, student: Any, learned: Pair, inputs: Inputs, taught: Pair
+        self, student: PyTree, learned: Pair, inputs: Inputs, taught: Pair
     ) -> tuple[Array, Array]:
-        """For each text a negative image, for each image a negative text: their places in the
-        group.
-        """
+        """The negative image of each text, the negative text of each image: places in a group."""
         draw = functools.partial(
-            draw_negatives,
+            matching.draw_negatives,
             allowed=inputs.allowed,
             groups=self.pass_groups,
             temperature=student["temperature"],

@@ -1,14 +1,17 @@
-"""What a pre-training run remembers from step to step; everything in it is checkpointed."""
+"""What pre-training remembers from step to step, and what it hands on within a step."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import flax.struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from codebook_jax.method.teacher import Queue
-from codebook_jax.method.usage import Usage
+from codebook_jax.method.codebook import Usage
+from codebook_jax.method.pair import Pair
+from codebook_jax.method.queue import Queue
+
+Plan = Float[Array, "2 rows codes"]
 
 
 @flax.struct.dataclass
@@ -18,12 +21,36 @@ class TrainState:
     """
 
     step: Int[Array, ""]  # steps done, skipped ones too: the position in the data
-    student: Any  # parameters, float32; the optimizer changes them
+    student: PyTree  # parameters, float32; the optimizer changes them
     teacher: (
         Any  # like student["towers"], float32, never the same buffers; `teacher.average` changes it
     )
-    moments: Any  # of the optimizer
+    moments: PyTree  # of the optimizer
     queue: Queue  # newest teacher features
     usage: Usage  # which codewords won lately
     bad_in_row: Int[Array, ""]  # steps skipped since the last good one because they were not finite
     bad_total: Int[Array, ""]  # in all
+
+
+class Taught(NamedTuple):
+    """The teacher's outputs for a batch."""
+
+    features: Pair  # z'_v, z'_t
+    masked_states: Float[Array, "batch slots width"] | None  # fused, at the hidden words
+
+
+class Targets(NamedTuple):
+    """What the student's features of the global batch are compared with."""
+
+    features: Pair  # the teacher's
+    plan: Plan | None  # of the teacher's features over the codewords
+    image_id: Int[Array, "batch"]
+
+
+class Learned(NamedTuple):
+    """The student's outputs for a batch before fusion."""
+
+    features: Pair  # z_v, z_t
+    image_tokens: Float[Array, "batch patches width"]
+    text_states: Float[Array, "batch tokens width"]
+    masked_states: Float[Array, "batch tokens width"] | None  # of the texts with hidden words

@@ -1,9 +1,8 @@
-"""Evaluation of what a workdir has learned: its best checkpoint on the test data, written to
-eval.json.
-"""
+"""`--mode=eval`: what a run has learned, its best checkpoint on the test data, in eval.json."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,16 +13,14 @@ from codebook_jax.console import say
 from codebook_jax.data.progress import Stages
 from codebook_jax.data.sources import source_of
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation import retrieval
-from codebook_jax.files import check_outputs
+from codebook_jax.files import check_outputs, write_json
 from codebook_jax.run.checkpoint import FOLDER, Checkpoints, Restored
 
 FILE = "eval.json"
 
 
 def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
-    """Writes `workdir/eval.json` and prints its table; without `config` the run's own settings
-    apply.
+    """Writes `workdir/eval.json` and prints its table; `config` None: the run's own settings.
 
     All test images are evaluated unless a given `config` limits evaluation.images; the run's own
     value is for validation during training.
@@ -33,44 +30,30 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
     images = max(0, config.evaluation.images) if config is not None else 0
     parts = build.build_trained(config, workdir)
     config = parts.config
-    restored = restore_trained(parts, workdir, items=("student", "teacher"))
+    restored = restore_trained(parts, workdir, parts.task.checkpoint_items().evaluated)
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test")
-    first = (
-        f", limited to the first {images} by config.evaluation.images"
-        if 0 < images < len(source)
-        else ""
-    )
+    limited = 0 < images < len(source)
+    first = f", limited to the first {images} by config.evaluation.images" if limited else ""
     say(f"test data {spec}: {len(source):,} images{first}")
     with Stages("evaluated", silent=jax.process_index() != 0) as progress:
-        results = retrieval.evaluate(
-            parts.task,
-            restored.state,
-            source,
-            parts.tokenizer,
-            config,
-            images=images,
-            rerank=config.evaluation.rerank_top_k > 0,
-            progress=progress,
+        found = parts.task.evaluate(
+            restored.state, source, parts.tokenizer, images=images, final=True, progress=progress
         )
-    say(retrieval.format_table(results))
+    say(found.table)
     if jax.process_index() == 0:
-        retrieval.write_eval_json(workdir / FILE, results)
+        write_json(workdir / FILE, found.results)
 
 
-def restore_trained(parts: build.Parts, workdir: Path, items: tuple[str, ...]) -> Restored:
-    """The `items` of the checkpoint best in validation, or of the newest if none was scored; prints
-    which.
-    """
-    with Checkpoints(workdir, keep=parts.config.checkpoint.keep, create=False) as checkpoints:
+def restore_trained(parts: build.Parts, workdir: Path, items: Sequence[str]) -> Restored:
+    """The `items` of the checkpoint best in validation, or of the newest if none was scored."""
+    alone, keep = parts.task.checkpoint_items().alone, parts.config.checkpoint.keep
+    with Checkpoints(workdir, alone, keep=keep, create=False) as checkpoints:
         step = checkpoints.step_to_use()
         if step is None:
             raise UserError(f"--workdir={workdir} has no checkpoint yet: train it first")
-        best = step == checkpoints.best_step()
-        say(
-            f"the checkpoint of step {step:,} "
-            f"({'the best in validation' if best else 'the newest'})"
-        )
+        which = "the best in validation" if step == checkpoints.best_step() else "the newest"
+        say(f"the checkpoint of step {step:,} ({which})")
         try:
             return checkpoints.restore(step, parts.task.abstract_state(), items)
         except UserError:

@@ -29,6 +29,7 @@ from codebook_jax import build
 from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.errors import UserError
+from codebook_jax.files import check_outputs, refused, write_json
 from codebook_jax.parallel import sharding
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Restored, reason
@@ -126,9 +127,9 @@ def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str
     if jax.process_index() != 0:
         return
     record = records.read_record(draft.parent) | {"config": parts.config.to_dict()}
-    records.write_json(draft / records.RECORD, record)
+    write_json(draft / records.RECORD, record)
     shutil.copytree(draft.parent / text.FOLDER, draft / text.FOLDER)
-    records.write_json(draft / MANIFEST, _manifest(parts, restored, items))
+    write_json(draft / MANIFEST, _manifest(parts, restored, items))
 
 
 @contextlib.contextmanager
@@ -181,13 +182,13 @@ def _alone(folder: Path) -> Iterator[None]:
     """An empty draft that no other export writes to; raises UserError if one does, or the folder
     cannot be replaced.
     """
-    records.check_outputs(folder.parent, folders=(folder.name,))
+    check_outputs(folder.parent, folders=(folder.name,))
     with owned(folder.parent, f".{folder.name}.running"):
         if _replaced(folder).exists() and not folder.exists():
             _replaced(folder).rename(folder)  # left by a killed export
         for leftover in (_draft(folder), _replaced(folder)):
             shutil.rmtree(leftover, ignore_errors=True)
-        with records.refused(folder):
+        with refused(folder):
             if folder.exists():
                 folder.rename(_replaced(folder))
                 _replaced(folder).rename(folder)

@@ -23,7 +23,7 @@ from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import Tokenizer, Vocabulary, few_words, has_words, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json
-from codebook_jax.method.ambient import key_of, own_settings
+from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models import codis
 from codebook_jax.models.heads import MATCH
 from codebook_jax.parallel import devices

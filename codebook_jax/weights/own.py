@@ -49,7 +49,7 @@ def read_own(path: Path, what: str) -> Own:
     if (path / MANIFEST).is_file():
         folder, title = path, "an export"
     else:
-        with Checkpoints(path, keep=1, create=False) as checkpoints:
+        with Checkpoints(path, (), keep=1, create=False) as checkpoints:
             step = checkpoints.step_to_use()
         if step is None:
             raise UserError(f"{what} has no checkpoint yet: train it first")

@@ -4,8 +4,6 @@ chunking.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,8 @@ from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
-from codebook_jax.evaluation.encoding import encode_source
+from codebook_jax.evaluation.encoding import Reading, encode_source
+from codebook_jax.evaluation.rerank import pair_rows, promoted
 from codebook_jax.parallel import sharding
 from configs import base
 
@@ -72,7 +71,7 @@ class Oracle:
             number[:, None, None], (*tokens.shape, 1)
         )
 
-    def match(self, student, image_tokens, states, lengths):
+    def match(self, image_tokens, states, lengths):
         return -jnp.abs(image_tokens[:, :1, 0] - states[:, :, 0, 0])
 
 
@@ -92,15 +91,15 @@ def config_of(**changes):
 
 def evaluate(source, *, noise=0.3, rerank=True, images=0, **changes):
     mesh = sharding.make_mesh(-1, 1, 1)
-    state = SimpleNamespace(student={"towers": 0.0}, teacher=2.0)
+    oracle = Oracle(mesh, noise)
     return retrieval.evaluate(
-        Oracle(mesh, noise),
-        state,
+        oracle,
+        {"student": 0.0, "teacher": 2.0},
         source,
         Digits(),
         config_of(**changes),
         images=images,
-        rerank=rerank,
+        match=oracle.match if rerank else None,
     )
 
 
@@ -129,9 +128,9 @@ def test_re_ranking_cannot_find_what_is_not_among_the_candidates():
 
 def test_the_rest_keeps_the_order_of_the_dual_encoder_below_the_candidates():
     scores = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32)
-    result = retrieval.promoted(scores, np.array([[0, 2]]), np.array([[-3.0, 5.0]]))
+    result = promoted(scores, np.array([[0, 2]]), np.array([[-3.0, 5.0]]))
     assert np.argsort(-result[0]).tolist() == [2, 0, 1, 3, 4]
-    tied = retrieval.promoted(scores, np.array([[0, 2]]), np.array([[1.0, 1.0]]))
+    tied = promoted(scores, np.array([[0, 2]]), np.array([[1.0, 1.0]]))
     assert tied[0, 0] == tied[0, 2] > tied[0, 1]
 
 
@@ -145,7 +144,7 @@ def test_pairs_are_scored_one_by_one_whatever_row_they_stand_in():
     rng = np.random.default_rng(0)
     images = np.sort(rng.integers(0, 9, 70))
     texts = rng.integers(0, 30, 70)
-    rows, row_texts, places = retrieval.pair_rows(images, texts, 4)
+    rows, row_texts, places = pair_rows(images, texts, 4)
     assert (np.repeat(rows, 4)[places] == images).all() and (
         row_texts.ravel()[places] == texts
     ).all()
@@ -167,7 +166,7 @@ def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match=r"student's features of .* are not finite"):
         encode_source(
             Oracle(mesh, float("nan")), {"student": 0.0}, Numbers(9), Digits(),
-            images=0, rows=8, size_px=SIDE, max_tokens=TOKENS, threads=1,
+            Reading(images=0, rows=8, size_px=SIDE, max_tokens=TOKENS, threads=1),
         )  # fmt: skip
 
 

@@ -9,13 +9,12 @@ import pytest
 import reference
 from scipy.special import softmax
 
-from codebook_jax.method.losses import (
-    Pair,
-    alignment_loss,
-    codebook_losses,
-    masked_word_loss,
-    matching_loss,
-)
+from codebook_jax.method.alignment import alignment_loss
+from codebook_jax.method.codebook import codebook_losses
+from codebook_jax.method.masking import masked_word_loss
+from codebook_jax.method.matching import matching_loss
+from codebook_jax.method.pair import Pair
+from codebook_jax.method.queue import Queue
 from codebook_jax.models.codis import unit
 
 BATCH, QUEUE, FILLED, DIM, CODES = 7, 11, 5, 13, 17
@@ -39,9 +38,23 @@ def alignment_arguments(seed):
     return *features, VALID, IMAGE_ID
 
 
-def aligned(*arguments, temperature=0.07, alpha=0.4, intra_weight=1.0, same_image="ignore"):
+def aligned(
+    student,
+    teacher,
+    queue,
+    valid,
+    image_id,
+    *,
+    temperature=0.07,
+    alpha=0.4,
+    intra_weight=1.0,
+    same_image="ignore",
+):
     return _ALIGNMENT(
-        *arguments,
+        student,
+        teacher,
+        Queue(*queue, np.int32(0), np.int32(valid.sum())),
+        image_id,
         temperature=jnp.asarray(temperature),
         alpha=jnp.asarray(alpha),
         intra_weight=intra_weight,

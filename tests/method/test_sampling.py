@@ -10,7 +10,8 @@ from scipy.special import softmax
 from scipy.stats import chisquare
 
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.method.sampling import draw_negatives, mask_words, may_be_negatives
+from codebook_jax.method.masking import Masking, mask_words
+from codebook_jax.method.matching import draw_negatives, may_be_negatives
 
 SPECIAL = (0, 1, 2, 3, 4)
 VOCABULARY = Vocabulary(size=47, pad_id=0, cls_id=2, sep_id=3, mask_id=4, special_ids=SPECIAL)
@@ -30,7 +31,8 @@ def texts(count, tokens, seed=0):
 
 
 def masked(tokens, *, slots, seed=0, **changes):
-    hide = jax.jit(lambda k, t: mask_words(k, t, VOCABULARY, slots=slots, **(BERT | changes)))
+    ids = dict(special_ids=SPECIAL, mask_id=VOCABULARY.mask_id, vocabulary_size=VOCABULARY.size)
+    hide = jax.jit(lambda k, t: mask_words(k, t, Masking(slots=slots, **(BERT | changes)), **ids))
     return jax.tree.map(np.asarray, hide(jax.random.key(seed), tokens))
 
 

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from codebook_jax.method.losses import Pair
-from codebook_jax.method.teacher import average, empty_queue, enqueue, momentum_at, newest
-from codebook_jax.method.usage import (
+from codebook_jax.method.codebook import (
+    add_winners,
     codebook_scalars,
     empty_usage,
     perplexity_and_unused,
-    record,
     unused_if_uniform,
 )
+from codebook_jax.method.pair import Pair
+from codebook_jax.method.queue import empty_queue, enqueue, newest
+from codebook_jax.method.teacher import average, momentum_at
 
-_ENQUEUE, _RECORD = jax.jit(enqueue), jax.jit(record)
+_ENQUEUE, _RECORD = jax.jit(enqueue), jax.jit(add_winners)
 _NEWEST = jax.jit(newest, static_argnums=1)
 _STATISTICS = jax.jit(perplexity_and_unused, static_argnums=1)
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_run import SMALL
 
-from codebook_jax.method.transport import transport_plan
+from codebook_jax.method.codebook import sinkhorn, transport_plan
 from codebook_jax.models.bert import gather_in_groups
 from codebook_jax.parallel import memory, sharding
 from codebook_jax.tasks import pretrain
@@ -52,9 +52,9 @@ def sent_on(data, fsdp, tensor, changes=None):
     config = base.get_config("tiny")
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     config.update_from_flattened_dict(SMALL | CHANGES | sizes | (changes or {}))
-    planner = memory.Planner(config, pretrain.create, WORDS)
+    planner = memory.Planner(config, pretrain.Pretraining, WORDS)
     config, mesh = planner.with_changes({})
-    task = pretrain.create(config, planner.vocabulary, mesh)
+    task = pretrain.Pretraining(config, planner.vocabulary, mesh)
     state = task.abstract_state()
     lowered = task.step.trace(state, memory.abstract_batch(config)).lower()
     text = lowered.compile(compiler_options=QUICK).as_text()
@@ -234,8 +234,8 @@ def test_an_iteration_of_both_transports_is_two_sums_over_the_shards(mesh, reque
 
 def test_two_transports_together_send_as_often_as_one():
     mesh = sharding.make_mesh(8, 1, 1)
-    options = dict(solver="sinkhorn", epsilon=0.05, iterations=ITERATIONS, ipot_beta=0.5)
-    solve = lambda cost: transport_plan(cost, **options)  # noqa: E731
+    assign = sinkhorn(epsilon=0.05, iterations=ITERATIONS)
+    solve = lambda cost: transport_plan(cost, assign)  # noqa: E731
     count = lambda sent: sum(c.times for c in sent.found if c.times > 1)  # noqa: E731
     both = rows_of(mesh, 2, ROWS, CODES, spec=P(None, ("data", "fsdp")))
     one = rows_of(mesh, ROWS, CODES)

@@ -32,7 +32,7 @@ GB = 10**9
 def planner_of(changes=None, **options):
     config = base.get_config("tiny")
     config.update_from_flattened_dict(SMALL | (changes or {}))
-    return memory.Planner(config, pretrain.create, WORDS, **options)
+    return memory.Planner(config, pretrain.Pretraining, WORDS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def need():
 def assigned_by_xla(changes=None):
     """Memory of the compiled step on a device: its arguments and results, and its temporaries."""
     config, mesh = planner_of(changes).with_changes({})
-    task = pretrain.create(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)), mesh)
+    task = pretrain.Pretraining(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)), mesh)
     lowered = task.step.trace(task.abstract_state(), memory.abstract_batch(config)).lower()
     return foresight.assigned_by_xla(lowered.compile(compiler_options=foresight.QUICK))
 
@@ -78,7 +78,7 @@ def test_state_is_counted_exactly(need):
 def test_what_the_table_at_the_start_prints_is_what_is_counted():
     planner = planner_of({"mesh.fsdp": 2, "mesh.tensor": 2})
     config, mesh = planner.with_changes({})
-    state = pretrain.create(
+    state = pretrain.Pretraining(
         config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)), mesh
     ).abstract_state()
     rows = sharding.table(state, mesh)
@@ -167,7 +167,7 @@ def formula(**options):
     large = {"data.global_batch": 512, "queue.size": 512}
     config = base.get_config("tiny")
     config.update_from_flattened_dict(large | options.pop("changes", {}))
-    return Formula(config, pretrain.create, WORDS, **options)
+    return Formula(config, pretrain.Pretraining, WORDS, **options)
 
 
 def settings_below(limit, **options):

@@ -29,7 +29,7 @@ def abstract():
     config = base.get_config("base")
     config.itm.groups = 4
     mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2)
-    return pretrain.create(config, BERT, mesh).abstract_state()
+    return pretrain.Pretraining(config, BERT, mesh).abstract_state()
 
 
 def test_every_array_of_more_than_ten_thousand_numbers_is_split_or_named_here(abstract):

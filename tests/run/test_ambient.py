@@ -15,7 +15,7 @@ from test_resume import assert_same_run, copy_of, states_of, went_on
 
 import codebook_jax
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.method.ambient import key_of
+from codebook_jax.method.numerics import key_of
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.memory import Planner
 from codebook_jax.run.checkpoint import read_arrays
@@ -78,9 +78,9 @@ def test_a_run_that_goes_on_under_other_settings_is_the_straight_run(
 def test_a_run_begins_alike_under_other_settings(set_to):
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
     config, vocabulary = config_of(**{"itm.groups": 1}), Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3))
-    plain = pretrain.create(config, vocabulary, mesh).init_state(3)
+    plain = pretrain.Pretraining(config, vocabulary, mesh).init_state(3)
     set_to(OTHERS)
-    other = pretrain.create(config, vocabulary, mesh).init_state(3)
+    other = pretrain.Pretraining(config, vocabulary, mesh).init_state(3)
     assert kinds(other) == kinds(plain)
     for (name, ours), (_, theirs) in zip(sharding.named(other), sharding.named(plain), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
@@ -109,7 +109,7 @@ def test_no_step_computes_in_64_bits_and_memory_is_estimated_alike(file, size, c
         config.teacher.alpha_steps = 100
 
     def planned():
-        planner = Planner(config, pretrain.create, WORDS)
+        planner = Planner(config, pretrain.Pretraining, WORDS)
         state, _, program = planner.traced_on_one_device(*planner.with_changes({}))
         return kinds(state), types_in(program), planner.estimate()
 

@@ -19,7 +19,10 @@ from small_run import ROOT, together
 
 from codebook_jax.errors import UserError
 from codebook_jax.run.checkpoint import Checkpoints
+from codebook_jax.tasks.pretrain import Pretraining
 from codebook_jax.tasks.state import TrainState
+
+ITEMS = Pretraining.checkpoint_items().alone
 
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -56,7 +59,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 
 def save_each(workdir: Path, *steps: int, keep: int = 3) -> None:
-    with Checkpoints(workdir, keep=keep) as checkpoints:
+    with Checkpoints(workdir, ITEMS, keep=keep) as checkpoints:
         for step in steps:
             checkpoints.save(step, state_of(step), {"note": f"of {step}"})
 
@@ -65,7 +68,7 @@ def test_a_state_comes_back_bit_for_bit_though_the_next_step_overwrote_its_array
     state = state_of(3)
     before = jax.tree.map(np.array, state)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf * 0 - 1, s), donate_argnums=0)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=2) as checkpoints:
         assert checkpoints.save(3, state, {"note": "kept"})
         for _ in range(5):
             state = overwrite(state)
@@ -83,7 +86,7 @@ def test_leaving_waits_for_the_save_under_way(tmp_path):
 
 def test_the_newest_and_the_best_in_validation_are_kept(tmp_path):
     scores = {10: 1.0, 20: 9.0, 30: math.nan, 40: 2.0, 50: 3.0, 60: 9.0}
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=2) as checkpoints:
         for step, score in scores.items():
             checkpoints.save(step, state_of(step), {})
             checkpoints.record_score(step, score, "a score")
@@ -92,12 +95,12 @@ def test_the_newest_and_the_best_in_validation_are_kept(tmp_path):
     assert kept == [20, 50, 60]
     best = json.loads((tmp_path / "best.json").read_text())
     assert (best["step"], best["score"], best["metric"]) == (20, 9.0, "a score")
-    with Checkpoints(tmp_path, keep=2) as again:
+    with Checkpoints(tmp_path, ITEMS, keep=2) as again:
         assert again.best_step() == 20 and again.scores[40] == 2.0 and math.isnan(again.scores[30])
 
 
 def test_a_step_already_saved_is_not_overwritten_and_this_is_said(tmp_path, capsys):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=2) as checkpoints:
         checkpoints.save(7, state_of(1), {})
         assert not checkpoints.save(7, state_of(2), {})
         restored = checkpoints.restore_newest(abstract(state_of(1)))
@@ -109,11 +112,11 @@ def test_the_folder_of_a_killed_save_does_not_count_and_the_step_can_be_saved_ag
     save_each(tmp_path, 1)
     leftover = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "1", leftover)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=2) as checkpoints:
         assert checkpoints.steps() == [1]
         assert checkpoints.restore_newest(abstract(state_of(0))).step == 1
         checkpoints.save(2, state_of(2), {})
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=2) as checkpoints:
         assert_same(checkpoints.restore_newest(abstract(state_of(0))).state, state_of(2))
 
 
@@ -140,7 +143,7 @@ def test_the_newest_good_checkpoint_is_used_and_a_damaged_one_set_aside(damage, 
         p.relative_to(tmp_path / "checkpoints" / "3")
         for p in (tmp_path / "checkpoints" / "3").rglob("*")
     )
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=3) as checkpoints:
         restored = checkpoints.restore_newest(abstract(state_of(0)))
         assert restored.step == 2 and checkpoints.steps() == [1, 2]
         assert_same(restored.state, state_of(2))
@@ -149,7 +152,7 @@ def test_the_newest_good_checkpoint_is_used_and_a_damaged_one_set_aside(damage, 
         aside = tmp_path / "checkpoints" / "damaged-3"
         assert sorted(p.relative_to(aside) for p in aside.rglob("*")) == files
         checkpoints.save(3, state_of(3), {})  # its place is free again
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=3) as checkpoints:
         assert_same(checkpoints.restore_newest(abstract(state_of(0))).state, state_of(3))
 
 
@@ -184,7 +187,7 @@ def test_nothing_is_renamed_when_no_checkpoint_can_be_read(tmp_path):
     save_each(tmp_path, 1, 2)
     for step in (1, 2):
         shutil.rmtree(tmp_path / "checkpoints" / str(step) / "student")
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=3) as checkpoints:
         with pytest.raises(UserError, match="none of the 2 checkpoints .* can be read"):
             checkpoints.restore_newest(abstract(state_of(0)))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
@@ -192,7 +195,7 @@ def test_nothing_is_renamed_when_no_checkpoint_can_be_read(tmp_path):
 
 def test_another_shape_is_refused_by_name_instead_of_padded(tmp_path):
     save_each(tmp_path, 1)
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=3) as checkpoints:
         with pytest.raises(
             UserError, match=r"towers/image/blocks is float32\[3, 7, 5\] .* float32\[3, 8, 5\]"
         ):
@@ -206,7 +209,7 @@ def test_another_shape_is_refused_by_name_instead_of_padded(tmp_path):
 
 def test_the_student_can_be_read_alone(tmp_path):
     save_each(tmp_path, 1)
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(tmp_path, ITEMS, keep=3) as checkpoints:
         state = checkpoints.restore(1, abstract(state_of(0)), items=("student",)).state
         assert checkpoints.meta(1)["note"] == "of 1"
     assert_same(state.student, state_of(1).student)
@@ -234,10 +237,10 @@ def test_a_full_disk_is_said_and_leaves_the_newest_complete_checkpoint(small_dis
     with pytest.raises(
         UserError, match=r"step 2 could not be written .*No space left.* step 1 is the newest"
     ):
-        with Checkpoints(small_disk, keep=1) as checkpoints:
+        with Checkpoints(small_disk, ITEMS, keep=1) as checkpoints:
             checkpoints.save(1, heavy(1), {})
             checkpoints.save(2, heavy(2), {})  # in the background: it fails when waited for
-    with Checkpoints(small_disk, keep=1) as checkpoints:
+    with Checkpoints(small_disk, ITEMS, keep=1) as checkpoints:
         assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["1"]
         assert_same(checkpoints.restore_newest(abstract(heavy(0))).state, heavy(1))
 
@@ -246,7 +249,7 @@ def test_a_failed_background_save_surfaces_at_the_next_save(tmp_path, monkeypatc
     with pytest.raises(
         UserError, match="step 2 could not be written .*OSError: .*No space left|No space left"
     ):
-        with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with Checkpoints(tmp_path, ITEMS, keep=1) as checkpoints:
             checkpoints.save(1, state_of(1), {})
             checkpoints.wait()
 
@@ -265,7 +268,7 @@ def test_a_checkpoint_of_four_devices_is_restored_on_two_and_on_one(tmp_path):
         import jax, numpy as np
         jax.config.update("jax_num_cpu_devices", 4)
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        from test_checkpoint import Checkpoints, abstract, assert_same, state_of
+        from test_checkpoint import ITEMS, Checkpoints, abstract, assert_same, state_of
         def placed(count):
             mesh = Mesh(np.array(jax.devices()[:count]), ("fsdp",))
             state = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), state_of(1, width=8))
@@ -273,7 +276,7 @@ def test_a_checkpoint_of_four_devices_is_restored_on_two_and_on_one(tmp_path):
             state.student["towers"]["image"]["blocks"] = jax.device_put(
                 state.student["towers"]["image"]["blocks"], split)
             return state
-        with Checkpoints({str(tmp_path)!r}, keep=1) as checkpoints:
+        with Checkpoints({str(tmp_path)!r}, ITEMS, keep=1) as checkpoints:
             checkpoints.save(1, placed(4), {{}})
             checkpoints.wait()
             for count in (2, 1):

@@ -28,7 +28,7 @@ BATCHES = [batch_of(seed) for seed in range(2)]
 def task_on(mesh, **changes):
     config = base.get_config("tiny")
     config.update_from_flattened_dict(CONFIG | DIVIDES_EIGHT_WAYS | changes)
-    return pretrain.create(config, VOCABULARY, mesh)
+    return pretrain.Pretraining(config, VOCABULARY, mesh)
 
 
 @pytest.fixture(scope="module")

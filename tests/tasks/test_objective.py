@@ -13,11 +13,14 @@ import reference
 from jax.flatten_util import ravel_pytree
 from test_pretrain import batch_of, drawing, saying, task_on
 
-from codebook_jax.method import losses, usage
-from codebook_jax.method.losses import Pair
-from codebook_jax.method.teacher import Queue
-from codebook_jax.method.transport import codeword_costs, transport_plan
+from codebook_jax.method import alignment, codebook
+from codebook_jax.method.codebook import codeword_costs, ipot, sinkhorn, transport_plan
+from codebook_jax.method.masking import masked_word_loss
+from codebook_jax.method.matching import matching_loss
+from codebook_jax.method.pair import Pair
+from codebook_jax.method.queue import Queue
 from codebook_jax.parallel import sharding
+from codebook_jax.tasks.state import Targets
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 
@@ -54,7 +57,7 @@ def assert_is(found, expected, precision):
 # -- the losses
 
 
-_ALIGNMENT = jax.jit(losses.alignment_loss, static_argnames=("intra_weight", "same_image"))
+_ALIGNMENT = jax.jit(alignment.alignment_loss, static_argnames=("intra_weight", "same_image"))
 
 
 @pytest.mark.parametrize("intra_weight", [0.0, 1.0])
@@ -67,8 +70,7 @@ def test_alignment_is_the_equation(same_image, intra_weight, precision):
         found = _ALIGNMENT(
             student,
             teacher,
-            queue,
-            VALID,
+            Queue(*queue, np.int32(0), np.int32(VALID.sum())),
             IMAGE_ID,
             temperature=temperature,
             alpha=alpha,
@@ -88,7 +90,7 @@ def test_each_loss_of_the_codebook_is_its_equation(precision):
         student, teacher = pair_of(rng, precision, ROWS, DIM), pair_of(rng, precision, ROWS, DIM)
         codes = unit_rows(rng, precision, CODES, DIM)
         q = Pair(*rng.dirichlet(np.full(CODES, 0.3), size=(2, ROWS)).astype(precision.dtype))
-        found = losses.codebook_losses(student, teacher, codes, q, temperature=0.1)
+        found = codebook.codebook_losses(student, teacher, codes, q, temperature=0.1)
         expected = reference.code_losses(student, teacher, codes, q, gamma=0.1)
         assert found._fields == expected._fields
         assert_is(found, expected, precision)
@@ -100,7 +102,7 @@ def test_matching_is_the_mean_cross_entropy_of_the_rows_that_count(precision):
         logits = 4 * rng.normal(size=(ROWS, 3, 2)).astype(precision.dtype)
         has_negative = rng.random(ROWS) < 0.7
         weights = np.stack([np.ones(ROWS), has_negative, has_negative], axis=1)
-        found = losses.matching_loss(
+        found = matching_loss(
             logits.reshape(-1, 2),
             np.tile([True, False, False], ROWS),
             (weights / weights.sum()).ravel().astype(precision.dtype),
@@ -116,9 +118,7 @@ def test_masked_words_mix_the_true_word_with_what_the_teacher_says(alpha, precis
         words = rng.integers(0, WORDS, (ROWS, 3))
         used = rng.random((ROWS, 3)) < 0.6
         weights = (used / used.sum()).astype(precision.dtype)
-        found = losses.masked_word_loss(
-            logits, soft, words, weights, alpha=precision.dtype.type(alpha)
-        )
+        found = masked_word_loss(logits, soft, words, weights, alpha=precision.dtype.type(alpha))
         expected = reference.masked_words(logits, soft, words, used, alpha=alpha)
         assert_is(found, expected, precision)
 
@@ -126,7 +126,11 @@ def test_masked_words_mix_the_true_word_with_what_the_teacher_says(alpha, precis
 # -- transport
 
 
-_PLAN = jax.jit(transport_plan, static_argnames=("solver", "epsilon", "iterations", "ipot_beta"))
+@functools.partial(jax.jit, static_argnames=("solver", "epsilon", "iterations", "ipot_beta"))
+def _PLAN(cost, *, solver, epsilon, iterations, ipot_beta, valid=None):
+    own = {"epsilon": epsilon} if solver == "sinkhorn" else {"beta": ipot_beta}
+    assign = {"sinkhorn": sinkhorn, "ipot": ipot}[solver](iterations=iterations, **own)
+    return transport_plan(cost, assign, valid=valid)
 
 
 # Three iterations are fewer than ott checks at once; with its default of ten it would silently run
@@ -153,7 +157,7 @@ def test_plans_and_soft_codes_are_those_of_the_plain_loops(solver, iterations, r
             np.testing.assert_allclose, rtol=precision.rtol, atol=1e-5 * precision.rtol
         )
         close(plan, expected)
-        q = usage.soft_codes(plan, ROWS)
+        q = codebook.soft_codes(plan, ROWS)
         close(q, [reference.soft_codes(of_one, ROWS) for of_one in expected])
 
 
@@ -241,22 +245,9 @@ def step_in_float64(task):
 def loss_and_gradient(task, state, inputs, image_id):
     """The losses of a step and the gradient of their sum, combined as in the step."""
     taught = task.passes.over(functools.partial(task.teach, state.teacher), inputs)
+    targets = Targets(taught.features, task.assign(taught.features, state), image_id)
     (loss, scalars), gradient = task.passes.gradients(
-        state.student,
-        inputs,
-        taught,
-        jax.random.key(0),
-        embed=task.embed,
-        compare=functools.partial(
-            task.compare,
-            state=state,
-            teacher_features=taught.features,
-            plan=task.assign(taught.features, state),
-            image_id=image_id,
-        ),
-        pair=functools.partial(
-            task.pair, alpha=task.alpha(state.step), teacher_towers=state.teacher
-        ),
+        task.objective(state, targets), state.student, inputs, taught, jax.random.key(0)
     )
     return {"loss": loss} | scalars, gradient
 

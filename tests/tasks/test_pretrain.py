@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh
 
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.method import usage
-from codebook_jax.method.losses import Pair
+from codebook_jax.method.codebook import soft_codes
+from codebook_jax.method.pair import Pair
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.draws import draw_inputs
@@ -67,7 +67,7 @@ def task_on(*sizes, **changes):
     config.update_from_flattened_dict(CONFIG | changes)
     devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
     mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    return pretrain.create(config, VOCABULARY, mesh)
+    return pretrain.Pretraining(config, VOCABULARY, mesh)
 
 
 def batch_of(seed, **changes):
@@ -249,7 +249,7 @@ def saying(task):
             (teacher, batch.teacher_image),
         ):
             towers = task.model.towers(parameters)
-            image, image_tokens = towers.embed_images(task._pixels(images))
+            image, image_tokens = towers.embed_images(task.programs.pixels(images))
             text, states = towers.embed_texts(batch.tokens, batch.text_length)
             features.append((image, text))
             _, hidden = towers.embed_texts(masked.tokens, batch.text_length)
@@ -342,7 +342,7 @@ def test_queue_samples_join_the_transport_and_give_no_rows_to_the_loss(five):
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(
         lambda x: x.shape, task.abstract_state()
     )
-    soft = usage.soft_codes(plan, BATCH)
+    soft = soft_codes(plan, BATCH)
     assert soft.shape == (2, BATCH, 12) and "codebook/perplexity" in scalars
     np.testing.assert_allclose(soft.sum(-1), 1, rtol=1e-5)
 

@@ -347,7 +347,7 @@ def written_out():
         config.model[tower].width = 256
     axes = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1])
-    task = pretrain.create(config, Vocabulary(200, 0, 1, 2, 3, (0, 1, 2, 3)), mesh)
+    task = pretrain.Pretraining(config, Vocabulary(200, 0, 1, 2, 3, (0, 1, 2, 3)), mesh)
     traced = task.step.trace(task.abstract_state(), memory.abstract_batch(config))
     found = operations.count(traced.jaxpr.jaxpr, lambda aval: 0)
     return config, found, traced.lower().cost_analysis()["flops"]

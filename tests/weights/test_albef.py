@@ -16,8 +16,9 @@ from jax.sharding import AxisType, Mesh
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.method import teacher
-from codebook_jax.method.losses import Pair
-from codebook_jax.method.sampling import MaskedText, draw_negatives
+from codebook_jax.method.masking import MaskedText
+from codebook_jax.method.matching import draw_negatives
+from codebook_jax.method.pair import Pair
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.draws import Inputs
@@ -77,7 +78,9 @@ def task(golden):
     config = albef_config(sizes)
     kinds = (AxisType.Auto,) * 3
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES, axis_types=kinds)
-    made = pretrain.create(config, Vocabulary(sizes["vocab"], 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh)
+    made = pretrain.Pretraining(
+        config, Vocabulary(sizes["vocab"], 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh
+    )
     made._pixels = lambda images: images  # the golden's are normalised
     return made
 
@@ -160,7 +163,7 @@ def stepped(task, averaged, inputs):
             ids,
             0 * ids,
         )
-        after, scalars = jax.device_get(jax.jit(task._step)(before, batch))
+        after, scalars = jax.device_get(jax.jit(task.update)(before, batch))
     return SimpleNamespace(gradients=after.moments, queue=after.queue, scalars=scalars)
 
 

@@ -104,7 +104,9 @@ def test_an_imported_albef_is_a_run_whose_table_was_printed(imported):
     lines = imported.said.splitlines()
     (new,) = [line for line in lines if line.startswith("newly initialised")]
     assert new.split()[-1] == "codebook"
-    with Checkpoints(imported.workdir, keep=1, create=False) as checkpoints:
+    with Checkpoints(
+        imported.workdir, Pretraining.checkpoint_items().alone, keep=1, create=False
+    ) as checkpoints:
         assert checkpoints.steps() == [0]
 
 
@@ -187,7 +189,7 @@ def test_a_run_is_the_start_of_another_at_another_resolution(run, albef, monkeyp
     )
     read = start.read_start(config)
     assert start.tokenizer_of(config, read) == str(run / "tokenizer")
-    task = pretrain.create(config, VOCABULARY._replace(size=101), one_mesh())
+    task = pretrain.Pretraining(config, VOCABULARY._replace(size=101), one_mesh())
     first = start.initial(read, config, task.abstract_state())
     assert (
         "image/positions 3x3 to 4x4 patches, bicubic" in first.report and "step 0" in first.report
@@ -225,6 +227,7 @@ jax.distributed.initialize(num_processes=2, process_id=int(os.environ["JAX_PROCE
 from test_import import run_config
 from codebook_jax import train
 from codebook_jax.tools import export
+from codebook_jax.tasks.pretrain import Pretraining
 albef = SimpleNamespace(file=weights, tokenizer=tokenizer)
 config = run_config(albef, **{"mesh.fsdp": 2, "data.global_batch": 8, "export.format": "albef"})
 train.import_weights(config, workdir)

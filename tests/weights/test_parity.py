@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch")
 
-import transformers  # noqa: E402
-from small_run import config_of  # noqa: E402
+import transformers
+from small_run import config_of
 
 from codebook_jax import build
 from codebook_jax.data.text import Vocabulary
@@ -22,7 +22,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from codebook_jax.tools import evaluate, export
 from codebook_jax.weights import start
-from configs import base  # noqa: E402
+from configs import base
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_bert_base_and_vit_base_of_transformers_are_ours(tmp_path):
     init = f"image:{written(vit, tmp_path / 'vit', half=True)},text:{written(bert, tmp_path / 'bert', half=False)}"
     config.update(init=init, init_allow_partial=True)  # a BertModel has no head for masked words
     words = Vocabulary(30_522, 0, 101, 102, 103, (0, 100, 101, 102, 103))
-    task = pretrain.create(config, words, sharding.make_mesh(-1, 1, 1))
+    task = pretrain.Pretraining(config, words, sharding.make_mesh(-1, 1, 1))
     first = start.initial(start.read_start(config), config, task.abstract_state()).arrays
     fresh = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), task.abstract_state().student["towers"]

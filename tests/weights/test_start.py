@@ -57,7 +57,7 @@ def started(config, vocabulary=VOCABULARY):
     """The config of a run, and its initial weights."""
     read = start.read_start(config)
     config = start.adopted(config, read, None)
-    task = pretrain.create(config, vocabulary, one_mesh())
+    task = pretrain.Pretraining(config, vocabulary, one_mesh())
     return config, start.initial(read, config, task.abstract_state())
 
 
@@ -165,7 +165,7 @@ def test_the_table_says_what_was_loaded_resized_new_and_ignored():
     shapes = {
         name: leaf.shape
         for name, leaf in sharding.named(
-            pretrain.create(config, VOCABULARY, one_mesh()).abstract_state()
+            pretrain.Pretraining(config, VOCABULARY, one_mesh()).abstract_state()
         )
     }
     counts = [int(rows[kind].split()[0]) for kind in ("loaded", "resized", "newly initialised")]
@@ -191,7 +191,7 @@ def test_a_run_that_goes_on_keeps_its_epsilons_without_the_files():
 
 def test_a_state_is_placed_on_eight_devices_and_its_teacher_is_a_copy():
     config, first = started(towers_config())
-    task = pretrain.create(config, VOCABULARY, one_mesh(8))
+    task = pretrain.Pretraining(config, VOCABULARY, one_mesh(8))
     state = task.init_state(0)
     fresh = dict(sharding.named(jax.device_get(state)))
     placed = start.placed(state, first.arrays)

@@ -16,6 +16,7 @@ from codebook_jax import build
 from codebook_jax import config as checks
 from codebook_jax.console import say
 from codebook_jax.errors import UserError
+from codebook_jax.files import write_json
 from codebook_jax.parallel import axes, memory, sharding
 from codebook_jax.run import record as records
 from codebook_jax.tools.plan import hlo, operations, report, timing, tpu
@@ -77,7 +78,7 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
     figures |= _time_figures(step, chip, options, moved, compiled.as_text())
     say(report.text(figures))
     if options.json:
-        records.write_json(Path(options.json).expanduser(), figures)
+        write_json(Path(options.json).expanduser(), figures)
     return figures
 
 

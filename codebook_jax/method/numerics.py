@@ -17,6 +17,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Key
 
+# Stands for minus infinity where a softmax must leave something out: it keeps gradients finite.
+NEVER = -1e30
+
 
 def key_of(seed: int) -> Key[jax.Array, ""]:
     """The threefry key of a seed's last 32 bits, which are all that JAX uses."""

@@ -1,0 +1,151 @@
+"""Re-ranking: the best candidates of the dual encoder, sorted by their matching logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from codebook_jax.evaluation.encoding import Gallery, Progress, rows_over_shards
+from codebook_jax.evaluation.recall import named_recalls, recall_of_queries
+from codebook_jax.parallel import sharding
+
+TEXTS_A_ROW = 16  # texts that share one projection of an image to the fusion's keys and values
+
+Match = Callable[
+    [
+        Float[Array, "rows patches width"],
+        Float[Array, "rows texts tokens width"],
+        Int[Array, "rows texts"],
+    ],
+    Float[Array, "rows texts"],
+]  # image tokens, states and lengths of texts to the logits of "match"
+
+
+def rerank_gallery(
+    match: Match,
+    mesh: jax.sharding.Mesh,
+    gallery: Gallery,
+    similarity: Float[np.ndarray, "images texts"],
+    *,
+    top_k: int,
+    add_dual: bool,
+    batch: int,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Recalls in percent after sorting every query's `top_k` candidates by their matching logits.
+
+    Pairs that are candidates in both directions are scored once (ALBEF scores them twice).
+    """
+    texts_of_images = top_candidates(similarity, top_k)
+    images_of_texts = top_candidates(similarity.T, top_k)
+    image_count, text_count = similarity.shape
+    image_keys = np.arange(image_count)[:, None] * text_count + texts_of_images
+    text_keys = images_of_texts * text_count + np.arange(text_count)[:, None]
+    keys = np.unique(np.concatenate([image_keys.ravel(), text_keys.ravel()]))
+    pair_images, pair_texts = np.divmod(keys, text_count)
+    logits = match_pairs(
+        match, mesh, gallery, pair_images, pair_texts, batch=batch, progress=progress
+    )
+    if add_dual:
+        logits = logits + similarity[pair_images, pair_texts]
+    ids = gallery.image_ids, gallery.text_image_ids
+    text_order = promoted(similarity, texts_of_images, logits[np.searchsorted(keys, image_keys)])
+    text_recall = recall_of_queries(text_order, *ids)
+    del text_order  # as large as the similarities
+    image_order = promoted(similarity.T, images_of_texts, logits[np.searchsorted(keys, text_keys)])
+    image_recall = recall_of_queries(image_order, *reversed(ids))
+    return named_recalls("txt_r", text_recall) | named_recalls("img_r", image_recall)
+
+
+def match_pairs(
+    match: Match,
+    mesh: jax.sharding.Mesh,
+    gallery: Gallery,
+    pair_images: Int[np.ndarray, "pairs"],
+    pair_texts: Int[np.ndarray, "pairs"],
+    *,
+    batch: int,
+    progress: Progress | None = None,
+) -> Float[np.ndarray, "pairs"]:
+    """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends.
+
+    Pairs of one image form rows of TEXTS_A_ROW texts, so that its keys and values are projected
+    once per row; every call has the same shape, with about as many text tokens as `batch` images
+    have patches.
+    """
+    features = gallery.features["student"]
+    row_images, row_texts, places = pair_rows(pair_images, pair_texts, TEXTS_A_ROW)
+    count, tokens_a_row = len(row_images), TEXTS_A_ROW * features.text_states.shape[1]
+    rows = max(1, batch * features.image_tokens.shape[1] // tokens_a_row)
+    rows = rows_over_shards(min(rows, count), mesh)
+    logits = np.empty((count, TEXTS_A_ROW), np.float32)
+
+    def fetch(start: int, values: Float[Array, "rows texts"]) -> None:
+        logits[start : start + rows] = sharding.to_host(values)[: count - start]
+
+    pending = None
+    for start in range(0, count, rows):
+        chosen = np.arange(start, start + rows).clip(max=count - 1)
+        texts = row_texts[chosen]
+        tokens, states = features.image_tokens[row_images[chosen]], features.text_states[texts]
+        placed = (
+            sharding.to_device(x, mesh) for x in (tokens, states, gallery.text_lengths[texts])
+        )
+        running = start, match(*placed)
+        if pending is not None:
+            fetch(*pending)  # one call late: the device works while the host gathers
+        pending = running
+        if progress is not None:
+            progress("pairs", min(start + rows, count) * TEXTS_A_ROW, count * TEXTS_A_ROW)
+    fetch(*pending)
+    return logits.ravel()[places]
+
+
+def pair_rows(
+    pair_images: Int[np.ndarray, "pairs"], pair_texts: Int[np.ndarray, "pairs"], width: int
+) -> tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows width"], Int[np.ndarray, "pairs"]]:
+    """Rows of one image and `width` of its texts, and each pair's place in the flattened rows.
+
+    `pair_images` ascends; places that no pair fills repeat text 0.
+    """
+    _, first, counts = np.unique(pair_images, return_index=True, return_counts=True)
+    rows_of_image = -(-counts // width)
+    first_row = np.cumsum(rows_of_image) - rows_of_image
+    within = np.arange(len(pair_images)) - np.repeat(first, counts)
+    places = np.repeat(first_row * width, counts) + within
+    texts = np.zeros(int(rows_of_image.sum()) * width, pair_texts.dtype)
+    texts[places] = pair_texts
+    return np.repeat(pair_images[first], rows_of_image), texts.reshape(-1, width), places
+
+
+def top_candidates(
+    scores: Float[np.ndarray, "queries candidates"], top_k: int
+) -> Int[np.ndarray, "queries top_k"]:
+    """The `top_k` highest candidates of each query (all, if there are fewer), in no order."""
+    count = scores.shape[1]
+    if top_k >= count:
+        return np.tile(np.arange(count), (len(scores), 1))
+    return np.stack([np.argpartition(row, count - top_k)[count - top_k :] for row in scores])
+
+
+def promoted(
+    scores: Float[np.ndarray, "queries candidates"],
+    chosen: Int[np.ndarray, "queries top_k"],
+    values: Float[np.ndarray, "queries top_k"],
+) -> Float[np.ndarray, "queries candidates"]:
+    """Scores in which the chosen candidates come first, in the order of their values, ties kept.
+
+    The ranks of the values are added, not the values, so that nothing is rounded.
+    """
+    order = np.argsort(values, axis=1)
+    ordered = np.take_along_axis(values, order, axis=1)
+    steps = np.diff(ordered, axis=1, prepend=ordered[:, :1]) > 0
+    places = np.empty(values.shape, scores.dtype)
+    np.put_along_axis(places, order, np.cumsum(steps, axis=1).astype(scores.dtype), axis=1)
+    places[np.isnan(values)] = np.nan  # so that recall raises an error
+    result = np.array(scores)
+    np.put_along_axis(result, chosen, scores.max(axis=1, keepdims=True) + 1 + places, axis=1)
+    return result

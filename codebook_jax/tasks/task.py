@@ -1,0 +1,204 @@
+"""What the training loop asks of a task, and what tasks share.
+
+A task is one file: a state, a step, its batches and its evaluation. The loop, checkpoints, metrics,
+memory, evaluation and export use this protocol and name no field of a task's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import ml_collections
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+from codebook_jax.data.batch import Batch
+from codebook_jax.data.pipeline import training_batches
+from codebook_jax.data.sources import Source
+from codebook_jax.data.text import Tokenizer, Vocabulary
+from codebook_jax.method.numerics import key_of, own_settings
+from codebook_jax.parallel import sharding
+
+State = Any  # a struct whose fields its task alone knows
+Scalars = Mapping[str, Array]
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, out of how many
+
+
+class Items(NamedTuple):
+    """How a state is stored, by the names of its fields."""
+
+    alone: tuple[str, ...]  # can be restored alone; the other fields are stored together
+    trained: str  # the trained parameters: what is counted and exported
+    evaluated: tuple[str, ...]  # what `evaluate` reads
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found."""
+
+    results: dict[str, dict[str, float]]  # by protocol: eval.json
+    scalars: dict[str, float]  # `eval/...`: metrics.jsonl
+    score: float  # chooses the best checkpoint, higher is better
+    metric: str  # the meaning of `score`
+    summary: str  # one line
+    table: str  # several
+
+
+class Task(Protocol):
+    """A task for one config, vocabulary and mesh; holds programs, no parameters.
+
+    Calling the class with (config, vocabulary, mesh) makes it. Batches hold at least the fields
+    `example` and `skipped` of `Batch`.
+    """
+
+    mesh: jax.sharding.Mesh
+
+    @staticmethod
+    def check(config: ml_collections.ConfigDict) -> None:
+        """Raises UserError, naming the field and its value, if the task cannot run with it."""
+
+    @staticmethod
+    def resolve(
+        config: ml_collections.ConfigDict,
+        before: ml_collections.ConfigDict | None,
+        *,
+        shards: int,
+        examples: int,
+    ) -> ml_collections.ConfigDict:
+        """The config with the task's automatic choices as numbers.
+
+        `before` is the config of the run that is continued, `shards` counts the data shards,
+        `examples` the training data. Raises UserError if the choices do not fit them.
+        """
+
+    @staticmethod
+    def checkpoint_items() -> Items:
+        """Which parts of the state are restored alone, trained, evaluated."""
+
+    def batches(
+        self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
+    ) -> AbstractContextManager[Iterator[NamedTuple]]:
+        """This process's rows of every batch from `start_step` on."""
+
+    def abstract_batch(self) -> PyTree:
+        """Shapes, types and shardings of a global batch."""
+
+    def abstract_state(self) -> State:
+        """Shapes, types and shardings of the state."""
+
+    def init_state(self, seed: int) -> State:
+        """A fresh state, created on its devices."""
+
+    def step(self, state: State, batch: NamedTuple) -> tuple[State, Scalars]:
+        """One step, a jitted program that donates `state`.
+
+        Scalars have at least `loss` and `bad_step`: whether the state stayed as it was, since
+        something was not finite.
+        """
+
+    def evaluate(
+        self,
+        state: State,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        images: int,
+        final: bool,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Evaluates the first `images` (0: all) of a source.
+
+        `state` may lack what `checkpoint_items` does not list as evaluated. `final` is False for
+        the evaluations during training, which may leave out what takes long.
+        """
+
+
+def missing_methods(task: type) -> list[str]:
+    """What the protocol asks for and a class lacks."""
+    wanted = [name for name in vars(Task) if not name.startswith("_")]
+    return [name for name in wanted if not hasattr(task, name)]
+
+
+class OverMesh:
+    """The parts of a task that follow from `fresh` and `update`: its state and its step on a mesh.
+
+    `fresh(key)` makes a state, `update(state, batch)` is a step; both are written for the global
+    batch. Batches are pairs of an image and a text.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
+    ) -> None:
+        self.config, self.vocabulary, self.mesh = config, vocabulary, mesh
+        shapes = jax.eval_shape(own_settings(self.fresh), key_of(0))
+        self.shardings = sharding.state_shardings(shapes, mesh)
+        self._abstract_state = _placed(shapes, self.shardings)
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self.step = jax.jit(
+            own_settings(self.update),
+            donate_argnums=0,
+            in_shardings=(self.shardings, sharding.batch_sharding(mesh)),
+            out_shardings=(self.shardings, whole),
+        )
+
+    def fresh(self, key: Key[Array, ""]) -> State:
+        """A state with random parameters."""
+        raise NotImplementedError
+
+    def update(self, state: State, batch: Batch) -> tuple[State, Scalars]:
+        """The state after one step, and its scalars."""
+        raise NotImplementedError
+
+    def abstract_state(self) -> State:
+        """Shapes, types and shardings of the state."""
+        return self._abstract_state
+
+    def init_state(self, seed: int) -> State:
+        """A fresh state, created directly on its devices."""
+        return jax.jit(own_settings(self.fresh), out_shardings=self.shardings)(key_of(seed))
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, types and shardings of a global batch of pairs."""
+        model, rows = self.config.model, self.config.data.global_batch
+        side = model.image.size_px
+        image = ((rows, side, side, 3), np.uint8)
+        number = ((rows,), np.int32)
+        text = ((rows, model.text.max_tokens), np.int32)
+        fields = Batch(image, image, ((rows,), bool), text, number, number, number, number)
+        place = sharding.batch_sharding(self.mesh)
+        return Batch(*(jax.ShapeDtypeStruct(*field, sharding=place) for field in fields))
+
+    def batches(
+        self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """This process's rows of every batch; leaving the context ends the worker processes."""
+        data, model = self.config.data, self.config.model
+        stream = training_batches(
+            source,
+            tokenizer,
+            seed=self.config.seed,
+            start_step=start_step,
+            global_batch=data.global_batch,
+            rows=sharding.process_rows(self.mesh, data.global_batch),
+            size_px=model.image.size_px,
+            max_tokens=model.text.max_tokens,
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+            teacher_view=data.teacher_view,
+            workers=workers,
+            threads=data.threads,
+            prefetch=data.prefetch,
+        )
+        return contextlib.closing(stream)
+
+
+def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
