@@ -7,6 +7,7 @@ memory, evaluation and export use this protocol and name no field of a task's st
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
+from codebook_jax.config import check_values
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source
@@ -117,9 +119,12 @@ class Task(Protocol):
 
 
 def missing_methods(task: type) -> list[str]:
-    """What the protocol asks for and a class lacks."""
+    """What the protocol asks for and a class neither defines nor declares."""
+    declared = {
+        name for base in task.__mro__ for name in (*vars(base), *inspect.get_annotations(base))
+    }
     wanted = [name for name in vars(Task) if not name.startswith("_")]
-    return [name for name in wanted if not hasattr(task, name)]
+    return [name for name in wanted if name not in declared]
 
 
 class OverMesh:
@@ -128,6 +133,8 @@ class OverMesh:
     `fresh(key)` makes a state, `update(state, batch)` is a step; both are written for the global
     batch. Batches are pairs of an image and a text.
     """
+
+    step: jax.stages.Wrapped
 
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
@@ -143,6 +150,22 @@ class OverMesh:
             in_shardings=(self.shardings, sharding.batch_sharding(mesh)),
             out_shardings=(self.shardings, whole),
         )
+
+    @staticmethod
+    def check(config: ml_collections.ConfigDict) -> None:
+        """Nothing beyond the range of each field."""
+        check_values(config)
+
+    @staticmethod
+    def resolve(
+        config: ml_collections.ConfigDict,
+        before: ml_collections.ConfigDict | None,
+        *,
+        shards: int,
+        examples: int,
+    ) -> ml_collections.ConfigDict:
+        """No choice is automatic."""
+        return config
 
     def fresh(self, key: Key[Array, ""]) -> State:
         """A state with random parameters."""
