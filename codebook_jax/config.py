@@ -51,7 +51,6 @@ LEAST = {
 }
 CHOICES = {
     "alignment.same_image": ("ignore", "negative"),
-    "codebook.solver": ("sinkhorn", "ipot"),
     "data.teacher_view": ("independent", "same"),
     "model.remat": REMAT,
     "model.dtype": ("float32", "bfloat16"),

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import ml_collections
 
-from codebook_jax.config import check, with_fields
+from codebook_jax import config as fields
+from codebook_jax.config import with_fields
 from codebook_jax.errors import UserError
+from codebook_jax.tasks.assignments import ASSIGNMENTS
 
-__all__ = ["check", "resolve"]
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the field and its value, if pre-training cannot run with it."""
+    fields.check(config)
+    if config.codebook.solver not in ASSIGNMENTS:
+        raise UserError(
+            f"config.codebook.solver={config.codebook.solver!r} is not one of "
+            f"{', '.join(ASSIGNMENTS)}"
+        )
 
 
 def resolve(

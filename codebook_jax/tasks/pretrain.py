@@ -8,7 +8,7 @@ Source: Duan et al. 2022, 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,11 @@ from codebook_jax.models.heads import MATCH
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer
+from codebook_jax.tasks.assignments import ASSIGNMENTS
 from codebook_jax.tasks.draws import Inputs, draw_inputs
 from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
 from codebook_jax.tasks.task import Evaluation, Items, OverMesh, Progress
 from codebook_jax.tasks.towers import TowerPrograms
-
-# config.codebook.solver: from its section to an assignment of features to codewords.
-ASSIGNMENTS: dict[str, Callable[[ml_collections.ConfigDict], codebook.Assign]] = {
-    "sinkhorn": lambda c: codebook.sinkhorn(epsilon=c.epsilon, iterations=c.iterations),
-    "ipot": lambda c: codebook.ipot(beta=c.ipot_beta, iterations=c.iterations),
-}
 
 
 class Pretraining(OverMesh):
