@@ -164,7 +164,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
     from codebook_jax import build, report, train
     from codebook_jax.parallel import devices
-    from codebook_jax.tools import evaluate, export
+    from codebook_jax.tools import evaluate, export, import_weights
 
     devices.check_platforms()
 
@@ -172,7 +172,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         "train": lambda config, workdir: (
             0 if train.fit(config, workdir) else FLAGS.preempted_exit_code
         ),
-        "import": train.import_weights,
+        "import": import_weights.import_weights,
         "eval": evaluate.evaluate,
         "export": export.export,
         "report": report.report,

@@ -31,7 +31,6 @@ from codebook_jax.run.checkpoint import BEST, FOLDER, Checkpoints, Restored
 from codebook_jax.run.interruption import Interrupted, Interruption, Stuck, patience
 from codebook_jax.run.metrics import FILE, Clock, Metrics, ProgressReport
 from codebook_jax.run.ownership import owned
-from codebook_jax.weights.start import specs
 
 INPUT_BOUND_SHARE = (
     0.3  # of a step's time; prefetching keeps it near zero until the data cannot keep up
@@ -45,7 +44,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
     """
     workdir = Path(workdir).absolute()
     build.check(config)
-    with _own_checkpoints(config, workdir) as checkpoints, Interruption() as stop:
+    with own_checkpoints(config, workdir) as checkpoints, Interruption() as stop:
         saved = checkpoints.steps()
         peers.connected().compare(
             "checkpoints", {"saved steps": saved}, "all hosts must see the same workdir"
@@ -91,12 +90,8 @@ class Run:
         start: Restored,
     ) -> None:
         self.parts, self.config = parts, parts.config
-        self.checkpoints, self.metrics, self.progress, self.stop = (
-            checkpoints,
-            metrics,
-            progress,
-            stop,
-        )
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self.progress, self.stop = progress, stop
         self.state, self.step = start.state, start.step
         self.agreement = Agreement(parts.mesh)
         self.agreed = False  # some process was asked to stop, and all of them know
@@ -168,11 +163,9 @@ class Run:
             self.settle(pending)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None if its worker processes were killed by the signal that also stops
-        this run.
+        """The next batch; None if the signal that stops this run killed its worker processes.
 
-        If it takes longer than `data.patience_s` the process exits, since a hanging reader cannot
-        be joined.
+        If it takes longer than `data.patience_s` the process exits: a hanging reader cannot be joined.
         """
         began = time.monotonic()
         try:
@@ -204,9 +197,7 @@ class Run:
         end(sentence, 1)
 
     def settle(self, pending: _Pending | None) -> None:
-        """Reads a step's scalars: counts bad steps and records, logs if due. Raises UserError if
-        the run must stop.
-        """
+        """Reads a step's scalars, logs if due; raises UserError if the run must stop."""
         if pending is None:
             return
         self.agreed |= bool(pending.tally.stop)
@@ -244,11 +235,7 @@ class Run:
         if self.bad_in_row >= most:
             self.checkpoints.wait()
             saved = self.checkpoints.steps()
-            newest = (
-                f"the checkpoint of step {saved[-1]:,} is untouched"
-                if saved
-                else "nothing was saved"
-            )
+            newest = f"step {saved[-1]:,} is saved and untouched" if saved else "nothing was saved"
             raise UserError(
                 f"stopped at step {step:,}: {most} steps in a row were not finite ({terms}); "
                 f"{newest}: try a lower config.optimizer.learning_rate, "
@@ -273,9 +260,7 @@ class Run:
         return every > 0 and self.step % every == 0
 
     def save(self) -> None:
-        """Saves the state unless its last steps were bad, so that it never replaces a good
-        checkpoint.
-        """
+        """Saves the state unless its last steps were bad: it never replaces a good checkpoint."""
         if self.bad_in_row:
             say(
                 f"step {self.step:,} is not saved: the last {self.bad_in_row} steps were not finite"
@@ -288,9 +273,7 @@ class Run:
         self.clock.paused(time.monotonic() - began)
 
     def evaluate(self) -> None:
-        """Evaluates on the validation data; a signal interrupts it, and the next start
-        repeats it.
-        """
+        """Evaluates on the validation data; after an interruption the next start repeats it."""
         if self.bad_in_row:
             return
         began = time.monotonic()
@@ -312,9 +295,7 @@ class Run:
         say(f"validation at step {self.step:,}: {found.summary}; {rank}")
 
     def interrupt(self, what: str, done: int, of: int) -> None:
-        """Called between two batches of an evaluation: raises Interrupted on all processes if one
-        was asked to stop.
-        """
+        """Called between two batches of an evaluation: raises Interrupted on all processes."""
         self.agreed |= self.agreement.any(self.stop.requested)
         if self.agreed:
             raise Interrupted
@@ -330,36 +311,11 @@ class _Pending:
     tally: Tally
 
 
-def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> None:
-    """Makes a run whose checkpoint of step 0 holds the weights that config.init names."""
-    workdir = Path(workdir).absolute()
-    build.check(config)
-    if not specs(config.init):
-        raise UserError(
-            "config.init=random names no weights to import: give some, e.g. "
-            "--config.init=model:ALBEF.pth"
-        )
-    with _own_checkpoints(config, workdir) as checkpoints:
-        if saved := checkpoints.steps():
-            raise UserError(
-                f"--workdir={workdir} already holds a run (step {saved[-1]:,}): give another "
-                "folder to import into"
-            )
-        parts = build.build_training(config, workdir, steps_saved=[], learns=False)
-        build.announce(parts)
-        checkpoints.save(0, build.first_state(parts), meta_of(parts, 0, unreadable=0))
-        checkpoints.wait()
-    say(next_steps(0, workdir))
-
-
 @contextlib.contextmanager
-def _own_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[Checkpoints]:
-    """The checkpoints of a workdir owned by this run; raises UserError if another run owns it or it
-    cannot be written.
-    """
+def own_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Iterator[Checkpoints]:
+    """The checkpoints of a workdir that this run alone owns; raises UserError if it cannot."""
     check_outputs(workdir, (records.RECORD, FILE, BEST), (FOLDER, text.FOLDER))
-    alone = owned(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with alone:
+    with owned(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         peers.connected().exchange("workdir owned", None)
         alone = build.task_class(config).checkpoint_items().alone
         with Checkpoints(workdir, alone, keep=config.checkpoint.keep) as checkpoints:
@@ -398,9 +354,7 @@ def resumption(restored: Restored, global_batch: int) -> str:
 
 
 def broken_terms(row: Mapping[str, Any]) -> list[str]:
-    """Names of the losses that are not finite; if all of them are finite, of the other scalars that
-    are not.
-    """
+    """Names of the losses that are not finite; if all are, of the other scalars that are not."""
     broken = [name for name, value in row.items() if not math.isfinite(value)]
     losses = [name for name in broken if name.startswith("loss/")]
     return losses or broken or ["the gradient"]

@@ -1,6 +1,4 @@
-"""Images and captions of a source as features and tokens on the host, in padded chunks of one
-shape.
-"""
+"""Images and captions of a source as features and tokens on the host, in chunks of one shape."""
 
 from __future__ import annotations
 
@@ -123,19 +121,10 @@ def encode_source(
         )
     features = {}
     for name, weights in towers.items():
-        text, states = _Table(len(tokens)), _Table(len(tokens))
-        for start in range(0, len(tokens), rows):
-            part = slice(start, start + rows)
-            found = encoders.encode_texts(
-                weights, _padded(tokens[part], rows, mesh), _padded(lengths[part], rows, mesh)
-            )
-            text.add(found[0], len(tokens[part]))
-            if name in with_tokens:
-                states.add(found[1], len(tokens[part]))
-            if progress is not None:
-                progress("texts", min(start + rows, len(tokens)), len(tokens))
         image, image_tokens = (table.filled for table in tables[name])
-        features[name] = Features(image, text.filled, image_tokens, states.filled)
+        keep = name in with_tokens
+        found = _encode_texts(encoders, weights, tokens, lengths, rows, keep, progress)
+        features[name] = Features(image, found[0], image_tokens, found[1])
         _check_finite(name, features[name])
     return Gallery(
         np.array([record.image_id for record in records]),
@@ -147,6 +136,28 @@ def encode_source(
         len(unreadable),
         truncated,
     )
+
+
+def _encode_texts(
+    encoders: Encoders,
+    towers: Any,
+    tokens: Int[np.ndarray, "texts tokens"],
+    lengths: Int[np.ndarray, "texts"],
+    rows: int,
+    keep_states: bool,
+    progress: Progress | None,
+) -> tuple[Float[np.ndarray, "texts dim"], Float[np.ndarray, "texts tokens width"] | None]:
+    text, states = _Table(len(tokens)), _Table(len(tokens))
+    for start in range(0, len(tokens), rows):
+        part = slice(start, start + rows)
+        padded = (_padded(array[part], rows, encoders.mesh) for array in (tokens, lengths))
+        found = encoders.encode_texts(towers, *padded)
+        text.add(found[0], len(tokens[part]))
+        if keep_states:
+            states.add(found[1], len(tokens[part]))
+        if progress is not None:
+            progress("texts", min(start + rows, len(tokens)), len(tokens))
+    return text.filled, states.filled
 
 
 def rows_over_shards(rows: int, mesh: jax.sharding.Mesh) -> int:

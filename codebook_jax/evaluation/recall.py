@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -15,35 +13,30 @@ def recall_at_k(
     scores: Float[np.ndarray, "images texts"],
     image_ids: Int[np.ndarray, "images"],
     text_image_ids: Int[np.ndarray, "texts"],
-    ks: Sequence[int] = RANKS,
 ) -> dict[str, float]:
-    """R@k of both directions in percent: `txt_r1` (an image finds a text), ..., `img_r1` (a text
-    finds its image), ...
+    """R@k of both directions in percent: `txt_r1` (an image finds a text), ..., `img_r1`, ...
 
     An image finds a text when any text with its id is among the k highest. Equal scores are counted
     as if shuffled, so uninformative scores give chance. Raises ValueError for NaN scores and for a
     query without a match.
     """
-    text_recall = recall_of_queries(scores, image_ids, text_image_ids, ks)
-    image_recall = recall_of_queries(scores.T, text_image_ids, image_ids, ks)
-    return named_recalls("txt_r", text_recall, ks) | named_recalls("img_r", image_recall, ks)
+    text_recall = recall_of_queries(scores, image_ids, text_image_ids)
+    image_recall = recall_of_queries(scores.T, text_image_ids, image_ids)
+    return named_recalls("txt_r", text_recall) | named_recalls("img_r", image_recall)
 
 
 def recall_of_queries(
     scores: Float[np.ndarray, "queries candidates"],
     query_ids: Int[np.ndarray, "queries"],
     candidate_ids: Int[np.ndarray, "candidates"],
-    ks: Sequence[int] = RANKS,
-) -> Float[np.ndarray, "ks"]:
-    """Share of queries, in percent, with a candidate of their own id among the k highest, for each
-    k.
-    """
+) -> Float[np.ndarray, "ranks"]:
+    """Percent of queries with a candidate of their own id among the k highest, for each rank k."""
     if scores.shape != (len(query_ids), len(candidate_ids)):
         raise ValueError(
             f"scores is {list(scores.shape)}, but there are {len(query_ids)} queries and "
             f"{len(candidate_ids)} candidates"
         )
-    hits = np.zeros(len(ks))
+    hits = np.zeros(len(RANKS))
     rows = max(1, CELLS_AT_ONCE // max(1, len(candidate_ids)))
     for start in range(0, len(query_ids), rows):
         part = scores[start : start + rows]
@@ -54,42 +47,34 @@ def recall_of_queries(
                 "ranked"
             )
         matches = query_ids[start : start + rows, None] == candidate_ids[None, :]
-        hits += _expected_hits(part, matches, ks).sum(axis=0)
+        hits += _expected_hits(part, matches).sum(axis=0)
     return 100 * hits / max(1, len(query_ids))
 
 
 def chance_at_k(
-    image_ids: Int[np.ndarray, "images"],
-    text_image_ids: Int[np.ndarray, "texts"],
-    ks: Sequence[int] = RANKS,
+    image_ids: Int[np.ndarray, "images"], text_image_ids: Int[np.ndarray, "texts"]
 ) -> dict[str, float]:
-    """Exact R@k of a random order, in percent: `txt_chance_r1`, ..., `img_chance_r1`, ..., and
-    their mean `chance_r1`.
+    """Exact R@k of a random order, in percent: `txt_chance_r1`, ..., their means `chance_r1`, ...
 
-    With several texts per image it is hypergeometric; with one text per image all three are k /
-    images.
+    With several texts per image it is hypergeometric; with one text per image, k / images.
     """
-    text_chance = _chance_of_queries(image_ids, text_image_ids, ks)
-    image_chance = _chance_of_queries(text_image_ids, image_ids, ks)
+    text_chance = _chance_of_queries(image_ids, text_image_ids)
+    image_chance = _chance_of_queries(text_image_ids, image_ids)
     return (
-        named_recalls("chance_r", (text_chance + image_chance) / 2, ks)
-        | named_recalls("txt_chance_r", text_chance, ks)
-        | named_recalls("img_chance_r", image_chance, ks)
+        named_recalls("chance_r", (text_chance + image_chance) / 2)
+        | named_recalls("txt_chance_r", text_chance)
+        | named_recalls("img_chance_r", image_chance)
     )
 
 
-def named_recalls(
-    prefix: str, recalls: Float[np.ndarray, "ks"], ks: Sequence[int] = RANKS
-) -> dict[str, float]:
+def named_recalls(prefix: str, recalls: Float[np.ndarray, "ranks"]) -> dict[str, float]:
     """{"txt_r1": ..., "txt_r5": ...} for the prefix "txt_r"."""
-    return {f"{prefix}{k}": float(recall) for k, recall in zip(ks, recalls, strict=True)}
+    return {f"{prefix}{k}": float(recall) for k, recall in zip(RANKS, recalls, strict=True)}
 
 
 def _expected_hits(
-    scores: Float[np.ndarray, "queries candidates"],
-    matches: Bool[np.ndarray, "queries candidates"],
-    ks: Sequence[int],
-) -> Float[np.ndarray, "queries ks"]:
+    scores: Float[np.ndarray, "queries candidates"], matches: Bool[np.ndarray, "queries candidates"]
+) -> Float[np.ndarray, "queries ranks"]:
     """Probability that each query hits within k when equal scores are in random order."""
     if not matches.any(axis=1).all():
         raise ValueError(
@@ -99,20 +84,18 @@ def _expected_hits(
     best = np.where(matches, scores, -np.inf).max(axis=1, keepdims=True)
     above = (scores > best).sum(axis=1)
     tied = scores == best
-    return _hit_probability(above, tied.sum(axis=1), (tied & matches).sum(axis=1), ks)
+    return _hit_probability(above, tied.sum(axis=1), (tied & matches).sum(axis=1))
 
 
 def _chance_of_queries(
-    query_ids: Int[np.ndarray, "queries"],
-    candidate_ids: Int[np.ndarray, "candidates"],
-    ks: Sequence[int],
-) -> Float[np.ndarray, "ks"]:
+    query_ids: Int[np.ndarray, "queries"], candidate_ids: Int[np.ndarray, "candidates"]
+) -> Float[np.ndarray, "ranks"]:
     ids, counts = np.unique(candidate_ids, return_counts=True)
     places = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)
     if not np.array_equal(ids[places], query_ids):
         raise ValueError("some queries have no matching candidate: leave them out")
     everything = np.full(len(query_ids), len(candidate_ids))
-    return 100 * _hit_probability(np.zeros_like(everything), everything, counts[places], ks).mean(
+    return 100 * _hit_probability(np.zeros_like(everything), everything, counts[places]).mean(
         axis=0
     )
 
@@ -121,13 +104,10 @@ def _hit_probability(
     above: Int[np.ndarray, "queries"],
     tied: Int[np.ndarray, "queries"],
     matching: Int[np.ndarray, "queries"],
-    ks: Sequence[int],
-) -> Float[np.ndarray, "queries ks"]:
-    """1 - C(tied - matching, m) / C(tied, m) with m = k - above: m draws from the tied ones,
-    `matching` of them hits.
-    """
-    probability = np.empty((len(above), len(ks)))
-    for column, k in enumerate(ks):
+) -> Float[np.ndarray, "queries ranks"]:
+    """1 - C(tied - matching, m) / C(tied, m): a hit among m = k - above draws of the tied."""
+    probability = np.empty((len(above), len(RANKS)))
+    for column, k in enumerate(RANKS):
         miss = np.ones(len(above))
         for drawn in range(k):
             ratio = np.maximum(tied - matching - drawn, 0) / np.maximum(tied - drawn, 1)

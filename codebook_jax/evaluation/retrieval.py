@@ -30,9 +30,10 @@ def evaluate(
 ) -> dict[str, Recalls]:
     """Recalls by protocol: `NAME/dual` of each of the `towers` and, with `match`, student/reranked.
 
-    The first `images` images (0: all) of the source and their captions are the gallery. Besides the recalls each protocol has its chance levels, `images`, `images_listed` (of the
-    source), `texts`, `left_out` (unreadable images), `truncated` (captions) and `rerank_top_k` (0:
-    not re-ranked). Raises UserError if no image can be read.
+    The first `images` images (0: all) of the source and their captions are the gallery. Besides the
+    recalls each protocol has its chance levels, `images`, `images_listed` (of the source), `texts`,
+    `left_out` (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked).
+    Raises UserError if no image can be read.
     """
     encoded = encode_source(
         encoders,

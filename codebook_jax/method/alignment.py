@@ -67,9 +67,7 @@ def candidates_allowed(
 def _similarities(
     rows: Float[Array, "rows dim"], teacher: Pair, queue: Pair
 ) -> Float[Array, "rows 2 candidates"]:
-    """Cosines of every row to the candidates of both modalities, batch before queue; candidates get
-    no gradient.
-    """
+    """Cosines of rows to both modalities' candidates, batch before queue; these get no gradient."""
     batch, kept = (
         jnp.einsum("rd,mcd->rmc", rows, jax.lax.stop_gradient(jnp.stack(part)), precision="highest")
         for part in (teacher, queue)

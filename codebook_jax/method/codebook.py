@@ -174,9 +174,7 @@ def row_error(
 
 @flax.struct.dataclass
 class Usage:
-    """The codeword that won each of the newest samples of both modalities, a ring; -1 where nothing
-    is stored yet.
-    """
+    """The codeword that won each of the newest samples, a ring; -1 where nothing is stored yet."""
 
     winners: Int[Array, "2 window"]
     cursor: Int[Array, ""]
@@ -187,9 +185,7 @@ def empty_usage(window: int) -> Usage:
 
 
 def add_winners(usage: Usage, winners: Int[Array, "2 batch"]) -> Usage:
-    """The window with one batch in place of its oldest samples; of a batch larger than the window,
-    its first samples.
-    """
+    """The window with one batch (its first samples, if it is larger) in place of its oldest."""
     window = usage.winners.shape[1]
     winners = winners[:, :window].astype(jnp.int32)
     places = (usage.cursor + jnp.arange(winners.shape[1], dtype=jnp.int32)) % window
@@ -198,9 +194,7 @@ def add_winners(usage: Usage, winners: Int[Array, "2 batch"]) -> Usage:
 
 
 def perplexity_and_unused(usage: Usage, codes: int) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
-    """exp(entropy) of the winners, and the share of codewords that won nothing, by modality (image,
-    text).
-    """
+    """exp(entropy) of the winners and the share of unused codewords, by modality (image, text)."""
     here = usage.winners >= 0
     row = jnp.arange(2, dtype=jnp.int32)[:, None]
     counts = (
@@ -214,9 +208,7 @@ def perplexity_and_unused(usage: Usage, codes: int) -> tuple[Float[Array, "2"], 
 
 
 def unused_if_uniform(samples: Int[Array, "*some"], codes: int) -> Float[Array, "*some"]:
-    """The share of `codes` codewords that `samples` draws with equal chances leave out, (1 - 1 /
-    codes)^samples.
-    """
+    """The share that `samples` draws with equal chances leave out, (1 - 1 / codes)^samples."""
     return jnp.exp(jnp.asarray(samples, jnp.float32) * math.log1p(-1 / codes))
 
 
@@ -243,9 +235,7 @@ def codebook_scalars(
 
 
 def _log_marginal(here: Bool[Array, "batch"], kind) -> Float[Array, "batch"]:
-    """log of the uniform marginal over the rows that are here; practically minus infinity
-    elsewhere.
-    """
+    """log of the uniform marginal over the rows that are here; NEVER elsewhere."""
     count = jnp.maximum(here.sum(dtype=kind), 1)
     return jnp.where(here, -jnp.log(count), NEVER)
 

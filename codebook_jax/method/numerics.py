@@ -27,16 +27,12 @@ def key_of(seed: int) -> Key[jax.Array, ""]:
 
 
 def wide_enough(*dtypes: DTypeLike) -> jnp.dtype:
-    """The type that holds all of these, at least float32 (JAX's own promotion may be set to
-    refuse).
-    """
+    """The type that holds all of these, at least float32, whatever JAX may promote."""
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
 def own_settings(program: Callable[..., Any]) -> Callable[..., Any]:
-    """`program`, traced alike whatever JAX_THREEFRY_PARTITIONABLE and JAX_NUMPY_RANK_PROMOTION are
-    set to.
-    """
+    """`program`, traced alike whatever JAX's threefry and rank-promotion settings are."""
 
     @functools.wraps(program)
     def traced(*arguments: Any) -> Any:
@@ -48,9 +44,7 @@ def own_settings(program: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def default_types(dtype: DTypeLike = jnp.float32) -> Iterator[None]:
-    """Inside, other libraries compute in their default types; float64 is enabled only if `dtype` is
-    float64.
-    """
+    """Inside, other libraries compute in their default types, float64 only if `dtype` is."""
     wide = jnp.dtype(dtype) == jnp.float64
     with jax.enable_x64(wide), jax.numpy_dtype_promotion("standard"):
         yield

@@ -29,17 +29,13 @@ class Queue:
 
 
 def empty_queue(size: int, dim: int) -> Queue:
-    """A queue in which nothing is valid (Departure from MoCo and ALBEF, which start from random
-    features).
-    """
+    """A queue in which nothing is valid; MoCo's and ALBEF's start from random features."""
     zeros = jnp.zeros((size, dim), jnp.float32)
     return Queue(zeros, zeros.copy(), jnp.int32(0), jnp.int32(0))
 
 
 def enqueue(queue: Queue, features: Pair) -> Queue:
-    """The queue with one batch of features in place of its oldest; its size need not be a multiple
-    of the batch.
-    """
+    """The queue with a batch of features in place of its oldest; any size is allowed."""
     size, batch = queue.image.shape[0], features.image.shape[0]
     places = (queue.cursor + jnp.arange(batch, dtype=jnp.int32)) % size
     put = lambda ring, new: ring.at[places].set(new.astype(ring.dtype), unique_indices=True)  # noqa: E731

@@ -10,11 +10,9 @@ from jaxtyping import Array, Float, Int
 
 
 def momentum_at(step: Int[Array, ""], *, momentum: float, ramp: bool) -> Float[Array, ""]:
-    """The teacher's momentum after `step` updates: constant, or min(momentum, (1 + s) / (10 + s))
-    with `ramp`.
+    """The momentum after `step` updates; with `ramp`, at most (1 + s) / (10 + s).
 
-    Source: Duan et al. 2022, 3 (constant); the ramp is ours, for runs shorter than 1 / (1 -
-    momentum) steps.
+    Source: Duan et al. 2022, 3; the ramp is ours, for runs shorter than 1 / (1 - momentum) steps.
     """
     constant = jnp.asarray(momentum, jnp.float32)
     step = jnp.asarray(step, jnp.float32)

@@ -90,9 +90,7 @@ class Checkpoints:
                     shutil.rmtree(self._folder / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first; the one being written is not among
-        them.
-        """
+        """Steps with a complete checkpoint, oldest first, without the one being written."""
         return sorted(step for step in self._manager.all_steps() if step != self._saving)
 
     def best_step(self) -> int | None:
@@ -105,9 +103,7 @@ class Checkpoints:
         return max(self.steps(), default=None) if best is None else best
 
     def record_score(self, step: int, score: float, metric: str) -> None:
-        """Records the validation score of the saved `step`; higher is better, NaN is never the
-        best.
-        """
+        """Records the validation score of the saved `step`; NaN is never the best."""
         self.wait()
         self.scores[step] = score
         best = self.best_step()
@@ -226,9 +222,7 @@ class Checkpoints:
         return Restored(step, _state(abstract_state, trees, self._alone), stored[META])
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The metadata saved with the state of `step`: step, config, data position, versions,
-        ...
-        """
+        """What was saved with the state of `step`: step, config, data position, versions, ..."""
         return self._read(step, {})[META]
 
     def _read(self, step: int, arguments: dict[str, Any]) -> Any:

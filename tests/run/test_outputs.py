@@ -21,6 +21,7 @@ from codebook_jax.run import record as records
 from codebook_jax.run.ownership import owned
 from codebook_jax.tools import check_data, evaluate, export, prepare
 from codebook_jax.tools.evaluate import restore_trained
+from codebook_jax.tools.import_weights import import_weights
 from codebook_jax.tools.plan import PlanOptions, foresight, plan
 from configs import base
 
@@ -51,7 +52,7 @@ def nothing_is_loaded(monkeypatch):
 IMPORT = {"init": "model:weights.pth"}
 MODES = {
     "train": lambda workdir: train.fit(config_of(), workdir),
-    "import": lambda workdir: train.import_weights(config_of(**IMPORT), workdir),
+    "import": lambda workdir: import_weights(config_of(**IMPORT), workdir),
     "eval": lambda workdir: evaluate.evaluate(None, workdir),
     "export": lambda workdir: export.export(None, workdir),
     "prepare": lambda workdir: prepare.prepare(config_of(), workdir),

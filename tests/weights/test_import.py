@@ -23,6 +23,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.run.checkpoint import Checkpoints, read_arrays
 from codebook_jax.tasks import pretrain
 from codebook_jax.tools import evaluate, export
+from codebook_jax.tools.import_weights import import_weights
 from codebook_jax.weights import start, write
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
@@ -88,7 +89,7 @@ def imported(albef, one_device_environment, tmp_path_factory):
         patch.setattr(sharding, "make_mesh", lambda *_, **__: one_mesh())
         for module in (train, build):
             patch.setattr(module, "say", said.append)
-        train.import_weights(run_config(albef), workdir)
+        import_weights(run_config(albef), workdir)
     return SimpleNamespace(workdir=workdir, said="\n".join(said))
 
 
@@ -138,7 +139,7 @@ def test_an_imported_albef_is_evaluated_and_trained_on(run, albef, capsys):
     results = json.loads((run / "eval.json").read_text())
     assert {"student/dual", "teacher/dual", "student/reranked"} <= results.keys()
     with pytest.raises(UserError, match=rf"--workdir={run} .*step 0"):
-        train.import_weights(run_config(albef), run)
+        import_weights(run_config(albef), run)
     before = read_arrays(run / "checkpoints" / "0" / "student")
     Path(albef.file).rename(albef.file.with_suffix(".away"))  # continuing a run does not need it
     try:
@@ -156,14 +157,14 @@ def test_an_imported_albef_is_evaluated_and_trained_on(run, albef, capsys):
 def test_a_run_that_goes_on_needs_its_own_tokenizer_and_its_own_start(run, albef, tmp_path):
     config = run_config(albef, init=f"model:{run}", **{"data.tokenizer": ""})
     other = tmp_path / "other"
-    train.import_weights(config, other)
+    import_weights(config, other)
     shutil.rmtree(other / "tokenizer")
     with pytest.raises(UserError, match="other/tokenizer is missing"):
         build.build_training(config, other, steps_saved=[0])
     assert not (other / "tokenizer").exists()  # no new tokenizer was trained
     shutil.rmtree(run / "tokenizer")
     with pytest.raises(UserError, match="has no tokenizer beside it"):
-        train.import_weights(config, tmp_path / "third")
+        import_weights(config, tmp_path / "third")
     shutil.copytree(albef.tokenizer, other / "tokenizer")
     changed = run_config(albef, **{"data.tokenizer": ""})
     for steps in ([], [0]):  # before the first checkpoint the tokenizer is there already
@@ -230,7 +231,7 @@ from codebook_jax.tools import export
 from codebook_jax.tasks.pretrain import Pretraining
 albef = SimpleNamespace(file=weights, tokenizer=tokenizer)
 config = run_config(albef, **{"mesh.fsdp": 2, "data.global_batch": 8, "export.format": "albef"})
-train.import_weights(config, workdir)
+import_weights(config, workdir)
 export.export(config, workdir)
 """
 
@@ -336,10 +337,10 @@ def test_a_temperature_of_two_numbers_is_refused(albef, tmp_path):
 def test_words_without_a_tokenizer_are_refused_and_nothing_is_written(albef, tmp_path, one_device):
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match="has no tokenizer beside it"):
-        train.import_weights(run_config(albef, **{"data.tokenizer": ""}), workdir)
+        import_weights(run_config(albef, **{"data.tokenizer": ""}), workdir)
     other = run_config(albef, **{"model.text.width": 30})
     with pytest.raises(UserError, match="config.model asks for"):
-        train.import_weights(other, workdir)
+        import_weights(other, workdir)
     assert not (workdir / "config.json").exists() and not (workdir / "tokenizer").exists()
     with pytest.raises(UserError, match="config.init=random names no weights to import"):
-        train.import_weights(run_config(albef, init="random"), workdir)
+        import_weights(run_config(albef, init="random"), workdir)
