@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from test_pretrain import CONFIG, VOCABULARY, assert_close, batch_of, named, run
+from small_task import CONFIG, VOCABULARY, assert_close, batch_of, named, run
 
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pretrain import BATCH, batch_of, run, task_on
+from small_task import BATCH, batch_of, run, task_on
 
 from codebook_jax.errors import UserError
 from codebook_jax.tasks.assignments import ASSIGNMENTS

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 from jax.flatten_util import ravel_pytree
-from test_pretrain import batch_of, drawing, saying, task_on
+from small_task import batch_of, drawing, saying, task_on
 
 from codebook_jax.method import alignment, codebook
 from codebook_jax.method.codebook import codeword_costs, ipot, sinkhorn, transport_plan

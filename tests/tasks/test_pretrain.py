@@ -11,79 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from jax.sharding import AxisType, Mesh
+from small_task import (
+    BATCH,
+    IMAGE_TOKENS,
+    assert_close,
+    batch_of,
+    compiled_on,
+    drawing,
+    named,
+    run,
+    saying,
+    task_on,
+    walk,
+)
 
-from codebook_jax.data.batch import Batch
-from codebook_jax.data.text import Vocabulary
 from codebook_jax.method.codebook import soft_codes
 from codebook_jax.method.pair import Pair
 from codebook_jax.parallel import sharding
-from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.draws import draw_inputs
-from configs import base
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
-BATCH, SIDE, TOKENS, IMAGE_TOKENS, WORDS = (
-    16,
-    24,
-    7,
-    10,
-    40,
-)  # 10 is the size of nothing but image tokens
-CONFIG = {
-    "model.image.size_px": SIDE,
-    "model.image.patch_px": 8,
-    "model.image.width": 16,
-    "model.image.depth": 1,
-    "model.image.heads": 2,
-    "model.text.width": 16,
-    "model.text.depth": 1,
-    "model.text.fusion_depth": 1,
-    "model.text.heads": 2,
-    "model.text.max_tokens": TOKENS,
-    "model.text.max_positions": 8,
-    "model.dim": 8,
-    "losses.matching": 0.5,
-    "codebook.size": 12,
-    "codebook.iterations": 20,
-    "codebook.window_samples": 64,
-    "queue.size": 40,  # no multiple of the batch
-    "data.global_batch": BATCH,
-    "itm.groups": 8,  # pairs of two: each one's negative is the other
-    "mlm.probability": 0.5,
-    "teacher.alpha_steps": 3,
-    "optimizer.warmup_steps": 2,
-    # Adam divides by the gradient's size: with less, what is only rounding becomes a step as large
-    # as any.
-    "optimizer.eps": 1e-3,
-    "train.steps": 10,
-}
-VOCABULARY = Vocabulary(WORDS, 0, 2, 3, 4, (0, 1, 2, 3, 4))
-
-
-def task_on(*sizes, **changes):
-    config = base.get_config("tiny")
-    config.update_from_flattened_dict(CONFIG | changes)
-    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    return pretrain.Pretraining(config, VOCABULARY, mesh)
-
-
-def batch_of(seed, **changes):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(4, TOKENS + 1, BATCH).astype(np.int32)
-    tokens = rng.integers(5, WORDS, (BATCH, TOKENS)).astype(np.int32)
-    place = np.arange(TOKENS)[None, :]
-    tokens = np.where(place == lengths[:, None] - 1, VOCABULARY.sep_id, tokens)
-    tokens = np.where(place >= lengths[:, None], VOCABULARY.pad_id, tokens)
-    tokens[:, 0] = VOCABULARY.cls_id
-    images = rng.integers(0, 256, (2, BATCH, SIDE, SIDE, 3)).astype(np.uint8)
-    ids = np.arange(BATCH, dtype=np.int32)
-    batch = Batch(
-        images[0], images[1], np.zeros(BATCH, bool), tokens, lengths, ids, ids, np.zeros_like(ids)
-    )
-    return batch._replace(**changes)
 
 
 @pytest.fixture(scope="module")
@@ -93,26 +40,6 @@ def one():
     return SimpleNamespace(task=task, first=jax.device_get(task.init_state(0)))
 
 
-@functools.cache
-def compiled_on(*sizes):
-    """The task on these devices and its step, compiled once for all tests."""
-    task = task_on(*sizes)
-    batch = sharding.put_batch(batch_of(0), task.mesh)
-    return task, task.step.lower(task.abstract_state(), batch).compile()
-
-
-def run(task, state, batches, step=None):
-    """The states after each batch, on the host, and the scalars."""
-    step = step or task.step
-    state = jax.device_put(state, task.shardings)
-    states, scalars = [], []
-    for batch in batches:
-        state, found = step(state, sharding.put_batch(batch, task.mesh))
-        states.append(jax.device_get(state))
-        scalars.append(jax.device_get(found))
-    return states, scalars
-
-
 @pytest.fixture(scope="module")
 def five(one):
     """Five straight steps on one device: the state before each and after the last, and the
@@ -120,11 +47,6 @@ def five(one):
     """
     batches = [batch_of(seed) for seed in range(5)]
     return walk(one.task, one.first, batches)
-
-
-def walk(task, first, batches):
-    states, scalars = run(task, first, batches)
-    return SimpleNamespace(task=task, batches=batches, states=[first, *states], scalars=scalars)
 
 
 @pytest.fixture(scope="module")
@@ -146,20 +68,6 @@ def five_others(one):
     )
     ids = np.array([0, 1, 2, 0, 4, 4, 4, 4, 8, 0, 10, 11, 12, 13, 12, 15], np.int32)
     return walk(task, one.first, [batch_of(seed, image_id=ids) for seed in range(5)])
-
-
-def named(tree):
-    return dict(sharding.named(tree))
-
-
-def assert_close(found, expected, *, rtol):
-    """Every array to a share of its largest entry."""
-    expected = named(expected)
-    for name, array in named(found).items():
-        scale = np.abs(expected[name]).max() or 1.0
-        np.testing.assert_allclose(
-            array / scale, expected[name] / scale, rtol=0, atol=rtol, err_msg=name
-        )
 
 
 # -- the same everywhere
@@ -197,7 +105,8 @@ def test_two_passes_are_one_pass(one, five):
 
 def moved_between_devices(text):
     """Shapes of what a compiled program sends between devices without summing it."""
-    moving = r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)(?:-start)?\((.*?)\)"
+    kinds = "all-gather|all-to-all|collective-permute|collective-broadcast"
+    moving = rf"= (.*?) (?:{kinds})(?:-start)?\((.*?)\)"
     return [
         tuple(int(size) for size in shape.split(",") if size)
         for line in text.splitlines()
@@ -223,46 +132,6 @@ def test_image_tokens_stay_on_their_device_when_every_shard_is_its_own_group():
 
 
 # -- the equations
-
-
-def drawing(task):
-    """A program for what a step draws of a batch."""
-
-    @jax.jit
-    def draw(step, batch):
-        key = jax.random.fold_in(jax.random.key(task.config.seed), step)
-        return draw_inputs(batch, jax.random.split(key)[0], task.config, task.vocabulary)
-
-    return draw
-
-
-def saying(task):
-    """A program for the towers' outputs for a batch, with every pair of image and text in a
-    separate row.
-    """
-
-    @jax.jit
-    def say(student, teacher, batch, masked):
-        features, words = [], []
-        for parameters, images in (
-            (student["towers"], batch.image),
-            (teacher, batch.teacher_image),
-        ):
-            towers = task.model.towers(parameters)
-            image, image_tokens = towers.embed_images(task.programs.pixels(images))
-            text, states = towers.embed_texts(batch.tokens, batch.text_length)
-            features.append((image, text))
-            _, hidden = towers.embed_texts(masked.tokens, batch.text_length)
-            fused = towers.fusion(hidden[:, None], batch.text_length[:, None], image_tokens)
-            words.append(towers.word_logits(fused[:, 0]))
-            if parameters is not teacher:
-                images, texts = np.divmod(np.arange(BATCH**2), BATCH)
-                lengths = batch.text_length[texts][:, None]
-                pairs = towers.fusion(states[texts][:, None], lengths, image_tokens[images])
-                match = task.model.match_logits(student["matching"], pairs[:, 0, 0])
-        return reference.Said(*features, match.reshape(BATCH, BATCH, 2), *words)
-
-    return say
 
 
 @pytest.fixture(scope="module")
