@@ -15,8 +15,9 @@ import jax
 import ml_collections
 import numpy as np
 
+from codebook_jax import config as checks
 from codebook_jax import modes
-from codebook_jax.config import check, check_values
+from codebook_jax.config import changed_fields, check_fields, with_fields
 from codebook_jax.console import say
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
@@ -62,6 +63,12 @@ class Parts(NamedTuple):
     task: Any
     planner: memory.Planner | None = None  # estimates memory, also with other settings
     start: Initial | None = None  # parameters to start from; None: fresh ones, or the run's own
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError, naming the field and its value, if no run can start with this config."""
+    checks.check(config)
+    specs(config.init)
 
 
 def build_training(
@@ -167,7 +174,7 @@ def _resolve_alpha(config: ml_collections.ConfigDict, examples: int) -> ml_colle
     if config.teacher.alpha_steps >= 0:
         return config
     steps = max(1, examples // config.data.global_batch)
-    return records.with_fields(config, {"teacher.alpha_steps": steps})
+    return with_fields(config, {"teacher.alpha_steps": steps})
 
 
 def _adopt(
@@ -178,54 +185,32 @@ def _adopt(
     """
     resolved = adopted(config, start, record)
     whose = "from the weights" if start else "from the run"
-    for name, (old, new) in records.changed_fields(config.to_dict(), resolved.to_dict()).items():
+    for name, (old, new) in changed_fields(config.to_dict(), resolved.to_dict()).items():
         say(f"config.{name}={new} ({whose}) instead of {old}")
     return resolved
 
 
-def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Parts:
+def build_trained(
+    config: ml_collections.ConfigDict | None, workdir: Path, flags: Container[str] | None = None
+) -> Parts:
     """The parts to use a trained run in `workdir`; `config` (None: the run's own) may change only
-    how it is used.
+    how it is used, and `flags` are the fields that flags set: see `record.trained_config`.
     """
     record = records.read_record(workdir)
     if record is None:
         raise UserError(
             f"--workdir={workdir} holds no trained run (no {records.RECORD}): train one there first"
         )
+    if config is not None:
+        check_fields(config)
     own = config is None
-    if not own:
-        check_values(config)
-        config = adopted(config, (), record)
-    config = records.trained_config(workdir, record, config)
+    config = records.trained_config(workdir, record, config, flags)
     config = axes.of_trained(config, record, asked=not own)
     mesh = sharding.mesh_of(config.mesh)
     tokenizer = tokenizer_for_run(
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
     )
     return Parts(config, mesh, None, None, tokenizer, task_of(config, tokenizer, mesh))
-
-
-def with_own_data(
-    config: ml_collections.ConfigDict, workdir: Path, named: Container[str]
-) -> ml_collections.ConfigDict:
-    """The config to use a trained run with: its data settings are the run's, except the fields in
-    `named`.
-
-    A config file has data settings of its own, such as the built-in scenes, which the flags of the
-    training replaced. Prints each one that is not used.
-    """
-    record = records.read_record(workdir)
-    if record is None:
-        return config
-    own = records.recorded_config(record).to_dict()
-    kept = {
-        name: old
-        for name, (old, new) in records.changed_fields(own, config.to_dict()).items()
-        if name.startswith("data.") and records.kind_of(name) == "free" and name not in named
-    }
-    for name, value in kept.items():
-        say(f"config.{name}={value}, the run's own: name it by a flag to change it")
-    return records.with_fields(config, kept)
 
 
 def task_of(

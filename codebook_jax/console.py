@@ -32,9 +32,8 @@ def begin() -> None:
     """Makes Ctrl-C and unwritable output harmless; on Linux it first restarts the process with huge
     pages.
     """
-    if (
-        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    ):  # a shell ignores it for background jobs
+    # a shell ignores it for background jobs
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _leave)
     _with_huge_pages()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -66,9 +65,7 @@ def say(text: str) -> None:
 
 
 def write_now(text: str) -> None:
-    """Writes to stderr from a signal handler, which may have interrupted print; print is not
-    re-entrant.
-    """
+    """Writes to stderr from a signal handler, which may have interrupted a print."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode("ascii", "backslashreplace"))
 
@@ -106,9 +103,7 @@ class _Lasting(io.FileIO):
             except BlockingIOError:
                 select.select([], [self.fileno()], [])
             except OSError as error:
-                if (
-                    error.errno not in FULL_DISK
-                ):  # there may be space again; a closed pipe stays closed
+                if error.errno not in FULL_DISK:  # there may be space again
                     _discard(self.fileno())
                 break
         return len(data)

@@ -17,12 +17,14 @@ import ml_collections
 import numpy as np
 
 from codebook_jax import build, modes
+from codebook_jax.config import with_fields
 from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.retrieval import counted
+from codebook_jax.files import check_outputs
 from codebook_jax.parallel import memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.parallel.processes.agreement import Agreement, Tally
@@ -151,7 +153,7 @@ class Run:
                 if (
                     batch is None
                 ):  # the other processes will run this step: read the same stream without workers
-                    config = records.with_fields(self.config, {"data.workers": 0})
+                    config = with_fields(self.config, {"data.workers": 0})
                     alike = build.batches(self.parts._replace(config=config), start_step=self.step)
                     batches = streams.enter_context(alike)
                     continue
@@ -369,7 +371,7 @@ def _own_checkpoints(config: ml_collections.ConfigDict, workdir: Path) -> Iterat
     """The checkpoints of a workdir owned by this run; raises UserError if another run owns it or it
     cannot be written.
     """
-    records.check_outputs(workdir, (records.RECORD, FILE, BEST), (FOLDER, text.FOLDER))
+    check_outputs(workdir, (records.RECORD, FILE, BEST), (FOLDER, text.FOLDER))
     alone = owned(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone:
         peers.connected().exchange("workdir owned", None)

@@ -4,7 +4,7 @@ which settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,14 @@ import ml_collections
 import numpy as np
 
 from codebook_jax import build
+from codebook_jax.config import changed_fields, flat
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Gallery, encode_source, rows_over_shards
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.evaluation.retrieval import images_to_evaluate
-from codebook_jax.files import parse_json
+from codebook_jax.files import check_outputs, parse_json
 from codebook_jax.models.codis import unit
 from codebook_jax.report.codebook import PICTURES, explore
 from codebook_jax.report.curves import Row, curves, number
@@ -43,15 +44,17 @@ class Encoded(NamedTuple):
     codewords: np.ndarray | None  # float [codes, dim]; None: trained without the codebook loss
 
 
-def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
+def write_report(
+    config: ml_collections.ConfigDict | None, workdir: Path, flags: Container[str] | None = None
+) -> None:
     """Writes `report.html`: the curves and, if there is a checkpoint, what the best one in
     validation finds in test data.
 
     The run's settings are compared with `config` if one is given. Raises UserError for a folder
     that holds no run.
     """
-    records.check_outputs(workdir, (FILE,))
-    parts = build.build_trained(config, workdir)
+    check_outputs(workdir, (FILE,))
+    parts = build.build_trained(config, workdir, flags)
     record = records.read_record(workdir)
     encoded = _encoded(parts, workdir)
     if jax.process_index() != 0:
@@ -60,7 +63,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
     rows = metrics.read_rows(path) if path.exists() else []
     pictures = Pictures()
     seen = None if encoded is None else what_is_seen(encoded, parts.config, pictures)
-    differs = {} if config is None else records.changed_fields(config.to_dict(), record["config"])
+    differs = {} if config is None else changed_fields(config.to_dict(), record["config"])
     write_page(
         workdir / FILE,
         "run.html",
@@ -71,7 +74,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
         seen=seen,
         pictures=pictures,
         record=record,
-        settings=records.flat(record["config"]),
+        settings=flat(record["config"]),
         differs=differs,
         compared=config is not None,
     )

@@ -4,6 +4,7 @@ eval.json.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 import jax
@@ -21,9 +22,13 @@ from codebook_jax.run.checkpoint import FOLDER, Checkpoints, Restored
 FILE = "eval.json"
 
 
-def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
-    """Writes `workdir/eval.json` and prints its table; without `config` the run's own settings
-    apply.
+def evaluate(
+    config: ml_collections.ConfigDict | None,
+    workdir: Path | str,
+    flags: Container[str] | None = None,
+) -> None:
+    """Writes `workdir/eval.json` and prints its table; `config` and `flags`: see
+    `build.build_trained`.
 
     All test images are evaluated unless a given `config` limits evaluation.images; the run's own
     value is for validation during training.
@@ -31,7 +36,7 @@ def evaluate(config: ml_collections.ConfigDict | None, workdir: Path | str) -> N
     workdir = Path(workdir).absolute()
     check_outputs(workdir, (FILE,))
     images = max(0, config.evaluation.images) if config is not None else 0
-    parts = build.build_trained(config, workdir)
+    parts = build.build_trained(config, workdir, flags)
     config = parts.config
     restored = restore_trained(parts, workdir, items=("student", "teacher"))
     spec = config.data.test or config.data.eval

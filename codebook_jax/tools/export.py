@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from codebook_jax import build
 from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.errors import UserError
+from codebook_jax.files import check_outputs, refused, write_json
 from codebook_jax.parallel import sharding
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Restored, reason
@@ -71,12 +72,16 @@ FORMATS = {
 }
 
 
-def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
+def export(
+    config: ml_collections.ConfigDict | None,
+    workdir: Path | str,
+    flags: Container[str] | None = None,
+) -> None:
     """Writes the best checkpoint by validation into `workdir`; replaces an older export once
-    complete.
+    complete. `config` and `flags`: see `build.build_trained`.
     """
     workdir = Path(workdir).absolute()
-    parts = build.build_trained(config, workdir)
+    parts = build.build_trained(config, workdir, flags)
     name = parts.config.export.format
     if name not in FORMATS:
         raise UserError(f"config.export.format={name!r} is not one of {', '.join(FORMATS)}")
@@ -126,9 +131,9 @@ def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str
     if jax.process_index() != 0:
         return
     record = records.read_record(draft.parent) | {"config": parts.config.to_dict()}
-    records.write_json(draft / records.RECORD, record)
+    write_json(draft / records.RECORD, record)
     shutil.copytree(draft.parent / text.FOLDER, draft / text.FOLDER)
-    records.write_json(draft / MANIFEST, _manifest(parts, restored, items))
+    write_json(draft / MANIFEST, _manifest(parts, restored, items))
 
 
 @contextlib.contextmanager
@@ -181,13 +186,13 @@ def _alone(folder: Path) -> Iterator[None]:
     """An empty draft that no other export writes to; raises UserError if one does, or the folder
     cannot be replaced.
     """
-    records.check_outputs(folder.parent, folders=(folder.name,))
+    check_outputs(folder.parent, folders=(folder.name,))
     with owned(folder.parent, f".{folder.name}.running"):
         if _replaced(folder).exists() and not folder.exists():
             _replaced(folder).rename(folder)  # left by a killed export
         for leftover in (_draft(folder), _replaced(folder)):
             shutil.rmtree(leftover, ignore_errors=True)
-        with records.refused(folder):
+        with refused(folder):
             if folder.exists():
                 folder.rename(_replaced(folder))
                 _replaced(folder).rename(folder)

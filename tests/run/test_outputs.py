@@ -113,7 +113,7 @@ def test_a_place_that_cannot_be_is_refused_at_the_start(mode, place, tmp_path):
 
 def test_a_name_too_long_for_the_draft_is_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match=os.strerror(errno.ENAMETOOLONG)):
-        records.check_outputs(tmp_path, ("n" * 250,))
+        files.check_outputs(tmp_path, ("n" * 250,))
 
 
 def test_a_folder_that_cannot_be_replaced_is_refused_at_the_start(tmp_path, monkeypatch):
@@ -144,8 +144,8 @@ def test_a_workdir_in_use_is_refused_at_the_start(mode, tmp_path):
 
 def test_two_that_write_one_file_at_once_leave_the_whole_of_one(tmp_path):
     path = tmp_path / "eval.json"
-    with records.written_whole(path) as one:
-        with records.written_whole(path) as two:  # on another host, with the same process number
+    with files.written_whole(path) as one:
+        with files.written_whole(path) as two:  # on another host, with the same process number
             two.write("two")
         one.write("one")
     assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
@@ -154,7 +154,7 @@ def test_two_that_write_one_file_at_once_leave_the_whole_of_one(tmp_path):
 def test_a_file_that_cannot_be_written_in_the_end_is_a_sentence(tmp_path):
     (tmp_path / "eval.json").mkdir()
     with pytest.raises(UserError, match="eval.json cannot be written"):
-        records.write_json(tmp_path / "eval.json", {})
+        files.write_json(tmp_path / "eval.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
 
 

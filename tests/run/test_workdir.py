@@ -47,14 +47,14 @@ def test_the_record_holds_the_config_the_data_and_the_versions(tmp_path):
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    records.write_json(tmp_path / "a.json", {"old": 1})
+    files.write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(ValueError):
-        records.write_json(tmp_path / "a.json", {"new": float("nan")})
+        files.write_json(tmp_path / "a.json", {"new": float("nan")})
     monkeypatch.setattr(
         os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError):
-        records.write_json(tmp_path / "a.json", {"new": 1})
+        files.write_json(tmp_path / "a.json", {"new": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
 
 
