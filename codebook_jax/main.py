@@ -67,8 +67,8 @@ MISTAKES = (
     (r"^flag (.+?): could not convert string to float", r"\1 needs a number"),
     (r"^flag (.+?): \('Non-boolean argument", r"\1 needs true or false"),
     (
-        r"^flag (.+?)=.*: Failed to parse .* as a ConfigDict",
-        r"\1 is a section: set its fields, e.g. \1.FIELD=value",
+        r"^flag ((.+?)=.*?): Failed to parse .* as a ConfigDict",
+        r"\1 is a section: set its fields, e.g. \2.FIELD=value",
     ),
     (
         "in argv before a value for",
@@ -87,7 +87,10 @@ MISTAKES = (
         "--config: the file has no get_config() that returns a ConfigDict: write one as in "
         "configs/base.py",
     ),
-    (r"Attempting to lookup: (\S+)\.(\w+)", r"config.\1 is a value and has no fields, such as \2"),
+    (
+        r"Attempting to lookup: (\S+)\.(\w+)",
+        r"config.\1.\2: config.\1 is a value and has no fields",
+    ),
 )
 
 Mode = Callable[[ConfigDict | None, Path], int | None]  # the exit code; None is 0

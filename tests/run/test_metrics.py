@@ -119,7 +119,7 @@ def test_tensorboard_reads_the_scalars_back(tmp_path):
 
 def test_the_clock_leaves_saving_and_evaluating_out_of_the_pace(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("codebook_jax.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("codebook_jax.run.metrics.time.monotonic", lambda: now[0])
     clock = Clock()
     for _ in range(4):
         now[0] += 0.5
@@ -217,7 +217,7 @@ def test_a_signal_cuts_short_only_what_may_be_interrupted():
 def test_a_second_ctrl_c_leaves_at_once():
     script = """
         import signal, sys
-        from codebook_jax.interruption import Interruption
+        from codebook_jax.run.interruption import Interruption
         with Interruption():
             signal.raise_signal(signal.SIGINT)
             print("still here", flush=True)

@@ -14,9 +14,8 @@ import pytest
 from small_run import ROOT
 
 import codebook_jax
-from codebook_jax import build, train
+from codebook_jax import build, files, train
 from codebook_jax.errors import UserError
-from codebook_jax.run import record as records
 from codebook_jax.run.ownership import owned
 from codebook_jax.tools import check_data, evaluate, export, prepare
 from codebook_jax.tools.evaluate import restore_trained
@@ -92,7 +91,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_start(
     def probe(folder):
         raise OSError(number, os.strerror(number), str(folder))
 
-    monkeypatch.setattr(records, "write_probe", probe)
+    monkeypatch.setattr(files, "write_probe", probe)
     with pytest.raises(UserError) as refusal:
         MODES[mode](tmp_path)
     assert str(tmp_path) in str(refusal.value) and os.strerror(number) in str(refusal.value)
@@ -140,6 +139,21 @@ def test_two_exports_at_once_do_not_share_a_draft(tmp_path):
 def test_a_workdir_in_use_is_refused_at_the_start(mode, tmp_path):
     with owned(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} "):
         MODES[mode](tmp_path)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    files.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a.json", {"new": float("nan")})
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        files.write_json(tmp_path / "a.json", {"new": 1})
+    assert files.parse_json((tmp_path / "a.json").read_bytes()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_two_that_write_one_file_at_once_leave_the_whole_of_one(tmp_path):

@@ -1,12 +1,12 @@
 """What a run's folder records, and which changes a restart may make."""
 
 import json
-import os
 import subprocess
 
 import jax
 import pytest
 
+from codebook_jax.config import changed_fields
 from codebook_jax.errors import UserError
 from codebook_jax.run import record as records
 from configs import base
@@ -46,18 +46,6 @@ def test_the_record_holds_the_config_the_data_and_the_versions(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    files.write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises(ValueError):
-        files.write_json(tmp_path / "a.json", {"new": float("nan")})
-    monkeypatch.setattr(
-        os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    with pytest.raises(OSError):
-        files.write_json(tmp_path / "a.json", {"new": 1})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
-
-
 def test_the_same_config_starts_again_without_a_word(tmp_path):
     record = start(tmp_path, config_of())
     assert restart(tmp_path, record, config_of()) == ({}, [])
@@ -87,7 +75,7 @@ def test_what_breaks_the_data_or_the_shapes_is_refused_by_name_with_both_values(
     (name, new), *_ = changes.items()
     old = next(
         old
-        for field, (old, _) in records.changed_fields(
+        for field, (old, _) in changed_fields(
             record["config"], config_of(**changes).to_dict()
         ).items()
         if field == name
@@ -232,7 +220,7 @@ def test_the_commit_is_that_of_the_checkout_and_none_in_a_stranger_s(tmp_path, m
     package.mkdir()
     (package / "a.py").write_text("1")
     (tmp_path / "other").write_text("1")
-    monkeypatch.setattr(records, "__file__", str(package / "run" / "record.py"))
+    monkeypatch.setattr(records, "PACKAGE", package)
     assert records.git_commit() is None
     git("init", "-q")
     git("add", "other")
