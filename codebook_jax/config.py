@@ -1,6 +1,4 @@
-"""What a config may say: a rule for every field, what a restart may change, and what must fit
-together.
-"""
+"""What a config may say: a rule for every field, what a restart may change, what must fit."""
 
 from __future__ import annotations
 
@@ -52,13 +50,11 @@ class Kind(NamedTuple):
 
 
 class Field(NamedTuple):
-    """The rule of a field, what a restart may do with it, and the value that means what runs did
-    before the field existed (None: no run lacks it).
-    """
+    """What a config may say about a field, and what a restart may do with it."""
 
     rule: Number | Kind
     restart: str = LEARNED
-    older: Any = None
+    older: Any = None  # means what runs did before there was this field; None: no run lacks it
 
 
 def whole(least: int, most: float = math.inf) -> Number:
@@ -212,9 +208,7 @@ def check_fields(config: ml_collections.ConfigDict, fields: Mapping[str, Field] 
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, with the fields and their values, if no pre-training can start with this
-    config.
-    """
+    """Raises UserError, with the fields and their values, if no pre-training can start so."""
     check_fields(config)
     batch, queue, codebook = config.data.global_batch, config.queue.size, config.codebook
     alignment, mlm = config.alignment, config.mlm
@@ -286,9 +280,7 @@ def with_fields(
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
-    """{dotted name: [old, new]} of the fields in both that differ; fields that only one of them has
-    are ignored.
-    """
+    """{dotted name: [old, new]} of the fields that both have and that differ."""
     before, after = flat(json.loads(json.dumps(old))), flat(json.loads(json.dumps(new)))
     return {
         name: [before[name], after[name]]

@@ -46,9 +46,7 @@ def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
 
 @_deep_nesting_is_a_value_error()
 def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """(the value that begins at `start`, where it ends), otherwise like
-    `parse_json(of_data=True)`.
-    """
+    """(the value that begins at `start`, where it ends), like `parse_json(of_data=True)`."""
     return _OF_DATA.raw_decode(text, start)
 
 
@@ -99,10 +97,8 @@ def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[st
 
 
 def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
-    """Raises UserError if one of these files and folders could not be written into `folder`; leaves
-    nothing behind.
-
-    Every mode calls it before it loads anything, so that no work is lost. `folder` need not exist.
+    """Raises UserError if one of these files and folders could not be written into `folder`, which
+    need not exist. Every mode calls it before it loads anything, so that no work is lost.
     """
     with refused(folder):
         write_probe(next(place for place in (folder, *folder.absolute().parents) if place.exists()))

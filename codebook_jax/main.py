@@ -1,5 +1,4 @@
-"""The command: `codebook-jax --config=configs/base.py[:size] --workdir=DIR --mode=MODE`; modes.py
-lists the modes.
+"""The command `codebook-jax --config=configs/base.py[:size] --workdir=DIR --mode=MODE`.
 
 The only file that reads flags. A user error prints one sentence on stderr and exits with code 2.
 """
@@ -14,7 +13,6 @@ if __name__ == "__main__":  # before the slow imports below, so that Ctrl-C is c
     sys.exit(console.command())
 
 import difflib
-import functools
 import importlib.util
 import os
 import re
@@ -42,10 +40,7 @@ TEXT, NUMBER = flags.DEFINE_string, flags.DEFINE_integer
 OPTIONS = (
     (TEXT, "workdir", None, "the run's folder; an existing run is continued"),
     (TEXT, "mode", "train", ", ".join(modes.MODES)),
-    (
-        *(NUMBER, "preempted_exit_code", 0),
-        "the exit code if a signal stops a training run before its last step, after saving",
-    ),
+    (NUMBER, "preempted_exit_code", 0, "the exit code if a signal stops training before its end"),
     (TEXT, "coordinator", None, "HOST:PORT of process 0, if no launcher provides it"),
     (NUMBER, "processes", None, "the number of processes in the run"),
     (NUMBER, "process", None, "the number of this process, from 0"),
@@ -53,11 +48,7 @@ OPTIONS = (
     (TEXT, "plan.chip", PLAN.chip, "for --mode=plan: the accelerator"),
     (NUMBER, "plan.devices", PLAN.devices, "for --mode=plan: the number of chips"),
     (NUMBER, "plan.slices", PLAN.slices, "for --mode=plan: the number of slices"),
-    (
-        *(TEXT, "plan.compiler", PLAN.compiler),
-        "for --mode=plan: what compiles the step: cpu, or tpu (libtpu, for the chip itself; takes "
-        "minutes)",
-    ),
+    (TEXT, "plan.compiler", PLAN.compiler, "for --mode=plan: cpu, or tpu (libtpu; takes minutes)"),
     (TEXT, "plan.json", PLAN.json, "for --mode=plan: a file to write the figures to"),
 )
 # What absl and ml_collections say about a mistake, and what we say; first match wins.
@@ -79,21 +70,18 @@ MISTAKES = (
     (r"flag '(.+?)'", r"there is no flag --\1"),
     (r"No such file or directory: '(.+?)'", r"--config: there is no file \1"),
     (
-        r"failure to load: (?:\[Errno \d+\] )?(.+?)\.?$",
-        r"--config: \1: give a file, e.g. configs/base.py:tiny",
+        r"failure to load: (\[.+?\] )?(.+?)\.?$",
+        r"--config: \2: give a file such as configs/base.py",
     ),
     (
         "no attribute '(get_config|to_dict)'",
-        "--config: the file has no get_config() that returns a ConfigDict: write one as in "
-        "configs/base.py",
+        "--config: the file has no get_config() that returns a ConfigDict as in configs/base.py",
     ),
     (
         r"Attempting to lookup: (\S+)\.(\w+)",
         r"config.\1.\2: config.\1 is a value and has no fields",
     ),
 )
-
-Mode = Callable[[ConfigDict | None, Path], int | None]  # the exit code; None is 0
 
 FLAGS = flags.FLAGS
 
@@ -103,8 +91,7 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "the config file, after a colon the size: configs/base.py:tiny; "
-        "--config.data.global_batch=64 sets a field",
+        "FILE:SIZE, such as configs/base.py:tiny; --config.data.global_batch=64 sets a field",
         flag_values=values,
         sys_argv=argv,
     )
@@ -162,18 +149,16 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     devices.check_platforms()
     if config is not None:
         check_fields(config)
-    own = {"flags": FLAGS["config"].override_values} if config is not None else {}
-    others: dict[str, Mode] = {
-        "train": lambda config, workdir: (
-            0 if train.fit(config, workdir) else FLAGS.preempted_exit_code
-        ),
-        "import": train.import_weights,
-        "eval": functools.partial(evaluate.evaluate, **own),
-        "export": functools.partial(export.export, **own),
-        "report": functools.partial(report.report, **own),
+    named = None if config is None else FLAGS["config"].override_values
+    others: dict[str, Callable[[], int | None]] = {
+        "train": lambda: 0 if train.fit(config, workdir) else FLAGS.preempted_exit_code,
+        "import": lambda: train.import_weights(config, workdir),
+        "eval": lambda: evaluate.evaluate(config, workdir, named),
+        "export": lambda: export.export(config, workdir, named),
+        "report": lambda: report.report(config, workdir, named),
     }
     with console.interruptible():
-        return others[mode](config, workdir) or 0
+        return others[mode]() or 0
 
 
 def complain(sentence: str) -> int:
@@ -183,11 +168,9 @@ def complain(sentence: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what the flags ask for and returns the exit code; a user error prints one sentence and
-    returns 2.
+    """Runs what the flags ask for and returns the exit code.
 
-    With several processes, a failing one tells the others why and exits at once: a normal Python
-    exit would wait for them.
+    With several processes, a failing one tells the others why and exits at once.
     """
     del argv
     try:
@@ -224,9 +207,7 @@ def _plan() -> int:
 
 
 def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -> None:
-    """Connects to the run's other processes, if any, and checks that all do the same in the same
-    workdir.
-    """
+    """Connects to the run's other processes, if any, and checks that all do the same."""
     found = joining.find(
         os.environ,
         coordinator=FLAGS.coordinator,

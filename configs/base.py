@@ -1,7 +1,7 @@
 """The pre-training recipe in every size: --config=configs/base.py[:tiny|small|base|large|huge].
 
 Each number names its source: "paper" (Duan et al., CVPR 2022), "ALBEF" (Li et al., NeurIPS 2021), "SwAV",
-"BERT", "ViT", or "ours" with the reason. Values that differ between sizes are in `SIZES`.
+"BERT", "ViT", or "ours" with the reason. Values that differ between sizes are in `SIZES`, `TINY` and `LARGER`.
 """
 
 import types

@@ -25,9 +25,8 @@ Scalar = int | float | str | None
 class Metrics:
     """The rows of `metrics.jsonl`, also written to TensorBoard; only process 0 writes.
 
-    Opening it at `step` removes what a killed run wrote after the checkpoint of that step, so that
-    a resumed run leaves the same rows as an uninterrupted one; `redo_evaluation` removes the
-    evaluation of `step` too.
+    Opened at `step`, it removes the rows that a killed run wrote after the checkpoint of that step
+    (with `redo_evaluation` its evaluation too), so that no resumed run leaves a row twice.
     """
 
     def __init__(self, workdir: Path | str, *, step: int, redo_evaluation: bool = False) -> None:
@@ -67,8 +66,8 @@ class Metrics:
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in order, without rows and values that `Metrics` cannot have
-    written, such as half a line; raises UserError if it is a folder.
+    """The rows of a metrics.jsonl, without those and the values that `Metrics` cannot have written;
+    raises UserError if it is a folder.
     """
     rows = []
     try:
@@ -94,6 +93,9 @@ class Clock:
     """Where the time of the steps since the last report went, in seconds."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._start, self._waited, self._paused, self._steps = time.monotonic(), 0.0, 0.0, 0
 
     def waited(self, seconds: float) -> None:
@@ -109,7 +111,7 @@ class Clock:
         """The `time/...` scalars of the steps since the last report; then starts again."""
         spent = max(time.monotonic() - self._start - self._paused, 1e-9)
         steps, waited = max(self._steps, 1), self._waited
-        self.__init__()
+        self._reset()
         return {
             "time/step_s": spent / steps,
             "time/pairs_per_s": global_batch * steps / spent,
@@ -118,9 +120,7 @@ class Clock:
 
 
 class ProgressReport:
-    """On a terminal a bar with the time left, elsewhere a line per report; only process 0 shows
-    anything.
-    """
+    """On a terminal a bar with the time left, elsewhere a line per report; on process 0 alone."""
 
     def __init__(self, *, start: int, steps: int) -> None:
         self._steps, self._start = steps, start

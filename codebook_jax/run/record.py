@@ -41,9 +41,7 @@ COMPUTES = (
 
 
 def code_digest() -> str:
-    """A digest of the package's own files: equal on hosts that run the same code, whatever git
-    says.
-    """
+    """A digest of the package's own files, equal on hosts that run the same code."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
@@ -51,10 +49,8 @@ def code_digest() -> str:
 
 
 def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> list[str]:
-    """The sorted names in a folder that a mode without a run writes to; raises UserError if it
-    holds anything else.
-
-    Hidden files are ignored. `purpose` ends the sentence, such as "to pack into".
+    """The sorted names in a folder that a mode without a run writes to, `purpose` being e.g. "to
+    pack into"; raises UserError if it holds other files that are not hidden.
     """
     with refused(workdir):
         if workdir.exists() and not workdir.is_dir():
@@ -75,9 +71,7 @@ def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> 
 
 
 def read_record(workdir: Path | str) -> dict[str, Any] | None:
-    """`config.json` of a workdir: {"config", "data", "devices", "git", "versions", "changes"}; None
-    before the first start.
-    """
+    """`config.json` of a workdir, see `write_record`; None before the first start."""
     path = Path(workdir) / RECORD
     if not path.exists():
         return None
@@ -93,9 +87,7 @@ def read_record(workdir: Path | str) -> dict[str, Any] | None:
 
 
 def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config a run was last started with, locked; fields that older runs lack are set to what
-    those runs did.
-    """
+    """The config a run was last started with; what an older run lacks is set to what it did."""
     known = flat(record["config"])
     config = ml_collections.ConfigDict(_with_tuples(record["config"]))
     missing = {name: field.older for name, field in FIELDS.items() if name not in known}
@@ -108,12 +100,11 @@ def trained_config(
     config: ml_collections.ConfigDict | None,
     flags: Container[str] | None = None,
 ) -> ml_collections.ConfigDict:
-    """The config to use a trained run with: the run's own, except where `config` changes how it is
-    used.
+    """The run's own config, except where `config` changes how a trained run is used; raises
+    UserError if it asks for another model.
 
-    A config file names data of its own, such as the built-in scenes. So if `flags` holds the fields
-    set by flags, the data fields of the run replace all others; each is printed. Raises UserError
-    if `config` asks for a different model.
+    A config file names data of its own, such as the built-in scenes: if `flags`, the fields set by
+    flags, are given, the run's data settings stay unless they are among them.
     """
     trained = recorded_config(record)
     if config is None:
@@ -144,9 +135,7 @@ def trained_config(
 def resolve_groups(
     config: ml_collections.ConfigDict, record: dict[str, Any] | None, *, data_shards: int
 ) -> ml_collections.ConfigDict:
-    """The config with `itm.groups` a number: the given one, else the run's, else data shards x
-    accumulation.
-    """
+    """Sets `itm.groups`: the given number, else the run's, else data shards x accumulation."""
     recorded = 0 if record is None else record["config"]["itm"]["groups"]
     groups = config.itm.groups or recorded or data_shards * config.optimizer.accumulation
     if groups < 1 or config.data.global_batch % groups:
@@ -166,10 +155,8 @@ def check_restart(
     *,
     has_checkpoint: bool,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The fields that changed since the last start ({name: [old, new]}) and a sentence on each.
-
-    Raises UserError naming every change that does not fit the run's checkpoints (before the first:
-    its tokenizer).
+    """The fields that changed since the last start ({name: [old, new]}) and a sentence on each;
+    raises UserError for those that fit neither the checkpoints nor, before them, the tokenizer.
     """
     changes = changed_fields(recorded_config(record).to_dict(), config.to_dict())
     same_data = record["data"]["fingerprint"] == fingerprint
@@ -208,10 +195,8 @@ def write_record(
     changes: dict[str, Any],
     step: int,
 ) -> None:
-    """Writes `config.json`: the config now in force, the data, devices, git commit, versions, and
-    earlier changes.
-
-    `data` is {"train", "examples", "fingerprint"}, `devices` {"kind", "count", "processes"}.
+    """Writes `config.json`; `data` is {"train", "examples", "fingerprint"}, `devices` {"kind",
+    "count", "processes"}.
     """
     record = {
         "config": config.to_dict(),

@@ -78,7 +78,7 @@ def foresee(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str
     figures |= _time_figures(step, chip, options, moved, compiled.as_text())
     say(report.text(figures))
     if options.json:
-        write_json(Path(options.json).expanduser(), figures)
+        write_json(Path(options.json), figures)
     return figures
 
 
@@ -103,7 +103,7 @@ def _check_options(options: PlanOptions) -> None:
     """Raises UserError if the devices or slices do not fit, or if the file's folder does not
     exist.
     """
-    if options.json and not Path(options.json).expanduser().absolute().parent.is_dir():
+    if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(
             f"--plan.json={options.json}: there is no folder {Path(options.json).parent}"
         )
