@@ -33,10 +33,10 @@ class Number(NamedTuple):
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
-        words = ("at least", "at most", "above", "below")
+        words = ("of at least", "at most", "above", "below")
         limits = zip(words, self[:4], strict=True)
         named = [f"{word} {limit:g}" for word, limit in limits if not math.isinf(limit)]
-        return f"a {'whole ' * self.whole}number, {' and '.join(named)}"
+        return f"a {'whole ' * self.whole}number {' and '.join(named)}"
 
 
 class Kind(NamedTuple):
@@ -68,7 +68,7 @@ def one_of(*names: str) -> Kind:
 
 
 def _is_range(value: object) -> bool:
-    pair = value if isinstance(value, tuple) and len(value) == 2 else (0, 0)
+    pair = value if isinstance(value, tuple | list) and len(value) == 2 else (0, 0)
     return all(POSITIVE.accepts(end) for end in pair) and pair[0] <= pair[1]
 
 

@@ -109,7 +109,9 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
     except SyntaxError as error:
         raise UserError(f"--config: the file is not Python: {error}") from error
     except (flags.Error, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(_sentence(error, argv)) from error
+        if sentence := _sentence(error, argv):
+            raise UserError(sentence) from error
+        raise  # an error of the config file, whose trace names the line
     _check_flags(values, rest)
     return rest
 
@@ -280,7 +282,7 @@ def _parse_or_leave(argv: Sequence[str]) -> list[str]:
 
 
 def _sentence(error: Exception, argv: Sequence[str]) -> str:
-    """The sentence for an error of absl or ml_collections."""
+    """The sentence for an error of absl or ml_collections; empty for one of the config file."""
     text = str(error).strip()
     if isinstance(error, AttributeError | KeyError):
         name, near = re.search(r"\w+", text)[0], re.search(r'Did you mean "(\w+)"', text)
@@ -292,7 +294,7 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str:
         if match := re.search(pattern, text):
             missing = Path(match[1]) if "no file" in sentence else None
             return match.expand(sentence) + (_near_config(missing) if missing else "")
-    return text.partition("\n")[0].removeprefix("flag ")
+    return text.partition("\n")[0].removeprefix("flag ") if isinstance(error, flags.Error) else ""
 
 
 def _near_config(missing: Path) -> str:
