@@ -65,6 +65,16 @@ def test_a_number_outside_its_range_is_refused_with_its_field_and_value(name):
 @pytest.mark.parametrize(
     "name, value",
     [
+        ("codebook.epsilon", 0),
+        ("codebook.temperature", 0.0),
+        ("alignment.temperature", -0.07),
+        ("optimizer.learning_rate", -1),
+        ("optimizer.weight_decay", -1),
+        ("optimizer.b1", 2),
+        ("optimizer.eps", 0),
+        ("model.text.dropout", 1.0),
+        ("mesh.fsdp", -2),
+        ("prepare.quality", 101),
         ("model.dtype", "float16"),
         ("model.attention", "flash"),
         ("codebook.solver", ""),
@@ -82,7 +92,7 @@ def test_a_number_outside_its_range_is_refused_with_its_field_and_value(name):
         ("data.crop_ratio", 0.5),
     ],
 )
-def test_a_value_of_another_kind_is_refused_with_its_field(name, value):
+def test_a_value_that_cannot_work_is_refused_with_its_field(name, value):
     with pytest.raises(UserError) as refusal:
         check_fields(config_of(**{name: value}))
     assert f"config.{name}={value!r} " in str(refusal.value)
