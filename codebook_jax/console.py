@@ -28,7 +28,8 @@ def command() -> None:
 
 def begin() -> None:
     """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for a shell's background jobs
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a background job of a shell
+    if not ignored:
         signal.signal(signal.SIGINT, _leave)
     _with_huge_pages()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
