@@ -78,7 +78,8 @@ TEXT = Kind("a text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 RANGE = Kind("two positive numbers, the smaller first", _is_range)
 
-FIELDS = {
+# The fields of every task: the run, its model, optimizer and data, and the tools.
+COMMON = {
     "size": Field(TEXT, FIXED),
     "task": Field(TEXT, FIXED),
     "seed": Field(whole(0), FIXED),
@@ -104,26 +105,6 @@ FIELDS = {
     "model.*depth": Field(whole(1), FIXED),
     "model.*.layer_norm_eps": Field(POSITIVE, FIXED),
     "model.*_std": Field(NOT_NEGATIVE, FIXED),
-    "losses.*": Field(NOT_NEGATIVE),
-    "alignment.intra_weight": Field(NOT_NEGATIVE),
-    "alignment.same_image": Field(one_of("ignore", "negative")),
-    "alignment.temperature*": Field(POSITIVE),
-    "codebook.size": Field(whole(2), FIXED),
-    "codebook.temperature": Field(POSITIVE),
-    "codebook.solver": Field(one_of("sinkhorn", "ipot")),
-    "codebook.epsilon": Field(POSITIVE),
-    "codebook.iterations": Field(whole(1)),
-    "codebook.ipot_beta": Field(POSITIVE),
-    "codebook.queue_samples": Field(whole(0)),
-    "codebook.freeze_steps": Field(whole(0)),
-    "codebook.window_samples": Field(whole(1)),
-    "teacher.momentum": Field(SHARE),
-    "teacher.momentum_ramp": Field(FLAG),
-    "teacher.alpha": Field(SHARE),
-    "teacher.alpha_steps": Field(whole(-1)),
-    "queue.size": Field(whole(1), FIXED),
-    "itm.groups": Field(whole(0), FIXED),
-    "mlm.*": Field(SHARE),
     "optimizer.learning_rate": Field(POSITIVE),
     "optimizer.learning_rate_ends": Field(NOT_NEGATIVE),
     "optimizer.warmup_steps": Field(whole(0)),
@@ -181,6 +162,30 @@ FIELDS = {
     "check.near_bits": Field(whole(0, 15), FREE),  # more would match unrelated pictures
     "check.max_bad_share": Field(SHARE, FREE),
 }
+# The fields of pre-training.
+PRETRAINING = {
+    "losses.*": Field(NOT_NEGATIVE),
+    "alignment.intra_weight": Field(NOT_NEGATIVE),
+    "alignment.same_image": Field(one_of("ignore", "negative")),
+    "alignment.temperature*": Field(POSITIVE),
+    "codebook.size": Field(whole(2), FIXED),
+    "codebook.temperature": Field(POSITIVE),
+    "codebook.solver": Field(one_of("sinkhorn", "ipot")),
+    "codebook.epsilon": Field(POSITIVE),
+    "codebook.iterations": Field(whole(1)),
+    "codebook.ipot_beta": Field(POSITIVE),
+    "codebook.queue_samples": Field(whole(0)),
+    "codebook.freeze_steps": Field(whole(0)),
+    "codebook.window_samples": Field(whole(1)),
+    "teacher.momentum": Field(SHARE),
+    "teacher.momentum_ramp": Field(FLAG),
+    "teacher.alpha": Field(SHARE),
+    "teacher.alpha_steps": Field(whole(-1)),
+    "queue.size": Field(whole(1), FIXED),
+    "itm.groups": Field(whole(0), FIXED),
+    "mlm.*": Field(SHARE),
+}
+FIELDS = COMMON | PRETRAINING
 
 
 def field_of(name: str, fields: Mapping[str, Field] = FIELDS) -> Field | None:

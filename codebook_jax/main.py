@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from codebook_jax import console, modes
-from codebook_jax.config import check_fields, flat
+from codebook_jax.config import COMMON, check_fields, flat
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
 from codebook_jax.parallel.processes import joining, peers, shared_folder
 from codebook_jax.tools.plan.options import PlanOptions, environment
@@ -140,7 +140,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     if mode in DATA_MODES:
         from codebook_jax.tools import check_data, prepare
 
-        check_fields(config)
+        check_fields(config, COMMON)
         data_mode = prepare.prepare if mode == "prepare" else check_data.check_data
         return data_mode(config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
@@ -149,8 +149,6 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     from codebook_jax.tools import evaluate, export
 
     devices.check_platforms()
-    if config is not None:
-        check_fields(config)
     named = None if config is None else FLAGS["config"].override_values
     others: dict[str, Callable[[], int | None]] = {
         "train": lambda: 0 if train.fit(config, workdir) else FLAGS.preempted_exit_code,

@@ -88,8 +88,8 @@ def read_record(workdir: Path | str) -> dict[str, Any] | None:
 
 def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config a run was last started with; what an older run lacks is set to what it did."""
-    known = flat(record["config"])
     config = ml_collections.ConfigDict(_with_tuples(record["config"]))
+    known = flat(record["config"])
     missing = {name: field.older for name, field in FIELDS.items() if name not in known}
     return with_fields(config, {name: old for name, old in missing.items() if old is not None})
 
