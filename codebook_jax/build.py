@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from codebook_jax import modes
-from codebook_jax.config import check_values
+from codebook_jax.config import changed_fields, check_fields
 from codebook_jax.console import say
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
@@ -32,6 +32,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.parallel import axes, memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
+from codebook_jax.run.checkpoint import FOLDER, Checkpoints, Restored
 from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.task import Evaluation, Progress, Task, missing_methods
 from codebook_jax.weights.start import (
@@ -179,25 +180,26 @@ def _adopt(
     """
     resolved = adopted(config, start, record)
     whose = "from the weights" if start else "from the run"
-    for name, (old, new) in records.changed_fields(config.to_dict(), resolved.to_dict()).items():
+    for name, (old, new) in changed_fields(config.to_dict(), resolved.to_dict()).items():
         say(f"config.{name}={new} ({whose}) instead of {old}")
     return resolved
 
 
-def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Parts:
+def build_trained(
+    config: ml_collections.ConfigDict | None, workdir: Path, flags: Container[str] | None = None
+) -> Parts:
     """The parts to use a trained run in `workdir`; `config` (None: the run's own) may change only
-    how it is used.
+    how it is used, and `flags` are the fields that flags set: see `record.trained_config`.
     """
     record = records.read_record(workdir)
     if record is None:
         raise UserError(
             f"--workdir={workdir} holds no trained run (no {records.RECORD}): train one there first"
         )
+    if config is not None:
+        check_fields(config)
     own = config is None
-    if not own:
-        check_values(config)
-        config = adopted(config, (), record)
-    config = records.trained_config(workdir, record, config)
+    config = records.trained_config(workdir, record, config, flags)
     config = axes.of_trained(config, record, asked=not own)
     mesh = sharding.mesh_of(config.mesh)
     tokenizer = tokenizer_for_run(
@@ -207,27 +209,29 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
     return Parts(config, mesh, None, None, tokenizer, task)
 
 
-def with_own_data(
-    config: ml_collections.ConfigDict, workdir: Path, named: Container[str]
-) -> ml_collections.ConfigDict:
-    """The config to use a trained run with: its data settings are the run's, except the fields in
-    `named`.
-
-    A config file has data settings of its own, such as the built-in scenes, which the flags of the
-    training replaced. Prints each one that is not used.
-    """
-    record = records.read_record(workdir)
-    if record is None:
-        return config
-    own = records.recorded_config(record).to_dict()
-    kept = {
-        name: old
-        for name, (old, new) in records.changed_fields(own, config.to_dict()).items()
-        if name.startswith("data.") and records.kind_of(name) == "free" and name not in named
-    }
-    for name, value in kept.items():
-        say(f"config.{name}={value}, the run's own: name it by a flag to change it")
-    return records.with_fields(config, kept)
+def restore_trained(parts: Parts, workdir: Path, items: Sequence[str]) -> Restored:
+    """The `items` of the checkpoint best in validation, or of the newest if none was scored."""
+    alone, keep = parts.task.checkpoint_items().alone, parts.config.checkpoint.keep
+    with Checkpoints(workdir, alone, keep=keep, create=False) as checkpoints:
+        step = checkpoints.step_to_use()
+        if step is None:
+            raise UserError(f"--workdir={workdir} has no checkpoint yet: train it first")
+        which = "the best in validation" if step == checkpoints.best_step() else "the newest"
+        say(f"the checkpoint of step {step:,} ({which})")
+        try:
+            return checkpoints.restore(step, parts.task.abstract_state(), items)
+        except UserError:
+            raise
+        except Exception as failure:
+            advice = (
+                "start training again, which sets it aside and continues from the newest good one"
+            )
+            if not (workdir / FOLDER / str(step)).exists():
+                advice = "a run that is training here has deleted it, start the same command again"
+            raise UserError(
+                f"the checkpoint of step {step:,} in {workdir} cannot be read "
+                f"({type(failure).__name__}): {advice}"
+            ) from failure
 
 
 def batches(parts: Parts, *, start_step: int, workers: int | None = None) -> Batches:

@@ -1,147 +1,242 @@
-"""Checks of a config, made before anything is built."""
+"""What a config may say: a rule for every field, what a restart may change, what must fit."""
 
 from __future__ import annotations
 
+import fnmatch
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
 import ml_collections
 
-from codebook_jax.errors import UserError, refuse_below
-from codebook_jax.models.layers import REMAT
+from codebook_jax.errors import UserError
 
-LEAST = {
-    "train.steps": 1,
-    "mesh.data": -1,
-    "mesh.fsdp": -1,
-    "mesh.tensor": -1,
-    "mesh.slices": 0,
-    "log_every_steps": 1,
-    "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1,
-    "evaluation.every_steps": 0,
-    "evaluation.images": -1,
-    "evaluation.batch": 1,
-    "evaluation.rerank_top_k": 0,
-    "optimizer.accumulation": 1,
-    "optimizer.warmup_steps": 0,
-    "optimizer.max_bad_steps": 1,
-    "data.global_batch": 2,
-    "data.workers": 0,
-    "data.threads": 1,
-    "data.prefetch": 1,
-    "data.patience_s": 1,
-    "codebook.size": 2,
-    "codebook.iterations": 1,
-    "codebook.queue_samples": 0,
-    "codebook.freeze_steps": 0,
-    "codebook.window_samples": 1,
-    "teacher.alpha_steps": -1,
-    "model.scan_unroll": 1,
-    "model.dim": 1,
-    "model.image.size_px": 1,
-    "model.image.patch_px": 1,
-    "model.image.width": 1,
-    "model.image.heads": 1,
-    "model.text.width": 1,
-    "model.text.heads": 1,
-    "model.image.mlp_width": 0,
-    "model.text.mlp_width": 0,
-    "model.image.depth": 1,
-    "model.text.depth": 1,
-    "model.text.fusion_depth": 1,
-    "model.text.max_tokens": 4,
+# What a restart may change. A free field says how the run is computed or watched. A fixed one would
+# break the order of the data or the shapes of the state once there is a checkpoint; one of the
+# tokenizer holds from the first start, which made the workdir's tokenizer from it.
+FREE, LEARNED, FIXED, TOKENIZER = "free", "learned", "fixed", "tokenizer"
+
+
+class Number(NamedTuple):
+    """Accepts finite numbers within these limits."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    whole: bool = False
+
+    def accepts(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        words = ("of at least", "at most", "above", "below")
+        limits = zip(words, self[:4], strict=True)
+        named = [f"{word} {limit:g}" for word, limit in limits if not math.isinf(limit)]
+        return f"a {'whole ' * self.whole}number {' and '.join(named)}"
+
+
+class Kind(NamedTuple):
+    """Accepts values of one kind, which `name` describes."""
+
+    name: str
+    accepts: Callable[[object], bool]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Field(NamedTuple):
+    """What a config may say about a field, and what a restart may do with it."""
+
+    rule: Number | Kind
+    restart: str = LEARNED
+    older: Any = None  # means what runs did before there was this field; None: no run lacks it
+
+
+def whole(least: int, most: float = math.inf) -> Number:
+    """Accepts whole numbers from `least` to `most`."""
+    return Number(least, most, whole=True)
+
+
+def one_of(*names: str) -> Kind:
+    """Accepts these texts."""
+    return Kind(f"one of {', '.join(names)}", names.__contains__)
+
+
+def _is_range(value: object) -> bool:
+    pair = value if isinstance(value, tuple | list) and len(value) == 2 else (0, 0)
+    return all(POSITIVE.accepts(end) for end in pair) and pair[0] <= pair[1]
+
+
+POSITIVE, SHARE = Number(above=0), Number(0, 1)
+NOT_NEGATIVE, SHARE_BELOW_ONE = Number(0), Number(0, below=1)
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+RANGE = Kind("two positive numbers, the smaller first", _is_range)
+
+# The fields of every task: the run, its model, optimizer and data, and the tools.
+COMMON = {
+    "size": Field(TEXT, FIXED),
+    "task": Field(TEXT, FIXED),
+    "seed": Field(whole(0), FIXED),
+    "log_every_steps": Field(whole(1), FREE),
+    "init": Field(TEXT, TOKENIZER, older="random"),
+    "init_allow_partial": Field(FLAG, FREE, older=False),
+    "mesh.slices": Field(whole(0), FREE, older=0),
+    "mesh.*": Field(whole(-1), FREE),
+    "model.dim": Field(whole(1), FIXED),
+    "model.dtype": Field(one_of("float32", "bfloat16"), FIXED),
+    "model.remat": Field(one_of("none", "blocks", "dots"), FREE),
+    "model.scan_unroll": Field(whole(1), FREE),
+    "model.attention": Field(one_of("auto", "xla", "cudnn"), FREE),
+    "model.image.size_px": Field(whole(1), FIXED),
+    "model.image.patch_px": Field(whole(1), FIXED),
+    "model.image.mlp_width": Field(whole(0), FIXED, older=0),
+    "model.text.mlp_width": Field(whole(0), FIXED, older=0),
+    "model.text.max_tokens": Field(whole(4), FIXED),
+    "model.text.max_positions": Field(whole(4), FIXED),
+    "model.text.dropout": Field(SHARE_BELOW_ONE, FIXED),
+    "model.*.width": Field(whole(1), FIXED),
+    "model.*.heads": Field(whole(1), FIXED),
+    "model.*depth": Field(whole(1), FIXED),
+    "model.*.layer_norm_eps": Field(POSITIVE, FIXED),
+    "model.*_std": Field(NOT_NEGATIVE, FIXED),
+    "optimizer.learning_rate": Field(POSITIVE),
+    "optimizer.learning_rate_ends": Field(NOT_NEGATIVE),
+    "optimizer.warmup_steps": Field(whole(0)),
+    "optimizer.weight_decay": Field(NOT_NEGATIVE),
+    "optimizer.b1": Field(SHARE_BELOW_ONE),
+    "optimizer.b2": Field(SHARE_BELOW_ONE),
+    "optimizer.eps": Field(POSITIVE),
+    "optimizer.clip_norm": Field(NOT_NEGATIVE),
+    "optimizer.accumulation": Field(whole(1), FREE),
+    "optimizer.max_bad_steps": Field(whole(1), FREE),
+    "data.train": Field(TEXT, TOKENIZER),
+    "data.eval": Field(TEXT, FREE),
+    "data.test": Field(TEXT, FREE),
+    "data.image_root": Field(TEXT, FREE),
+    "data.path_map": Field(TEXT, FREE, older=""),
+    "data.damaged_shards": Field(one_of("refuse", "skip"), FREE, older="refuse"),
+    "data.scenes_examples": Field(whole(1), FIXED),
+    "data.global_batch": Field(whole(2), FIXED),
+    "data.tokenizer": Field(TEXT, TOKENIZER),
+    "data.tokenizer_vocabulary": Field(whole(1), TOKENIZER),
+    "data.tokenizer_lowercase": Field(FLAG, TOKENIZER, older=True),
+    # the tokenizers of older runs stripped accents and still do; the same command continues them
+    "data.tokenizer_strip_accents": Field(FLAG, TOKENIZER, older=False),
+    "data.teacher_view": Field(one_of("independent", "same")),
+    "data.crop_scale": Field(RANGE),
+    "data.crop_ratio": Field(RANGE),
+    "data.flip": Field(FLAG),
+    "data.randaugment_layers": Field(whole(0)),
+    "data.randaugment_magnitude": Field(Number(0, 10)),
+    "data.workers": Field(whole(0), FREE),
+    "data.threads": Field(whole(1), FREE),
+    "data.prefetch": Field(whole(1), FREE),
+    "data.patience_s": Field(Number(1), FREE, older=600.0),
+    "data.max_bad_rate": Field(SHARE, FREE),
+    "train.steps": Field(whole(1)),
+    "train.memory_check": Field(FLAG, FREE),
+    "evaluation.every_steps": Field(whole(0), FREE),
+    "evaluation.images": Field(whole(-1), FREE),
+    "evaluation.batch": Field(whole(1), FREE),
+    "evaluation.rerank_top_k": Field(whole(0), FREE),
+    "evaluation.rerank_on_schedule": Field(FLAG, FREE),
+    "evaluation.rerank_add_dual": Field(FLAG, FREE),
+    "checkpoint.*": Field(whole(1), FREE),
+    "export.format": Field(one_of("codis", "huggingface", "albef"), FREE, older="codis"),
+    "export.teacher": Field(FLAG, FREE),
+    "prepare.source": Field(TEXT, FREE),
+    "prepare.role": Field(one_of("train", "validation", "test"), FREE),
+    "prepare.side_px": Field(whole(0), FREE),
+    "prepare.quality": Field(whole(1, 100), FREE),
+    "prepare.shard_records": Field(whole(1), FREE),
+    "prepare.beam_*": Field(TEXT, FREE),
+    "*.processes": Field(whole(0), FREE),
+    "check.decode": Field(FLAG, FREE),
+    "check.least_side_px": Field(whole(0), FREE),
+    "check.near_bits": Field(whole(0, 15), FREE),  # more would match unrelated pictures
+    "check.max_bad_share": Field(SHARE, FREE),
 }
-CHOICES = {
-    "alignment.same_image": ("ignore", "negative"),
-    "data.teacher_view": ("independent", "same"),
-    "model.remat": REMAT,
-    "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "xla", "cudnn"),
+# The fields of pre-training.
+PRETRAINING = {
+    "losses.*": Field(NOT_NEGATIVE),
+    "alignment.intra_weight": Field(NOT_NEGATIVE),
+    "alignment.same_image": Field(one_of("ignore", "negative")),
+    "alignment.temperature*": Field(POSITIVE),
+    "codebook.size": Field(whole(2), FIXED),
+    "codebook.temperature": Field(POSITIVE),
+    "codebook.solver": Field(TEXT),
+    "codebook.epsilon": Field(POSITIVE),
+    "codebook.iterations": Field(whole(1)),
+    "codebook.ipot_beta": Field(POSITIVE),
+    "codebook.queue_samples": Field(whole(0)),
+    "codebook.freeze_steps": Field(whole(0)),
+    "codebook.window_samples": Field(whole(1)),
+    "teacher.momentum": Field(SHARE),
+    "teacher.momentum_ramp": Field(FLAG),
+    "teacher.alpha": Field(SHARE),
+    "teacher.alpha_steps": Field(whole(-1)),
+    "queue.size": Field(whole(1), FIXED),
+    "itm.groups": Field(whole(0), FIXED),
+    "mlm.*": Field(SHARE),
 }
-SHARES = (
-    "data.max_bad_rate",
-    "model.text.dropout",
-    "mlm.probability",
-    "mlm.max_share",
-    "mlm.mask_share",
-    "mlm.random_share",
-    "teacher.momentum",
-    "teacher.alpha",
-)
+FIELDS = COMMON | PRETRAINING
 
 
-def check_values(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, naming the field and its value, if a value alone is outside its limits."""
-    for name, minimum in LEAST.items():
-        refuse_below(name, _of(config, name), minimum)
-    for name, allowed in CHOICES.items():
-        if (value := _of(config, name)) not in allowed:
-            raise UserError(f"config.{name}={value!r} is not one of {', '.join(allowed)}")
-    for name in SHARES:
-        if not 0 <= (value := _of(config, name)) <= 1:
-            what = "share of the images" if name == "data.max_bad_rate" else "share"
-            raise UserError(f"config.{name}={value} is a {what}: give a number from 0 to 1")
+def field_of(name: str, fields: Mapping[str, Field] = FIELDS) -> Field | None:
+    """The entry of a field by its dotted name: its own, otherwise the first pattern that fits."""
+    matches = (field for pattern, field in fields.items() if fnmatch.fnmatch(name, pattern))
+    return fields.get(name) or next(matches, None)
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError, naming the field and its value, if no run can start with this config."""
-    check_values(config)
-    for name in ("train", "eval"):
-        if not config.data[name]:
-            raise UserError(
-                f"config.data.{name} is empty: name your pairs, e.g. "
-                f"--config.data.{name}=json:PATH, or scenes"
-            )
-    if not any(config.losses.values()):
-        raise UserError("every weight in config.losses is 0: nothing would be learned")
-    for name in ("crop_scale", "crop_ratio"):
-        pair = config.data[name]
-        numbers = len(pair) == 2 and all(isinstance(n, int | float) and n > 0 for n in pair)
-        if not numbers or pair[0] > pair[1]:
-            raise UserError(
-                f"config.data.{name}={pair} is not a range: give two positive numbers, the smaller "
-                f"first, e.g. --config.data.{name}='(0.5, 1.0)'"
-            )
-    _check_sizes(config)
+def restart_of(name: str) -> str:
+    """What a restart may do with a field: FREE, LEARNED, FIXED or TOKENIZER."""
+    field = field_of(name)
+    return LEARNED if field is None else field.restart
 
 
-def _check_sizes(config: ml_collections.ConfigDict) -> None:
-    batch, queue, image, text = (
-        config.data.global_batch,
-        config.queue.size,
-        config.model.image,
-        config.model.text,
-    )
-    if queue < batch:
-        raise UserError(
-            f"config.queue.size={queue} is smaller than config.data.global_batch={batch}: one "
-            "step's features must fit, so give at least the batch"
-        )
-    if config.codebook.queue_samples > queue:
-        raise UserError(
-            f"config.codebook.queue_samples={config.codebook.queue_samples} is more than "
-            f"config.queue.size={queue} holds"
-        )
-    if text.max_tokens > text.max_positions:
-        raise UserError(
-            f"config.model.text.max_tokens={text.max_tokens} is more than the "
-            f"config.model.text.max_positions={text.max_positions} that have an embedding"
-        )
-    if image.size_px % image.patch_px:
-        raise UserError(
-            f"config.model.image.size_px={image.size_px} is not a multiple of "
-            f"config.model.image.patch_px={image.patch_px}"
-        )
-    for name, part in (("image", image), ("text", text)):
-        if part.width % part.heads:
-            raise UserError(
-                f"config.model.{name}.width={part.width} is not divisible by "
-                f"config.model.{name}.heads={part.heads}"
-            )
+def check_fields(config: ml_collections.ConfigDict, fields: Mapping[str, Field] = FIELDS) -> None:
+    """Raises UserError, with the field and its value, if a field is missing or breaks its rule."""
+    values = flat(config.to_dict())
+    for name in fields:
+        if "*" not in name and name not in values:
+            raise UserError(f"config.{name} is missing: set it as configs/base.py does")
+    for name, value in values.items():
+        field = field_of(name, fields)
+        if field is not None and not field.rule.accepts(value):
+            raise UserError(f"config.{name}={value!r} cannot be used: give {field.rule}")
 
 
-def _of(config: ml_collections.ConfigDict, name: str):
-    for part in name.split("."):
-        config = config[part]
-    return config
+def with_fields(
+    config: ml_collections.ConfigDict, fields: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+    """A locked copy of the config with these fields, by their dotted names."""
+    changed = ml_collections.ConfigDict(config.to_dict())
+    changed.update_from_flattened_dict(fields)
+    return changed.lock()
 
 
-from codebook_jax.run.record import with_fields  # noqa: E402, F401
+def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
+    """{dotted name: [old, new]} of the fields that both have and that differ."""
+    before, after = flat(json.loads(json.dumps(old))), flat(json.loads(json.dumps(new)))
+    return {
+        name: [before[name], after[name]]
+        for name in after
+        if name in before and before[name] != after[name]
+    }
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted name: value} of a config's nested sections."""
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

@@ -1,8 +1,6 @@
-"""The terminal: output that cannot be written never ends a run, and Ctrl-C ends the command with
-one sentence.
+"""The terminal: output that cannot be written never ends a run, Ctrl-C ends it with one sentence.
 
-`command` is what the console script and `python -m codebook_jax.main` start. It runs before the
-imports that take a second, so this module imports only the standard library.
+`command` runs before the imports that take a second: this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -29,12 +27,9 @@ def command() -> None:
 
 
 def begin() -> None:
-    """Makes Ctrl-C and unwritable output harmless; on Linux it first restarts the process with huge
-    pages.
-    """
-    if (
-        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    ):  # a shell ignores it for background jobs
+    """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a background job of a shell
+    if not ignored:
         signal.signal(signal.SIGINT, _leave)
     _with_huge_pages()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -42,10 +37,9 @@ def begin() -> None:
 
 
 def keep_output() -> None:
-    """Replaces stdout and stderr by streams that escape what they cannot encode and drop what
-    cannot be written.
+    """Makes stdout and stderr escape what they cannot encode and drop what cannot be written: all
+    after a closed pipe or terminal, after a full disk only what did not fit.
 
-    After a closed pipe or terminal everything is dropped, after a full disk only what did not fit.
     A standard stream that is closed becomes /dev/null: otherwise the next file opened would get its
     number and receive what is printed.
     """
@@ -66,9 +60,7 @@ def say(text: str) -> None:
 
 
 def write_now(text: str) -> None:
-    """Writes to stderr from a signal handler, which may have interrupted print; print is not
-    re-entrant.
-    """
+    """Writes to stderr from a signal handler, which may have interrupted a print."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode("ascii", "backslashreplace"))
 
@@ -76,9 +68,7 @@ def write_now(text: str) -> None:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Inside, the first Ctrl-C raises KeyboardInterrupt, so that drafts are removed; a second one
-    exits at once.
-
-    Does nothing in a process that did not call `begin`.
+    exits at once. Does nothing in a process that did not call `begin`.
     """
     if signal.getsignal(signal.SIGINT) is not _leave:
         yield
@@ -106,9 +96,7 @@ class _Lasting(io.FileIO):
             except BlockingIOError:
                 select.select([], [self.fileno()], [])
             except OSError as error:
-                if (
-                    error.errno not in FULL_DISK
-                ):  # there may be space again; a closed pipe stays closed
+                if error.errno not in FULL_DISK:  # there may be space again
                     _discard(self.fileno())
                 break
         return len(data)
@@ -143,9 +131,8 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _with_huge_pages() -> None:
-    """Restarts this program in the same process, with malloc asking Linux for huge pages.
-
-    A step on a CPU otherwise spends a quarter of its time on page faults.
+    """Restarts this program, with malloc asking Linux for huge pages: otherwise a step on a CPU
+    spends a quarter of its time on page faults.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ.update(HUGE_PAGES)

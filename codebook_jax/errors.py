@@ -1,6 +1,4 @@
-"""The one exception for user errors, and the checks and error numbers that several modules
-share.
-"""
+"""The exception for user errors, and what several modules need to word and to recognise errors."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ def refuse_below(field: str, value: float, least: float) -> None:
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
-    """The end of a sentence about a misspelt name: the closest of `names`; empty if none is
-    close.
-    """
+    """The end of a sentence about a misspelt name: the closest of `names`, if any is close."""
     # not at the top: this module is imported before Ctrl-C is caught, see console.py
     import difflib
 

@@ -1,6 +1,4 @@
-"""Files read and written safely: strict JSON, whole files or none, and outputs checked before any
-work.
-"""
+"""Files read and written safely: strict JSON, whole files or none, outputs checked early."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
 
 
 class TooLong:
-    """Stands for a whole number with more digits than Python reads, so that messages can name its
-    place.
-    """
+    """Stands for a whole number with more digits than Python reads, so that errors can name it."""
 
     def __init__(self, digits: str) -> None:
         self._digits = digits
@@ -28,38 +24,30 @@ class TooLong:
         return f"{self._digits[:8]}... ({len(self._digits):,} digits)"
 
 
-def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
-    """The content of a JSON text; raises ValueError with one sentence for anything that is not
-    JSON.
-
-    Unlike Python's own reader, it raises ValueError for a repeated key in an object, and for
-    nesting too deep for the stack. With `of_data`, whole numbers that are too long become
-    `TooLong`, so that the rest can be read.
-    """
-    with _one_kind_of_error():
-        return (_OF_DATA if of_data else _STRICT).decode(
-            text if isinstance(text, str) else _decoded(text)
-        )
-
-
-def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """(the value that begins at `start`, where it ends), otherwise like
-    `parse_json(of_data=True)`.
-    """
-    with _one_kind_of_error():
-        return _OF_DATA.raw_decode(text, start)
-
-
 @contextlib.contextmanager
-def _one_kind_of_error() -> Iterator[None]:
+def _deep_nesting_is_a_value_error() -> Iterator[None]:
     try:
         yield
     except RecursionError as failure:
         raise ValueError("lists or objects are nested too deeply") from failure
 
 
-def _decoded(text: bytes) -> str:
-    return text.decode(json.detect_encoding(text), "surrogatepass").removeprefix("\ufeff")
+@_deep_nesting_is_a_value_error()
+def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
+    """The content of a JSON text; raises ValueError with one sentence if it is not JSON, has an
+    object with a repeated key, or is nested too deep for the stack.
+
+    With `of_data`, whole numbers that are too long become `TooLong`, so that the rest can be read.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass").removeprefix("\ufeff")
+    return (_OF_DATA if of_data else _STRICT).decode(text)
+
+
+@_deep_nesting_is_a_value_error()
+def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+    """(the value that begins at `start`, where it ends), like `parse_json(of_data=True)`."""
+    return _OF_DATA.raw_decode(text, start)
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,9 +79,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[str]]:
-    """A UTF-8 text file that gets its name only once it is written completely; `errors` as in
-    `open`.
-    """
+    """A UTF-8 text file that gets its name once it is written completely; `errors` as in `open`."""
     path = Path(path)
     draft = _draft_of(path)
     with refused(path, *UNREACHABLE):
@@ -111,10 +97,8 @@ def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[st
 
 
 def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
-    """Raises UserError if one of these files and folders could not be written into `folder`; leaves
-    nothing behind.
-
-    Every mode calls it before it loads anything, so that no work is lost. `folder` need not exist.
+    """Raises UserError if one of these files and folders could not be written into `folder`, which
+    need not exist. Every mode calls it before it loads anything, so that no work is lost.
     """
     with refused(folder):
         write_probe(next(place for place in (folder, *folder.absolute().parents) if place.exists()))
@@ -145,16 +129,13 @@ def write_probe(folder: Path) -> None:
 
 
 def _draft_of(path: Path) -> Path:
-    return path.with_name(
-        f".{path.name}.{secrets.token_hex(8)}.tmp"
-    )  # two hosts may share process numbers
+    # random, since two hosts may share process numbers
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager
 def refused(path: Path, *but: int) -> Iterator[None]:
-    """Raises UserError instead of an OSError, except for the error numbers in `but` and a full
-    disk.
-    """
+    """Raises UserError instead of OSError, except for a full disk and the error numbers `but`."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,4 @@
-"""The command: `codebook-jax --config=configs/base.py[:size] --workdir=DIR --mode=MODE`; modes.py
-lists the modes.
+"""The command `codebook-jax --config=configs/base.py[:size] --workdir=DIR --mode=MODE`.
 
 The only file that reads flags. A user error prints one sentence on stderr and exits with code 2.
 """
@@ -26,6 +25,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from codebook_jax import console, modes
+from codebook_jax.config import COMMON, check_fields, flat
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
 from codebook_jax.parallel.processes import joining, peers, shared_folder
 from codebook_jax.tools.plan.options import PlanOptions, environment
@@ -33,16 +33,55 @@ from codebook_jax.tools.plan.options import PlanOptions, environment
 DATA_MODES = ("prepare", "check-data")  # need no devices
 NEEDS_CONFIG = ("train", "import", "plan", *DATA_MODES)
 WRITES_A_RUN = ("train", "import")
-WRONG_TYPES = (
-    ("invalid literal for int()", "needs a whole number"),
-    ("could not convert string to float", "needs a number"),
-    ("('Non-boolean argument", "needs true or false"),
-    ("Failed to parse", "is a section: set its fields, e.g. --config.SECTION.FIELD=value"),
-)
-NO_CONFIG = "--config: the file has no get_config() that returns a ConfigDict: write one as in configs/base.py"
 HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 
-Mode = Callable[[ConfigDict | None, Path], int | None]  # the exit code; None is 0
+PLAN = PlanOptions()
+TEXT, NUMBER = flags.DEFINE_string, flags.DEFINE_integer
+OPTIONS = (
+    (TEXT, "workdir", None, "the run's folder; an existing run is continued"),
+    (TEXT, "mode", "train", ", ".join(modes.MODES)),
+    (NUMBER, "preempted_exit_code", 0, "the exit code if a signal stops training before its end"),
+    (TEXT, "coordinator", None, "HOST:PORT of process 0, if no launcher provides it"),
+    (NUMBER, "processes", None, "the number of processes in the run"),
+    (NUMBER, "process", None, "the number of this process, from 0"),
+    (NUMBER, "join_timeout_s", 300, "how long the processes look for each other, in seconds"),
+    (TEXT, "plan.chip", PLAN.chip, "for --mode=plan: the accelerator"),
+    (NUMBER, "plan.devices", PLAN.devices, "for --mode=plan: the number of chips"),
+    (NUMBER, "plan.slices", PLAN.slices, "for --mode=plan: the number of slices"),
+    (TEXT, "plan.compiler", PLAN.compiler, "for --mode=plan: cpu, or tpu (libtpu; takes minutes)"),
+    (TEXT, "plan.json", PLAN.json, "for --mode=plan: a file to write the figures to"),
+)
+# What absl and ml_collections say about a mistake, and what we say; first match wins.
+MISTAKES = (
+    (r"(?s)Error whilst parsing config file:.*\n[\w.]+: (.+)$", r"\1"),  # raised by get_config
+    (r"^flag (.+?): invalid literal for int\(\)", r"\1 needs a whole number"),
+    (r"^flag (.+?): could not convert string to float", r"\1 needs a number"),
+    (r"^flag (.+?): \('Non-boolean argument", r"\1 needs true or false"),
+    (
+        r"^flag ((.+?)=.*?): Failed to parse .* as a ConfigDict",
+        r"\1 is a section: set its fields, e.g. \2.FIELD=value",
+    ),
+    (
+        "in argv before a value for",
+        "--config=FILE goes before the fields it sets, such as --config.data.global_batch=64",
+    ),
+    (r"flag '((no)?config\..+?)'", r"--config=FILE is missing before --\1"),
+    (r"flag '(.+?)'\. Did you mean: (.+?) \?", r"there is no flag --\1 ... did you mean --\2?"),
+    (r"flag '(.+?)'", r"there is no flag --\1"),
+    (r"No such file or directory: '(.+?)'", r"--config: there is no file \1"),
+    (
+        r"failure to load: (\[.+?\] )?(.+?)\.?$",
+        r"--config: \2: give a file such as configs/base.py",
+    ),
+    (
+        "no attribute '(get_config|to_dict)'",
+        "--config: the file has no get_config() that returns a ConfigDict as in configs/base.py",
+    ),
+    (
+        r"Attempting to lookup: (\S+)\.(\w+)",
+        r"config.\1.\2: config.\1 is a value and has no fields",
+    ),
+)
 
 FLAGS = flags.FLAGS
 
@@ -52,60 +91,12 @@ def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "the config file, after a colon the size: configs/base.py:tiny; "
-        "--config.data.global_batch=64 sets a field",
+        "FILE:SIZE, such as configs/base.py:tiny; --config.data.global_batch=64 sets a field",
         flag_values=values,
         sys_argv=argv,
     )
-    flags.DEFINE_string(
-        "workdir", None, "the run's folder; an existing run is continued", flag_values=values
-    )
-    flags.DEFINE_string("mode", "train", ", ".join(modes.MODES), flag_values=values)
-    flags.DEFINE_integer(
-        "preempted_exit_code",
-        0,
-        "the exit code if a signal stops a training run before its last step, after saving",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT of process 0, if no launcher provides it",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "processes", None, "the number of processes in the run", flag_values=values
-    )
-    flags.DEFINE_integer("process", None, "the number of this process, from 0", flag_values=values)
-    flags.DEFINE_integer(
-        "join_timeout_s",
-        300,
-        "how long the processes look for each other, in seconds",
-        flag_values=values,
-    )
-    default = PlanOptions()
-    flags.DEFINE_string(
-        "plan.chip", default.chip, "for --mode=plan: the accelerator", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "plan.devices", default.devices, "for --mode=plan: the number of chips", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "plan.slices", default.slices, "for --mode=plan: the number of slices", flag_values=values
-    )
-    flags.DEFINE_string(
-        "plan.compiler",
-        default.compiler,
-        "for --mode=plan: what compiles the step: cpu, or tpu (libtpu, for the chip itself; takes "
-        "minutes)",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "plan.json",
-        default.json,
-        "for --mode=plan: a file to write the figures to",
-        flag_values=values,
-    )
+    for define, name, default, meaning in OPTIONS:
+        define(name, default, meaning, flag_values=values)
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
@@ -115,39 +106,32 @@ def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
         config = values.config
         if config is not None:
             config.to_dict()  # an unreadable file raises only here
-    except flags.UnrecognizedFlagError as error:
-        if error.flagname.startswith(("config.", "noconfig.")):
-            raise UserError(f"--config=FILE is missing before --{error.flagname}") from error
-        hint = did_you_mean(f"--{error.flagname}", [f"--{name}" for name in values])
-        raise UserError(f"there is no flag --{error.flagname}{hint}") from error
-    except (AttributeError, KeyError) as error:
-        missing = str(error).endswith(("no attribute 'get_config'", "no attribute 'to_dict'"))
-        raise UserError(NO_CONFIG if missing else _unknown_field(argv)) from error
     except SyntaxError as error:
         raise UserError(f"--config: the file is not Python: {error}") from error
-    except (flags.Error, OSError, ValueError, TypeError) as error:
-        raise UserError(_one_sentence(error)) from error
-    for field, value in values["config"].override_values.items() if config is not None else ():
-        if isinstance(value, ConfigDict):
-            raise UserError(
-                f"--config.{field} is a section: set its fields, e.g. --config.{field}.NAME=value"
-            )
+    except (flags.Error, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        if sentence := _sentence(error, argv):
+            raise UserError(sentence) from error
+        raise  # an error of the config file, whose trace names the line
+    _check_flags(values, rest)
+    return rest
+
+
+def _check_flags(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Raises UserError for flags that do not fit together."""
+    config, mode, workdir = values.config, values.mode, values.workdir
     if rest[1:]:
         raise UserError(f"{rest[1]!r} is not a flag: flags begin with --, e.g. --workdir=DIR")
-    if values.mode not in modes.MODES:
-        raise UserError(modes.unknown(values.mode))
-    if config is None and values.mode in NEEDS_CONFIG:
+    if mode not in modes.MODES:
+        hint = did_you_mean(mode, modes.MODES)
+        raise UserError(f"--mode={mode} is not one of {', '.join(modes.MODES)}{hint}")
+    if config is None and mode in NEEDS_CONFIG:
         raise UserError("--config is missing: give one, e.g. --config=configs/base.py:tiny")
-    if not values.workdir and values.mode != "plan":
+    if not workdir and mode != "plan":
+        raise UserError("--workdir is missing: give the run's folder, e.g. --workdir=runs/first")
+    if "://" in (workdir or ""):
         raise UserError(
-            "--workdir is missing: give the folder of the run, e.g. --workdir=runs/first"
+            f"--workdir={workdir} is not a folder on this machine: give a local or mounted one"
         )
-    if "://" in (values.workdir or ""):
-        raise UserError(
-            f"--workdir={values.workdir} is not a folder on this machine: give a local or mounted "
-            "one"
-        )
-    return rest
 
 
 def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
@@ -156,31 +140,25 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     if mode in DATA_MODES:
         from codebook_jax.tools import check_data, prepare
 
-        data_modes: dict[str, Mode] = {
-            "prepare": prepare.prepare,
-            "check-data": check_data.check_data,
-        }
-        return data_modes[mode](config, workdir) or 0
+        check_fields(config, COMMON)
+        data_mode = prepare.prepare if mode == "prepare" else check_data.check_data
+        return data_mode(config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
-    from codebook_jax import build, report, train
+    from codebook_jax import report, train
     from codebook_jax.parallel import devices
     from codebook_jax.tools import evaluate, export, import_weights
 
     devices.check_platforms()
-
-    others: dict[str, Mode] = {
-        "train": lambda config, workdir: (
-            0 if train.fit(config, workdir) else FLAGS.preempted_exit_code
-        ),
-        "import": import_weights.import_weights,
-        "eval": evaluate.evaluate,
-        "export": export.export,
-        "report": report.report,
+    named = None if config is None else FLAGS["config"].override_values
+    others: dict[str, Callable[[], int | None]] = {
+        "train": lambda: 0 if train.fit(config, workdir) else FLAGS.preempted_exit_code,
+        "import": lambda: import_weights.import_weights(config, workdir),
+        "eval": lambda: evaluate.evaluate(config, workdir, named),
+        "export": lambda: export.export(config, workdir, named),
+        "report": lambda: report.report(config, workdir, named),
     }
-    if config is not None and mode not in NEEDS_CONFIG:
-        config = build.with_own_data(config, workdir, FLAGS["config"].override_values)
     with console.interruptible():
-        return others[mode](config, workdir) or 0
+        return others[mode]() or 0
 
 
 def complain(sentence: str) -> int:
@@ -190,17 +168,15 @@ def complain(sentence: str) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what the flags ask for and returns the exit code; a user error prints one sentence and
-    returns 2.
+    """Runs what the flags ask for and returns the exit code.
 
-    With several processes, a failing one tells the others why and exits at once: a normal Python
-    exit would wait for them.
+    With several processes, a failing one tells the others why and exits at once.
     """
     del argv
     try:
         if FLAGS.mode == "plan":
             return _plan()
-        code = run(FLAGS.mode, FLAGS.config, Path(os.path.expanduser(FLAGS.workdir)))
+        code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir).expanduser())
         peers.connected().leave()
         return code
     except KeyboardInterrupt:
@@ -231,9 +207,7 @@ def _plan() -> int:
 
 
 def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -> None:
-    """Connects to the run's other processes, if any, and checks that all do the same in the same
-    workdir.
-    """
+    """Connects to the run's other processes, if any, and checks that all do the same."""
     found = joining.find(
         os.environ,
         coordinator=FLAGS.coordinator,
@@ -263,33 +237,32 @@ def _facts(mode: str, config: ConfigDict | None) -> dict[str, Any]:
     """What must be the same on every host."""
     import jax
 
-    from codebook_jax.run import record as records
+    from codebook_jax.run import record
 
-    facts = {"--mode": mode, "code": records.code_digest()}
-    facts |= {f"version of {name}": version for name, version in records.package_versions().items()}
-    facts |= {
+    versions, fields = record.package_versions(), flat(config.to_dict()) if config else {}
+    return {
+        "--mode": mode,
+        "code": record.code_digest(),
+        **{f"version of {name}": version for name, version in versions.items()},
         "devices per process": jax.local_device_count(),
         "kind": jax.local_devices()[0].device_kind,
+        **{f"config.{name}": value for name, value in fields.items()},
     }
-    if config is not None:
-        facts |= {f"config.{name}": value for name, value in records.flat(config.to_dict()).items()}
-    return facts
 
 
 def _about_files(error: Exception) -> UserError | None:
     """The user error for a disk that is full or cannot be reached; None for other errors."""
-    if not isinstance(error, OSError):
-        return None
-    if error.errno in FULL_DISK:
+    number, place = getattr(error, "errno", None), getattr(error, "filename", "") or FLAGS.workdir
+    if number in FULL_DISK:
         goes_on = "" if FLAGS.mode in DATA_MODES else ", it goes on from the newest checkpoint"
         return UserError(
-            f"no space left while writing {error.filename or FLAGS.workdir}: free some and start "
-            f"the same command again{goes_on}"
+            f"no space left while writing {place}: free some and start the same command "
+            f"again{goes_on}"
         )
-    if error.errno in UNREACHABLE:
+    if number in UNREACHABLE:
         return UserError(
-            f"{error.filename or FLAGS.workdir} can no longer be reached ({error.strerror}): fix "
-            "this and start the same command again"
+            f"{place} can no longer be reached ({error.strerror}): fix this and start the same "
+            "command again"
         )
     return None
 
@@ -306,55 +279,31 @@ def _parse_or_leave(argv: Sequence[str]) -> list[str]:
         sys.exit(complain(str(error)))
 
 
-def _unknown_field(argv: Sequence[str]) -> str:
-    """Names the override that the config has no field for, and the field it may have meant."""
-    overrides = [a for a in argv if re.match(r"--?(no)?config\.", a)]
-    bare = [a for a in argv if a not in overrides]
-    values = flags.FlagValues()
-    define_flags(values, bare)
-    values(bare, known_only=True)
-    for override in overrides:
-        given = override.split("=")[0].lstrip("-")
-        section = values.config
-        for name in given.split(".")[1:]:
-            if not isinstance(section, ConfigDict):
-                return f"{given}: {given.partition(f'.{name}')[0]} is a value and has no fields"
-            if name not in section:
-                hint = did_you_mean(name, section) or f" (it has {', '.join(section)})"
-                return f"{given}: the config has no field {name}{hint}"
-            section = section[name]
-    return f"the command line does not fit the config: {' '.join(overrides)}"
-
-
-def _one_sentence(error: Exception) -> str:
-    """The message of a flag error, without the trace that ml_collections wraps around it."""
+def _sentence(error: Exception, argv: Sequence[str]) -> str:
+    """The sentence for an error of absl or ml_collections; empty for one of the config file."""
     text = str(error).strip()
-    _, colon, detail = text.partition(": Error whilst parsing config file:")
-    if colon:
-        return re.sub(r"^\w+(\.\w+)*: ", "", detail.strip().splitlines()[-1])  # the error's type
-    if isinstance(error, OSError):
-        path = re.search(r"No such file or directory: '([^']+)'", text)
-        if not path:
-            reason = text.splitlines()[-1].rpartition("failure to load: ")[2].rstrip(".")
-            return f"--config: {re.sub(r'^.Errno .*?] ', '', reason)}: give a file, e.g. configs/base.py:tiny"
-        return f"--config: there is no file {path.group(1)}{_near_config(Path(path.group(1)))}"
-    if "in argv before a value for" in text:
-        return "--config=FILE goes before the fields it sets, such as --config.data.global_batch=64"
-    for problem, meaning in WRONG_TYPES:
-        flag, found, _ = text.partition(f": {problem}")
-        if found:
-            return f"{flag.removeprefix('flag ')} {meaning}"
-    return re.sub(r"^flag ", "", text.splitlines()[0])
+    if isinstance(error, AttributeError | KeyError):
+        name, near = re.search(r"\w+", text)[0], re.search(r'Did you mean "(\w+)"', text)
+        for flag in (argument.partition("=")[0].lstrip("-") for argument in argv):
+            if name in flag.split("."):
+                hint = f"... did you mean {near[1]}?" if near else "(configs/base.py lists all)"
+                return f"{flag}: the config has no field {name} {hint}"
+    for pattern, sentence in MISTAKES:
+        if match := re.search(pattern, text):
+            missing = Path(match[1]) if "no file" in sentence else None
+            return match.expand(sentence) + (_near_config(missing) if missing else "")
+    return text.partition("\n")[0].removeprefix("flag ") if isinstance(error, flags.Error) else ""
 
 
 def _near_config(missing: Path) -> str:
     """Suggests a config file that may have been meant, in the same folder or in configs/."""
-    files = [*missing.parent.glob("*.py"), *Path("configs").glob("*.py")]
-    near = difflib.get_close_matches(missing.stem, [file.stem for file in files], n=1, cutoff=0.5)
-    found = [str(file) for file in files if file.stem in near]
-    if found:
-        return f" ... did you mean {found[0]}?"
-    return f" (there are {', '.join(map(str, files))})" if files else ""
+    files = {
+        file.stem: file for file in (*missing.parent.glob("*.py"), *Path("configs").glob("*.py"))
+    }
+    near = difflib.get_close_matches(missing.stem, files, n=1, cutoff=0.5)
+    if near:
+        return f" ... did you mean {files[near[0]]}?"
+    return f" (there are {', '.join(map(str, files.values()))})" if files else ""
 
 
 def command() -> None:

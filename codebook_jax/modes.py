@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 from typing import NamedTuple
 
-from codebook_jax.errors import did_you_mean
-
 PROGRAM = "codebook-jax"
 
 
@@ -64,7 +62,6 @@ MODES = {
     ),
 }
 USES = ("Evaluate", "Use the weights")  # groups of the modes that use a trained run
-RENAMED = {"show": "report"}  # former names of modes
 
 BEGIN = f"""start with a small model on built-in pictures, or list the other commands:
   {PROGRAM} {MODES["train"].example}
@@ -76,36 +73,20 @@ def command_line(mode: str, workdir: object) -> str:
     return f"{PROGRAM} --mode={mode} --workdir={shlex.quote(str(workdir))}"
 
 
-def unknown(given: str) -> str:
-    """The error message for an unknown --mode."""
-    if (now := RENAMED.get(given)) in MODES:
-        hint = f" ... it is now --mode={now}"
-    else:
-        hint = did_you_mean(given, MODES)
-    return f"--mode={given} is not one of {', '.join(MODES)}{hint}"
-
-
 def help_text() -> str:
     """The short help: every mode with an example."""
-    lines = [
-        f"{PROGRAM} --config=FILE[:SIZE] --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE ...]",
-        "python -m codebook_jax.main does the same.",
-    ]
-    group = None
+    lines, group = [], None
     for name, mode in MODES.items():
         if mode.group != group:
             lines += ["", mode.group]
             group = mode.group
         lines += [f"  {name:11} {mode.does}", f"              {PROGRAM} {mode.example}"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "SIZE is tiny, small, base, large or huge. configs/base.py lists every FIELD with its "
-            "source. Modes that use a",
-            "trained run need no --config. Exit codes: 0 done, 1 failed, 2 user error, 130 "
-            "Ctrl-C; a training answers Ctrl-C by",
-            "saving, then exits with 0, or with --preempted_exit_code if that is given.",
-            "--helpfull lists all flags.",
-        ]
-    )
+    table = "\n".join(lines)
+    return f"""{PROGRAM} --config=FILE[:SIZE] --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE ...]
+python -m codebook_jax.main does the same.
+{table}
+
+SIZE is tiny, small, base, large or huge. configs/base.py lists every FIELD with its source.
+Modes that use a trained run need no --config. Exit codes: 0 done, 1 failed, 2 user error, 130
+Ctrl-C; a training answers Ctrl-C by saving, then exits with 0, or with --preempted_exit_code if
+that is given. --helpfull lists all flags."""

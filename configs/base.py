@@ -1,8 +1,11 @@
 """The pre-training recipe in every size: --config=configs/base.py[:tiny|small|base|large|huge].
 
 Each number names its source: "paper" (Duan et al., CVPR 2022), "ALBEF" (Li et al., NeurIPS 2021), "SwAV",
-"BERT", "ViT", or "ours" with the reason. Values that differ between sizes are in `SIZES`.
+"BERT", "ViT", or "ours" with the reason. Values that differ between sizes are in `SIZES`, `TINY` and `LARGER`.
 """
+
+import types
+from typing import Any
 
 import ml_collections
 
@@ -102,122 +105,145 @@ SIZES = {
 }
 
 
+# The other values that differ: those of `tiny`, and those of the sizes above it.
+TINY = dict(
+    log_every_steps=10,
+    scan_unroll=4,
+    image_init_std=0.12,
+    position_std=0.6,
+    text_init_std=0.06,
+    value_std=0.06,
+    embedding_std=0.1,
+    threads=2,
+    prefetch=4,
+    evaluate_every_steps=200,
+    evaluation_batch=64,
+    rerank_top_k=16,
+    save_every_steps=200,
+)
+LARGER = dict(
+    log_every_steps=50,
+    scan_unroll=1,
+    image_init_std=0.02,
+    position_std=0.02,
+    text_init_std=0.02,
+    value_std=0.02,
+    embedding_std=0.02,
+    threads=16,
+    prefetch=16,
+    evaluate_every_steps=5000,
+    evaluation_batch=256,
+    rerank_top_k=128,
+    save_every_steps=2000,
+)
+
+
 def get_config(size: str = "base") -> ml_collections.ConfigDict:
     """The locked config of one size; raises ValueError for a size that does not exist."""
     if size not in SIZES:
         sizes = f"the sizes are {', '.join(SIZES)}{did_you_mean(size, SIZES)}"
         raise ValueError(f"configs/base.py has no size {size!r}; {sizes}")
-    at = SIZES[size]
-    tiny = size == "tiny"
+    at = types.SimpleNamespace(**SIZES[size], **(TINY if size == "tiny" else LARGER))
     config = ml_collections.ConfigDict()
     config.size = size
     config.task = "pretrain"
     config.seed = 0
-    config.log_every_steps = 10 if tiny else 50
+    config.log_every_steps = at.log_every_steps
 
     # Where the weights start: "random" | "image:SPEC,text:SPEC" (a ViT or DeiT, a BERT; or random) | "model:SPEC" (a whole
     # ALBEF model, a run or an export). SPEC: a file, a folder, or a name on the Hugging Face hub.
     config.init = "random"
-    config.init_allow_partial = (
-        False  # true: initialise a parameter that SPEC holds only in part, instead of stopping
-    )
+    # true: initialise a parameter that SPEC holds only in part, instead of stopping
+    config.init_allow_partial = False
 
     # Devices along each axis; -1: all that are left. The batch is split over data x fsdp; parameters, teacher and moments over
     # fsdp (0: as few as fit into memory) and tensor. slices: groups joined by a slower network; 0: as the devices report.
     config.mesh = dict(data=-1, fsdp=0, tensor=1, slices=0)
 
-    config.model = dict(
-        dim=at["dim"],  # joint space; paper: 256
-        dtype=at["dtype"],  # compute; parameters, softmax, transport and losses stay float32
-        remat="none"
-        if tiny or size == "small"
-        else "blocks",  # "none" | "blocks" | "dots": what the backward pass recomputes
-        scan_unroll=4
-        if tiny
-        else 1,  # blocks per scan iteration, 1 with remat; 1 compiles fastest, all at once run a third faster on a CPU
+    config.model = model(at, remat="none" if size in ("tiny", "small") else "blocks")
+    config.update(objective(at))
+    config.optimizer = optimizer(at)
+    config.data = data(at)
+    config.update(run(at))
+    config.update(tools())
+    return config.lock()
+
+
+def model(at: types.SimpleNamespace, *, remat: str) -> dict[str, Any]:
+    """The encoders."""
+    return dict(
+        dim=at.dim,  # joint space; paper: 256
+        dtype=at.dtype,  # compute; parameters, softmax, transport and losses stay float32
+        remat=remat,  # "none" | "blocks" | "dots": what the backward pass recomputes
+        scan_unroll=at.scan_unroll,  # blocks per scan iteration, 1 with remat; 1 compiles fastest, all at once run a third faster on a CPU
         attention="auto",  # "xla", "cudnn", or "auto": cudnn on a GPU in bfloat16
         image=dict(
-            **at["image"],  # ViT
+            **at.image,  # ViT
             mlp_width=0,  # inside the feed-forward part; 0: four times the width (ViT)
             layer_norm_eps=1e-6,  # ViT
-            init_std=0.12
-            if tiny
-            else 0.02,  # of initial matrices; ViT: 0.02; ours: wider in a narrow encoder
-            position_std=0.6
-            if tiny
-            else 0.02,  # of initial position embeddings; ViT: 0.02; ours: positions matter in a short run
+            init_std=at.image_init_std,  # of initial matrices; ViT: 0.02; ours: wider in a narrow encoder
+            position_std=at.position_std,  # of initial position embeddings; ViT: 0.02; ours: positions matter in a short run
         ),
         text=dict(
-            **at["text"],  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
+            **at.text,  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
             mlp_width=0,  # inside the feed-forward part; 0: four times the width (BERT)
             layer_norm_eps=1e-12,  # BERT
-            init_std=0.06
-            if tiny
-            else 0.02,  # of initial matrices, also in fusion encoder and heads; BERT: 0.02; ours
-            value_std=0.06
-            if tiny
-            else 0.02,  # of initial attention values and outputs in the text encoder; BERT: 0.02; ours
-            embedding_std=0.1
-            if tiny
-            else 0.02,  # of initial word, position and segment embeddings; BERT: 0.02; ours
-            dropout=at["dropout"],  # on hidden states, BERT: 0.1; tiny: short runs underfit
+            init_std=at.text_init_std,  # of initial matrices, also in fusion encoder and heads; BERT: 0.02; ours
+            value_std=at.value_std,  # of initial attention values and outputs in the text encoder; BERT: 0.02; ours
+            embedding_std=at.embedding_std,  # of initial word, position and segment embeddings; BERT: 0.02; ours
+            dropout=at.dropout,  # on hidden states, BERT: 0.1; tiny: short runs underfit
         ),
     )
 
-    config.losses = dict(
-        alignment=1.0, codebook=1.0, matching=1.0, masked_lm=1.0
-    )  # paper: a plain sum
 
-    config.alignment = dict(
-        intra_weight=1.0,  # paper: intra-modal terms; 0 is ALBEF's ITC
-        same_image="ignore",  # other captions of one image in the batch: "ignore" (ours: they match) | "negative" (ALBEF)
-        temperature=0.07,  # ALBEF: learned from here
-        temperature_min=0.001,  # ALBEF
-        temperature_max=0.5,  # ALBEF
+def objective(at: types.SimpleNamespace) -> dict[str, Any]:
+    """What is learned."""
+    return dict(
+        # paper: a plain sum
+        losses=dict(alignment=1.0, codebook=1.0, matching=1.0, masked_lm=1.0),
+        alignment=dict(
+            intra_weight=1.0,  # paper: intra-modal terms; 0 is ALBEF's ITC
+            same_image="ignore",  # other captions of one image in the batch: "ignore" (ours: they match) | "negative" (ALBEF)
+            temperature=0.07,  # ALBEF: learned from here
+            temperature_min=0.001,  # ALBEF
+            temperature_max=0.5,  # ALBEF
+        ),
+        codebook=dict(
+            size=at.codes,  # paper: 4000
+            temperature=0.1,  # gamma; SwAV
+            solver="sinkhorn",  # "sinkhorn" (ours: deterministic cost) | "ipot" (paper)
+            epsilon=0.05,  # Sinkhorn's, absolute; SwAV
+            iterations=50,  # ours: 20 leave column errors of 1.5 % on trained features
+            ipot_beta=0.5,  # IPOT's proximal weight; beta / iterations acts as epsilon
+            queue_samples=0,  # newest teacher features of the queue added to the transport problem; SwAV: when batch << codes
+            freeze_steps=0,  # steps before the codebook itself learns; SwAV
+            window_samples=16_384,  # codeword usage is counted over these
+        ),
+        teacher=dict(
+            momentum=at.momentum,  # paper: 0.995
+            momentum_ramp=at.momentum_ramp,  # min(momentum, (1+s)/(10+s)): ours, short runs cannot wait 1/(1-m) steps
+            alpha=0.4,  # weight of soft targets; ALBEF
+            alpha_steps=-1,  # linear from 0 over these; -1: one epoch (ALBEF)
+        ),
+        # ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
+        queue=dict(size=at.queue),
+        # negatives are drawn inside equal groups; 0: data shards x accumulation (ALBEF: one per GPU)
+        itm=dict(groups=0),
+        mlm=dict(
+            probability=0.15,  # BERT
+            max_share=0.25,  # most masked positions per text, as a share of max_tokens; ours: fixed shapes
+            mask_share=0.8,  # BERT
+            random_share=0.1,  # BERT
+        ),
     )
 
-    config.codebook = dict(
-        size=at["codes"],  # paper: 4000
-        temperature=0.1,  # gamma; SwAV
-        solver="sinkhorn",  # "sinkhorn" (ours: deterministic cost) | "ipot" (paper)
-        epsilon=0.05,  # Sinkhorn's, absolute; SwAV
-        iterations=50,  # ours: 20 leave column errors of 1.5 % on trained features
-        ipot_beta=0.5,  # IPOT's proximal weight; beta / iterations acts as epsilon
-        queue_samples=0,  # newest teacher features of the queue added to the transport problem; SwAV: when batch << codes
-        freeze_steps=0,  # steps before the codebook itself learns; SwAV
-        window_samples=16_384,  # codeword usage is counted over these
-    )
 
-    config.teacher = dict(
-        momentum=at["momentum"],  # paper: 0.995
-        momentum_ramp=at[
-            "momentum_ramp"
-        ],  # min(momentum, (1+s)/(10+s)): ours, short runs cannot wait 1/(1-m) steps
-        alpha=0.4,  # weight of soft targets; ALBEF
-        alpha_steps=-1,  # linear from 0 over these; -1: one epoch (ALBEF)
-    )
-
-    config.queue = dict(
-        size=at["queue"]
-    )  # ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
-
-    config.itm = dict(
-        groups=0
-    )  # negatives are drawn inside equal groups; 0: data shards x accumulation (ALBEF: one per GPU)
-
-    config.mlm = dict(
-        probability=0.15,  # BERT
-        max_share=0.25,  # most masked positions per text, as a share of max_tokens; ours: fixed shapes
-        mask_share=0.8,  # BERT
-        random_share=0.1,  # BERT
-    )
-
-    config.optimizer = dict(
-        learning_rate=at["learning_rate"],  # peak; ALBEF: 1e-4
-        learning_rate_ends=at[
-            "learning_rate_ends"
-        ],  # where warm-up starts and cosine ends; ALBEF: 1e-5
-        warmup_steps=at["warmup_steps"],  # ALBEF: 2000
+def optimizer(at: types.SimpleNamespace) -> dict[str, Any]:
+    """AdamW with a warm-up and a cosine."""
+    return dict(
+        learning_rate=at.learning_rate,  # peak; ALBEF: 1e-4
+        learning_rate_ends=at.learning_rate_ends,  # where warm-up starts and cosine ends; ALBEF: 1e-5
+        warmup_steps=at.warmup_steps,  # ALBEF: 2000
         weight_decay=0.02,  # ALBEF
         b1=0.9,
         b2=0.999,
@@ -227,76 +253,81 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         max_bad_steps=10,  # non-finite steps in a row before the run stops
     )
 
-    config.data = dict(
+
+def data(at: types.SimpleNamespace) -> dict[str, Any]:
+    """The pairs, their words and their augmentation."""
+    return dict(
         train="scenes",  # SCHEME:PLACE[?OPTION=VALUE&...], for example json:pairs.json; commas mix several (docs/data.md)
         eval="scenes",  # validation during training, and `--mode=eval` (for `scenes`: its test split) ...
         test="",  # ... unless this names another source
         image_root="",  # folder of listed files; empty: the list's own folder
         path_map="",  # OLD=NEW,...: replaces the beginning of listed paths with a folder of this machine
         damaged_shards="refuse",  # "refuse" | "skip" parts of records: or webdataset: that are missing, truncated, repeated or not UTF-8
-        scenes_examples=at["examples"],  # scenes per epoch
-        global_batch=at["batch"],  # pairs per step over all devices; paper: 512
+        scenes_examples=at.examples,  # scenes per epoch
+        global_batch=at.batch,  # pairs per step over all devices; paper: 512
         tokenizer="",  # folder or hub name; empty: byte-level BPE trained on the training captions
         tokenizer_vocabulary=8192,  # largest size of a trained one
         tokenizer_lowercase=True,  # of a trained one: A is a; ALBEF
         tokenizer_strip_accents=False,  # of a trained one: é is e, and Hindi loses its vowel signs; ours: words stay apart
         teacher_view="independent",  # paper: its own augmented view | "same" (ALBEF)
-        crop_scale=(
-            0.7,
-            1.0,
-        ),  # share of the area kept; ALBEF 0.2-1, but small crops remove what a scene's caption names
+        # share of the area kept; ALBEF 0.2-1, but small crops remove what a scene's caption names
+        crop_scale=(0.7, 1.0),
         crop_ratio=(0.75, 4 / 3),  # ALBEF
         flip=False,  # ALBEF flips; scenes, emoji and text in images must not
         randaugment_layers=0,  # ALBEF: 2; shear, translate and rotate can make a scene's relations false
         randaugment_magnitude=7,  # ALBEF, of 10
         workers=0,  # processes; 0: threads only
-        threads=2 if tiny else 16,  # per process
-        prefetch=4 if tiny else 16,  # batches read ahead
+        threads=at.threads,  # per process
+        prefetch=at.prefetch,  # batches read ahead
         patience_s=600.0,  # longest wait for a batch: then the run saves and exits; it warns every tenth of it
         max_bad_rate=0.01,  # share of unreadable images above which training stops
     )
 
-    config.train = dict(
-        steps=at["steps"],  # base: 30 epochs (paper) of the built-in data
-        memory_check=True,  # stop at start if the estimate does not fit into a device's memory
+
+def run(at: types.SimpleNamespace) -> dict[str, Any]:
+    """How long to train, and when to evaluate and to save."""
+    return dict(
+        train=dict(
+            steps=at.steps,  # base: 30 epochs (paper) of the built-in data
+            memory_check=True,  # stop at start if the estimate does not fit into a device's memory
+        ),
+        evaluation=dict(
+            every_steps=at.evaluate_every_steps,  # 0: only at the end
+            images=-1,  # most images in validation; 0: all; -1: 1 000, and 32 above `tiny` on a CPU. --mode=eval takes all
+            batch=at.evaluation_batch,
+            rerank_top_k=at.rerank_top_k,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
+            rerank_on_schedule=False,  # also during training
+            rerank_add_dual=False,  # add the dual encoder's similarity to the matching logit (BLIP does)
+        ),
+        checkpoint=dict(
+            every_steps=at.save_every_steps,
+            keep=3,  # newest ones; the best in validation is kept too
+        ),
     )
 
-    config.evaluation = dict(
-        every_steps=200 if tiny else 5000,  # 0: only at the end
-        images=-1,  # most images in validation; 0: all; -1: 1 000, and 32 above `tiny` on a CPU. --mode=eval takes all
-        batch=64 if tiny else 256,
-        rerank_top_k=16
-        if tiny
-        else 128,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
-        rerank_on_schedule=False,  # also during training
-        rerank_add_dual=False,  # add the dual encoder's similarity to the matching logit (BLIP does)
-    )
 
-    config.checkpoint = dict(
-        every_steps=200 if tiny else 2000,
-        keep=3,  # newest ones; the best in validation is kept too
+def tools() -> dict[str, Any]:
+    """Export, packing and the check of data."""
+    return dict(
+        export=dict(
+            format="codis",  # "codis", for codebook_jax.load | "huggingface", ViTModel and BertModel | "albef", for its code
+            teacher=False,  # codis: adds the teacher's encoders; doubles the folder
+        ),
+        prepare=dict(
+            source="",  # what --mode=prepare packs; empty: data.train
+            role="train",  # "train" | "validation" | "test": split of the source; the last two get one record per image
+            side_px=512,  # longest allowed shorter side; 0: keep every picture as it is
+            quality=95,  # of re-encoded JPEGs; those small enough are kept as they are
+            shard_records=4096,  # source records per shard
+            processes=0,  # 0: one per CPU
+            beam_runner="",  # DirectRunner, DataflowRunner, ...: Apache Beam instead of local processes
+            beam_options="",  # for Beam, for example "--project=NAME --region=NAME"
+        ),
+        check=dict(
+            processes=0,  # 0: one per CPU
+            decode=True,  # decode every picture; false: only check that it is there
+            least_side_px=32,  # pictures with a smaller shorter side count as tiny
+            near_bits=3,  # perceptual hashes of near-duplicates differ in at most so many of 64 bits
+            max_bad_share=0.05,  # exit code 1 above this share of unusable records, or of evaluation images in training
+        ),
     )
-
-    config.export = dict(
-        format="codis",  # "codis", for codebook_jax.load | "huggingface", ViTModel and BertModel | "albef", for its code
-        teacher=False,  # codis: adds the teacher's encoders; doubles the folder
-    )
-    config.prepare = dict(
-        source="",  # what --mode=prepare packs; empty: data.train
-        role="train",  # "train" | "validation" | "test": split of the source; the last two get one record per image
-        side_px=512,  # longest allowed shorter side; 0: keep every picture as it is
-        quality=95,  # of re-encoded JPEGs; those small enough are kept as they are
-        shard_records=4096,  # source records per shard
-        processes=0,  # 0: one per CPU
-        beam_runner="",  # DirectRunner, DataflowRunner, ...: Apache Beam instead of local processes
-        beam_options="",  # for Beam, for example "--project=NAME --region=NAME"
-    )
-
-    config.check = dict(
-        processes=0,  # 0: one per CPU
-        decode=True,  # decode every picture; false: only check that it is there
-        least_side_px=32,  # pictures with a smaller shorter side count as tiny
-        near_bits=3,  # perceptual hashes of near-duplicates differ in at most so many of 64 bits
-        max_bad_share=0.05,  # exit code 1 above this share of unusable records, or of evaluation images in training
-    )
-    return config.lock()

@@ -132,8 +132,8 @@ TRAINS = """
     world = make_world(pytest.MonkeyPatch())
     world.before_batch = lambda step: print("batch", step, flush=True)
     sys.argv[1:] = ["--config=configs/base.py:tiny", "--workdir=" + os.environ["RUN"]] + [
-        f"--config.{field}" for field in ("data.global_batch=4", "train.steps=12", "log_every_steps=1",
-        "checkpoint.every_steps=4", "evaluation.every_steps=6")]
+        f"--config.{field}" for field in ("data.global_batch=4", "train.steps=12",
+        "log_every_steps=1", "checkpoint.every_steps=4", "evaluation.every_steps=6")]
     main.command()
 """
 
@@ -197,14 +197,16 @@ def test_ctrl_c_in_a_mode_lets_it_clear_up_and_a_second_one_does_not_wait():
     "asked, call, words",
     [
         ("gpuu", "devices.check_platforms()", ("gpuu", "did you mean gpu?", "(cpu)")),
-        ("cuda", "inference.load('.')", ("cuda", "codebook_jax[cuda]", "(cpu)")),
+        ("cuda", "codebook_jax.load('.')", ("cuda", "codebook_jax[cuda]", "(cpu)")),
     ],
 )
 def test_a_platform_that_is_not_here_is_refused_with_what_is(asked, call, words):
     if asked == "cuda" and jax.default_backend() != "cpu":
         pytest.skip("this machine has a GPU")
     script = f"""
-        from codebook_jax import UserError, {call.partition(".")[0]}
+        import codebook_jax
+        from codebook_jax import UserError
+        from codebook_jax.parallel import devices
         try:
             {call}
         except UserError as error:

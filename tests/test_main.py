@@ -2,6 +2,7 @@
 
 import configparser
 import errno
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,13 @@ def parsed(*arguments):
     main.define_flags(values, argv)
     main.parse(argv, values)
     return values
+
+
+def refusal(*arguments):
+    with pytest.raises(UserError) as error:
+        parsed(*arguments)
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+    return str(error.value)
 
 
 def test_the_size_and_every_kind_of_override_are_read():
@@ -51,96 +59,57 @@ def test_a_trained_run_needs_no_config():
 
 
 @pytest.mark.parametrize(
-    "arguments, sentence",
+    "arguments, words",
     [
-        (
-            [CONFIG, WORKDIR, "--config.data.global_bach=3"],
-            "config.data.global_bach: the config has no field global_bach ... did you mean "
-            "global_batch?",
-        ),
-        (
-            [CONFIG, WORKDIR, "--config.dta.global_batch=3"],
-            "config.dta.global_batch: the config has no field dta ... did you mean data?",
-        ),
-        (
-            [CONFIG, WORKDIR, "--noconfig.data.flp"],
-            "noconfig.data.flp: the config has no field flp ... did you mean flip?",
-        ),
-        (
-            [CONFIG, WORKDIR, "--config.train.steps.x", "3"],
-            "config.train.steps.x: config.train.steps is a value and has no fields",
-        ),
-        (
-            [CONFIG, WORKDIR, "--config.data.global_batch=3.5"],
-            "--config.data.global_batch=3.5 needs a whole number",
-        ),
-        (
-            [CONFIG, WORKDIR, "--config.optimizer.b1=high"],
-            "--config.optimizer.b1=high needs a number",
-        ),
-        (
-            [CONFIG, WORKDIR, "--config.data.flip=maybe"],
-            "--config.data.flip=maybe needs true or false",
-        ),
-        ([CONFIG, WORKDIR, "--config.data={}"], "--config.data is a section: set its fields"),
-        ([CONFIG, WORKDIR, "--config.data=3"], "--config.data=3 is a section: set its fields"),
-        (
-            [CONFIG.replace("tiny", "tinny"), WORKDIR],
-            "configs/base.py has no size 'tinny'; the sizes are tiny, small",
-        ),
-        (["--config=configs/bas.py:tiny", WORKDIR], "--config: there is no file "),
-        ([f"--config={ROOT}/configs", WORKDIR], f"--config: Is a directory: '{ROOT}/configs'"),
-        (["--config=", WORKDIR], "--config: Path to config file is an empty string: give"),
-        ([f"--config={ROOT}/README.md", WORKDIR], "--config: the file is not Python"),
+        (["--config.data.global_bach=3"], "config.data.global_bach: .* did you mean global_batch?"),
+        (["--config.dta.global_batch=3"], "config.dta.global_batch: .* did you mean data?"),
+        (["--noconfig.data.flp"], "noconfig.data.flp: .* did you mean flip?"),
+        (["--config.data.xyz=1"], "config.data.xyz: the config has no field xyz"),
+        (["--config.train.steps.x", "3"], "config.train.steps.x: config.train.steps is a value"),
+        (["--config.data.global_batch=3.5"], "--config.data.global_batch=3.5 needs a whole number"),
+        (["--config.optimizer.b1=high"], "--config.optimizer.b1=high needs a number"),
+        (["--config.data.flip=maybe"], "--config.data.flip=maybe needs true or false"),
+        (["--config.data=3"], "--config.data=3 is a section: .*--config.data.FIELD=value"),
+        (["--mode=trian"], "--mode=trian is not one of train, import, eval.* did you mean train?"),
+        (["--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
+        (["--x=a"], "there is no flag --x"),
+        (["--processes=two"], "--processes=two needs a whole number"),
+        (["--config.seed"], ".*--config.seed"),
+        (["seed=3"], "'seed=3' is not a flag"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_named_in_one_sentence(arguments, words):
+    assert re.match(words.replace("?", r"\?"), refusal(CONFIG, WORKDIR, *arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([CONFIG.replace("tiny", "tinny"), WORKDIR], "no size 'tinny'.* did you mean tiny?"),
+        (["--config=configs/bas.py:tiny", WORKDIR], "no file .*did you mean configs/base.py?"),
+        (["--config=elsewhere/base.py:tiny", WORKDIR], "no file .*did you mean configs/base.py?"),
+        (["--config=configs", WORKDIR], "--config: Is a directory: 'configs'"),
+        (["--config=", WORKDIR], "--config: .* empty string: give a file"),
+        (["--config=README.md", WORKDIR], "--config: the file is not Python"),
         (["--config.seed=1", CONFIG, WORKDIR], "--config=FILE goes before the fields it sets"),
         (["--config.seed=1", WORKDIR], "--config=FILE is missing before --config.seed"),
         ([WORKDIR], "--config is missing"),
         ([CONFIG], "--workdir is missing"),
-        (
-            [CONFIG, "--workdir=gs://bucket/run"],
-            "--workdir=gs://bucket/run is not a folder on this machine",
-        ),
-        ([CONFIG, WORKDIR, "--mode=trian"], "--mode=trian is not one of train, import, eval"),
-        ([CONFIG, "--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
-        ([CONFIG, WORKDIR, "seed=3"], "'seed=3' is not a flag"),
+        ([CONFIG, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is not a folder"),
     ],
-    ids=lambda value: value[:40] if isinstance(value, str) else "",
+    ids=str,
 )
-def test_a_mistake_is_one_sentence_that_says_what_to_do(arguments, sentence):
-    with pytest.raises(UserError) as refusal:
-        parsed(*arguments)
-    assert str(refusal.value).startswith(sentence)
-    assert "\n" not in str(refusal.value) and "Traceback" not in str(refusal.value)
-
-
-def test_a_config_file_without_a_config_is_named_in_a_sentence(tmp_path, monkeypatch):
-    for content in ("", "def get_config(): return 3"):
-        monkeypatch.delitem(
-            sys.modules, "config_config", raising=False
-        )  # ml_collections' name for every file
-        (tmp_path / "empty.py").write_text(content)
-        with pytest.raises(UserError, match="get_config"):
-            parsed(f"--config={tmp_path / 'empty.py'}", WORKDIR)
-
-
-@pytest.mark.parametrize(
-    "arguments, near",
-    [
-        ([CONFIG.replace("tiny", "tinny"), WORKDIR], "tiny"),
-        (["--config=configs/bas.py:tiny", WORKDIR], "configs/base.py"),
-        (["--config=elsewhere/base.py:tiny", WORKDIR], "configs/base.py"),
-        ([WORKDIR, "--mode=evla"], "eval"),
-    ],
-)
-def test_a_misspelt_name_is_answered_with_the_one_that_is_near(arguments, near, monkeypatch):
+def test_a_wrong_config_file_or_workdir_is_named_in_one_sentence(arguments, words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match=f"did you mean (.*/)?{near}\\?"):
-        parsed(*arguments)
+    assert re.search(words.replace("?", r"\?"), refusal(*arguments))
 
 
-def test_the_former_name_of_a_mode_leads_to_its_new_one(monkeypatch):
-    monkeypatch.setattr(modes, "RENAMED", {"paint": "export"})
-    assert "--mode=export" in modes.unknown("paint")
+@pytest.mark.parametrize("content", ["", "def get_config(): return 3"])
+def test_a_config_file_without_a_config_is_refused(content, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections' name for all
+    (tmp_path / "empty.py").write_text(content)
+    assert "get_config" in refusal(f"--config={tmp_path / 'empty.py'}", WORKDIR)
 
 
 @pytest.mark.parametrize("name", modes.MODES)

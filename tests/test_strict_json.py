@@ -8,7 +8,6 @@ from codebook_jax.data.manifest import read_manifest
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json
 from codebook_jax.run.checkpoint import Checkpoints
-from codebook_jax.run.metrics import read_rows
 from codebook_jax.run.record import read_record
 from codebook_jax.tasks.pretrain import Pretraining
 
@@ -70,8 +69,3 @@ def test_a_file_of_a_run_that_was_spoiled_is_refused_by_its_name(tmp_path, name,
     with pytest.raises(UserError, match=name) as raised:
         read(tmp_path)
     assert "\n" not in str(raised.value)
-
-
-def test_a_spoiled_row_of_metrics_is_passed_over(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(f'{DEEP}\n{{"step": 1}}\n{{"step": ')
-    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]

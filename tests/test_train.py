@@ -155,25 +155,6 @@ def test_the_step_after_is_under_way_before_scalars_are_read(world, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "field, value, words",
-    [
-        ("train.steps", 0, "config.train.steps=0 is too small: give at least 1"),
-        ("checkpoint.keep", 0, "config.checkpoint.keep=0"),
-        ("optimizer.warmup_steps", -5, "config.optimizer.warmup_steps=-5"),
-        ("model.image.heads", 0, "config.model.image.heads=0"),
-        ("data.max_bad_rate", 1.5, "share of the images"),
-        ("data.crop_scale", (0.9, 0.5), "is not a range"),
-        ("data.crop_ratio", ("hello",), "is not a range"),
-    ],
-)
-def test_numbers_the_loop_cannot_run_with_are_refused(field, value, words):
-    config = config_of()
-    config.update_from_flattened_dict({field: value})
-    with pytest.raises(UserError, match=words):
-        build.check(config)
-
-
-@pytest.mark.parametrize(
     "field, value",
     [
         ("evaluation.batch", 0),

@@ -25,10 +25,10 @@ from typing import Any
 import jax
 import ml_collections
 
+from codebook_jax.config import with_fields
 from codebook_jax.console import say
 from codebook_jax.parallel import sharding, slices
 from codebook_jax.parallel.memory import MARGIN, Planner, size_of
-from codebook_jax.run import record as records
 
 
 def kept(
@@ -40,7 +40,7 @@ def kept(
     own = record["config"]["mesh"]["fsdp"]
     if not sharding.fits(config.mesh.data, own, config.mesh.tensor, slices=config.mesh.slices):
         return config
-    return records.with_fields(config, {"mesh.fsdp": own})
+    return with_fields(config, {"mesh.fsdp": own})
 
 
 def chosen(config: ml_collections.ConfigDict, planner: Planner) -> ml_collections.ConfigDict:
@@ -58,7 +58,7 @@ def chosen(config: ml_collections.ConfigDict, planner: Planner) -> ml_collection
     planner.settle({"mesh.fsdp": fsdp})
     if why:
         say(f"config.mesh.fsdp={fsdp}, chosen: {why}")
-    return records.with_fields(config, {"mesh.fsdp": fsdp})
+    return with_fields(config, {"mesh.fsdp": fsdp})
 
 
 def of_trained(
@@ -70,14 +70,12 @@ def of_trained(
     own = record["config"]["mesh"]["fsdp"]
     free = not asked or not config.mesh.fsdp
     if not config.mesh.fsdp:
-        config = records.with_fields(config, {"mesh.fsdp": own})
+        config = with_fields(config, {"mesh.fsdp": own})
     of = config.mesh
     if not free or sharding.fits(of.data, of.fsdp, of.tensor, slices=of.slices):
         return config
     share = math.gcd(max(own, 1), jax.device_count())  # trained on other devices
-    return records.with_fields(
-        config, {"mesh": {"data": -1, "fsdp": share, "tensor": 1, "slices": 0}}
-    )
+    return with_fields(config, {"mesh": {"data": -1, "fsdp": share, "tensor": 1, "slices": 0}})
 
 
 def possible(mesh: Any, asked_slices: int) -> list[int]:

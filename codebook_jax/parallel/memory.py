@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from codebook_jax.config import restart_of, with_fields
 from codebook_jax.console import say
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
@@ -31,7 +32,6 @@ from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.capacity import device_memory
 from codebook_jax.parallel.liveness import Bytes, peak
-from codebook_jax.run import record as records
 
 MARGIN = (
     0.05  # share of a device's memory left free for fragmentation and libraries' own workspaces
@@ -101,7 +101,7 @@ class Planner:
 
     def settle(self, changes: Mapping[str, Any]) -> None:
         """Applies `changes` to the config that all later changes are based on."""
-        self.config = records.with_fields(self.config, changes)
+        self.config = with_fields(self.config, changes)
 
     def with_changes(
         self, changes: Mapping[str, Any]
@@ -118,7 +118,7 @@ class Planner:
 
     def possible(self, changes: Mapping[str, Any]) -> bool:
         """Whether the run, which may already exist, can be started with `changes`."""
-        if self.has_checkpoint and any(records.kind_of(name) != "free" for name in changes):
+        if self.has_checkpoint and any(restart_of(name) != "free" for name in changes):
             return False
         try:
             self.with_changes(changes)
@@ -187,7 +187,7 @@ class Planner:
         candidates.
         """
         rows = max(config.data.global_batch // shards, 2)
-        own = records.with_fields(
+        own = with_fields(
             config,
             {
                 "data.global_batch": rows,

@@ -7,13 +7,18 @@ page.py writes a page from its template, including the stylesheet, the script, t
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 import ml_collections
 
 
-def report(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
+def report(
+    config: ml_collections.ConfigDict | None,
+    workdir: Path | str,
+    flags: Container[str] | None = None,
+) -> None:
     """Writes `report.html` into a run's workdir and prints its path; see run.py."""
     from codebook_jax.report import run
 
-    run.write_report(config, Path(workdir).absolute())
+    run.write_report(config, Path(workdir).absolute(), flags)

@@ -4,7 +4,7 @@ which settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from codebook_jax import build
+from codebook_jax.config import changed_fields, flat
 from codebook_jax.console import say
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
@@ -28,7 +29,6 @@ from codebook_jax.report.page import FILE, Pictures, write_page
 from codebook_jax.run import metrics
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints
-from codebook_jax.tools import evaluate
 
 MOST_IMAGES = 1000  # of the test data
 
@@ -43,7 +43,9 @@ class Encoded(NamedTuple):
     codewords: np.ndarray | None  # float [codes, dim]; None: trained without the codebook loss
 
 
-def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
+def write_report(
+    config: ml_collections.ConfigDict | None, workdir: Path, flags: Container[str] | None = None
+) -> None:
     """Writes `report.html`: the curves and, if there is a checkpoint, what the best one in
     validation finds in test data.
 
@@ -51,7 +53,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
     that holds no run.
     """
     check_outputs(workdir, (FILE,))
-    parts = build.build_trained(config, workdir)
+    parts = build.build_trained(config, workdir, flags)
     record = records.read_record(workdir)
     encoded = _encoded(parts, workdir)
     if jax.process_index() != 0:
@@ -60,7 +62,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
     rows = metrics.read_rows(path) if path.exists() else []
     pictures = Pictures()
     seen = None if encoded is None else what_is_seen(encoded, parts.config, pictures)
-    differs = {} if config is None else records.changed_fields(config.to_dict(), record["config"])
+    differs = {} if config is None else changed_fields(config.to_dict(), record["config"])
     write_page(
         workdir / FILE,
         "run.html",
@@ -71,7 +73,7 @@ def write_report(config: ml_collections.ConfigDict | None, workdir: Path) -> Non
         seen=seen,
         pictures=pictures,
         record=record,
-        settings=records.flat(record["config"]),
+        settings=flat(record["config"]),
         differs=differs,
         compared=config is not None,
     )
@@ -167,7 +169,7 @@ def _encoded(parts: build.Parts, workdir: Path) -> Encoded | None:
     ) as checkpoints:
         if checkpoints.step_to_use() is None:
             return None
-    restored = evaluate.restore_trained(parts, workdir, ("student",))
+    restored = build.restore_trained(parts, workdir, ("student",))
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test")
     images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)

@@ -1,6 +1,4 @@
-"""What a run reports, from process 0: metrics.jsonl, TensorBoard, progress, and sentences to its
-user.
-"""
+"""What a run reports, from process 0: metrics.jsonl, TensorBoard and progress."""
 
 from __future__ import annotations
 
@@ -27,20 +25,19 @@ Scalar = int | float | str | None
 class Metrics:
     """The rows of `metrics.jsonl`, also written to TensorBoard; only process 0 writes.
 
-    Opening it at `step` removes what a killed run wrote after the checkpoint of that step, so that
-    a resumed run leaves the same rows as an uninterrupted one; `redo_evaluation` removes the
-    evaluation of `step` too.
+    Opened at `step`, it removes the rows that a killed run wrote after the checkpoint of that step
+    (with `redo_evaluation` its evaluation too), so that no resumed run leaves a row twice.
     """
 
     def __init__(self, workdir: Path | str, *, step: int, redo_evaluation: bool = False) -> None:
-        self._path = Path(workdir) / FILE
         self._file, self._events = None, None
         if jax.process_index() == 0:
-            _cut(self._path, step, redo_evaluation)
-            self._file = open(self._path, "a", encoding="utf-8")
-            self._events = tensorboardX.SummaryWriter(
-                str(workdir), purge_step=step + 1 if step else None
-            )
+            path = Path(workdir) / FILE
+            if path.exists():
+                _cut(path, step, redo_evaluation)
+            self._file = open(path, "a", encoding="utf-8")
+            purged = step + 1 if step else None
+            self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=purged)
 
     def __enter__(self) -> Metrics:
         return self
@@ -69,10 +66,8 @@ class Metrics:
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The complete rows of a metrics.jsonl, in order, without rows and values that `Metrics` cannot
-    have written.
-
-    Raises UserError if it is a folder.
+    """The rows of a metrics.jsonl, without those and the values that `Metrics` cannot have written;
+    raises UserError if it is a folder.
     """
     rows = []
     try:
@@ -95,12 +90,12 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
 
 
 class Clock:
-    """Where the time of the steps since the last report went; all times are seconds."""
+    """Where the time of the steps since the last report went, in seconds."""
 
     def __init__(self) -> None:
-        self.reset()
+        self._reset()
 
-    def reset(self) -> None:
+    def _reset(self) -> None:
         self._start, self._waited, self._paused, self._steps = time.monotonic(), 0.0, 0.0, 0
 
     def waited(self, seconds: float) -> None:
@@ -115,26 +110,23 @@ class Clock:
     def report(self, global_batch: int) -> dict[str, float]:
         """The `time/...` scalars of the steps since the last report; then starts again."""
         spent = max(time.monotonic() - self._start - self._paused, 1e-9)
-        steps = max(self._steps, 1)
-        row = {
+        steps, waited = max(self._steps, 1), self._waited
+        self._reset()
+        return {
             "time/step_s": spent / steps,
             "time/pairs_per_s": global_batch * steps / spent,
-            "time/data_wait_share": min(self._waited / spent, 1.0),
+            "time/data_wait_share": min(waited / spent, 1.0),
         }
-        self.reset()
-        return row
 
 
 class ProgressReport:
-    """On a terminal a bar with the time left, elsewhere a line per report; only process 0 shows
-    anything.
-    """
+    """On a terminal a bar with the time left, elsewhere a line per report; on process 0 alone."""
 
     def __init__(self, *, start: int, steps: int) -> None:
-        self._steps, self._start, self._began = steps, start, time.monotonic()
-        self._bar: Bar | None = None
+        self._steps, self._start = steps, start
         self._silent = jax.process_index() != 0
-        self._pace: float | None = None
+        self._bar: Bar | None = None
+        self._pace: float | None = None  # seconds per step, lately
 
     def __enter__(self) -> ProgressReport:
         if not self._silent and sys.stderr.isatty():
@@ -153,13 +145,15 @@ class ProgressReport:
         """Shows a logged row: loss, pace, share of the time spent waiting for data, time left."""
         if self._silent:
             return
-        step_s = float(row["time/step_s"])
+        step_s, loss = float(row["time/step_s"]), row["loss"]
         if step > self._start + 1:  # the first step compiles
             self._pace = step_s if self._pace is None else 0.7 * self._pace + 0.3 * step_s
         left = "" if self._pace is None else f"  {duration((self._steps - step) * self._pace)} left"
+        known = loss is not None and math.isfinite(loss)
         text = (
-            f"loss {_short(row['loss'])}  {step_s:.3g} s/step  {row['time/pairs_per_s']:.3g} "
-            f"pairs/s  data wait {row['time/data_wait_share']:.0%}{left}"
+            f"loss {f'{loss:.4g}' if known else 'not finite'}  {step_s:.3g} s/step  "
+            f"{row['time/pairs_per_s']:.3g} pairs/s  "
+            f"data wait {row['time/data_wait_share']:.0%}{left}"
         )
         if self._bar is not None:
             self._bar.update(step, text)
@@ -168,11 +162,7 @@ class ProgressReport:
 
 
 def _cut(path: Path, step: int, redo_evaluation: bool) -> None:
-    """Drops the rows after `step` and half-written ones; the file is replaced whole or not at
-    all.
-    """
-    if not path.exists():
-        return
+    """Removes the rows after `step`, and half-written ones, from a file."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
     if redo_evaluation:
         rows = [row for row in rows if row["step"] < step or not is_evaluation(row)]
@@ -181,9 +171,9 @@ def _cut(path: Path, step: int, redo_evaluation: bool) -> None:
 
 
 def _is_scalar(value: Any) -> bool:
-    if isinstance(value, str | float | None):
-        return True
-    return isinstance(value, int) and abs(value) < 2**63  # larger ones are no floats
+    if isinstance(value, int):
+        return abs(value) < 2**63  # larger ones are no floats
+    return isinstance(value, str | float | None)
 
 
 def _value(scalar: Any) -> Scalar:
@@ -191,7 +181,3 @@ def _value(scalar: Any) -> Scalar:
         return scalar
     number = scalar.item() if hasattr(scalar, "item") else scalar
     return number if math.isfinite(number) else None
-
-
-def _short(value: Scalar) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-from codebook_jax.config import check_values
+from codebook_jax.config import check_fields
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Source
@@ -154,7 +154,7 @@ class OverMesh:
     @staticmethod
     def check(config: ml_collections.ConfigDict) -> None:
         """Nothing beyond the range of each field."""
-        check_values(config)
+        check_fields(config)
 
     @staticmethod
     def resolve(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,6 @@ from codebook_jax.parallel import sharding
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Restored, reason
 from codebook_jax.run.ownership import owned
-from codebook_jax.tools import evaluate
 from codebook_jax.weights.load import FOLDER, FORMAT, MANIFEST
 from codebook_jax.weights.write import write_albef, write_huggingface
 
@@ -72,12 +71,16 @@ FORMATS = {
 }
 
 
-def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
+def export(
+    config: ml_collections.ConfigDict | None,
+    workdir: Path | str,
+    flags: Container[str] | None = None,
+) -> None:
     """Writes the best checkpoint by validation into `workdir`; replaces an older export once
-    complete.
+    complete. `config` and `flags`: see `build.build_trained`.
     """
     workdir = Path(workdir).absolute()
-    parts = build.build_trained(config, workdir)
+    parts = build.build_trained(config, workdir, flags)
     name = parts.config.export.format
     if name not in FORMATS:
         raise UserError(f"config.export.format={name!r} is not one of {', '.join(FORMATS)}")
@@ -89,7 +92,7 @@ def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> Non
     draft, first = _draft(folder), jax.process_index() == 0
     with _alone(folder) if first else contextlib.nullcontext():
         _together("the draft's folder is empty")
-        restored = evaluate.restore_trained(parts, workdir, items)
+        restored = build.restore_trained(parts, workdir, items)
         if name == "codis":
             _write(draft, parts, restored, items)
         else:

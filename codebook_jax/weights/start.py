@@ -21,9 +21,10 @@ import jax
 import ml_collections
 import numpy as np
 
+from codebook_jax.config import with_fields
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
-from codebook_jax.run.record import recorded_config, with_fields
+from codebook_jax.run.record import recorded_config
 from codebook_jax.weights import albef, own, recognise
 from codebook_jax.weights.files import WORDS, read_weights
 from codebook_jax.weights.fill import Filled, fill

@@ -14,13 +14,11 @@ import pytest
 from small_run import ROOT
 
 import codebook_jax
-from codebook_jax import build, train
+from codebook_jax import build, files, train
+from codebook_jax.build import restore_trained
 from codebook_jax.errors import UserError
-from codebook_jax.files import check_outputs, write_json, written_whole
-from codebook_jax.run import record as records
 from codebook_jax.run.ownership import owned
 from codebook_jax.tools import check_data, evaluate, export, prepare
-from codebook_jax.tools.evaluate import restore_trained
 from codebook_jax.tools.import_weights import import_weights
 from codebook_jax.tools.plan import PlanOptions, foresight, plan
 from configs import base
@@ -94,7 +92,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_start(
     def probe(folder):
         raise OSError(number, os.strerror(number), str(folder))
 
-    monkeypatch.setattr(records, "write_probe", probe)
+    monkeypatch.setattr(files, "write_probe", probe)
     with pytest.raises(UserError) as refusal:
         MODES[mode](tmp_path)
     assert str(tmp_path) in str(refusal.value) and os.strerror(number) in str(refusal.value)
@@ -115,7 +113,7 @@ def test_a_place_that_cannot_be_is_refused_at_the_start(mode, place, tmp_path):
 
 def test_a_name_too_long_for_the_draft_is_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match=os.strerror(errno.ENAMETOOLONG)):
-        check_outputs(tmp_path, ("n" * 250,))
+        files.check_outputs(tmp_path, ("n" * 250,))
 
 
 def test_a_folder_that_cannot_be_replaced_is_refused_at_the_start(tmp_path, monkeypatch):
@@ -144,10 +142,25 @@ def test_a_workdir_in_use_is_refused_at_the_start(mode, tmp_path):
         MODES[mode](tmp_path)
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    files.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a.json", {"new": float("nan")})
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        files.write_json(tmp_path / "a.json", {"new": 1})
+    assert files.parse_json((tmp_path / "a.json").read_bytes()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_two_that_write_one_file_at_once_leave_the_whole_of_one(tmp_path):
     path = tmp_path / "eval.json"
-    with written_whole(path) as one:
-        with written_whole(path) as two:  # on another host, with the same process number
+    with files.written_whole(path) as one:
+        with files.written_whole(path) as two:  # on another host, with the same process number
             two.write("two")
         one.write("one")
     assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
@@ -156,7 +169,7 @@ def test_two_that_write_one_file_at_once_leave_the_whole_of_one(tmp_path):
 def test_a_file_that_cannot_be_written_in_the_end_is_a_sentence(tmp_path):
     (tmp_path / "eval.json").mkdir()
     with pytest.raises(UserError, match="eval.json cannot be written"):
-        write_json(tmp_path / "eval.json", {})
+        files.write_json(tmp_path / "eval.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
 
 

@@ -270,7 +270,8 @@ def test_a_config_given_to_evaluate_a_run_keeps_the_runs_own_data_unless_a_flag_
     record = json.loads((workdir / "config.json").read_text())
     record["config"]["data"]["eval"] = f"json:{tmp_path / 'own.json'}"
     (workdir / "config.json").write_text(json.dumps(record))
-    assert build.with_own_data(config_of(), workdir, {"data.eval"}).data.eval == "scenes"
+    used = build.build_trained(config_of(), workdir, {"data.eval"}).config
+    assert used.data.eval == "scenes"
     done = subprocess.run(
         [*command(workdir), "--mode=eval"],
         env=one_device_environment,

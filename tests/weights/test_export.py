@@ -19,7 +19,7 @@ from codebook_jax import build
 from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
-from codebook_jax.tools import evaluate, export
+from codebook_jax.tools import export
 from codebook_jax.weights import load as inference
 
 TEXTS = ["a red circle above a blue star", "a green ring", "a large moon left of a small cross"]
@@ -82,7 +82,7 @@ def test_an_export_alone_in_a_fresh_process_computes_what_the_checkpoint_compute
     exported, pictures, one_device, tmp_path
 ):
     parts = build.build_trained(None, exported.run)
-    restored = evaluate.restore_trained(parts, exported.run, ("student", "teacher"))
+    restored = build.restore_trained(parts, exported.run, ("student", "teacher"))
     state, task = restored.state, parts.task
     pixels = np.stack([resize_square(image, SMALL["model.image.size_px"]) for image in pictures])
     tokens, lengths, _ = parts.tokenizer.encode(TEXTS, 24)

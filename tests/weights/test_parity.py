@@ -20,7 +20,7 @@ from codebook_jax.data.text import Vocabulary
 from codebook_jax.models import codis
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
-from codebook_jax.tools import evaluate, export
+from codebook_jax.tools import export
 from codebook_jax.weights import start
 from configs import base
 
@@ -31,7 +31,7 @@ def exported(straight, tmp_path, one_device):
     workdir = shutil.copytree(straight.workdir, tmp_path / "run")
     export.export(config_of(**{"export.format": "huggingface"}), workdir)
     parts = build.build_trained(None, workdir)
-    student = evaluate.restore_trained(parts, workdir, ("student",)).state.student
+    student = build.restore_trained(parts, workdir, ("student",)).state.student
     return parts, student, workdir / "export_huggingface"
 
 

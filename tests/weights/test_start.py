@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from test_albef import GOLDEN, albef_config
 from test_towers import GOLDENS, IMAGES, TEXT, WORDS
 
-from codebook_jax.config import check
+from codebook_jax.build import check
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding

@@ -14,11 +14,11 @@ import ml_collections
 
 from codebook_jax import build
 from codebook_jax import config as checks
+from codebook_jax.config import with_fields
 from codebook_jax.console import say
 from codebook_jax.errors import UserError
 from codebook_jax.files import write_json
 from codebook_jax.parallel import axes, memory, sharding
-from codebook_jax.run import record as records
 from codebook_jax.tools.plan import hlo, operations, report, timing, tpu
 from codebook_jax.tools.plan.chips import Chip, chip_of
 from codebook_jax.tools.plan.options import PlanOptions
@@ -103,7 +103,7 @@ def _check_options(options: PlanOptions) -> None:
     """Raises UserError if the devices or slices do not fit, or if the file's folder does not
     exist.
     """
-    if options.json and not Path(options.json).expanduser().absolute().parent.is_dir():
+    if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(
             f"--plan.json={options.json}: there is no folder {Path(options.json).parent}"
         )
@@ -128,7 +128,7 @@ def _check_options(options: PlanOptions) -> None:
 def _plannable(config: ml_collections.ConfigDict, slices: int) -> ml_collections.ConfigDict:
     """The config, checked; no data is read for a plan, so it need not name any."""
     named = {f"data.{name}": config.data[name] or "scenes" for name in ("train", "eval")}
-    config = records.with_fields(config, named | {"mesh.slices": slices})
+    config = with_fields(config, named | {"mesh.slices": slices})
     checks.check(config)
     if config.task not in build.TASKS:
         raise UserError(

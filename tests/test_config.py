@@ -1,0 +1,136 @@
+"""Every field of every config has a rule, and what breaks a rule is refused with its value."""
+
+import functools
+import math
+import runpy
+
+import ml_collections
+import pytest
+from small_run import ROOT
+
+from codebook_jax.config import FIELDS, Field, Number, check_fields, field_of, flat, whole
+from codebook_jax.errors import UserError
+from codebook_jax.tasks.limits import check
+from configs import base
+
+RECIPES = [("base.py", size) for size in base.SIZES]
+RECIPES += [("albef.py", size) for size in base.SIZES] + [("pretrain_4m.py", "base")]
+NAMES = list(flat(base.get_config("tiny").to_dict()))
+NUMBERS = [name for name in NAMES if isinstance(field_of(name).rule, Number)]
+
+
+def shipped(file, size):
+    return runpy.run_path(str(ROOT / "configs" / file))["get_config"](size)
+
+
+def config_of(**fields):
+    """The tiny config with these fields, of whatever type."""
+    values = base.get_config("tiny").to_dict()
+    for name, value in fields.items():
+        *sections, last = name.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[last] = value
+    return ml_collections.ConfigDict(values)
+
+
+def outside(rule):
+    """Values that a number's rule must refuse: just outside its limits, and what is no number."""
+    step = 1 if rule.whole else 1e-6
+    limits = (rule.least - step, rule.most + step, rule.above, rule.below)
+    values = [value for value in limits if math.isfinite(value)]
+    return [*values, math.nan, math.inf, -math.inf, True, "1", None, *([1.5] if rule.whole else [])]
+
+
+@pytest.mark.parametrize("file, size", RECIPES)
+def test_every_field_has_a_rule_and_every_recipe_keeps_them(file, size):
+    config = shipped(file, size)
+    assert [name for name in flat(config.to_dict()) if field_of(name) is None] == []
+    check_fields(config)
+    config.data.train = config.data.train or "json:pairs.json"
+    config.data.eval = config.data.eval or "json:pairs.json"
+    check(config)
+
+
+def test_every_rule_is_of_some_field():
+    used = [field_of(name) for name in NAMES]
+    assert [name for name, field in FIELDS.items() if not any(field is one for one in used)] == []
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_outside_its_range_is_refused_with_its_field_and_value(name):
+    for value in outside(field_of(name).rule):
+        with pytest.raises(UserError) as refusal:
+            check_fields(config_of(**{name: value}))
+        assert f"config.{name}={value!r} " in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("codebook.epsilon", 0),
+        ("codebook.temperature", 0.0),
+        ("alignment.temperature", -0.07),
+        ("optimizer.learning_rate", -1),
+        ("optimizer.weight_decay", -1),
+        ("optimizer.b1", 2),
+        ("optimizer.eps", 0),
+        ("model.text.dropout", 1.0),
+        ("mesh.fsdp", -2),
+        ("prepare.quality", 101),
+        ("model.dtype", "float16"),
+        ("model.attention", "flash"),
+        ("codebook.solver", ""),
+        ("data.teacher_view", 3),
+        ("data.damaged_shards", ["refuse"]),
+        ("data.flip", 1),
+        ("train.memory_check", "true"),
+        ("data.train", None),
+        ("init", 0),
+        ("data.crop_scale", (0.9, 0.5)),
+        ("data.crop_scale", (0.0, 0.5)),
+        ("data.crop_ratio", (1.0, math.nan)),
+        ("data.crop_ratio", (1.0,)),
+        ("data.crop_ratio", ("a", "b")),
+        ("data.crop_ratio", 0.5),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_its_field(name, value):
+    with pytest.raises(UserError) as refusal:
+        check_fields(config_of(**{name: value}))
+    assert f"config.{name}={value!r} " in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "changes, numbers",
+    [
+        ({"data.train": ""}, ("data.train",)),
+        ({"data.eval": ""}, ("data.eval",)),
+        ({f"losses.{name}": 0.0 for name in base.get_config().losses}, ("config.losses",)),
+        ({"queue.size": 63}, ("queue.size=63", "data.global_batch=64")),
+        ({"codebook.queue_samples": 65}, ("codebook.queue_samples=65", "queue.size=64")),
+        ({"alignment.temperature": 0.6}, ("temperature=0.6", "temperature_max=0.5")),
+        ({"alignment.temperature_min": 0.7}, ("temperature_min=0.7", "temperature_max=0.5")),
+        ({"mlm.random_share": 0.3}, ("mlm.mask_share=0.8", "mlm.random_share=0.3")),
+        ({"model.text.max_tokens": 65}, ("max_tokens=65", "max_positions=64")),
+        ({"model.image.size_px": 65}, ("size_px=65", "patch_px=8")),
+        ({"model.image.heads": 3}, ("model.image.width=128", "model.image.heads=3")),
+        ({"model.text.heads": 3}, ("model.text.width=128", "model.text.heads=3")),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_fields_that_do_not_fit_together_are_refused_with_both(changes, numbers):
+    with pytest.raises(UserError) as refusal:
+        check(config_of(**changes))
+    assert all(number in str(refusal.value) for number in numbers)
+
+
+def test_a_field_that_a_config_file_lacks_is_named():
+    values = base.get_config("tiny").to_dict()
+    del values["data"]["patience_s"]
+    with pytest.raises(UserError, match=r"config\.data\.patience_s is missing"):
+        check_fields(ml_collections.ConfigDict(values))
+
+
+def test_a_task_may_bring_fields_of_its_own():
+    fields = {"vqa.answers": Field(whole(2))}
+    with pytest.raises(UserError, match=r"config\.vqa\.answers=1 "):
+        check_fields(ml_collections.ConfigDict({"vqa": {"answers": 1}, "other": -1}), fields)
