@@ -78,7 +78,6 @@ def test_a_number_outside_its_range_is_refused_with_its_field_and_value(name):
         ("prepare.quality", 101),
         ("model.dtype", "float16"),
         ("model.attention", "flash"),
-        ("codebook.solver", ""),
         ("data.teacher_view", 3),
         ("data.damaged_shards", ["refuse"]),
         ("data.flip", 1),

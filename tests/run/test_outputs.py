@@ -18,6 +18,8 @@ from codebook_jax import build, files, train
 from codebook_jax.build import restore_trained
 from codebook_jax.errors import UserError
 from codebook_jax.run.ownership import owned
+from codebook_jax.tasks.pretrain import Pretraining
+from codebook_jax.tasks.task import Evaluation
 from codebook_jax.tools import check_data, evaluate, export, prepare
 from codebook_jax.tools.import_weights import import_weights
 from codebook_jax.tools.plan import PlanOptions, foresight, plan
@@ -40,7 +42,7 @@ def nothing_is_loaded(monkeypatch):
     monkeypatch.setattr(foresight, "foresee", load)
     for module, name in (
         (build, "build_training"),
-        (evaluate, "restore_trained"),
+        (build, "restore_trained"),
         (prepare, "source_of"),
         (check_data, "source_of"),
     ):
@@ -176,13 +178,12 @@ def test_a_file_that_cannot_be_written_in_the_end_is_a_sentence(tmp_path):
 def test_an_evaluation_is_shown_though_it_cannot_be_written(tmp_path, monkeypatch, capsys):
     def evaluated(*_, **__):
         (tmp_path / "eval.json").mkdir()  # since it was looked at
-        return {"student/dual": {"txt_r1": 12.34}}
+        return Evaluation({"student/dual": {}}, {}, 0.0, "", "", "R@1 12.34")
 
-    monkeypatch.setattr(evaluate, "restore_trained", lambda *_, **__: SimpleNamespace(state=None))
+    task = SimpleNamespace(checkpoint_items=Pretraining.checkpoint_items, evaluate=evaluated)
+    monkeypatch.setattr(build, "restore_trained", lambda *_: SimpleNamespace(state=None))
     monkeypatch.setattr(evaluate, "source_of", lambda *_: [])
-    monkeypatch.setattr(evaluate.retrieval, "evaluate", evaluated)
-    monkeypatch.setattr(evaluate.retrieval, "format_table", str)
-    parts = SimpleNamespace(config=config_of(), task=None, tokenizer=None)
+    parts = SimpleNamespace(config=config_of(), task=task, tokenizer=None)
     monkeypatch.setattr(build, "build_trained", lambda *_: parts)
     with pytest.raises(UserError, match="eval.json"):
         evaluate.evaluate(None, tmp_path)
@@ -206,8 +207,11 @@ def test_a_checkpoint_that_training_removed_is_not_called_damaged(
             raise FileNotFoundError(step)
 
     step.mkdir(parents=True)
-    parts = SimpleNamespace(config=config_of(), task=SimpleNamespace(abstract_state=lambda: None))
-    monkeypatch.setattr(evaluate, "Checkpoints", lambda *_, **__: contextlib.nullcontext(Damaged()))
+    task = SimpleNamespace(
+        checkpoint_items=Pretraining.checkpoint_items, abstract_state=lambda: None
+    )
+    parts = SimpleNamespace(config=config_of(), task=task)
+    monkeypatch.setattr(build, "Checkpoints", lambda *_, **__: contextlib.nullcontext(Damaged()))
     with pytest.raises(UserError, match=f"step 5 .*{advice}"):
         restore_trained(parts, tmp_path, ("student",))
 

@@ -6,7 +6,7 @@ import subprocess
 import jax
 import pytest
 
-from codebook_jax.config import flat
+from codebook_jax.config import flat, with_fields
 from codebook_jax.errors import UserError
 from codebook_jax.run import record as records
 from codebook_jax.tasks import limits
@@ -15,7 +15,8 @@ from configs import base
 
 def resolved(config, record, *, shards):
     before = None if record is None else records.recorded_config(record)
-    return limits.resolve(config, before, shards=shards, examples=1000)
+    found = limits.resolve(config, before, shards=shards, examples=1000)
+    return with_fields(config, {"itm.groups": found.itm.groups})
 
 
 def config_of(size="tiny", **changes):
