@@ -1,4 +1,4 @@
-"""The files that check-data writes: its numbers, the usable pairs, and what is unusable and why."""
+"""What check-data prints and writes: the numbers, the usable pairs, what is unusable and why."""
 
 from __future__ import annotations
 
@@ -6,81 +6,126 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.files import written_whole
-from codebook_jax.tools.check_data.findings import Part
-from codebook_jax.tools.check_data.inspection import is_of_files
+from codebook_jax.files import write_json, written_whole
+from codebook_jax.report.page import FILE as PAGE
+from codebook_jax.tools.check_data.findings import COUNTS, Leak, Part
+from codebook_jax.tools.check_data.inspection import has_files, pieces_of
+from codebook_jax.tools.check_data.page import write_page
 
-SKIPPED, PAGE = "skipped.tsv", "report.html"
-ERRORS = "backslashreplace"  # for lone surrogates in names and captions
-
-
-def is_own(name: str) -> bool:
-    """Whether check-data writes a file of this name."""
-    return name in (CHECK, USABLE, SKIPPED, PAGE)
+SKIPPED = "skipped.tsv"
+FILES = (CHECK, USABLE, SKIPPED, PAGE)
+_ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 
 
-def image_root(training: Part) -> str | None:
+class Check(NamedTuple):
+    """Everything that was found; of a mixture first the whole, then each source."""
+
+    training: list[Part]
+    others: list[Part]  # validation and test
+    leaks: list[Leak]
+    verdicts: list[str]  # a sentence on each share above the limit
+
+
+def write(workdir: Path, check: Check) -> str | None:
+    """Prints the table and writes the files; returns the folder that holds the pictures, None if
+    they are not files.
+    """
+    parts = [*check.training, *check.others]
+    counts = [part.counts() for part in parts]
+    rows = [["", *(part.label for part in parts)]]
+    rows += [[label, *(f"{c[name]:,}" for c in counts)] for name, (label, _) in COUNTS.items()]
+    _print(rows, check)
+    root = _image_root(check.training[0])
+    _write_usable(workdir / USABLE, check.training[0], root)
+    _write_skipped(workdir / SKIPPED, parts)
+    write_page(workdir / PAGE, rows, parts, check.leaks, check.verdicts)
+    write_json(
+        workdir / CHECK,
+        {
+            "listed": counts[0]["listed"],
+            "usable": counts[0]["usable"],
+            "image_root": root,
+            "max_tokens": parts[0].max_tokens,
+            "sources": [
+                {"label": part.label, "source": repr(part.source), **count}
+                | {"most_repeated": part.most_repeated}
+                for part, count in zip(parts, counts, strict=True)
+            ],
+            "leaks": [leak.counts() | {"pictures": leak.pictures()} for leak in check.leaks],
+            "verdicts": check.verdicts,
+        },
+    )
+    return root
+
+
+def _print(rows: Sequence[Sequence[str]], check: Check) -> None:
+    table = Table()
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(table)
+    for count in (leak.counts() for leak in check.leaks):
+        console.print(
+            f"{count['leaked']:,} of {count['images']:,} pictures of {count['evaluation']} are in "
+            f"training, or look like one there ({count['same_content']:,} the same file, "
+            f"{count['same_look']:,} look the same; {count['same_name_alone']:,} more have only "
+            "the same name)"
+        )
+    for sentence in check.verdicts:
+        console.print(f"problem: {sentence}")
+
+
+def _image_root(training: Part) -> str | None:
     """The folder that holds all usable pictures; None if there are none, or they are not separate
     files.
     """
-    source = training.source
-    pieces = source.sources if isinstance(source, Mixture) else [source]
-    if not all(map(is_of_files, pieces)):
+    source, images = training.source, training.images
+    if not all(map(has_files, pieces_of(source))):
         return None
-    images = training.images
-    folders = {
-        os.path.dirname(source[record].image) for record in images.first[images.usable].tolist()
-    }
+    usable = images.first[images.usable].tolist()
+    folders = {os.path.dirname(source[record].image) for record in usable}
     return os.path.commonpath(folders) if folders else None
 
 
-def write_usable(path: Path, parts: Sequence[Part], root: str | None) -> None:
-    """One usable record per line: for `json:` if pictures are files, else its position in the
-    source.
-
-    `parts` are the sources of a mixture, or the one source; images of different sources are never
-    the same image.
-    """
-    first_id = 0
-    with written_whole(path, errors=ERRORS) as file:
-        for part in parts:
-            for record in np.flatnonzero(part.usable_records).tolist():
-                entry = (
-                    _place(part, record) if root is None else _pair(part, record, root, first_id)
-                )
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            first_id += part.source.listed
+def _write_usable(path: Path, part: Part, root: str | None) -> None:
+    """One usable record per line: for `json:` if pictures are files, else its position."""
+    source = part.source
+    with written_whole(path, errors=_ERRORS) as file:
+        for record in np.flatnonzero(part.usable_records).tolist():
+            if root is not None:
+                image, captions, image_id = source[record]
+                entry = {"image": os.path.relpath(image, root), "caption": captions}
+                entry["image_id"] = image_id
+            else:
+                which, index = source.place(record) if isinstance(source, Mixture) else (0, record)
+                entry = {"source": repr(pieces_of(source)[which]), "index": index}
+                entry |= {"name": source.name(record), "caption": source.captions(record)}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def write_skipped(path: Path, parts: Sequence[Part]) -> None:
+def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
     """source, name and reason of each unusable record, separated by tabs."""
-    with written_whole(path, errors=ERRORS) as file:
+    with written_whole(path, errors=_ERRORS) as file:
         for part in parts:
-            for name, reason in (*part.source.left_out, *_unusable(part)):
-                fields = (part.label, name, reason)
-                file.write("\t".join(" ".join(field.split()) for field in fields) + "\n")
+            if not isinstance(part.source, Mixture):
+                for name, reason in (*part.source.left_out, *_unusable(part)):
+                    fields = (part.label, name, reason)
+                    file.write("\t".join(" ".join(field.split()) for field in fields) + "\n")
 
 
 def _unusable(part: Part) -> Iterator[tuple[str, str]]:
     for record in np.flatnonzero(~part.usable_records).tolist():
-        image = int(part.images.which[record])
         name = part.source.name(record)
-        yield name, part.images.reasons.get(image) or f"{name} {NO_CAPTION}"
-
-
-def _pair(part: Part, record: int, root: str, first_id: int) -> dict[str, Any]:
-    image, captions, image_id = part.source[record]
-    path = os.path.relpath(image, root)
-    return {"image": path, "caption": list(captions), "image_id": first_id + image_id}
-
-
-def _place(part: Part, record: int) -> dict[str, Any]:
-    captions, name = list(part.source.captions(record)), part.source.name(record)
-    return {"source": repr(part.source), "index": record, "name": name, "caption": captions}
+        reason = part.images.reasons.get(int(part.images.which[record]))
+        yield name, reason or f"{name} {NO_CAPTION}"
