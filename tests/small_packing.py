@@ -148,7 +148,7 @@ class Slow:
 
 
 def _serve():
-    opened = prepare._opened
+    open_source = prepare._open
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
@@ -158,7 +158,7 @@ def _serve():
             continue
         os.setpgid(0, 0)
         seconds = asked.pop("seconds")
-        prepare._opened = lambda config, s=seconds: Slow(opened(config), s)
+        prepare._open = lambda config, s=seconds: Slow(open_source(config), s)
         code = 1
         try:
             code = pack(asked.pop("path"), Path(asked.pop("workdir")), **asked)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -29,36 +28,28 @@ def process_count(processes: int, tasks: int) -> int:
 
 def spread(
     work: Work, source: Source, tasks: Sequence[Task], *, processes: int, field: str, tell: Tell
-) -> Iterator[tuple[Task, Result]]:
-    """(task, `work(source, task, tell)`) of every task as it finishes, in this process if one is
-    enough.
+) -> list[Result]:
+    """`work(source, task, tell)` of every task, in this process if one is enough.
 
-    Always close it: that ends the processes. `field` of the config holds `processes`. Raises
-    UserError if a process is killed, and whatever a task raises.
+    `field` of the config holds `processes`. Raises UserError if a process is killed, and whatever
+    a task raises; no process is left either way.
     """
     count = process_count(processes, len(tasks))
     if count == 1:
-        for task in tasks:
-            yield task, work(source, task, tell)
-        return
+        return [work(source, task, tell) for task in tasks]
     context = multiprocessing.get_context("spawn")
     news = context.SimpleQueue()
     others = set(multiprocessing.active_children())
+    results = []
     with ProcessPoolExecutor(count, context, _start, (work, source, news.put)) as pool:
         try:
-            waiting = iter(tasks)
-            running = {
-                pool.submit(_do, task): task for task in itertools.islice(waiting, 2 * count)
-            }
-            while running:
-                finished, _ = wait(running, _LISTEN_EVERY_S, FIRST_COMPLETED)
-                while not news.empty():
-                    tell(*news.get())
-                for future in finished:
-                    yield running.pop(future), future.result()
-                    running |= {
-                        pool.submit(_do, task): task for task in itertools.islice(waiting, 1)
-                    }
+            for future in [pool.submit(_do, task) for task in tasks]:
+                finished = False
+                while not finished:
+                    finished = wait([future], _LISTEN_EVERY_S).done
+                    while not news.empty():
+                        tell(*news.get())
+                results.append(future.result())
         except BrokenProcessPool as failure:
             raise UserError(
                 "a worker process was killed, as Linux does when memory runs out: run the same "
@@ -69,6 +60,7 @@ def spread(
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()  # otherwise the pool would wait for their tasks
             raise
+    return results
 
 
 def quiet_pillow() -> None:

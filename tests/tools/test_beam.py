@@ -7,7 +7,7 @@ from small_packing import content, pack, write_kinds, write_many
 
 from codebook_jax.data import packing
 from codebook_jax.errors import UserError
-from codebook_jax.tools.prepare import workers
+from codebook_jax.tools import prepare
 
 pytest.importorskip("apache_beam")
 DIRECT = {"beam_runner": "DirectRunner", "beam_options": "--direct_running_mode=in_memory"}
@@ -31,7 +31,7 @@ def test_beam_goes_on_after_a_worker_fails_and_says_what_it_said(tmp_path, monke
             raise RuntimeError("write() failed: No space left on device; writing a")
         return packing.write_shard(*arguments)
 
-    monkeypatch.setattr(workers, "write_shard", fails)
+    monkeypatch.setattr(prepare, "write_shard", fails)
     with pytest.raises(UserError, match="no space left while writing shards to .*beam: free some"):
         pack(path, tmp_path / "beam", **DIRECT)
     monkeypatch.undo()

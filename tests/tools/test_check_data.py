@@ -406,7 +406,7 @@ def test_a_mixture_is_checked_as_a_whole_and_source_by_source(tmp_path):
 LONG = """
 import sys
 sys.modules["jax"] = None
-from codebook_jax.check_data import check_data
+from codebook_jax.tools.check_data import check_data
 from configs import base
 if __name__ == "__main__":
     config = base.get_config("tiny")

@@ -103,14 +103,10 @@ def inspect(
         else:
             tell(high - low, 0)
     work = functools.partial(_inspect_some, decode=decode, least_side_px=least_side_px)
-    with contextlib.closing(
-        spread(work, source, tasks, processes=processes, field="check.processes", tell=tell)
-    ) as done:
-        for (start, _), findings in done:
-            images.found[start : start + len(findings)] = [finding[:-1] for finding in findings]
-            for image, finding in enumerate(findings, start):
-                if finding.status is not Status.USABLE:
-                    images.reasons[image] = finding.reason
+    results = spread(work, source, tasks, processes=processes, field="check.processes", tell=tell)
+    for (start, _), (found, reasons) in zip(tasks, results, strict=True):
+        images.found[start : start + len(found)] = found
+        images.reasons.update(reasons)
     return images
 
 
@@ -129,11 +125,12 @@ def has_files(source: Source) -> bool:
 
 def _inspect_some(
     source: Source, task: tuple[int, list[int]], tell: Tell, *, decode: bool, least_side_px: int
-) -> list[Finding]:
-    _, records = task
+) -> tuple[np.ndarray, dict[int, str]]:
+    start, records = task
     findings = [_inspect_one(source, record, decode, least_side_px) for record in records]
-    tell(len(findings), sum(finding.status is not Status.USABLE for finding in findings))
-    return findings
+    reasons = {image: one.reason for image, one in enumerate(findings, start) if one.reason}
+    tell(len(findings), len(reasons))
+    return np.array([finding[:-1] for finding in findings], _COLUMNS), reasons
 
 
 def _inspect_one(source: Source, record: int, decode: bool, least_side_px: int) -> Finding:
@@ -145,8 +142,7 @@ def _inspect_one(source: Source, record: int, decode: bool, least_side_px: int) 
         return Finding(Status.UNDECODABLE, reason=str(failure))
     finding = _file_problem(image) if isinstance(image, str) else None
     if finding is None and not decode:
-        path = short_hash(os.path.abspath(image)) if isinstance(image, str) else 0
-        finding = Finding(content=path)
+        finding = Finding(content=short_hash(os.path.abspath(image)))
     try:
         finding = finding or _look_at(image, least_side_px)
     except UnreadableImage as failure:
@@ -185,10 +181,7 @@ def _look_at(image: np.ndarray | bytes | str, least_side_px: int) -> Finding:
     look = 0
     if np.asarray(grey).std() >= _FLAT:
         look = int(np.packbits(imagehash.phash(grey).hash.ravel()).view(">u8")[0])
-    content = picture.content
-    if not isinstance(content, bytes):
-        content = np.ascontiguousarray(content)
-    content = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+    sha256 = hashlib.sha256(memoryview(picture.content).tobytes()).digest()
     status, reason = Status.USABLE, ""
     if short < least_side_px:
         status = Status.TINY
@@ -196,4 +189,5 @@ def _look_at(image: np.ndarray | bytes | str, least_side_px: int) -> Finding:
             f"{name}: {width} x {height} pixels, fewer than "
             f"config.check.least_side_px={least_side_px}"
         )
+    content = int.from_bytes(sha256[:8], "little")
     return Finding(status, -1, content, look, height, width, reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +46,8 @@ def write(workdir: Path, check: Check) -> str | None:
     _print(rows, check)
     root = _image_root(check.training[0])
     _write_usable(workdir / USABLE, check.training[0], root)
-    _write_skipped(workdir / SKIPPED, parts)
+    single = [part for part in parts if not isinstance(part.source, Mixture)]
+    _write_skipped(workdir / SKIPPED, single)
     write_page(workdir / PAGE, rows, parts, check.leaks, check.verdicts)
     write_json(
         workdir / CHECK,
@@ -118,14 +119,11 @@ def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
     """source, name and reason of each unusable record, separated by tabs."""
     with written_whole(path, errors=_ERRORS) as file:
         for part in parts:
-            if not isinstance(part.source, Mixture):
-                for name, reason in (*part.source.left_out, *_unusable(part)):
-                    fields = (part.label, name, reason)
-                    file.write("\t".join(" ".join(field.split()) for field in fields) + "\n")
-
-
-def _unusable(part: Part) -> Iterator[tuple[str, str]]:
-    for record in np.flatnonzero(~part.usable_records).tolist():
-        name = part.source.name(record)
-        reason = part.images.reasons.get(int(part.images.which[record]))
-        yield name, reason or f"{name} {NO_CAPTION}"
+            rows = list(part.source.left_out)
+            for record in np.flatnonzero(~part.usable_records).tolist():
+                name = part.source.name(record)
+                reason = part.images.reasons.get(int(part.images.which[record]))
+                rows.append((name, reason or f"{name} {NO_CAPTION}"))
+            for row in rows:
+                fields = (" ".join(field.split()) for field in (part.label, *row))
+                file.write("\t".join(fields) + "\n")

@@ -4,15 +4,26 @@ reach.
 
 from __future__ import annotations
 
+import pickle
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+from codebook_jax.data.sources import Source
 from codebook_jax.errors import UserError
-from codebook_jax.tools.prepare.workers import Job
 
 
-def pack(job: Job, shards: Sequence[int], runner: str, options: str) -> None:
-    """Packs these shards; raises UserError for an unknown runner, or if a worker raises one."""
+def pack(
+    pack_shard: Callable[[Source, int], object],
+    source_file: Path,
+    shards: Sequence[int],
+    *,
+    runner: str,
+    options: str,
+) -> None:
+    """Packs these shards of the source that is pickled in `source_file`; raises UserError for an
+    unknown runner, or if a worker raises one.
+    """
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -26,15 +37,15 @@ def pack(job: Job, shards: Sequence[int], runner: str, options: str) -> None:
         """Packs a shard; the source is opened once per worker."""
 
         def setup(self) -> None:
-            self._source = job.source()
+            self._source = pickle.loads(source_file.read_bytes())
 
         def process(self, shard: int) -> Iterator[int]:
-            job.pack(self._source, shard)
+            pack_shard(self._source, shard)
             yield shard
 
     try:
-        given = PipelineOptions(shlex.split(options), runner=runner)
-        with apache_beam.Pipeline(options=given) as pipeline:
+        pipeline_options = PipelineOptions(shlex.split(options), runner=runner)
+        with apache_beam.Pipeline(options=pipeline_options) as pipeline:
             numbers = pipeline | "shards" >> apache_beam.Create(list(shards))
             spread = numbers | "spread" >> apache_beam.Reshuffle()
             spread | "pack" >> apache_beam.ParDo(PackShard())
