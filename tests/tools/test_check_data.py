@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from codebook_jax import files
 from codebook_jax.data.images import Picture
 from codebook_jax.data.sources import open_source
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
-from codebook_jax.run import record as records
 from codebook_jax.tools.check_data import check_data
-from codebook_jax.tools.check_data.captions import compared_captions, read_captions
-from codebook_jax.tools.check_data.findings import leak, part_of
+from codebook_jax.tools.check_data.captions import read_captions
+from codebook_jax.tools.check_data.findings import find, find_leak
 from codebook_jax.tools.check_data.inspection import Status, inspect
 from codebook_jax.tools.check_data.likeness import earlier_twin, first_match
 from codebook_jax.tools.prepare import prepare
@@ -215,24 +215,31 @@ def test_the_page_is_whole_and_shows_captions_as_text(checked, tmp_path):
     assert "The same file: validation and training: 2" in found["titles"]
 
 
+def part_of(path, workdir, *, decode=True, label="training"):
+    """The findings on the pairs of a JSON file."""
+    source = opened(path)
+    images = inspect(source, processes=1, decode=decode, least_side_px=32)
+    captions = read_captions(source, tokenizer_for_run("", workdir, source, 300))
+    return find(label, source, images, captions, near_bits=3, max_tokens=32)
+
+
 def test_captions_are_counted_by_tokens_and_by_the_pictures_that_share_them(data, tmp_path):
-    source = opened(data / "train.json")
-    tokenizer = tokenizer_for_run("", tmp_path, source, 300)
-    images = inspect(source, processes=1, decode=False, least_side_px=0)
-    said = read_captions(source, tokenizer)
-    captions = compared_captions(said, source, images.which, examples=3)
-    assert captions.count == 2 * 60 + 8 + 3 + 2
-    assert captions.repeated == 8 and captions.most_repeated[0].images == 8
-    assert captions.most_repeated[0].caption == "a picture <script>alert1< script>"
+    part = part_of(data / "train.json", tmp_path, decode=False)
+    counts = part.counts()
+    assert counts["captions"] == 2 * 60 + 8 + 3 + 2
+    assert counts["repeated"] == 8 == part.most_repeated[0]["images"]
+    assert part.most_repeated[0]["caption"] == "a picture <script>alert1< script>"
+    tokenizer = tokenizer_for_run("", tmp_path, part.source, 300)
     _, lengths, _ = tokenizer.encode(["number 1", SCRIPT], 100)
-    assert captions.lengths[lengths[0]] >= 2 and captions.lengths[lengths[1]] == 8
-    assert captions.truncated(lengths[1] - 1) == 8 + captions.truncated(lengths[1])
-    assert captions.truncated(32) == 0 and captions.unknown.count == 0 < captions.unknown.tokens
+    assert (part.captions["tokens"] == lengths[1]).sum() == 8
+    longer = [part._replace(max_tokens=length).counts()["truncated"] for length in lengths]
+    assert longer[0] >= longer[1] + 8 and counts["truncated"] == 0
+    assert counts["unknown_tokens"] == 0 < counts["tokens"]
 
 
 def test_without_decoding_files_are_only_looked_for(data, tmp_path):
     images = inspect(opened(data / "train.json"), processes=1, decode=False, least_side_px=32)
-    counts = {status: int((images.status == status).sum()) for status in Status}
+    counts = {status: int((images.found["status"] == status).sum()) for status in Status}
     assert (counts[Status.MISSING], counts[Status.EMPTY], counts[Status.UNDECODABLE]) == (
         1,
         1,
@@ -339,7 +346,7 @@ def test_large_pictures_cut_short_are_found_though_they_are_decoded_small(tmp_pa
     (tmp_path / "pairs.json").write_text(json.dumps(entries))
     images = inspect(opened(tmp_path / "pairs.json"), processes=1, decode=True, least_side_px=32)
     assert images.usable.tolist() == [True, False, True, False, False, False]
-    assert (images.status[[1, 3, 4, 5]] == Status.UNDECODABLE).all()
+    assert (images.found["status"][[1, 3, 4, 5]] == Status.UNDECODABLE).all()
     for at, words in ((1, "truncated"), (3, "truncated"), (4, "pixels"), (5, "regular file")):
         assert words in images.reasons[at]
 
@@ -350,10 +357,8 @@ def test_pictures_that_the_list_itself_calls_the_same_are_no_copies(tmp_path):
     ids = {"a.png": 7, "b.png": 7, "c.png": 8, "d.png": 9}
     entries = [{"image": name, "caption": name, "image_id": key} for name, key in ids.items()]
     (tmp_path / "pairs.json").write_text(json.dumps(entries))
-    source = opened(tmp_path / "pairs.json")
-    images = inspect(source, processes=1, decode=True, least_side_px=32)
-    said = read_captions(source, tokenizer_for_run("", tmp_path, source, 100))
-    assert part_of("training", source, images, said, 3).copies.tolist() == [-1, -1, 0, -1]
+    part = part_of(tmp_path / "pairs.json", tmp_path)
+    assert part.copies.tolist() == [-1, -1, 0, -1]
 
 
 def test_names_count_where_they_are_no_running_numbers(tmp_path):
@@ -363,11 +368,8 @@ def test_names_count_where_they_are_no_running_numbers(tmp_path):
         names += [f"{number:09}" for number in range(30)] + ["2333071", "0001"]
         entries = [{"image": f"{folder}/{name}.jpg", "caption": "one"} for name in names]
         (tmp_path / "pairs.json").write_text(json.dumps(entries))
-        source = opened(tmp_path / "pairs.json")
-        images = inspect(source, processes=1, decode=False, least_side_px=0)
-        said = read_captions(source, tokenizer_for_run("", tmp_path, source, 100))
-        parts.append(part_of(label, source, images, said, 3))
-    found = leak(parts[1], parts[0], 3, False)
+        parts.append(part_of(tmp_path / "pairs.json", tmp_path, decode=False, label=label))
+    found = find_leak(parts[1], parts[0], near_bits=3, decoded=False)
     assert found.leaked.tolist() == [True] * 30 + [False] * 30 + [True, False]
 
 
@@ -470,7 +472,7 @@ def test_what_was_found_is_shown_though_it_cannot_be_written(data, tmp_path, mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "fsync", fails)
-    monkeypatch.setattr(records, "write_probe", lambda *_: None)
+    monkeypatch.setattr(files, "write_probe", lambda *_: None)
     with pytest.raises(PermissionError):
         check_data(config_of(data, **{"check.decode": False}), tmp_path)
     assert "listed records" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
