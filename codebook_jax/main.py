@@ -162,8 +162,9 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         }
         return data_modes[mode](config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
-    from codebook_jax import build, report, train
+    from codebook_jax import build, train
     from codebook_jax.parallel import devices
+    from codebook_jax.report.run import write_report
     from codebook_jax.tools import evaluate, export
 
     devices.check_platforms()
@@ -175,7 +176,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         "import": train.import_weights,
         "eval": evaluate.evaluate,
         "export": export.export,
-        "report": report.report,
+        "report": write_report,
     }
     if config is not None and mode not in NEEDS_CONFIG:
         config = build.with_own_data(config, workdir, FLAGS["config"].override_values)

@@ -1,19 +1,3 @@
-"""Pages for people to read, each one self-contained HTML file: that of a run (`--mode=report`) and
-that of check-data.
-
-page.py writes a page from its template, including the stylesheet, the script, the chart library
-(uPlot) and the pictures.
+"""Pages for people to read, each one self-contained HTML file: that of a run (`run.py`) and that of
+check-data (`tools/check_data/page.py`), made of one template, stylesheet and script.
 """
-
-from __future__ import annotations
-
-from pathlib import Path
-
-import ml_collections
-
-
-def report(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
-    """Writes `report.html` into a run's workdir and prints its path; see run.py."""
-    from codebook_jax.report import run
-
-    run.write_report(config, Path(workdir).absolute())

@@ -18,9 +18,8 @@ from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Features, Gallery
 from codebook_jax.models.codis import unit
 from codebook_jax.report import charts, run
-from codebook_jax.report.codebook import codewords_of, words_of
 from codebook_jax.report.curves import curves
-from codebook_jax.report.examples import answers_of
+from codebook_jax.report.gallery import answers_of, codewords_of, words_of
 from codebook_jax.report.page import Pictures, write_page
 
 EVIL = "a red ring </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> \u2028 & more"
@@ -116,7 +115,7 @@ def page_of(path, rows, seen=None, pictures=None, result=None):
         "seen": seen,
         "record": RECORD,
     }
-    write_page(path, "run.html", pictures=pictures or Pictures(), **values)
+    write_page(path, "run.html", pictures or Pictures(), **values)
     return path
 
 
@@ -292,13 +291,13 @@ def test_pictures_past_the_room_of_a_page_are_counted():
             np.random.default_rng(number).integers(0, 256, (30, 20, 3), np.uint8),
             "noise",
         )
-    assert 0 < len(pictures.files) < 20 and pictures.left_out == 20 - len(pictures.files)
+    assert 0 < len(pictures.files) < 20 and len(pictures.left_out) == 20 - len(pictures.files)
     assert sum(len(file["jpeg"]) for file in pictures.files.values()) <= 6000
 
 
 def test_the_report_of_a_run_shows_what_it_has_learned(straight, one_device, tmp_path, capsys):
     workdir = shutil.copytree(straight.workdir, tmp_path / "run")
-    report.report(config_of(**{"log_every_steps": 7}), workdir)
+    run.write_report(config_of(**{"log_every_steps": 7}), workdir)
     assert f"report: {workdir / 'report.html'}" in capsys.readouterr().out
     page = (workdir / "report.html").read_text()
     script = (
@@ -330,12 +329,12 @@ def test_a_run_without_a_checkpoint_has_a_page_of_its_curves(
 ):
     workdir = shutil.copytree(straight.workdir, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
-    report.report(None, workdir)
+    run.write_report(None, workdir)
     assert "no checkpoint yet" in capsys.readouterr().out
     page = (workdir / "report.html").read_text()
     assert 'id="codebook"' not in page and page.count('class="plot"') > 10
     with pytest.raises(UserError, match="holds no trained run"):
-        report.report(None, tmp_path / "nothing")
+        run.write_report(None, tmp_path / "nothing")
 
 
 def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
@@ -393,9 +392,8 @@ def test_codewords_are_ordered_by_use_and_their_users_by_probability():
     image = np.array([[0.6, 0.4, 0], [0.9, 0.1, 0], [0.2, 0.8, 0]])
     text = np.array([[0.7, 0.3, 0], [0.6, 0.4, 0]])
     first, second = codewords_of(image, text, np.array([0, 2]))  # the third is used by none
-    assert (first.index, first.images.tolist(), first.texts.tolist()) == (0, [1, 0], [0, 1])
-    assert (second.index, second.images.tolist(), second.texts.tolist()) == (1, [2], [])
-    assert (first.agreeing, first.pairs, second.agreeing, second.pairs) == (1, 2, 0, 1)
+    assert first == {"code": 0, "images": [1, 0], "texts": [0, 1], "agreeing": 1, "pairs": 2}
+    assert second == {"code": 1, "images": [2], "texts": [], "agreeing": 0, "pairs": 1}
 
 
 def test_the_words_of_a_codeword_are_those_it_has_more_often():

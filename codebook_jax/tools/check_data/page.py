@@ -28,12 +28,12 @@ def write_page(
     page.write_page(
         path,
         "check.html",
+        pictures,
         title="The data",
         rows=rows,
         verdicts=verdicts,
         parts=[_about(part, pictures) for part in parts],
         leaks=[found for leak in leaks for found in _leaked(leak, pictures) if found["shown"]],
-        pictures=pictures,
     )
 
 
@@ -109,8 +109,7 @@ def _figure(part: Part, image: int, pictures: page.Pictures) -> dict[str, Any]:
     caption = " · ".join(part.source.captions(record)[:2])
     figure = {"picture": f"{part.label}/{image}", "name": part.name(image), "caption": caption}
     try:
-        if not pictures.knows(figure["picture"]):
-            pictures.add(figure["picture"], decode(part.source[record].image), caption)
+        pictures.add(figure["picture"], decode(part.source[record].image), caption)
     except UnreadableImage as error:
         return figure | {"failure": str(error)}
     return figure | {"failure": None}
