@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,7 +85,7 @@ _OPTIMISATION = (
 )
 _CORRECT = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
 _ACCURACY = _Plot("Accuracy in training", "share correct", _CORRECT)
-_IN_TABLES = re.compile(r"_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
+_IN_TABLES = re.compile(r"^step$|_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
@@ -97,23 +98,13 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
         "Optimisation and time": _OPTIMISATION,
     }
     drawn = {"step", *(name for plots in sections.values() for p in plots for name in p.curves)}
-    others = [
-        *_charts(
-            [_Plot(name, "", {name: name}) for name in training if name not in drawn], training
-        ),
-        *_charts(
-            [
-                _Plot(name, "", {name: name})
-                for name in evaluations
-                if name != "step" and not _IN_TABLES.search(name)
-            ],
-            evaluations,
-        ),
-    ]
+    rest = {name: training for name in training if name not in drawn}
+    rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}
+    others = (_charts([_Plot(name, "", {name: name})], columns) for name, columns in rest.items())
     charts = {
         "Recall in validation": _charts(_recalls(), evaluations),
         **{section: _charts(plots, training) for section, plots in sections.items()},
-        "Everything else that was logged": others,
+        "Everything else that was logged": list(itertools.chain(*others)),
     }
     return {section: found for section, found in charts.items() if found}
 

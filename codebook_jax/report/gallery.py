@@ -24,9 +24,7 @@ LEAST_LIFT = 1.5  # a word is shown if it is this much more frequent in the code
 def examples(
     gallery: Gallery, similarity: Float[np.ndarray, "images texts"], *, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Random `captions` as queries for pictures and random `pictures` as queries for captions, with
-    their answers.
-    """
+    """Random `captions` as queries for pictures, `pictures` for captions, with their answers."""
     ids, text_ids = gallery.image_ids, gallery.text_image_ids
     rng = np.random.default_rng(seed)
     texts = rng.permutation(len(text_ids))[:QUERIES].tolist()
@@ -129,9 +127,7 @@ def codewords_of(
 def words_of(
     captions: Sequence[str], everywhere: Counter[str], total: int
 ) -> list[tuple[str, float]]:
-    """Words that set these captions apart from all `total`, the most distinctive first, with their
-    share of these.
-    """
+    """(word, share of these captions) of the words that set them apart from all, the best first."""
     gains = []
     for word, count in _words_in(captions).items():
         share, usual = count / len(captions), everywhere[word] / total

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from markupsafe import Markup
 from PIL import Image
 
+from codebook_jax.data.progress import duration
 from codebook_jax.files import written_whole
 
 FILE = "report.html"
@@ -69,15 +70,14 @@ def _environment() -> jinja2.Environment:
     )
     environment.globals["asset"] = _asset
     environment.filters["count"] = "{:,}".format
+    environment.filters["duration"] = duration
     environment.filters["plain"] = _plain
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u00a0%"
     return environment
 
 
 def _shown(value: Any) -> Any:
-    """The value with every text in it as browsers can show it: without control characters, and with
-    question marks for broken ones, as in a file name.
-    """
+    """The value with its texts as browsers can show them: no control or broken characters."""
     if isinstance(value, dict):
         return {_shown(name): _shown(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

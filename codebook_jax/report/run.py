@@ -1,6 +1,4 @@
-"""The page of a run: how training went, what the model finds, what the codewords stand for, with
-which settings.
-"""
+"""The page of a run: how training went, what the model finds, what the codewords stand for."""
 
 from __future__ import annotations
 
@@ -45,11 +43,9 @@ class Encoded(NamedTuple):
 
 
 def write_report(config: ml_collections.ConfigDict | None, workdir: Path | str) -> None:
-    """Writes `report.html`: the curves and, if there is a checkpoint, what the best one in
-    validation finds in test data.
+    """Writes `report.html`: the curves and, if there is a checkpoint, what it finds in test data.
 
-    The run's settings are compared with `config` if one is given. Raises UserError for a folder
-    that holds no run.
+    Compares the run's settings with `config`. Raises UserError for a folder that holds no run.
     """
     workdir = Path(workdir).absolute()
     check_outputs(workdir, (FILE,))
@@ -96,9 +92,7 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
 
 
 def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The `protocols` of eval.json or, without one, of the last validation and its `step`; None if
-    there are none of retrieval.
-    """
+    """The `protocols` of eval.json or of the last validation (then with its `step`), if any."""
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
     if path.exists():
         try:
@@ -155,9 +149,7 @@ def what_is_seen(
 
 
 def _images(queries: dict[str, Any], codewords: Sequence[dict[str, Any]]) -> list[int]:
-    """The images that are shown, each once, the most important first: those of the queries, then a
-    few of every codeword.
-    """
+    """The images to show, the most important first: of the queries, then of every codeword."""
     found = []
     for query in queries["captions"]:
         found += [query["right"], *(answer["at"] for answer in query["answers"])]

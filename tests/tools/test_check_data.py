@@ -25,9 +25,9 @@ from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
 from codebook_jax.tools.check_data.captions import read_captions
-from codebook_jax.tools.check_data.findings import find, find_leak
+from codebook_jax.tools.check_data.findings import earlier_twin, find, find_leak, first_match
 from codebook_jax.tools.check_data.inspection import Status, inspect
-from codebook_jax.tools.check_data.likeness import earlier_twin, first_match
+
 from codebook_jax.tools.prepare import prepare
 from configs import base
 
@@ -481,7 +481,7 @@ def test_what_was_found_is_shown_though_it_cannot_be_written(data, tmp_path, mon
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"check.near_bits": 16}, "near_bits=16 of 64"),
+        ({"check.near_bits": 16}, "near_bits=16 .*0 to 15"),
         ({"check.processes": -1}, "processes=-1 is too small"),
         ({"check.max_bad_share": 5.0}, "max_bad_share=5.0 .*0 to 1"),
         ({"data.train": ""}, "data.train is empty"),

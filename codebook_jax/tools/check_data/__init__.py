@@ -1,8 +1,7 @@
 """`--mode=check-data`: finds what is wrong with the data before training.
 
 Checks every picture and caption of the training and evaluation sources, and looks for pictures in
-both. Prints a table, and writes check.json, usable.jsonl, skipped.tsv and report.html to the
-workdir.
+both. Prints a table, and writes check.json, usable.jsonl, skipped.tsv and report.html.
 """
 
 from __future__ import annotations
@@ -35,12 +34,15 @@ from codebook_jax.tools.check_data.inspection import inspect
 from codebook_jax.tools.check_data.outputs import CHECK, FILES, PAGE, SKIPPED, USABLE
 from codebook_jax.tools.workers import quiet_pillow
 
-_ROLES = {"training": "train", "validation": "validation", "test": "test"}
+_SOURCES = (  # label, field of config.data, role
+    ("training", "train", "train"),
+    ("validation", "eval", "validation"),
+    ("test", "test", "test"),
+)
 
 
 def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
-    """Checks `config.data.train`, `eval` and `test`; returns 1 if too much is unusable or leaked,
-    else 0.
+    """Checks the data of `config`; returns 1 if too much is unusable or leaked, else 0.
 
     Raises UserError for invalid settings, and for a folder that holds something else.
     """
@@ -63,17 +65,11 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
 
 def _check_settings(config: ml_collections.ConfigDict) -> None:
     settings = config.check
-    for name in ("processes", "least_side_px", "near_bits"):
+    for name in ("processes", "least_side_px", "near_bits", "max_bad_share"):
         refuse_below(f"check.{name}", settings[name], 0)
-    if settings.near_bits > 15:
-        raise UserError(
-            f"config.check.near_bits={settings.near_bits} of 64 would match unrelated pictures: "
-            "use at most 15"
-        )
-    if not 0 <= settings.max_bad_share <= 1:
-        raise UserError(
-            f"config.check.max_bad_share={settings.max_bad_share} is not a share: use 0 to 1"
-        )
+    for name, most in (("near_bits", 15), ("max_bad_share", 1)):
+        if not settings[name] <= most:
+            raise UserError(f"config.check.{name}={settings[name]} is too large: use 0 to {most}")
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: name the data to check, for example "
@@ -82,31 +78,30 @@ def _check_settings(config: ml_collections.ConfigDict) -> None:
 
 
 def _find(config: ml_collections.ConfigDict, workdir: Path) -> outputs.Check:
+    data, decode = config.data, config.check.decode
     sources = _sources(config)
-    damaged = _damaged_shards(config)
-    data = config.data
+    verdicts = list(_damaged_folders(config)) if decode else []
     tokenizer, _ = open_tokenizer(
         data.tokenizer, workdir, sources["training"], data.tokenizer_vocabulary, **spelling(data)
     )
-    parts = {label: _parts(config, label, source, tokenizer) for label, source in sources.items()}
-    training, *others = parts.values()
+    training, *others = (
+        _parts(config, label, source, tokenizer) for label, source in sources.items()
+    )
     others = list(itertools.chain(*others))
     leaks = [
-        find_leak(part, training[0], near_bits=config.check.near_bits, decoded=config.check.decode)
+        find_leak(part, training[0], near_bits=config.check.near_bits, decoded=decode)
         for part in others
         if not isinstance(part.source, Mixture)
     ]
-    verdicts = [*damaged, *_verdicts(config.check.max_bad_share, [training[0], *others], leaks)]
+    verdicts += _verdicts(config.check.max_bad_share, [training[0], *others], leaks)
     return outputs.Check(training, others, leaks, verdicts)
 
 
 def _sources(config: ml_collections.ConfigDict) -> dict[str, Source]:
     """The sources to check, by label; built-in scenes are left out beside real pictures."""
-    specs = zip(
-        _ROLES.items(), (config.data.train, config.data.eval, config.data.test), strict=True
-    )
     sources = {}
-    for (label, role), spec in specs:
+    for label, field, role in _SOURCES:
+        spec = config.data[field]
         if spec and (_is_built_in(config.data.train) or not _is_built_in(spec)):
             sources[label] = source_of(config, spec, role)
         elif spec:
@@ -118,19 +113,17 @@ def _is_built_in(spec: str) -> bool:
     return any(re.match(r"scenes\b", part) for part in split_specs(spec))
 
 
-def _damaged_shards(config: ml_collections.ConfigDict) -> list[str]:
+def _damaged_folders(config: ml_collections.ConfigDict) -> Iterator[str]:
     """A sentence on each packed folder with damaged files."""
-    data = config.data
-    specs = [part for spec in (data.train, data.eval, data.test) for part in split_specs(spec)]
+    specs = split_specs(",".join(config.data[field] for _, field, _ in _SOURCES))
     packed = [spec.removeprefix("records:") for spec in specs if spec.startswith("records:")]
-    folders = dict.fromkeys(os.path.expanduser(spec.partition("?")[0]) for spec in packed)
-    damaged = {folder: verify(folder) for folder in folders if config.check.decode}
-    return [
-        f"{folder} has {len(files):,} damaged files (first: {files[0][1]}): run its "
-        "--mode=prepare command again, which repacks them"
-        for folder, files in damaged.items()
-        if files
-    ]
+    for folder in dict.fromkeys(os.path.expanduser(spec.partition("?")[0]) for spec in packed):
+        damaged = verify(folder)
+        if damaged:
+            yield (
+                f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its "
+                "--mode=prepare command again, which repacks them"
+            )
 
 
 def _parts(

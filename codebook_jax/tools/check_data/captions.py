@@ -26,9 +26,7 @@ _COLUMNS = np.dtype(
 def read_captions(
     source: Source, tokenizer: Tokenizer, tell: Callable[[int], None] = lambda records: None
 ) -> np.ndarray:
-    """_COLUMNS of every caption that gives a token, by record; calls `tell` with the number of
-    records just done.
-    """
+    """_COLUMNS of every caption that gives a token; tells how many records it has just read."""
     found = [np.empty(0, _COLUMNS)]
     batch: list[tuple[str, int]] = []  # (caption, record)
     told = 0

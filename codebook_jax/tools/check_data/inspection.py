@@ -81,10 +81,9 @@ def inspect(
     least_side_px: int,
     tell: Tell = lambda count, bad: None,
 ) -> Images:
-    """Inspects every picture once.
+    """Inspects every picture once; raises UserError if a process is killed.
 
     Without `decode`, only checks that files exist; pictures that are not files count as usable.
-    Raises UserError if a process is killed.
     """
     names = (
         short_hash(f"{number}:{piece.name(record)}")  # sources may use one name for two pictures

@@ -1,4 +1,4 @@
-"""What check-data prints and writes: the numbers, the usable pairs, what is unusable and why."""
+"""What check-data prints and writes: numbers, a page, what is usable, what is not and why."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from codebook_jax.data.images import UnreadableImage, decode
 from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.files import write_json, written_whole
+from codebook_jax.report.charts import histogram
 from codebook_jax.report.page import FILE as PAGE
+from codebook_jax.report.page import Pictures, write_page
 from codebook_jax.tools.check_data.findings import COUNTS, Leak, Part
 from codebook_jax.tools.check_data.inspection import has_files, pieces_of
-from codebook_jax.tools.check_data.page import write_page
 
 SKIPPED = "skipped.tsv"
 FILES = (CHECK, USABLE, SKIPPED, PAGE)
+_SAMPLES, _EXAMPLES = 48, 8  # pictures, pairs of pictures
 _ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 
 
@@ -36,9 +39,7 @@ class Check(NamedTuple):
 
 
 def write(workdir: Path, check: Check) -> str | None:
-    """Prints the table and writes the files; returns the folder that holds the pictures, None if
-    they are not files.
-    """
+    """Prints the table, writes the files, and returns `_image_root`."""
     parts = [*check.training, *check.others]
     counts = [part.counts() for part in parts]
     rows = [["", *(part.label for part in parts)]]
@@ -48,7 +49,7 @@ def write(workdir: Path, check: Check) -> str | None:
     _write_usable(workdir / USABLE, check.training[0], root)
     single = [part for part in parts if not isinstance(part.source, Mixture)]
     _write_skipped(workdir / SKIPPED, single)
-    write_page(workdir / PAGE, rows, parts, check.leaks, check.verdicts)
+    _write_page(workdir / PAGE, rows, parts, check)
     write_json(
         workdir / CHECK,
         {
@@ -88,9 +89,7 @@ def _print(rows: Sequence[Sequence[str]], check: Check) -> None:
 
 
 def _image_root(training: Part) -> str | None:
-    """The folder that holds all usable pictures; None if there are none, or they are not separate
-    files.
-    """
+    """The folder that holds all usable pictures; None without any, or if they are not files."""
     source, images = training.source, training.images
     if not all(map(has_files, pieces_of(source))):
         return None
@@ -127,3 +126,94 @@ def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
             for row in rows:
                 fields = (" ".join(field.split()) for field in (part.label, *row))
                 file.write("\t".join(fields) + "\n")
+
+
+def _write_page(
+    path: Path, rows: Sequence[Sequence[str]], parts: Sequence[Part], check: Check
+) -> None:
+    """Writes the page; `rows` are those of the printed table, header first."""
+    pictures = Pictures()
+    write_page(
+        path,
+        "check.html",
+        pictures,
+        title="The data",
+        rows=rows,
+        verdicts=check.verdicts,
+        parts=[_about(part, pictures) for part in parts],
+        leaks=[found for leak in check.leaks for found in _leaked(leak, pictures)],
+    )
+
+
+def _about(part: Part, pictures: Pictures) -> dict[str, Any]:
+    """The section on one source."""
+    usable = np.flatnonzero(part.images.usable)
+    sample = np.random.default_rng(0).permutation(usable)[:_SAMPLES]  # the same one each time
+    return {
+        "label": part.label,
+        "source": repr(part.source),
+        "charts": _charts(part),
+        "sample": [_figure(part, image, pictures) for image in sorted(sample.tolist())],
+        "pairs": [
+            _pairs("Copies of another picture", part, part, part.copies, pictures),
+            _pairs("Pictures that look like another", part, part, part.twins, pictures),
+        ],
+        "repeated": [("caption", "pictures")]
+        + [(one["caption"], f"{one['images']:,}") for one in part.most_repeated],
+    }
+
+
+def _charts(part: Part) -> list[dict[str, Any]]:
+    counts, limit = part.counts(), part.max_tokens
+    note = (
+        f"{counts['truncated']:,} of {counts['captions']:,} are longer than the {limit} tokens "
+        "that the model reads."
+    )
+    titles = {"title": "Length of the captions", "x": "tokens", "y": "captions"}
+    lengths = np.bincount(part.captions["tokens"], minlength=1)
+    charts = [histogram(lengths, **titles, note=note, mark=limit)]
+    found = part.images.found
+    sides = np.stack([found["height"], found["width"]])[:, found["height"] > 0]
+    if sides.size:
+        for name, side in (("Shorter", sides.min(axis=0)), ("Longer", sides.max(axis=0))):
+            title = f"{name} side of a picture"
+            charts.append(histogram(np.bincount(side), title=title, x="pixels", y="pictures"))
+    return charts
+
+
+def _leaked(leak: Leak, pictures: Pictures) -> list[dict[str, Any]]:
+    titles = {
+        "content": "The same file" if leak.decoded else "The same path",
+        "look": "The same look",
+        "name": "Only the same name",
+    }
+    found = []
+    for evidence, title in titles.items():
+        title = f"{title}: {leak.evaluation.label} and training"
+        matches = np.where(leak.shown_by(evidence), leak.match, -1)
+        found.append(_pairs(title, leak.evaluation, leak.training, matches, pictures))
+    return [pairs for pairs in found if pairs["shown"]]
+
+
+def _pairs(
+    title: str, part: Part, other: Part, matches: np.ndarray, pictures: Pictures
+) -> dict[str, Any]:
+    """Pictures next to their matches."""
+    matched = np.flatnonzero(matches >= 0)
+    shown = [
+        (_figure(part, image, pictures), _figure(other, int(matches[image]), pictures))
+        for image in matched[:_EXAMPLES].tolist()
+    ]
+    return {"title": title, "count": len(matched), "shown": shown}
+
+
+def _figure(part: Part, image: int, pictures: Pictures) -> dict[str, Any]:
+    """A picture of a source with its captions, or why it cannot be shown."""
+    record = int(part.images.first[image])
+    caption = " · ".join(part.source.captions(record)[:2])
+    figure = {"picture": f"{part.label}/{image}", "name": part.name(image), "caption": caption}
+    try:
+        pictures.add(figure["picture"], decode(part.source[record].image), caption)
+    except UnreadableImage as error:
+        return figure | {"failure": str(error)}
+    return figure | {"failure": None}

@@ -1,5 +1,4 @@
-"""`--mode=prepare`: packs the pairs of a source into shards in the workdir, which `records:WORKDIR`
-reads.
+"""`--mode=prepare`: packs the pairs of a source into shards, which `records:WORKDIR` reads.
 
 Work is kept shard by shard: after any interruption, the same command makes the missing shards and
 ends with the same bytes. In a finished folder it verifies every file and repacks damaged shards.
@@ -13,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_collections
 from rich import filesize
@@ -31,18 +29,6 @@ from codebook_jax.tools.workers import Tell, process_count, spread
 _SOURCE = "source.pickle"  # for the workers of Beam
 
 
-class _Job(NamedTuple):
-    """What is packed, and where."""
-
-    workdir: Path
-    source: Source
-    packing: Packing
-
-    @property
-    def shards(self) -> int:
-        return shard_count(len(self.source), self.packing.shard_records)
-
-
 def prepare(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     """Packs `config.prepare.source` into `workdir`; returns the exit code.
 
@@ -51,15 +37,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     _check(config)
     workdir = Path(workdir)
     folder.check(workdir)
-    job = None
     try:
         with stoppable(), folder.locked(workdir), full_disk_named(workdir):
-            settings = config.prepare
-            packing = Packing(settings.side_px, settings.quality, settings.shard_records)
-            job = _Job(workdir, _open(config), packing)
-            _complete(config, job)
+            _complete(config, workdir, _open(config))
     except Stopped as stop:
-        done = len(folder.receipts(workdir, job.shards)) if job else 0
+        done = folder.receipt_count(workdir)
         packed = f"{_shards(done)} {'is' if done == 1 else 'are'} packed; " if done else ""
         print(f"stopped by {stop}: {packed}the same command continues", file=sys.stderr, flush=True)
         return 128 + stop.number
@@ -92,69 +74,73 @@ def _open(config: ml_collections.ConfigDict) -> Source:
     return source
 
 
-def _complete(config: ml_collections.ConfigDict, job: _Job) -> None:
+def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) -> None:
     """Completes the folder, from whatever state it is in."""
-    source, shards = job.source, job.shards
+    settings = config.prepare
+    packing = Packing(settings.side_px, settings.quality, settings.shard_records)
+    shards = shard_count(len(source), packing.shard_records)
     described = {
         "repr": without_paths(repr(source)),
         "fingerprint": source.fingerprint(),
         "records": len(source),
     }
-    options = {"role": config.prepare.role, **job.packing._asdict()}
+    options = {"role": settings.role, **packing._asdict()}
     place = {name: config.data[name] for name in ("train", "image_root", "path_map")}
-    place["source"] = config.prepare.source
+    place["source"] = settings.source
     plan = {"source": described, "options": options}
-    before, damaged = folder.begin(job.workdir, plan, place, shards)
+    before, damaged = folder.begin(workdir, plan, place, shards)
     if before is not None and not damaged:
-        print(f"already complete, all files verified: {_summary(job.workdir, before)}", flush=True)
+        print(f"already complete, all files verified: {_summary(workdir, before)}", flush=True)
         return
-    _pack_missing(config.prepare, job)
-    receipts = folder.receipts(job.workdir, shards)
+    _pack_missing(settings, workdir, source, packing)
+    receipts = folder.receipts(workdir, shards)
     if len(receipts) < shards:
         raise UserError(
-            f"{shards - len(receipts):,} of {shards:,} shards in {job.workdir} are missing or "
+            f"{shards - len(receipts):,} of {shards:,} shards in {workdir} are missing or "
             "changed: use a folder that every worker can reach and nothing else writes to, and "
             "run the same command again"
         )
     if not sum(receipt.records for receipt in receipts.values()):
         name, why = receipts[0].skipped[0]
-        folder.clear(job.workdir)  # so that the next start tries again
+        folder.clear(workdir)  # so that the next start tries again
         raise UserError(
             f"{source!r}: none of {len(source):,} pictures could be read (first: {name}: {why}): "
             "check config.data.image_root and the files"
         )
     manifest = write_manifest(
-        job.workdir,
+        workdir,
         described,
         options,
         listed=source.listed,
         left_out=source.left_out,
         receipts=[receipts[shard] for shard in range(shards)],
     )
-    shutil.rmtree(job.workdir / PROGRESS)
+    shutil.rmtree(workdir / PROGRESS)
     for sentence in _remade(before, manifest, damaged):
         print(sentence, flush=True)
-    print(_summary(job.workdir, manifest), flush=True)
+    print(_summary(workdir, manifest), flush=True)
 
 
-def _pack_missing(settings: ml_collections.ConfigDict, job: _Job) -> None:
+def _pack_missing(
+    settings: ml_collections.ConfigDict, workdir: Path, source: Source, packing: Packing
+) -> None:
     """Packs the shards that have no receipt; `settings` are those of config.prepare."""
-    source, shards = job.source, job.shards
-    receipts = folder.receipts(job.workdir, shards)
+    shards = shard_count(len(source), packing.shard_records)
+    receipts = folder.receipts(workdir, shards)
     missing = [shard for shard in range(shards) if shard not in receipts]
     count = process_count(settings.processes, len(missing))
     by = settings.beam_runner or f"{count} process{'es' * (count != 1)}"
     most = f", shorter sides reduced to {settings.side_px} px" if settings.side_px else ""
     print(
-        f"packing {len(source):,} records of {source!r} into {_shards(shards)} in {job.workdir}, "
+        f"packing {len(source):,} records of {source!r} into {_shards(shards)} in {workdir}, "
         f"by {by}{most}",
         flush=True,
     )
     if receipts:
         print(f"{len(receipts):,} of {shards:,} shards are packed already", flush=True)
-    pack_shard = functools.partial(_pack_shard, job.workdir.absolute(), job.packing)
+    pack_shard = functools.partial(_pack_shard, workdir.absolute(), packing)
     if settings.beam_runner and missing:
-        file = job.workdir.absolute() / PROGRESS / _SOURCE
+        file = workdir.absolute() / PROGRESS / _SOURCE
         file.write_bytes(pickle.dumps(source, protocol=pickle.HIGHEST_PROTOCOL))
         options = {"runner": settings.beam_runner, "options": settings.beam_options}
         beam.pack(pack_shard, file, missing, **options)
@@ -178,11 +164,9 @@ def _pack_shard(
 def _remade(
     before: Manifest | None, after: Manifest, damaged: list[tuple[str, str]]
 ) -> Iterator[str]:
-    """A sentence on each repacked file of a finished folder, and on each shard whose pairs
-    changed.
-    """
+    """A sentence on each repacked file, and on each shard whose pairs changed."""
     yield from (f"{why}: remade" for _, why in damaged)
-    for old, new in zip(before.shards if before else (), after.shards, strict=before is not None):
+    for old, new in zip(before.shards, after.shards, strict=True) if before else ():
         if old != new:
             yield (
                 f"{new.file} holds {new.records:,} pairs, {old.records:,} before: its pictures "

@@ -1,6 +1,4 @@
-"""Packs shards on Apache Beam, with any runner: its workers write into one folder, which all must
-reach.
-"""
+"""Packs shards on Apache Beam, with any runner, whose workers must all reach the one folder."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ def pack(
     runner: str,
     options: str,
 ) -> None:
-    """Packs these shards of the source that is pickled in `source_file`; raises UserError for an
-    unknown runner, or if a worker raises one.
-    """
+    """Packs shards of the source pickled in `source_file`; raises UserError if that fails."""
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -52,18 +48,9 @@ def pack(
     except UserError:
         raise
     except (Exception, SystemExit) as failure:
-        raise UserError(_sentence(failure, runner)) from failure
-
-
-def _sentence(failure: BaseException, runner: str) -> str:
-    """The UserError of a worker, which Beam wraps; else one with Beam's own message."""
-    inner: BaseException | None = failure
-    while inner is not None:
-        if isinstance(inner, UserError):
-            return str(inner)
-        inner = inner.__cause__ or inner.__context__
-    lines = str(failure).strip().splitlines() or [type(failure).__name__]
-    return (
-        f"Apache Beam's {runner} failed ({lines[0]}): check config.prepare.beam_runner and "
-        "beam_options; the same command continues with the missing shards"
-    )
+        why = str(failure) or type(failure).__name__
+        raise UserError(
+            f"Apache Beam's {runner} failed ({why.strip().splitlines()[0]}): check "
+            "config.prepare.beam_runner and beam_options; the same command continues with the "
+            "missing shards"
+        ) from failure

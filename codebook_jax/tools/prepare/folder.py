@@ -1,8 +1,6 @@
-"""The folder that pairs are packed into: one packing at a time, which goes on where an earlier one
-stopped.
+"""The folder that pairs are packed into: one packing at a time, continuing an interrupted one.
 
-Until the manifest is written, the folder holds a plan of what is packed, and a receipt for each
-finished shard.
+Until the manifest is written, it holds a plan of what is packed and a receipt per finished shard.
 """
 
 from __future__ import annotations
@@ -49,9 +47,7 @@ def check(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from packing into the folder, and removes the drafts of killed ones;
-    raises UserError if one is packing already.
-    """
+    """Keeps other processes out (UserError if one is packing); removes drafts of killed ones."""
     check_outputs(folder, (MANIFEST, SKIPPED), (PROGRESS,))
     with owned(folder):
         try:
@@ -64,11 +60,10 @@ def locked(folder: Path) -> Iterator[None]:
 def begin(
     folder: Path, plan: Mapping[str, Any], place: Mapping[str, str], shards: int
 ) -> tuple[Manifest | None, list[tuple[str, str]]]:
-    """(manifest, [(damaged file, why)]) of a finished folder, else (None, []). Receipts that are no
-    longer valid are gone afterwards.
+    """(manifest, [(damaged file, why)]) of a finished folder, else (None, []); no stale receipts.
 
     `plan` says what is packed, `place` where the pictures are, which may change. Raises UserError,
-    naming the differences, if the folder was begun with another source or other options.
+    naming the differences, if the folder was begun with another plan.
     """
     progress, manifest, damaged = folder / PROGRESS, None, []
     if (folder / MANIFEST).exists():
@@ -111,6 +106,11 @@ def receipts(folder: Path, shards: int) -> dict[int, Receipt]:
     return found
 
 
+def receipt_count(folder: Path) -> int:
+    """How many shards have a receipt."""
+    return len(list(folder.glob(f"{PROGRESS}/[0-9]*.json")))
+
+
 def clear(folder: Path) -> None:
     """Removes everything that was packed."""
     for name in filter(_is_own, os.listdir(folder)):
@@ -131,16 +131,14 @@ def _refuse_another(
     folder: Path, source: Mapping[str, Any], options: Mapping[str, Any], plan: Mapping[str, Any]
 ) -> None:
     """Raises UserError if what was packed from `source` with `options` is not what is planned."""
-    differ = []
-    new = plan["source"]
-    if source["fingerprint"] != new["fingerprint"]:
-        same = " with other content" if source["repr"] == new["repr"] else ""
-        differ.append(f"the source {source['repr']}, now {new['repr']}{same}")
-    differ += [
+    differ = [
         f"config.prepare.{name}={json.dumps(options.get(name))}, now {json.dumps(value)}"
         for name, value in plan["options"].items()
         if options.get(name) != value
     ]
+    new = plan["source"]
+    if source["fingerprint"] != new["fingerprint"]:
+        differ.append(f"the source {source['repr']}, now {new['repr']} with other content")
     if differ:
         raise UserError(
             f"--workdir={folder} holds pairs packed with other settings: {'; '.join(differ)}: use "
