@@ -133,7 +133,7 @@ def found_in(path, workdir, *, decode=True, label="training"):
     source = opened(path)
     images = inspect(source, processes=1, decode=decode, least_side_px=32)
     captions = read_captions(source, tokenizer_for_run("", workdir, source, 300))
-    return find(label, source, images, captions, near_bits=3, max_tokens=32)
+    return find(label, source, images, captions, bits=3, max_tokens=32)
 
 
 @pytest.fixture(scope="module")

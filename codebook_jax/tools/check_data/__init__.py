@@ -142,15 +142,15 @@ def _parts(
         )
     with Progress("read captions of", "records", len(source)) as progress:
         captions = read_captions(source, tokenizer, progress.advance)
-    limits = {"near_bits": settings.near_bits, "max_tokens": config.model.text.max_tokens}
-    parts = [find(label, source, images, captions, **limits)]
+    limits = settings.near_bits, config.model.text.max_tokens
+    parts = [find(label, source, images, captions, *limits)]
     if isinstance(source, Mixture):
         for number, piece in enumerate(source.sources, 1):
             start, stop = source.starts[number - 1 : number + 1].tolist()
             own = captions[slice(*np.searchsorted(captions["record"], (start, stop)))].copy()
             own["record"] -= start
             name = f"{label} {number}"
-            parts.append(find(name, piece, images.of_records(start, stop), own, **limits))
+            parts.append(find(name, piece, images.of_records(start, stop), own, *limits))
     return parts
 
 

@@ -93,18 +93,13 @@ COUNTS: dict[str, tuple[str, Callable[[Part], int]]] = {  # name in check.json: 
 
 
 def find(
-    label: str,
-    source: Source,
-    images: Images,
-    captions: np.ndarray,
-    near_bits: int,
-    max_tokens: int,
+    label: str, source: Source, images: Images, captions: np.ndarray, bits: int, max_tokens: int
 ) -> Part:
-    """The findings on a source: copies and repeated captions among what was read of it."""
+    """Copies and repeated captions among what was read of a source; `bits` is near_bits."""
     repeated = repeated_captions(captions, source, images.which)
     copies, look = (
-        earlier_twin(_one_per_id(images.found[name], images.found["image_id"]), bits)
-        for name, bits in (("content", 0), ("look", near_bits))
+        earlier_twin(_one_per_id(images.found[name], images.found["image_id"]), most)
+        for name, most in (("content", 0), ("look", bits))
     )
     twins = np.where(copies >= 0, -1, look)
     return Part(label, source, images, captions, *repeated, copies, twins, max_tokens)
