@@ -50,15 +50,15 @@ def spread(
                     while not news.empty():
                         tell(*news.get())
                 results.append(future.result())
-        except BrokenProcessPool as failure:
-            raise UserError(
-                "a worker process was killed, as Linux does when memory runs out: run the same "
-                "command again, or with fewer processes, such as "
-                f"--config.{field}={max(1, count // 2)}"
-            ) from failure
-        except BaseException:
+        except BaseException as failure:
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()  # otherwise the pool would wait for their tasks
+            if isinstance(failure, BrokenProcessPool):
+                raise UserError(
+                    "a worker process was killed, as Linux does when memory runs out: run the same "
+                    "command again, or with fewer processes, such as "
+                    f"--config.{field}={max(1, count // 2)}"
+                ) from failure
             raise
     return results
 

@@ -23,7 +23,7 @@ def test_beam_leaves_the_same_bytes_as_processes(tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
 
 
-def test_beam_goes_on_after_a_worker_fails_and_says_what_it_said(tmp_path, monkeypatch, capsys):
+def test_beam_continues_after_a_worker_fails_and_repeats_its_message(tmp_path, monkeypatch, capsys):
     path = write_many(tmp_path / "pictures", 12)
 
     def fails(*arguments):
@@ -42,7 +42,7 @@ def test_beam_goes_on_after_a_worker_fails_and_says_what_it_said(tmp_path, monke
     assert content(tmp_path / "beam") == content(tmp_path / "here")
 
 
-def test_a_runner_that_does_not_exist_and_beam_not_installed_are_sentences(tmp_path, monkeypatch):
+def test_a_runner_that_does_not_exist_and_beam_not_installed_are_user_errors(tmp_path, monkeypatch):
     path = write_many(tmp_path / "pictures", 2)
     with pytest.raises(UserError, match="Beam's CloudRunner failed .*config.prepare.beam_runner"):
         pack(path, tmp_path / "packed", beam_runner="CloudRunner")

@@ -157,12 +157,12 @@ def test_every_kind_of_bad_picture_is_counted_and_named_with_its_reason(checked)
         assert name == bad and words in reason
 
 
-def test_copies_and_likenesses_are_found_and_blank_pictures_are_none(checked):
+def test_copies_and_near_duplicates_are_found_and_blank_pictures_are_neither(checked):
     training = checked[1]["sources"][0]
     assert (training["copies"], training["near_duplicates"]) == (1, 1)
 
 
-def test_leaks_are_told_by_what_shows_them(checked):
+def test_leaks_are_counted_by_their_evidence(checked):
     (found,) = checked[1]["leaks"]
     assert (found["leaked"], found["images"]) == (3, 26)
     assert (found["same_content"], found["same_look"], found["same_name_alone"]) == (2, 1, 1)
@@ -430,7 +430,7 @@ def test_what_was_found_is_shown_though_it_cannot_be_written(data, tmp_path, mon
         ({"data.train": ""}, "data.train is empty"),
     ],
 )
-def test_settings_that_cannot_be_checked_with_are_refused(change, words, data, tmp_path):
+def test_invalid_settings_are_refused(change, words, data, tmp_path):
     with pytest.raises(UserError, match=words):
         check_data(config_of(data, **change), tmp_path / "out")
 

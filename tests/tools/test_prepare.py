@@ -178,7 +178,7 @@ def test_a_folder_that_holds_something_else_is_refused(name, words, tmp_path):
         ({"source": "gone.json"}, "did you mean json:gone.json"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(tmp_path, changes, words):
+def test_invalid_settings_are_refused(tmp_path, changes, words):
     config = packing_of("pairs.json", **changes)
     with pytest.raises(UserError, match=words):
         prepare.prepare(config, tmp_path / "packed")
@@ -206,7 +206,7 @@ def test_an_evaluation_role_packs_an_image_once_with_all_its_captions(tmp_path):
     assert len(records_in(tmp_path / "train")) == 4
 
 
-def test_where_there_is_no_terminal_lines_say_how_far_it_is(tmp_path, monkeypatch, capsys):
+def test_without_a_terminal_lines_report_progress(tmp_path, monkeypatch, capsys):
     source = write_many(tmp_path / "pictures", 12)
     (tmp_path / "pictures" / "5.jpg").unlink()
     monkeypatch.setattr(progress, "_EVERY_S", 0.0)

@@ -134,7 +134,7 @@ def test_a_signal_ends_it_with_a_sentence_and_leaves_no_process_and_no_half_shar
     assert packed and names == packed | {"plan.json"}
 
 
-def test_a_worker_that_is_killed_is_told_of_in_a_sentence(server, tmp_path):
+def test_a_killed_worker_ends_the_packing_with_a_sentence(server, tmp_path):
     source = write_many(tmp_path / "pictures", 40)
     pid = server.start(source, tmp_path / "packed", seconds=0.1, processes=2)
     wait_for(lambda: list((tmp_path / "packed").glob(".*.tmp")), "a worker that packs")
@@ -249,7 +249,7 @@ def test_a_finished_folder_is_verified_and_what_is_damaged_is_made_again(tmp_pat
     assert content(workdir) == whole
 
 
-def test_pictures_that_changed_before_a_shard_is_made_again_are_told_of(tmp_path, capsys):
+def test_a_repacked_shard_whose_pictures_changed_is_reported(tmp_path, capsys):
     path, workdir = write_many(tmp_path / "pictures", 12), tmp_path / "packed"
     assert pack(path, workdir) == 0
     whole = content(workdir)
