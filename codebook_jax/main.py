@@ -144,8 +144,9 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         data_mode = prepare.prepare if mode == "prepare" else check_data.check_data
         return data_mode(config, workdir) or 0
     _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
-    from codebook_jax import report, train
+    from codebook_jax import train
     from codebook_jax.parallel import devices
+    from codebook_jax.report.run import write_report
     from codebook_jax.tools import evaluate, export, import_weights
 
     devices.check_platforms()
@@ -155,7 +156,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         "import": lambda: import_weights.import_weights(config, workdir),
         "eval": lambda: evaluate.evaluate(config, workdir, named),
         "export": lambda: export.export(config, workdir, named),
-        "report": lambda: report.report(config, workdir, named),
+        "report": lambda: write_report(config, workdir, named),
     }
     with console.interruptible():
         return others[mode]() or 0

@@ -32,7 +32,8 @@ CHARTS = """
     const before = legend();
     const over = document.querySelector(".plot .u-over");
     const box = over.getBoundingClientRect();
-    const at = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, bubbles: true };
+    const [clientX, clientY] = [box.left + box.width / 2, box.top + box.height / 2];
+    const at = { clientX, clientY, bubbles: true };
     over.dispatchEvent(new MouseEvent("mouseenter", at));
     over.dispatchEvent(new MouseEvent("mousemove", at));
     await settled();
@@ -54,7 +55,8 @@ def look(page, script, tmp_path, width=1400):
         pytest.skip("no Chromium here")
     # All within the load event, before which the page is not printed: microtasks, no timers.
     injected = f"""<script>window.addEventListener("load", async () => {{
-        const found = {{}}, settled = async () => {{ for (let turn = 0; turn < 9; turn++) await null; }};
+        const found = {{}};
+        const settled = async () => {{ for (let turn = 0; turn < 9; turn++) await null; }};
         const answer = document.createElement("pre");
         answer.id = "answer";
         try {{ {script} }}
@@ -72,3 +74,9 @@ def look(page, script, tmp_path, width=1400):
     text = answer.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     complaints = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     return json.loads(text) | {"complaints": complaints}
+
+
+def check_page(found):
+    """Asserts what holds for both pages once `CHARTS` has run."""
+    assert "error" not in found and not found["complaints"], found
+    assert not found["empty"] and not found["broken"] and found["wider"] <= 0, found

@@ -5,6 +5,7 @@ The program reads one line of JSON per packing, forks, and packs, so that import
 """
 
 import io
+import itertools
 import json
 import os
 import sys
@@ -69,21 +70,18 @@ def write_kinds(folder):
     clear = picture(8).convert("RGBA")
     clear.paste((0, 0, 0, 0), (0, 0, 30, 40))
     clear.save(folder / "clear.png")
-    Image.fromarray(np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60)).save(
-        folder / "deep.png"
-    )
+    deep = np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60)
+    Image.fromarray(deep).save(folder / "deep.png")
     picture(10).save(folder / "moving.gif", save_all=True, append_images=[picture(11)])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("404 Not Found")
     (folder / "cut.jpg").write_bytes(jpeg(12)[:700])
     (folder / "cut.png").write_bytes((folder / "clear.png").read_bytes()[:900])
     (folder / "folder.jpg").mkdir(exist_ok=True)
-    names = [
-        name for pair in zip(KINDS, [*BAD, *[None] * 9], strict=False) for name in pair if name
-    ]
+    pairs = itertools.zip_longest(KINDS, BAD)  # good and bad ones in turn
     entries = [
         {"image": name, "caption": [f"a {name}", f"the {name}"], "image_id": f"id {name}"}
-        for name in names
+        for name in filter(None, itertools.chain(*pairs))
     ]
     entries.insert(3, {"image": "plain.jpg", "caption": " "})
     path = folder / "pairs.json"
@@ -148,7 +146,7 @@ class Slow:
 
 
 def _serve():
-    opened = prepare._opened
+    open_source = prepare._open
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
@@ -158,7 +156,7 @@ def _serve():
             continue
         os.setpgid(0, 0)
         seconds = asked.pop("seconds")
-        prepare._opened = lambda config, s=seconds: Slow(opened(config), s)
+        prepare._open = lambda config, s=seconds: Slow(open_source(config), s)
         code = 1
         try:
             code = pack(asked.pop("path"), Path(asked.pop("workdir")), **asked)

@@ -1,17 +1,18 @@
 """Charts as data for page.js.
 
 A chart is {"title", "note", "kind": "lines" or "bars", "x", "y" (axis labels), "log", "xs",
-"series": [{"label",
-"values", "dash"}]}, for bars also their width "step" and the "mark"; missing values are null.
+"series": [{"label", "values", "dash"}]}, for bars also their width "step" and the "mark"; missing
+values are null.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 
 MOST_POINTS = 1000  # of a curve; two per bucket, its lowest and its highest value
 _BARS = 40
@@ -19,18 +20,16 @@ _SHOWN = 0.999  # share of a histogram's values before the last bar
 
 
 def lines(
-    title: str,
-    xs: np.ndarray,
-    curves: Mapping[str, np.ndarray],
+    xs: Shaped[np.ndarray, "rows"],
+    curves: Mapping[str, Float[np.ndarray, "rows"]],
     *,
-    x: str,
-    y: str,
-    note: str = "",
     log: bool = False,
-    dashed: Sequence[str] = (),
+    dashed: Collection[str] = (),
+    **labels: str,
 ) -> dict[str, Any]:
-    """Curves {label: values [xs]} over `xs`, thinned; a logarithmic axis leaves out values that are
-    not positive.
+    """Curves {label: values}, thinned; a logarithmic axis leaves out values that are not positive.
+
+    `labels` are the chart's title, x, y and note.
     """
     values = np.stack(list(curves.values()), axis=1)
     if log:
@@ -40,39 +39,34 @@ def lines(
         {"label": label, "values": _numbers(column), "dash": label in dashed}
         for label, column in zip(curves, values.T, strict=True)
     ]
-    chart = {"title": title, "note": note, "kind": "lines", "x": x, "y": y, "log": log}
+    chart = {"note": "", **labels, "kind": "lines", "log": log}
     return chart | {"xs": xs.astype(int).tolist(), "series": series}
 
 
 def histogram(
-    counts: np.ndarray, *, title: str, x: str, y: str, note: str = "", mark: int | None = None
+    counts: Int[np.ndarray, "values"], *, mark: int | None = None, **labels: str
 ) -> dict[str, Any]:
-    """Bars of equal width; `counts` [values] is how often each value occurs, `mark` the last value
-    before a line.
-
-    The last bar collects the few large values that would make the others narrow.
+    """Bars of equal width; `counts` is how often each value occurs, `mark` the last value before a
+    line. The last bar collects the few large values that would make the others narrow.
     """
     reached = np.cumsum(counts) >= _SHOWN * counts.sum()
     end = 0 if mark is None else mark + 1
     top = max(int(np.argmax(reached)), end, 1) + 1  # some place after the mark
     step = -(-top // _BARS)
-    start = end % step - step if end % step else 0  # so that a bar ends at the mark
+    start = -(-end % step)  # so that a bar ends at the mark
     bars = -(-(top - start) // step)
     which = np.minimum((np.arange(len(counts)) - start) // step, bars - 1)
-    held = np.bincount(which, counts, bars).astype(int)
-    series = [{"label": y, "values": held.tolist(), "dash": False}]
-    chart = {"title": title, "note": note, "kind": "bars", "x": x, "y": y, "log": False}
-    return chart | {
-        "xs": (start + np.arange(bars) * step).tolist(),
-        "step": step,
-        "series": series,
-        "mark": mark,
-    }
+    held = np.bincount(which, counts, bars).astype(int).tolist()
+    series = [{"label": labels["y"], "values": held, "dash": False}]
+    chart = {"note": "", **labels, "kind": "bars", "log": False, "series": series}
+    xs = (start + np.arange(bars) * step).tolist()
+    return chart | {"xs": xs, "step": step, "mark": mark}
 
 
-def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_POINTS of the [rows] steps and [rows, curves] values: the extremes of each
-    bucket of rows.
+def thinned(
+    steps: Shaped[np.ndarray, "rows"], values: Float[np.ndarray, "rows curves"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """At most MOST_POINTS of the rows: the extremes of each bucket of rows.
 
     A curve's lowest and highest value in a bucket keep their order; a bucket that is all NaN gives
     NaN.
@@ -87,13 +81,12 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     padded = padded.reshape(buckets, size, -1)
     lowest = np.where(np.isnan(padded), np.inf, padded).argmin(axis=1)
     highest = np.where(np.isnan(padded), -np.inf, padded).argmax(axis=1)
-    places = np.stack([np.minimum(lowest, highest), np.maximum(lowest, highest)], axis=1)
+    places = np.sort(np.stack([lowest, highest], axis=1), axis=1)
+    extremes = np.take_along_axis(padded, places, axis=1).reshape(2 * buckets, -1)
     starts = np.arange(buckets)[:, None] * size + np.array([0, size // 2])
-    return steps[starts.ravel().clip(max=rows - 1)], np.take_along_axis(
-        padded, places, axis=1
-    ).reshape(2 * buckets, -1)
+    return steps[starts.ravel().clip(max=rows - 1)], extremes
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
+def _numbers(values: Float[np.ndarray, "rows"]) -> list[float | None]:
     """The values with five digits, more than a chart shows; None for NaN."""
     return [None if math.isnan(value) else float(f"{value:.5g}") for value in values.tolist()]

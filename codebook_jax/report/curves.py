@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,25 +28,31 @@ class _Plot(NamedTuple):
     dashed: tuple[str, ...] = ()  # labels
 
 
+_PERPLEXITY = {
+    "codebook/perplexity": "mean of both",
+    "codebook/perplexity_image": "images",
+    "codebook/perplexity_text": "captions",
+}
+_USE = {
+    "codebook/unused_share": "unused codewords",
+    "codebook/unused_share_uniform": "unused if used uniformly",
+    "codebook/agreement": "agreement",
+}
+_ERRORS = {
+    "transport/row_error": "rows (features)",
+    "transport/column_error": "columns (codewords)",
+}
 _CODEBOOK = (
     _Plot(
         "Perplexity of the codebook",
         "codewords",
-        {
-            "codebook/perplexity": "mean of both",
-            "codebook/perplexity_image": "images",
-            "codebook/perplexity_text": "captions",
-        },
+        _PERPLEXITY,
         "How many codewords are in use, counted as if all were used equally often.",
     ),
     _Plot(
         "Unused codewords, agreement",
         "share",
-        {
-            "codebook/unused_share": "unused codewords",
-            "codebook/unused_share_uniform": "unused if used uniformly",
-            "codebook/agreement": "agreement",
-        },
+        _USE,
         "Only a share of unused codewords above that of uniform use means dead ones. Agreement: "
         "the share of pairs whose picture and caption are assigned to the same codeword.",
     ),
@@ -58,7 +65,7 @@ _CODEBOOK = (
     _Plot(
         "Transport error",
         "share of the mass",
-        {"transport/row_error": "rows (features)", "transport/column_error": "columns (codewords)"},
+        _ERRORS,
         "How far the plan's marginals are from uniform.",
         log=True,
     ),
@@ -76,12 +83,9 @@ _OPTIMISATION = (
     ),
     _Plot("Waiting for data", "share of the time", {"time/data_wait_share": "waiting for data"}),
 )
-_ACCURACY = _Plot(
-    "Accuracy in training",
-    "share correct",
-    {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"},
-)
-_IN_TABLES = re.compile(r"_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
+_CORRECT = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
+_ACCURACY = _Plot("Accuracy in training", "share correct", _CORRECT)
+_IN_TABLES = re.compile(r"^step$|_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
@@ -89,72 +93,66 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     training = _columns([row for row in rows if not is_evaluation(row)])
     evaluations = _columns([row for row in rows if is_evaluation(row)])
     sections = {
-        "Loss and accuracy": [*_losses(training), _ACCURACY],
-        "Codebook": list(_CODEBOOK),
-        "Optimisation and time": list(_OPTIMISATION),
+        "Loss and accuracy": (*_losses(training), _ACCURACY),
+        "Codebook": _CODEBOOK,
+        "Optimisation and time": _OPTIMISATION,
     }
-    drawn = {name for plots in sections.values() for plot in plots for name in plot.curves}
-    rest = [name for name in training if name not in drawn and name != "step"]
-    others = [name for name in evaluations if not _IN_TABLES.search(name) and name != "step"]
-    charts = {"Recall in validation": _charts(_recalls(), evaluations)}
-    charts |= {section: _charts(plots, training) for section, plots in sections.items()}
-    charts["Everything else that was logged"] = [
-        *_charts([_Plot(name, "", {name: name}) for name in rest], training),
-        *_charts([_Plot(name, "", {name: name}) for name in others], evaluations),
-    ]
+    drawn = {"step", *(name for plots in sections.values() for p in plots for name in p.curves)}
+    rest = {name: training for name in training if name not in drawn}
+    rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}
+    others = (_charts([_Plot(name, "", {name: name})], columns) for name, columns in rest.items())
+    charts = {
+        "Recall in validation": _charts(_recalls(), evaluations),
+        **{section: _charts(plots, training) for section, plots in sections.items()},
+        "Everything else that was logged": list(itertools.chain(*others)),
+    }
     return {section: found for section, found in charts.items() if found}
 
 
+def number(value: Any) -> float:
+    """A logged value as a float; NaN for null and text."""
+    return math.nan if value is None or isinstance(value, str) else float(value)
+
+
 def _losses(names: Iterable[str]) -> list[_Plot]:
-    """The total loss with its parts, then the parts of each part: loss/NAME_X is part of
-    loss/NAME.
-    """
-    parts = {name: name.removeprefix("loss/") for name in names if name.startswith("loss/")}
-    inner = {
-        name: {
-            part: label.removeprefix(f"{whole}_")
-            for part, label in parts.items()
-            if label.startswith(f"{whole}_")
-        }
-        for name, whole in parts.items()
-    }
-    within = {part for found in inner.values() for part in found}
-    whole = {"loss": "weighted sum"} | {name: parts[name] for name in parts if name not in within}
-    details = [
-        _Plot(f"Parts of the {parts[name]} loss", "nats", found)
-        for name, found in inner.items()
-        if found
-    ]
-    return [_Plot("Losses", "nats", whole), *details]
+    """The total loss with its parts, then the parts of each: loss/NAME_X is part of loss/NAME."""
+    labels = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
+    parts = {whole: [part for part in labels if part.startswith(f"{whole}_")] for whole in labels}
+    inner = {part for found in parts.values() for part in found}
+    outer = {f"loss/{label}": label for label in labels if label not in inner}
+    plots = [_Plot("Losses", "nats", {"loss": "weighted sum"} | outer)]
+    for whole, found in parts.items():
+        if found:
+            curves = {f"loss/{part}": part.removeprefix(f"{whole}_") for part in found}
+            plots.append(_Plot(f"Parts of the {whole} loss", "nats", curves))
+    return plots
 
 
 def _recalls() -> list[_Plot]:
     plots = []
-    for prefix, title in (
-        ("img", "A caption finds its picture"),
-        ("txt", "A picture finds its caption"),
-    ):
+    titles = {"img": "A caption finds its picture", "txt": "A picture finds its caption"}
+    for prefix, title in titles.items():
         student = {f"eval/{prefix}_r{k}": f"R@{k}" for k in RANKS}
-        teacher = {f"eval/teacher_{prefix}_r{k}": f"R@{k} teacher" for k in RANKS}
-        chance = {f"eval/{prefix}_chance_r{RANKS[-1]}": f"R@{RANKS[-1]} chance"}
-        dashed = (*teacher.values(), *chance.values())
+        others = {f"eval/teacher_{prefix}_r{k}": f"R@{k} teacher" for k in RANKS}
+        others[f"eval/{prefix}_chance_r{RANKS[-1]}"] = f"R@{RANKS[-1]} chance"
         note = "R@k: the share of queries with a right answer among the first k."
-        plots.append(_Plot(title, "recall, %", student | teacher | chance, note, dashed=dashed))
+        dashed = tuple(others.values())
+        plots.append(_Plot(title, "recall, %", student | others, note, dashed=dashed))
     return plots
 
 
-def _charts(plots: Sequence[_Plot], columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _charts(plots: Iterable[_Plot], columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """The charts of the plots that have at least one curve among the columns."""
     charts = []
-    for plot in plots:
+    for title, unit, curves, note, log, dashed in plots:
         found = {
             label.replace("_", " "): columns[name]
-            for name, label in plot.curves.items()
+            for name, label in curves.items()
             if name in columns
         }
         if found:
-            look = {"note": plot.note, "log": plot.log, "dashed": plot.dashed}
-            charts.append(lines(plot.title, columns["step"], found, x="step", y=plot.unit, **look))
+            labels = {"title": title, "x": "step", "y": unit, "note": note}
+            charts.append(lines(columns["step"], found, log=log, dashed=dashed, **labels))
     return charts
 
 
@@ -163,8 +161,3 @@ def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: np.array([number(row.get(name)) for row in rows]) for name in names}
     return {name: values for name, values in columns.items() if not np.isnan(values).all()}
-
-
-def number(value: Any) -> float:
-    """A logged value as a float; NaN for null and text."""
-    return math.nan if value is None or isinstance(value, str) else float(value)

@@ -12,9 +12,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from jaxtyping import UInt8
 from markupsafe import Markup
 from PIL import Image
 
+from codebook_jax.data.progress import duration
 from codebook_jax.files import written_whole
 
 FILE = "report.html"
@@ -26,41 +28,35 @@ _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f]")  # all but tab and newline
 
 
 class Pictures:
-    """Thumbnails, each in the page once, up to `most_bytes`; `left_out` is how many did not fit."""
+    """Thumbnails, each in the page once, up to `most_bytes`."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self.files: dict[str, dict[str, str]] = {}  # name -> {"jpeg": base64, "alt": text}
-        self._room, self._refused = most_bytes, set()
+        self.left_out: set[str] = set()  # names of those that did not fit
+        self._room = most_bytes
 
-    @property
-    def left_out(self) -> int:
-        return len(self._refused)
-
-    def add(self, name: str, pixels: np.ndarray, alt: str) -> None:
-        """Keeps a picture, uint8 RGB [height, width, 3], under a name; `alt` says what it shows."""
+    def add(self, name: str, pixels: UInt8[np.ndarray, "height width 3"], alt: str) -> None:
+        """Keeps a picture under a name, unless it is there already; `alt` says what it shows."""
+        if name in self.files:
+            return
         image = Image.fromarray(pixels)
         image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
         file = io.BytesIO()
         image.save(file, "JPEG", quality=80, optimize=True)
         text = base64.b64encode(file.getvalue()).decode()
         if len(text) > self._room:
-            self._refused.add(name)
+            self.left_out.add(name)
             return
         self._room -= len(text)
         self.files[name] = {"jpeg": text, "alt": alt}
 
-    def knows(self, name: str) -> bool:
-        """Whether a picture of this name was added, even if it did not fit."""
-        return name in self.files or name in self._refused
 
-
-def write_page(path: Path | str, template: str, **values: Any) -> None:
-    """Writes the page; `values` fill the template, without the characters that browsers cannot
-    show.
-    """
-    text = _environment().get_template(template).render(**values)
+def write_page(path: Path | str, template: str, pictures: Pictures, **values: Any) -> None:
+    """Writes the page: the template filled with `values`, plain dicts, lists and texts."""
+    values |= {"pictures": pictures.files, "left_out": len(pictures.left_out)}
+    text = _environment().get_template(template).render(**_shown(values))
     with written_whole(path) as file:
-        file.write(_shown(text))
+        file.write(text)
 
 
 @functools.cache
@@ -72,31 +68,23 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies["json.dumps_function"] = _json
     environment.globals["asset"] = _asset
     environment.filters["count"] = "{:,}".format
+    environment.filters["duration"] = duration
     environment.filters["plain"] = _plain
-    environment.filters["percent"] = lambda share, places=1: f"{100 * share:.{places}f}\u00a0%"
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u00a0%"
     return environment
 
 
-def _json(value: Any, **options: Any) -> str:
-    return json.dumps(_shown(value), **options)
-
-
 def _shown(value: Any) -> Any:
-    """All texts in `value` without control characters; broken characters, as in a file name, become
-    question marks.
-    """
+    """The value with its texts as browsers can show them: no control or broken characters."""
     if isinstance(value, dict):
         return {_shown(name): _shown(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_shown(inner) for inner in value]
-    return (
-        _CONTROL.sub("", value).encode(errors="replace").decode()
-        if isinstance(value, str)
-        else value
-    )
+    if isinstance(value, str):
+        return _CONTROL.sub("", value).encode(errors="replace").decode()
+    return value
 
 
 def _plain(value: Any) -> str:

@@ -18,12 +18,14 @@ from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Features, Gallery
 from codebook_jax.models.codis import unit
 from codebook_jax.report import charts, run
-from codebook_jax.report.codebook import codewords_of, words_of
 from codebook_jax.report.curves import curves
-from codebook_jax.report.examples import answers_of
+from codebook_jax.report.gallery import answers_of, codewords_of, words_of
 from codebook_jax.report.page import Pictures, write_page
 
-EVIL = "a red ring </script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> \u2028 & more"
+EVIL = (
+    "a red ring </script><script>window.hacked = 1</script>"
+    "<img src=x onerror='window.hacked = 2'> \u2028 & more"
+)
 RECORD = {
     "config": {
         "size": "tiny",
@@ -41,190 +43,146 @@ RECORD = {
 
 def rows_of(count):
     """Rows as a run logs them, with a step that was not finite."""
-    rows = [
-        {
-            "step": step,
-            "loss": 9 / step,
-            "loss/alignment": 4 / step,
-            "loss/codebook": 5 / step,
-            "loss/masked_lm": 1.0,
-        }
-        | {
-            "loss/codebook_transport": 2 / step,
-            "codebook/perplexity": step,
-            "codebook/agreement": 0.5,
-            "time/step_s": 0.5,
-        }
-        for step in range(1, count + 1)
-    ]
+    rows = []
+    for step in range(1, count + 1):
+        row = {"step": step, "loss": 9 / step, "time/step_s": 0.5}
+        row |= {"loss/alignment": 4 / step, "loss/codebook": 5 / step, "loss/masked_lm": 1.0}
+        row |= {"loss/codebook_transport": 2 / step, "codebook/perplexity": step}
+        rows.append(row | {"codebook/agreement": 0.5})
     if count > 2:
         rows[1] |= {"loss": None, "loss/alignment": None, "bad_step": True}
     return rows
 
 
 class Colours:
-    """A source of plain pictures."""
+    """A source of plain pictures with these captions."""
 
-    def __init__(self, count):
-        self._count = count
+    def __init__(self, captions):
+        self._captions = captions
 
     def __len__(self):
-        return self._count
+        return len(self._captions)
 
     def __getitem__(self, index):
         noise = np.random.default_rng(index).integers(0, 256, (4, 6, 3), np.uint8)
-        return Record(noise.repeat(20, 0).repeat(20, 1), ("",), index)
+        return Record(noise.repeat(20, 0).repeat(20, 1), (self._captions[index],), index)
 
 
-def seen_of(pictures, *, images, codes):
-    """The page's view of random features, with two captions per picture; the first caption is
-    hostile.
-    """
+def page_with(path, *, images, codes):
+    """The page of random features, with two captions per picture, the first of them hostile."""
     rng = np.random.default_rng(0)
     words = ["red", "green", "blue", "ring", "star", "moon"]
-    captions = [" ".join(rng.permutation(words)[:3]) for _ in range(2 * images)]
-    captions[0] = EVIL
+    captions = [EVIL, *(" ".join(rng.permutation(words)[:3]) for _ in range(2 * images - 1))]
     ids = np.arange(images)
     image, text = (np.asarray(unit(rng.normal(size=(count, 8)))) for count in (images, 2 * images))
-    gallery = Gallery(
-        ids,
-        ids.repeat(2),
-        np.full(2 * images, 5),
-        captions,
-        ids,
-        {"student": Features(image, text, None, None)},
-        0,
-        0,
-    )
+    features = {"student": Features(image, text, None, None)}
+    lengths = np.full(2 * images, 5)
+    gallery = Gallery(ids, ids.repeat(2), lengths, captions, ids, features, 0, 0)
     codewords = np.asarray(unit(rng.normal(size=(codes, 8))))
-    encoded = run.Encoded(40, "made up", Colours(images), gallery, codewords)
-    return run.what_is_seen(encoded, config_of(), pictures)
+    encoded = run.Encoded(40, "made up", Colours(captions[::2]), gallery, codewords)
+    pictures = Pictures()
+    seen = run.what_is_seen(encoded, config_of(), pictures)
+    return page_of(path, rows_of(50), seen=seen, pictures=pictures)
 
 
-def page_of(path, rows, seen=None, pictures=None, result=None):
-    facts = run.facts(rows, parameters=1_900_000)
-    values = {
-        "settings": {"data.train": EVIL},
-        "differs": {"data.train": ["scenes", EVIL]},
-        "compared": True,
-    }
-    values |= {
-        "title": "made up",
-        "facts": facts,
-        "result": result,
-        "charts": curves(rows),
-        "seen": seen,
-        "record": RECORD,
-    }
-    write_page(path, "run.html", pictures=pictures or Pictures(), **values)
+def page_of(path, rows, *, seen=None, pictures=None, result=None):
+    write_page(
+        path,
+        "run.html",
+        pictures or Pictures(),
+        title="made up",
+        facts=run.facts(rows, parameters=1_900_000),
+        result=result,
+        charts=curves(rows),
+        seen=seen,
+        record=RECORD,
+        settings={"data.train": EVIL},
+        differs={"data.train": ["scenes", EVIL]},
+        compared=True,
+    )
     return path
 
 
 def embedded(page, name):
-    return json.loads(
-        re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)[
-            1
-        ]
-    )
+    pattern = rf'<script type="application/json" id="{name}">(.*?)</script>'
+    return json.loads(re.search(pattern, page, re.DOTALL)[1])
 
 
 def test_a_browser_draws_the_page_shows_values_and_filters_codewords(tmp_path):
-    pictures = Pictures()
-    seen = seen_of(pictures, images=300, codes=4000)
-    page = page_of(tmp_path / "report.html", rows_of(50), seen, pictures)
+    page = page_with(tmp_path / "report.html", images=300, codes=4000)
     assert page.stat().st_size < 10e6
-    script = (
-        browser.CHARTS
-        + """
+    script = """
         const folded = document.querySelector("details:has(.chart)");
-        found.folded = folded.querySelectorAll("canvas").length;
+        const inside = () => folded.querySelectorAll("canvas").length;
+        found.folded = inside();
         folded.open = true;
         folded.dispatchEvent(new Event("toggle"));
-        found.unfolded = folded.querySelectorAll("canvas").length - folded.querySelectorAll(".chart").length;
-        const rows = () => document.querySelectorAll("#codewords > li").length;
-        found.all = JSON.parse(document.getElementById("codebook").textContent).codewords.length;
-        found.before = rows();
-        while (!document.getElementById("more").hidden) document.getElementById("more").click();
-        found.extended = rows();
-        const filter = document.getElementById("filter");
-        const type = text => { filter.value = text; filter.dispatchEvent(new Event("input")); };
+        found.unfolded = inside() - folded.querySelectorAll(".chart").length;
+        const get = id => document.getElementById(id);
+        const rows = () => [...document.querySelectorAll("#codewords > li")];
+        found.all = JSON.parse(get("codebook").textContent).codewords.length;
+        found.before = rows().length;
+        while (!get("more").hidden) get("more").click();
+        found.extended = rows().length;
+        const type = text => { get("filter").value = text; get("filter").dispatchEvent(new Event("input")); };
         type("RED ring");
-        found.red = rows();
-        found.texts = [...document.querySelectorAll("#codewords > li")].map(item => item.innerText.toLowerCase());
+        found.texts = rows().map(item => item.innerText.toLowerCase());
         type("hacked");
-        found.evil = [...document.querySelectorAll("#codewords .captions li")].map(item => item.textContent);
+        found.evil = rows().map(item => item.querySelector(".captions").textContent);
         type("nosuchword");
-        found.none = rows();
-        found.counted = document.getElementById("matches").textContent;
+        found.none = rows().length;
+        found.counted = get("matches").textContent;
         type("");
-        const sort = document.getElementById("sort");
-        sort.value = "code";
-        sort.dispatchEvent(new Event("change"));
-        found.numbers = [...document.querySelectorAll("#codewords h3")].map(item => Number(item.textContent.split(" ")[1]));
+        get("sort").value = "code";
+        get("sort").dispatchEvent(new Event("change"));
+        found.numbers = rows().map(item => Number(item.querySelector("h3").textContent.split(" ")[1]));
         found.hacked = window.hacked ?? null;
-    """
-    )
-    found = browser.look(page, script, tmp_path)
-    assert "error" not in found and not found["complaints"], found
-    assert (
-        found["charts"] >= 5 and not found["empty"] and not found["broken"] and found["wider"] <= 0
-    )
+    """  # noqa: E501
+    found = browser.look(page, browser.CHARTS + script, tmp_path)
+    browser.check_page(found)
+    assert found["charts"] >= 5
     assert (found["folded"], found["unfolded"]) == (0, 0)  # drawn when they are opened
     last, pointed = found["hovered"]
-    assert (
-        last != pointed
-        and "50" in last
-        and "\u2013" not in pointed
-        and "step 1," in found["spoken"]
-    )
+    assert last != pointed and "50" in last and "\u2013" not in pointed
+    assert "step 1," in found["spoken"]
     assert found["all"] > 200 and found["before"] == 40 and found["extended"] == found["all"]
-    assert 0 < found["red"] < found["all"] and all(
-        "red" in text and "ring" in text for text in found["texts"]
-    )
+    assert 0 < len(found["texts"]) < found["all"]
+    assert all("red" in text and "ring" in text for text in found["texts"])
     assert any(EVIL in text for text in found["evil"]) and found["hacked"] is None
     assert found["none"] == 0 and found["counted"].startswith("0 of")
     assert found["numbers"] == sorted(found["numbers"]) and len(found["numbers"]) == 40
 
 
 def test_a_page_holds_data_as_text_and_asks_the_network_for_nothing(tmp_path):
-    pictures = Pictures()
-    seen = seen_of(pictures, images=30, codes=500)
-    page = page_of(tmp_path / "report.html", rows_of(3), seen, pictures).read_text()
+    page = page_with(tmp_path / "report.html", images=30, codes=500).read_text()
     assert "<script>window" not in page and "<img src=x" not in page
-    kept = embedded(page, "codebook")
-    assert EVIL in kept["captions"].values() and set(embedded(page, "pictures")) == set(
-        map(str, range(30))
-    )
-    assert not re.search(
-        r"""(src|href|action)\s*=\s*["']?(https?:)?//|url\(|@import|\bfetch\(|XMLHttp""", page
-    )
-    assert "<link" not in page and "default-src 'none'" in page
-    for script in re.findall(
-        r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL
-    ):
-        assert "\u2028" not in script and "<" not in script
+    assert EVIL in embedded(page, "codebook")["captions"].values()
+    assert set(embedded(page, "pictures")) == set(map(str, range(30)))
+    asks = r"""(src|href|action)\s*=\s*["']?(https?:)?//|url\(|@import|\bfetch\(|XMLHttp|<link"""
+    assert not re.search(asks, page) and "default-src 'none'" in page
+    scripts = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert not any("\u2028" in script or "<" in script for script in scripts)
 
 
 def test_a_page_has_no_characters_that_end_a_browser(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "EVIL", "a\0 red\x1b \ud83d ring \U0001f600 \\ud83d")
-    pictures = Pictures()
-    seen = seen_of(pictures, images=30, codes=50)
-    page = page_of(tmp_path / "report.html", rows_of(3), seen, pictures)
+    page = page_with(tmp_path / "report.html", images=30, codes=50)
     text = page.read_text()
     assert not re.search("[\\x00-\\x08\\x0b-\\x1f]", text)
     assert "a red ? ring \U0001f600 \\ud83d" in embedded(text, "codebook")["captions"].values()
     assert text.count("a red ? ring \U0001f600 \\ud83d") >= 2  # the settings
-    look = "found.captions = Object.values(JSON.parse(document.getElementById('codebook').textContent).captions)"
-    assert any("red ?" in one for one in browser.look(page, look, tmp_path)["captions"])
+    read = "JSON.parse(document.getElementById('codebook').textContent)"
+    found = browser.look(page, f"found.captions = Object.values({read}.captions)", tmp_path)
+    assert any("red ?" in caption for caption in found["captions"])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_short_run_has_a_page(count, tmp_path):
-    rows = rows_of(count)
-    page = page_of(tmp_path / "report.html", rows)
+    page = page_of(tmp_path / "report.html", rows_of(count))
     found = browser.look(page, browser.CHARTS if count else "", tmp_path, width=600)
-    assert "error" not in found and not found["complaints"], found
-    assert not count or (found["charts"] >= 5 and not found["empty"] and found["wider"] <= 0)
+    if count:
+        browser.check_page(found)
+    assert not found["complaints"] and found.get("charts", 5) >= 5
     text = page.read_text()
     assert "no checkpoint yet" in text and "not been evaluated yet" in text and "abacus" in text
     assert ("In 1 of 3 logged steps" in text) == (count == 3)
@@ -244,26 +202,22 @@ def test_many_rows_are_thinned_to_their_extremes():
 
 
 def test_a_value_that_is_text_is_a_gap():
-    found = run.facts(
-        [{"step": 2, "time/step_s": "x", "loss": "y"}, {"step": 4, "time/step_s": 0.5}], 1
-    )
+    rows = [{"step": 2, "time/step_s": "x", "loss": "y"}, {"step": 4, "time/step_s": 0.5}]
+    found = run.facts(rows, 1)
     assert (found["step"], found["pace"], found["seconds"]) == (4, 0.5, 1.0)
 
 
 def test_every_number_of_a_row_is_in_a_chart_and_gaps_are_null():
-    rows = [
-        *rows_of(3),
-        {"step": 3, "eval/txt_r1": 4.0, "eval/img_r1": 5.0, "eval/images": 9, "eval/f1": 0.5},
-    ]
+    validation = {"eval/txt_r1": 4.0, "eval/img_r1": 5.0, "eval/images": 9, "eval/f1": 0.5}
+    rows = [*rows_of(3), {"step": 3, **validation}]
     rows[0]["words"] = "no number"
     found = curves(rows)
     drawn = {chart["title"]: chart for group in found.values() for chart in group}
     losses = {series["label"]: series["values"] for series in drawn["Losses"]["series"]}
     assert losses["weighted sum"] == [9.0, None, 3.0]
     assert set(losses) == {"weighted sum", "alignment", "codebook", "masked lm"}
-    assert [series["label"] for series in drawn["Parts of the codebook loss"]["series"]] == [
-        "transport"
-    ]
+    (inner,) = drawn["Parts of the codebook loss"]["series"]
+    assert inner["label"] == "transport"
     assert drawn["A caption finds its picture"]["series"][0]["values"] == [5.0]
     assert {"bad_step", "eval/f1"} <= set(drawn) and "words" not in drawn
     assert "Codebook" not in curves([{"step": 1, "loss": 1.0, "loss/alignment": 1.0}])
@@ -287,36 +241,26 @@ def test_a_histogram_keeps_every_value_and_says_where_captions_are_cut():
 def test_pictures_past_the_room_of_a_page_are_counted():
     pictures = Pictures(most_bytes=6000)
     for number in range(20):
-        pictures.add(
-            str(number),
-            np.random.default_rng(number).integers(0, 256, (30, 20, 3), np.uint8),
-            "noise",
-        )
-    assert 0 < len(pictures.files) < 20 and pictures.left_out == 20 - len(pictures.files)
+        pixels = np.random.default_rng(number).integers(0, 256, (30, 20, 3), np.uint8)
+        pictures.add(str(number), pixels, "noise")
+    assert 0 < len(pictures.files) < 20 and len(pictures.left_out) == 20 - len(pictures.files)
     assert sum(len(file["jpeg"]) for file in pictures.files.values()) <= 6000
 
 
 def test_the_report_of_a_run_shows_what_it_has_learned(straight, one_device, tmp_path, capsys):
     workdir = shutil.copytree(straight.workdir, tmp_path / "run")
-    report.report(config_of(**{"log_every_steps": 7}), workdir)
+    run.write_report(config_of(**{"log_every_steps": 7}), workdir)
     assert f"report: {workdir / 'report.html'}" in capsys.readouterr().out
     page = (workdir / "report.html").read_text()
-    script = (
-        browser.CHARTS
-        + """
-        found.queries = document.querySelectorAll(".query").length;
-        found.unmarked = [...document.querySelectorAll(".query")].filter(query => !query.querySelector(".right")).length;
-        found.codewords = document.querySelectorAll("#codewords > li").length;
-        found.differs = [...document.querySelectorAll("tr.differs")].map(row => row.querySelector("code").textContent);
+    script = """
+        const all = name => [...document.querySelectorAll(name)];
+        found.queries = all(".query").length;
+        found.unmarked = all(".query").filter(query => !query.querySelector(".right")).length;
+        found.codewords = all("#codewords > li").length;
+        found.differs = all("tr.differs code").map(name => name.textContent);
     """
-    )
-    found = browser.look(workdir / "report.html", script, tmp_path)
-    assert (
-        "error" not in found
-        and not found["complaints"]
-        and not found["empty"]
-        and not found["broken"]
-    ), found
+    found = browser.look(workdir / "report.html", browser.CHARTS + script, tmp_path)
+    browser.check_page(found)
     assert found["queries"] == 10 and found["unmarked"] == 0
     kept = embedded(page, "codebook")
     assert found["codewords"] == len(kept["codewords"]) <= SMALL["codebook.size"]
@@ -330,12 +274,12 @@ def test_a_run_without_a_checkpoint_has_a_page_of_its_curves(
 ):
     workdir = shutil.copytree(straight.workdir, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
-    report.report(None, workdir)
+    run.write_report(None, workdir)
     assert "no checkpoint yet" in capsys.readouterr().out
     page = (workdir / "report.html").read_text()
     assert 'id="codebook"' not in page and page.count('class="plot"') > 10
     with pytest.raises(UserError, match="holds no trained run"):
-        report.report(None, tmp_path / "nothing")
+        run.write_report(None, tmp_path / "nothing")
 
 
 def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
@@ -350,15 +294,12 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
     assert found["protocols"]["teacher/dual"]["img_r5"] == 8.0
     page = page_of(tmp_path / "report.html", rows, result=found).read_text()
     assert "<td>8.00</td>" in page and "validation data at step 3" in page
-    path.write_text(
-        json.dumps({"student/dual": found["protocols"]["student/dual"] | {"img_r1": 42.0}})
-    )
+    dual = found["protocols"]["student/dual"] | {"img_r1": 42.0}
+    path.write_text(json.dumps({"student/dual": dual}))
     found = run.result(path, rows)
     assert (found["step"], found["protocols"]["student/dual"]["img_r1"]) == (None, 42.0)
-    assert (
-        "<strong>42.0 %</strong>"
-        in page_of(tmp_path / "report.html", rows, result=found).read_text()
-    )
+    page = page_of(tmp_path / "report.html", rows, result=found).read_text()
+    assert "<strong>42.0 %</strong>" in page
     path.write_text('{"other/task": {"accuracy": 1}}')
     assert run.result(path, rows) is None and run.result(tmp_path / "none", rows_of(2)) is None
     path.write_text("[1")
@@ -393,9 +334,8 @@ def test_codewords_are_ordered_by_use_and_their_users_by_probability():
     image = np.array([[0.6, 0.4, 0], [0.9, 0.1, 0], [0.2, 0.8, 0]])
     text = np.array([[0.7, 0.3, 0], [0.6, 0.4, 0]])
     first, second = codewords_of(image, text, np.array([0, 2]))  # the third is used by none
-    assert (first.index, first.images.tolist(), first.texts.tolist()) == (0, [1, 0], [0, 1])
-    assert (second.index, second.images.tolist(), second.texts.tolist()) == (1, [2], [])
-    assert (first.agreeing, first.pairs, second.agreeing, second.pairs) == (1, 2, 0, 1)
+    assert first == {"code": 0, "images": [1, 0], "texts": [0, 1], "agreeing": 1, "pairs": 2}
+    assert second == {"code": 1, "images": [2], "texts": [], "agreeing": 0, "pairs": 1}
 
 
 def test_the_words_of_a_codeword_are_those_it_has_more_often():

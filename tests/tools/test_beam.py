@@ -7,7 +7,7 @@ from small_packing import content, pack, write_kinds, write_many
 
 from codebook_jax.data import packing
 from codebook_jax.errors import UserError
-from codebook_jax.tools.prepare import workers
+from codebook_jax.tools import prepare
 
 pytest.importorskip("apache_beam")
 DIRECT = {"beam_runner": "DirectRunner", "beam_options": "--direct_running_mode=in_memory"}
@@ -23,7 +23,7 @@ def test_beam_leaves_the_same_bytes_as_processes(tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
 
 
-def test_beam_goes_on_after_a_worker_fails_and_says_what_it_said(tmp_path, monkeypatch, capsys):
+def test_beam_continues_after_a_worker_fails_and_repeats_its_message(tmp_path, monkeypatch, capsys):
     path = write_many(tmp_path / "pictures", 12)
 
     def fails(*arguments):
@@ -31,7 +31,7 @@ def test_beam_goes_on_after_a_worker_fails_and_says_what_it_said(tmp_path, monke
             raise RuntimeError("write() failed: No space left on device; writing a")
         return packing.write_shard(*arguments)
 
-    monkeypatch.setattr(workers, "write_shard", fails)
+    monkeypatch.setattr(prepare, "write_shard", fails)
     with pytest.raises(UserError, match="no space left while writing shards to .*beam: free some"):
         pack(path, tmp_path / "beam", **DIRECT)
     monkeypatch.undo()
@@ -42,7 +42,7 @@ def test_beam_goes_on_after_a_worker_fails_and_says_what_it_said(tmp_path, monke
     assert content(tmp_path / "beam") == content(tmp_path / "here")
 
 
-def test_a_runner_that_does_not_exist_and_beam_not_installed_are_sentences(tmp_path, monkeypatch):
+def test_a_runner_that_does_not_exist_and_beam_not_installed_are_user_errors(tmp_path, monkeypatch):
     path = write_many(tmp_path / "pictures", 2)
     with pytest.raises(UserError, match="Beam's CloudRunner failed .*config.prepare.beam_runner"):
         pack(path, tmp_path / "packed", beam_runner="CloudRunner")

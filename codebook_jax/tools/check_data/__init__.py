@@ -1,8 +1,7 @@
 """`--mode=check-data`: finds what is wrong with the data before training.
 
 Checks every picture and caption of the training and evaluation sources, and looks for pictures in
-both. Prints a table, and writes check.json, usable.jsonl, skipped.tsv and report.html to the
-workdir.
+both. Prints a table, and writes check.json, usable.jsonl, skipped.tsv and report.html.
 """
 
 from __future__ import annotations
@@ -12,102 +11,65 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
-from rich.console import Console
-from rich.table import Table
+import numpy as np
 
 from codebook_jax.data.manifest import verify
 from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source, source_of
-from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.opening import split_specs
 from codebook_jax.data.stop import Stopped, stoppable
-from codebook_jax.data.text import Tokenizer, open_tokenizer, said_unknown, spelling
+from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError, refuse_below
-from codebook_jax.files import check_outputs, write_json
+from codebook_jax.files import check_outputs
 from codebook_jax.run.record import check_folder
-from codebook_jax.tools.check_data import outputs, page
+from codebook_jax.tools.check_data import outputs
 from codebook_jax.tools.check_data.captions import read_captions
-from codebook_jax.tools.check_data.findings import Leak, Part, joined_part, leak, part_of
-from codebook_jax.tools.check_data.inspection import inspect, keep_quiet
+from codebook_jax.tools.check_data.findings import Leak, Part, find, find_leak
+from codebook_jax.tools.check_data.inspection import inspect
+from codebook_jax.tools.check_data.outputs import CHECK, FILES, PAGE, SKIPPED, USABLE
+from codebook_jax.tools.workers import quiet_pillow
 
-_ROWS = {  # of the table: name of a count -> label
-    "listed": "listed records",
-    "without_caption": "without a picture or caption",
-    "usable": "usable",
-    "images": "distinct pictures",
-    "missing": "missing",
-    "empty": "empty files",
-    "undecodable": "cannot be decoded",
-    "tiny": "tiny",
-    "copies": "same as another",
-    "near_duplicates": "look like another",
-    "captions": "captions",
-    "truncated": "longer than the limit",
-    "repeated": "shared by several pictures",
-    "tokens": "tokens",
-    "unknown_tokens": "unknown tokens",
-}
+_SOURCES = (  # label, field of config.data, role
+    ("training", "train", "train"),
+    ("validation", "eval", "validation"),
+    ("test", "test", "test"),
+)
 
 
 def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
-    """Checks `config.data.train`, `eval` and `test`; returns 1 if too much is unusable or leaked,
-    else 0.
+    """Checks the data of `config`; returns 1 if too much is unusable or leaked, else 0.
 
     Raises UserError for invalid settings, and for a folder that holds something else.
     """
-    _check(config)
+    _check_settings(config)
     workdir = Path(workdir)
-    check_folder(workdir, outputs.is_own, "for the report")
-    check_outputs(workdir, (USABLE, outputs.SKIPPED, outputs.PAGE, CHECK))
+    check_folder(workdir, FILES.__contains__, "for the report")
+    check_outputs(workdir, FILES)
     try:
         with stoppable(), warnings.catch_warnings():
-            keep_quiet()
-            return _checked(config, workdir)
+            quiet_pillow()
+            check = _find(config, workdir)
+            root = outputs.write(workdir, check)
     except Stopped as stop:
         print(f"stopped by {stop}: nothing was written", file=sys.stderr, flush=True)
         return 128 + stop.number
+    for sentence in _advice(workdir, check.training[0], root):
+        print(sentence, flush=True)
+    return 1 if check.verdicts else 0
 
 
-def _checked(config: ml_collections.ConfigDict, workdir: Path) -> int:
-    sources = _sources(config)
-    damaged = _damaged_shards(config)
-    tokenizer, _ = open_tokenizer(
-        config.data.tokenizer,
-        workdir,
-        sources["training"],
-        config.data.tokenizer_vocabulary,
-        **spelling(config.data),
-    )
-    parts = {label: _parts(config, label, source, tokenizer) for label, source in sources.items()}
-    training, *_ = trained = parts.pop("training")
-    others = list(itertools.chain(*parts.values()))
-    leaks = [
-        leak(part, training, config.check.near_bits, config.check.decode)
-        for part in others
-        if not isinstance(part.source, Mixture)
-    ]
-    verdicts = [*damaged, *_verdicts(config, [training, *others], leaks)]
-    _write(config, workdir, trained, others, leaks, verdicts)
-    return 1 if verdicts else 0
-
-
-def _check(config: ml_collections.ConfigDict) -> None:
-    given = config.check
-    for name, least in (("processes", 0), ("least_side_px", 0), ("near_bits", 0)):
-        refuse_below(f"check.{name}", given[name], least)
-    if given.near_bits > 15:
-        raise UserError(
-            f"config.check.near_bits={given.near_bits} of 64 would match unrelated pictures: use "
-            "at most 15"
-        )
-    if not 0 <= given.max_bad_share <= 1:
-        raise UserError(
-            f"config.check.max_bad_share={given.max_bad_share} is not a share: use 0 to 1"
-        )
+def _check_settings(config: ml_collections.ConfigDict) -> None:
+    settings = config.check
+    for name in ("processes", "least_side_px", "near_bits", "max_bad_share"):
+        refuse_below(f"check.{name}", settings[name], 0)
+    for name, most in (("near_bits", 15), ("max_bad_share", 1)):
+        if not settings[name] <= most:
+            raise UserError(f"config.check.{name}={settings[name]} is too large: use 0 to {most}")
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: name the data to check, for example "
@@ -115,183 +77,119 @@ def _check(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def _find(config: ml_collections.ConfigDict, workdir: Path) -> outputs.Check:
+    data, decode = config.data, config.check.decode
+    sources = _sources(config)
+    verdicts = list(_damaged_folders(config)) if decode else []
+    tokenizer, _ = open_tokenizer(
+        data.tokenizer, workdir, sources["training"], data.tokenizer_vocabulary, **spelling(data)
+    )
+    training, *others = (
+        _parts(config, label, source, tokenizer) for label, source in sources.items()
+    )
+    others = list(itertools.chain(*others))
+    leaks = [
+        find_leak(part, training[0], near_bits=config.check.near_bits, decoded=decode)
+        for part in others
+        if not isinstance(part.source, Mixture)
+    ]
+    verdicts += _verdicts(config.check.max_bad_share, [training[0], *others], leaks)
+    return outputs.Check(training, others, leaks, verdicts)
+
+
 def _sources(config: ml_collections.ConfigDict) -> dict[str, Source]:
     """The sources to check, by label; built-in scenes are left out beside real pictures."""
-    data = config.data
-    built_in = _is_built_in(data.train)
-    found = {}
-    for label, spec, role in (
-        ("training", data.train, "train"),
-        ("validation", data.eval, "validation"),
-        ("test", data.test, "test"),
-    ):
-        if spec and (built_in or not _is_built_in(spec)):
-            found[label] = source_of(config, spec, role)
+    sources = {}
+    for label, field, role in _SOURCES:
+        spec = config.data[field]
+        if spec and (_is_built_in(config.data.train) or not _is_built_in(spec)):
+            sources[label] = source_of(config, spec, role)
         elif spec:
             print(f"{label} data are the built-in scenes: not checked", flush=True)
-    return found
+    return sources
 
 
 def _is_built_in(spec: str) -> bool:
     return any(re.match(r"scenes\b", part) for part in split_specs(spec))
 
 
-def _damaged_shards(config: ml_collections.ConfigDict) -> list[str]:
+def _damaged_folders(config: ml_collections.ConfigDict) -> Iterator[str]:
     """A sentence on each packed folder with damaged files."""
-    specs = itertools.chain(
-        *map(split_specs, (config.data.train, config.data.eval, config.data.test))
-    )
-    packed = (spec.removeprefix("records:") for spec in specs if spec.startswith("records:"))
-    folders = dict.fromkeys(os.path.expanduser(spec.partition("?")[0]) for spec in packed)
-    sentences = []
-    for folder in folders if config.check.decode else ():
+    specs = split_specs(",".join(config.data[field] for _, field, _ in _SOURCES))
+    packed = [spec.removeprefix("records:") for spec in specs if spec.startswith("records:")]
+    for folder in dict.fromkeys(os.path.expanduser(spec.partition("?")[0]) for spec in packed):
         damaged = verify(folder)
         if damaged:
-            sentences.append(
+            yield (
                 f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its "
                 "--mode=prepare command again, which repacks them"
             )
-    return sentences
 
 
 def _parts(
     config: ml_collections.ConfigDict, label: str, source: Source, tokenizer: Tokenizer
 ) -> list[Part]:
     """The findings on a source; for a mixture, on all of it and then on each source."""
-    if not isinstance(source, Mixture):
-        return [_part(config, label, source, tokenizer)]
-    parts = [
-        _part(config, f"{label} {number}", part, tokenizer)
-        for number, part in enumerate(source.sources, 1)
-    ]
-    return [joined_part(label, source, parts, config.check.near_bits), *parts]
-
-
-def _part(
-    config: ml_collections.ConfigDict, label: str, source: Source, tokenizer: Tokenizer
-) -> Part:
-    given = config.check
+    settings = config.check
     print(f"checking {label}: {source!r}", flush=True)
     with Progress("looked at", "pictures", len(source)) as progress:
         images = inspect(
             source,
-            processes=given.processes,
-            decode=given.decode,
-            least_side_px=given.least_side_px,
+            processes=settings.processes,
+            decode=settings.decode,
+            least_side_px=settings.least_side_px,
             tell=progress.advance,
         )
     with Progress("read captions of", "records", len(source)) as progress:
-        said = read_captions(source, tokenizer, progress.advance)
-    return part_of(label, source, images, said, given.near_bits)
+        captions = read_captions(source, tokenizer, progress.advance)
+    limits = settings.near_bits, config.model.text.max_tokens
+    parts = [find(label, source, images, captions, *limits)]
+    if isinstance(source, Mixture):
+        for number, piece in enumerate(source.sources, 1):
+            start, stop = source.starts[number - 1 : number + 1].tolist()
+            own = captions[slice(*np.searchsorted(captions["record"], (start, stop)))].copy()
+            own["record"] -= start
+            name = f"{label} {number}"
+            parts.append(find(name, piece, images.of_records(start, stop), own, *limits))
+    return parts
 
 
-def _verdicts(config: ml_collections.ConfigDict, parts: list[Part], leaks: list[Leak]) -> list[str]:
+def _verdicts(limit: float, parts: list[Part], leaks: list[Leak]) -> Iterator[str]:
     """A sentence on each share above the limit."""
-    limit = config.check.max_bad_share
     over = f"more than config.check.max_bad_share={limit:g}"
-    sentences = []
     for part in parts:
-        listed, held = part.source.listed, len(part.source) + len(part.source.left_out)
+        listed = part.source.listed
         bad = listed - int(part.usable_records.sum())
         if bad > limit * listed:
-            before = (
-                f", {listed - held:,} of them before this list was made" if listed > held else ""
-            )
-            which = "the others" if before else "them"
-            sentences.append(
+            yield (
                 f"{bad:,} of {listed:,} listed records of {part.label} are unusable "
-                f"({bad / listed:.1%}), {over}{before}: {outputs.SKIPPED} names {which}; train on "
-                f"{USABLE}, or fix them"
+                f"({bad / listed:.1%}), {over}: {SKIPPED} names those in this list; "
+                f"train on {USABLE}, or fix them"
             )
-    for one in leaks:
-        count, images = int(one.leaked.sum()), len(one.content)
-        if count > limit * images:
-            sentences.append(
-                f"{count:,} of {images:,} pictures of {one.evaluation.label} are also in training "
-                f"({count / images:.1%}), {over}: remove them from one of the two; {CHECK} names "
+    for count in (leak.counts() for leak in leaks):
+        leaked, images = count["leaked"], count["images"]
+        if leaked > limit * images:
+            yield (
+                f"{leaked:,} of {images:,} pictures of {count['evaluation']} are also in training "
+                f"({leaked / images:.1%}), {over}: remove them from one of the two; {CHECK} names "
                 "them"
             )
-    return sentences
 
 
-def _write(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    trained: list[Part],
-    others: list[Part],
-    leaks: list[Leak],
-    verdicts: list[str],
-) -> None:
-    """Prints the table and writes the files; the first of `trained` is the whole training data."""
-    max_tokens = config.model.text.max_tokens
-    parts = [*trained, *others]
-    counts = [part.counts(max_tokens) for part in parts]
-    root = outputs.image_root(trained[0])
-    rows = [["", *(part.label for part in parts)]]
-    rows += [[text, *(f"{count[name]:,}" for count in counts)] for name, text in _ROWS.items()]
-    _show(rows, leaks, verdicts)
-    outputs.write_usable(workdir / USABLE, trained[1:] or trained, root)
-    single = [part for part in parts if not isinstance(part.source, Mixture)]
-    outputs.write_skipped(workdir / outputs.SKIPPED, single)
-    page.write(workdir / outputs.PAGE, rows, parts, leaks, verdicts, max_tokens)
-    write_json(
-        workdir / CHECK,
-        {
-            "listed": counts[0]["listed"],
-            "usable": counts[0]["usable"],
-            "image_root": root,
-            "max_tokens": max_tokens,
-            "sources": [
-                {"label": part.label, "source": repr(part.source), **count}
-                | {"most_repeated": [one._asdict() for one in part.captions.most_repeated]}
-                for part, count in zip(parts, counts, strict=True)
-            ],
-            "leaks": [one.counts() | {"pictures": list(one.named())} for one in leaks],
-            "verdicts": verdicts,
-        },
-    )
-    for sentence in _advice(workdir, trained[0], root):
-        print(sentence, flush=True)
-
-
-def _advice(workdir: Path, training: Part, root: str | None) -> list[str]:
+def _advice(workdir: Path, training: Part, root: str | None) -> Iterator[str]:
     """What to do next."""
-    usable, listed = int(training.usable_records.sum()), training.source.listed
-    sentences = [
-        f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})",
-        said_unknown(training.captions.unknown, "all training captions"),
-    ]
+    counts = training.counts()
+    usable, listed = counts["usable"], counts["listed"]
+    unknown = Unknown(counts["unknown_tokens"], counts["tokens"])
+    yield f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})"
+    yield said_unknown(unknown, "all training captions")
     if root is not None:
-        sentences.append(f"train with --config.data.train=json:{workdir / USABLE}")
+        yield f"train with --config.data.train=json:{workdir / USABLE}"
+        if isinstance(training.source, Mixture) and training.source.weights:
+            yield f"{USABLE} has no weights: every pair appears once per epoch"
     elif usable:
-        sentences.append(
+        yield (
             f"these pictures are not separate files, so {USABLE} lists their positions: train on "
             "the source itself, which skips unusable pictures, or pack it with --mode=prepare"
         )
-    if root is not None and isinstance(training.source, Mixture) and training.source.weights:
-        sentences.append(f"{USABLE} has no weights: every pair appears once per epoch")
-    sentences.append(
-        f"{workdir / outputs.PAGE} shows samples, {workdir / outputs.SKIPPED} names what is "
-        "unusable"
-    )
-    return sentences
-
-
-def _show(rows: list[list[str]], leaks: list[Leak], verdicts: list[str]) -> None:
-    table = Table()
-    for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows[1:]:
-        table.add_row(*row)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(table)
-    for one in leaks:
-        count = one.counts()
-        console.print(
-            f"{count['leaked']:,} of {count['images']:,} pictures of {count['evaluation']} are in "
-            f"training, or look like one there ({count['same_content']:,} the same file, "
-            f"{count['same_look']:,} look the same; {count['same_name_alone']:,} more have only "
-            "the same name)"
-        )
-    for sentence in verdicts:
-        console.print(f"problem: {sentence}")
+    yield f"{workdir / PAGE} shows samples, {workdir / SKIPPED} names what is unusable"

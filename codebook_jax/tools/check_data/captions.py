@@ -1,124 +1,74 @@
-"""Statistics of the captions of a source: length in tokens, and which are shared by several
-pictures.
-"""
+"""The captions of a source as the model reads them: how long, and which several pictures share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.texts import short_hash
-from codebook_jax.data.text import LONGEST, Tokenizer, Unknown, clean
+from codebook_jax.data.text import LONGEST, Tokenizer, clean
 
 _AT_ONCE = 4096  # captions
-
-
-class Said(NamedTuple):
-    """What is kept of each caption of a source, as the model reads it."""
-
-    lengths: (
-        np.ndarray
-    )  # int64 [LONGEST + 1], number of captions of each length in tokens, [CLS] and [SEP] included
-    keys: np.ndarray  # uint64 [captions], of the text
-    records: np.ndarray  # int64 [captions]
-    silent: np.ndarray  # bool [records]: no caption gives a token; such captions are not counted
-    unknown: Unknown  # tokens
-
-
-class Repeated(NamedTuple):
-    """A caption shared by several pictures, as the model reads it."""
-
-    caption: str
-    images: int
-
-
-class Captions(NamedTuple):
-    """The captions of a source."""
-
-    lengths: np.ndarray  # int64 [LONGEST + 1], as of Said
-    repeated: int  # captions that more than one picture has
-    most_repeated: list[Repeated]
-    unknown: Unknown
-
-    @property
-    def count(self) -> int:
-        return int(self.lengths.sum())
-
-    def truncated(self, max_tokens: int) -> int:
-        """The number of captions longer than the model reads."""
-        return int(self.lengths[max_tokens + 1 :].sum())
+_EXAMPLES = 10  # repeated captions that are named
+_COLUMNS = np.dtype(
+    [
+        ("key", "u8"),  # of the text
+        ("record", "i4"),
+        ("tokens", "i2"),  # [CLS] and [SEP] included
+        ("unknown", "i2"),  # tokens among them
+    ]
+)
 
 
 def read_captions(
     source: Source, tokenizer: Tokenizer, tell: Callable[[int], None] = lambda records: None
-) -> Said:
-    """Reads every caption; calls `tell` with the number of records just done."""
-    lengths = np.zeros(LONGEST + 1, np.int64)
-    keys: list[np.ndarray] = [np.empty(0, np.uint64)]
-    records: list[np.ndarray] = [np.empty(0, np.int64)]
-    silent, unknown = np.ones(len(source), bool), np.zeros(2, np.int64)
-    texts, owners = [], []
+) -> np.ndarray:
+    """_COLUMNS of every caption that gives a token; tells how many records it has just read."""
+    found = [np.empty(0, _COLUMNS)]
+    batch: list[tuple[str, int]] = []  # (caption, record)
     told = 0
     for record in range(len(source)):
-        for caption in source.captions(record):
-            texts.append(caption)
-            owners.append(record)
-        if len(texts) >= _AT_ONCE or record + 1 == len(source):
-            texts, owners = _readable(tokenizer, texts, owners)
-            tokens, counts, _ = tokenizer.encode(texts, LONGEST)
-            lengths += np.bincount(counts, minlength=LONGEST + 1)
-            unknown += tokenizer.unknown(tokens, counts)
-            keys.append(np.array([short_hash(clean(text)) for text in texts], np.uint64))
-            records.append(np.array(owners, np.int64))
-            silent[owners] = False
+        batch += [(caption, record) for caption in source.captions(record)]
+        if len(batch) >= _AT_ONCE or record + 1 == len(source):
+            found.append(_read(batch, tokenizer))
             tell(record + 1 - told)
-            texts, owners, told = [], [], record + 1
-    return Said(
-        lengths, np.concatenate(keys), np.concatenate(records), silent, Unknown(*unknown.tolist())
-    )
+            batch, told = [], record + 1
+    return np.concatenate(found)
 
 
-def _readable(
-    tokenizer: Tokenizer, texts: list[str], owners: list[int]
-) -> tuple[list[str], list[int]]:
-    read = set(tokenizer.readable(texts))
-    kept = [(text, owner) for text, owner in zip(texts, owners, strict=True) if text in read]
-    return [text for text, _ in kept], [owner for _, owner in kept]
+def _read(batch: list[tuple[str, int]], tokenizer: Tokenizer) -> np.ndarray:
+    readable = set(tokenizer.readable([text for text, _ in batch]))
+    batch = [(text, record) for text, record in batch if text in readable]
+    found = np.empty(len(batch), _COLUMNS)
+    found["key"] = [short_hash(clean(text)) for text, _ in batch]
+    found["record"] = [record for _, record in batch]
+    tokens, found["tokens"], _ = tokenizer.encode([text for text, _ in batch], LONGEST)
+    unknown = -1 if tokenizer.unknown_id is None else tokenizer.unknown_id
+    found["unknown"] = (tokens == unknown).sum(axis=1)
+    return found
 
 
-def joined_captions(parts: Sequence[Said], starts: Sequence[int]) -> Said:
-    """The captions of several sources, whose records begin at `starts`, combined."""
-    return Said(
-        np.sum([part.lengths for part in parts], axis=0),
-        np.concatenate([part.keys for part in parts]),
-        np.concatenate([part.records + start for part, start in zip(parts, starts, strict=True)]),
-        np.concatenate([part.silent for part in parts]),
-        Unknown(*np.sum([part.unknown for part in parts], axis=0).tolist()),
-    )
+def repeated_captions(
+    captions: np.ndarray, source: Source, which: np.ndarray
+) -> tuple[int, list[dict[str, Any]]]:
+    """(how many captions more than one picture has, {"caption", "images"} of the most repeated).
 
-
-def compared_captions(said: Said, source: Source, which: np.ndarray, *, examples: int) -> Captions:
-    """The captions of `source`, counted by picture; `which` [records] is the picture of each
-    record.
-
-    A caption repeated for one picture does not count. Keeps the `examples` most repeated captions.
+    `which` [records] is the picture of each record: a caption repeated for one does not count.
     """
-    images = which[said.records]
-    order = np.lexsort((images, said.keys))
-    keys, images = said.keys[order], images[order]
+    images = which[captions["record"]]
+    order = np.lexsort((images, captions["key"]))
+    keys, images = captions["key"][order], images[order]
     new = np.ones(len(keys), bool)
     new[1:] = (keys[1:] != keys[:-1]) | (images[1:] != images[:-1])
     texts, counts = np.unique(keys[new], return_counts=True)
-    repeated = int(np.isin(said.keys, texts[counts > 1]).sum())
-    most = np.argsort(-counts, kind="stable")[:examples]
-    found = []
-    for text, of_images in zip(texts[most].tolist(), counts[most].tolist(), strict=True):
-        if of_images > 1:
-            record = int(said.records[np.argmax(said.keys == text)])
-            captions = map(clean, source.captions(record))
-            caption = next(one for one in captions if short_hash(one) == text)
-            found.append(Repeated(caption, of_images))
-    return Captions(said.lengths, repeated, found, said.unknown)
+    repeated = int(np.isin(captions["key"], texts[counts > 1]).sum())
+    examples = []
+    for at in np.argsort(-counts, kind="stable")[: min(_EXAMPLES, (counts > 1).sum())].tolist():
+        first = np.argmax(captions["key"] == texts[at])
+        cleaned = map(clean, source.captions(int(captions["record"][first])))
+        caption = next(text for text in cleaned if short_hash(text) == texts[at])
+        examples.append({"caption": caption, "images": int(counts[at])})
+    return repeated, examples

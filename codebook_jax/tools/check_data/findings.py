@@ -3,33 +3,29 @@
 Three kinds of evidence show that two pictures are the same: the same content (the bytes of the
 files or, without decoding, their path), the same look (perceptual hashes that differ in few bits),
 and the same file name. Names such as COCO_val2014_000000391895 are telling; names such as 1 or
-img_00001 are not. So a name counts if it has at least eight
-characters, or six that are all digits, unless it is a running number: at least 20 names in its
-source differ only in their last number, and over half of them follow another by one or two.
+img_00001 are not. So a name counts if it has at least eight characters, or six that are all digits,
+unless it is a running number: at least 20 names in its source differ only in their last number, and
+over half of them follow another by one or two.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from codebook_jax.data.sources import Source
-from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.texts import short_hash
-from codebook_jax.tools.check_data.captions import (
-    Captions,
-    Said,
-    compared_captions,
-    joined_captions,
-)
-from codebook_jax.tools.check_data.inspection import Images, Status, joined
-from codebook_jax.tools.check_data.likeness import earlier_twin, first_match
+from codebook_jax.tools.check_data.captions import repeated_captions
+from codebook_jax.tools.check_data.inspection import Images, Status
 
-_EXAMPLES = 10  # repeated captions that are kept
+EVIDENCE = ("content", "look", "name")  # the strongest first
+_HASH_BITS = 64
+_AT_ONCE = 1 << 22  # pairs of hashes compared
 _LEAST_STEM, _LEAST_DIGITS = 8, 6  # characters
 _LEAST_SERIES, _NEXT = 20, 2
 _NUMBER = re.compile(r"(\d+)\D*$")
@@ -41,161 +37,155 @@ class Part(NamedTuple):
     label: str  # "training", "training 1" of a mixture, "validation", "test"
     source: Source
     images: Images
-    said: Said
-    captions: Captions
+    captions: np.ndarray  # as `read_captions` returns them
+    repeated: int  # captions that more than one picture has
+    most_repeated: list[dict[str, Any]]  # {"caption", "images"}
     copies: np.ndarray  # int64 [images], the first earlier picture with the same content; -1: none
-    twins: (
-        np.ndarray
-    )  # int64 [images], the first earlier one that looks the same but is not a copy; -1: none
+    twins: np.ndarray  # the same for one that looks the same but is not a copy
+    max_tokens: int  # that the model reads
 
     def name(self, image: int) -> str:
         """The source's name for a picture."""
         return self.source.name(int(self.images.first[image]))
 
     @property
+    def silent(self) -> np.ndarray:
+        """bool [records]: no caption gives a token."""
+        return np.bincount(self.captions["record"], minlength=len(self.source)) == 0
+
+    @property
     def usable_records(self) -> np.ndarray:
         """bool [records]"""
-        return self.images.usable[self.images.which] & ~self.said.silent
+        return self.images.usable[self.images.which] & ~self.silent
 
-    def counts(self, max_tokens: int) -> dict[str, int]:
-        """The numbers of the report, by name."""
-        status = {kind: int((self.images.status == kind).sum()) for kind in Status}
-        return {
-            "listed": self.source.listed,
-            "without_caption": len(self.source.left_out) + int(self.said.silent.sum()),
-            "usable": int(self.usable_records.sum()),
-            "images": len(self.images.first),
-            "missing": status[Status.MISSING],
-            "empty": status[Status.EMPTY],
-            "undecodable": status[Status.UNDECODABLE],
-            "tiny": status[Status.TINY],
-            "copies": int((self.copies >= 0).sum()),
-            "near_duplicates": int((self.twins >= 0).sum()),
-            "captions": self.captions.count,
-            "truncated": self.captions.truncated(max_tokens),
-            "repeated": self.captions.repeated,
-            "tokens": self.captions.unknown.tokens,
-            "unknown_tokens": self.captions.unknown.count,
-        }
+    def counts(self) -> dict[str, int]:
+        """{name in COUNTS: number}"""
+        return {name: int(count(self)) for name, (_, count) in COUNTS.items()}
+
+
+def _with_status(status: Status) -> Callable[[Part], int]:
+    return lambda part: (part.images.found["status"] == status).sum()
+
+
+COUNTS: dict[str, tuple[str, Callable[[Part], int]]] = {  # name in check.json: (label, number)
+    "listed": ("listed records", lambda part: part.source.listed),
+    "without_caption": (
+        "without a picture or caption",
+        lambda part: len(part.source.left_out) + part.silent.sum(),
+    ),
+    "usable": ("usable", lambda part: part.usable_records.sum()),
+    "images": ("distinct pictures", lambda part: len(part.images.first)),
+    "missing": ("missing", _with_status(Status.MISSING)),
+    "empty": ("empty files", _with_status(Status.EMPTY)),
+    "undecodable": ("cannot be decoded", _with_status(Status.UNDECODABLE)),
+    "tiny": ("tiny", _with_status(Status.TINY)),
+    "copies": ("same as another", lambda part: (part.copies >= 0).sum()),
+    "near_duplicates": ("look like another", lambda part: (part.twins >= 0).sum()),
+    "captions": ("captions", lambda part: len(part.captions)),
+    "truncated": (
+        "longer than the limit",
+        lambda part: (part.captions["tokens"] > part.max_tokens).sum(),
+    ),
+    "repeated": ("shared by several pictures", lambda part: part.repeated),
+    "tokens": ("tokens", lambda part: (part.captions["tokens"] - 2).sum()),
+    "unknown_tokens": ("unknown tokens", lambda part: part.captions["unknown"].sum()),
+}
+
+
+def find(
+    label: str, source: Source, images: Images, captions: np.ndarray, bits: int, max_tokens: int
+) -> Part:
+    """Copies and repeated captions among what was read of a source; `bits` is near_bits."""
+    repeated = repeated_captions(captions, source, images.which)
+    copies, look = (
+        earlier_twin(_one_per_id(images.found[name], images.found["image_id"]), most)
+        for name, most in (("content", 0), ("look", bits))
+    )
+    twins = np.where(copies >= 0, -1, look)
+    return Part(label, source, images, captions, *repeated, copies, twins, max_tokens)
 
 
 class Leak(NamedTuple):
-    """Pictures of an evaluation source that are also in training: for each one its match in
-    training, or -1.
-    """
+    """Pictures of an evaluation source that are also in training."""
 
     evaluation: Part
     training: Part
-    content: np.ndarray  # int64 [images of the evaluation], the number of the picture in training
-    look: np.ndarray
-    name: np.ndarray
+    evidence: np.ndarray  # int8 [images of the evaluation], the strongest of EVIDENCE; -1: none
+    match: np.ndarray  # int64 [images of the evaluation], the picture in training
     decoded: bool
+
+    def shown_by(self, *evidence: str) -> np.ndarray:
+        """bool [images]: matched, and this is the strongest evidence."""
+        return np.isin(self.evidence, [EVIDENCE.index(name) for name in evidence])
 
     @property
     def leaked(self) -> np.ndarray:
         """bool [images]: same content or look; without decoding, also the same name."""
-        sure = (self.content >= 0) | (self.look >= 0)
-        return sure if self.decoded else sure | (self.name >= 0)
-
-    @property
-    def name_alone(self) -> np.ndarray:
-        """bool [images]: only the name is the same."""
-        return (self.name >= 0) & (self.content < 0) & (self.look < 0)
+        return self.shown_by(*(EVIDENCE[:2] if self.decoded else EVIDENCE))
 
     def counts(self) -> dict[str, Any]:
-        """The numbers of the report, by name."""
+        """The numbers of check.json, by name."""
         return {
             "evaluation": self.evaluation.label,
-            "images": len(self.content),
+            "images": len(self.match),
             "leaked": int(self.leaked.sum()),
-            "same_content": int((self.content >= 0).sum()),
-            "same_look": int(((self.look >= 0) & (self.content < 0)).sum()),
-            "same_name_alone": int(self.name_alone.sum()),
+            "same_content": int(self.shown_by("content").sum()),
+            "same_look": int(self.shown_by("look").sum()),
+            "same_name_alone": int(self.shown_by("name").sum()),
         }
 
-    def named(self) -> Iterator[dict[str, str]]:
-        """{"name", "training", "evidence"} of each leaked or equally named picture, with the
-        strongest evidence.
-        """
-        for at in np.flatnonzero(self.leaked | self.name_alone).tolist():
-            evidence, other = next(
-                (evidence, int(found[at]))
-                for evidence, found in (
-                    ("content", self.content),
-                    ("look", self.look),
-                    ("name", self.name),
-                )
-                if found[at] >= 0
-            )
-            names = self.evaluation.name(at), self.training.name(other)
-            yield {"name": names[0], "training": names[1], "evidence": evidence}
+    def pictures(self) -> list[dict[str, str]]:
+        """{"name", "training", "evidence"} of every match."""
+        return [
+            {
+                "name": self.evaluation.name(image),
+                "training": self.training.name(int(self.match[image])),
+                "evidence": EVIDENCE[self.evidence[image]],
+            }
+            for image in np.flatnonzero(self.evidence >= 0).tolist()
+        ]
 
 
-def part_of(label: str, source: Source, images: Images, said: Said, near_bits: int) -> Part:
-    """The findings on a source: repeated pictures and captions."""
-    captions = compared_captions(said, source, images.which, examples=_EXAMPLES)
-    return Part(label, source, images, said, captions, *same_pictures(images, near_bits))
-
-
-def joined_part(label: str, mixture: Mixture, parts: Sequence[Part], near_bits: int) -> Part:
-    """The sources of a mixture as one: pictures and captions are compared across them."""
-    starts = mixture.starts[:-1].tolist()
-    images = joined([part.images for part in parts], starts)
-    said = joined_captions([part.said for part in parts], starts)
-    return part_of(label, mixture, images, said, near_bits)
-
-
-def same_pictures(images: Images, near_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """(copies, twins) as in `Part`, among pictures with different ids: equal ids are known to be
-    one image.
-    """
-    count = len(images.first)
-    known = _one_an_id(images, images.content != 0)
-    copies = _placed(earlier_twin(images.content[known], 0), known, count)
-    comparable = _one_an_id(images, images.comparable)
-    twins = _placed(earlier_twin(images.look[comparable], near_bits), comparable, count)
-    return copies, np.where(copies >= 0, -1, twins)
-
-
-def leak(evaluation: Part, training: Part, near_bits: int, decoded: bool) -> Leak:
+def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool) -> Leak:
     """The pictures of the evaluation that are also in training."""
-    ours, theirs = evaluation.images, training.images
-    known = (np.flatnonzero(images.content) for images in (ours, theirs))
-    content = _matched(ours.content, theirs.content, *known, 0)
-    comparable = (np.flatnonzero(images.comparable) for images in (ours, theirs))
-    look = _matched(ours.look, theirs.look, *comparable, near_bits)
-    names, other_names = _stems(evaluation), _stems(training)
-    name = _matched(names, other_names, np.flatnonzero(names), np.flatnonzero(other_names), 0)
-    return Leak(evaluation, training, content, look, name, decoded)
+    ours, theirs = evaluation.images.found, training.images.found
+    compared = (
+        (ours["content"], theirs["content"], 0),
+        (ours["look"], theirs["look"], near_bits),
+        (_telling_names(evaluation), _telling_names(training), 0),
+    )
+    evidence, match = np.full(len(ours), -1, np.int8), np.full(len(ours), -1)
+    for number, (queries, base, bits) in enumerate(compared):
+        found = first_match(queries, base, bits)
+        new = (found >= 0) & (match < 0)
+        evidence[new], match[new] = number, found[new]
+    return Leak(evaluation, training, evidence, match, decoded)
 
 
-def _one_an_id(images: Images, chosen: np.ndarray) -> np.ndarray:
-    """The numbers of the chosen pictures, only the first of each id."""
-    numbers = np.flatnonzero(chosen)
-    _, first = np.unique(images.ids[numbers], return_index=True)
-    return numbers[np.sort(first)]
+def _one_per_id(hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The known hashes, only the first of each image id: equal ids are known to be one image."""
+    known = np.flatnonzero(hashes)
+    _, first = np.unique(ids[known], return_index=True)
+    result = np.zeros_like(hashes)
+    result[known[first]] = hashes[known[first]]
+    return result
 
 
-def _stems(part: Part) -> np.ndarray:
-    """uint64 [images]: a hash of each file's name without its folder and ending; 0 for a name that
-    is not telling.
-    """
+def _telling_names(part: Part) -> np.ndarray:
+    """uint64 [images]: hashes of the names without folder and ending; 0: it is not telling."""
     count = len(part.images.first)
     stems, series = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
     numbers = np.zeros(count, np.int64)
-    for at in range(count):
-        stem = re.sub(r"\.\w{1,5}$", "", os.path.basename(part.name(at)))
+    for image in range(count):
+        stem = re.sub(r"\.\w{1,5}$", "", os.path.basename(part.name(image)))
         if len(stem) < (_LEAST_DIGITS if stem.isdecimal() else _LEAST_STEM):
             continue
-        stems[at] = short_hash(stem)
-        number = _NUMBER.search(stem)
-        if number:
+        stems[image] = short_hash(stem)
+        if number := _NUMBER.search(stem):
             digits = number.group(1)
-            padded = (
-                len(digits) if digits[0] == "0" else 0
-            )  # 000000012 and 2333071 are not one series
+            padded = len(digits) * (digits[0] == "0")  # 000000012 and 2333071 are not one series
             alike = f"{stem[: number.start(1)]}/{padded}/{stem[number.end(1) :]}"
-            series[at], numbers[at] = short_hash(alike), int(digits[-18:])
+            series[image], numbers[image] = short_hash(alike), int(digits[-18:])
     stems[_running(series, numbers)] = 0
     return stems
 
@@ -210,21 +200,45 @@ def _running(series: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return dense[which]
 
 
-def _matched(
-    ours: np.ndarray, theirs: np.ndarray, of_ours: np.ndarray, of_theirs: np.ndarray, bits: int
-) -> np.ndarray:
-    """For each of ours the number of the first of theirs that matches, among the chosen ones; -1:
-    none.
+def first_match(queries: np.ndarray, base: np.ndarray, bits: int) -> np.ndarray:
+    """int64 [queries]: the first hash of `base` that differs in at most `bits` bits, uint64 both;
+    -1 if none does. A hash of 0 is unknown and matches nothing.
+
+    If the bits are split into bits + 1 bands, such a pair agrees in at least one (the pigeonhole
+    principle), so only hashes with an equal band are compared, and each distinct hash once.
     """
-    result = np.full(len(ours), -1)
-    if len(of_ours) and len(of_theirs):
-        found = first_match(ours[of_ours], theirs[of_theirs], bits)
-        result[of_ours] = np.where(found >= 0, of_theirs[found], -1)
-    return result
+    values, which = np.unique(queries, return_inverse=True)
+    base_values, first = np.unique(base, return_index=True)
+    found = np.full(len(values), len(base))
+    edges = np.linspace(0, _HASH_BITS, bits + 2).round().astype(int).tolist()
+    for low, high in itertools.pairwise(edges):
+        band = np.uint64((1 << high) - (1 << low))
+        for ours, theirs in _equal_pairs(values & band, base_values & band):
+            one, other = values[ours], base_values[theirs]
+            near = (np.bitwise_count(one ^ other) <= bits) & (one != 0) & (other != 0)
+            np.minimum.at(found, ours[near], first[theirs[near]])
+    return np.where(found < len(base), found, -1)[which]
 
 
-def _placed(twin: np.ndarray, chosen: np.ndarray, count: int) -> np.ndarray:
-    """Numbers among the chosen ones as numbers among all."""
-    result = np.full(count, -1)
-    result[chosen] = np.where(twin >= 0, chosen[twin], -1)
-    return result
+def earlier_twin(hashes: np.ndarray, bits: int) -> np.ndarray:
+    """int64: for each hash the first earlier one that differs in at most `bits` bits; -1: none."""
+    first = first_match(hashes, hashes, bits)
+    return np.where(first < np.arange(len(hashes)), first, -1)
+
+
+def _equal_pairs(queries: np.ndarray, base: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(numbers of queries, numbers of base) of all pairs with equal keys, in chunks."""
+    order = np.argsort(base, kind="stable")
+    ordered = base[order]
+    low = np.searchsorted(ordered, queries, side="left")
+    counts = np.searchsorted(ordered, queries, side="right") - low
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(queries):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _AT_ONCE, side="right")))
+        part = counts[start:stop]
+        rows = np.repeat(np.arange(start, stop), part)
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(part) - part, part)
+        yield rows, order[low[rows] + within]
+        start = stop

@@ -1,86 +1,219 @@
-"""The files that check-data writes: its numbers, the usable pairs, and what is unusable and why."""
+"""What check-data prints and writes: numbers, a page, what is usable, what is not and why."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
+from codebook_jax.data.images import UnreadableImage, decode
 from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.files import written_whole
-from codebook_jax.tools.check_data.findings import Part
-from codebook_jax.tools.check_data.inspection import is_of_files
+from codebook_jax.files import write_json, written_whole
+from codebook_jax.report.charts import histogram
+from codebook_jax.report.page import FILE as PAGE
+from codebook_jax.report.page import Pictures, write_page
+from codebook_jax.tools.check_data.findings import COUNTS, Leak, Part
+from codebook_jax.tools.check_data.inspection import has_files, pieces_of
 
-SKIPPED, PAGE = "skipped.tsv", "report.html"
-ERRORS = "backslashreplace"  # for lone surrogates in names and captions
+SKIPPED = "skipped.tsv"
+FILES = (CHECK, USABLE, SKIPPED, PAGE)
+_SAMPLES, _EXAMPLES = 48, 8  # pictures, pairs of pictures
+_ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 
 
-def is_own(name: str) -> bool:
-    """Whether check-data writes a file of this name."""
-    return name in (CHECK, USABLE, SKIPPED, PAGE)
+class Check(NamedTuple):
+    """Everything that was found; of a mixture first the whole, then each source."""
+
+    training: list[Part]
+    others: list[Part]  # validation and test
+    leaks: list[Leak]
+    verdicts: list[str]  # a sentence on each share above the limit
 
 
-def image_root(training: Part) -> str | None:
-    """The folder that holds all usable pictures; None if there are none, or they are not separate
-    files.
-    """
-    source = training.source
-    pieces = source.sources if isinstance(source, Mixture) else [source]
-    if not all(map(is_of_files, pieces)):
+def write(workdir: Path, check: Check) -> str | None:
+    """Prints the table, writes the files, and returns `_image_root`."""
+    parts = [*check.training, *check.others]
+    counts = [part.counts() for part in parts]
+    rows = [["", *(part.label for part in parts)]]
+    rows += [[label, *(f"{c[name]:,}" for c in counts)] for name, (label, _) in COUNTS.items()]
+    _print(rows, check)
+    root = _image_root(check.training[0])
+    _write_usable(workdir / USABLE, check.training[0], root)
+    single = [part for part in parts if not isinstance(part.source, Mixture)]
+    _write_skipped(workdir / SKIPPED, single)
+    _write_page(workdir / PAGE, rows, parts, check)
+    write_json(
+        workdir / CHECK,
+        {
+            "listed": counts[0]["listed"],
+            "usable": counts[0]["usable"],
+            "image_root": root,
+            "max_tokens": parts[0].max_tokens,
+            "sources": [
+                {"label": part.label, "source": repr(part.source), **count}
+                | {"most_repeated": part.most_repeated}
+                for part, count in zip(parts, counts, strict=True)
+            ],
+            "leaks": [leak.counts() | {"pictures": leak.pictures()} for leak in check.leaks],
+            "verdicts": check.verdicts,
+        },
+    )
+    return root
+
+
+def _print(rows: Sequence[Sequence[str]], check: Check) -> None:
+    table = Table()
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(table)
+    for count in (leak.counts() for leak in check.leaks):
+        console.print(
+            f"{count['leaked']:,} of {count['images']:,} pictures of {count['evaluation']} are in "
+            f"training, or look like one there ({count['same_content']:,} the same file, "
+            f"{count['same_look']:,} look the same; {count['same_name_alone']:,} more have only "
+            "the same name)"
+        )
+    for sentence in check.verdicts:
+        console.print(f"problem: {sentence}")
+
+
+def _image_root(training: Part) -> str | None:
+    """The folder that holds all usable pictures; None without any, or if they are not files."""
+    source, images = training.source, training.images
+    if not all(map(has_files, pieces_of(source))):
         return None
-    images = training.images
-    folders = {
-        os.path.dirname(source[record].image) for record in images.first[images.usable].tolist()
-    }
+    usable = images.first[images.usable].tolist()
+    folders = {os.path.dirname(source[record].image) for record in usable}
     return os.path.commonpath(folders) if folders else None
 
 
-def write_usable(path: Path, parts: Sequence[Part], root: str | None) -> None:
-    """One usable record per line: for `json:` if pictures are files, else its position in the
-    source.
-
-    `parts` are the sources of a mixture, or the one source; images of different sources are never
-    the same image.
-    """
-    first_id = 0
-    with written_whole(path, errors=ERRORS) as file:
-        for part in parts:
-            for record in np.flatnonzero(part.usable_records).tolist():
-                entry = (
-                    _place(part, record) if root is None else _pair(part, record, root, first_id)
-                )
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            first_id += part.source.listed
+def _write_usable(path: Path, part: Part, root: str | None) -> None:
+    """One usable record per line: for `json:` if pictures are files, else its position."""
+    source = part.source
+    with written_whole(path, errors=_ERRORS) as file:
+        for record in np.flatnonzero(part.usable_records).tolist():
+            if root is not None:
+                image, captions, image_id = source[record]
+                entry = {"image": os.path.relpath(image, root), "caption": captions}
+                entry["image_id"] = image_id
+            else:
+                which, index = source.place(record) if isinstance(source, Mixture) else (0, record)
+                entry = {"source": repr(pieces_of(source)[which]), "index": index}
+                entry |= {"name": source.name(record), "caption": source.captions(record)}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def write_skipped(path: Path, parts: Sequence[Part]) -> None:
+def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
     """source, name and reason of each unusable record, separated by tabs."""
-    with written_whole(path, errors=ERRORS) as file:
+    with written_whole(path, errors=_ERRORS) as file:
         for part in parts:
-            for name, reason in (*part.source.left_out, *_unusable(part)):
-                fields = (part.label, name, reason)
-                file.write("\t".join(" ".join(field.split()) for field in fields) + "\n")
+            rows = list(part.source.left_out)
+            for record in np.flatnonzero(~part.usable_records).tolist():
+                name = part.source.name(record)
+                reason = part.images.reasons.get(int(part.images.which[record]))
+                rows.append((name, reason or f"{name} {NO_CAPTION}"))
+            for row in rows:
+                fields = (" ".join(field.split()) for field in (part.label, *row))
+                file.write("\t".join(fields) + "\n")
 
 
-def _unusable(part: Part) -> Iterator[tuple[str, str]]:
-    for record in np.flatnonzero(~part.usable_records).tolist():
-        image = int(part.images.which[record])
-        name = part.source.name(record)
-        yield name, part.images.reasons.get(image) or f"{name} {NO_CAPTION}"
+def _write_page(
+    path: Path, rows: Sequence[Sequence[str]], parts: Sequence[Part], check: Check
+) -> None:
+    """Writes the page; `rows` are those of the printed table, header first."""
+    pictures = Pictures()
+    write_page(
+        path,
+        "check.html",
+        pictures,
+        title="The data",
+        rows=rows,
+        verdicts=check.verdicts,
+        parts=[_about(part, pictures) for part in parts],
+        leaks=[found for leak in check.leaks for found in _leaked(leak, pictures)],
+    )
 
 
-def _pair(part: Part, record: int, root: str, first_id: int) -> dict[str, Any]:
-    image, captions, image_id = part.source[record]
-    path = os.path.relpath(image, root)
-    return {"image": path, "caption": list(captions), "image_id": first_id + image_id}
+def _about(part: Part, pictures: Pictures) -> dict[str, Any]:
+    """The section on one source."""
+    usable = np.flatnonzero(part.images.usable)
+    sample = np.random.default_rng(0).permutation(usable)[:_SAMPLES]  # the same one each time
+    return {
+        "label": part.label,
+        "source": repr(part.source),
+        "charts": _charts(part),
+        "sample": [_figure(part, image, pictures) for image in sorted(sample.tolist())],
+        "pairs": [
+            _pairs("Copies of another picture", part, part, part.copies, pictures),
+            _pairs("Pictures that look like another", part, part, part.twins, pictures),
+        ],
+        "repeated": [("caption", "pictures")]
+        + [(one["caption"], f"{one['images']:,}") for one in part.most_repeated],
+    }
 
 
-def _place(part: Part, record: int) -> dict[str, Any]:
-    captions, name = list(part.source.captions(record)), part.source.name(record)
-    return {"source": repr(part.source), "index": record, "name": name, "caption": captions}
+def _charts(part: Part) -> list[dict[str, Any]]:
+    counts, limit = part.counts(), part.max_tokens
+    note = (
+        f"{counts['truncated']:,} of {counts['captions']:,} are longer than the {limit} tokens "
+        "that the model reads."
+    )
+    titles = {"title": "Length of the captions", "x": "tokens", "y": "captions"}
+    lengths = np.bincount(part.captions["tokens"], minlength=1)
+    charts = [histogram(lengths, **titles, note=note, mark=limit)]
+    found = part.images.found
+    sides = np.stack([found["height"], found["width"]])[:, found["height"] > 0]
+    if sides.size:
+        for name, side in (("Shorter", sides.min(axis=0)), ("Longer", sides.max(axis=0))):
+            title = f"{name} side of a picture"
+            charts.append(histogram(np.bincount(side), title=title, x="pixels", y="pictures"))
+    return charts
+
+
+def _leaked(leak: Leak, pictures: Pictures) -> list[dict[str, Any]]:
+    titles = {
+        "content": "The same file" if leak.decoded else "The same path",
+        "look": "The same look",
+        "name": "Only the same name",
+    }
+    found = []
+    for evidence, title in titles.items():
+        title = f"{title}: {leak.evaluation.label} and training"
+        matches = np.where(leak.shown_by(evidence), leak.match, -1)
+        found.append(_pairs(title, leak.evaluation, leak.training, matches, pictures))
+    return [pairs for pairs in found if pairs["shown"]]
+
+
+def _pairs(
+    title: str, part: Part, other: Part, matches: np.ndarray, pictures: Pictures
+) -> dict[str, Any]:
+    """Pictures next to their matches."""
+    matched = np.flatnonzero(matches >= 0)
+    shown = [
+        (_figure(part, image, pictures), _figure(other, int(matches[image]), pictures))
+        for image in matched[:_EXAMPLES].tolist()
+    ]
+    return {"title": title, "count": len(matched), "shown": shown}
+
+
+def _figure(part: Part, image: int, pictures: Pictures) -> dict[str, Any]:
+    """A picture of a source with its captions, or why it cannot be shown."""
+    record = int(part.images.first[image])
+    caption = " · ".join(part.source.captions(record)[:2])
+    figure = {"picture": f"{part.label}/{image}", "name": part.name(image), "caption": caption}
+    try:
+        pictures.add(figure["picture"], decode(part.source[record].image), caption)
+    except UnreadableImage as error:
+        return figure | {"failure": str(error)}
+    return figure | {"failure": None}

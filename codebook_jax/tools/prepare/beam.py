@@ -1,18 +1,25 @@
-"""Packs shards on Apache Beam, with any runner: its workers write into one folder, which all must
-reach.
-"""
+"""Packs shards on Apache Beam, with any runner, whose workers must all reach the one folder."""
 
 from __future__ import annotations
 
+import pickle
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+from codebook_jax.data.sources import Source
 from codebook_jax.errors import UserError
-from codebook_jax.tools.prepare.workers import Job
 
 
-def pack(job: Job, shards: Sequence[int], runner: str, options: str) -> None:
-    """Packs these shards; raises UserError for an unknown runner, or if a worker raises one."""
+def pack(
+    pack_shard: Callable[[Source, int], object],
+    source_file: Path,
+    shards: Sequence[int],
+    *,
+    runner: str,
+    options: str,
+) -> None:
+    """Packs shards of the source pickled in `source_file`; raises UserError if that fails."""
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -26,33 +33,24 @@ def pack(job: Job, shards: Sequence[int], runner: str, options: str) -> None:
         """Packs a shard; the source is opened once per worker."""
 
         def setup(self) -> None:
-            self._source = job.source()
+            self._source = pickle.loads(source_file.read_bytes())
 
         def process(self, shard: int) -> Iterator[int]:
-            job.pack(self._source, shard)
+            pack_shard(self._source, shard)
             yield shard
 
     try:
-        given = PipelineOptions(shlex.split(options), runner=runner)
-        with apache_beam.Pipeline(options=given) as pipeline:
+        pipeline_options = PipelineOptions(shlex.split(options), runner=runner)
+        with apache_beam.Pipeline(options=pipeline_options) as pipeline:
             numbers = pipeline | "shards" >> apache_beam.Create(list(shards))
             spread = numbers | "spread" >> apache_beam.Reshuffle()
             spread | "pack" >> apache_beam.ParDo(PackShard())
     except UserError:
         raise
     except (Exception, SystemExit) as failure:
-        raise UserError(_sentence(failure, runner)) from failure
-
-
-def _sentence(failure: BaseException, runner: str) -> str:
-    """The UserError of a worker, which Beam wraps; else one with Beam's own message."""
-    inner: BaseException | None = failure
-    while inner is not None:
-        if isinstance(inner, UserError):
-            return str(inner)
-        inner = inner.__cause__ or inner.__context__
-    lines = str(failure).strip().splitlines() or [type(failure).__name__]
-    return (
-        f"Apache Beam's {runner} failed ({lines[0]}): check config.prepare.beam_runner and "
-        "beam_options; the same command continues with the missing shards"
-    )
+        why = str(failure) or type(failure).__name__
+        raise UserError(
+            f"Apache Beam's {runner} failed ({why.strip().splitlines()[0]}): check "
+            "config.prepare.beam_runner and beam_options; the same command continues with the "
+            "missing shards"
+        ) from failure

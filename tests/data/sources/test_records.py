@@ -270,7 +270,7 @@ def test_packing_and_reading_touch_no_device():
     """Their own imports do not include JAX; Grain imports it, but starts nothing."""
     code = """
 import sys
-import codebook_jax.tools.prepare.workers, codebook_jax.data.sources.records
+import codebook_jax.tools.prepare, codebook_jax.data.sources.records
 assert "codebook_jax.metrics" not in sys.modules and "flax" not in sys.modules
 if "jax" in sys.modules:
     from jax._src import xla_bridge
