@@ -2,56 +2,154 @@
 on the hub.
 
 Rows are read from Arrow files on disk. The library copies Parquet files and hub data to its own
-cache, which takes
-space: `~/.cache/huggingface/datasets`, unless HF_HOME or HF_DATASETS_CACHE names another place.
+cache, `~/.cache/huggingface/datasets` unless HF_HOME or HF_DATASETS_CACHE names another place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.network import hub_reachable
-from codebook_jax.data.sources.hub_rows import Columns, Rows
 from codebook_jax.data.sources.library_datasets import (
-    chosen_part,
+    Parts,
+    check_folder,
     first_line,
+    no_picture,
     only_split,
+    parts_of,
     place_and_split,
+    texts_in,
 )
+from codebook_jax.data.sources.record import NO_CAPTION, Record, checked
+from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.texts import numbered
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from codebook_jax.data.sources.opening import Request
+    import pyarrow
+    from datasets import Dataset, DatasetDict
 
 _SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk writes
+_ROWS_AT_ONCE = 10_000
+
+
+class Rows:
+    """The rows of a table as a source, indexed without reading the images.
+
+    Rows with the same id are the same image: for training each is a record; for evaluation
+    (`merge`) they are one record with all their captions. Without ids, each row is an image. Rows
+    without an image or a caption are left out and counted.
+    """
+
+    def __init__(self, what: str, table: Dataset, columns: Parts, *, merge: bool) -> None:
+        """Raises UserError if no row is usable or ids have a wrong type."""
+        self._what, self._columns = what, columns
+        self._table = table.select_columns([columns.image, columns.caption])
+        self._texts = table.select_columns([columns.caption])
+        self._keys = None if columns.id is None else table.select_columns([columns.id])
+        self.listed, content = len(table), hashlib.sha256(repr(("hf 1", *columns)).encode())
+        silent = _silent(self._texts, content)
+        imageless = _imageless(table.select_columns([columns.image]))
+        content.update(np.packbits(imageless).tobytes())
+        self._rows = np.flatnonzero(~(silent | imageless))
+        if not len(self._rows):
+            raise UserError(_nothing(what, columns, table.features, bool(silent.all())))
+        self._first, self._ids = np.arange(len(self._rows) + 1), None
+        if self._keys is not None:
+            self._ids = numbered(_numbers(what, self._keys)[self._rows])[1]
+            content.update(self._ids.astype("<i4").tobytes())
+        if merge and self._ids is not None:
+            self._rows = self._rows[np.argsort(self._ids, kind="stable")]
+            self._first = np.concatenate([[0], np.cumsum(np.bincount(self._ids))])
+            self._ids = None  # each record is an image, in order of first appearance
+        self._fingerprint = content.hexdigest()
+        self.left_out = [
+            (self._called(row), f"{what} row {row} {NO_CAPTION if silent[row] else 'has no image'}")
+            for row in np.flatnonzero(silent | imageless).tolist()
+        ]
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def __getitem__(self, index: int) -> Record:
+        rows = self._rows_of(index)
+        content = self._read(self._table, rows[0])
+        captions = _distinct([content[self._columns.caption]])
+        if len(rows) > 1:
+            captions = self._captions(rows)
+        image = content[self._columns.image]
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if not image:
+            raise UnreadableImage(f"{self._what} row {rows[0]}: the image is empty")
+        return Record(image, captions, int(index if self._ids is None else self._ids[index]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        try:
+            return self._captions(self._rows_of(index))
+        except UnreadableImage as failure:
+            raise UserError(
+                f"{failure}: check that the files are there, then start again"
+            ) from failure
+
+    def name(self, index: int) -> str:
+        return self._called(self._rows_of(index)[0])
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def __repr__(self) -> str:
+        return f"hf({self._what.partition(':')[2]!r}, images={len(self)})"
+
+    def _rows_of(self, index: int) -> list[int]:
+        first, stop = self._first[checked(index, len(self)) :][:2]
+        return self._rows[first:stop].tolist()
+
+    def _captions(self, rows: list[int]) -> tuple[str, ...]:
+        return _distinct([self._read(self._texts, row)[self._columns.caption] for row in rows])
+
+    def _called(self, row: int) -> str:
+        key = None
+        if self._keys is not None:
+            with contextlib.suppress(UnreadableImage):
+                key = self._read(self._keys, row)[self._columns.id]
+        return f"{self._what} row {row}" if key is None else str(key)
+
+    def _read(self, table: Dataset, row: int) -> dict[str, Any]:
+        try:
+            return table[row]
+        except Exception as failure:  # OSError, Arrow's own
+            raise UnreadableImage(f"{self._what} row {row}: {first_line(failure)}") from failure
 
 
 def open_hugging_face(request: Request) -> Rows:
     """`hf:PLACE:SPLIT`: PLACE is a folder, a Parquet file or a name on the hub; SPLIT may be
     `train[:50%]`.
     """
+    datasets = _library()
     place, split = place_and_split(request.place)
     what = f"hf:{place}"
-    table = _loaded(what, place, split)
+    table = _loaded(datasets, what, place, split)
     if isinstance(table, dict):
         split = split or only_split(what, list(table))
         if split not in table:
             raise UserError(f"{what} has no split {split!r}: its splits are {', '.join(table)}")
         table = table[split]
     what = f"{what}:{split}" if split else what
-    keys = {part: request.options.get(f"{part}_key") for part in ("image", "caption", "id")}
-    columns = Columns(
-        chosen_part(what, "image", keys["image"], table.column_names),
-        chosen_part(what, "caption", keys["caption"], table.column_names),
-        keys["id"] and chosen_part(what, "id", keys["id"], table.column_names),
-    )
-    return Rows(what, _undecoded(what, table, columns.image), columns, merge=request.merge)
+    columns = parts_of(what, request, table.column_names)
+    table = _undecoded(datasets, what, table, columns.image)
+    return Rows(what, table, columns, merge=request.merge)
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     """`datasets`, imported late: it takes a second."""
     try:
         import datasets
@@ -62,21 +160,21 @@ def _library() -> Any:
     return datasets
 
 
-def _loaded(what: str, place: str, split: str | None) -> Any:
+def _loaded(
+    datasets: ModuleType, what: str, place: str, split: str | None
+) -> Dataset | DatasetDict:
     """The table of a split, or {split: table}; raises UserError if it cannot be loaded."""
-    datasets = _library()
+    check_folder(what, place)
     here = os.path.exists(place)
-    if not here and place.startswith(("/", ".", "~")):
-        raise UserError(f"{what}: the folder does not exist: give a folder, or a name on the hub")
     reachable = here or hub_reachable()
     try:
         with _quiet(datasets, offline=not reachable):
-            return _load(datasets, what, place, split)
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as failure:  # the library's errors, its HTTP library's, Arrow's, OSError, ValueError, ...
+            if os.path.isfile(place):
+                return datasets.load_dataset("parquet", data_files=place, split=split or "train")
+            if not any(os.path.isfile(os.path.join(place, name)) for name in _SAVED):
+                return datasets.load_dataset(place, split=split)
+            saved = datasets.load_from_disk(place)
+    except Exception as failure:  # the library's, its HTTP library's, Arrow's, OSError, ...
         reason = first_line(failure.__cause__ or failure)
         if here:
             raise UserError(
@@ -89,21 +187,13 @@ def _loaded(what: str, place: str, split: str | None) -> Any:
             f"{what} is not a folder here and could not be loaded from the Hugging Face hub "
             f"({reason}): give a folder, or a name on the hub with network access"
         ) from failure
-
-
-def _load(datasets: Any, what: str, place: str, split: str | None) -> Any:
-    if os.path.isfile(place):
-        return datasets.load_dataset("parquet", data_files=place, split=split or "train")
-    if not any(os.path.isfile(os.path.join(place, name)) for name in _SAVED):
-        return datasets.load_dataset(place, split=split)
-    saved = datasets.load_from_disk(place)
     if not isinstance(saved, dict) and split not in (None, "train", str(saved.split)):
         raise UserError(f"{what} is a single table and has no split {split!r}: leave the split out")
     return saved
 
 
 @contextlib.contextmanager
-def _quiet(datasets: Any, *, offline: bool) -> Iterator[None]:
+def _quiet(datasets: ModuleType, *, offline: bool) -> Iterator[None]:
     """Turns off progress bars and warnings; `offline` also stops the library from trying the hub,
     which takes 20 s.
     """
@@ -126,11 +216,10 @@ def _quiet(datasets: Any, *, offline: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _undecoded(what: str, table: Any, image: str) -> Any:
+def _undecoded(datasets: ModuleType, what: str, table: Dataset, image: str) -> Dataset:
     """The table with its pictures as the bytes or paths of files; raises UserError if the column
     holds anything else.
     """
-    datasets = _library()
     feature = table.features[image]
     if isinstance(feature, datasets.Image):
         return table.cast_column(image, datasets.Image(decode=False))
@@ -143,7 +232,68 @@ def _undecoded(what: str, table: Any, image: str) -> Any:
             "with json: or csv:; if they are URLs, download them with img2dataset and read its "
             "shards with webdataset:; or name the column of pictures with ?image_key=NAME"
         )
-    raise UserError(
-        f"{what}: {image!r} is {first_line(feature)}, not a picture: name the column of pictures "
-        "with ?image_key=NAME"
+    raise no_picture(what, image, feature)
+
+
+def _distinct(values: list[Any]) -> tuple[str, ...]:
+    """The captions of an image, each once."""
+    return tuple(dict.fromkeys(texts_in(values)))
+
+
+def _batches(table: Dataset) -> Iterator[tuple[slice, pyarrow.ChunkedArray]]:
+    """(which rows, their values) of a one-column table, some rows at a time."""
+    start = 0
+    for batch in table.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        yield slice(start, start + len(batch)), batch.column(0)
+        start += len(batch)
+
+
+def _silent(texts: Dataset, content: hashlib._Hash) -> np.ndarray:
+    """bool [rows]: rows without a caption; updates the hash `content` with all captions."""
+    silent = np.zeros(len(texts), bool)
+    for rows, column in _batches(texts):
+        captions = [texts_in(value) for value in column.to_pylist()]
+        silent[rows] = [not found for found in captions]
+        content.update(repr(captions).encode("utf-8", "surrogatepass"))
+    return silent
+
+
+def _imageless(images: Dataset) -> np.ndarray:
+    """bool [rows]: rows without a picture, from Arrow's null flags alone."""
+    import pyarrow.compute
+
+    imageless = np.zeros(len(images), bool)
+    for rows, column in _batches(images):
+        fields = [column]
+        if pyarrow.types.is_struct(column.type):
+            places = [column.type.get_field_index(name) for name in ("bytes", "path")]
+            fields = [pyarrow.compute.struct_field(column, place) for place in places if place >= 0]
+        imageless[rows] = np.all([field.is_null().to_numpy() for field in fields], axis=0)
+    return imageless
+
+
+def _numbers(what: str, keys: Dataset) -> np.ndarray:
+    """int64 [rows]: equal for equal ids; a row without an id gets its own number."""
+    import pyarrow
+
+    [(name, feature)] = keys.features.items()
+    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "string", "large_string")):
+        raise UserError(
+            f"{what}: {name!r} is {first_line(feature)}, not ids: name a column of integers or "
+            "strings with ?id_key=NAME"
+        )
+    column = pyarrow.chunked_array([chunk for _, part in _batches(keys) for chunk in part.chunks])
+    encoded = column.combine_chunks().dictionary_encode()
+    numbers = encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
+    without = numbers < 0
+    numbers[without] = len(encoded.dictionary) + np.arange(without.sum())
+    return numbers
+
+
+def _nothing(what: str, columns: Parts, features: Any, silent: bool) -> str:
+    part, column = ("caption", columns.caption) if silent else ("image", columns.image)
+    return (
+        f"{what} has no row with an image and a caption: {column!r}, which is "
+        f"{first_line(features[column])}, holds no {part}s: name the column that does with "
+        f"?{part}_key=NAME"
     )

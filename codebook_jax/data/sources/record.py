@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
+
+NO_CAPTION = "has no caption with words"
 
 
 class WithoutCaption(UnreadableImage):
@@ -40,9 +44,7 @@ class Source(Protocol):
         """The captions of record `index`, without making its image."""
 
     def name(self, index: int) -> str:
-        """The name of record `index`'s image in the source (its path, key or id), without reading
-        it.
-        """
+        """The name of record `index` in the source (path, key or id), without reading its image."""
 
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""
@@ -58,6 +60,41 @@ def checked(index: int, length: int) -> int:
     return index
 
 
+def part_of(starts: np.ndarray, index: int) -> tuple[int, int]:
+    """(which part, index within it) of record `index` of parts that begin at `starts`."""
+    which = int(np.searchsorted(starts, checked(index, int(starts[-1])), side="right")) - 1
+    return which, int(index - starts[which])
+
+
 def digest(parts: Sequence[str]) -> str:
     """A hash of these texts, for fingerprints."""
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+Opened = TypeVar("Opened")
+
+
+class Recent(Generic[Opened]):
+    """Keeps the last opened files by name; several threads may read, each process opens its own."""
+
+    def __init__(self, opens: Callable[[str], Opened], most: int) -> None:
+        self._opens, self._most = opens, most
+        self._lock, self._held = threading.Lock(), OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, name: str) -> Opened:
+        with self._lock:
+            if name in self._held:
+                self._held.move_to_end(name)
+                return self._held[name]
+        opened = self._opens(name)  # outside the lock: on a network disk all threads would wait
+        with self._lock:
+            self._held[name] = opened
+            while len(self._held) > self._most:  # closes when the last thread is done with it
+                self._held.popitem(last=False)
+        return opened
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recent, (self._opens, self._most)

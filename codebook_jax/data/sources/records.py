@@ -5,32 +5,38 @@ folder.
 from __future__ import annotations
 
 import os
-import threading
+import resource
 from array import array
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.manifest import Manifest, Shard, misfits, read_manifest
 from codebook_jax.data.packing import index_name, unpack
-from codebook_jax.data.sources.listed import NO_CAPTION
-from codebook_jax.data.sources.record import Record, WithoutCaption, checked, digest
+from codebook_jax.data.sources.record import (
+    NO_CAPTION,
+    Recent,
+    Record,
+    WithoutCaption,
+    checked,
+    digest,
+    part_of,
+)
+from codebook_jax.data.sources.request import Request
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json
 
 if TYPE_CHECKING:
-    from codebook_jax.data.sources.opening import Request
+    from array_record.python.array_record_module import ArrayRecordReader
 
 _INDEXES_HELD = 8
 _READER_OPTIONS = "readahead_buffer_size:0"  # records are read singly, in random order
 _READER_BUFFER_BYTES = 1 << 15
-
-Opened = TypeVar("Opened")
 
 
 class Images(NamedTuple):
@@ -58,21 +64,25 @@ class Records:
         self._fingerprint = digest(
             [f"records 1 {merge}", *(shard.sha256 for shard in self._shards)]
         )
-        self._readers = _Recent(_Reader(self._folder), _most_readers())
-        self._indexes = _Recent(_Index(self._folder), _INDEXES_HELD)
+        self._readers = Recent(partial(_reader, self._folder), _most_readers())
+        self._indexes = Recent(partial(_index, self._folder), _INDEXES_HELD)
         self._images = self._merged() if merge else None
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._images is None else len(self._images.first) - 1
 
     def __getitem__(self, index: int) -> Record:
-        own = self._members(index)[0]
-        shard, place = self._place(own)
-        content = self._content(shard, place)
+        shard, place = self._place(self._members(index)[0])
+        where = f"{self._folder}/{shard.file}, record {place}"
+        try:
+            content = unpack(self._readers[shard.file].read([place])[0])
+        except Exception as failure:  # of ArrayRecord and msgpack, many kinds
+            why = (str(failure).split(";")[0].splitlines() or [repr(failure)])[0]
+            raise UnreadableImage(f"{where}: {why}") from failure
         alone = self._images is None
         captions = _with_words(content["captions"]) if alone else self.captions(index)
         if not captions:  # packed by an older version, which kept them
-            raise WithoutCaption(f"{self._folder}/{shard.file}, record {place} {NO_CAPTION}")
+            raise WithoutCaption(f"{where} {NO_CAPTION}")
         return Record(content["image"], captions, content["image_id"])
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -97,20 +107,8 @@ class Records:
 
     def _place(self, own: int) -> tuple[Shard, int]:
         """(shard, place within it) of a record of the shards."""
-        which = int(np.searchsorted(self._starts, own, side="right")) - 1
-        return self._shards[which], int(own - self._starts[which])
-
-    def _content(self, shard: Shard, place: int) -> dict[str, Any]:
-        """A packed record; raises UnreadableImage if the shard no longer holds it."""
-        try:
-            return unpack(self._readers[shard.file].read([place])[0])
-        except (
-            Exception
-        ) as failure:  # RuntimeError and IndexError of ArrayRecord, many kinds of msgpack
-            why = str(failure).split(";")[0].splitlines()[0] if str(failure) else repr(failure)
-            raise UnreadableImage(
-                f"{self._folder}/{shard.file}, record {place}: {why}"
-            ) from failure
+        which, place = part_of(self._starts, own)
+        return self._shards[which], place
 
     def _entry(self, own: int) -> dict[str, Any]:
         """A line of an index."""
@@ -138,7 +136,7 @@ class Records:
 
 
 def open_records(request: Request) -> Records:
-    """`records:FOLDER`: see the module."""
+    """`records:FOLDER`."""
     damaged = request.settings.damaged_shards
     manifest = read_manifest(request.place)
     return Records(request.place, manifest, merge=request.merge, damaged=damaged)
@@ -162,82 +160,36 @@ def _sound(
             f"{folder}: {why}{more}: run the same --mode=prepare command again, it repacks damaged "
             "shards; or leave them out with --config.data.damaged_shards=skip"
         )
-    sound = tuple(s for number, s in enumerate(manifest.shards) if number not in wrong)
+    sound, left_out = [], []
+    for number, shard in enumerate(manifest.shards):
+        if number in wrong:
+            left_out.append((shard.file, f"{wrong[number]}: {shard.records:,} records left out"))
+        else:
+            sound.append(shard)
     if not sum(shard.records for shard in sound):
         raise UserError(
             f"{folder}: every shard is damaged: pack the source again with --mode=prepare"
         )
-    left_out = [
-        (
-            manifest.shards[number].file,
-            f"{why}: {manifest.shards[number].records:,} records left out",
-        )
-        for number, why in wrong.items()
-    ]
-    return sound, left_out
+    return tuple(sound), left_out
 
 
-class _Recent(Generic[Opened]):
-    """Keeps the last opened files by name, and reopens others when needed.
+def _reader(folder: str, name: str) -> ArrayRecordReader:
+    from array_record.python import array_record_module
 
-    Safe to use from several threads.
-    """
-
-    def __init__(self, opens: Callable[[str], Opened], most: int) -> None:
-        self._opens, self._most = opens, most
-        self._lock, self._held = threading.Lock(), OrderedDict()
-
-    def __getitem__(self, name: str) -> Opened:
-        with self._lock:
-            if name in self._held:
-                self._held.move_to_end(name)
-                return self._held[name]
-        opened = self._opens(name)  # outside the lock: on a network disk all threads would wait
-        with self._lock:
-            self._held[name] = opened
-            while len(self._held) > self._most:
-                self._held.popitem(
-                    last=False
-                )  # it closes when the last thread reading from it is done
-        return opened
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_opens": self._opens, "_most": self._most}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_opens"], state["_most"])
+    return array_record_module.ArrayRecordReader(
+        os.path.join(folder, name),
+        options=_READER_OPTIONS,
+        file_reader_buffer_size=_READER_BUFFER_BYTES,
+    )
 
 
-class _Reader:
-    """Opens a shard by name. A class, so that it can be pickled."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    def __call__(self, name: str) -> Any:
-        from array_record.python import array_record_module
-
-        return array_record_module.ArrayRecordReader(
-            os.path.join(self._folder, name),
-            options=_READER_OPTIONS,
-            file_reader_buffer_size=_READER_BUFFER_BYTES,
-        )
-
-
-class _Index:
-    """Reads the lines of a shard's index by the shard's name."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    def __call__(self, name: str) -> list[bytes]:
-        return (Path(self._folder) / index_name(name)).read_bytes().split(b"\n")
+def _index(folder: str, name: str) -> list[bytes]:
+    """The lines of a shard's index."""
+    return Path(folder, index_name(name)).read_bytes().split(b"\n")
 
 
 def _most_readers() -> int:
     """How many shards a source keeps open: a quarter of the process's limit, since a mixture has
     several sources.
     """
-    import resource
-
     return max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))

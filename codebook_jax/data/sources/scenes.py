@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from codebook_jax.data import scenes
 from codebook_jax.data.sources.record import Record, checked, digest
+from codebook_jax.data.sources.request import Request
 from codebook_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from codebook_jax.data.sources.opening import Request
 
 
 class TrainingScenes:

@@ -2,8 +2,7 @@
 
 A sample is an image, KEY.jpg (or png, webp, gif, bmp), with its caption in KEY.txt, or under
 "caption" in KEY.json. KEY is the whole name up to its last dot; members of a sample need not be
-adjacent. The headers are read once, when the source is opened; images are read from the shards when
-needed.
+adjacent. Only headers and captions are read when the source is opened (`tar_index`).
 """
 
 from __future__ import annotations
@@ -13,17 +12,15 @@ import glob
 import itertools
 import os
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources.record import Record, checked, digest
+from codebook_jax.data.sources.record import Recent, Record, digest, part_of
+from codebook_jax.data.sources.request import Request
 from codebook_jax.data.sources.tar_index import (
     COMPRESSED,
     Index,
@@ -32,9 +29,6 @@ from codebook_jax.data.sources.tar_index import (
     unpacking,
 )
 from codebook_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from codebook_jax.data.sources.opening import Request
 
 _INDEXING_THREADS = 4  # they mostly wait for the disk; more are slower
 _MOST_OPEN = 128
@@ -53,46 +47,42 @@ class Shards:
     def __init__(
         self, place: str, paths: Sequence[str], caption_key: str | None, *, damaged: str
     ) -> None:
-        """`damaged`: if a shard is missing or truncated, or has a duplicate member or a text that
-        is not UTF-8,
-        "refuse" raises UserError and "skip" leaves the affected samples out.
+        """With `caption_key`, captions are the values at that key of the JSON files.
 
-        With `caption_key`, captions are the values at that key of the JSON files. Raises UserError
-        if none is left.
+        If a shard is missing or truncated, or has a duplicate member or a text that is not UTF-8,
+        `damaged` "refuse" raises UserError and "skip" leaves the affected samples out. Raises
+        UserError if none is left.
         """
         self._place, self._paths, self._caption_key = place, tuple(paths), caption_key
-        with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
-            indexes = []
-            for path, index in zip(
-                paths, pool.map(partial(_indexed, caption_key=caption_key), paths), strict=True
-            ):
-                if (index.damage or index.faults) and damaged == "refuse":
-                    pool.shutdown(cancel_futures=True)
-                    raise UserError(_refusal(path, index))
-                indexes.append(index)
-        self._indexes = tuple(indexes)
-        self._starts = np.cumsum([0, *(len(index.keys) for index in indexes)])
-        self.left_out = _left_out(paths, indexes)
-        further = sum(len(index.further) for index in indexes)  # members of listed samples
-        self.listed = len(self) + len(self.left_out) - further
+        self._indexes = _indexed(paths, caption_key, damaged)
+        self._starts = np.cumsum([0, *(len(index.keys) for index in self._indexes)])
+        self.left_out: list[tuple[str, str]] = []
+        contents = ["webdataset 1", str(caption_key)]
+        for path, index in zip(paths, self._indexes, strict=True):
+            shard, unused = os.path.basename(path), [*index.left_out, *index.further]
+            self.left_out += [(f"{shard}/{name}", f"{shard}/{name} {why}") for name, why in unused]
+            if index.damage:
+                self.left_out.append((shard, f"{path} {index.damage}: the rest is left out"))
+            damage = f"damaged at {index.damaged_at}" if index.damage else ""
+            contents.append(f"{shard} {index.fingerprint} {damage}")
         if not len(self):
             raise UserError(_nothing(place, self.left_out))
-        self._fingerprint = digest(
-            ["webdataset 1", str(caption_key), *map(_summary, paths, indexes)]
-        )
-        self._files = _Files()
+        further = sum(len(index.further) for index in self._indexes)  # members of listed samples
+        self.listed = len(self) + len(self.left_out) - further
+        self._fingerprint = digest(contents)
+        self._files = Recent(_File, _MOST_OPEN)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Record:
-        which, own = self._found(index)
-        image, size = self._indexes[which].places[own, :2]
-        return Record(self._read(which, own, image, size), self._captions(which, own), int(index))
+        which, own = part_of(self._starts, index)
+        image = self._read(which, own, *self._indexes[which].places[own, :2])
+        return Record(image, self._captions(which, own), int(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         try:
-            return self._captions(*self._found(index))
+            return self._captions(*part_of(self._starts, index))
         except UnreadableImage as failure:
             raise UserError(
                 f"{failure}: check that the disk is mounted and the shard complete, then start "
@@ -100,18 +90,13 @@ class Shards:
             ) from failure
 
     def name(self, index: int) -> str:
-        return self._name(*self._found(index))
+        return self._name(*part_of(self._starts, index))
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
     def __repr__(self) -> str:
         return f"webdataset({self._place!r}, images={len(self)})"
-
-    def _found(self, index: int) -> tuple[int, int]:
-        """(which shard, sample within it) of record `index`."""
-        which = int(np.searchsorted(self._starts, checked(index, len(self)), side="right")) - 1
-        return which, int(index - self._starts[which])
 
     def _name(self, which: int, own: int) -> str:
         return f"{os.path.basename(self._paths[which])}/{self._indexes[which].keys[own]}"
@@ -124,9 +109,7 @@ class Shards:
         with contextlib.suppress(ValueError):
             captions = captions_of(content, key)
         if not captions:
-            raise UnreadableImage(
-                f"{self._name(which, own)}: the shard is not what it was at start"
-            )
+            raise self._changed(which, own)
         return captions
 
     def _read(self, which: int, own: int, start: int, size: int) -> bytes:
@@ -136,19 +119,20 @@ class Shards:
         except OSError as failure:
             raise UnreadableImage(f"{self._name(which, own)}: {failure.strerror}") from failure
         if len(content) < size:
-            raise UnreadableImage(
-                f"{self._name(which, own)}: the shard is not what it was at start"
-            )
+            raise self._changed(which, own)
         return content
+
+    def _changed(self, which: int, own: int) -> UnreadableImage:
+        name = self._name(which, own)
+        return UnreadableImage(f"{name}: the shard is not what it was at start")
 
 
 def open_webdataset(request: Request) -> Shards:
     """`webdataset:PLACE`: a tar file, a folder of them, or a pattern such as `*.tar` or
     `{00000..00331}.tar`.
     """
-    damaged = request.settings.damaged_shards
-    paths = shard_paths(request.place)
-    return Shards(request.place, paths, request.options.get("caption_key"), damaged=damaged)
+    paths, caption_key = shard_paths(request.place), request.keys["caption"]
+    return Shards(request.place, paths, caption_key, damaged=request.settings.damaged_shards)
 
 
 def shard_paths(place: str) -> list[str]:
@@ -174,8 +158,7 @@ def shard_paths(place: str) -> list[str]:
     if not paths:
         raise UserError(
             f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, "
-            "or a pattern such as "
-            "data/*.tar or data/{00000..00331}.tar"
+            "or a pattern such as data/*.tar or data/{00000..00331}.tar"
         )
     return paths
 
@@ -218,13 +201,17 @@ def _unfolded(place: str) -> list[str]:
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
-def _indexed(path: str, caption_key: str | None) -> Index:
-    try:
-        return index_shard(path, caption_key)
-    except OSError as failure:
-        nothing = np.zeros((0, 4), np.int64)
-        why = f"cannot be read ({failure.strerror})"
-        return Index((), nothing, np.zeros(0, bool), [], [], [], "", why)
+def _indexed(paths: Sequence[str], caption_key: str | None, damaged: str) -> tuple[Index, ...]:
+    """The index of each shard; raises UserError for the first damaged one if asked to refuse."""
+    indexes = []
+    with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
+        found = pool.map(partial(index_shard, caption_key=caption_key), paths)
+        for path, index in zip(paths, found, strict=True):
+            if (index.damage or index.faults) and damaged == "refuse":
+                pool.shutdown(cancel_futures=True)
+                raise UserError(_refusal(path, index))
+            indexes.append(index)
+    return tuple(indexes)
 
 
 def _refusal(path: str, index: Index) -> str:
@@ -242,19 +229,6 @@ def _refusal(path: str, index: Index) -> str:
     )
 
 
-def _left_out(paths: Sequence[str], indexes: Sequence[Index]) -> list[tuple[str, str]]:
-    """(name, why) of samples left out, of further members of used samples, and of damaged
-    shards.
-    """
-    left_out = []
-    for path, index in zip(paths, indexes, strict=True):
-        shard, unused = os.path.basename(path), index.left_out + index.further
-        left_out += [(f"{shard}/{name}", f"{shard}/{name} {why}") for name, why in unused]
-        if index.damage:
-            left_out.append((shard, f"{path} {index.damage}: the rest is left out"))
-    return left_out
-
-
 def _nothing(place: str, left_out: Sequence[tuple[str, str]]) -> str:
     if not left_out:
         return f"webdataset:{place} has no samples: give shards that hold KEY.jpg and KEY.txt"
@@ -263,10 +237,6 @@ def _nothing(place: str, left_out: Sequence[tuple[str, str]]) -> str:
         "give shards that hold KEY.jpg and KEY.txt, or name the caption's key in KEY.json with "
         "?caption_key=NAME"
     )
-
-
-def _summary(path: str, index: Index) -> str:
-    return f"{os.path.basename(path)} {index.fingerprint} {index.damage}"
 
 
 class _File:
@@ -281,25 +251,3 @@ class _File:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):  # it may never have been opened
             os.close(self._number)
-
-
-class _Files:
-    """Files by path; keeps the most recently used open, and reopens them in another process."""
-
-    def __init__(self) -> None:
-        self._lock, self._open = threading.Lock(), OrderedDict()
-
-    def __getitem__(self, path: str) -> _File:
-        with self._lock:
-            if path in self._open:
-                self._open.move_to_end(path)
-                return self._open[path]
-        file = _File(path)  # outside the lock: on a network disk all threads would wait
-        with self._lock:
-            self._open[path] = file
-            if len(self._open) > _MOST_OPEN:
-                self._open.popitem(last=False)
-        return file
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Files, ()

@@ -1,6 +1,4 @@
-"""Millions of short texts, and of keys, without a Python object each: they take only the memory of
-their content.
-"""
+"""Millions of short texts and keys, without a Python object each: as large as their content."""
 
 from __future__ import annotations
 

@@ -1,58 +1,44 @@
-"""The phrases of Visual Genome: `region_descriptions.json`, with the images in VG_100K and
-VG_100K_2.
+"""The phrases of Visual Genome: `region_descriptions.json`, with images in VG_100K and VG_100K_2.
 
-A record is an image with all its distinct phrases, or with `?per=caption` an image with one of
-them.
+A record is an image with all its distinct phrases, or with `?per=caption` an image with one.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from codebook_jax.data.sources.annotations import (
-    identity,
-    open_images,
-    spelled_as_in,
-    text_of,
-    value_of,
-)
-from codebook_jax.data.sources.json_files import read_list
-from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of
+from codebook_jax.data.sources.annotations import open_images, spelled_as_in
+from codebook_jax.data.sources.json_files import id_of, list_of, read_json, text_of, value_of
+from codebook_jax.data.sources.listed import Entry, Listed, captions_in
+from codebook_jax.data.sources.request import Request
 from codebook_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from codebook_jax.data.sources.opening import Request
 
 IMAGE_DATA = "image_data.json"
 FOLDERS = ("VG_100K", "VG_100K_2")
 
 
 def open_visual_genome(request: Request) -> Listed:
-    """`vg:PATH`: [{"id", "regions": [{"phrase"}]}]; see the module."""
+    """`vg:PATH`: [{"id", "regions": [{"phrase"}]}]."""
     root = request.image_root or os.path.dirname(request.place)
-    return open_images(request, "vg", region_entries(request.place, root))
+    return open_images(request, _entries(request.place, root))
 
 
-def region_entries(path: str, root: str) -> Iterator[Entry]:
+def _entries(path: str, root: str) -> Iterator[Entry]:
     """The images of the file; raises UserError, naming the entry, if the file is not one of region
     descriptions.
     """
-    paths: dict[int | str, str] | None = None
-    for where, image in read_list(path, "vg"):
-        regions = image.get("regions") if isinstance(image, dict) else None
-        if not isinstance(regions, list):
-            keys = f" (its keys: {keys_of(image)})" if isinstance(image, dict) else ""
-            raise UserError(f'{where} has no list "regions"{keys}: give region_descriptions.json')
-        key = identity(where, image, "id" if "id" in image else "image_id")
+    paths: dict[int | str, str] = {}
+    for where, image in read_json(path, "vg"):
+        regions = list_of(where, image, "regions", "give region_descriptions.json")
+        key = id_of(where, image, "id" if "id" in image else "image_id")
         phrases: dict[str, None] = {}
         for number, region in enumerate(regions):
             place = f"{where} regions[{number}]"
-            phrases |= dict.fromkeys(
-                captions_in(place, "phrase", value_of(place, region, "phrase"))
-            )
-        paths = _paths(path, root) if paths is None else paths
+            phrase = value_of(place, region, "phrase")
+            phrases |= dict.fromkeys(captions_in(place, "phrase", phrase))
+        paths = paths or _paths(path, root)
         if (listed := spelled_as_in(paths, key)) not in paths:
             raise UserError(
                 f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in "
@@ -67,14 +53,11 @@ def _paths(path: str, root: str) -> dict[int | str, str]:
     """
     beside = os.path.join(os.path.dirname(path), IMAGE_DATA)
     if os.path.exists(beside):
-        return dict(_described(where, image) for where, image in read_list(beside, "vg"))
+        return dict(_described(where, image) for where, image in read_json(beside, "vg"))
     found: dict[int | str, str] = {}
     for folder in FOLDERS:
-        try:
-            names = os.listdir(os.path.join(root, folder))
-        except OSError:
-            continue
-        for name in names:
+        place = os.path.join(root, folder)
+        for name in os.listdir(place) if os.path.isdir(place) else ():
             stem, _, suffix = name.partition(".")
             if stem.isdecimal() and suffix.lower() == "jpg":
                 found[int(stem)] = f"{folder}/{name}"
@@ -89,7 +72,7 @@ def _paths(path: str, root: str) -> dict[int | str, str]:
 
 def _described(where: str, image: Any) -> tuple[int | str, str]:
     """(image id, path below the root) of an entry of image_data.json."""
-    key = identity(where, image, "id" if "image_id" not in image else "image_id")
+    key = id_of(where, image, "id" if "image_id" not in image else "image_id")
     parts = text_of(where, image, "url").split("/")
     if len(parts) < 2 or parts[-2] not in FOLDERS:
         raise UserError(
