@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,27 +19,33 @@ from codebook_jax.data.sources.library_datasets import (
     Parts,
     check_folder,
     first_line,
+    needs,
     no_picture,
     only_split,
     parts_of,
     place_and_split,
     texts_in,
 )
-from codebook_jax.data.sources.record import NO_CAPTION, Record, WithoutCaption, checked
+from codebook_jax.data.sources.record import (
+    NO_CAPTION,
+    Record,
+    Source,
+    WithoutCaption,
+    checked,
+    required,
+)
 from codebook_jax.data.sources.request import Request
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder, DatasetInfo
 
-_NAMES = (  # usual names of the part that identifies an image
-    *("image/filename", "image_name", "filename", "image/id", "image_id", "id"),
-)
+# Usual names of the part that identifies an image.
+_NAMES = ("image/filename", "image_name", "filename", "image/id", "image_id", "id")
 _LOOKED_AT = 16  # examples hashed and checked on opening
-_PREPARE = "prepare it with `tfds build NAME --file_format=array_record`"
 
 
-class Examples:
+class Examples(Source):
     """The examples of a split, each an image with all its captions; the id is the number of the
     example.
 
@@ -46,14 +53,14 @@ class Examples:
     whole data set.
     """
 
-    def __init__(self, what: str, builder: DatasetBuilder, split: str, parts: Parts) -> None:
-        """Raises UserError if the split does not exist, or cannot be read by index."""
+    def __init__(
+        self, what: str, data: Sequence, info: DatasetInfo, split: str, parts: Parts
+    ) -> None:
+        self.form, _, self.place = what.partition(":")
         self._what, self._parts = what, parts
-        features = builder.info.features
-        self._id = parts.id or next((name for name in _NAMES if name in features), None)
-        self._data = _by_index(what, builder, split, parts.image)
-        self.listed, self.left_out = len(self._data), ()
-        self._fingerprint = self._hash(builder.info, split)
+        self._id = parts.id or next((name for name in _NAMES if name in info.features), None)
+        self._data, self.listed, self.left_out = data, len(data), ()
+        self._fingerprint = self._hash(info, split)
 
     def __len__(self) -> int:
         return self.listed
@@ -66,7 +73,8 @@ class Examples:
         return Record(example[self._parts.image], captions, int(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return texts_in(self._required(checked(index, len(self)))[self._parts.caption])
+        with required():
+            return texts_in(self._example(checked(index, len(self)))[self._parts.caption])
 
     def name(self, index: int) -> str:
         number = f"{self._what}[{checked(index, len(self))}]"
@@ -78,23 +86,11 @@ class Examples:
             return number
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def __repr__(self) -> str:
-        return f"tfds({self._what.partition(':')[2]!r}, images={len(self)})"
-
     def _example(self, index: int) -> dict[str, Any]:
         try:
             return self._data[int(index)]
         except Exception as failure:  # RuntimeError of ArrayRecord, any parsing error
             raise UnreadableImage(f"{self._what}[{index}]: {first_line(failure)}") from failure
-
-    def _required(self, index: int) -> dict[str, Any]:
-        try:
-            return self._example(index)
-        except UnreadableImage as failure:
-            raise UserError(f"{failure}: see that the files are there, or {_PREPARE}") from failure
 
     def _hash(self, info: DatasetInfo, split: str) -> str:
         """A hash of the files' names and sizes, and of some examples; raises UserError if none of
@@ -109,7 +105,8 @@ class Examples:
         summary = ("tfds 1", info.full_name, sizes, files, (image, caption))
         content, captions = hashlib.sha256(repr(summary).encode()), ()
         for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int):
-            example = self._required(int(index))
+            with required():
+                example = self._example(int(index))
             captions += texts_in(example[caption])
             content.update(repr((example[image], example[caption])).encode())
         if not captions:
@@ -125,33 +122,33 @@ def open_tfds(request: Request) -> Examples:
     """`tfds:NAME[/CONFIG]:SPLIT`, where NAME may be the folder of a prepared data set, and SPLIT
     `train[:50%]`.
     """
+    try:
+        import tensorflow_datasets as tfds  # here: it takes half a second
+    except ImportError as failure:
+        raise needs("tfds", "TensorFlow Datasets") from failure
     place, split = place_and_split(request.place)
     what = f"tfds:{place}"
-    builder = _builder(what, place, request.options.get("data_dir"))
+    check_folder(what, place)
+    builder = _builder(tfds, what, place, request.options.get("data_dir"))
     split = split or only_split(what, list(builder.info.splits))
     what = f"{what}:{split}"
     parts = parts_of(what, request, list(builder.info.features))
-    return Examples(what, builder, split, parts)
+    data = _by_index(tfds, what, builder, split, parts.image)
+    return Examples(what, data, builder.info, split, parts)
 
 
-def _library() -> ModuleType:
-    """TensorFlow Datasets, imported late: it takes half a second."""
-    try:
-        import tensorflow_datasets
-    except ImportError as failure:
-        raise UserError(
-            'tfds: sources need TensorFlow Datasets: pip install "codebook_jax[tfds]"'
-        ) from failure
-    return tensorflow_datasets
-
-
-def _builder(what: str, place: str, data_dir: str | None) -> DatasetBuilder:
-    """The builder of a prepared data set in a folder, or of that name below `data_dir`."""
-    tfds = _library()
-    check_folder(what, place)
-    folder = _folder(what, place)
-    if folder is not None:
-        return tfds.builder_from_directory(folder)
+def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> DatasetBuilder:
+    """The builder of a prepared data set: in a folder, in the only one below it, or of a name."""
+    for depth in range(3) if os.path.isdir(place) else ():  # NAME/CONFIG/VERSION
+        pattern = os.path.join(glob.escape(place), *["*"] * depth, "features.json")
+        found = sorted(map(os.path.dirname, glob.glob(pattern)))
+        if len(found) > 1:
+            raise UserError(f"{what} holds several data sets: give the folder of one: {found[-1]}")
+        if found:
+            return tfds.builder_from_directory(found[0])
+    if os.path.isdir(place) and os.sep in place.rstrip(os.sep):
+        cure = "prepare it with `tfds build NAME --file_format=array_record`"
+        raise UserError(f"{what} holds no prepared data set (features.json): {cure}")
     data_dir = data_dir and os.path.expanduser(data_dir)
     try:  # from its files: a data set's own code asks Google's cloud for what is not here
         return tfds.core.read_only_builder.builder_from_files(place, data_dir=data_dir)
@@ -165,29 +162,13 @@ def _builder(what: str, place: str, data_dir: str | None) -> DatasetBuilder:
         ) from failure
 
 
-def _folder(what: str, place: str) -> str | None:
-    """The folder of the prepared data set at a place, or of the only one below it; None if the
-    place is a name.
-    """
-    for depth in range(3) if os.path.isdir(place) else ():  # NAME/CONFIG/VERSION
-        pattern = os.path.join(glob.escape(place), *["*"] * depth, "features.json")
-        found = sorted(map(os.path.dirname, glob.glob(pattern)))
-        if len(found) > 1:
-            raise UserError(
-                f"{what} holds several data sets: give the folder of one, for example {found[-1]}"
-            )
-        if found:
-            return found[0]
-    if os.path.isdir(place) and os.sep in place.rstrip(os.sep):
-        raise UserError(f"{what} holds no prepared data set (features.json): {_PREPARE}")
-    return None
-
-
-def _by_index(what: str, builder: DatasetBuilder, split: str, image: str) -> Any:
+def _by_index(
+    tfds: ModuleType, what: str, builder: DatasetBuilder, split: str, image: str
+) -> Sequence[dict[str, Any]]:
     """The examples of a split, pictures not decoded; raises UserError if there are none, the part
     is not a picture, or they cannot be read by index.
     """
-    tfds, feature = _library(), builder.info.features[image]
+    feature = builder.info.features[image]
     decoders = {image: tfds.decode.SkipDecoding()}
     if not isinstance(feature, tfds.features.Image):
         decoders = {}
@@ -204,8 +185,6 @@ def _by_index(what: str, builder: DatasetBuilder, split: str, image: str) -> Any
             "--file_format=array_record`"
         ) from failure
     except Exception as failure:  # ValueError for splits, OSError, ...
-        splits = ", ".join(builder.info.splits)
-        raise UserError(
-            f"{what} cannot be read ({first_line(failure)}): its splits are {splits or 'none'}"
-        ) from failure
+        splits = f"its splits are {', '.join(builder.info.splits) or 'none'}"
+        raise UserError(f"{what} cannot be read ({first_line(failure)}): {splits}") from failure
     raise UserError(f"{what} has no examples: name another split or slice")

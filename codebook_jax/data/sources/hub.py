@@ -22,15 +22,16 @@ from codebook_jax.data.sources.library_datasets import (
     Parts,
     check_folder,
     first_line,
+    needs,
     no_picture,
     only_split,
     parts_of,
     place_and_split,
     texts_in,
 )
-from codebook_jax.data.sources.record import NO_CAPTION, Record, checked
+from codebook_jax.data.sources.record import NO_CAPTION, Record, Source, checked, required
 from codebook_jax.data.sources.request import Request
-from codebook_jax.data.sources.texts import numbered
+from codebook_jax.data.sources.texts import grouped, numbered
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk writes
 _ROWS_AT_ONCE = 10_000
 
 
-class Rows:
+class Rows(Source):
     """The rows of a table as a source, indexed without reading the images.
 
     Rows with the same id are the same image: for training each is a record; for evaluation
@@ -51,6 +52,7 @@ class Rows:
 
     def __init__(self, what: str, table: Dataset, columns: Parts, *, merge: bool) -> None:
         """Raises UserError if no row is usable or ids have a wrong type."""
+        self.form, _, self.place = what.partition(":")
         self._what, self._columns = what, columns
         self._table = table.select_columns([columns.image, columns.caption])
         self._texts = table.select_columns([columns.caption])
@@ -61,14 +63,20 @@ class Rows:
         content.update(np.packbits(imageless).tobytes())
         self._rows = np.flatnonzero(~(silent | imageless))
         if not len(self._rows):
-            raise UserError(_nothing(what, columns, table.features, bool(silent.all())))
+            part = "caption" if silent.all() else "image"
+            column = getattr(columns, part)
+            raise UserError(
+                f"{what} has no row with an image and a caption: {column!r}, which is "
+                f"{first_line(table.features[column])}, holds no {part}s: name another column with "
+                f"?{part}_key=NAME"
+            )
         self._first, self._ids = np.arange(len(self._rows) + 1), None
         if self._keys is not None:
             self._ids = numbered(_numbers(what, self._keys)[self._rows])[1]
             content.update(self._ids.astype("<i4").tobytes())
         if merge and self._ids is not None:
-            self._rows = self._rows[np.argsort(self._ids, kind="stable")]
-            self._first = np.concatenate([[0], np.cumsum(np.bincount(self._ids))])
+            order, self._first = grouped(self._ids)
+            self._rows = self._rows[order]
             self._ids = None  # each record is an image, in order of first appearance
         self._fingerprint = content.hexdigest()
         self.left_out = [
@@ -82,10 +90,8 @@ class Rows:
     def __getitem__(self, index: int) -> Record:
         rows = self._rows_of(index)
         content = self._read(self._table, rows[0])
-        captions = _distinct([content[self._columns.caption]])
-        if len(rows) > 1:
-            captions = self._captions(rows)
-        image = content[self._columns.image]
+        alone, image = len(rows) == 1, content[self._columns.image]
+        captions = _distinct([content[self._columns.caption]]) if alone else self._captions(rows)
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if not image:
@@ -93,21 +99,11 @@ class Rows:
         return Record(image, captions, int(index if self._ids is None else self._ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        try:
+        with required():
             return self._captions(self._rows_of(index))
-        except UnreadableImage as failure:
-            raise UserError(
-                f"{failure}: check that the files are there, then start again"
-            ) from failure
 
     def name(self, index: int) -> str:
         return self._called(self._rows_of(index)[0])
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def __repr__(self) -> str:
-        return f"hf({self._what.partition(':')[2]!r}, images={len(self)})"
 
     def _rows_of(self, index: int) -> list[int]:
         first, stop = self._first[checked(index, len(self)) :][:2]
@@ -134,9 +130,13 @@ def open_hugging_face(request: Request) -> Rows:
     """`hf:PLACE:SPLIT`: PLACE is a folder, a Parquet file or a name on the hub; SPLIT may be
     `train[:50%]`.
     """
-    datasets = _library()
+    try:
+        import datasets  # here: it takes a second
+    except ImportError as failure:
+        raise needs("hf", "Hugging Face's datasets") from failure
     place, split = place_and_split(request.place)
     what = f"hf:{place}"
+    check_folder(what, place)
     table = _loaded(datasets, what, place, split)
     if isinstance(table, dict):
         split = split or only_split(what, list(table))
@@ -149,22 +149,10 @@ def open_hugging_face(request: Request) -> Rows:
     return Rows(what, table, columns, merge=request.merge)
 
 
-def _library() -> ModuleType:
-    """`datasets`, imported late: it takes a second."""
-    try:
-        import datasets
-    except ImportError as failure:
-        raise UserError(
-            'hf: sources need Hugging Face\'s datasets: pip install "codebook_jax[hf]"'
-        ) from failure
-    return datasets
-
-
 def _loaded(
     datasets: ModuleType, what: str, place: str, split: str | None
 ) -> Dataset | DatasetDict:
     """The table of a split, or {split: table}; raises UserError if it cannot be loaded."""
-    check_folder(what, place)
     here = os.path.exists(place)
     reachable = here or hub_reachable()
     try:
@@ -176,16 +164,13 @@ def _loaded(
             saved = datasets.load_from_disk(place)
     except Exception as failure:  # the library's, its HTTP library's, Arrow's, OSError, ...
         reason = first_line(failure.__cause__ or failure)
+        cure = "give a folder of Parquet files, or one that save_to_disk wrote"
         if here:
-            raise UserError(
-                f"{what} cannot be read ({reason}): give a folder of Parquet files, or one that "
-                "save_to_disk wrote"
-            ) from failure
-        if not reachable:
-            reason = "there is no network, and it is not in the cache"
+            raise UserError(f"{what} cannot be read ({reason}): {cure}") from failure
+        reason = reason if reachable else "there is no network, and it is not in the cache"
         raise UserError(
             f"{what} is not a folder here and could not be loaded from the Hugging Face hub "
-            f"({reason}): give a folder, or a name on the hub with network access"
+            f"({reason}): {cure}, or a name on the hub with network access"
         ) from failure
     if not isinstance(saved, dict) and split not in (None, "train", str(saved.split)):
         raise UserError(f"{what} is a single table and has no split {split!r}: leave the split out")
@@ -228,9 +213,9 @@ def _undecoded(datasets: ModuleType, what: str, table: Dataset, image: str) -> D
         return table
     if kind in ("string", "large_string"):
         raise UserError(
-            f"{what}: {image!r} holds texts, not pictures: if they are paths, read a list of them "
-            "with json: or csv:; if they are URLs, download them with img2dataset and read its "
-            "shards with webdataset:; or name the column of pictures with ?image_key=NAME"
+            f"{what}: {image!r} holds texts, not pictures: read paths with json: or csv:; download "
+            "URLs with img2dataset and read its shards with webdataset:; or name the column of "
+            "pictures with ?image_key=NAME"
         )
     raise no_picture(what, image, feature)
 
@@ -288,12 +273,3 @@ def _numbers(what: str, keys: Dataset) -> np.ndarray:
     without = numbers < 0
     numbers[without] = len(encoded.dictionary) + np.arange(without.sum())
     return numbers
-
-
-def _nothing(what: str, columns: Parts, features: Any, silent: bool) -> str:
-    part, column = ("caption", columns.caption) if silent else ("image", columns.image)
-    return (
-        f"{what} has no row with an image and a caption: {column!r}, which is "
-        f"{first_line(features[column])}, holds no {part}s: name the column that does with "
-        f"?{part}_key=NAME"
-    )

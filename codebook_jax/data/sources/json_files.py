@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, TextIO
 
 from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of, open_text, shown
 from codebook_jax.data.sources.request import Request
@@ -31,14 +31,12 @@ def open_json(request: Request) -> Listed:
     """`json:PATH`; for usable.jsonl, the image root is the one that check-data recorded."""
     usual = {"image": "image", "caption": "caption", "id": "image_id"}
     keys = {part: key or usual[part] for part, key in request.keys.items()}
-    check = _check_beside(request.place)
-    if check.image_root:  # an image root in the options still wins
-        settings = request.settings._replace(image_root=check.image_root)
-        request = request._replace(settings=settings)
-    entries = (
-        _pair(request.place, where, entry, keys) for where, entry in read_json(request.place)
-    )
-    return Listed(request, entries, listed=check.listed)
+    listed, image_root = _checked(request.place)
+    if image_root:  # one in the options still wins
+        request = request._replace(settings=request.settings._replace(image_root=image_root))
+    path = request.place
+    entries = (_pair(path, where, entry, keys) for where, entry in read_json(path))
+    return Listed(request, entries, listed=listed)
 
 
 def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
@@ -52,29 +50,20 @@ def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
         if not head:
             raise UserError(f"{path} is empty: give a JSON list, or for json: one pair per line")
         file.seek(0)
-        by_line = scheme == "json" and head != "["
-        if by_line and not path.endswith(".jsonl"):
-            by_line = _is_json(next(line for line in file if not line.isspace()))
-            file.seek(0)
-        if by_line:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    yield f"{path} line {number}", _parsed(path, line, number)
+        if scheme == "json" and head != "[":
+            yield from _line_entries(path, file)
         else:
             yield from _list_entries(path, file.read(), scheme)
 
 
 def read_object(path: str, scheme: str) -> dict[str, Any]:
-    """The JSON object of a whole file; raises UserError, naming what `scheme` reads, for any other
-    file.
-    """
+    """The JSON object of a whole file; raises UserError, naming `scheme`, for another."""
     with open_text(path, f"the path of a JSON file after {scheme}:") as file:
         content = _parsed(path, file.read())
     if not isinstance(content, dict):
         hint = f": a list of pairs is read with json:{path}" if isinstance(content, list) else ""
-        raise UserError(
-            f"{path} holds a JSON {_kind_of(content)}, but {scheme}: reads an object{hint}"
-        )
+        held = f"{path} holds a JSON {_kind_of(content)}"
+        raise UserError(f"{held}, but {scheme}: reads an object{hint}")
     return content
 
 
@@ -122,23 +111,27 @@ def _kind_of(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def _is_json(text: str) -> bool:
-    try:
-        parse_json(text, of_data=True)
-    except json.JSONDecodeError:  # the JSON goes on in another line
-        return False
-    except ValueError:
-        pass  # JSON, but refused by parse_json
-    return True
+def _line_entries(path: str, file: TextIO) -> Iterator[tuple[str, Any]]:
+    first = True
+    for number, line in enumerate(file, 1):
+        if line.isspace():
+            continue
+        try:
+            entry = parse_json(line, of_data=True)
+        except ValueError as failure:
+            if first and not path.endswith(".jsonl"):  # an object on several lines?
+                text = "\n" * (number - 1) + line + file.read()
+                raise UserError(_no_list(path, _parsed(path, text), "json")) from None
+            raise UserError(_broken(path, failure, f"{path} line {number}", number)) from failure
+        yield f"{path} line {number}", entry
+        first = False
 
 
-def _parsed(path: str, text: str, line: int = 0) -> Any:
-    """The content of a file, or of one of its lines."""
+def _parsed(path: str, text: str) -> Any:
     try:
         return parse_json(text, of_data=True)
     except ValueError as failure:
-        where = f"{path} line {line}" if line else path
-        raise UserError(_broken(path, failure, where, line)) from failure
+        raise UserError(_broken(path, failure, path)) from failure
 
 
 def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]]:
@@ -208,20 +201,14 @@ def _pair(path: str, where: str, entry: Any, keys: dict[str, str]) -> Entry:
     return Entry(where, image, captions, key)
 
 
-class _Check(NamedTuple):
-    """What check.json says about the usable.jsonl beside it."""
-
-    listed: int = 0  # pairs checked, usable or not
-    image_root: str = ""
-
-
-def _check_beside(path: str) -> _Check:
+def _checked(path: str) -> tuple[int, str]:
+    """(pairs checked, image root) in the check.json beside usable.jsonl; (0, "") otherwise."""
     folder, name = os.path.split(path)
     if name != USABLE:
-        return _Check()
+        return 0, ""
     try:
         with open(os.path.join(folder, CHECK), encoding="utf-8") as file:
             check = parse_json(file.read())
-        return _Check(int(check["listed"]), str(check.get("image_root") or ""))
+        return int(check["listed"]), str(check.get("image_root") or "")
     except (OSError, ValueError, KeyError, TypeError):
-        return _Check()
+        return 0, ""

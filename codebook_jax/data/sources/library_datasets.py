@@ -43,10 +43,9 @@ def only_split(what: str, splits: Sequence[str]) -> str:
     """The split of a data set that has exactly one; else raises UserError asking to name one."""
     if len(splits) == 1:
         return splits[0]
+    example = splits[0] if splits else "train"
     raise UserError(
-        f"{what} has the splits {keys_of(splits)}: name one, for example {what}:{splits[0]}"
-        if splits
-        else f"{what} has no splits: give a data set that holds examples"
+        f"{what} has the splits {keys_of(splits)}: name one, for example {what}:{example}"
     )
 
 
@@ -92,12 +91,16 @@ def check_folder(what: str, place: str) -> None:
         raise UserError(f"{what}: the folder does not exist: give a folder, or a data set's name")
 
 
+def needs(extra: str, library: str) -> UserError:
+    """The refusal where a library is not installed."""
+    cure = f'pip install "codebook_jax[{extra}]"'
+    return UserError(f"{extra}: sources need {library}: {cure}")
+
+
 def no_picture(what: str, name: str, feature: object) -> UserError:
     """The refusal of a part that does not hold pictures."""
-    return UserError(
-        f"{what}: {name!r} is {first_line(feature)}, not a picture: name the part that holds "
-        "pictures with ?image_key=NAME"
-    )
+    held = f"{what}: {name!r} is {first_line(feature)}, not a picture"
+    return UserError(f"{held}: name the part that holds pictures with ?image_key=NAME")
 
 
 def first_line(message: object) -> str:

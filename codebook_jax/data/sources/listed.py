@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from codebook_jax.data.sources.paths import Folders
-from codebook_jax.data.sources.record import NO_CAPTION, Record, checked
+from codebook_jax.data.sources.record import NO_CAPTION, Record, Source, checked
 from codebook_jax.data.sources.request import Request
 from codebook_jax.data.sources.texts import Packer, not_utf8, numbered, short_hash
 from codebook_jax.data.text import has_words
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     key: int | str | None = None  # identifies the image; None: its path does
 
 
-class Listed:
+class Listed(Source):
     """The entries of a list as a source.
 
     Entries with the same key (or, without one, the same path) are the same image. Ids become
@@ -42,10 +42,10 @@ class Listed:
 
         Raises UserError if the list has no entries, or a path leads out of the root.
         """
-        self._form, self._path, self._folders = request.scheme, request.place, Folders.of(request)
+        self.form, self.place, self._folders = request.scheme, request.place, Folders.of(request)
         self.left_out: list[tuple[str, str]] = []
         entries = self._usable(entries)
-        content, keys = hashlib.sha256(f"{self._form} 1".encode()), array("Q")
+        content, keys = hashlib.sha256(f"{self.form} 1".encode()), array("Q")
         images, captions, first = Packer(), Packer(), array("q", [0])
         for entry in _merged(entries) if request.merge else entries:
             key = entry.image if entry.key is None else entry.key
@@ -57,7 +57,7 @@ class Listed:
                 captions.add(caption)
             first.append(len(captions))
         if not len(images):
-            raise UserError(f"{self._path} {self._nothing()}")
+            raise UserError(f"{self.place} {self._nothing()}")
         self._images, self._captions = images.texts(), captions.texts()
         self._first = np.array(first, np.int64)
         self._ids = numbered(np.frombuffer(keys, np.uint64))[1]
@@ -75,11 +75,9 @@ class Listed:
     def _nothing(self) -> str:
         if not self.left_out:
             return "lists no pairs: give a file with at least one entry"
-        return (
-            f"lists no pairs with a caption: none of {len(self.left_out):,} has words (first: "
-            f"{self.left_out[0][1]}): name the key or column of captions, or save the file again "
-            "as UTF-8"
-        )
+        count, why = len(self.left_out), self.left_out[0][1]
+        cure = "name the key or column of captions, or save the file again as UTF-8"
+        return f"lists no pairs with a caption, only {count:,} without (first: {why}): {cure}"
 
     def __len__(self) -> int:
         return len(self._images)
@@ -94,12 +92,6 @@ class Listed:
 
     def name(self, index: int) -> str:
         return self._images[checked(index, len(self))]
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def __repr__(self) -> str:
-        return f"{self._form}({self._path!r}, images={len(self)})"
 
 
 def _merged(entries: Iterable[Entry]) -> Iterable[Entry]:
@@ -127,15 +119,11 @@ def open_text(path: str, wanted: str, newline: str | None = None) -> Iterator[Te
 
 
 def captions_in(where: str, key: str, captions: Any) -> tuple[str, ...]:
-    """A text or a list of texts as captions, leaving out those without words; raises UserError for
-    anything else.
-    """
+    """The texts with words in a text or a list of texts; raises UserError for anything else."""
     texts = [captions] if isinstance(captions, str) else captions or []
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f'{where}, key "{key}": {shown(captions)} is neither a text nor a list of texts: give '
-            "one of them"
-        )
+        value = f'{where}, key "{key}": {shown(captions)}'
+        raise UserError(f"{value} is neither a text nor a list of texts: give one of them")
     return tuple(text for text in texts if has_words(text))
 
 

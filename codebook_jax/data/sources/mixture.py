@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     import grain
 
 
-class Mixture:
-    """The records of several sources, numbered consecutively; images of different sources are never
-    the same image.
-    """
+class Mixture(Source):
+    """The records of several sources, numbered through; no image of one is that of another."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None) -> None:
         """`weights` (None: their sizes) are the sources' shares of the training stream."""
@@ -26,8 +24,7 @@ class Mixture:
         self.starts = np.cumsum([0, *map(len, self.sources)])
         self.listed = sum(source.listed for source in self.sources)
         self.left_out = tuple(item for source in self.sources for item in source.left_out)
-        # A source's ids are below `listed`, not its length: packed records keep the numbers of
-        # their list.
+        # Ids are below `listed`, not the length: packed records keep the numbers of their list.
         self._first_ids = np.cumsum([0, *(source.listed for source in self.sources)])
 
     def __len__(self) -> int:
@@ -47,8 +44,8 @@ class Mixture:
         return self.sources[which].name(own)
 
     def fingerprint(self) -> str:
-        sources = (source.fingerprint() for source in self.sources)
-        return digest([*sources, f"weights {self.weights}"])
+        parts = (source.fingerprint() for source in self.sources)
+        return digest([*parts, f"weights {self.weights}"])
 
     def __repr__(self) -> str:
         return f"mixture({', '.join(map(repr, self.sources))}; weights={self.weights})"

@@ -1,5 +1,4 @@
-"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, several separated
-by commas.
+"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, or several.
 
 A new source is a module with an opener, and a line of `SCHEMES`:
 
@@ -45,20 +44,17 @@ class Scheme(NamedTuple):
 
 _KEYS = tuple(f"{part}_key" for part in PARTS)
 _TABLE = ("image_root", *_KEYS, "quotes")
+_IMAGES = ("image_root", "per")
 SCHEMES = {
     "scenes": Scheme(scenes.open_scenes, "scenes"),
     "json": Scheme(json_files.open_json, "json:PAIRS.json(l)", ("image_root", *_KEYS)),
     "csv": Scheme(tables.open_table, "csv:PAIRS.csv", _TABLE),
     "tsv": Scheme(tables.open_table, "tsv:PAIRS.tsv", _TABLE),
-    "coco": Scheme(annotations.open_coco, "coco:CAPTIONS.json", ("image_root", "per")),
-    "karpathy": Scheme(
-        annotations.open_karpathy, "karpathy:DATASET.json", ("image_root", "split", "per")
-    ),
-    "vg": Scheme(
-        visual_genome.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", ("image_root", "per")
-    ),
+    "coco": Scheme(annotations.open_coco, "coco:CAPTIONS.json", _IMAGES),
+    "karpathy": Scheme(annotations.open_karpathy, "karpathy:DATASET.json", (*_IMAGES, "split")),
+    "vg": Scheme(visual_genome.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", _IMAGES),
     "webdataset": Scheme(tar.open_webdataset, "webdataset:SHARDS.tar", ("caption_key",)),
-    "records": Scheme(records.open_records, "records:FOLDER"),
+    "records": Scheme(records.Records, "records:FOLDER"),
     "tfds": Scheme(builders.open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
     "hf": Scheme(hub.open_hugging_face, "hf:NAME_OR_FOLDER:SPLIT", _KEYS),
 }
@@ -81,9 +77,8 @@ def open_source(
     if role not in ROLES:
         raise ValueError(f"role={role!r} is not one of {ROLES}")
     if damaged_shards not in DAMAGED:
-        raise UserError(
-            f"config.data.damaged_shards={damaged_shards!r} is not one of {', '.join(DAMAGED)}"
-        )
+        field = f"config.data.damaged_shards={damaged_shards!r}"
+        raise UserError(f"{field} is not one of {', '.join(DAMAGED)}")
     settings = Settings(size_px, scenes_examples, seed, image_root, path_map, damaged_shards)
     opened = [_open(part, role, settings) for part in split_specs(spec)]
     if len(opened) == 1:
@@ -91,10 +86,8 @@ def open_source(
     sources, weights = zip(*opened, strict=True)
     weighted = sum(weight is not None for weight in weights)
     if weighted not in (0, len(weights)):
-        raise UserError(
-            f"{spec!r}: {weighted} of {len(weights)} sources have a weight: give ?weight= to each, "
-            "or to none (every record once per epoch)"
-        )
+        how_many = f"{weighted} of {len(weights)} sources have a weight"
+        raise UserError(f"{spec!r}: {how_many}: give ?weight= to each, or to none")
     if weighted and role != "train":
         raise UserError(f"{spec!r}: weights only apply to training: leave them out for evaluation")
     return Mixture(sources, weights if weighted else None)

@@ -27,8 +27,7 @@ class Folders(NamedTuple):
             if not equals or not old:
                 raise UserError(
                     f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give the "
-                    "beginning of the listed paths and the folder here, for example "
-                    "/export/home/vl=/data; separate several with commas"
+                    "beginning of the listed paths and the folder here, as in /export/vl=/data"
                 )
             new = os.path.abspath(os.path.expanduser(new)) if new else root
             pairs.append((old.rstrip("/"), new))
@@ -44,26 +43,32 @@ class Folders(NamedTuple):
 
         Raises UserError, naming the entry at `where`, for a path that leads out of the folder.
         """
-        parts = image.split("/")
+        parts, entry = image.split("/"), f'{where}, key "image": {image!r}'
         if self._mapped(image) is not None:
             if ".." in parts or "\0" in image:
-                raise UserError(
-                    f'{where}, key "image": {image!r} may lead out of the folder that '
-                    'config.data.path_map gives: give paths without ".."'
-                )
+                folder = "the folder that config.data.path_map gives"
+                raise UserError(f'{entry} may lead out of {folder}: give paths without ".."')
             return image
         if not os.path.isabs(image) and "." not in parts and ".." not in parts:
             if "//" not in image and "\0" not in image:
                 return image
-        if "://" in image:
-            raise UserError(f'{where}, key "image": {image!r} is {_no_path(image)}')
+        scheme, is_address, _ = image.partition("://")
+        if is_address and scheme.lower() in ("http", "https"):
+            raise UserError(
+                f"{entry} is a URL, not a file: download the images with img2dataset and read its "
+                "shards with webdataset:SHARDS.tar, or name the column of paths with ?image_key="
+            )
+        if is_address:
+            raise UserError(
+                f"{entry} is not a path on this machine: map its beginning to a folder here, for "
+                f"example --config.data.path_map={scheme}://PLACE=/data"
+            )
         path = os.path.normpath(os.path.join(self.root, image))
         if "\0" in path or not path.startswith(self.root.rstrip(os.sep) + os.sep):
             raise UserError(
-                f'{where}, key "image": {image!r} is outside the image root {self.root}: give '
-                "paths below it, set config.data.image_root to the folder that holds the images, "
-                "or map the beginning of the paths to a folder here, for example "
-                "--config.data.path_map=/export/home=/data"
+                f"{entry} is outside the image root {self.root}: set config.data.image_root to the "
+                "folder that holds the images, or map the beginning of the paths to a folder here, "
+                "for example --config.data.path_map=/export/home=/data"
             )
         return os.path.relpath(path, self.root)
 
@@ -73,17 +78,3 @@ class Folders(NamedTuple):
             if image.startswith(f"{old}/"):
                 return os.path.join(new, image[len(old) :].lstrip("/"))
         return None
-
-
-def _no_path(image: str) -> str:
-    scheme = image.partition("://")[0]
-    if scheme.lower() in ("http", "https"):
-        return (
-            "a URL, not a file: download the images with img2dataset and read its shards with "
-            "webdataset:SHARDS.tar, or name the column or key of the paths on this machine with "
-            "?image_key=NAME"
-        )
-    return (
-        "not a path on this machine: map its beginning to a folder here, for example "
-        f"--config.data.path_map={scheme}://PLACE=/data"
-    )

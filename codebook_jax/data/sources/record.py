@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
+from codebook_jax.errors import UserError
 
 NO_CAPTION = "has no caption with words"
 
@@ -32,6 +34,8 @@ class Source(Protocol):
 
     listed: int  # records, including those left out
     left_out: Sequence[tuple[str, str]]  # (name or place, why) of records that this source left out
+    form: str  # the scheme
+    place: str
 
     def __len__(self) -> int: ...
 
@@ -48,9 +52,20 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""
+        return self._fingerprint
 
     def __repr__(self) -> str:
-        """A description of the source, without memory addresses."""
+        """A description of the source, without memory addresses; packed folders compare it."""
+        return f"{self.form}({self.place!r}, images={len(self)})"
+
+
+@contextlib.contextmanager
+def required() -> Iterator[None]:
+    """Raises UserError where a record must be readable, as when captions are read at start."""
+    try:
+        yield
+    except UnreadableImage as failure:
+        raise UserError(f"{failure}: see that the files are there, then start again") from failure
 
 
 def checked(index: int, length: int) -> int:
@@ -75,14 +90,11 @@ Opened = TypeVar("Opened")
 
 
 class Recent(Generic[Opened]):
-    """Keeps the last opened files by name; several threads may read, each process opens its own."""
+    """The last opened files by name, for several threads; another process opens its own."""
 
     def __init__(self, opens: Callable[[str], Opened], most: int) -> None:
         self._opens, self._most = opens, most
         self._lock, self._held = threading.Lock(), OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._held)
 
     def __getitem__(self, name: str) -> Opened:
         with self._lock:

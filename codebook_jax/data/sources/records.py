@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,12 +21,14 @@ from codebook_jax.data.sources.record import (
     NO_CAPTION,
     Recent,
     Record,
+    Source,
     WithoutCaption,
     checked,
     digest,
     part_of,
 )
 from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.texts import grouped
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json
@@ -39,41 +41,31 @@ _READER_OPTIONS = "readahead_buffer_size:0"  # records are read singly, in rando
 _READER_BUFFER_BYTES = 1 << 15
 
 
-class Images(NamedTuple):
-    """Groups the records of the shards that belong to one image."""
-
-    members: np.ndarray  # int64 [records]; those of an image are adjacent
-    first: np.ndarray  # int64 [images + 1]: where the members of each begin
-
-
-class Records:
+class Records(Source):
     """The records of a packed folder; files are opened on first use.
 
-    For evaluation (`merge`), records of one image id with the same picture are merged into one with
-    all captions.
+    For evaluation (`merge`), records of one image id with the same picture are one, with all
+    captions.
     """
 
-    def __init__(self, folder: str, manifest: Manifest, *, merge: bool, damaged: str) -> None:
-        """`damaged`: "refuse" raises UserError if a shard is missing or has another size, "skip"
-        leaves it out.
-        """
-        self._folder = os.fspath(folder)
-        self._shards, self.left_out = _sound(self._folder, manifest, damaged)
+    def __init__(self, request: Request) -> None:
+        """Raises UserError if a shard is missing or has another size, and is not to be skipped."""
+        self.form, self.place, merge = request.scheme, request.place, request.merge
+        manifest = read_manifest(self.place)
+        self._shards, self.left_out = _sound(self.place, manifest, request.settings.damaged_shards)
         self._starts = np.cumsum([0, *(shard.records for shard in self._shards)])
         self.listed = manifest.listed
-        self._fingerprint = digest(
-            [f"records 1 {merge}", *(shard.sha256 for shard in self._shards)]
-        )
-        self._readers = Recent(partial(_reader, self._folder), _most_readers())
-        self._indexes = Recent(partial(_index, self._folder), _INDEXES_HELD)
+        self._fingerprint = digest([f"records 1 {merge}", *(s.sha256 for s in self._shards)])
+        self._readers = Recent(partial(_reader, self.place), _most_readers())
+        self._indexes = Recent(partial(_index, self.place), _INDEXES_HELD)
         self._images = self._merged() if merge else None
 
     def __len__(self) -> int:
-        return int(self._starts[-1]) if self._images is None else len(self._images.first) - 1
+        return int(self._starts[-1]) if self._images is None else len(self._images[1]) - 1
 
     def __getitem__(self, index: int) -> Record:
         shard, place = self._place(self._members(index)[0])
-        where = f"{self._folder}/{shard.file}, record {place}"
+        where = f"{self.place}/{shard.file}, record {place}"
         try:
             content = unpack(self._readers[shard.file].read([place])[0])
         except Exception as failure:  # of ArrayRecord and msgpack, many kinds
@@ -92,18 +84,12 @@ class Records:
     def name(self, index: int) -> str:
         return self._entry(self._members(index)[0])["name"]
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def __repr__(self) -> str:
-        return f"records({self._folder!r}, images={len(self)})"
-
     def _members(self, index: int) -> Sequence[int]:
         checked(index, len(self))
         if self._images is None:
             return (index,)
-        first, stop = self._images.first[index : index + 2]
-        return self._images.members[first:stop]
+        members, first = self._images
+        return members[first[index] : first[index + 1]]
 
     def _place(self, own: int) -> tuple[Shard, int]:
         """(shard, place within it) of a record of the shards."""
@@ -117,40 +103,29 @@ class Records:
             return parse_json(self._indexes[shard.file][place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
-                f"{self._folder}/{index_name(shard.file)}, line {place + 1} cannot be read "
+                f"{self.place}/{index_name(shard.file)}, line {place + 1} cannot be read "
                 f"({failure}): run the same --mode=prepare command again; it repacks damaged "
                 "shards"
             ) from failure
 
-    def _merged(self) -> Images:
-        """The records of each image, in order of first appearance; reads all indexes."""
+    def _merged(self) -> tuple[np.ndarray, np.ndarray]:
+        """The records of the shards grouped by image; reads all indexes."""
         numbers: dict[tuple[int, str], int] = {}
         images = array("q")
         for own in range(int(self._starts[-1])):
             entry = self._entry(own)
             key = entry["image_id"], entry["sha256"]
             images.append(numbers.setdefault(key, len(numbers)))
-        which = np.frombuffer(images, np.int64)
-        first = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(numbers)))])
-        return Images(np.argsort(which, kind="stable"), first)
-
-
-def open_records(request: Request) -> Records:
-    """`records:FOLDER`."""
-    damaged = request.settings.damaged_shards
-    manifest = read_manifest(request.place)
-    return Records(request.place, manifest, merge=request.merge, damaged=damaged)
+        return grouped(np.frombuffer(images, np.int64))
 
 
 def _with_words(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(filter(has_words, captions))
 
 
-def _sound(
-    folder: str, manifest: Manifest, damaged: str
-) -> tuple[tuple[Shard, ...], list[tuple[str, str]]]:
-    """(shards with complete files, (file, why) of the others); raises UserError if `damaged` is
-    "refuse".
+def _sound(folder: str, manifest: Manifest, damaged: str) -> tuple[list[Shard], list]:
+    """(shards with complete files, (file, why) of the others); raises UserError for the others if
+    `damaged` is "refuse".
     """
     wrong = dict(misfits(folder, manifest.shards))
     if wrong and damaged == "refuse":
@@ -160,17 +135,12 @@ def _sound(
             f"{folder}: {why}{more}: run the same --mode=prepare command again, it repacks damaged "
             "shards; or leave them out with --config.data.damaged_shards=skip"
         )
-    sound, left_out = [], []
-    for number, shard in enumerate(manifest.shards):
-        if number in wrong:
-            left_out.append((shard.file, f"{wrong[number]}: {shard.records:,} records left out"))
-        else:
-            sound.append(shard)
+    sound = [shard for number, shard in enumerate(manifest.shards) if number not in wrong]
     if not sum(shard.records for shard in sound):
-        raise UserError(
-            f"{folder}: every shard is damaged: pack the source again with --mode=prepare"
-        )
-    return tuple(sound), left_out
+        cure = "pack the source again with --mode=prepare"
+        raise UserError(f"{folder}: every shard is damaged: {cure}")
+    lost = [(manifest.shards[number], why) for number, why in wrong.items()]
+    return sound, [(s.file, f"{why}: {s.records:,} records left out") for s, why in lost]
 
 
 def _reader(folder: str, name: str) -> ArrayRecordReader:
@@ -189,7 +159,5 @@ def _index(folder: str, name: str) -> list[bytes]:
 
 
 def _most_readers() -> int:
-    """How many shards a source keeps open: a quarter of the process's limit, since a mixture has
-    several sources.
-    """
+    """Shards kept open: a quarter of the process's limit, since a mixture has several sources."""
     return max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))

@@ -19,29 +19,22 @@ from functools import partial
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources.record import Recent, Record, digest, part_of
+from codebook_jax.data.sources.record import Recent, Record, Source, digest, part_of, required
 from codebook_jax.data.sources.request import Request
-from codebook_jax.data.sources.tar_index import (
-    COMPRESSED,
-    Index,
-    captions_of,
-    index_shard,
-    unpacking,
-)
+from codebook_jax.data.sources.tar_index import COMPRESSED, Index, captions_of, index_shard
 from codebook_jax.errors import UserError
 
 _INDEXING_THREADS = 4  # they mostly wait for the disk; more are slower
 _MOST_OPEN = 128
-_COMPRESSED = re.compile(rf"(.+)\.(?:tar\.({'|'.join(COMPRESSED)})|t({'|'.join(COMPRESSED)}))")
+_COMPRESSED = re.compile(rf"(.+)\.(?:tar\.|t)(?:{'|'.join(COMPRESSED)})")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-class Shards:
+class Shards(Source):
     """The samples of tar shards, in the order of the shards; files are opened on first use.
 
-    The format cannot say that two samples are the same image, so the id is the number of the
-    record. Samples without an image or a caption are left out and counted, and so are further
-    images and texts of a sample.
+    The id of an image is the number of the record: the format has none. Samples without an image or
+    a caption are left out and counted, and so are further images and texts of a sample.
     """
 
     def __init__(
@@ -53,7 +46,8 @@ class Shards:
         `damaged` "refuse" raises UserError and "skip" leaves the affected samples out. Raises
         UserError if none is left.
         """
-        self._place, self._paths, self._caption_key = place, tuple(paths), caption_key
+        self.form, self.place = "webdataset", place
+        self._paths, self._caption_key = tuple(paths), caption_key
         self._indexes = _indexed(paths, caption_key, damaged)
         self._starts = np.cumsum([0, *(len(index.keys) for index in self._indexes)])
         self.left_out: list[tuple[str, str]] = []
@@ -66,7 +60,11 @@ class Shards:
             damage = f"damaged at {index.damaged_at}" if index.damage else ""
             contents.append(f"{shard} {index.fingerprint} {damage}")
         if not len(self):
-            raise UserError(_nothing(place, self.left_out))
+            first = f" (first left out: {self.left_out[0][1]})" if self.left_out else ""
+            raise UserError(
+                f"webdataset:{place} has no sample with an image and a caption{first}: give shards "
+                "of KEY.jpg and KEY.txt, or name the caption's key in KEY.json: ?caption_key=NAME"
+            )
         further = sum(len(index.further) for index in self._indexes)  # members of listed samples
         self.listed = len(self) + len(self.left_out) - further
         self._fingerprint = digest(contents)
@@ -81,22 +79,11 @@ class Shards:
         return Record(image, self._captions(which, own), int(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        try:
+        with required():
             return self._captions(*part_of(self._starts, index))
-        except UnreadableImage as failure:
-            raise UserError(
-                f"{failure}: check that the disk is mounted and the shard complete, then start "
-                "again"
-            ) from failure
 
     def name(self, index: int) -> str:
         return self._name(*part_of(self._starts, index))
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def __repr__(self) -> str:
-        return f"webdataset({self._place!r}, images={len(self)})"
 
     def _name(self, which: int, own: int) -> str:
         return f"{os.path.basename(self._paths[which])}/{self._indexes[which].keys[own]}"
@@ -139,54 +126,37 @@ def shard_paths(place: str) -> list[str]:
     """The shards that a place names, sorted for a pattern or a folder; raises UserError if there
     are none.
 
-    Shards named in full, also by ranges in braces, need not exist.
+    Shards named in full, also by ranges in braces, need not exist. A compressed shard is among them
+    if it is not there unpacked: it is refused when it is indexed.
     """
+    what = f"webdataset:{place}"
     if "://" in place or place.startswith("pipe:"):
-        raise UserError(
-            f"webdataset:{place} is not a path on this machine: download the shards and give their "
-            "path"
-        )
-    if os.path.isdir(place):
-        return _shards_in(place)
+        raise UserError(f"{what} is no path: download the shards and give their path")
     paths = []
-    for path in [place] if os.path.exists(place) else _unfolded(place):
+    if os.path.isdir(place):
+        names = dict.fromkeys(sorted(os.listdir(place)))
+        packed = {
+            name: f"{found[1]}.tar" for name in names if (found := _COMPRESSED.fullmatch(name))
+        }
+        shards = (n for n in names if n.endswith(".tar") or packed.get(n, n) not in names)
+        paths = [os.path.join(place, name) for name in shards]
+    for path in [] if os.path.isdir(place) else _unfolded(place):
         pattern = path if glob.has_magic(path) else glob.escape(path)
         found = [path] if os.path.exists(path) else sorted(glob.glob(pattern, recursive=True))
         if not found and path.endswith(".tar"):
-            _refuse_compressed(sorted(glob.glob(f"{pattern[:-2]}*", recursive=True)))
+            beside = sorted(glob.glob(f"{pattern[:-2]}*", recursive=True))
+            found = [path for path in beside if _COMPRESSED.fullmatch(path)]
         paths += found or ([] if glob.has_magic(path) else [path])
     if not paths:
-        raise UserError(
-            f"webdataset:{place} matches no file: give the path of a tar file, a folder of them, "
-            "or a pattern such as data/*.tar or data/{00000..00331}.tar"
-        )
+        cure = "a tar file, a folder of them, or a pattern: data/*.tar or data/{00000..00331}.tar"
+        raise UserError(f"{what} names no .tar file: give the path of {cure}")
     return paths
-
-
-def _shards_in(folder: str) -> list[str]:
-    """The shards of a folder; raises UserError if one exists only compressed."""
-    held = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
-    _refuse_compressed(held)
-    paths = [path for path in held if path.endswith(".tar")]
-    if not paths:
-        raise UserError(
-            f"{folder} holds no .tar files: give a folder of shards, or the path of one"
-        )
-    return paths
-
-
-def _refuse_compressed(paths: Sequence[str]) -> None:
-    """Raises UserError if one of these files is a compressed shard without its unpacked version."""
-    there = set(paths)
-    for path in paths:
-        found = _COMPRESSED.fullmatch(path)
-        if found and f"{found[1]}.tar" not in there:
-            tool = COMPRESSED[found[2] or found[3]][1]
-            raise UserError(f"{path} is compressed: {unpacking(tool)}")
 
 
 def _unfolded(place: str) -> list[str]:
     """The paths that ranges {00..12} and lists {a,b} in braces expand to, as in a shell."""
+    if os.path.exists(place):
+        return [place]
     choices = []
     for number, part in enumerate(re.split(r"\{([^{}]*)\}", place)):
         bounds = _RANGE.fullmatch(part)
@@ -215,27 +185,15 @@ def _indexed(paths: Sequence[str], caption_key: str | None, damaged: str) -> tup
 
 
 def _refusal(path: str, index: Index) -> str:
-    skip = "--config.data.damaged_shards=skip"
+    skip = "with --config.data.damaged_shards=skip"
     if index.damage.startswith("is compressed"):
         return f"{path} {index.damage}"
     if index.damage:
-        return (
-            f"{path} {index.damage}: download it again, or leave the missing part out with {skip}"
-        )
+        return f"{path} {index.damage}: download it again, or leave the missing part out {skip}"
     more = f" (and {len(index.faults) - 1:,} more such samples)" if len(index.faults) > 1 else ""
     return (
         f"{path}: {index.faults[0]}{more}: pack the shard again with unique names and texts in "
-        f"UTF-8, or leave such samples out with {skip}"
-    )
-
-
-def _nothing(place: str, left_out: Sequence[tuple[str, str]]) -> str:
-    if not left_out:
-        return f"webdataset:{place} has no samples: give shards that hold KEY.jpg and KEY.txt"
-    return (
-        f"webdataset:{place} has no sample with an image and a caption (first: {left_out[0][1]}): "
-        "give shards that hold KEY.jpg and KEY.txt, or name the caption's key in KEY.json with "
-        "?caption_key=NAME"
+        f"UTF-8, or leave such samples out {skip}"
     )
 
 

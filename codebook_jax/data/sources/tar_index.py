@@ -62,15 +62,15 @@ class _Member(NamedTuple):
     start: int
     size: int  # -1 for a link or a sparse file
     kind: str  # image, json, text with a caption, blank text, encoded (text not in UTF-8), other
+    fault: str = ""  # of an encoded text
 
 
 def index_shard(path: str, caption_key: str | None) -> Index:
     """The index kept for the shard at `path`, or a new one, which is then kept.
 
-    With `caption_key`, captions are the values at that key of its JSON files. An image and its
-    caption have the same name up to the last dot, and may be anywhere in the shard. An image or
-    text without such a partner is a further member of the sample named before its first dot, as in
-    WebDataset (0001.seg.png of 0001), or left out if there is no such sample.
+    With `caption_key`, captions are the values at that key of its JSON files. An image or text
+    without a partner is a further member of the sample named before its first dot, as in WebDataset
+    (0001.seg.png of 0001), or left out if there is no such sample.
     """
     places = _places_of_index(path, caption_key)
     try:
@@ -94,9 +94,8 @@ def index_shard(path: str, caption_key: str | None) -> Index:
 
 
 def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
-    """The captions with words of a text file (`key` None), or at `key` of a JSON file.
-
-    Raises ValueError if the text is not UTF-8, or not JSON.
+    """The captions with words of a text file (`key` None), or at `key` of a JSON file; raises
+    ValueError if the text is not UTF-8, or not JSON.
     """
     if key is None:
         texts = [content.decode("utf-8-sig")]
@@ -146,107 +145,94 @@ def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:
         for name, start, size in _files_in(file):
             if name.find(".", name.rfind("/") + 1) > name.rfind("/") + 1:  # neither bare nor hidden
                 stem, _, suffix = name.rpartition(".")
-                kind = _kind(file, suffix.lower(), start, size, texts=caption_key is None)
-                samples.setdefault(stem, []).append(_Member(suffix, start, size, kind))
+                member = _member(file, suffix, start, size, texts=caption_key is None)
+                samples.setdefault(stem, []).append(member)
     except _Damaged as failure:
         damage, damaged_at = failure.args
     keys, places, in_json, lacking, faults = [], [], [], {}, []
     further: list[tuple[str, _Member]] = []
     for key, members in samples.items():
-        image, text, beside = (_first(members, kind) for kind in ("image", "text", "json"))
+        first = {member.kind: member for member in reversed(members)}
+        image, caption = first.get("image"), first.get("text") or first.get("json")
         if damage and key == stem:
             lacking[key] = ""  # its other members may be cut off, so it is not counted
-        elif fault := _fault(file, key, members, paired=bool(image and text)):
-            faults.append(fault)
-            lacking[key] = f"cannot be used: {fault}"
-        elif why := _lack(file, caption_key, members):
-            lacking[key] = why
+        elif fault := _fault(members, first):
+            faults.append(f"{_printable(key)}.{fault}")
+            lacking[key] = f"cannot be used: {faults[-1]}"
+        elif why := _lack(file, caption_key, first):
+            linked = any(member.size < 0 for member in members)
+            lacking[key] = why + ", only a link, whose content is not in the shard" * linked
         else:
-            caption = text or beside
             keys.append(_printable(key))
             places.append([image.start, image.size, caption.start, caption.size])
-            in_json.append(text is None)
-            further += [(key, member) for member in members if member not in (image, text)]
+            in_json.append(caption.kind == "json")
+            further += [(key, member) for member in members if member not in (image, caption)]
     whole = samples.keys() - lacking.keys()
     owned = {key for key in lacking if _owner(key) in whole}
     further += [(key, member) for key in owned for member in samples[key]]
     left_out = [(_printable(key), why) for key, why in lacking.items() if why and key not in owned]
     index = {"keys": keys, "places": places, "in_json": in_json, "left_out": left_out}
-    index |= {"further": _counted(further, owned), "faults": faults}
+    index |= {"further": _counted(further), "faults": faults}
     return index | {"damage": damage, "damaged_at": damaged_at}
 
 
-def _kind(file: BinaryIO, suffix: str, start: int, size: int, *, texts: bool) -> str:
-    if size < 0:
-        return "other"
-    if suffix in IMAGES:
-        return "image"
-    if suffix != "txt" or not texts:
-        return "json" if suffix == "json" else "other"
-    file.seek(start)
-    try:
-        return "text" if captions_of(file.read(size), None) else "blank"
-    except ValueError:
-        return "encoded"
+def _member(file: BinaryIO, suffix: str, start: int, size: int, *, texts: bool) -> _Member:
+    kind, fault = "other", ""
+    if size >= 0 and suffix.lower() in IMAGES:
+        kind = "image"
+    elif size >= 0 and suffix.lower() == "json":
+        kind = "json"
+    elif size >= 0 and suffix.lower() == "txt" and texts:
+        file.seek(start)
+        try:
+            kind = "text" if captions_of(file.read(size), None) else "blank"
+        except UnicodeDecodeError as failure:
+            kind, fault = "encoded", not_utf8(failure)
+    return _Member(suffix, start, size, kind, fault)
 
 
-def _first(members: list[_Member], kind: str) -> _Member | None:
-    return next((member for member in members if member.kind == kind), None)
-
-
-def _fault(file: BinaryIO, key: str, members: list[_Member], *, paired: bool) -> str:
+def _fault(members: list[_Member], first: dict[str, _Member]) -> str:
     """A duplicate name of a sample's members, or that its only text is not UTF-8; empty if fine."""
     suffixes = [member.suffix for member in members]
-    for suffix, _, _, kind in members if len({*suffixes}) < len(suffixes) else ():
-        if kind != "other" and suffixes.count(suffix) > 1:
-            return f"{_printable(key)}.{suffix} occurs more than once"
-    encoded = _first(members, "encoded")
-    if encoded is None or paired or _first(members, "image") is None:
-        return ""
-    file.seek(encoded.start)
-    try:
-        file.read(encoded.size).decode()
-    except UnicodeDecodeError as failure:
-        return f"{_printable(key)}.{encoded.suffix} {not_utf8(failure)}"
+    if len({*suffixes}) < len(suffixes):
+        for member in members:
+            if member.kind != "other" and suffixes.count(member.suffix) > 1:
+                return f"{member.suffix} occurs more than once"
+    if "encoded" in first and "image" in first and "text" not in first:
+        return f"{first['encoded'].suffix} {first['encoded'].fault}"
     return ""
 
 
-def _lack(file: BinaryIO, caption_key: str | None, members: list[_Member]) -> str:
-    """Why the members are no pair; empty if they are."""
-    image, text, beside = (_first(members, kind) for kind in ("image", "text", "json"))
-    why, key = "", caption_key or "caption"
-    if image is None:
-        why = f"has no image ({', '.join(IMAGES)})"
-    elif text is None and beside is None:
-        no_text = "no .json" if caption_key else "no text in a .txt, and no .json"
-        why = f"has no caption: {no_text}"
-    elif text is None:
-        file.seek(beside.start)
-        try:
-            if not captions_of(file.read(beside.size), key):
-                why = f"has no caption: no text under {key!r} in its .json"
-        except ValueError as failure:
-            why = f"has no caption: its .json cannot be read ({failure})"
-    if why and any(member.size < 0 for member in members):
-        why += ", only a link or a sparse file, whose content is not in the shard"
-    return why
+def _lack(file: BinaryIO, caption_key: str | None, first: dict[str, _Member]) -> str:
+    """Why the first members of each kind are no pair; empty if they are."""
+    if "image" not in first:
+        return f"has no image ({', '.join(IMAGES)})"
+    if "text" in first:
+        return ""
+    if "json" not in first:
+        return f"has no caption: no {'.json' if caption_key else 'text in a .txt, and no .json'}"
+    file.seek(first["json"].start)
+    try:
+        if captions_of(file.read(first["json"].size), caption_key or "caption"):
+            return ""
+    except ValueError as failure:
+        return f"has no caption: its .json cannot be read ({failure})"
+    return f"has no caption: no text under {caption_key or 'caption'!r} in its .json"
 
 
-def _counted(further: list[tuple[str, _Member]], owned: set[str]) -> list[tuple[str, str]]:
+def _counted(further: list[tuple[str, _Member]]) -> list[tuple[str, str]]:
     """(member, why) of the first image or text of each suffix that is no part of a pair."""
     counts: dict[str, tuple[str, int]] = {}
     for key, member in sorted(further, key=lambda item: item[1].start):
         if member.kind in ("image", "text"):
-            owner = _owner(key) if key in owned else key
-            suffix = _printable(f"{key[len(owner) :]}.{member.suffix}")
-            first, count = counts.get(suffix, (_printable(owner), 0))
+            owner = _printable(_owner(key))
+            suffix = f"{_printable(key)[len(owner) :]}.{member.suffix}"
+            first, count = counts.get(suffix, (owner, 0))
             counts[suffix] = first, count + 1
+    why = "is not a pair but a further member of {}, like {:,} *{} here"
     return [
-        (
-            first + suffix,
-            f"is not a pair but a further member of {first}, like {count:,} *{suffix} here",
-        )
-        for suffix, (first, count) in counts.items()
+        (owner + suffix, why.format(owner, count, suffix))
+        for suffix, (owner, count) in counts.items()
     ]
 
 
@@ -328,15 +314,10 @@ def _standard_member(tar: tarfile.TarFile, here: int, end: int) -> tarfile.TarIn
         failure = error
     tar.fileobj.seek(0)
     start = tar.fileobj.read(6)
-    tools = [tool for magic, tool in COMPRESSED.values() if start.startswith(magic)]
-    if end == 0:
-        why = "is empty"
-    elif tools:
-        why = f"is compressed: {unpacking(tools[0])}"
-    elif here >= end:
-        why = "ends without the end mark of an archive"
-    elif here + _BLOCK > end or isinstance(failure, _CUT_SHORT):
-        why = "ends inside a header"
-    else:
-        why = f"is no tar file from byte {here:,} on ({failure})"
-    raise _Damaged(why, here) from failure
+    why = f"is no tar file from byte {here:,} on ({failure})"
+    if here + _BLOCK > end or isinstance(failure, _CUT_SHORT):
+        why = "ends inside a header" if here < end else "ends without the end mark of an archive"
+    for magic, tool in COMPRESSED.values():
+        if start.startswith(magic):
+            why = f"is compressed: {unpacking(tool)}"
+    raise _Damaged(why if end else "is empty", here) from failure

@@ -51,6 +51,11 @@ def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], places[which]
 
 
+def grouped(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [keys]: the places of each number, adjacent; int64 [kinds + 1]: where each begins)."""
+    return np.argsort(numbers, kind="stable"), np.cumsum([0, *np.bincount(numbers)])
+
+
 def short_hash(text: str) -> int:
     """A 64-bit hash of a text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

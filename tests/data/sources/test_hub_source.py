@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from codebook_jax.data.images import UnreadableImage, decode
-from codebook_jax.data.sources import hub, hub_rows, open_source
+from codebook_jax.data.sources import hub, open_source
 from codebook_jax.errors import UserError
 
 
@@ -132,7 +132,7 @@ def test_bytes_that_are_not_utf8_are_no_caption(tmp_path):
 
 
 def test_rows_without_a_picture_or_a_caption_are_left_out_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_rows, "_ROWS_AT_ONCE", 4)  # so that there are several parts
+    monkeypatch.setattr(hub, "_ROWS_AT_ONCE", 4)  # so that there are several parts
     captions = ["zero", None, " \n", "three", "four", "five", "six", "seven", "eight", "nine"]
     pictures = [{"bytes": picture(number), "path": None} for number in range(10)]
     pictures[3], pictures[8], pictures[5]["bytes"] = None, {"bytes": None, "path": None}, None
@@ -161,7 +161,7 @@ def test_rows_without_a_picture_or_a_caption_are_left_out_and_counted(tmp_path, 
 
 @pytest.mark.parametrize("kind", ["text", "number"])
 def test_rows_of_one_id_are_one_image(datasets, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(hub_rows, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(hub, "_ROWS_AT_ONCE", 3)
     keys = [70, 5, None, 70, 5, 9, None, 70]
     keys = [key if key is None or kind == "number" else f"image {key}" for key in keys]
     captions = ["a", "b", "c", "d", "b", " ", "e", "f"]  # of 9 nothing is left
