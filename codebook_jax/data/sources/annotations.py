@@ -1,44 +1,56 @@
-"""COCO's caption files, and Karpathy's splits of COCO and Flickr30K.
+"""COCO's caption files, Karpathy's splits of COCO and Flickr30K, and Visual Genome's phrases.
 
 A record is an image with all its captions, or with `?per=caption` an image with one of them.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Container, Iterator
 from typing import Any
 
-from codebook_jax.data.sources.json_files import id_of, list_of, read_object, text_of
+from codebook_jax.data.sources.json_files import (
+    id_of,
+    list_of,
+    read_json,
+    read_object,
+    text_of,
+    value_of,
+)
 from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of, shown
 from codebook_jax.data.sources.request import Request
 from codebook_jax.errors import UserError
 
+IMAGE_DATA = "image_data.json"
+FOLDERS = ("VG_100K", "VG_100K_2")
 SPLITS = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}  # for each role
 
 
 def open_coco(request: Request) -> Listed:
     """`coco:PATH`: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
-    return open_images(request, _coco_entries(request.place))
+    return _images(request, _coco_entries(request.place))
 
 
 def open_karpathy(request: Request) -> Listed:
-    """`karpathy:PATH`: {"images": [{"filepath", "filename", "cocoid", "split", "sentences":
-    [{"raw"}]}]}.
-    """
-    return open_images(request, _karpathy_entries(request))
+    """`karpathy:PATH`: {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}."""
+    return _images(request, _karpathy_entries(request))
 
 
-def open_images(request: Request, entries: Iterator[Entry]) -> Listed:
-    """A source of these entries, each an image with all its captions, or of those of each caption
-    (`?per=caption`).
-    """
+def open_visual_genome(request: Request) -> Listed:
+    """`vg:PATH`: [{"id", "regions": [{"phrase"}]}]."""
+    root = request.image_root or os.path.dirname(request.place)
+    return _images(request, _region_entries(request.place, root))
+
+
+def _images(request: Request, entries: Iterator[Entry]) -> Listed:
+    """A source of these images with all their captions, or as `?per=` asks."""
     per_caption = request.choice("per", ("image", "caption")) == "caption"
     return Listed(request, _split(entries) if per_caption else entries)
 
 
-def spelled_as_in(ids: Container[int | str], key: int | str) -> int | str:
+def _spelled_as_in(ids: Container[int | str], key: int | str) -> int | str:
     """The id as it is in `ids`: an id may be a number in one list and a string in another."""
     if key in ids:
         return key
@@ -48,9 +60,7 @@ def spelled_as_in(ids: Container[int | str], key: int | str) -> int | str:
 
 
 def _coco_entries(path: str) -> Iterator[Entry]:
-    """The images of a caption file in its order; raises UserError, naming the entry, if the file is
-    inconsistent.
-    """
+    """The images of a caption file, in its order."""
     content, cure = read_object(path, "coco"), "give a COCO caption file, captions_train2014.json"
     listed_images = list_of(path, content, "images", cure)
     other = f"karpathy:{path} reads Karpathy's splits; otherwise {cure}"
@@ -72,7 +82,7 @@ def _coco_entries(path: str) -> Iterator[Entry]:
                 f"{where} has no caption (its keys: {keys_of(annotation)}): {cure}, not one of "
                 "boxes or keypoints"
             )
-        key = spelled_as_in(captions, id_of(where, annotation, "image_id"))
+        key = _spelled_as_in(captions, id_of(where, annotation, "image_id"))
         if key not in captions:
             raise UserError(f"{where} names image {key}, which the file does not list: remove it")
         captions[key] += captions_in(where, "caption", annotation["caption"])
@@ -130,3 +140,55 @@ def _split(entries: Iterator[Entry]) -> Iterator[Entry]:
             yield entry
         for caption in entry.captions:
             yield entry._replace(captions=(caption,))
+
+
+def _region_entries(path: str, root: str) -> Iterator[Entry]:
+    paths: dict[int | str, str] = {}
+    for where, image in read_json(path, "vg"):
+        regions = list_of(where, image, "regions", "give region_descriptions.json")
+        key = id_of(where, image, "id" if "id" in image else "image_id")
+        phrases: dict[str, None] = {}
+        for number, region in enumerate(regions):
+            place = f"{where} regions[{number}]"
+            phrase = value_of(place, region, "phrase")
+            phrases |= dict.fromkeys(captions_in(place, "phrase", phrase))
+        paths = paths or _paths(path, root)
+        if (listed := _spelled_as_in(paths, key)) not in paths:
+            raise UserError(
+                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in "
+                f"{' or '.join(FOLDERS)}: put the published {IMAGE_DATA} beside {path}"
+            )
+        yield Entry(where, paths[listed], tuple(phrases), key)
+
+
+def _paths(path: str, root: str) -> dict[int | str, str]:
+    """{image id: path below the root}, from image_data.json beside the file, or the folders."""
+    beside = os.path.join(os.path.dirname(path), IMAGE_DATA)
+    if os.path.exists(beside):
+        return dict(_described(where, image) for where, image in read_json(beside, "vg"))
+    found: dict[int | str, str] = {}
+    for folder in FOLDERS:
+        place = os.path.join(root, folder)
+        for name in os.listdir(place) if os.path.isdir(place) else ():
+            stem, _, suffix = name.partition(".")
+            if stem.isdecimal() and suffix.lower() == "jpg":
+                found[int(stem)] = f"{folder}/{name}"
+    if not found:
+        raise UserError(
+            f"cannot tell which of {' and '.join(FOLDERS)} holds the images of {path}: put the "
+            f"published {IMAGE_DATA} beside it, or set config.data.image_root to the folder that "
+            f"holds both (now {root or '.'})"
+        )
+    return found
+
+
+def _described(where: str, image: Any) -> tuple[int | str, str]:
+    """(image id, path below the root) of an entry of image_data.json."""
+    key = id_of(where, image, "id" if "image_id" not in image else "image_id")
+    parts = text_of(where, image, "url").split("/")
+    if len(parts) < 2 or parts[-2] not in FOLDERS:
+        raise UserError(
+            f'{where}, key "url": it does not end in VG_100K/NAME.jpg: give the published '
+            f"{IMAGE_DATA}"
+        )
+    return key, "/".join(parts[-2:])

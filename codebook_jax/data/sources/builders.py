@@ -46,11 +46,9 @@ _LOOKED_AT = 16  # examples hashed and checked on opening
 
 
 class Examples(Source):
-    """The examples of a split, each an image with all its captions; the id is the number of the
-    example.
+    """The examples of a split, each an image with all its captions and its number as id.
 
-    An example without a caption is found only when it is read: to know earlier means reading the
-    whole data set.
+    One without a caption is found only when it is read: else all must be read first.
     """
 
     def __init__(
@@ -93,9 +91,7 @@ class Examples(Source):
             raise UnreadableImage(f"{self._what}[{index}]: {first_line(failure)}") from failure
 
     def _hash(self, info: DatasetInfo, split: str) -> str:
-        """A hash of the files' names and sizes, and of some examples; raises UserError if none of
-        them has a caption.
-        """
+        """Of the files' names and sizes, and of some examples, of which one must have a caption."""
         files = [
             (os.path.basename(part.filename), part.skip, part.take, part.examples_in_shard)
             for part in info.splits[split].file_instructions
@@ -119,9 +115,7 @@ class Examples(Source):
 
 
 def open_tfds(request: Request) -> Examples:
-    """`tfds:NAME[/CONFIG]:SPLIT`, where NAME may be the folder of a prepared data set, and SPLIT
-    `train[:50%]`.
-    """
+    """`tfds:NAME[/CONFIG]:SPLIT`; NAME may be a folder, SPLIT may be `train[:50%]`."""
     try:
         import tensorflow_datasets as tfds  # here: it takes half a second
     except ImportError as failure:
@@ -165,9 +159,7 @@ def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> D
 def _by_index(
     tfds: ModuleType, what: str, builder: DatasetBuilder, split: str, image: str
 ) -> Sequence[dict[str, Any]]:
-    """The examples of a split, pictures not decoded; raises UserError if there are none, the part
-    is not a picture, or they cannot be read by index.
-    """
+    """The examples of a split, with the pictures in `image` not decoded."""
     feature = builder.info.features[image]
     decoders = {image: tfds.decode.SkipDecoding()}
     if not isinstance(feature, tfds.features.Image):

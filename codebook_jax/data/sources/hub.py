@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from array import array
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from codebook_jax.data.sources.library_datasets import (
 )
 from codebook_jax.data.sources.record import NO_CAPTION, Record, Source, checked, required
 from codebook_jax.data.sources.request import Request
-from codebook_jax.data.sources.texts import grouped, numbered
+from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,15 +44,13 @@ _ROWS_AT_ONCE = 10_000
 
 
 class Rows(Source):
-    """The rows of a table as a source, indexed without reading the images.
+    """The rows of a table as a source; those without an image or a caption are left out.
 
-    Rows with the same id are the same image: for training each is a record; for evaluation
-    (`merge`) they are one record with all their captions. Without ids, each row is an image. Rows
-    without an image or a caption are left out and counted.
+    Rows with the same id are the same image, and with `merge` one record. Without ids, each row is
+    an image. All captions are read at start, but no image.
     """
 
     def __init__(self, what: str, table: Dataset, columns: Parts, *, merge: bool) -> None:
-        """Raises UserError if no row is usable or ids have a wrong type."""
         self.form, _, self.place = what.partition(":")
         self._what, self._columns = what, columns
         self._table = table.select_columns([columns.image, columns.caption])
@@ -72,7 +71,7 @@ class Rows(Source):
             )
         self._first, self._ids = np.arange(len(self._rows) + 1), None
         if self._keys is not None:
-            self._ids = numbered(_numbers(what, self._keys)[self._rows])[1]
+            self._ids = numbered(_hashes(self._keys)[self._rows])[1]
             content.update(self._ids.astype("<i4").tobytes())
         if merge and self._ids is not None:
             order, self._first = grouped(self._ids)
@@ -127,9 +126,7 @@ class Rows(Source):
 
 
 def open_hugging_face(request: Request) -> Rows:
-    """`hf:PLACE:SPLIT`: PLACE is a folder, a Parquet file or a name on the hub; SPLIT may be
-    `train[:50%]`.
-    """
+    """`hf:PLACE:SPLIT`: a folder, Parquet file or name on the hub; SPLIT may be `train[:50%]`."""
     try:
         import datasets  # here: it takes a second
     except ImportError as failure:
@@ -179,9 +176,7 @@ def _loaded(
 
 @contextlib.contextmanager
 def _quiet(datasets: ModuleType, *, offline: bool) -> Iterator[None]:
-    """Turns off progress bars and warnings; `offline` also stops the library from trying the hub,
-    which takes 20 s.
-    """
+    """Without progress bars and warnings; `offline` without trying the hub, which takes 20 s."""
     from huggingface_hub import constants
 
     logging = datasets.utils.logging
@@ -202,21 +197,13 @@ def _quiet(datasets: ModuleType, *, offline: bool) -> Iterator[None]:
 
 
 def _undecoded(datasets: ModuleType, what: str, table: Dataset, image: str) -> Dataset:
-    """The table with its pictures as the bytes or paths of files; raises UserError if the column
-    holds anything else.
-    """
+    """The table with its pictures as the bytes or paths of files."""
     feature = table.features[image]
     if isinstance(feature, datasets.Image):
         return table.cast_column(image, datasets.Image(decode=False))
     kind = getattr(feature, "dtype", "")
     if kind in ("binary", "large_binary") or (isinstance(feature, dict) and "bytes" in feature):
         return table
-    if kind in ("string", "large_string"):
-        raise UserError(
-            f"{what}: {image!r} holds texts, not pictures: read paths with json: or csv:; download "
-            "URLs with img2dataset and read its shards with webdataset:; or name the column of "
-            "pictures with ?image_key=NAME"
-        )
     raise no_picture(what, image, feature)
 
 
@@ -257,19 +244,10 @@ def _imageless(images: Dataset) -> np.ndarray:
     return imageless
 
 
-def _numbers(what: str, keys: Dataset) -> np.ndarray:
-    """int64 [rows]: equal for equal ids; a row without an id gets its own number."""
-    import pyarrow
-
-    [(name, feature)] = keys.features.items()
-    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "string", "large_string")):
-        raise UserError(
-            f"{what}: {name!r} is {first_line(feature)}, not ids: name a column of integers or "
-            "strings with ?id_key=NAME"
-        )
-    column = pyarrow.chunked_array([chunk for _, part in _batches(keys) for chunk in part.chunks])
-    encoded = column.combine_chunks().dictionary_encode()
-    numbers = encoded.indices.fill_null(-1).to_numpy().astype(np.int64)
-    without = numbers < 0
-    numbers[without] = len(encoded.dictionary) + np.arange(without.sum())
-    return numbers
+def _hashes(keys: Dataset) -> np.ndarray:
+    """uint64 [rows]: equal for equal ids; a row without an id has its own."""
+    hashes = array("Q")
+    for _, column in _batches(keys):
+        for key in column.to_pylist():
+            hashes.append(short_hash(repr(key if key is not None else (len(hashes),))))
+    return np.frombuffer(hashes, np.uint64)

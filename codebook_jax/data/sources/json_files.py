@@ -86,9 +86,7 @@ def list_of(where: str, entry: Any, key: str, cure: str = "add it") -> list[Any]
 
 
 def text_of(where: str, entry: Any, key: str, what: str = "a text", *, empty: bool = False) -> str:
-    """The string at a key of an entry; raises UserError if there is none, or, unless `empty`, if it
-    is empty. `what` it should be is for the message.
-    """
+    """The string at a key of an entry; raises UserError, naming `what` it should be, for others."""
     value = value_of(where, entry, key)
     if not isinstance(value, str) or not (value or empty):
         raise UserError(f'{where}, key "{key}": {shown(value)} is not {what}: use a string')

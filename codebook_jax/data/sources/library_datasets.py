@@ -50,9 +50,7 @@ def only_split(what: str, splits: Sequence[str]) -> str:
 
 
 def parts_of(what: str, request: Request, names: Sequence[str]) -> Parts:
-    """The parts that the options name, else those with usual names; raises UserError if there is
-    none.
-    """
+    """The parts that the options name, else those with usual names."""
     held, parts = f"it has {keys_of(names)}", {}
     for part, key in request.keys.items():
         if key is not None and key not in names:
@@ -68,13 +66,11 @@ def parts_of(what: str, request: Request, names: Sequence[str]) -> Parts:
 
 
 def texts_in(value: Any) -> tuple[str, ...]:
-    """The texts with words in a text, a list of texts, or lists of objects with a text; anything
-    else is left out, and so are bytes that are not UTF-8.
-    """
+    """The texts with words in a text, a list of texts, or lists of objects with a text."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
-        except UnicodeDecodeError:
+        except UnicodeDecodeError:  # as anything else that is not a text
             return ()
     if isinstance(value, str):
         return (value.strip(),) if has_words(value) else ()
@@ -99,8 +95,11 @@ def needs(extra: str, library: str) -> UserError:
 
 def no_picture(what: str, name: str, feature: object) -> UserError:
     """The refusal of a part that does not hold pictures."""
-    held = f"{what}: {name!r} is {first_line(feature)}, not a picture"
-    return UserError(f"{held}: name the part that holds pictures with ?image_key=NAME")
+    return UserError(
+        f"{what}: {name!r} is {first_line(feature)}, not a picture: name the part that holds "
+        "pictures with ?image_key=NAME; paths are read with json: or csv:, and URLs are "
+        "downloaded with img2dataset and read with webdataset:"
+    )
 
 
 def first_line(message: object) -> str:

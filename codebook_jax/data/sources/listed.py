@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from codebook_jax.data.sources.paths import Folders
 from codebook_jax.data.sources.record import NO_CAPTION, Record, Source, checked
 from codebook_jax.data.sources.request import Request
 from codebook_jax.data.sources.texts import Packer, not_utf8, numbered, short_hash
@@ -29,19 +29,15 @@ class Entry(NamedTuple):
 
 
 class Listed(Source):
-    """The entries of a list as a source.
+    """The entries of a list as a source; those without a caption are left out and counted.
 
-    Entries with the same key (or, without one, the same path) are the same image. Ids become
-    numbers from 0 in the order of the list. For training each entry is a record. For evaluation the
-    entries of one key and one path are one record with all their captions. Entries without a
-    caption are left out and counted. A missing image file is found when it is read.
+    Entries with the same key (or, without one, the same path) are the same image, whose id is its
+    number from 0 in the order of the list. For training each entry is a record, for evaluation all
+    entries of one key and one path. A missing image file is found when it is read.
     """
 
     def __init__(self, request: Request, entries: Iterable[Entry], *, listed: int = 0) -> None:
-        """`listed` is the size of the list that this one was made from, if that was longer.
-
-        Raises UserError if the list has no entries, or a path leads out of the root.
-        """
+        """`listed` is the size of the list that this one was made from, if that was longer."""
         self.form, self.place, self._folders = request.scheme, request.place, Folders.of(request)
         self.left_out: list[tuple[str, str]] = []
         entries = self._usable(entries)
@@ -104,6 +100,76 @@ def _merged(entries: Iterable[Entry]) -> Iterable[Entry]:
             further = tuple(new for new in entry.captions if new not in before.captions)
             merged[key] = before._replace(captions=before.captions + further)
     return merged.values()
+
+
+class Folders(NamedTuple):
+    """Where the images of a list are: below the image root, or where the path map leads."""
+
+    root: str  # absolute
+    path_map: tuple[tuple[str, str], ...] = ()  # (OLD, folder here), longest OLD first
+
+    @classmethod
+    def of(cls, request: Request) -> Folders:
+        """The image root, by default the folder of the list, and the rules "OLD=NEW,OLD=NEW": the
+        longest OLD wins; an empty NEW is the image root.
+        """
+        root = os.path.abspath(request.image_root or os.path.dirname(request.place))
+        path_map, pairs = request.settings.path_map, []
+        for rule in filter(None, (part.strip() for part in path_map.split(","))):
+            old, equals, new = rule.rpartition("=")
+            if not equals or not old:
+                raise UserError(
+                    f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give the "
+                    "beginning of the listed paths and the folder here, as in /export/vl=/data"
+                )
+            new = os.path.abspath(os.path.expanduser(new)) if new else root
+            pairs.append((old.rstrip("/"), new))
+        return cls(root, tuple(sorted(pairs, key=lambda pair: -len(pair[0]))))
+
+    def locate(self, image: str) -> str:
+        """The path on this machine of an image that `check` has let through."""
+        mapped = self._mapped(image)
+        return os.path.join(self.root, image if mapped is None else mapped)
+
+    def check(self, where: str, image: str) -> str:
+        """A listed path as it is if a rule of the map matches, else relative to the root; raises
+        UserError, naming the entry at `where`, if it leads out of the folder.
+        """
+        parts, entry = image.split("/"), f'{where}, key "image": {image!r}'
+        if self._mapped(image) is not None:
+            if ".." in parts or "\0" in image:
+                folder = "the folder that config.data.path_map gives"
+                raise UserError(f'{entry} may lead out of {folder}: give paths without ".."')
+            return image
+        if not os.path.isabs(image) and "." not in parts and ".." not in parts:
+            if "//" not in image and "\0" not in image:
+                return image
+        scheme, is_address, _ = image.partition("://")
+        if is_address and scheme.lower() in ("http", "https"):
+            raise UserError(
+                f"{entry} is a URL, not a file: download the images with img2dataset and read its "
+                "shards with webdataset:SHARDS.tar, or name the column of paths with ?image_key="
+            )
+        if is_address:
+            raise UserError(
+                f"{entry} is not a path on this machine: map its beginning to a folder here, for "
+                f"example --config.data.path_map={scheme}://PLACE=/data"
+            )
+        path = os.path.normpath(os.path.join(self.root, image))
+        if "\0" in path or not path.startswith(self.root.rstrip(os.sep) + os.sep):
+            raise UserError(
+                f"{entry} is outside the image root {self.root}: set config.data.image_root to the "
+                "folder that holds the images, or map the beginning of the paths to a folder here, "
+                "for example --config.data.path_map=/export/home=/data"
+            )
+        return os.path.relpath(path, self.root)
+
+    def _mapped(self, image: str) -> str | None:
+        """The path with its beginning replaced; None if no rule of the map matches."""
+        for old, new in self.path_map:
+            if image.startswith(f"{old}/"):
+                return os.path.join(new, image[len(old) :].lstrip("/"))
+        return None
 
 
 @contextlib.contextmanager

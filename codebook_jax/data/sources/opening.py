@@ -28,7 +28,6 @@ from codebook_jax.data.sources import (
     scenes,
     tables,
     tar,
-    visual_genome,
 )
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import Source
@@ -52,7 +51,7 @@ SCHEMES = {
     "tsv": Scheme(tables.open_table, "tsv:PAIRS.tsv", _TABLE),
     "coco": Scheme(annotations.open_coco, "coco:CAPTIONS.json", _IMAGES),
     "karpathy": Scheme(annotations.open_karpathy, "karpathy:DATASET.json", (*_IMAGES, "split")),
-    "vg": Scheme(visual_genome.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", _IMAGES),
+    "vg": Scheme(annotations.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", _IMAGES),
     "webdataset": Scheme(tar.open_webdataset, "webdataset:SHARDS.tar", ("caption_key",)),
     "records": Scheme(records.Records, "records:FOLDER"),
     "tfds": Scheme(builders.open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
@@ -71,9 +70,7 @@ def open_source(
     path_map: str = "",
     damaged_shards: str = "refuse",
 ) -> Source:
-    """The source, or mixture of sources, that `spec` names, for the role "train", "validation" or
-    "test"; raises UserError if it cannot be opened.
-    """
+    """The source that `spec` names, or the mixture, for one of ROLES; UserError if it cannot be."""
     if role not in ROLES:
         raise ValueError(f"role={role!r} is not one of {ROLES}")
     if damaged_shards not in DAMAGED:

@@ -44,8 +44,7 @@ _READER_BUFFER_BYTES = 1 << 15
 class Records(Source):
     """The records of a packed folder; files are opened on first use.
 
-    For evaluation (`merge`), records of one image id with the same picture are one, with all
-    captions.
+    For evaluation, records of one image id with the same picture are one, with all captions.
     """
 
     def __init__(self, request: Request) -> None:
@@ -124,9 +123,7 @@ def _with_words(captions: Iterable[str]) -> tuple[str, ...]:
 
 
 def _sound(folder: str, manifest: Manifest, damaged: str) -> tuple[list[Shard], list]:
-    """(shards with complete files, (file, why) of the others); raises UserError for the others if
-    `damaged` is "refuse".
-    """
+    """(shards with complete files, (file, why) of the others); `damaged` as in the config."""
     wrong = dict(misfits(folder, manifest.shards))
     if wrong and damaged == "refuse":
         why = next(iter(wrong.values()))

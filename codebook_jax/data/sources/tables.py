@@ -46,9 +46,7 @@ def open_table(request: Request) -> Listed:
 
 
 def _entries(request: Request) -> Iterator[Entry]:
-    """The rows of the file, split at the first separator that gives the columns; raises UserError,
-    naming the line, if one is not a pair.
-    """
+    """The rows of the file, split at the first separator that gives the columns."""
     failures = []
     for separator in SEPARATORS[request.scheme]:
         rows = _rows(request, separator)
@@ -67,10 +65,7 @@ def _entries(request: Request) -> Iterator[Entry]:
 
 
 def _columns(request: Request, first: Sequence[str]) -> Columns:
-    """The columns that the options name or number, else those with usual names in the first row.
-
-    Raises UserError if a column cannot be found.
-    """
+    """The columns that the options name or number, else those with usual names in the first row."""
     names = [name.strip().lower() for name in first]
     places: dict[str, int | None] = {}
     headed, unusual = False, False

@@ -42,9 +42,8 @@ class Shards(Source):
     ) -> None:
         """With `caption_key`, captions are the values at that key of the JSON files.
 
-        If a shard is missing or truncated, or has a duplicate member or a text that is not UTF-8,
-        `damaged` "refuse" raises UserError and "skip" leaves the affected samples out. Raises
-        UserError if none is left.
+        `damaged` decides about samples of shards that are missing or truncated, or have a duplicate
+        member or a text that is not UTF-8: "refuse" raises UserError, "skip" leaves them out.
         """
         self.form, self.place = "webdataset", place
         self._paths, self._caption_key = tuple(paths), caption_key
@@ -115,16 +114,13 @@ class Shards(Source):
 
 
 def open_webdataset(request: Request) -> Shards:
-    """`webdataset:PLACE`: a tar file, a folder of them, or a pattern such as `*.tar` or
-    `{00000..00331}.tar`.
-    """
+    """`webdataset:PLACE`: a tar file, a folder of them, or a pattern (`{00000..00331}.tar`)."""
     paths, caption_key = shard_paths(request.place), request.keys["caption"]
     return Shards(request.place, paths, caption_key, damaged=request.settings.damaged_shards)
 
 
 def shard_paths(place: str) -> list[str]:
-    """The shards that a place names, sorted for a pattern or a folder; raises UserError if there
-    are none.
+    """The shards that a place names, sorted for a pattern or a folder.
 
     Shards named in full, also by ranges in braces, need not exist. A compressed shard is among them
     if it is not there unpacked: it is refused when it is indexed.

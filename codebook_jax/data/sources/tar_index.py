@@ -113,9 +113,7 @@ def unpacking(tool: str) -> str:
 
 
 def _places_of_index(path: str, caption_key: str | None) -> list[Path]:
-    """Where the index may be: beside the shard, whose folder may have another name on another
-    host, or in the cache.
-    """
+    """Beside the shard, whose folder may have another name on another host; or in the cache."""
     folder, name = os.path.split(os.path.abspath(path))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codebook_jax")
     return [
