@@ -78,7 +78,7 @@ def index_shard(path: str, caption_key: str | None) -> Index:
             state = os.fstat(file.fileno())
             version = [_FORM, state.st_size, state.st_mtime_ns]
             for place in places:
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with contextlib.suppress(Exception):  # there is none, or something else
                     kept = parse_json(place.read_text(encoding="utf-8"))
                     if kept["version"] == version:
                         return _index_of(**kept["index"])
@@ -115,10 +115,10 @@ def unpacking(tool: str) -> str:
 def _places_of_index(path: str, caption_key: str | None) -> list[Path]:
     """Beside the shard, whose folder may have another name on another host; or in the cache."""
     folder, name = os.path.split(os.path.abspath(path))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "codebook_jax")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return [
-        place / FOLDER / f"{name}.{digest([where, str(caption_key)])[:12]}.json"
-        for place, where in ((Path(folder), ""), (cache, folder))
+        Path(place, FOLDER, f"{name}.{digest([where, str(caption_key)])[:12]}.json")
+        for place, where in ((folder, ""), (os.path.join(cache, "codebook_jax"), folder))
     ]
 
 
