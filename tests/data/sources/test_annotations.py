@@ -202,7 +202,7 @@ LONG, DEEP = "9" * 5000, "[" * 100_000
 BROKEN = [  # (scheme, a change or another content, the refusal)
     (
         "coco",
-        '{"images": [{"id": %s, "file_name": "a"}], "annotations": []}' % LONG,
+        f'{{"images": [{{"id": {LONG}, "file_name": "a"}}], "annotations": []}}',
         r'images\[0\], key "id": .*5,000 digits',
     ),
     ("coco", '{"images": ' + DEEP, "coco.json cannot be read .*nested"),
