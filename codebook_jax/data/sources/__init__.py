@@ -3,7 +3,6 @@ part. `opening` opens the source that a config names; the other modules each rea
 """
 
 from codebook_jax.data.sources.opening import open_source, source_of
-from codebook_jax.data.sources.record import Record, Source
-from codebook_jax.data.sources.request import ROLES
+from codebook_jax.data.sources.record import ROLES, Record, Source
 
 __all__ = ["ROLES", "Record", "Source", "open_source", "source_of"]

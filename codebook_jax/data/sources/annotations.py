@@ -11,16 +11,9 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from typing import Any
 
-from codebook_jax.data.sources.json_files import (
-    id_of,
-    list_of,
-    read_json,
-    read_object,
-    text_of,
-    value_of,
-)
+from codebook_jax.data.sources.json_files import field, read_json, read_object
 from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of, shown
-from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.record import Request
 from codebook_jax.errors import UserError
 
 IMAGE_DATA = "image_data.json"
@@ -62,18 +55,18 @@ def _spelled_as_in(ids: Container[int | str], key: int | str) -> int | str:
 def _coco_entries(path: str) -> Iterator[Entry]:
     """The images of a caption file, in its order."""
     content, cure = read_object(path, "coco"), "give a COCO caption file, captions_train2014.json"
-    listed_images = list_of(path, content, "images", cure)
+    listed_images = field(path, content, "images", "a list", cure)
     other = f"karpathy:{path} reads Karpathy's splits; otherwise {cure}"
-    annotations = list_of(path, content, "annotations", other)
+    annotations = field(path, content, "annotations", "a list", other)
     images: dict[int | str, tuple[str, str]] = {}
     for number, image in enumerate(listed_images):
         where = f"{path} images[{number}]"
-        key = id_of(where, image, "id")
+        key = field(where, image, "id", "an id")
         if key in images:
             raise UserError(
                 f"{where} has the same id {key} as {images[key][0]}: give each image its own id"
             )
-        images[key] = where, text_of(where, image, "file_name")
+        images[key] = where, field(where, image, "file_name", "a text")
     captions: dict[int | str, list[str]] = {key: [] for key in images}
     for number, annotation in enumerate(annotations):
         where = f"{path} annotations[{number}]"
@@ -82,7 +75,7 @@ def _coco_entries(path: str) -> Iterator[Entry]:
                 f"{where} has no caption (its keys: {keys_of(annotation)}): {cure}, not one of "
                 "boxes or keypoints"
             )
-        key = _spelled_as_in(captions, id_of(where, annotation, "image_id"))
+        key = _spelled_as_in(captions, field(where, annotation, "image_id", "an id"))
         if key not in captions:
             raise UserError(f"{where} names image {key}, which the file does not list: remove it")
         captions[key] += captions_in(where, "caption", annotation["caption"])
@@ -103,7 +96,7 @@ def _karpathy_entries(request: Request) -> Iterator[Entry]:
             f"{cure or 'give dataset_coco.json or dataset_flickr30k.json'}"
         )
     numbered = [(f"{path} images[{number}]", image) for number, image in enumerate(images)]
-    sizes = Counter(text_of(where, image, "split") for where, image in numbered)
+    sizes = Counter(field(where, image, "split", "a text") for where, image in numbered)
     wanted = SPLITS[request.role]
     if "split" in request.options:
         wanted = request.options["split"].replace("+", ",").split(",")
@@ -122,14 +115,16 @@ def _karpathy_entries(request: Request) -> Iterator[Entry]:
 
 
 def _karpathy_entry(where: str, image: dict[str, Any]) -> Entry:
-    name, folder = text_of(where, image, "filename"), image.get("filepath")
+    name, folder = field(where, image, "filename", "a text"), image.get("filepath")
     if folder is not None and not isinstance(folder, str):
         raise UserError(f'{where}, key "filepath": {shown(folder)} is not a folder: use a string')
     captions: list[str] = []
-    for number, sentence in enumerate(list_of(where, image, "sentences")):
+    for number, sentence in enumerate(field(where, image, "sentences", "a list")):
         place = f"{where} sentences[{number}]"
-        captions += captions_in(place, "raw", text_of(place, sentence, "raw", empty=True))
-    key = next((id_of(where, image, key) for key in ("cocoid", "imgid") if key in image), None)
+        captions += captions_in(place, "raw", field(place, sentence, "raw", "anything"))
+    key = next(
+        (field(where, image, key, "an id") for key in ("cocoid", "imgid") if key in image), None
+    )
     return Entry(where, f"{folder}/{name}" if folder else name, tuple(captions), key)
 
 
@@ -145,12 +140,12 @@ def _split(entries: Iterator[Entry]) -> Iterator[Entry]:
 def _region_entries(path: str, root: str) -> Iterator[Entry]:
     paths: dict[int | str, str] = {}
     for where, image in read_json(path, "vg"):
-        regions = list_of(where, image, "regions", "give region_descriptions.json")
-        key = id_of(where, image, "id" if "id" in image else "image_id")
+        regions = field(where, image, "regions", "a list", "give region_descriptions.json")
+        key = field(where, image, "id" if "id" in image else "image_id", "an id")
         phrases: dict[str, None] = {}
         for number, region in enumerate(regions):
             place = f"{where} regions[{number}]"
-            phrase = value_of(place, region, "phrase")
+            phrase = field(place, region, "phrase", "anything")
             phrases |= dict.fromkeys(captions_in(place, "phrase", phrase))
         paths = paths or _paths(path, root)
         if (listed := _spelled_as_in(paths, key)) not in paths:
@@ -184,8 +179,8 @@ def _paths(path: str, root: str) -> dict[int | str, str]:
 
 def _described(where: str, image: Any) -> tuple[int | str, str]:
     """(image id, path below the root) of an entry of image_data.json."""
-    key = id_of(where, image, "id" if "image_id" not in image else "image_id")
-    parts = text_of(where, image, "url").split("/")
+    key = field(where, image, "id" if "image_id" not in image else "image_id", "an id")
+    parts = field(where, image, "url", "a text").split("/")
     if len(parts) < 2 or parts[-2] not in FOLDERS:
         raise UserError(
             f'{where}, key "url": it does not end in VG_100K/NAME.jpg: give the published '

@@ -29,12 +29,12 @@ from codebook_jax.data.sources.library_datasets import (
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
     Record,
+    Request,
     Source,
     WithoutCaption,
     checked,
     required,
 )
-from codebook_jax.data.sources.request import Request
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -30,8 +30,7 @@ from codebook_jax.data.sources.library_datasets import (
     place_and_split,
     texts_in,
 )
-from codebook_jax.data.sources.record import NO_CAPTION, Record, Source, checked, required
-from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.record import NO_CAPTION, Record, Request, Source, checked, required
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.errors import UserError
 

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of, open_text, shown
-from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.record import Request
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
+KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
+KINDS["anything"] = object
+_ID = "use a whole number or a string"
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 _OTHERS = (  # (keys, the format they belong to, the scheme that reads it)
     ({"images", "annotations"}, "a COCO caption file", "coco"),
@@ -67,39 +70,15 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
     return content
 
 
-def value_of(where: str, entry: Any, key: str) -> Any:
-    """The value at a key of an entry; raises UserError if the key is missing."""
+def field(where: str, entry: Any, key: str, kind: str, cure: str = "correct it") -> Any:
+    """The value at a key of an entry; raises UserError if there is none of this kind."""
     if not isinstance(entry, dict):
         raise UserError(f'{where} is a {_kind_of(entry)}, not an object with the key "{key}"')
     if key not in entry:
-        raise UserError(f'{where} has no key "{key}" (its keys: {keys_of(entry)}): add it')
-    return entry[key]
-
-
-def list_of(where: str, entry: Any, key: str, cure: str = "add it") -> list[Any]:
-    """The list at a key of an entry; raises UserError with `cure` if there is none."""
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, list):
-        keys = f" (its keys: {keys_of(entry)})" if isinstance(entry, dict) else ""
-        raise UserError(f'{where} has no list "{key}"{keys}: {cure}')
-    return value
-
-
-def text_of(where: str, entry: Any, key: str, what: str = "a text", *, empty: bool = False) -> str:
-    """The string at a key of an entry; raises UserError, naming `what` it should be, for others."""
-    value = value_of(where, entry, key)
-    if not isinstance(value, str) or not (value or empty):
-        raise UserError(f'{where}, key "{key}": {shown(value)} is not {what}: use a string')
-    return value
-
-
-def id_of(where: str, entry: Any, key: str) -> int | str:
-    """The id at a key of an entry; raises UserError if there is none."""
-    value = value_of(where, entry, key)
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise UserError(
-            f'{where}, key "{key}": {shown(value)} is not an id: use a whole number or a string'
-        )
+        raise UserError(f'{where} has no key "{key}" (its keys: {keys_of(entry)}): {cure}')
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, KINDS[kind]) or value == "":
+        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {cure}')
     return value
 
 
@@ -193,9 +172,10 @@ def _pair(path: str, where: str, entry: Any, keys: dict[str, str]) -> Entry:
                 f"{_other_scheme(path, entry)}name the right one by adding ?{part}_key=NAME to "
                 "the path"
             )
-    image = text_of(where, entry, keys["image"], "the path of an image")
+    image = field(where, entry, keys["image"], "the path of an image", "use a string")
     captions = captions_in(where, keys["caption"], entry[keys["caption"]])
-    key = None if entry.get(keys["id"]) in (None, "") else id_of(where, entry, keys["id"])
+    named = entry.get(keys["id"]) not in (None, "")
+    key = field(where, entry, keys["id"], "an id", _ID) if named else None
     return Entry(where, image, captions, key)
 
 

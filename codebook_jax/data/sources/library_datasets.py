@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codebook_jax.data.sources.listed import keys_of
-from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.record import Request
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 

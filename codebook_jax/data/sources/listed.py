@@ -12,8 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from codebook_jax.data.sources.record import NO_CAPTION, Record, Source, checked
-from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.record import NO_CAPTION, Record, Request, Source, checked
 from codebook_jax.data.sources.texts import Packer, not_utf8, numbered, short_hash
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError

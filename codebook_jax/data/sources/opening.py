@@ -30,8 +30,7 @@ from codebook_jax.data.sources import (
     tar,
 )
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.sources.record import Source
-from codebook_jax.data.sources.request import DAMAGED, PARTS, ROLES, Request, Settings
+from codebook_jax.data.sources.record import DAMAGED, PARTS, ROLES, Request, Settings, Source
 from codebook_jax.errors import UserError, did_you_mean
 
 

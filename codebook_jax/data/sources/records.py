@@ -21,13 +21,13 @@ from codebook_jax.data.sources.record import (
     NO_CAPTION,
     Recent,
     Record,
+    Request,
     Source,
     WithoutCaption,
     checked,
     digest,
     part_of,
 )
-from codebook_jax.data.sources.request import Request
 from codebook_jax.data.sources.texts import grouped
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from codebook_jax.data import scenes
-from codebook_jax.data.sources.record import Record, Source, checked, digest
-from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.record import Record, Request, Source, checked, digest
 from codebook_jax.errors import UserError
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from codebook_jax.data.sources.listed import Entry, Listed, keys_of, open_text
-from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.record import Request
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 

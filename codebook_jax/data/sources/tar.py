@@ -19,8 +19,15 @@ from functools import partial
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources.record import Recent, Record, Source, digest, part_of, required
-from codebook_jax.data.sources.request import Request
+from codebook_jax.data.sources.record import (
+    Recent,
+    Record,
+    Request,
+    Source,
+    digest,
+    part_of,
+    required,
+)
 from codebook_jax.data.sources.tar_index import COMPRESSED, Index, captions_of, index_shard
 from codebook_jax.errors import UserError
 

@@ -213,8 +213,8 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
         lambda c: c["annotations"].insert(0, {"image_id": 42, "bbox": [0, 0, 1, 1]}),
         r"annotations\[0\] has no caption .*captions_train2014.json, not one of boxes",
     ),
-    ("coco", lambda c: c.pop("annotations"), 'no list "annotations".*karpathy:'),
-    ("coco", lambda c: c.pop("images"), 'has no list "images"'),
+    ("coco", lambda c: c.pop("annotations"), 'no key "annotations".*karpathy:'),
+    ("coco", lambda c: c.pop("images"), 'has no key "images"'),
     ("coco", lambda c: c["images"][1].pop("file_name"), r'images\[1\] has no key "file_name"'),
     ("coco", lambda c: c["images"][1].update(id=42), r"images\[1\] .*id 42 .*images\[0\]"),
     ("coco", lambda c: c["annotations"][0].update(caption=3), r'annotations\[0\], key "caption"'),
@@ -222,7 +222,7 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
     ("coco", lambda c: c["images"].insert(0, 3), r"images\[0\] is a number, not an object"),
     ("coco", "\n{", "line 2 is not JSON"),
     ("karpathy", lambda c: c["images"][1].pop("split"), r'images\[1\] has no key "split"'),
-    ("karpathy", lambda c: c["images"][0].pop("sentences"), r'images\[0\] has no list "sentences"'),
+    ("karpathy", lambda c: c["images"][0].pop("sentences"), r'images\[0\] has no key "sentences"'),
     (
         "karpathy",
         lambda c: c["images"][0]["sentences"][1].pop("raw"),
@@ -263,6 +263,6 @@ def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
     for scheme in ("coco", "karpathy"):
         said = refusal(f"{scheme}:{pairs}")
         assert "a JSON list" in said and "object" in said and f"json:{pairs}" in said
-    assert '[0] has no list "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
+    assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
     assert "vg: reads" in refusal(f"vg:{paths['coco']}")
     assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")
