@@ -12,7 +12,7 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 from codebook_jax.data.sources.json_files import field, read_json, read_object
-from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of, shown
+from codebook_jax.data.sources.listed import Entry, Listed, captions_in
 from codebook_jax.data.sources.record import Request
 from codebook_jax.errors import UserError
 
@@ -70,15 +70,11 @@ def _coco_entries(path: str) -> Iterator[Entry]:
     captions: dict[int | str, list[str]] = {key: [] for key in images}
     for number, annotation in enumerate(annotations):
         where = f"{path} annotations[{number}]"
-        if isinstance(annotation, dict) and "caption" not in annotation:
-            raise UserError(
-                f"{where} has no caption (its keys: {keys_of(annotation)}): {cure}, not one of "
-                "boxes or keypoints"
-            )
+        caption = field(where, annotation, "caption", "anything", f"{cure}, not one of boxes")
         key = _spelled_as_in(captions, field(where, annotation, "image_id", "an id"))
         if key not in captions:
             raise UserError(f"{where} names image {key}, which the file does not list: remove it")
-        captions[key] += captions_in(where, "caption", annotation["caption"])
+        captions[key] += captions_in(where, "caption", caption)
     del content, listed_images, annotations  # about 100 MB, no longer needed
     for key, (where, file_name) in images.items():
         yield Entry(where, file_name, tuple(captions[key]), key)
@@ -86,17 +82,13 @@ def _coco_entries(path: str) -> Iterator[Entry]:
 
 def _karpathy_entries(request: Request) -> Iterator[Entry]:
     """The images of the splits that `?split=` names, by default those of the role."""
-    path = request.place
+    path, cure = request.place, "give dataset_coco.json or dataset_flickr30k.json"
     content = read_object(path, "karpathy")
-    images = content.get("images")
-    if not isinstance(images, list) or "annotations" in content:
-        cure = f"coco:{path} reads COCO caption files" if "annotations" in content else ""
-        raise UserError(
-            f"{path} is not one of Karpathy's splits (its keys: {keys_of(content)}): "
-            f"{cure or 'give dataset_coco.json or dataset_flickr30k.json'}"
-        )
+    if "annotations" in content:
+        cure = f"coco:{path} reads COCO caption files; otherwise {cure}"
+    images = field(path, content, "images", "a list", cure)
     numbered = [(f"{path} images[{number}]", image) for number, image in enumerate(images)]
-    sizes = Counter(field(where, image, "split", "a text") for where, image in numbered)
+    sizes = Counter(field(where, image, "split", "a text", cure) for where, image in numbered)
     wanted = SPLITS[request.role]
     if "split" in request.options:
         wanted = request.options["split"].replace("+", ",").split(",")
@@ -116,15 +108,14 @@ def _karpathy_entries(request: Request) -> Iterator[Entry]:
 
 def _karpathy_entry(where: str, image: dict[str, Any]) -> Entry:
     name, folder = field(where, image, "filename", "a text"), image.get("filepath")
-    if folder is not None and not isinstance(folder, str):
-        raise UserError(f'{where}, key "filepath": {shown(folder)} is not a folder: use a string')
+    if folder:
+        field(where, image, "filepath", "a text")
     captions: list[str] = []
     for number, sentence in enumerate(field(where, image, "sentences", "a list")):
         place = f"{where} sentences[{number}]"
         captions += captions_in(place, "raw", field(place, sentence, "raw", "anything"))
-    key = next(
-        (field(where, image, key, "an id") for key in ("cocoid", "imgid") if key in image), None
-    )
+    names = [name for name in ("cocoid", "imgid") if name in image]
+    key = field(where, image, names[0], "an id") if names else None
     return Entry(where, f"{folder}/{name}" if folder else name, tuple(captions), key)
 
 
@@ -179,8 +170,8 @@ def _paths(path: str, root: str) -> dict[int | str, str]:
 
 def _described(where: str, image: Any) -> tuple[int | str, str]:
     """(image id, path below the root) of an entry of image_data.json."""
-    key = field(where, image, "id" if "image_id" not in image else "image_id", "an id")
     parts = field(where, image, "url", "a text").split("/")
+    key = field(where, image, "id" if "image_id" not in image else "image_id", "an id")
     if len(parts) < 2 or parts[-2] not in FOLDERS:
         raise UserError(
             f'{where}, key "url": it does not end in VG_100K/NAME.jpg: give the published '

@@ -19,8 +19,10 @@ from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
-KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
-KINDS["anything"] = object
+KINDS = {  # what a value is called -> its type
+    **{"a text": str, "the path of an image": str, "an id": int | str, "a list": list},
+    "anything": object,
+}
 _ID = "use a whole number or a string"
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 _OTHERS = (  # (keys, the format they belong to, the scheme that reads it)

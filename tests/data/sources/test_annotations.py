@@ -211,7 +211,7 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
     (
         "coco",
         lambda c: c["annotations"].insert(0, {"image_id": 42, "bbox": [0, 0, 1, 1]}),
-        r"annotations\[0\] has no caption .*captions_train2014.json, not one of boxes",
+        r'annotations\[0\] has no key "caption" .*captions_train2014.json, not one of boxes',
     ),
     ("coco", lambda c: c.pop("annotations"), 'no key "annotations".*karpathy:'),
     ("coco", lambda c: c.pop("images"), 'has no key "images"'),
