@@ -1,7 +1,6 @@
 """Tar shards as img2dataset writes them: their samples, in every form of tar."""
 
 import io
-import itertools
 import json
 import os
 import pickle
@@ -14,9 +13,7 @@ from list_files import captions, picture, records
 from tar_files import LINK, open_it, pairs, refusal, samples, write, write_three
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import tar
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 
 
@@ -240,30 +237,3 @@ def test_a_large_shard_is_held_without_an_object_a_sample(tmp_path):
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(source) == 3000 and held / len(source) < 120
-
-
-def test_shards_and_tables_pass_through_a_worker_process(tmp_path):
-    import datasets
-
-    shades = [*range(60, 105, 5)], [*range(180, 225, 5)]
-    members = [(f"{n:03d}.jpg", picture(n)) for n in shades[0]]
-    members += [(f"{n:03d}.txt", f"number {n}") for n in shades[0]]
-    write(tmp_path / "00000.tar", members)
-    rows = {"image": list(map(picture, shades[1])), "caption": [f"number {n}" for n in shades[1]]}
-    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
-    source = open_it(f"{tmp_path}/*.tar,hf:{tmp_path}/saved")
-    tokenizer = tokenizer_for_run("", tmp_path, source, 100)
-    settings = dict(seed=0, start_step=0, global_batch=9, rows=slice(0, 9), size_px=16)
-    settings |= dict(max_tokens=24, crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False)
-    settings |= dict(teacher_view="same", workers=1, threads=2, prefetch=1)
-    stream = training_batches(source, tokenizer, **settings)
-    try:
-        batches = list(itertools.islice(stream, 2))
-    finally:
-        stream.close()
-    shown = np.concatenate([batch.image[:, :, :, 0].mean((1, 2)) for batch in batches])
-    shown = 5 * (shown / 5).round()  # JPEG changes colours a little
-    assert sorted(shown) == [*itertools.chain(*shades)]
-    tokens, _, _ = tokenizer.encode([f"number {shade:.0f}" for shade in shown], 24)
-    np.testing.assert_array_equal(np.concatenate([batch.tokens for batch in batches]), tokens)
-    assert not any(batch.skipped.any() for batch in batches)
