@@ -70,7 +70,7 @@ def _coco_entries(path: str) -> Iterator[Entry]:
     captions: dict[int | str, list[str]] = {key: [] for key in images}
     for number, annotation in enumerate(annotations):
         where = f"{path} annotations[{number}]"
-        caption = field(where, annotation, "caption", "anything", f"{cure}, not one of boxes")
+        caption = field(where, annotation, "caption", cure=f"{cure}, not one of boxes")
         key = _spelled_as_in(captions, field(where, annotation, "image_id", "an id"))
         if key not in captions:
             raise UserError(f"{where} names image {key}, which the file does not list: remove it")
@@ -113,7 +113,7 @@ def _karpathy_entry(where: str, image: dict[str, Any]) -> Entry:
     captions: list[str] = []
     for number, sentence in enumerate(field(where, image, "sentences", "a list")):
         place = f"{where} sentences[{number}]"
-        captions += captions_in(place, "raw", field(place, sentence, "raw", "anything"))
+        captions += captions_in(place, "raw", field(place, sentence, "raw"))
     names = [name for name in ("cocoid", "imgid") if name in image]
     key = field(where, image, names[0], "an id") if names else None
     return Entry(where, f"{folder}/{name}" if folder else name, tuple(captions), key)
@@ -136,7 +136,7 @@ def _region_entries(path: str, root: str) -> Iterator[Entry]:
         phrases: dict[str, None] = {}
         for number, region in enumerate(regions):
             place = f"{where} regions[{number}]"
-            phrase = field(place, region, "phrase", "anything")
+            phrase = field(place, region, "phrase")
             phrases |= dict.fromkeys(captions_in(place, "phrase", phrase))
         paths = paths or _paths(path, root)
         if (listed := _spelled_as_in(paths, key)) not in paths:

@@ -19,10 +19,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
-KINDS = {  # what a value is called -> its type
-    **{"a text": str, "the path of an image": str, "an id": int | str, "a list": list},
-    "anything": object,
-}
+KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
 _ID = "use a whole number or a string"
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 _OTHERS = (  # (keys, the format they belong to, the scheme that reads it)
@@ -72,14 +69,15 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
     return content
 
 
-def field(where: str, entry: Any, key: str, kind: str, cure: str = "correct it") -> Any:
-    """The value at a key of an entry; raises UserError if there is none of this kind."""
+def field(where: str, entry: Any, key: str, kind: str = "", cure: str = "correct it") -> Any:
+    """The value at a key of an entry; raises UserError if there is none of this kind in KINDS."""
     if not isinstance(entry, dict):
         raise UserError(f'{where} is a {_kind_of(entry)}, not an object with the key "{key}"')
     if key not in entry:
         raise UserError(f'{where} has no key "{key}" (its keys: {keys_of(entry)}): {cure}')
     value = entry[key]
-    if isinstance(value, bool) or not isinstance(value, KINDS[kind]) or value == "":
+    wrong = isinstance(value, bool) or value == "" or not isinstance(value, KINDS.get(kind, object))
+    if kind and wrong:
         raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {cure}')
     return value
 
