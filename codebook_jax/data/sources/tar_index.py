@@ -36,6 +36,7 @@ FOLDER = ".tar_index"
 _FORM = 1  # of the kept index; a new number where what counts as a sample or a caption changes
 _SETTLED_NS = 2_000_000_000  # a shard changed more recently may be changed again in the same tick
 _BLOCK = tarfile.BLOCKSIZE
+_LINK = ", only a link or a sparse file, whose content is not in the shard"
 _CUT_SHORT = (tarfile.TruncatedHeaderError, tarfile.SubsequentHeaderError)
 
 
@@ -158,8 +159,7 @@ def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:
             faults.append(f"{_printable(key)}.{fault}")
             lacking[key] = f"cannot be used: {faults[-1]}"
         elif why := _lack(file, caption_key, first):
-            linked = any(member.size < 0 for member in members)
-            lacking[key] = why + ", only a link, whose content is not in the shard" * linked
+            lacking[key] = why + _LINK * any(member.size < 0 for member in members)
         else:
             keys.append(_printable(key))
             places.append([image.start, image.size, caption.start, caption.size])
