@@ -28,9 +28,9 @@ from codebook_jax.data.sources.library_datasets import (
 )
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
+    NamedSource,
     Record,
     Request,
-    Source,
     WithoutCaption,
     checked,
     required,
@@ -45,7 +45,7 @@ _NAMES = ("image/filename", "image_name", "filename", "image/id", "image_id", "i
 _LOOKED_AT = 16  # examples hashed and checked on opening
 
 
-class Examples(Source):
+class Examples(NamedSource):
     """The examples of a split, each an image with all its captions and its number as id.
 
     One without a caption is found only when it is read: else all must be read first.

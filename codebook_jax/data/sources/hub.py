@@ -30,7 +30,14 @@ from codebook_jax.data.sources.library_datasets import (
     place_and_split,
     texts_in,
 )
-from codebook_jax.data.sources.record import NO_CAPTION, Record, Request, Source, checked, required
+from codebook_jax.data.sources.record import (
+    NO_CAPTION,
+    NamedSource,
+    Record,
+    Request,
+    checked,
+    required,
+)
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.errors import UserError
 
@@ -42,7 +49,7 @@ _SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk writes
 _ROWS_AT_ONCE = 10_000
 
 
-class Rows(Source):
+class Rows(NamedSource):
     """The rows of a table as a source; those without an image or a caption are left out.
 
     Rows with the same id are the same image, and with `merge` one record. Without ids, each row is

@@ -43,10 +43,8 @@ def only_split(what: str, splits: Sequence[str]) -> str:
     """The split of a data set that has exactly one; else raises UserError asking to name one."""
     if len(splits) == 1:
         return splits[0]
-    example = splits[0] if splits else "train"
-    raise UserError(
-        f"{what} has the splits {keys_of(splits)}: name one, for example {what}:{example}"
-    )
+    example = f"{what}:{splits[0] if splits else 'train'}"
+    raise UserError(f"{what} has the splits {keys_of(splits)}: name one, for example {example}")
 
 
 def parts_of(what: str, request: Request, names: Sequence[str]) -> Parts:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from codebook_jax.data.sources.record import NO_CAPTION, Record, Request, Source, checked
+from codebook_jax.data.sources.record import NO_CAPTION, NamedSource, Record, Request, checked
 from codebook_jax.data.sources.texts import Packer, not_utf8, numbered, short_hash
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     key: int | str | None = None  # identifies the image; None: its path does
 
 
-class Listed(Source):
+class Listed(NamedSource):
     """The entries of a list as a source; those without a caption are left out and counted.
 
     Entries with the same key (or, without one, the same path) are the same image, whose id is its

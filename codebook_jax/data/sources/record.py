@@ -38,8 +38,6 @@ class Source(Protocol):
 
     listed: int  # records, including those left out
     left_out: Sequence[tuple[str, str]]  # (name or place, why) of records that this source left out
-    form: str  # the scheme
-    place: str
 
     def __len__(self) -> int: ...
 
@@ -56,10 +54,22 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""
-        return self._fingerprint
 
     def __repr__(self) -> str:
         """A description of the source, without memory addresses; packed folders compare it."""
+
+
+class NamedSource(Source):
+    """A source that keeps the scheme and place that name it, and its fingerprint."""
+
+    form: str
+    place: str
+    _fingerprint: str
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def __repr__(self) -> str:
         return f"{self.form}({self.place!r}, images={len(self)})"
 
 

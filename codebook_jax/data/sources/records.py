@@ -19,16 +19,16 @@ from codebook_jax.data.manifest import Manifest, Shard, misfits, read_manifest
 from codebook_jax.data.packing import index_name, unpack
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
+    NamedSource,
     Recent,
     Record,
     Request,
-    Source,
     WithoutCaption,
     checked,
     digest,
     part_of,
 )
-from codebook_jax.data.sources.texts import grouped
+from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json
@@ -41,7 +41,7 @@ _READER_OPTIONS = "readahead_buffer_size:0"  # records are read singly, in rando
 _READER_BUFFER_BYTES = 1 << 15
 
 
-class Records(Source):
+class Records(NamedSource):
     """The records of a packed folder; files are opened on first use.
 
     For evaluation, records of one image id with the same picture are one, with all captions.
@@ -109,13 +109,10 @@ class Records(Source):
 
     def _merged(self) -> tuple[np.ndarray, np.ndarray]:
         """The records of the shards grouped by image; reads all indexes."""
-        numbers: dict[tuple[int, str], int] = {}
-        images = array("q")
-        for own in range(int(self._starts[-1])):
-            entry = self._entry(own)
-            key = entry["image_id"], entry["sha256"]
-            images.append(numbers.setdefault(key, len(numbers)))
-        return grouped(np.frombuffer(images, np.int64))
+        entries = map(self._entry, range(int(self._starts[-1])))
+        keys = (repr((entry["image_id"], entry["sha256"])) for entry in entries)
+        hashes = np.frombuffer(array("Q", map(short_hash, keys)), np.uint64)
+        return grouped(numbered(hashes)[1])
 
 
 def _with_words(captions: Iterable[str]) -> tuple[str, ...]:

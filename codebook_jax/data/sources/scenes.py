@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from codebook_jax.data import scenes
-from codebook_jax.data.sources.record import Record, Request, Source, checked, digest
+from codebook_jax.data.sources.record import NamedSource, Record, Request, Source, checked, digest
 from codebook_jax.errors import UserError
 
 
-class TrainingScenes(Source):
+class TrainingScenes(NamedSource):
     """`examples` training scenes, drawn with `seed`, with four captions each."""
 
     def __init__(self, examples: int, seed: int, size_px: int) -> None:
@@ -35,7 +35,7 @@ class TrainingScenes(Source):
         return scenes.training_scene(self._seed, checked(index, len(self)))
 
 
-class EvaluationScenes(Source):
+class EvaluationScenes(NamedSource):
     """The 1000 scenes of one split, each with one caption: the plain ones, or the hard pairs."""
 
     def __init__(self, split: str, size_px: int, *, hard: bool) -> None:

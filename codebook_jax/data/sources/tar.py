@@ -20,10 +20,10 @@ import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.record import (
+    NamedSource,
     Recent,
     Record,
     Request,
-    Source,
     digest,
     part_of,
     required,
@@ -37,7 +37,7 @@ _COMPRESSED = re.compile(rf"(.+)\.(?:tar\.|t)(?:{'|'.join(COMPRESSED)})")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-class Shards(Source):
+class Shards(NamedSource):
     """The samples of tar shards, in the order of the shards; files are opened on first use.
 
     The id of an image is the number of the record: the format has none. Samples without an image or
