@@ -3,10 +3,12 @@
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 import re
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from list_files import captions, picture, records
@@ -196,6 +198,14 @@ def test_headers_are_read_once_and_again_where_a_shard_has_changed(settled, head
     assert len(open_it(settled)) == 10
     (settled / "00000.tar").unlink()
     assert "00000.tar cannot be read" in refusal(f"{settled}/{{00000..00001}}.tar")
+
+
+def test_several_starts_at_once_leave_one_whole_index_a_shard(settled):
+    with ThreadPoolExecutor(4) as pool:
+        sources = list(pool.map(open_it, [settled] * 4))
+    assert len({source.fingerprint() for source in sources}) == 1
+    kept = [path.read_text() for path in (settled / ".tar_index").iterdir()]
+    assert [len(json.loads(text)["index"]["keys"]) for text in sorted(kept, key=len)] == [4, 5, 6]
 
 
 def test_an_index_that_is_none_is_made_again(settled, headers_read):
