@@ -1,10 +1,11 @@
-"""What the tests of lists of files share: to write one, to open it, and what is said where it
-cannot be.
-"""
+"""What the tests of sources share: to write one, to open it, and the refusal of one."""
 
+import io
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from codebook_jax.data.sources import open_source
 from codebook_jax.errors import UserError
@@ -16,10 +17,18 @@ def open_it(spec, role="train", **changes):
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        content if isinstance(content, str) else json.dumps(content), encoding="utf-8", newline=""
-    )
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text, encoding="utf-8", newline="")
     return path
+
+
+def picture(number, form="jpeg"):
+    """The bytes of a picture file, different for each number."""
+    pixels = np.full((20, 30, 3), number % 251, np.uint8)
+    pixels[:, :, 1] = np.arange(30) * 8
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()
 
 
 def records(source):
@@ -30,13 +39,17 @@ def captions(source):
     return [source.captions(index) for index in range(len(source))]
 
 
+def ids(source):
+    return [record.image_id for record in records(source)]
+
+
 def below(folder, source):
     """The paths of the source's images as they are below a folder."""
     return [record.image.removeprefix(f"{folder}/") for record in records(source)]
 
 
 def refusal(spec, role="train", **changes):
-    """What is said of a source that cannot be opened: one line."""
+    """The sentence that refuses a source: one line."""
     with pytest.raises(UserError) as raised:
         open_it(spec, role, **changes)
     assert "\n" not in str(raised.value)

@@ -34,15 +34,11 @@ _ROLES = {"validation": "validation", "val": "validation", "dev": "validation", 
 
 
 class CodebookPairs(tfds.core.GeneratorBasedBuilder):
-    """The pairs of sources, a split for each: {"image": JPEG, "captions": [text], "image_id":
-    number, "name": text}.
-    """
+    """A split for each source: {"image": JPEG, "captions": [text], "image_id", "name"}."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "The pairs of any source, in its order."}  # noqa: RUF012 (as tfds has it)
-    code_path = Path(
-        __file__
-    )  # otherwise found with importlib_resources, which tfds does not install
+    code_path = Path(__file__)  # else found with importlib_resources, which tfds does not install
 
     def __init__(
         self,
@@ -55,29 +51,26 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
         size_px: int = 256,
         **kwargs: Any,
     ) -> None:
-        """`sources` is {split: a source as in config.data.train}; None reads a data set prepared
-        earlier.
+        """`sources` is {split: a source as in config.data.train}; None reads what was prepared.
 
         In splits called validation or test, an image is one record with all its captions. `size_px`
-        is the size of scenes; the others are as in the config, and `kwargs` are those of any
-        builder.
+        is the size of scenes, the others are as in the config; `kwargs` are those of any builder.
         """
         self._sources = dict(sources or {})
-        self._places = {"image_root": image_root, "path_map": path_map, "size_px": size_px}
+        self._settings = {"image_root": image_root, "path_map": path_map, "size_px": size_px}
         self._side_px, self._quality = side_px, quality
         super().__init__(**{"file_format": "array_record", **kwargs})
 
     def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            "image_id": tfds.features.Scalar(np.int64),
+            "name": tfds.features.Text(),
+        }
         return self.dataset_info_from_configs(
             description="Images with captions, packed by codebook_jax.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-                    "captions": tfds.features.Sequence(tfds.features.Text()),
-                    "image_id": tfds.features.Scalar(np.int64),
-                    "name": tfds.features.Text(),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # the order of the source
         )
 
@@ -91,9 +84,12 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """(key, example) of every pair whose picture can be read; prints how many cannot."""
-        role = _ROLES.get(split, "train")
         source = open_source(
-            self._sources[split], role=role, scenes_examples=1000, seed=0, **self._places
+            self._sources[split],
+            role=_ROLES.get(split, "train"),
+            scenes_examples=1000,
+            seed=0,
+            **self._settings,
         )
         skipped: list[str] = []
         for number in range(len(source)):
@@ -103,15 +99,8 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
             except UnreadableImage as failure:
                 skipped.append(f"{source.name(number)}: {failure}")
                 continue
-            yield (
-                number,
-                {
-                    "image": packed.jpeg,
-                    "captions": list(record.captions),
-                    "image_id": record.image_id,
-                    "name": source.name(number),
-                },
-            )
+            example = {"image": packed.jpeg, "captions": list(record.captions)}
+            yield number, example | {"image_id": record.image_id, "name": source.name(number)}
         if skipped:
             print(
                 f"{split}: {len(skipped):,} of {len(source):,} pictures cannot be read and are "

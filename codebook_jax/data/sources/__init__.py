@@ -1,10 +1,8 @@
 """Sources of images and captions, read by index, so that any process and any worker can read any
-part.
-
-`opening` opens the source that a config names; the other modules each read one format.
+part. `opening` opens the source that a config names; the other modules each read one format.
 """
 
-from codebook_jax.data.sources.opening import ROLES, open_source, source_of
-from codebook_jax.data.sources.record import Record, Source
+from codebook_jax.data.sources.opening import open_source, source_of
+from codebook_jax.data.sources.record import ROLES, Record, Source
 
 __all__ = ["ROLES", "Record", "Source", "open_source", "source_of"]

@@ -1,146 +1,121 @@
-"""COCO's caption files, and Karpathy's splits of COCO and Flickr30K.
+"""COCO's caption files, Karpathy's splits of COCO and Flickr30K, and Visual Genome's phrases.
 
 A record is an image with all its captions, or with `?per=caption` an image with one of them.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Iterator
+from typing import Any
 
-from codebook_jax.data.sources.json_files import read_object
-from codebook_jax.data.sources.listed import (
-    Entry,
-    Listed,
-    captions_in,
-    folders_of,
-    keys_of,
-    kind_of,
-    shown,
-)
+from codebook_jax.data.sources.json_files import field, read_json, read_object
+from codebook_jax.data.sources.listed import Entry, Listed, captions_in
+from codebook_jax.data.sources.record import Request
 from codebook_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from codebook_jax.data.sources.opening import Request
-
-PER = ("image", "caption")
+IMAGE_DATA = "image_data.json"
+FOLDERS = ("VG_100K", "VG_100K_2")
 SPLITS = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}  # for each role
 
 
 def open_coco(request: Request) -> Listed:
     """`coco:PATH`: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
-    return open_images(request, "coco", coco_entries(request.place))
+    return _images(request, _coco_entries(request.place))
 
 
 def open_karpathy(request: Request) -> Listed:
-    """`karpathy:PATH`: {"images": [{"filepath", "filename", "cocoid", "split", "sentences":
-    [{"raw"}]}]}.
-    """
-    split = request.options.get("split")
-    wanted = None if split is None else split.replace("+", ",").split(",")
-    return open_images(request, "karpathy", karpathy_entries(request.place, wanted, request.role))
+    """`karpathy:PATH`: {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}."""
+    return _images(request, _karpathy_entries(request))
 
 
-def open_images(request: Request, form: str, entries: Iterator[Entry]) -> Listed:
-    """These entries, each an image with all its captions, as a source with the records that `?per=`
-    selects.
-    """
-    per = request.options.get("per", "image")
-    if per not in PER:
-        raise UserError(
-            f"{form}:{request.place}: per={per} is not valid: use per=image or per=caption"
-        )
-    folders = folders_of(request.place, request.image_root, request.settings.path_map)
-    entries = _split(entries) if per == "caption" else entries
-    return Listed(form, request.place, entries, folders, merge=request.merge)
+def open_visual_genome(request: Request) -> Listed:
+    """`vg:PATH`: [{"id", "regions": [{"phrase"}]}]."""
+    root = request.image_root or os.path.dirname(request.place)
+    return _images(request, _region_entries(request.place, root))
 
 
-def coco_entries(path: str) -> Iterator[Entry]:
-    """The images of a caption file in its order; raises UserError, naming the entry, if the file is
-    inconsistent.
-    """
-    content = read_object(path, "coco")
-    for name in ("images", "annotations"):
-        if not isinstance(content.get(name), list):
-            karpathy = name == "annotations" and "images" in content
-            cure = (
-                f"karpathy:{path} reads Karpathy's splits; otherwise give " if karpathy else "give "
-            )
-            raise UserError(
-                f'{path} has no list "{name}" (its keys: {keys_of(content)}): {cure}a COCO '
-                "caption file, "
-                "such as captions_train2014.json"
-            )
+def _images(request: Request, entries: Iterator[Entry]) -> Listed:
+    """A source of these images with all their captions, or as `?per=` asks."""
+    per_caption = request.choice("per", ("image", "caption")) == "caption"
+    return Listed(request, _split(entries) if per_caption else entries)
+
+
+def _spelled_as_in(ids: Container[int | str], key: int | str) -> int | str:
+    """The id as it is in `ids`: an id may be a number in one list and a string in another."""
+    if key in ids:
+        return key
+    if isinstance(key, int):
+        return str(key)
+    return int(key) if re.fullmatch("0|-?[1-9][0-9]{0,18}", key) else key
+
+
+def _coco_entries(path: str) -> Iterator[Entry]:
+    """The images of a caption file, in its order."""
+    content, cure = read_object(path, "coco"), "give a COCO caption file, captions_train2014.json"
+    listed_images = field(path, content, "images", "a list", cure)
+    other = f"karpathy:{path} reads Karpathy's splits; otherwise {cure}"
+    annotations = field(path, content, "annotations", "a list", other)
     images: dict[int | str, tuple[str, str]] = {}
-    for number, image in enumerate(content["images"]):
+    for number, image in enumerate(listed_images):
         where = f"{path} images[{number}]"
-        key = identity(where, image, "id")
+        key = field(where, image, "id", "an id")
         if key in images:
             raise UserError(
                 f"{where} has the same id {key} as {images[key][0]}: give each image its own id"
             )
-        images[key] = where, text_of(where, image, "file_name")
+        images[key] = where, field(where, image, "file_name", "a text")
     captions: dict[int | str, list[str]] = {key: [] for key in images}
-    for number, annotation in enumerate(content["annotations"]):
+    for number, annotation in enumerate(annotations):
         where = f"{path} annotations[{number}]"
-        if isinstance(annotation, dict) and "caption" not in annotation:
-            raise UserError(
-                f"{where} has no caption (its keys: {keys_of(annotation)}): give a COCO caption "
-                "file, such as captions_train2014.json, not one of boxes or keypoints"
-            )
-        key = spelled_as_in(captions, identity(where, annotation, "image_id"))
+        caption = field(where, annotation, "caption", cure=f"{cure}, not one of boxes")
+        key = _spelled_as_in(captions, field(where, annotation, "image_id", "an id"))
         if key not in captions:
             raise UserError(f"{where} names image {key}, which the file does not list: remove it")
-        captions[key] += captions_in(where, "caption", annotation["caption"])
-    del content  # about 100 MB, no longer needed
+        captions[key] += captions_in(where, "caption", caption)
+    del content, listed_images, annotations  # about 100 MB, no longer needed
     for key, (where, file_name) in images.items():
         yield Entry(where, file_name, tuple(captions[key]), key)
 
 
-def karpathy_entries(path: str, wanted: Sequence[str] | None, role: str) -> Iterator[Entry]:
-    """The images of the `wanted` splits (None: those of the role); raises UserError naming a
-    malformed entry.
-    """
+def _karpathy_entries(request: Request) -> Iterator[Entry]:
+    """The images of the splits that `?split=` names, by default those of the role."""
+    path, cure = request.place, "give dataset_coco.json or dataset_flickr30k.json"
     content = read_object(path, "karpathy")
-    images = content.get("images")
-    if not isinstance(images, list) or "annotations" in content:
-        cure = f"coco:{path} reads COCO caption files" if "annotations" in content else ""
-        raise UserError(
-            f"{path} is not one of Karpathy's splits (its keys: {keys_of(content)}): "
-            f"{cure or 'give dataset_coco.json or dataset_flickr30k.json'}"
-        )
-    places = [f"{path} images[{number}]" for number in range(len(images))]
-    sizes = Counter(
-        text_of(where, image, "split") for where, image in zip(places, images, strict=True)
-    )
-    chosen = tuple(wanted or [split for split in SPLITS[role] if split in sizes] or SPLITS[role])
-    absent = [split for split in chosen if split not in sizes]
+    if "annotations" in content:
+        cure = f"coco:{path} reads COCO caption files; otherwise {cure}"
+    images = field(path, content, "images", "a list", cure)
+    numbered = [(f"{path} images[{number}]", image) for number, image in enumerate(images)]
+    sizes = Counter(field(where, image, "split", "a text", cure) for where, image in numbered)
+    wanted = SPLITS[request.role]
+    if "split" in request.options:
+        wanted = request.options["split"].replace("+", ",").split(",")
+    else:
+        wanted = [split for split in wanted if split in sizes] or wanted
+    absent = [split for split in wanted if split not in sizes]
     if absent:
         held = ", ".join(f"{count:,} of {name}" for name, count in sizes.items())
         raise UserError(
             f"{path} has no split {absent[0]!r} (it has {held or 'no images'}): name its splits, "
             "for example ?split=train+restval"
         )
-    for where, image in zip(places, images, strict=True):
-        if image["split"] in chosen:
+    for where, image in numbered:
+        if image["split"] in wanted:
             yield _karpathy_entry(where, image)
 
 
-def _karpathy_entry(where: str, image: Mapping[str, Any]) -> Entry:
-    name = text_of(where, image, "filename")
-    folder = image.get("filepath")
-    if folder is not None and not isinstance(folder, str):
-        raise UserError(f'{where}, key "filepath": {shown(folder)} is not a folder: use a string')
-    sentences = image.get("sentences")
-    if not isinstance(sentences, list):
-        raise UserError(f'{where} has no list "sentences" (its keys: {keys_of(image)}): add it')
+def _karpathy_entry(where: str, image: dict[str, Any]) -> Entry:
+    name, folder = field(where, image, "filename", "a text"), image.get("filepath")
+    if folder:
+        field(where, image, "filepath", "a text")
     captions: list[str] = []
-    for number, sentence in enumerate(sentences):
+    for number, sentence in enumerate(field(where, image, "sentences", "a list")):
         place = f"{where} sentences[{number}]"
-        captions += captions_in(place, "raw", text_of(place, sentence, "raw", empty=True))
-    key = next((identity(where, image, key) for key in ("cocoid", "imgid") if key in image), None)
+        captions += captions_in(place, "raw", field(place, sentence, "raw"))
+    names = [name for name in ("cocoid", "imgid") if name in image]
+    key = field(where, image, names[0], "an id") if names else None
     return Entry(where, f"{folder}/{name}" if folder else name, tuple(captions), key)
 
 
@@ -153,39 +128,53 @@ def _split(entries: Iterator[Entry]) -> Iterator[Entry]:
             yield entry._replace(captions=(caption,))
 
 
-def text_of(where: str, entry: Any, key: str, *, empty: bool = False) -> str:
-    """The string at a key of an entry; raises UserError if there is none, or, unless `empty`, if it
-    is empty.
-    """
-    value = value_of(where, entry, key)
-    if not isinstance(value, str) or not (value or empty):
-        raise UserError(f'{where}, key "{key}": {shown(value)} is not a text: give one')
-    return value
+def _region_entries(path: str, root: str) -> Iterator[Entry]:
+    paths: dict[int | str, str] = {}
+    for where, image in read_json(path, "vg"):
+        regions = field(where, image, "regions", "a list", "give region_descriptions.json")
+        key = field(where, image, "id" if "id" in image else "image_id", "an id")
+        phrases: dict[str, None] = {}
+        for number, region in enumerate(regions):
+            place = f"{where} regions[{number}]"
+            phrase = field(place, region, "phrase")
+            phrases |= dict.fromkeys(captions_in(place, "phrase", phrase))
+        paths = paths or _paths(path, root)
+        if (listed := _spelled_as_in(paths, key)) not in paths:
+            raise UserError(
+                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in "
+                f"{' or '.join(FOLDERS)}: put the published {IMAGE_DATA} beside {path}"
+            )
+        yield Entry(where, paths[listed], tuple(phrases), key)
 
 
-def identity(where: str, entry: Any, key: str) -> int | str:
-    """The id at a key of an entry; raises UserError if there is none."""
-    value = value_of(where, entry, key)
-    if isinstance(value, bool) or not isinstance(value, int | str):
+def _paths(path: str, root: str) -> dict[int | str, str]:
+    """{image id: path below the root}, from image_data.json beside the file, or the folders."""
+    beside = os.path.join(os.path.dirname(path), IMAGE_DATA)
+    if os.path.exists(beside):
+        return dict(_described(where, image) for where, image in read_json(beside, "vg"))
+    found: dict[int | str, str] = {}
+    for folder in FOLDERS:
+        place = os.path.join(root, folder)
+        for name in os.listdir(place) if os.path.isdir(place) else ():
+            stem, _, suffix = name.partition(".")
+            if stem.isdecimal() and suffix.lower() == "jpg":
+                found[int(stem)] = f"{folder}/{name}"
+    if not found:
         raise UserError(
-            f'{where}, key "{key}": {shown(value)} is not an id: use a whole number or a string'
+            f"cannot tell which of {' and '.join(FOLDERS)} holds the images of {path}: put the "
+            f"published {IMAGE_DATA} beside it, or set config.data.image_root to the folder that "
+            f"holds both (now {root or '.'})"
         )
-    return value
+    return found
 
 
-def spelled_as_in(ids: Container[int | str], key: int | str) -> int | str:
-    """The id as it is in `ids`: an id may be a number in one list and a string in another."""
-    if key in ids:
-        return key
-    if isinstance(key, int):
-        return str(key)
-    return int(key) if re.fullmatch("0|-?[1-9][0-9]{0,18}", key) else key
-
-
-def value_of(where: str, entry: Any, key: str) -> Any:
-    """The value at a key of an entry; raises UserError if the key is missing."""
-    if not isinstance(entry, dict):
-        raise UserError(f'{where} is a {kind_of(entry)}, not an object with the key "{key}"')
-    if key not in entry:
-        raise UserError(f'{where} has no key "{key}" (its keys: {keys_of(entry)}): add it')
-    return entry[key]
+def _described(where: str, image: Any) -> tuple[int | str, str]:
+    """(image id, path below the root) of an entry of image_data.json."""
+    parts = field(where, image, "url", "a text").split("/")
+    key = field(where, image, "id" if "image_id" not in image else "image_id", "an id")
+    if len(parts) < 2 or parts[-2] not in FOLDERS:
+        raise UserError(
+            f'{where}, key "url": it does not end in VG_100K/NAME.jpg: give the published '
+            f"{IMAGE_DATA}"
+        )
+    return key, "/".join(parts[-2:])

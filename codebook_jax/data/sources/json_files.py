@@ -1,4 +1,5 @@
-"""Pairs in ALBEF's JSON format: a JSON list, or one JSON object per line.
+"""Pairs in ALBEF's JSON format, a JSON list or one JSON object per line; and how the other JSON
+formats are read.
 
 An entry is {"image": path below the image root, "caption": text or list of texts, "image_id":
 optional int or text}; other keys are ignored. The keys may have other names.
@@ -6,30 +7,20 @@ optional int or text}; other keys are ignored. The keys may have other names.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
-from codebook_jax.data.sources.listed import (
-    Entry,
-    Listed,
-    captions_in,
-    folders_of,
-    keys_of,
-    kind_of,
-    reading,
-    shown,
-)
+from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of, open_text, shown
+from codebook_jax.data.sources.record import Request
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
-if TYPE_CHECKING:
-    from codebook_jax.data.sources.opening import Request
-
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
+KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
+_ID = "use a whole number or a string"
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 _OTHERS = (  # (keys, the format they belong to, the scheme that reads it)
     ({"images", "annotations"}, "a COCO caption file", "coco"),
@@ -38,103 +29,104 @@ _OTHERS = (  # (keys, the format they belong to, the scheme that reads it)
 )
 
 
-class Keys(NamedTuple):
-    """The keys of the parts of an entry."""
-
-    image: str = "image"
-    caption: str = "caption"
-    id: str = "image_id"
-
-
-def json_entries(path: str, keys: Keys) -> Iterator[Entry]:
-    """The entries of a file; raises UserError, naming the entry, if one is not a pair."""
-    for where, entry in read_json(path):
-        yield _pair(path, where, entry, keys)
+def open_json(request: Request) -> Listed:
+    """`json:PATH`; for usable.jsonl, the image root is the one that check-data recorded."""
+    usual = {"image": "image", "caption": "caption", "id": "image_id"}
+    keys = {part: key or usual[part] for part, key in request.keys.items()}
+    listed, image_root = _checked(request.place)
+    if image_root:  # one in the options still wins
+        request = request._replace(settings=request.settings._replace(image_root=image_root))
+    path = request.place
+    entries = (_pair(path, where, entry, keys) for where, entry in read_json(path))
+    return Listed(request, entries, listed=listed)
 
 
-def read_json(path: str) -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list, or ("file line 3", entry) of a file with one entry per
-    line.
+def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
+    """("file[3]", entry) of a JSON list; for json:, also ("file line 3", entry) of a file with one
+    entry per line. Raises UserError, naming what `scheme` reads, for any other file.
     """
-    with _opened(path, "json") as file:
-        parts = iter(lambda: file.read(4096), "")
-        head = next((part for part in parts if not part.isspace()), "").lstrip()
+    wanted = f"the path of a JSON{' or JSONL' * (scheme == 'json')} file after {scheme}:"
+    with open_text(path, wanted) as file:
+        while (head := file.read(1)).isspace():
+            pass
         if not head:
-            raise UserError(f"{path} is empty: give a JSON list of pairs, or one pair per line")
+            raise UserError(f"{path} is empty: give a JSON list, or for json: one pair per line")
         file.seek(0)
-        by_line = head[0] != "[" and (path.endswith(".jsonl") or _is_json(_first_line(file)))
-        file.seek(0)
-        if by_line:
+        if scheme == "json" and head != "[":
             yield from _line_entries(path, file)
         else:
-            yield from _list_entries(path, file.read(), "json")
-
-
-def read_list(path: str, scheme: str) -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list; raises UserError, naming what `scheme` reads, for any
-    other file.
-    """
-    with _opened(path, scheme) as file:
-        yield from _list_entries(path, file.read(), scheme)
+            yield from _list_entries(path, file.read(), scheme)
 
 
 def read_object(path: str, scheme: str) -> dict[str, Any]:
-    """The JSON object of a whole file; raises UserError, naming what `scheme` reads, for any other
-    file.
-    """
-    with _opened(path, scheme) as file:
-        text = file.read()
-    try:
-        content = parse_json(text, of_data=True)
-    except ValueError as failure:
-        raise UserError(_broken(path, failure)) from failure
+    """The JSON object of a whole file; raises UserError, naming `scheme`, for another."""
+    with open_text(path, f"the path of a JSON file after {scheme}:") as file:
+        content = _parsed(path, file.read())
     if not isinstance(content, dict):
         hint = f": a list of pairs is read with json:{path}" if isinstance(content, list) else ""
-        raise UserError(
-            f"{path} holds a JSON {kind_of(content)}, but {scheme}: reads an object{hint}"
-        )
+        held = f"{path} holds a JSON {_kind_of(content)}"
+        raise UserError(f"{held}, but {scheme}: reads an object{hint}")
     return content
 
 
-@contextlib.contextmanager
-def _opened(path: str, scheme: str) -> Iterator[TextIO]:
-    wanted = f"the path of a JSON{' or JSONL' * (scheme == 'json')} file after {scheme}:"
-    with reading(path, wanted), open(path, encoding="utf-8-sig") as file:
-        yield file
+def field(where: str, entry: Any, key: str, kind: str = "", cure: str = "correct it") -> Any:
+    """The value at a key of an entry; raises UserError if there is none of this kind in KINDS."""
+    if not isinstance(entry, dict):
+        raise UserError(f'{where} is a {_kind_of(entry)}, not an object with the key "{key}"')
+    if key not in entry:
+        raise UserError(f'{where} has no key "{key}" (its keys: {keys_of(entry)}): {cure}')
+    value = entry[key]
+    wrong = isinstance(value, bool) or value == "" or not isinstance(value, KINDS.get(kind, object))
+    if kind and wrong:
+        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {cure}')
+    return value
 
 
-def _first_line(lines: Iterator[str]) -> str:
-    return next((line for line in lines if not line.isspace()), "")
+def _kind_of(value: Any) -> str:
+    """The JSON name of a value's type."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
 
 
-def _is_json(text: str) -> bool:
+def _line_entries(path: str, file: TextIO) -> Iterator[tuple[str, Any]]:
+    first = True
+    for number, line in enumerate(file, 1):
+        if line.isspace():
+            continue
+        try:
+            entry = parse_json(line, of_data=True)
+        except ValueError as failure:
+            if first and not path.endswith(".jsonl"):  # an object on several lines?
+                text = "\n" * (number - 1) + line + file.read()
+                raise UserError(_no_list(path, _parsed(path, text), "json")) from None
+            raise UserError(_broken(path, failure, f"{path} line {number}", number)) from failure
+        yield f"{path} line {number}", entry
+        first = False
+
+
+def _parsed(path: str, text: str) -> Any:
     try:
-        parse_json(text, of_data=True)
-    except json.JSONDecodeError:  # the JSON goes on in another line
-        return False
-    except ValueError:
-        pass  # JSON, but refused by parse_json
-    return True
+        return parse_json(text, of_data=True)
+    except ValueError as failure:
+        raise UserError(_broken(path, failure, path)) from failure
 
 
 def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]]:
     """The entries one at a time: parsed at once, they take many times the memory of the text."""
-    number = 0
+    number, after = 0, _SPACE.match(text).end()
+    if text[after] != "[":
+        raise UserError(_no_list(path, _parsed(path, text), scheme))
     try:
-        at = _SPACE.match(text).end()
-        if text[at : at + 1] != "[":
-            raise UserError(_no_list(path, parse_json(text, of_data=True), scheme))
-        at = _SPACE.match(text, at + 1).end()
-        closed = text[at : at + 1] == "]"
-        while not closed:
-            entry, at = parse_json_at(text, at)
+        after = _SPACE.match(text, after + 1).end()
+        while text[after : after + 1] != "]":
+            if number:
+                if text[after : after + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
+                after = _SPACE.match(text, after + 1).end()
+            entry, after = parse_json_at(text, after)
             yield f"{path}[{number}]", entry
-            at, number = _SPACE.match(text, at).end(), number + 1
-            closed = text[at : at + 1] == "]"
-            if not closed and text[at : at + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-            at = at if closed else _SPACE.match(text, at + 1).end()
-        end = _SPACE.match(text, at + 1).end()
+            after, number = _SPACE.match(text, after).end(), number + 1
+        end = _SPACE.match(text, after + 1).end()
         if end != len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except ValueError as failure:
@@ -143,7 +135,7 @@ def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]
 
 def _no_list(path: str, content: Any, scheme: str) -> str:
     keys = f" with the keys {keys_of(content)}" if isinstance(content, dict) else ""
-    held = f"{path} holds a JSON {kind_of(content)}{keys}, not a list"
+    held = f"{path} holds a JSON {_kind_of(content)}{keys}, not a list"
     if scheme != "json":
         return f"{held}, which {scheme}: reads: give the file as it was published"
     return (
@@ -154,89 +146,47 @@ def _no_list(path: str, content: Any, scheme: str) -> str:
 
 def _other_scheme(path: str, content: Any) -> str:
     """A hint if another scheme reads the content; else empty."""
-    if not isinstance(content, dict):
-        return ""
     for keys, whose, scheme in _OTHERS:
-        if keys <= content.keys():
+        if isinstance(content, dict) and keys <= content.keys():
             return f"{whose} is read with {scheme}:{path}; or "
     return ""
 
 
-def _line_entries(path: str, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if line.isspace():
-            continue
-        try:
-            entry = parse_json(line, of_data=True)
-        except ValueError as failure:
-            raise UserError(_broken(path, failure, f"{path} line {number}", number)) from failure
-        yield f"{path} line {number}", entry
-
-
-def _broken(path: str, failure: ValueError, where: str = "", line: int = 0) -> str:
+def _broken(path: str, failure: ValueError, where: str, line: int = 0) -> str:
     """The message; `where` is the entry, and `line` (0: the line in `failure`) where it begins."""
     if not isinstance(failure, json.JSONDecodeError):
-        return f"{where or path} cannot be read ({failure}): fix or remove it"
+        return f"{where} cannot be read ({failure}): fix or remove it"
     why = f"{failure.msg.lower()}, column {failure.colno}"
     return f"{path} line {line or failure.lineno} is not JSON ({why}): fix or remove it"
 
 
-def _pair(path: str, where: str, entry: Any, keys: Keys) -> Entry:
+def _pair(path: str, where: str, entry: Any, keys: dict[str, str]) -> Entry:
     if not isinstance(entry, dict):
         raise UserError(
-            f'{where} is a {kind_of(entry)}, not a pair: write {{"image": ..., "caption": ...}}'
+            f'{where} is a {_kind_of(entry)}, not a pair: write {{"image": ..., "caption": ...}}'
         )
-    for name, key in (("image", keys.image), ("caption", keys.caption)):
-        if key not in entry:
+    for part in ("image", "caption"):
+        if keys[part] not in entry:
             raise UserError(
-                f'{where} has no key "{key}" (its keys: {keys_of(entry)}): '
-                f"{_other_scheme(path, entry)}name the "
-                f"right one by adding ?{name}_key=NAME to the path"
+                f'{where} has no key "{keys[part]}" (its keys: {keys_of(entry)}): '
+                f"{_other_scheme(path, entry)}name the right one by adding ?{part}_key=NAME to "
+                "the path"
             )
-    image = entry[keys.image]
-    if not isinstance(image, str) or not image:
-        raise UserError(
-            f'{where}, key "{keys.image}": {shown(image)} is not the path of an image: use a string'
-        )
-    captions = captions_in(where, keys.caption, entry[keys.caption])
-    key = entry.get(keys.id)
-    if key is not None and (isinstance(key, bool) or not isinstance(key, int | str)):
-        raise UserError(
-            f'{where}, key "{keys.id}": {shown(key)} is not an id: use a whole number or a string'
-        )
-    return Entry(where, image, captions, None if key == "" else key)
+    image = field(where, entry, keys["image"], "the path of an image", "use a string")
+    captions = captions_in(where, keys["caption"], entry[keys["caption"]])
+    named = entry.get(keys["id"]) not in (None, "")
+    key = field(where, entry, keys["id"], "an id", _ID) if named else None
+    return Entry(where, image, captions, key)
 
 
-def open_json(request: Request) -> Listed:
-    """`json:PATH`: see the module.
-
-    For usable.jsonl, the image root is the one recorded by check-data, unless given.
-    """
-    path, options = request.place, request.options
-    keys = Keys(
-        **{name: options.get(f"{name}_key", default) for name, default in Keys()._asdict().items()}
-    )
-    check = _check_beside(path)
-    root = options.get("image_root") or check.image_root or request.image_root
-    folders = folders_of(path, root, request.settings.path_map)
-    entries = json_entries(path, keys)
-    return Listed("json", path, entries, folders, merge=request.merge, listed=check.listed)
-
-
-class _Check(NamedTuple):
-    """What check.json says about the usable.jsonl beside it."""
-
-    listed: int = 0  # pairs checked, usable or not
-    image_root: str = ""
-
-
-def _check_beside(path: str) -> _Check:
+def _checked(path: str) -> tuple[int, str]:
+    """(pairs checked, image root) in the check.json beside usable.jsonl; (0, "") otherwise."""
     folder, name = os.path.split(path)
     if name != USABLE:
-        return _Check()
+        return 0, ""
     try:
         with open(os.path.join(folder, CHECK), encoding="utf-8") as file:
             check = parse_json(file.read())
-        return _Check(int(check["listed"]), str(check.get("image_root") or ""))
+        return int(check["listed"]), str(check.get("image_root") or "")
     except (OSError, ValueError, KeyError, TypeError):
-        return _Check()
+        return 0, ""

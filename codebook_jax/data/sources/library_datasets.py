@@ -7,11 +7,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from codebook_jax.data.sources.listed import keys_of
+from codebook_jax.data.sources.record import Request
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
@@ -24,6 +25,14 @@ _PART = r"[A-Za-z_][\w.-]*(?:\[[^\]]*\])?"  # for example train, train[:50%]
 _SPLIT = re.compile(rf":({_PART}(?:\+{_PART})*)$")
 
 
+class Parts(NamedTuple):
+    """The names of the parts of an example, or of a table's columns."""
+
+    image: str
+    caption: str
+    id: str | None
+
+
 def place_and_split(place: str) -> tuple[str, str | None]:
     """(NAME, SPLIT) of NAME:SPLIT; SPLIT is None if not given."""
     found = None if os.path.isdir(place) else _SPLIT.search(place)
@@ -34,38 +43,32 @@ def only_split(what: str, splits: Sequence[str]) -> str:
     """The split of a data set that has exactly one; else raises UserError asking to name one."""
     if len(splits) == 1:
         return splits[0]
-    raise UserError(
-        f"{what} has the splits {keys_of(splits)}: name one, for example {what}:{splits[0]}"
-        if splits
-        else f"{what} has no splits: give a data set that holds examples"
-    )
+    example = f"{what}:{splits[0] if splits else 'train'}"
+    raise UserError(f"{what} has the splits {keys_of(splits)}: name one, for example {example}")
 
 
-def chosen_part(what: str, part: str, given: str | None, names: Sequence[str]) -> str:
-    """The name, `given` or usual, of a `part` of an example; raises UserError if there is none."""
-    held = f"it has {keys_of(names)}"
-    if given is not None and given not in names:
-        raise UserError(f"{what} has no {given!r} for ?{part}_key ({held}): name one of them")
-    found = given or next((name for name in USUAL[part] if name in names), None)
-    if found is None:
-        usual = ", ".join(USUAL[part])
-        raise UserError(
-            f"{what} has no {part} under a usual name ({usual}; {held}): name it with "
-            f"?{part}_key=NAME"
-        )
-    return found
+def parts_of(what: str, request: Request, names: Sequence[str]) -> Parts:
+    """The parts that the options name, else those with usual names."""
+    held, parts = f"it has {keys_of(names)}", {}
+    for part, key in request.keys.items():
+        if key is not None and key not in names:
+            raise UserError(f"{what} has no {key!r} for ?{part}_key ({held}): name one of them")
+        usual = USUAL.get(part, ())
+        parts[part] = key or next((name for name in usual if name in names), None)
+        if parts[part] is None and usual:
+            raise UserError(
+                f"{what} has no {part} under a usual name ({', '.join(usual)}; {held}): name it "
+                f"with ?{part}_key=NAME"
+            )
+    return Parts(**parts)
 
 
 def texts_in(value: Any) -> tuple[str, ...]:
-    """The texts with words in a text, a list of texts, or lists of objects with a text; anything
-    else is left out.
-
-    Bytes that are not UTF-8 do not count as text.
-    """
+    """The texts with words in a text, a list of texts, or lists of objects with a text."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
-        except UnicodeDecodeError:
+        except UnicodeDecodeError:  # as anything else that is not a text
             return ()
     if isinstance(value, str):
         return (value.strip(),) if has_words(value) else ()
@@ -76,7 +79,28 @@ def texts_in(value: Any) -> tuple[str, ...]:
     return ()
 
 
-def first_line(failure: BaseException) -> str:
-    """The first line of a library's error message."""
-    lines = str(failure).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(failure).__name__
+def check_folder(what: str, place: str) -> None:
+    """Raises UserError for a place that can only be a folder, and does not exist."""
+    if place.startswith(("/", ".", "~")) and not os.path.exists(place):
+        raise UserError(f"{what}: the folder does not exist: give a folder, or a data set's name")
+
+
+def needs(extra: str, library: str) -> UserError:
+    """The refusal where a library is not installed."""
+    cure = f'pip install "codebook_jax[{extra}]"'
+    return UserError(f"{extra}: sources need {library}: {cure}")
+
+
+def no_picture(what: str, name: str, feature: object) -> UserError:
+    """The refusal of a part that does not hold pictures."""
+    return UserError(
+        f"{what}: {name!r} is {first_line(feature)}, not a picture: name the part that holds "
+        "pictures with ?image_key=NAME; paths are read with json: or csv:, and URLs are "
+        "downloaded with img2dataset and read with webdataset:"
+    )
+
+
+def first_line(message: object) -> str:
+    """The first line of a library's error message or description."""
+    lines = str(message).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(message).__name__

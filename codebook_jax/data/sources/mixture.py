@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from codebook_jax.data.sources.record import Record, Source, checked, digest
+from codebook_jax.data.sources.record import Record, Source, digest, part_of
 
 if TYPE_CHECKING:
     import grain
 
 
-class Mixture:
-    """The records of several sources, numbered consecutively; images of different sources are never
-    the same image.
-    """
+class Mixture(Source):
+    """The records of several sources, numbered through; no image of one is that of another."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None) -> None:
         """`weights` (None: their sizes) are the sources' shares of the training stream."""
@@ -25,35 +24,28 @@ class Mixture:
         self.starts = np.cumsum([0, *map(len, self.sources)])
         self.listed = sum(source.listed for source in self.sources)
         self.left_out = tuple(item for source in self.sources for item in source.left_out)
-        # A source's ids are below `listed`, not its length: packed records keep the numbers of
-        # their list.
+        # Ids are below `listed`, not the length: packed records keep the numbers of their list.
         self._first_ids = np.cumsum([0, *(source.listed for source in self.sources)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> Record:
-        which, own = self.place(index)
+        which, own = part_of(self.starts, index)
         record = self.sources[which][own]
         return record._replace(image_id=record.image_id + int(self._first_ids[which]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        which, own = self.place(index)
+        which, own = part_of(self.starts, index)
         return self.sources[which].captions(own)
 
     def name(self, index: int) -> str:
-        which, own = self.place(index)
+        which, own = part_of(self.starts, index)
         return self.sources[which].name(own)
 
-    def place(self, index: int) -> tuple[int, int]:
-        """(which source, index within it) of record `index`."""
-        which = int(np.searchsorted(self.starts, checked(index, len(self)), side="right")) - 1
-        return which, index - int(self.starts[which])
-
     def fingerprint(self) -> str:
-        return digest(
-            [*(source.fingerprint() for source in self.sources), f"weights {self.weights}"]
-        )
+        parts = (source.fingerprint() for source in self.sources)
+        return digest([*parts, f"weights {self.weights}"])
 
     def __repr__(self) -> str:
         return f"mixture({', '.join(map(repr, self.sources))}; weights={self.weights})"
@@ -72,7 +64,7 @@ def training_order(source: Source, seed: int) -> grain.MapDataset:
     import grain  # imported here: it imports JAX, which prepare and check-data do not need
 
     parts = [
-        _shuffled(len(part), seed + 7919 * number).map(_Shift(int(start)))
+        _shuffled(len(part), seed + 7919 * number).map(partial(_shifted, int(start)))
         for number, (part, start) in enumerate(zip(source.sources, source.starts, strict=False))
     ]
     return grain.MapDataset.mix(parts, source.weights)
@@ -84,11 +76,5 @@ def _shuffled(length: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(length).seed(seed % 2**32).shuffle().repeat()
 
 
-class _Shift:
-    """Adds a number; a class, so that it can be pickled."""
-
-    def __init__(self, by: int) -> None:
-        self._by = by
-
-    def __call__(self, index: int) -> int:
-        return int(index) + self._by
+def _shifted(start: int, index: int) -> int:
+    return start + int(index)

@@ -1,13 +1,20 @@
-"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, several separated
-by commas.
+"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, or several.
+
+A new source is a module with an opener, and a line of `SCHEMES`:
+
+    def open_pairs(request: Request) -> Source: ...  # request.place, .options, .role, .settings
+
+    "pairs": Scheme(pairs.open_pairs, "pairs:FILE", ("image_root",)),
+
+Only the options of that line are let through. A format that lists image files yields an `Entry` for
+each and returns `Listed(request, entries)`.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_collections
@@ -21,45 +28,10 @@ from codebook_jax.data.sources import (
     scenes,
     tables,
     tar,
-    visual_genome,
 )
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.sources.record import Source
-from codebook_jax.errors import UserError
-
-ROLES = ("train", "validation", "test")
-DAMAGED = ("refuse", "skip")  # what to do about damaged shards
-
-
-class Request(NamedTuple):
-    """The arguments of a scheme's opener."""
-
-    place: str  # the part after the scheme: a path or a name
-    options: Mapping[str, str]  # those that the scheme allows
-    role: str  # one of ROLES
-    settings: Settings
-
-    @property
-    def merge(self) -> bool:
-        """Whether an image is one record with all its captions: in evaluation, not in training."""
-        return self.role != "train"
-
-    @property
-    def image_root(self) -> str:
-        return os.path.expanduser(self.options.get("image_root", self.settings.image_root))
-
-
-class Settings(NamedTuple):
-    """The settings shared by all sources."""
-
-    size_px: int  # of scenes
-    scenes_examples: (
-        int  # for training, like the seed: validation and test scenes are always the same
-    )
-    seed: int
-    image_root: str = ""
-    path_map: str = ""
-    damaged_shards: str = "refuse"
+from codebook_jax.data.sources.record import DAMAGED, PARTS, ROLES, Request, Settings, Source
+from codebook_jax.errors import UserError, did_you_mean
 
 
 class Scheme(NamedTuple):
@@ -68,20 +40,19 @@ class Scheme(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-_FILES = ("image_root",)
-_KEYS = ("image_key", "caption_key", "id_key")
+_KEYS = tuple(f"{part}_key" for part in PARTS)
+_TABLE = ("image_root", *_KEYS, "quotes")
+_IMAGES = ("image_root", "per")
 SCHEMES = {
     "scenes": Scheme(scenes.open_scenes, "scenes"),
-    "json": Scheme(json_files.open_json, "json:PAIRS.json(l)", (*_FILES, *_KEYS)),
-    "csv": Scheme(tables.open_csv, "csv:PAIRS.csv", (*_FILES, *_KEYS, "quotes")),
-    "tsv": Scheme(tables.open_tsv, "tsv:PAIRS.tsv", (*_FILES, *_KEYS, "quotes")),
-    "coco": Scheme(annotations.open_coco, "coco:CAPTIONS.json", (*_FILES, "per")),
-    "karpathy": Scheme(
-        annotations.open_karpathy, "karpathy:DATASET.json", (*_FILES, "split", "per")
-    ),
-    "vg": Scheme(visual_genome.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", (*_FILES, "per")),
+    "json": Scheme(json_files.open_json, "json:PAIRS.json(l)", ("image_root", *_KEYS)),
+    "csv": Scheme(tables.open_table, "csv:PAIRS.csv", _TABLE),
+    "tsv": Scheme(tables.open_table, "tsv:PAIRS.tsv", _TABLE),
+    "coco": Scheme(annotations.open_coco, "coco:CAPTIONS.json", _IMAGES),
+    "karpathy": Scheme(annotations.open_karpathy, "karpathy:DATASET.json", (*_IMAGES, "split")),
+    "vg": Scheme(annotations.open_visual_genome, "vg:REGION_DESCRIPTIONS.json", _IMAGES),
     "webdataset": Scheme(tar.open_webdataset, "webdataset:SHARDS.tar", ("caption_key",)),
-    "records": Scheme(records.open_records, "records:FOLDER"),
+    "records": Scheme(records.Records, "records:FOLDER"),
     "tfds": Scheme(builders.open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
     "hf": Scheme(hub.open_hugging_face, "hf:NAME_OR_FOLDER:SPLIT", _KEYS),
 }
@@ -98,32 +69,24 @@ def open_source(
     path_map: str = "",
     damaged_shards: str = "refuse",
 ) -> Source:
-    """The source, or the mixture of sources, that `spec` names, for the `role` "train",
-    "validation" or "test".
-
-    Raises UserError if it cannot be opened.
-    """
+    """The source that `spec` names, or the mixture, for one of ROLES; UserError if it cannot be."""
     if role not in ROLES:
         raise ValueError(f"role={role!r} is not one of {ROLES}")
     if damaged_shards not in DAMAGED:
-        raise UserError(
-            f"config.data.damaged_shards={damaged_shards!r} is not one of {', '.join(DAMAGED)}"
-        )
+        field = f"config.data.damaged_shards={damaged_shards!r}"
+        raise UserError(f"{field} is not one of {', '.join(DAMAGED)}")
     settings = Settings(size_px, scenes_examples, seed, image_root, path_map, damaged_shards)
-    parts = split_specs(spec)
-    opened = [_open(part, role, settings) for part in parts]
-    weights = [weight for _, weight in opened]
+    opened = [_open(part, role, settings) for part in split_specs(spec)]
     if len(opened) == 1:
         return opened[0][0]
-    given = sum(weight is not None for weight in weights)
-    if given not in (0, len(weights)):
-        raise UserError(
-            f"{spec!r}: {given} of {len(weights)} sources have a weight: give ?weight= to each, or "
-            "to none (every record once per epoch)"
-        )
-    if given and role != "train":
+    sources, weights = zip(*opened, strict=True)
+    weighted = sum(weight is not None for weight in weights)
+    if weighted not in (0, len(weights)):
+        how_many = f"{weighted} of {len(weights)} sources have a weight"
+        raise UserError(f"{spec!r}: {how_many}: give ?weight= to each, or to none")
+    if weighted and role != "train":
         raise UserError(f"{spec!r}: weights only apply to training: leave them out for evaluation")
-    return Mixture([source for source, _ in opened], weights if given else None)
+    return Mixture(sources, weights if weighted else None)
 
 
 def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source:
@@ -146,26 +109,22 @@ def split_specs(spec: str) -> list[str]:
     return [part.strip() for part in re.split(rf",\s*(?=(?:{names})(?:[:?,]|$))", spec)]
 
 
-def forms() -> str:
-    """The forms of a source's name, for messages."""
-    return ", ".join(scheme.form for scheme in SCHEMES.values())
-
-
 def _open(spec: str, role: str, settings: Settings) -> tuple[Source, float | None]:
     """The source, and its weight in a mixture (None: not given)."""
     name, rest = re.match(r"(?:(\w+)(?::|(?=\?)|$))?(.*)", spec, re.DOTALL).groups()
     scheme = SCHEMES.get(name)
     if scheme is None or (name != "scenes" and not rest.partition("?")[0]):
-        hint = (
-            f"did you mean json:{spec}" if spec.endswith((".json", ".jsonl")) else f"use {forms()}"
-        )
+        hint = f"use {', '.join(scheme.form for scheme in SCHEMES.values())}"
+        if spec.endswith((".json", ".jsonl")):
+            hint = f"did you mean json:{spec}"
         raise UserError(f"{spec!r} does not name a source for {role} data: {hint}")
-    place, options = _options(spec, rest, scheme.options)
+    place, options = _options(spec, rest, ("weight", *scheme.options))
     weight = _weight(spec, options.pop("weight", None))
-    return scheme.open(Request(os.path.expanduser(place), options, role, settings)), weight
+    request = Request(name, os.path.expanduser(place), options, role, settings)
+    return scheme.open(request), weight
 
 
-def _options(spec: str, rest: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
+def _options(spec: str, rest: str, allowed: tuple[str, ...]) -> tuple[str, dict[str, str]]:
     """(the place, {option: value}) after a scheme; raises UserError for an unknown option."""
     place, mark, tail = rest.rpartition("?")
     if not mark or not re.match(r"\w+=", tail):
@@ -173,13 +132,11 @@ def _options(spec: str, rest: str, allowed: Sequence[str]) -> tuple[str, dict[st
     options = {}
     for part in tail.split("&"):
         name, equals, value = part.partition("=")
-        if not equals or name not in ("weight", *allowed):
-            known = ", ".join(("weight", *allowed))
-            close = difflib.get_close_matches(name, ("weight", *allowed), n=1)
-            hint = (
-                f"did you mean {close[0]}" if close and equals else f"use NAME=VALUE with {known}"
+        if not equals or name not in allowed:
+            raise UserError(
+                f"{spec!r}: {part!r} is not an option of this source: use NAME=VALUE with "
+                f"{', '.join(allowed)}{did_you_mean(name, allowed)}"
             )
-            raise UserError(f"{spec!r}: {part!r} is not an option of this source: {hint}")
         options[name] = value
     return place, options
 

@@ -1,14 +1,24 @@
-"""The interface of a source: records by index, each an image with its captions."""
+"""What every source has: the request that opens it, and records by index."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
+from codebook_jax.errors import UserError
+
+NO_CAPTION = "has no caption with words"
+ROLES = ("train", "validation", "test")
+DAMAGED = ("refuse", "skip")  # what to do about damaged shards
+PARTS = ("image", "caption", "id")  # of a pair; `?image_key=` names the field that holds one
 
 
 class WithoutCaption(UnreadableImage):
@@ -40,15 +50,81 @@ class Source(Protocol):
         """The captions of record `index`, without making its image."""
 
     def name(self, index: int) -> str:
-        """The name of record `index`'s image in the source (its path, key or id), without reading
-        it.
-        """
+        """The name of record `index` in the source (path, key or id), without reading its image."""
 
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""
 
     def __repr__(self) -> str:
-        """A description of the source, without memory addresses."""
+        """A description of the source, without memory addresses; packed folders compare it."""
+
+
+class NamedSource(Source):
+    """A source that keeps the scheme and place that name it, and its fingerprint."""
+
+    form: str
+    place: str
+    _fingerprint: str
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def __repr__(self) -> str:
+        return f"{self.form}({self.place!r}, images={len(self)})"
+
+
+@contextlib.contextmanager
+def required() -> Iterator[None]:
+    """Raises UserError where a record must be readable, as when captions are read at start."""
+    try:
+        yield
+    except UnreadableImage as failure:
+        raise UserError(f"{failure}: see that the files are there, then start again") from failure
+
+
+class Settings(NamedTuple):
+    """The settings shared by all sources."""
+
+    size_px: int  # of scenes
+    scenes_examples: int  # for training, as the seed is: scenes for evaluation are always the same
+    seed: int
+    image_root: str = ""
+    path_map: str = ""
+    damaged_shards: str = "refuse"
+
+
+class Request(NamedTuple):
+    """`SCHEME:PLACE?OPTION=VALUE`, for a role."""
+
+    scheme: str
+    place: str  # the part after the scheme: a path or a name, with the home folder for "~"
+    options: Mapping[str, str]  # those that the scheme allows
+    role: str  # one of ROLES
+    settings: Settings
+
+    @property
+    def merge(self) -> bool:
+        """Whether an image is one record with all its captions: in evaluation, not in training."""
+        return self.role != "train"
+
+    @property
+    def image_root(self) -> str:
+        return os.path.expanduser(self.options.get("image_root", self.settings.image_root))
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """The names given for the parts of a pair; None for a part without one."""
+        return {part: self.options.get(f"{part}_key") for part in PARTS}
+
+    def choice(self, option: str, choices: Sequence[str]) -> str:
+        """The value of an option, by default the first choice; raises UserError for another."""
+        value = self.options.get(option, choices[0])
+        if value not in choices:
+            usable = " or ".join(f"{option}={choice}" for choice in choices)
+            raise UserError(
+                f"{self.scheme}:{self.place}: {option}={value} is not valid: use {usable}"
+            )
+        return value
 
 
 def checked(index: int, length: int) -> int:
@@ -58,6 +134,38 @@ def checked(index: int, length: int) -> int:
     return index
 
 
+def part_of(starts: np.ndarray, index: int) -> tuple[int, int]:
+    """(which part, index within it) of record `index` of parts that begin at `starts`."""
+    which = int(np.searchsorted(starts, checked(index, int(starts[-1])), side="right")) - 1
+    return which, int(index - starts[which])
+
+
 def digest(parts: Sequence[str]) -> str:
     """A hash of these texts, for fingerprints."""
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+Opened = TypeVar("Opened")
+
+
+class Recent(Generic[Opened]):
+    """The last opened files by name, for several threads; another process opens its own."""
+
+    def __init__(self, opens: Callable[[str], Opened], most: int) -> None:
+        self._opens, self._most = opens, most
+        self._lock, self._held = threading.Lock(), OrderedDict()
+
+    def __getitem__(self, name: str) -> Opened:
+        with self._lock:
+            if name in self._held:
+                self._held.move_to_end(name)
+                return self._held[name]
+        opened = self._opens(name)  # outside the lock: on a network disk all threads would wait
+        with self._lock:
+            self._held[name] = opened
+            while len(self._held) > self._most:  # closes when the last thread is done with it
+                self._held.popitem(last=False)
+        return opened
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recent, (self._opens, self._most)

@@ -2,22 +2,20 @@
 from 0.
 
 CSV columns may also be separated by semicolons or tabs, whichever fits the first row. Rows with the
-same path or id are the same image. Fields may be quoted; with `?quotes=none` quotes have no
-meaning.
+same path or id are the same image. With `?quotes=none` quotes have no meaning.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from codebook_jax.data.sources.listed import Entry, Listed, folders_of, keys_of, reading
+from codebook_jax.data.sources.listed import Entry, Listed, keys_of, open_text
+from codebook_jax.data.sources.record import Request
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from codebook_jax.data.sources.opening import Request
 
 SEPARATORS = {"csv": ",;\t", "tsv": "\t"}  # allowed in each form, the usual one first
 _CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -29,6 +27,7 @@ USUAL = {  # names of columns, first match wins; not "id", which often numbers r
     "caption": ("caption", "text", "title", "captions"),
     "id": ("image_id",),
 }
+Row = tuple[int, list[str]]  # number of its first line, cells
 
 
 class Columns(NamedTuple):
@@ -41,96 +40,60 @@ class Columns(NamedTuple):
     headed: bool  # whether the first row names them
 
 
-def open_csv(request: Request) -> Listed:
-    """`csv:PATH`: see the module."""
-    return _open(request, "csv")
+def open_table(request: Request) -> Listed:
+    """`csv:PATH` and `tsv:PATH`."""
+    return Listed(request, _entries(request))
 
 
-def open_tsv(request: Request) -> Listed:
-    """`tsv:PATH`: see the module."""
-    return _open(request, "tsv")
-
-
-def table_entries(path: str, form: str, options: Mapping[str, str]) -> Iterator[Entry]:
-    """The entries of a file; raises UserError, naming the line, if a row is not a pair."""
-    rows, first, columns = _begun(path, form, options)
-    if not columns.headed:
-        yield _entry(path, *first, columns)
-    for line, row in rows:
-        yield _entry(path, line, row, columns)
-
-
-def _begun(
-    path: str, form: str, options: Mapping[str, str]
-) -> tuple[Iterator[tuple[int, list[str]]], tuple[int, list[str]], Columns]:
-    """(the rows after the first, the first, the columns) with the first separator that gives the
-    columns.
-    """
-    plain, failures = _plain(path, form, options), []
-    for separator in SEPARATORS[form]:
-        rows = _rows(path, form, separator, plain=plain)
+def _entries(request: Request) -> Iterator[Entry]:
+    """The rows of the file, split at the first separator that gives the columns."""
+    failures = []
+    for separator in SEPARATORS[request.scheme]:
+        rows = _rows(request, separator)
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"{request.place} is empty: give a table with one pair per row")
         try:
-            first = next(rows, None)
-            if first is None:
-                raise UserError(f"{path} is empty: give a table with one pair per row")
-            return rows, first, columns_of(path, form, first[1], options)
+            columns = _columns(request, first[1])
         except UserError as failure:
             failures.append(failure)
+            continue
+        for line, row in rows if columns.headed else itertools.chain([first], rows):
+            yield _entry(f"{request.place} line {line}", row, columns)
+        return
     raise failures[0]
 
 
-def columns_of(path: str, form: str, first: Sequence[str], options: Mapping[str, str]) -> Columns:
-    """The columns that the options name or number, else those with usual names in the first row.
-
-    Raises UserError if a column cannot be found.
-    """
+def _columns(request: Request, first: Sequence[str]) -> Columns:
+    """The columns that the options name or number, else those with usual names in the first row."""
     names = [name.strip().lower() for name in first]
-    given = {part: options.get(f"{part}_key") for part in USUAL}
-    numbered = {
-        part: int(key)
-        for part, key in given.items()
-        if key and key.isdecimal() and key not in first
-    }
     places: dict[str, int | None] = {}
+    headed, unusual = False, False
     for part, usual in USUAL.items():
-        key = given[part]
-        if part in numbered:
-            places[part] = numbered[part] if numbered[part] < len(first) else None
+        key = request.keys[part]
+        numbered = bool(key) and key.isdecimal() and key not in first
+        if numbered:
+            found = int(key) if int(key) < len(first) else None
         elif key is not None:
-            places[part] = list(first).index(key) if key in first else None
+            found = list(first).index(key) if key in first else None
         else:
-            places[part] = next((names.index(name) for name in usual if name in names), None)
-        if places[part] is None and (key is not None or part != "id"):
-            raise UserError(_no_column(path, form, part, key, first))
-    headed = len(numbered) < sum(places[part] is not None for part in USUAL) or all(
-        names[at] in USUAL[part] for part, at in numbered.items()
-    )
-    return Columns(places["image"], places["caption"], places["id"], len(first), headed)
+            found = next((names.index(name) for name in usual if name in names), None)
+        if found is None and (key is not None or part != "id"):
+            raise UserError(_no_column(request, part, key, first))
+        headed |= found is not None and not numbered
+        unusual |= numbered and names[found] not in usual
+        places[part] = found
+    return Columns(**places, count=len(first), headed=headed or not unusual)
 
 
-def _open(request: Request, form: str) -> Listed:
-    folders = folders_of(request.place, request.image_root, request.settings.path_map)
-    entries = table_entries(request.place, form, request.options)
-    return Listed(form, request.place, entries, folders, merge=request.merge)
-
-
-def _plain(path: str, form: str, options: Mapping[str, str]) -> bool:
-    """Whether quotes have no meaning."""
-    quotes = options.get("quotes", "csv")
-    if quotes not in ("csv", "none"):
-        raise UserError(
-            f"{form}:{path}: quotes={quotes} is not valid: use quotes=csv or quotes=none"
-        )
-    return quotes == "none"
-
-
-def _rows(path: str, form: str, separator: str, *, plain: bool) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, cells) of every row that is not blank."""
+def _rows(request: Request, separator: str) -> Iterator[Row]:
+    """The rows that are not blank."""
+    path = request.place
+    plain = request.choice("quotes", ("csv", "none")) == "none"
     quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    wanted = (
-        f"the path of a table with {_CALLED[SEPARATORS[form][0]]} between its columns after {form}:"
-    )
-    with reading(path, wanted), open(path, encoding="utf-8-sig", newline="") as file:
+    usual = _CALLED[SEPARATORS[request.scheme][0]]
+    wanted = f"the path of a table with {usual} between its columns after {request.scheme}:"
+    with open_text(path, wanted, newline="") as file:
         # Strict: otherwise a stray quote would swallow the rows up to the next one.
         reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
         while True:
@@ -148,15 +111,13 @@ def _rows(path: str, form: str, separator: str, *, plain: bool) -> Iterator[tupl
                 yield line, row
 
 
-def _entry(path: str, line: int, row: Sequence[str], columns: Columns) -> Entry:
-    where = f"{path} line {line}"
+def _entry(where: str, row: Sequence[str], columns: Columns) -> Entry:
     if len(row) != columns.count:
-        more = len(row) > columns.count
-        cure = "quote the fields that contain one" if more else "complete the row"
-        raise UserError(
-            f"{where} has {len(row)} cell{'s' * (len(row) != 1)}, the first row {columns.count}: "
-            f"{'it has extra separators' if more else 'cells are missing'}, {cure}"
-        )
+        cure = "cells are missing, complete the row"
+        if len(row) > columns.count:
+            cure = "it has extra separators, quote the fields that contain one"
+        cells = f"{len(row)} cell{'s' * (len(row) != 1)}"
+        raise UserError(f"{where} has {cells}, the first row {columns.count}: {cure}")
     image, caption = row[columns.image].strip(), row[columns.caption]
     if not image:
         raise UserError(f"{where} has no image: give its path, or remove the row")
@@ -164,17 +125,20 @@ def _entry(path: str, line: int, row: Sequence[str], columns: Columns) -> Entry:
     return Entry(where, image, (caption,) if has_words(caption) else (), key or None)
 
 
-def _no_column(path: str, form: str, part: str, key: str | None, first: Sequence[str]) -> str:
+def _no_column(request: Request, part: str, key: str | None, first: Sequence[str]) -> str:
+    path, form = request.place, request.scheme
     others = (other for other in SEPARATORS["csv"] if other not in SEPARATORS[form])
-    found = next((other for other in others if other in first[0]), None)
-    if len(first) == 1 and found:
-        return f"{path} has columns separated by {_CALLED[found]}: read it with csv:{path}"
+    other = next((other for other in others if other in first[0]), None)
+    if len(first) == 1 and other:
+        return f"{path} has columns separated by {_CALLED[other]}: read it with csv:{path}"
     shown = keys_of([name[:40] for name in first])
     if key is not None:
-        return f"{path} has no column {key!r} for ?{part}_key (its first row: {shown}): use one of these, or a number from 0"
-    usual = ", ".join(USUAL[part])
+        return (
+            f"{path} has no column {key!r} for ?{part}_key (its first row: {shown}): use one of "
+            "these, or a number from 0"
+        )
     return (
-        f"{path} has no column with a usual name for {part}s ({usual}) in its first row ({shown}): "
-        f"name it with ?{part}_key=NAME, or, if the first row is already a pair, number the "
-        "columns: ?image_key=0&caption_key=1"
+        f"{path} has no column with a usual name for {part}s ({', '.join(USUAL[part])}) in its "
+        f"first row ({shown}): name it with ?{part}_key=NAME, or, if the first row is already a "
+        "pair, number the columns: ?image_key=0&caption_key=1"
     )

@@ -1,43 +1,43 @@
-"""The index of one tar shard: where each sample is, from the headers, without reading the
-images.
+"""The index of one tar shard: where each sample is, from the headers, without reading the images.
+
+It is kept in `.tar_index` beside the shard, or, if nothing can be written there, in the user's
+cache, and used again while the shard has the same size and modification time.
 """
 
 from __future__ import annotations
 
-import enum
+import contextlib
 import hashlib
 import io
+import json
 import os
 import tarfile
-from array import array
-from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from codebook_jax.data.sources.texts import Packer, Texts, not_utf8, numbered
+from codebook_jax.data.sources.record import digest
+from codebook_jax.data.sources.texts import Packer, Texts, not_utf8
 from codebook_jax.data.text import has_words
-from codebook_jax.files import parse_json
+from codebook_jax.errors import UserError
+from codebook_jax.files import parse_json, written_whole
 
-IMAGES = (b"jpg", b"jpeg", b"png", b"webp", b"gif", b"bmp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 COMPRESSED = {  # end of the name -> (first bytes of the file, program that unpacks it)
     "gz": (b"\x1f\x8b", "gzip"),
     "bz2": (b"BZh", "bzip2"),
     "xz": (b"\xfd7zXZ\0", "xz"),
     "zst": (b"\x28\xb5\x2f\xfd", "zstd"),
 }
-_BLOCK = 512
-_WINDOW = 8192  # bytes read at a time: all of a sample but its image
-_FILES = (ord("0"), 0)  # types of members that are files
-_MORE = ord("x")  # type of a member that extends the next header
+FOLDER = ".tar_index"
+_FORM = 1  # of the kept index; a new number where what counts as a sample or a caption changes
+_SETTLED_NS = 2_000_000_000  # a shard changed more recently may be changed again in the same tick
+_BLOCK = tarfile.BLOCKSIZE
+_LINK = ", only a link or a sparse file, whose content is not in the shard"
 _CUT_SHORT = (tarfile.TruncatedHeaderError, tarfile.SubsequentHeaderError)
-
-
-class Place(NamedTuple):
-    """The position of a member's content in its shard."""
-
-    start: int
-    size: int
 
 
 class Index(NamedTuple):
@@ -46,91 +46,57 @@ class Index(NamedTuple):
     keys: Texts
     places: np.ndarray  # int64 [samples, 4]: start and size of the image, of the caption
     in_json: np.ndarray  # bool [samples]: whether the caption is in a JSON file
-    left_out: list[tuple[str, str]]  # (key, why) of the others
-    further: list[tuple[str, str]]  # (member, why) of further images and texts of samples
-    faults: list[str]  # duplicate members, or texts not in UTF-8; their samples are left out
     fingerprint: str  # of names and sizes
-    damage: str  # where and how the shard is truncated or damaged; empty if it is not
+    left_out: Sequence[tuple[str, str]] = ()  # (key, why) of the other samples
+    further: Sequence[tuple[str, str]] = ()  # (member, why) of further images and texts of samples
+    faults: Sequence[str] = ()  # duplicate members, or texts not in UTF-8; these samples are out
+    damage: str = ""  # how the shard is truncated or damaged; empty if it is not
+    damaged_at: int = 0  # the byte from which it cannot be read
 
 
-class Damaged(Exception):
-    """Where and how a shard is truncated or damaged; the message is a predicate, such as "is
-    empty".
-    """
+class _Damaged(Exception):
+    """How a shard is truncated or damaged, a predicate such as "is empty"; and at which byte."""
 
 
-class _Kind(enum.IntEnum):
-    """The role of a member in a sample."""
-
-    OTHER = 0
-    IMAGE = 1
-    TEXT = 2  # with a caption
-    JSON = 3
-    BLANK = 4  # a text without a caption
-    ENCODED = 5  # a text that is not UTF-8
-
-
-class _Members(NamedTuple):
-    """The members of a shard, as arrays, not objects: a file may hold millions."""
-
-    names: Texts
-    places: np.ndarray  # int64 [members, 2]: start and size
-    kinds: np.ndarray  # int8 [members], of _Kind
-    hashes: np.ndarray  # int64 [members], of the names
-    stems: np.ndarray  # int64 [members], of the names up to the last dot
-
-
-class _Samples(NamedTuple):
-    """Members with the same name up to the last dot are one sample; -1 if it has none of a kind."""
-
-    first: np.ndarray  # int64 [samples], the first member of each
-    which: np.ndarray  # int32 [members], the sample of each
-    image: np.ndarray  # int64 [samples], the member that is its image
-    text: np.ndarray
-    json: np.ndarray
+class _Member(NamedTuple):
+    suffix: str
+    start: int
+    size: int  # -1 for a link or a sparse file
+    kind: str  # image, json, text with a caption, blank text, encoded (text not in UTF-8), other
+    fault: str = ""  # of an encoded text
 
 
 def index_shard(path: str, caption_key: str | None) -> Index:
-    """The samples of the shard at `path`; with `caption_key`, captions are the values at that key
-    of its JSON files.
+    """The index kept for the shard at `path`, or a new one, which is then kept.
 
-    An image and its caption have the same name up to the last dot, and may be anywhere in the
-    shard. An image or text without such a partner is a further member of the sample named before
-    its first dot, as in WebDataset (0001.seg.png of 0001), or left out if there is no such sample.
-    Raises OSError if the file cannot be read.
+    With `caption_key`, captions are the values at that key of its JSON files. An image or text
+    without a partner is a further member of the sample named before its first dot, as in WebDataset
+    (0001.seg.png of 0001), or left out if there is no such sample.
     """
-    with open(path, "rb") as file:
-        window = _Window(file)
-        members, damage = _read_members(window, texts=caption_key is None)
-        samples = _grouped(members)
-        faults = _faults(members, samples, window)
-        lacking = _lacking(members, samples, window, caption_key)
-    lacking |= {sample: f"cannot be used: {fault}" for sample, fault in faults.items()}
-    if damage and len(samples.which):
-        lacking[int(samples.which[-1])] = (
-            ""  # its other members may be cut off, so it is not counted
-        )
-    whole = np.ones(len(samples.first), bool)
-    whole[list(lacking)] = False
-    left_out, further = _left_out(members, samples, lacking, whole)
-    keys = Packer()
-    for row in samples.first[whole].tolist():
-        keys.add(_stem(members.names[row]))
-    packed = keys.texts()
-    in_json = samples.text[whole] < 0
-    captions = np.where(in_json, samples.json[whole], samples.text[whole])
-    table = np.hstack([members.places[samples.image[whole]], members.places[captions]])
-    content = hashlib.sha256("\n".join(packed).encode("utf-8", "surrogatepass"))
-    content.update(table[:, 1::2].astype("<i8").tobytes() + in_json.tobytes())
-    return Index(
-        packed, table, in_json, left_out, further, [*faults.values()], content.hexdigest(), damage
-    )
+    places = _places_of_index(path, caption_key)
+    try:
+        with open(path, "rb") as file:
+            state = os.fstat(file.fileno())
+            version = [_FORM, state.st_size, state.st_mtime_ns]
+            for place in places:
+                with contextlib.suppress(Exception):  # there is none, or something else
+                    kept = parse_json(place.read_text(encoding="utf-8"))
+                    if kept["version"] == version:
+                        return _index_of(**kept["index"])
+            content = _read_shard(file, caption_key)
+    except OSError as failure:
+        return _index_of(damage=f"cannot be read ({failure.strerror})")
+    if not content["damage"] and time.time_ns() - state.st_mtime_ns > _SETTLED_NS:
+        for place in places:
+            with contextlib.suppress(OSError, UserError), written_whole(place) as file:
+                file.write(json.dumps({"version": version, "index": content}))
+                break
+    return _index_of(**content)
 
 
 def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
-    """The captions with words of a text file (`key` None), or at `key` of a JSON file.
-
-    Raises ValueError if the text is not UTF-8, or not JSON.
+    """The captions with words of a text file (`key` None), or at `key` of a JSON file; raises
+    ValueError if the text is not UTF-8, or not JSON.
     """
     if key is None:
         texts = [content.decode("utf-8-sig")]
@@ -147,129 +113,125 @@ def unpacking(tool: str) -> str:
     return f"unpack it with `{tool} -dc FILE > NAME.tar`, for images are read in no order"
 
 
-def _read_members(window: _Window, *, texts: bool) -> tuple[_Members, str]:
-    """(the members with a suffix, where and how the shard is damaged)."""
-    names, places, kinds = Packer(), array("q"), array("b")
-    hashes, stems, damage = array("q"), array("q"), ""
-    try:
-        for name, place in _members(window):
-            folder = name.rfind(b"/") + 1
-            if name.find(b".", folder) <= folder:  # no suffix, or a hidden file
-                continue
-            stem, _, suffix = name.rpartition(b".")
-            names.add(name.decode(errors="replace"))
-            places.extend(place)
-            kinds.append(_kind(suffix.lower(), place, window, texts=texts))
-            hashes.append(hash(name))
-            stems.append(hash(stem))
-    except Damaged as failure:
-        damage = str(failure)
-    table = np.array(places, np.int64).reshape(-1, 2)
-    columns = np.array(kinds, np.int8), np.array(hashes, np.int64), np.array(stems, np.int64)
-    return _Members(names.texts(), table, *columns), damage
-
-
-def _kind(suffix: bytes, place: Place, window: _Window, *, texts: bool) -> _Kind:
-    if place.size < 0:
-        return _Kind.OTHER
-    if suffix in IMAGES:
-        return _Kind.IMAGE
-    if suffix == b"json":
-        return _Kind.JSON
-    if suffix != b"txt" or not texts:
-        return _Kind.OTHER
-    try:  # now, while the window holds it: no further read
-        return _Kind.TEXT if captions_of(window.read(*place), None) else _Kind.BLANK
-    except ValueError:
-        return _Kind.ENCODED
-
-
-def _grouped(members: _Members) -> _Samples:
-    first, which = numbered(members.stems)
-
-    def first_of(kind: _Kind) -> np.ndarray:
-        rows, found = np.flatnonzero(members.kinds == kind)[::-1], np.full(len(first), -1)
-        found[which[rows]] = rows  # of several, the last one written wins: the first member
-        return found
-
-    return _Samples(first, which, *map(first_of, (_Kind.IMAGE, _Kind.TEXT, _Kind.JSON)))
-
-
-def _faults(members: _Members, samples: _Samples, window: _Window) -> dict[int, str]:
-    """{sample: what is wrong} of samples with a duplicate name, or whose only text is not UTF-8."""
-    faults = {}
-    names, counts = np.unique(members.hashes, return_counts=True)
-    twice = np.isin(members.hashes, names[counts > 1]) & (members.kinds != _Kind.OTHER)
-    for row in np.flatnonzero(twice).tolist():
-        faults[int(samples.which[row])] = f"{members.names[row]} occurs more than once"
-    for row in np.flatnonzero(members.kinds == _Kind.ENCODED).tolist():
-        sample = int(samples.which[row])
-        if samples.image[sample] >= 0 and samples.text[sample] < 0:
-            try:
-                window.read(*members.places[row].tolist()).decode()
-            except UnicodeDecodeError as failure:
-                faults[sample] = f"{members.names[row]} {not_utf8(failure)}"
-    return faults
-
-
-def _lacking(
-    members: _Members, samples: _Samples, window: _Window, caption_key: str | None
-) -> dict[int, str]:
-    """{sample: why} of samples without an image or a caption."""
-    kinds = ", ".join(suffix.decode() for suffix in IMAGES)
-    no_text = "no .json" if caption_key else "no text in a .txt, and no .json"
-    key, lacking = caption_key or "caption", {}
-    linked = set(samples.which[members.places[:, 1] < 0].tolist())
-    for sample in np.flatnonzero((samples.image < 0) | (samples.text < 0)).tolist():
-        if samples.image[sample] < 0:
-            lacking[sample] = f"has no image ({kinds})"
-        elif samples.json[sample] < 0:
-            lacking[sample] = f"has no caption: {no_text}"
-        else:
-            content = window.read(*members.places[samples.json[sample]].tolist())
-            try:
-                if not captions_of(content, key):
-                    lacking[sample] = f"has no caption: no text under {key!r} in its .json"
-            except ValueError as failure:
-                lacking[sample] = f"has no caption: its .json cannot be read ({failure})"
-    for sample in lacking.keys() & linked:
-        lacking[sample] += ", only a link or a sparse file, whose content is not in the shard"
-    return lacking
-
-
-def _left_out(
-    members: _Members, samples: _Samples, lacking: dict[int, str], whole: np.ndarray
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """((key, why) of samples that lack something, (member, why) of further members of complete
-    samples).
-    """
-    keys = set(members.stems[samples.first[whole]].tolist()) if lacking else set()
-    left_out, owned = [], whole.copy()
-    for sample, why in sorted(lacking.items()):
-        key = _stem(members.names[int(samples.first[sample])])
-        owned[sample] = _owner(key) != key and hash(_owner(key).encode()) in keys
-        if why and not owned[sample]:
-            left_out.append((key, why))
-    free = owned[samples.which] & np.isin(members.kinds, (_Kind.IMAGE, _Kind.TEXT))
-    free[samples.image[whole]] = free[samples.text[whole & (samples.text >= 0)]] = False
-    further: dict[str, tuple[str, int]] = {}
-    for row in np.flatnonzero(free).tolist():
-        key, dot, suffix = members.names[row].rpartition(".")
-        owner = key if whole[samples.which[row]] else _owner(key)
-        suffix = key[len(owner) :] + dot + suffix
-        first, count = further.get(suffix, (owner, 0))
-        further[suffix] = first, count + 1
-    return left_out, [
-        (
-            first + suffix,
-            f"is not a pair but a further member of {first}, like {count:,} *{suffix} here",
-        )
-        for suffix, (first, count) in further.items()
+def _places_of_index(path: str, caption_key: str | None) -> list[Path]:
+    """Beside the shard, whose folder may have another name on another host; or in the cache."""
+    folder, name = os.path.split(os.path.abspath(path))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [
+        Path(place, FOLDER, f"{name}.{digest([where, str(caption_key)])[:12]}.json")
+        for place, where in ((folder, ""), (os.path.join(cache, "codebook_jax"), folder))
     ]
 
 
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
+def _index_of(
+    keys: Sequence[str] = (), places: Sequence = (), in_json: Sequence[bool] = (), **others: Any
+) -> Index:
+    """An index from its JSON form."""
+    packed = Packer()
+    for key in keys:
+        packed.add(key)
+    table, flags = np.array(places, np.int64).reshape(-1, 4), np.array(in_json, bool)
+    content = hashlib.sha256("\n".join(keys).encode("utf-8"))
+    content.update(table[:, 1::2].astype("<i8").tobytes() + flags.tobytes())
+    return Index(packed.texts(), table, flags, content.hexdigest(), **others)
+
+
+def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:
+    """The index of a shard in its JSON form, from the headers and the captions."""
+    samples: dict[str, list[_Member]] = {}
+    stem, damage, damaged_at = "", "", 0
+    try:
+        for name, start, size in _files_in(file):
+            if name.find(".", name.rfind("/") + 1) > name.rfind("/") + 1:  # neither bare nor hidden
+                stem, _, suffix = name.rpartition(".")
+                member = _member(file, suffix, start, size, texts=caption_key is None)
+                samples.setdefault(stem, []).append(member)
+    except _Damaged as failure:
+        damage, damaged_at = failure.args
+    keys, places, in_json, lacking, faults = [], [], [], {}, []
+    further: list[tuple[str, _Member]] = []
+    for key, members in samples.items():
+        first = {member.kind: member for member in reversed(members)}
+        image, caption = first.get("image"), first.get("text") or first.get("json")
+        if damage and key == stem:
+            lacking[key] = ""  # its other members may be cut off, so it is not counted
+        elif fault := _fault(members, first):
+            faults.append(f"{_printable(key)}.{fault}")
+            lacking[key] = f"cannot be used: {faults[-1]}"
+        elif why := _lack(file, caption_key, first):
+            lacking[key] = why + _LINK * any(member.size < 0 for member in members)
+        else:
+            keys.append(_printable(key))
+            places.append([image.start, image.size, caption.start, caption.size])
+            in_json.append(caption.kind == "json")
+            further += [(key, member) for member in members if member not in (image, caption)]
+    whole = samples.keys() - lacking.keys()
+    owned = {key for key in lacking if _owner(key) in whole}
+    further += [(key, member) for key in owned for member in samples[key]]
+    left_out = [(_printable(key), why) for key, why in lacking.items() if why and key not in owned]
+    index = {"keys": keys, "places": places, "in_json": in_json, "left_out": left_out}
+    index |= {"further": _counted(further), "faults": faults}
+    return index | {"damage": damage, "damaged_at": damaged_at}
+
+
+def _member(file: BinaryIO, suffix: str, start: int, size: int, *, texts: bool) -> _Member:
+    kind, fault = "other", ""
+    if size >= 0 and suffix.lower() in IMAGES:
+        kind = "image"
+    elif size >= 0 and suffix.lower() == "json":
+        kind = "json"
+    elif size >= 0 and suffix.lower() == "txt" and texts:
+        file.seek(start)
+        try:
+            kind = "text" if captions_of(file.read(size), None) else "blank"
+        except UnicodeDecodeError as failure:
+            kind, fault = "encoded", not_utf8(failure)
+    return _Member(suffix, start, size, kind, fault)
+
+
+def _fault(members: list[_Member], first: dict[str, _Member]) -> str:
+    """A duplicate name of a sample's members, or that its only text is not UTF-8; empty if fine."""
+    suffixes = [member.suffix for member in members]
+    if len({*suffixes}) < len(suffixes):
+        for member in members:
+            if member.kind != "other" and suffixes.count(member.suffix) > 1:
+                return f"{member.suffix} occurs more than once"
+    if "encoded" in first and "image" in first and "text" not in first:
+        return f"{first['encoded'].suffix} {first['encoded'].fault}"
+    return ""
+
+
+def _lack(file: BinaryIO, caption_key: str | None, first: dict[str, _Member]) -> str:
+    """Why the first members of each kind are no pair; empty if they are."""
+    if "image" not in first:
+        return f"has no image ({', '.join(IMAGES)})"
+    if "text" in first:
+        return ""
+    if "json" not in first:
+        return f"has no caption: no {'.json' if caption_key else 'text in a .txt, and no .json'}"
+    file.seek(first["json"].start)
+    try:
+        if captions_of(file.read(first["json"].size), caption_key or "caption"):
+            return ""
+    except ValueError as failure:
+        return f"has no caption: its .json cannot be read ({failure})"
+    return f"has no caption: no text under {caption_key or 'caption'!r} in its .json"
+
+
+def _counted(further: list[tuple[str, _Member]]) -> list[tuple[str, str]]:
+    """(member, why) of the first image or text of each suffix that is no part of a pair."""
+    counts: dict[str, tuple[str, int]] = {}
+    for key, member in sorted(further, key=lambda item: item[1].start):
+        if member.kind in ("image", "text"):
+            owner = _printable(_owner(key))
+            suffix = f"{_printable(key)[len(owner) :]}.{member.suffix}"
+            first, count = counts.get(suffix, (owner, 0))
+            counts[suffix] = first, count + 1
+    why = "is not a pair but a further member of {}, like {:,} *{} here"
+    return [
+        (owner + suffix, why.format(owner, count, suffix))
+        for suffix, (owner, count) in counts.items()
+    ]
 
 
 def _owner(key: str) -> str:
@@ -278,39 +240,46 @@ def _owner(key: str) -> str:
     return key[:folder] + key[folder:].partition(".")[0]
 
 
-def _members(window: _Window) -> Iterator[tuple[bytes, Place]]:
-    """(name, place) of every file, with size -1 for a link or a sparse file; raises Damaged.
+def _printable(name: str) -> str:
+    """A name whose bytes may not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode(errors="replace")
 
-    The standard library's reader takes ten times as long, and is used only for rare headers: long
-    names, links, sizes of gigabytes.
+
+def _files_in(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """(name, start, size) of every file, with size -1 for a link or a sparse file; raises _Damaged.
+
+    Plain headers are read here, the others by the standard library, which takes ten times as long.
     """
-    at, unusual = 0, None
+    end, following = os.fstat(file.fileno()).st_size, 0
+    # Opened on an empty archive, since opening a damaged one fails.
+    nothing = io.BytesIO(bytes(2 * _BLOCK))
+    tar = tarfile.TarFile(fileobj=nothing, encoding="utf-8", errors="surrogateescape")
+    tar.fileobj = file
     while True:
-        head = window.read(at, _BLOCK)
-        if head[:1] == b"\0" and head.count(0) == _BLOCK:
-            rest = window.read(at, 2 * tarfile.RECORDSIZE)  # an archive is padded to a whole record
-            if rest.count(0) < len(rest):
-                raise Damaged(
-                    f"goes on behind the end mark of an archive at byte {at:,}, as where cat has "
-                    "joined several (tar -A joins them whole)"
-                )
-            return
-        start, size = at + _BLOCK, _plain_size(head)
-        kind = head[156] if size >= 0 else -1
-        if kind == _MORE:
-            more = window.read(start, size)
+        here = following
+        file.seek(here)
+        head = file.read(_BLOCK)
+        start, size = here + _BLOCK, _plain_size(head)
+        kind, following = head[156:157] if size >= 0 else b"", start + -(-size // _BLOCK) * _BLOCK
+        if kind == b"x":  # extends the next header
+            more = file.read(size)
             if not (b"path=" in more or b"size=" in more or b"GNU.sparse" in more):
-                at = start + _padded(size)
                 continue
-        elif kind in _FILES:
-            name = head[:100].partition(b"\0")[0]
-            at = _next(window, name, start, size)
-            yield name, Place(start, size)
-            continue
-        unusual = unusual or _StandardReader(window)
-        name, place, at = unusual.member(at)
-        if name:
-            yield name, place
+        if kind in (b"0", b"\0"):
+            name = head[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        else:
+            file.seek(here)
+            member = _standard_member(tar, here, end)
+            if member is None:
+                return
+            name, start, size, following = member.name, member.offset_data, member.size, tar.offset
+            if member.issparse() or member.islnk() or member.issym():
+                size = -1
+            elif not member.isreg():
+                continue
+        if start + size > end:
+            raise _Damaged(f"ends inside {_printable(name)}", here)
+        yield name, start, size
 
 
 def _plain_size(head: bytes) -> int:
@@ -323,76 +292,30 @@ def _plain_size(head: bytes) -> int:
         return -1
 
 
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
-
-
-def _next(window: _Window, name: bytes, start: int, size: int) -> int:
-    """The position of the header after a member; raises Damaged if the file ends before it."""
-    if start + size > window.end:
-        raise Damaged(f"ends inside {name.decode(errors='replace')}")
-    return start + _padded(size)
-
-
-class _StandardReader:
-    """Members as Python's own reader sees them."""
-
-    def __init__(self, window: _Window) -> None:
-        self._window = window
-        # Opened on an empty archive, since opening a damaged one fails.
-        nothing = io.BytesIO(bytes(2 * _BLOCK))
-        self._tar = tarfile.TarFile(fileobj=nothing, errors="surrogateescape")
-        self._tar.fileobj = window.file
-
-    def member(self, at: int) -> tuple[bytes, Place, int]:
-        """(name, place, where the next header is) of the member whose header is at `at`; no name:
-        not a file.
-        """
-        self._window.file.seek(at)
-        try:
-            found = tarfile.TarInfo.fromtarfile(self._tar)
-        except (tarfile.TarError, ValueError) as failure:
-            raise Damaged(_reason(self._window, at, failure)) from failure
-        if found.size < 0:
-            raise Damaged(_reason(self._window, at, ValueError(f"size {found.size}")))
-        name = found.name.encode("utf-8", "surrogateescape")
-        if found.issparse() or found.islnk() or found.issym():
-            return name, Place(found.offset_data, -1), self._tar.offset
-        if not found.isreg():
-            return b"", Place(0, 0), self._tar.offset
-        _next(self._window, name, found.offset_data, found.size)
-        return name, Place(found.offset_data, found.size), self._tar.offset
-
-
-def _reason(window: _Window, at: int, failure: Exception) -> str:
-    """Why a shard has no header at `at`.
-
-    Part of the fingerprint: rewording it changes the data of old runs.
-    """
-    if window.end == 0:
-        return "is empty"
-    start = window.read(0, 6)
+def _standard_member(tar: tarfile.TarFile, here: int, end: int) -> tarfile.TarInfo | None:
+    """The member whose header is `here`, or None at the end mark; raises _Damaged."""
+    try:
+        member = tarfile.TarInfo.fromtarfile(tar)
+        if member.size >= 0:
+            return member
+        failure = ValueError(f"size {member.size}")
+    except tarfile.EOFHeaderError:
+        rest = tar.fileobj.read(2 * tarfile.RECORDSIZE)  # padded to a whole record
+        if not any(rest):
+            return None
+        raise _Damaged(
+            f"goes on behind the end mark of an archive at byte {here:,}, as where cat has joined "
+            "several (tar -A joins them whole)",
+            here,
+        ) from None
+    except (tarfile.TarError, ValueError) as error:
+        failure = error
+    tar.fileobj.seek(0)
+    start = tar.fileobj.read(6)
+    why = f"is no tar file from byte {here:,} on ({failure})"
+    if here + _BLOCK > end or isinstance(failure, _CUT_SHORT):
+        why = "ends inside a header" if here < end else "ends without the end mark of an archive"
     for magic, tool in COMPRESSED.values():
         if start.startswith(magic):
-            return f"is compressed: {unpacking(tool)}"
-    if at >= window.end:
-        return "ends without the end mark of an archive"
-    if at + _BLOCK > window.end or isinstance(failure, _CUT_SHORT):
-        return "ends inside a header"
-    return f"is no tar file from byte {at:,} on ({failure})"
-
-
-class _Window:
-    """Reads small parts of a file, each near the last."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.end = file, os.fstat(file.fileno()).st_size
-        self._start, self._held = 0, b""
-
-    def read(self, start: int, size: int) -> bytes:
-        """The bytes there; fewer if the file ends first."""
-        at = start - self._start
-        if at < 0 or at + size > len(self._held):
-            self._start, at = start, 0
-            self._held = os.pread(self.file.fileno(), max(size, _WINDOW), start)
-        return self._held[at : at + size]
+            why = f"is compressed: {unpacking(tool)}"
+    raise _Damaged(why if end else "is empty", here) from failure

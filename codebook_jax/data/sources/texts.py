@@ -1,6 +1,4 @@
-"""Millions of short texts, and of keys, without a Python object each: they take only the memory of
-their content.
-"""
+"""Millions of short texts and keys, without a Python object each: as large as their content."""
 
 from __future__ import annotations
 
@@ -51,6 +49,11 @@ def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     places = np.empty(len(first), np.int32)
     places[order] = np.arange(len(first), dtype=np.int32)
     return first[order], places[which]
+
+
+def grouped(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [keys]: the places of each number, adjacent; int64 [kinds + 1]: where each begins)."""
+    return np.argsort(numbers, kind="stable"), np.cumsum([0, *np.bincount(numbers)])
 
 
 def short_hash(text: str) -> int:

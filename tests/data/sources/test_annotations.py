@@ -1,54 +1,67 @@
 """The caption files of COCO, Karpathy and Visual Genome, in the layouts that are published."""
 
+import copy
 import json
+import re
 import tracemalloc
 
 import pytest
-from list_files import below, captions, open_it, records, refusal, write
-
-from codebook_jax.errors import UserError
-
-# COCO, as published
-
+from list_files import below, captions, ids, open_it, records, refusal, write
 
 COCO = {
     "info": {"year": 2014},
     "images": [
-        {
-            "license": 5,
-            "file_name": "COCO_val2014_000000000042.jpg",
-            "id": 42,
-            "height": 4,
-            "width": 5,
-        },
-        {
-            "license": 5,
-            "file_name": "COCO_val2014_000000000073.jpg",
-            "id": 73,
-            "height": 4,
-            "width": 5,
-        },
-        {
-            "license": 5,
-            "file_name": "COCO_val2014_000000000074.jpg",
-            "id": 74,
-            "height": 4,
-            "width": 5,
-        },
+        {"license": 5, "file_name": f"COCO_val2014_0000000000{n}.jpg", "id": n, "height": 4}
+        for n in (42, 73, 74)
     ],
-    "licenses": [],
     "annotations": [
         {"image_id": 73, "id": 1, "caption": "A motorcycle"},
         {"image_id": 42, "id": 2, "caption": "Shoes"},
         {"image_id": 73, "id": 3, "caption": "A bike\n"},
     ],
 }
+HOME = "https://cs.stanford.edu/people/rak248"
+IMAGE_DATA = [
+    {"width": 8, "url": f"{HOME}/VG_100K{folder}/{number}.jpg", "image_id": number}
+    for number, folder in ((1, "_2"), (2, ""), (10, ""), (11, ""))
+]
+
+
+def region(number, image, phrase):
+    return {"region_id": number, "width": 4, "image_id": image, "phrase": phrase, "x": 0}
+
+
+REGIONS = [
+    {
+        "regions": [region(1, 1, "a clock"), region(2, 1, "a tree"), region(3, 1, "a clock")],
+        "id": 1,
+    },
+    {"regions": [], "id": 2},
+    {"regions": [region(4, 10, "a man")], "id": 10},
+]
+
+
+def karpathy(splits, **fields):
+    """One of Karpathy's files with an image in each of the splits; fields are made by number."""
+    images = []
+    for number, split in enumerate(splits):
+        sentences = [{"tokens": ["a"], "raw": f"{split} {number} {which}"} for which in "ab"]
+        image = {"filename": f"{number}.jpg", "imgid": number, "split": split}
+        image |= {"sentences": sentences, **{name: make(number) for name, make in fields.items()}}
+        images.append(image)
+    return {"images": images, "dataset": "coco"}
 
 
 def changed(content, change):
-    copy = json.loads(json.dumps(content))
-    change(copy)
-    return copy
+    """The content (or another, if `change` is that) after a change to it."""
+    if not callable(change):
+        return change
+    content = copy.deepcopy(content)
+    change(content)
+    return content
+
+
+# COCO
 
 
 def test_coco_has_a_record_an_image_with_all_its_captions(tmp_path):
@@ -56,22 +69,18 @@ def test_coco_has_a_record_an_image_with_all_its_captions(tmp_path):
     for role in ("train", "test"):
         source = open_it(f"coco:{path}?image_root={tmp_path}/val2014", role)
         assert captions(source) == [("Shoes",), ("A motorcycle", "A bike\n")]
-        assert below(tmp_path, source) == [
-            "val2014/COCO_val2014_000000000042.jpg",
-            "val2014/COCO_val2014_000000000073.jpg",
-        ]
-        assert source.listed == 3
-        assert source.left_out == [
-            ("COCO_val2014_000000000074.jpg", f"{path} images[2] has no caption with words")
-        ]
-    assert open_it(f"coco:{path}")[0].image == str(path.parent / "COCO_val2014_000000000042.jpg")
+        names = ["COCO_val2014_000000000042.jpg", "COCO_val2014_000000000073.jpg"]
+        assert below(tmp_path, source) == [f"val2014/{name}" for name in names]
+        why = f"{path} images[2] has no caption with words"
+        assert source.left_out == [("COCO_val2014_000000000074.jpg", why)] and source.listed == 3
+    assert open_it(f"coco:{path}")[0].image == str(path.parent / names[0])
 
 
 def test_coco_has_a_record_a_caption_where_asked_and_merges_them_to_evaluate(tmp_path):
     path = write(tmp_path / "captions.json", COCO)
     source = open_it(f"coco:{path}?per=caption")
     assert captions(source) == [("Shoes",), ("A motorcycle",), ("A bike\n",)]
-    assert [record.image_id for record in records(source)] == [0, 1, 1] and source.listed == 4
+    assert ids(source) == [0, 1, 1] and source.listed == 4
     merged = open_it(f"coco:{path}?per=caption", "validation")
     assert captions(merged) == [("Shoes",), ("A motorcycle", "A bike\n")]
     assert "per=word " in refusal(f"coco:{path}?per=word")
@@ -87,9 +96,7 @@ def test_ids_match_whether_they_are_numbers_or_texts(tmp_path, listed, named):
 
     plain = open_it(f"coco:{write(tmp_path / 'plain.json', COCO)}")
     spelled = open_it(f"coco:{write(tmp_path / 'spelled.json', changed(COCO, spell))}")
-    assert captions(spelled) == captions(plain) and spelled.left_out == [
-        (name, why.replace("plain", "spelled")) for name, why in plain.left_out
-    ]
+    assert captions(spelled) == captions(plain) and len(spelled.left_out) == len(plain.left_out)
 
 
 def test_a_number_and_a_text_that_both_are_ids_are_two_images(tmp_path):
@@ -99,97 +106,26 @@ def test_a_number_and_a_text_that_both_are_ids_are_two_images(tmp_path):
     assert captions(open_it(f"coco:{path}", "test")) == [("7",), ("'7'",), ("'07'",)]
 
 
-COCO_BROKEN = {
-    "long id": (
-        '{"images": [{"id": %s, "file_name": "a.jpg"}], "annotations": []}' % ("9" * 5000),
-        r'images\[0\], key "id": .*5,000 digits',
-    ),
-    "deep": ('{"images": ' + "[" * 100_000, "captions.json cannot be read .*nested"),
-    "key twice": ('{"images": [], "images": []}', "cannot be read .*'images' twice"),
-    "unknown image": (
-        lambda c: c["annotations"][1].update(image_id=9),
-        r"annotations\[1\] .*image 9\b",
-    ),
-    "boxes": (
-        lambda c: c["annotations"].insert(0, {"image_id": 42, "bbox": [0, 0, 1, 1]}),
-        r"annotations\[0\] has no caption .*captions_train2014.json, not one of boxes",
-    ),
-    "image info alone": (lambda c: c.pop("annotations"), 'no list "annotations".*karpathy:'),
-    "no images": (lambda c: c.pop("images"), 'has no list "images"'),
-    "no file name": (
-        lambda c: c["images"][1].pop("file_name"),
-        r'images\[1\] has no key "file_name"',
-    ),
-    "image twice": (lambda c: c["images"][1].update(id=42), r"images\[1\] .*id 42 .*images\[0\]"),
-    "caption type": (
-        lambda c: c["annotations"][0].update(caption=3),
-        r'annotations\[0\], key "caption"',
-    ),
-    "id type": (
-        lambda c: c["images"][0].update(id=1.5),
-        r'images\[0\], key "id": 1.5 is not an id',
-    ),
-    "number": (lambda c: c["images"].insert(0, 3), r"images\[0\] is a number, not an object"),
-}
-
-
-@pytest.mark.parametrize("name", COCO_BROKEN)
-def test_a_coco_file_that_does_not_fit_together_is_refused_with_the_place(tmp_path, name):
-    change, words = COCO_BROKEN[name]
-    content = change if isinstance(change, str) else changed(COCO, change)
-    path = write(tmp_path / "captions.json", content)
-    with pytest.raises(UserError, match=words) as raised:
-        open_it(f"coco:{path}")
-    assert str(path) in str(raised.value)
-
-
 # Karpathy's splits
 
 
-def karpathy(splits, **fields):
-    images = [
-        {
-            "filename": f"{number}.jpg",
-            "imgid": number,
-            "split": split,
-            "sentids": [2 * number, 2 * number + 1],
-            "sentences": [
-                {"tokens": ["a"], "raw": f"{split} {number} {which}", "imgid": number}
-                for which in "ab"
-            ],
-        }
-        | {name: make(number) for name, make in fields.items()}
-        for number, split in enumerate(splits)
-    ]
-    return {"images": images, "dataset": "coco"}
-
-
-COCO_SPLITS = ("test", "train", "restval", "val", "restval", "train")
-
-
 def test_karpathys_splits_are_those_of_the_role_unless_named(tmp_path):
-    content = karpathy(
-        COCO_SPLITS,
-        filepath=lambda number: "val2014" if number % 2 else "train2014",
-        cocoid=lambda number: 100 + number // 4,
-    )
-    path = write(tmp_path / "dataset_coco.json", content)
-
-    def chosen(options="", role="train"):
-        return below(tmp_path, open_it(f"karpathy:{path}{options}", role))
-
-    assert chosen() == ["val2014/1.jpg", "train2014/2.jpg", "train2014/4.jpg", "val2014/5.jpg"]
-    assert chosen(role="validation") == ["val2014/3.jpg"]
-    assert chosen(role="test") == ["train2014/0.jpg"]
-    assert chosen("?split=restval") == ["train2014/2.jpg", "train2014/4.jpg"]
-    assert (
-        chosen("?split=val+test", "test")
-        == chosen("?split=val,test")
-        == ["train2014/0.jpg", "val2014/3.jpg"]
-    )
+    folders = {"filepath": lambda n: f"f{n % 2}", "cocoid": lambda n: 100 + n // 4}
+    splits = ("test", "train", "restval", "val", "restval", "train")
+    path = write(tmp_path / "dataset_coco.json", karpathy(splits, **folders))
+    for options, role, numbers in (
+        ("", "train", (1, 2, 4, 5)),
+        ("", "validation", (3,)),
+        ("", "test", (0,)),
+        ("?split=restval", "train", (2, 4)),
+        ("?split=val+test", "test", (0, 3)),
+        ("?split=val,test", "train", (0, 3)),
+    ):
+        source = open_it(f"karpathy:{path}{options}", role)
+        assert below(tmp_path, source) == [f"f{n % 2}/{n}.jpg" for n in numbers]
     source = open_it(f"karpathy:{path}")
     assert source.captions(0) == ("train 1 a", "train 1 b") and source.listed == 4
-    assert [record.image_id for record in records(source)] == [0, 0, 1, 1]  # of cocoid
+    assert ids(source) == [0, 0, 1, 1]  # of cocoid
     assert len(open_it(f"karpathy:{path}?per=caption")) == 8
 
 
@@ -205,86 +141,7 @@ def test_karpathys_flickr30k_has_neither_folders_nor_ids_of_coco(tmp_path):
     assert "no split 'vla'" in refusal(f"karpathy:{path}?split=train+vla")
 
 
-KARPATHY_BROKEN = {
-    "no split": (lambda c: c["images"][1].pop("split"), r'images\[1\] has no key "split"'),
-    "no sentences": (
-        lambda c: c["images"][0].pop("sentences"),
-        r'images\[0\] has no list "sentences"',
-    ),
-    "no raw": (
-        lambda c: c["images"][0]["sentences"][1].pop("raw"),
-        r'images\[0\] sentences\[1\] has no key "raw"',
-    ),
-    "folder type": (lambda c: c["images"][0].update(filepath=3), 'key "filepath": 3 '),
-    "others": (lambda c: c.pop("images"), "its keys: dataset.*dataset_coco"),
-}
-
-
-@pytest.mark.parametrize("name", KARPATHY_BROKEN)
-def test_a_file_of_karpathy_with_a_mistake_is_refused_with_the_place(tmp_path, name):
-    change, words = KARPATHY_BROKEN[name]
-    path = write(tmp_path / "dataset.json", changed(karpathy(("train", "train")), change))
-    with pytest.raises(UserError, match=words):
-        open_it(f"karpathy:{path}")
-
-
-def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
-    coco = write(tmp_path / "captions.json", COCO)
-    split = write(tmp_path / "dataset.json", karpathy(("train",)))
-    pretty = write(tmp_path / "pretty.json", json.dumps(COCO, indent=1))
-    regions = write(tmp_path / "regions.json", REGIONS)
-    pairs = write(tmp_path / "pairs.json", [{"image": "a.jpg", "caption": "one"}])
-    for path in (coco, pretty):
-        assert f"is read with coco:{path}" in refusal(f"json:{path}")
-    assert f"is read with karpathy:{split}" in refusal(f"json:{split}")
-    assert f"is read with vg:{regions}" in refusal(f"json:{regions}")
-    assert f"karpathy:{split} reads" in refusal(f"coco:{split}")
-    assert f"coco:{coco} reads" in refusal(f"karpathy:{coco}")
-    for scheme in ("coco", "karpathy"):
-        said = refusal(f"{scheme}:{pairs}")
-        assert "a JSON list" in said and "object" in said and f"json:{pairs}" in said
-    assert 'pairs.json[0] has no list "regions" (its keys: image, caption)' in refusal(
-        f"vg:{pairs}"
-    )
-    assert "vg: reads" in refusal(f"vg:{coco}")
-    assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")
-    assert "line 2 is not JSON" in refusal(f"coco:{write(tmp_path / 'cut.json', chr(10) + '{')}")
-
-
 # Visual Genome
-
-
-def region(number, image, phrase):
-    return {
-        "region_id": number,
-        "width": 4,
-        "height": 3,
-        "image_id": image,
-        "phrase": phrase,
-        "x": 0,
-        "y": 0,
-    }
-
-
-REGIONS = [
-    {
-        "regions": [region(1, 1, "a clock"), region(2, 1, "a tree"), region(3, 1, "a clock")],
-        "id": 1,
-    },
-    {"regions": [], "id": 2},
-    {"regions": [region(4, 10, "a man")], "id": 10},
-]
-HOME = "https://cs.stanford.edu/people/rak248"
-IMAGE_DATA = [
-    {
-        "width": 8,
-        "url": f"{HOME}/VG_100K{folder}/{number}.jpg",
-        "height": 6,
-        "image_id": number,
-        "coco_id": None,
-    }
-    for number, folder in ((1, "_2"), (2, ""), (10, ""), (11, ""))
-]
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -293,27 +150,16 @@ def test_visual_genome_finds_the_folder_of_an_image(tmp_path, beside):
     if beside:
         write(tmp_path / "image_data.json", IMAGE_DATA)
     else:
-        for name in (
-            "VG_100K_2/1.jpg",
-            "VG_100K/2.jpg",
-            "VG_100K/10.jpg",
-            "VG_100K/._10.jpg",
-            "VG_100K/cover.jpg",
-        ):
-            write(tmp_path / name, "")
+        for name in ("_2/1.jpg", "/2.jpg", "/10.jpg", "/._10.jpg", "/cover.jpg"):
+            write(tmp_path / f"VG_100K{name}", "")
     source = open_it(f"vg:{path}")
     assert below(tmp_path, source) == ["VG_100K_2/1.jpg", "VG_100K/10.jpg"]
     assert captions(source) == [("a clock", "a tree"), ("a man",)]
     assert source.listed == 3 and [name for name, _ in source.left_out] == ["VG_100K/2.jpg"]
     one_each = open_it(f"vg:{path}?per=caption")
     assert captions(one_each) == [("a clock",), ("a tree",), ("a man",)]
-    assert [record.image_id for record in records(one_each)] == [0, 0, 1]
-
-
-def test_visual_genome_matches_ids_that_are_texts(tmp_path):
-    regions = [image | {"id": str(image["id"])} for image in REGIONS]
-    path = write(tmp_path / "region_descriptions.json", regions)
-    write(tmp_path / "image_data.json", IMAGE_DATA)
+    assert ids(one_each) == [0, 0, 1]
+    write(path, [image | {"id": str(image["id"])} for image in REGIONS])
     assert below(tmp_path, open_it(f"vg:{path}")) == ["VG_100K_2/1.jpg", "VG_100K/10.jpg"]
 
 
@@ -327,37 +173,8 @@ def test_visual_genome_with_its_images_elsewhere(tmp_path):
     assert below(tmp_path / "images", source) == ["VG_100K/1.jpg", "VG_100K/10.jpg"]
     (tmp_path / "images" / "VG_100K" / "10.jpg").unlink()
     assert "[2] names image 10, " in refusal(f"vg:{path}", image_root=f"{tmp_path}/images")
-
-
-REGIONS_BROKEN = {
-    "no phrase": (
-        [{"id": 1, "regions": [{"region_id": 3}]}],
-        r'\[0\] regions\[0\] has no key "phrase"',
-    ),
-    "phrase type": (
-        [{"id": 1, "regions": [{"phrase": 3}]}],
-        r'regions\[0\], key "phrase": 3 is neither',
-    ),
-    "no id": ([{"regions": []}], r'\[0\] has no key "image_id"'),
-    "cut short": ('[{"id": 1, "regions": []},\n {"id"', "line 2 is not JSON"),
-    "no comma": ('[{"id": 1, "regions": []}\n {"id": 2}]', "line 2 is not JSON .expecting ','"),
-    "more": ("[]\n[]", "line 2 is not JSON .extra data"),
-    "open list": ('[{"id": 1, "regions": []},\n', "line 2 is not JSON"),
-    "none": ("[ ]", "lists no pairs"),
-    "deep": ('[{"id": 1, "regions": []},' + "[" * 100_000, r"\[1\] cannot be read .*nested"),
-}
-
-
-@pytest.mark.parametrize("name", REGIONS_BROKEN)
-def test_a_file_of_regions_with_a_mistake_is_refused_with_the_place(tmp_path, name):
-    content, words = REGIONS_BROKEN[name]
-    path = write(tmp_path / "region_descriptions.json", content)
-    write(tmp_path / "image_data.json", IMAGE_DATA)
-    with pytest.raises(UserError, match=words):
-        open_it(f"vg:{path}")
-    write(tmp_path / "image_data.json", [{"image_id": 1, "url": "https://a.org/1.jpg"}])
-    write(tmp_path / "whole.json", REGIONS)
-    assert 'image_data.json[0], key "url"' in refusal(f"vg:{tmp_path}/whole.json")
+    write(tmp_path / "lists" / "image_data.json", [{"image_id": 1, "url": "https://a.org/1.jpg"}])
+    assert 'image_data.json[0], key "url"' in refusal(f"vg:{path}")
 
 
 def test_a_long_list_is_parsed_an_image_at_a_time(tmp_path):
@@ -376,3 +193,76 @@ def test_a_long_list_is_parsed_an_image_at_a_time(tmp_path):
     tracemalloc.stop()
     assert len(source) == 300 and held < path.stat().st_size
     assert most < whole / 2
+
+
+# Mistakes
+
+CONTENTS = {"coco": COCO, "karpathy": karpathy(("train", "train")), "vg": REGIONS}
+LONG, DEEP = "9" * 5000, "[" * 100_000
+BROKEN = [  # (scheme, a change or another content, the refusal)
+    (
+        "coco",
+        f'{{"images": [{{"id": {LONG}, "file_name": "a"}}], "annotations": []}}',
+        r'images\[0\], key "id": .*5,000 digits',
+    ),
+    ("coco", '{"images": ' + DEEP, "coco.json cannot be read .*nested"),
+    ("coco", '{"images": [], "images": []}', "cannot be read .*'images' twice"),
+    ("coco", lambda c: c["annotations"][1].update(image_id=9), r"annotations\[1\] .*image 9\b"),
+    (
+        "coco",
+        lambda c: c["annotations"].insert(0, {"image_id": 42, "bbox": [0, 0, 1, 1]}),
+        r'annotations\[0\] has no key "caption" .*captions_train2014.json, not one of boxes',
+    ),
+    ("coco", lambda c: c.pop("annotations"), 'no key "annotations".*karpathy:'),
+    ("coco", lambda c: c.pop("images"), 'has no key "images"'),
+    ("coco", lambda c: c["images"][1].pop("file_name"), r'images\[1\] has no key "file_name"'),
+    ("coco", lambda c: c["images"][1].update(id=42), r"images\[1\] .*id 42 .*images\[0\]"),
+    ("coco", lambda c: c["annotations"][0].update(caption=3), r'annotations\[0\], key "caption"'),
+    ("coco", lambda c: c["images"][0].update(id=1.5), r'images\[0\], key "id": 1.5 is not an id'),
+    ("coco", lambda c: c["images"].insert(0, 3), r"images\[0\] is a number, not an object"),
+    ("coco", "\n{", "line 2 is not JSON"),
+    ("karpathy", lambda c: c["images"][1].pop("split"), r'images\[1\] has no key "split"'),
+    ("karpathy", lambda c: c["images"][0].pop("sentences"), r'images\[0\] has no key "sentences"'),
+    (
+        "karpathy",
+        lambda c: c["images"][0]["sentences"][1].pop("raw"),
+        r'images\[0\] sentences\[1\] has no key "raw"',
+    ),
+    ("karpathy", lambda c: c["images"][0].update(filepath=3), 'key "filepath": 3 '),
+    ("karpathy", lambda c: c.pop("images"), "its keys: dataset.*dataset_coco"),
+    ("vg", lambda c: c[0]["regions"][0].pop("phrase"), r'\[0\] regions\[0\] has no key "phrase"'),
+    ("vg", lambda c: c[0]["regions"][0].update(phrase=3), 'key "phrase": 3 is neither'),
+    ("vg", lambda c: c[0].pop("id"), r'\[0\] has no key "image_id"'),
+    ("vg", '[{"id": 1, "regions": []},\n {"id"', "line 2 is not JSON"),
+    ("vg", '[{"id": 1, "regions": []}\n {"id": 2}]', "line 2 is not JSON .expecting ','"),
+    ("vg", "[]\n[]", "line 2 is not JSON .extra data"),
+    ("vg", '[{"id": 1, "regions": []},\n', "line 2 is not JSON"),
+    ("vg", "[ ]", "lists no pairs"),
+    ("vg", '[{"id": 1, "regions": []},' + DEEP, r"\[1\] cannot be read .*nested"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "change", "words"), BROKEN)
+def test_a_file_that_does_not_fit_together_is_refused_with_the_place(
+    tmp_path, scheme, change, words
+):
+    write(tmp_path / "image_data.json", IMAGE_DATA)
+    path = write(tmp_path / f"{scheme}.json", changed(CONTENTS[scheme], change))
+    said = refusal(f"{scheme}:{path}")
+    assert re.search(words, said) and str(path) in said
+
+
+def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
+    paths = {name: write(tmp_path / f"{name}.json", held) for name, held in CONTENTS.items()}
+    pretty = write(tmp_path / "pretty.json", json.dumps(COCO, indent=1))
+    pairs = write(tmp_path / "pairs.json", [{"image": "a.jpg", "caption": "one"}])
+    for path, scheme in ((pretty, "coco"), *((path, name) for name, path in paths.items())):
+        assert f"is read with {scheme}:{path}" in refusal(f"json:{path}")
+    assert f"karpathy:{paths['karpathy']} reads" in refusal(f"coco:{paths['karpathy']}")
+    assert f"coco:{paths['coco']} reads" in refusal(f"karpathy:{paths['coco']}")
+    for scheme in ("coco", "karpathy"):
+        said = refusal(f"{scheme}:{pairs}")
+        assert "a JSON list" in said and "object" in said and f"json:{pairs}" in said
+    assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
+    assert "vg: reads" in refusal(f"vg:{paths['coco']}")
+    assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")

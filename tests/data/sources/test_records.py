@@ -5,30 +5,36 @@ needlessly.
 import hashlib
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import list_files
 import numpy as np
 import pytest
+from list_files import captions, ids, records
 from small_packing import content, jpeg, pack, write_many
 
 from codebook_jax.data.images import UnreadableImage, decode
 from codebook_jax.data.manifest import Shard, verify
 from codebook_jax.data.pipeline import training_batches
-from codebook_jax.data.sources import open_source, records
+from codebook_jax.data.sources import records as records_module
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 
 COUNT = 22
-SHARD = "pairs-00002-of-00006.array_record"
+SHARD, INDEX = "pairs-00002-of-00006.array_record", "pairs-00002-of-00006.jsonl"
 
 
 def open_it(folder, role="train", **changes):
-    options = dict(size_px=32, scenes_examples=50, seed=0) | changes
-    return open_source(f"records:{folder}", role=role, **options)
+    return list_files.open_it(f"records:{folder}", role, **changes)
+
+
+def refusal(folder, **changes):
+    return list_files.refusal(f"records:{folder}", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +72,19 @@ def test_every_record_is_the_one_that_was_packed(packed):
 
 def test_records_of_one_image_are_one_to_evaluate_and_two_pictures_of_one_id_stay_two(tmp_path):
     path = write_many(tmp_path / "pictures", 5)
+    images = [(0, "a", "x"), (1, ["b", "c"], "y"), (0, "d", "x"), (2, "e", "z"), (3, "f", "z")]
     entries = [
         {"image": f"{image}.jpg", "caption": caption, "image_id": key}
-        for image, caption, key in (
-            (0, "a", "x"), (1, ["b", "c"], "y"), (0, "d", "x"), (2, "e", "z"), (3, "f", "z"), (0, ["a", "g"], "x")
-        )
-    ]  # fmt: skip
+        for image, caption, key in (*images, (0, ["a", "g"], "x"))
+    ]
     path.write_text(json.dumps(entries))
     assert pack(path, tmp_path / "packed") == 0
-    listed = open_source(f"json:{path}", role="test", size_px=32, scenes_examples=50, seed=0)
+    listed = list_files.open_it(f"json:{path}", "test")
     merged = open_it(tmp_path / "packed", role="test")
-    found = [merged[index] for index in range(len(merged))]
-    expected = [listed[index] for index in range(len(listed))]
-    assert [record.captions for record in found] == [("a", "d", "g"), ("b", "c"), ("e",), ("f",)]
-    assert [record[1:] for record in found] == [record[1:] for record in expected]
+    assert captions(merged) == [("a", "d", "g"), ("b", "c"), ("e",), ("f",)]
     assert [merged.name(index) for index in range(4)] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
-    assert [merged.captions(index) for index in range(4)] == [record.captions for record in found]
-    for record, plain in zip(found, expected, strict=True):
-        assert (decode(record.image) == decode(plain.image)).all()
+    for record, plain in zip(records(merged), records(listed), strict=True):
+        assert record[1:] == plain[1:] and (decode(record.image) == decode(plain.image)).all()
     train = open_it(tmp_path / "packed")
     assert len(train) == 6 and train.fingerprint() != merged.fingerprint()
 
@@ -100,28 +101,25 @@ def test_a_fingerprint_is_of_the_content_and_of_no_path(packed, copied, tmp_path
     assert open_it(tmp_path / "other").fingerprint() != source.fingerprint()
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "no index"])
-def test_a_damaged_shard_is_named_refused_skipped_and_remade(packed, copied, how):
-    shard = copied / SHARD
-    if how == "missing":
-        shard.unlink()
-        words = f"{SHARD} is missing"
-    elif how == "cut":
-        shard.write_bytes(shard.read_bytes()[:-1])
-        words = f"{SHARD} has .* bytes instead of"
-    else:
-        (copied / "pairs-00002-of-00006.jsonl").unlink()
-        words = "pairs-00002-of-00006.jsonl is missing"
-    with pytest.raises(
-        UserError, match=f"{words}.*same --mode=prepare command again.*damaged_shards=skip"
-    ):
-        open_it(copied)
+@pytest.mark.parametrize(
+    ("file", "size", "words"),
+    [
+        (SHARD, None, f"{SHARD} is missing"),
+        (SHARD, -1, f"{SHARD} has .* bytes instead of"),
+        (INDEX, None, f"{INDEX} is missing"),
+    ],
+)
+def test_a_damaged_shard_is_named_refused_skipped_and_remade(packed, copied, file, size, words):
+    whole = (copied / file).read_bytes()
+    (copied / file).unlink()
+    if size is not None:
+        (copied / file).write_bytes(whole[:size])
+    cure = ".*same --mode=prepare command again.*damaged_shards=skip"
+    assert re.search(words + cure, refusal(copied))
     source = open_it(copied, damaged_shards="skip")
-    left = [number for number in numbers() if number not in (8, 9, 10, 11)]
-    assert [source[index].image_id for index in range(len(source))] == left
-    assert source.listed == COUNT
-    ((name, why),) = source.left_out
-    assert name == SHARD and why.endswith("4 records left out")
+    assert ids(source) == [number for number in numbers() if number not in (8, 9, 10, 11)]
+    [(name, why)] = source.left_out
+    assert [source.listed, name] == [COUNT, SHARD] and why.endswith("4 records left out")
     assert source.fingerprint() != open_it(packed).fingerprint()
     assert pack(packed.parent / "pictures" / "pairs.json", copied) == 0
     assert content(copied) == content(packed)
@@ -131,12 +129,10 @@ def test_a_damaged_shard_is_named_refused_skipped_and_remade(packed, copied, how
 def test_more_damaged_shards_are_counted_and_all_of_them_are_no_source(copied):
     for path in copied.glob("*0[13]-of*.array_record"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="00001-of-00006.* and 1 more shards are damaged"):
-        open_it(copied)
+    assert re.search("00001-of-00006.* and 1 more shards are damaged", refusal(copied))
     for path in copied.glob("*.array_record"):
         path.unlink()
-    with pytest.raises(UserError, match="every shard is damaged"):
-        open_it(copied, damaged_shards="skip")
+    assert "every shard is damaged" in refusal(copied, damaged_shards="skip")
 
 
 def test_a_flipped_byte_anywhere_in_a_picture_is_found_when_its_record_is_read(copied):
@@ -162,7 +158,7 @@ def test_a_shard_that_goes_away_while_it_is_read_is_an_unreadable_image(copied):
     (copied / SHARD).unlink()
     with pytest.raises(UnreadableImage, match=f"{SHARD}, record 0"):
         source[7]
-    (copied / "pairs-00002-of-00006.jsonl").unlink()
+    (copied / INDEX).unlink()
     with pytest.raises(UserError, match=r"00006.jsonl, line 2 .*--mode=prepare"):
         source.captions(8)
 
@@ -171,45 +167,31 @@ def test_folders_that_are_not_packed_are_refused_with_what_to_do(copied, tmp_pat
     manifest = copied / "manifest.json"
     text = manifest.read_text()
     for change, words in (
-        (
-            text.replace('"version": 1', '"version": 2'),
-            r"manifest\.json .*version 2\b.* version 1\b",
-        ),
+        (text.replace('"version": 1', '"version": 2'), r"json .*version 2\b.* version 1\b"),
         (text[:300], r"manifest\.json .*JSONDecodeError"),
         (text.replace('"captions"', '"words"'), r"manifest\.json .*TypeError: .*words"),
     ):
         manifest.write_text(change)
-        with pytest.raises(UserError, match=words):
-            open_it(copied)
+        assert re.search(words, refusal(copied))
     manifest.unlink()
-    with pytest.raises(UserError, match=r"no manifest\.json.*same --mode=prepare command"):
-        open_it(copied)
+    assert re.search(r"no manifest\.json.*same --mode=prepare command", refusal(copied))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty .*no manifest\.json.*--workdir"):
-        open_it(tmp_path / "empty")
-    with pytest.raises(UserError, match="gone .*--workdir"):
-        open_it(tmp_path / "gone")
+    assert re.search(r"empty .*no manifest\.json.*--workdir", refusal(tmp_path / "empty"))
+    assert re.search("gone .*--workdir", refusal(tmp_path / "gone"))
 
 
 def test_many_threads_read_more_shards_than_stay_open(packed, monkeypatch):
-    monkeypatch.setattr(records, "_most_readers", lambda: 2)
-    monkeypatch.setattr(records, "_INDEXES_HELD", 1)
+    monkeypatch.setattr(records_module, "_most_readers", lambda: 2)
+    monkeypatch.setattr(records_module, "_INDEXES_HELD", 1)
     source = open_it(packed)
-    wrong = []
+    expected = [(jpeg(number), f"{number}.jpg") for number in numbers()]
 
-    def read(seed):
-        for index in np.random.default_rng(seed).integers(0, COUNT - 1, 200):
-            number = numbers()[index]
-            if source[index].image != jpeg_of[number] or source.name(index) != f"{number}.jpg":
-                wrong.append(index)
+    def wrong(seed):
+        drawn = np.random.default_rng(seed).integers(0, COUNT - 1, 200)
+        return [n for n in drawn if (source[n].image, source.name(n)) != expected[n]]
 
-    jpeg_of = {number: jpeg(number) for number in range(COUNT)}
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(8) as pool:
+        assert not any(pool.map(wrong, range(8)))
     assert len(source._readers._held) == 2 and len(source._indexes._held) == 1
 
 
@@ -234,31 +216,19 @@ def test_the_stream_of_batches_is_the_same_from_workers_and_after_a_restart(pack
     source = open_it(packed)
     tokenizer = tokenizer_for_run("", tmp_path, source, 100)
 
+    settings = dict(seed=0, global_batch=8, rows=slice(0, 8), size_px=24, max_tokens=8)
+    settings |= dict(crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False)
+    settings |= dict(teacher_view="independent", threads=2, prefetch=2)
+
     def hashes(start_step, steps, workers):
-        stream = training_batches(
-            source,
-            tokenizer,
-            seed=0,
-            start_step=start_step,
-            global_batch=8,
-            rows=slice(0, 8),
-            size_px=24,
-            max_tokens=8,
-            crop_scale=(0.5, 1.0),
-            crop_ratio=(0.75, 4 / 3),
-            flip=False,
-            teacher_view="independent",
-            workers=workers,
-            threads=2,
-            prefetch=2,
-        )
+        start = dict(start_step=start_step, workers=workers)
+        stream = training_batches(source, tokenizer, **settings, **start)
         try:
             batches = [next(stream) for _ in range(steps)]
         finally:
             stream.close()
-        return [
-            hashlib.sha256(b"".join(a.tobytes() for a in batch)).hexdigest() for batch in batches
-        ]
+        contents = (b"".join(part.tobytes() for part in batch) for batch in batches)
+        return [hashlib.sha256(each).hexdigest() for each in contents]
 
     straight = hashes(0, 6, workers=0)
     assert len(set(straight)) == 6

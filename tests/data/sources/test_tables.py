@@ -2,13 +2,12 @@
 
 import csv
 import pickle
+import re
 import shutil
 import tracemalloc
 
 import pytest
-from list_files import below, captions, open_it, records, refusal, write
-
-from codebook_jax.errors import UserError
+from list_files import below, captions, ids, open_it, refusal, write
 
 ROWS = [
     ("a.jpg", "a dog, running"),
@@ -19,52 +18,40 @@ ROWS = [
 ]
 
 
-def write_table(path, rows, separator=",", **options):
+def write_table(path, rows, separator=","):
     with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter=separator, **options).writerows(rows)
+        csv.writer(file, delimiter=separator).writerows(rows)
     return path
 
 
-@pytest.mark.parametrize(("form", "separator"), [("csv", ","), ("tsv", "\t")])
 @pytest.mark.parametrize(
-    "header",
+    ("form", "separator", "header"),
     [
-        ("image", "caption"),
-        ("filepath", "title"),
-        ("file_name", "text"),
-        ("Image_Path", "Captions"),
+        ("csv", ",", ("image", "caption")),
+        ("csv", ",", ("filepath", "title")),
+        ("tsv", "\t", ("file_name", "text")),
+        ("tsv", "\t", ("Image_Path", "Captions")),
     ],
 )
 def test_a_table_is_read_by_the_names_its_first_row_has(tmp_path, form, separator, header):
-    source = open_it(f"{form}:{write_table(tmp_path / 'pairs', [header, *ROWS], separator)}")
+    path = write_table(tmp_path / "pairs", [header, *ROWS], separator)
+    source = open_it(f"{form}:{path}")
     assert below(tmp_path, source) == ["a.jpg", "b/c.jpg", "a.jpg", "e.jpg"]
     assert captions(source) == [(ROWS[n][1],) for n in (0, 1, 2, 4)]
-    assert [record.image_id for record in records(source)] == [0, 1, 0, 2]
-    assert source.listed == 5 and [name for name, _ in source.left_out] == ["d.jpg"]
-    assert source.left_out[0][1].endswith(
-        "line 6 has no caption with words"
-    )  # one row before it takes two
-
-
-def test_rows_of_one_image_are_one_record_to_evaluate(tmp_path):
-    path = write_table(tmp_path / "pairs.csv", [("image", "caption"), *ROWS])
-    source = open_it(f"csv:{path}", role="test")
-    assert captions(source) == [("a dog, running", "two\nlines"), (ROWS[1][1],), (ROWS[4][1],)]
+    assert ids(source) == [0, 1, 0, 2]
+    [(name, why)] = source.left_out
+    assert [source.listed, name] == [5, "d.jpg"]
+    assert why.endswith("line 6 has no caption with words")  # one row before it takes two
+    merged = open_it(f"{form}:{path}", "test")
+    assert captions(merged) == [("a dog, running", "two\nlines"), (ROWS[1][1],), (ROWS[4][1],)]
 
 
 def test_columns_can_be_named_and_an_id_joins_pictures(tmp_path):
-    rows = [
-        ("n", "who", "img", "de", "image"),
-        (1, "x", "a.jpg", "eins", "?"),
-        (2, "x", "b.jpg", "zwei", "?"),
-    ]
-    path = write_table(tmp_path / "pairs.csv", rows)
+    rows = [("n", "who", "img", "de", "image"), (1, "x", "a.jpg", "eins", "?")]
+    path = write_table(tmp_path / "pairs.csv", [*rows, (2, "x", "b.jpg", "zwei", "?")])
     source = open_it(f"csv:{path}?image_key=img&caption_key=de&id_key=who")
-    assert below(tmp_path, source) == ["a.jpg", "b.jpg"] and captions(source) == [
-        ("eins",),
-        ("zwei",),
-    ]
-    assert [record.image_id for record in records(source)] == [0, 0]
+    assert below(tmp_path, source) == ["a.jpg", "b.jpg"]
+    assert captions(source) == [("eins",), ("zwei",)] and ids(source) == [0, 0]
     plain = [("id", "image", "caption"), (1, "a.jpg", "one"), (2, "a.jpg", "two")]
     source = open_it(f"csv:{write_table(tmp_path / 'numbered.csv', plain)}", role="test")
     assert captions(source) == [("one", "two")]  # a column "id" numbers the rows
@@ -76,26 +63,16 @@ def test_commas_semicolons_and_tabs_are_told_apart_by_the_first_row(tmp_path, se
     path = write_table(tmp_path / "pairs.csv", [("image", "caption"), *rows], separator)
     assert captions(open_it(f"csv:{path}")) == [(text,) for _, text in rows]
     path = write_table(tmp_path / "bare.csv", [("a.jpg", "one"), ("b.jpg", "two")], separator)
-    source = open_it(f"csv:{path}?image_key=0&caption_key=1")
-    assert captions(source) == [("one",), ("two",)]
+    assert captions(open_it(f"csv:{path}?image_key=0&caption_key=1")) == [("one",), ("two",)]
     if separator != "\t":
-        said = refusal(f"tsv:{tmp_path}/bare.csv")
-        assert said.endswith(f"read it with csv:{tmp_path}/bare.csv")
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_of_a_table_may_end_in_every_way(tmp_path, end):
-    path = write(tmp_path / "pairs.csv", end.join(["image,caption", "a.jpg,one", "b.jpg,two", ""]))
-    assert captions(open_it(f"csv:{path}")) == [("one",), ("two",)]
+        assert refusal(f"tsv:{path}").endswith(f"read it with csv:{path}")
 
 
 def test_a_table_without_a_first_row_of_names_is_read_by_numbers(tmp_path):
     path = write(tmp_path / "pairs.tsv", "a dog\ta.jpg\r\na cat\tb.jpg")
     source = open_it(f"tsv:{path}?caption_key=0&image_key=1")
-    assert below(tmp_path, source) == ["a.jpg", "b.jpg"] and captions(source) == [
-        ("a dog",),
-        ("a cat",),
-    ]
+    assert below(tmp_path, source) == ["a.jpg", "b.jpg"]
+    assert captions(source) == [("a dog",), ("a cat",)]
     named = write(tmp_path / "named.tsv", "title\tfilepath\na dog\ta.jpg\n")
     assert len(open_it(f"tsv:{named}?caption_key=0&image_key=1")) == 1
     said = refusal(f"tsv:{path}")
@@ -108,65 +85,61 @@ def test_urls_of_conceptual_captions_are_refused_with_the_way_to_get_the_images(
     lines = "a very typical bus station\thttp://lh6.ggpht.com/-IvRtNLNcG8o/bus.jpg\n" * 2
     path = write(tmp_path / "Train_GCC-training.tsv", lines)
     said = refusal(f"tsv:{path}?caption_key=0&image_key=1")
-    assert "line 1" in said and "is a URL" in said
-    assert "img2dataset" in said and "webdataset:" in said
+    for words in ("line 1", "is a URL", "img2dataset", "webdataset:"):
+        assert words in said
     headed = write(tmp_path / "cc3m.tsv", f"caption\turl\n{lines}")
     assert "cc3m.tsv line 2" in refusal(f"tsv:{headed}")
 
 
-TABLES = {
-    "short row": ("image,caption\na.jpg,one\nb.jpg\n", "line 3 has 1 cell, the first row 2\\b"),
-    "comma": ("image,caption\na.jpg,one, two\n", "line 2 has 3 cells, the first row 2\\b"),
-    "open quote": ('image,caption\na.jpg,"one\nb.jpg,two\n', "line 2 .*unexpected end"),
-    "stray quote": ('image,caption\na.jpg,"one" two\n', "line 2 .*quotes=none"),
-    "swallowed": ('image,caption\nx,y\na.jpg,"one\nb.jpg,"two" \n', "line 3 .*quotes=none"),
-    "huge field": (f'image,caption\na.jpg,"{"x" * 200_000}"\n', "line 2 .*field larger than"),
-    "no image": ("image,caption\n ,one\n", "line 2 .*no image"),
-    "names": ("picture,words\na.jpg,one\n", r"images .image, .*first row .picture, words"),
-    "no captions": ("image,words\na.jpg,one\n", "captions .caption, text, title"),
-    "one column": ("image\na.jpg\n", "captions .caption, .*first row .image"),
-    "empty": ("\n \n", "is empty"),
-    "only names": ("image,caption\n", "lists no pairs"),
-    "outside": ("image,caption\n../a.jpg,one\n", "line 2.*outside the image root"),
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_a_table_with_a_mistake_is_refused_with_its_line(tmp_path, name):
-    content, words = TABLES[name]
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("image,caption\na.jpg,one\nb.jpg\n", "line 3 has 1 cell, the first row 2\\b"),
+        ("image,caption\na.jpg,one, two\n", "line 2 has 3 cells, the first row 2\\b"),
+        ('image,caption\na.jpg,"one\nb.jpg,two\n', "line 2 .*unexpected end"),
+        ('image,caption\na.jpg,"one" two\n', "line 2 .*quotes=none"),
+        ('image,caption\nx,y\na.jpg,"one\nb.jpg,"two" \n', "line 3 .*quotes=none"),
+        (f'image,caption\na.jpg,"{"x" * 200_000}"\n', "line 2 .*field larger than"),
+        ("image,caption\n ,one\n", "line 2 .*no image"),
+        ("picture,words\na.jpg,one\n", r"images .image, .*first row .picture, words"),
+        ("image,words\na.jpg,one\n", "captions .caption, text, title"),
+        ("image\na.jpg\n", "captions .caption, .*first row .image"),
+        ("\n \n", "is empty"),
+        ("image,caption\n", "lists no pairs"),
+        ("image,caption\n../a.jpg,one\n", "line 2.*outside the image root"),
+    ],
+)
+def test_a_table_with_a_mistake_is_refused_with_its_line(tmp_path, content, words):
     path = write(tmp_path / "pairs.csv", content)
-    with pytest.raises(UserError, match=words) as raised:
-        open_it(f"csv:{path}")
-    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+    said = refusal(f"csv:{path}")
+    assert re.search(words, said) and str(path) in said
 
 
 def test_tables_that_cannot_be_read_or_asked_so_are_refused(tmp_path):
     assert "cannot be read" in refusal(f"csv:{tmp_path}/gone.csv")
     (tmp_path / "latin.csv").write_bytes("image,caption\na.jpg,café\n".encode("latin-1"))
-    said = refusal(f"csv:{tmp_path}/latin.csv")
-    assert "latin.csv is not UTF-8 text (byte e9 after " in said and "caf'" in said
+    assert "latin.csv is not UTF-8 text (byte e9 after " in refusal(f"csv:{tmp_path}/latin.csv")
     path = write(tmp_path / "pairs.csv", "image,caption\na.jpg,one\n")
     assert "no column 'img' for ?image_key" in refusal(f"csv:{path}?image_key=img")
     assert "quotes=maybe" in refusal(f"csv:{path}?quotes=maybe")
     assert "did you mean caption_key" in refusal(f"csv:{path}?captionkey=caption")
 
 
-def test_quotes_can_mean_nothing_and_a_byte_order_mark_is_no_name(tmp_path):
-    path = write(tmp_path / "pairs.tsv", '\ufeffimage\tcaption\na.jpg\t"one" two\nb.jpg\t"three\n')
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_quotes_can_mean_nothing_and_lines_end_in_every_way(tmp_path, end):
+    lines = ["\ufeffimage\tcaption", 'a.jpg\t"one" two', 'b.jpg\t"three', ""]
+    path = write(tmp_path / "pairs.tsv", end.join(lines))
     assert captions(open_it(f"tsv:{path}?quotes=none")) == [('"one" two',), ('"three',)]
 
 
 def test_a_table_is_the_same_under_another_path_and_takes_no_object_a_row(tmp_path):
-    path = tmp_path / "large.csv"
-    write_table(
-        path, [("image", "caption"), *((f"{n % 500}.jpg", f"number {n}") for n in range(20_000))]
-    )
+    rows = [(f"{n % 500}.jpg", f"number {n}") for n in range(20_000)]
+    path = write_table(tmp_path / "large.csv", [("image", "caption"), *rows])
     tracemalloc.start()
     source = open_it(f"csv:{path}")
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(source) == 20_000 and held / len(source) < 100
-    (tmp_path / "moved").mkdir()
-    moved = open_it(f"csv:{shutil.copy(path, tmp_path / 'moved' / 'other.csv')}")
+    moved = open_it(f"csv:{shutil.copy(path, tmp_path / 'other.csv')}")
     assert moved.fingerprint() == source.fingerprint()
     assert pickle.loads(pickle.dumps(source))[7] == source[7]

@@ -2,7 +2,7 @@
 reader.
 """
 
-import subprocess
+import importlib
 import sys
 
 import numpy as np
@@ -62,15 +62,8 @@ def test_without_sources_it_says_what_to_name(tmp_path):
         tfds.builder("codebook_pairs", data_dir=tmp_path).download_and_prepare()
 
 
-def test_without_tensorflow_datasets_it_says_what_to_install():
-    code = """
-import sys
-sys.modules["tensorflow_datasets"] = None
-from codebook_jax import UserError
-try:
-    import codebook_jax.data.tfds_builder
-except UserError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert 'pip install "codebook_jax[tfds]"' in done.stdout
+def test_without_tensorflow_datasets_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.delitem(sys.modules, "codebook_jax.data.tfds_builder", raising=False)
+    with pytest.raises(UserError, match=r'pip install "codebook_jax\[tfds\]"'):
+        importlib.import_module("codebook_jax.data.tfds_builder")

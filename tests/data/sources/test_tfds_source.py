@@ -2,19 +2,20 @@
 TensorFlow.
 """
 
-import builtins
 import io
 import json
 import pickle
+import re
 import shutil
 import sys
 
+import list_files
 import numpy as np
 import pytest
+from list_files import refusal
 from PIL import Image
 
 from codebook_jax.data.images import UnreadableImage, decode
-from codebook_jax.data.sources import open_source
 from codebook_jax.errors import UserError
 
 IMAGES = 9
@@ -66,20 +67,12 @@ def data_dir(tmp_path_factory):
 
         def _generate_examples(self, count):
             for number in range(count):
-                yield (
-                    number,
-                    {
-                        "image": io.BytesIO(picture(number)),
-                        "image/filename": f"{number:04d}.jpg",
-                        "image/id": 1000 + number,
-                        "captions": [
-                            {"id": n, "text": text} for n, text in enumerate(captions(number))
-                        ],
-                        "objects": [{"bbox": tfds.features.BBox(0.0, 0.0, 0.5, 1.0)}],
-                        "alt": ["first", " ", f"alt {number}"],
-                        "title": f"title {number}\n",
-                    },
-                )
+                texts = [{"id": n, "text": text} for n, text in enumerate(captions(number))]
+                example = {"image": io.BytesIO(picture(number)), "captions": texts}
+                example |= {"image/filename": f"{number:04d}.jpg", "image/id": 1000 + number}
+                example |= {"objects": [{"bbox": tfds.features.BBox(0.0, 0.0, 0.5, 1.0)}]}
+                example |= {"alt": ["first", " ", f"alt {number}"], "title": f"title {number}\n"}
+                yield number, example
 
     for config in ("2014", "2017"):
         TinyCoco(data_dir=folder, config=config, file_format="array_record").download_and_prepare()
@@ -87,7 +80,7 @@ def data_dir(tmp_path_factory):
 
 
 def open_it(place, role="train"):
-    return open_source(f"tfds:{place}", role=role, size_px=32, scenes_examples=1, seed=0)
+    return list_files.open_it(f"tfds:{place}", role)
 
 
 def number_of(source, index):
@@ -127,6 +120,7 @@ def test_a_data_set_is_found_by_folder_and_a_split_can_be_sliced(data_dir):
     for place in (version, version.parent):
         assert open_it(f"{place}:train").fingerprint() == by_name.fingerprint()
     names = [by_name.name(index) for index in range(IMAGES)]
+    assert "tensorflow" not in sys.modules
     half = open_it(f"{version}:train[3:6]")
     assert [half.name(index) for index in range(len(half))] == names[3:6]
     both = open_it(f"{version}:train[:2]+val")
@@ -145,24 +139,23 @@ def test_parts_with_other_names_are_named(data_dir):
 
 def test_what_cannot_be_read_is_refused_with_a_cure(data_dir, tmp_path):
     (tmp_path / "empty").mkdir()
+    base, there = "tiny_coco/2014:train", f"?data_dir={data_dir}"
     for place, words in {
-        f"tiny_coco/2014:test?data_dir={data_dir}": "Unknown split .*its splits are train, val",
-        f"tiny_coco/2014:train[:5x]?data_dir={data_dir}": r"tiny_coco/2014:train\[:5x\] cannot be read",
-        f"tiny_coco/2014:train[:0]?data_dir={data_dir}": "has no examples",
-        f"tiny_coco/2014?data_dir={data_dir}": "has the splits train, val: name one",
-        f"tiny_coco/2015:train?data_dir={data_dir}": "not prepared in .*tfds build tiny_coco/2015 --file",
-        f"other:train?data_dir={data_dir}": "tfds build other --file",
-        f"not a name:train?data_dir={data_dir}": "is not prepared in",
+        f"tiny_coco/2014:test{there}": "Unknown split .*its splits are train, val",
+        f"{base}[:5x]{there}": r"tiny_coco/2014:train\[:5x\] cannot be read",
+        f"{base}[:0]{there}": "has no examples",
+        f"tiny_coco/2014{there}": "has the splits train, val: name one",
+        f"tiny_coco/2015:train{there}": "not prepared in .*tfds build tiny_coco/2015 --file",
+        f"other:train{there}": "tfds build other --file",
+        f"not a name:train{there}": "is not prepared in",
         f"{tmp_path}/gone:train": f"{tmp_path}/gone.* folder",
         f"{tmp_path}/empty:train": "holds no prepared data set",
         f"{data_dir}/tiny_coco:train": "holds several data sets: give .*/2017/1.1.0",
-        f"tiny_coco/2014:train?data_dir={data_dir}&image_key=photo": "has no 'photo' for [?]image_key .it has .*title",
-        f"tiny_coco/2014:train?data_dir={data_dir}&image_key=title": "'title' is Text.*, not a picture",
-        f"tiny_coco/2014:train?data_dir={data_dir}&caption_key=objects": "no text under 'objects'",
+        f"{base}{there}&image_key=photo": "has no 'photo' for [?]image_key .it has .*title",
+        f"{base}{there}&image_key=title": "'title' is Text.*, not a picture",
+        f"{base}{there}&caption_key=objects": "no text under 'objects'",
     }.items():
-        with pytest.raises(UserError, match=words) as refusal:
-            open_it(place)
-        assert "\n" not in str(refusal.value)
+        assert re.search(words, refusal(f"tfds:{place}")), place
 
 
 def test_a_data_set_in_another_file_format_has_to_be_prepared_anew(data_dir, tmp_path):
@@ -170,10 +163,8 @@ def test_a_data_set_in_another_file_format_has_to_be_prepared_anew(data_dir, tmp
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(
-        UserError, match="prepared as tfrecord, .*tfds build .*--file_format=array_rec"
-    ):
-        open_it(f"{folder}:train")
+    said = refusal(f"tfds:{folder}:train")
+    assert "prepared as tfrecord" in said and "--file_format=array_record" in said
 
 
 def test_a_source_crosses_to_another_process_and_its_fingerprint_moves_with_the_files(
@@ -182,17 +173,14 @@ def test_a_source_crosses_to_another_process_and_its_fingerprint_moves_with_the_
     source = open_it(f"tiny_coco/2014:train?data_dir={data_dir}")
     source[0]
     other = pickle.loads(pickle.dumps(source))
-    assert [other.name(index) for index in range(IMAGES)] == [
-        source.name(index) for index in range(IMAGES)
-    ]
-    assert other[0] == source[0] and other.fingerprint() == source.fingerprint()
+    assert other.name(3) == source.name(3) and other[0] == source[0]
+    assert other.fingerprint() == source.fingerprint()
     assert repr(other) == repr(source) and "0x" not in repr(source)
     shutil.copytree(data_dir / "tiny_coco", tmp_path / "tiny_coco")
     moved = open_it(f"tiny_coco/2014:train?data_dir={tmp_path}")
     assert moved.fingerprint() == source.fingerprint()
-    assert (
-        open_it(f"tiny_coco/2017:train?data_dir={tmp_path}").fingerprint() != source.fingerprint()
-    )
+    other = open_it(f"tiny_coco/2017:train?data_dir={tmp_path}")
+    assert other.fingerprint() != source.fingerprint()
 
 
 def test_files_that_go_after_the_data_set_was_opened_are_named(data_dir, tmp_path):
@@ -207,17 +195,3 @@ def test_files_that_go_after_the_data_set_was_opened_are_named(data_dir, tmp_pat
     assert source.name(3) == "tfds:tiny_coco/2014:train[3]"
     with pytest.raises(UserError, match="see that the files are there"):
         open_it(f"tiny_coco/2014:train?data_dir={tmp_path}")
-
-
-def test_without_the_library_the_extra_that_brings_it_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "tensorflow_datasets":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r'pip install "codebook_jax\[tfds\]"'):
-        open_it("coco_captions:train")
-    assert "tensorflow" not in sys.modules
