@@ -82,7 +82,7 @@ def run_alone(arguments: list[str]) -> dict[str, object]:
 
 def measured(spec: str, records: int, batches: int) -> dict[str, object]:
     """Seconds and megabytes that this process needs with the source."""
-    from codebook_jax.data.pipeline import training_batches
+    from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
     from codebook_jax.data.sources import open_source
     from codebook_jax.data.sources.mixture import training_order
     from codebook_jax.data.text import tokenizer_for_run
@@ -91,7 +91,7 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
         return open_source(spec, role="train", size_px=16, scenes_examples=examples, seed=0)
 
     with TemporaryDirectory() as run:  # load first what every source loads
-        tokenizer = tokenizer_for_run("", run, opened("scenes", 100), 400)
+        tokenizer = tokenizer_for_run("", run, ["a red ring left of a star"], 400)
     training_order(opened("scenes", 100), 0)[0]
     before, began = resident_mb(), time.perf_counter()
     source = opened(spec, records)
@@ -103,11 +103,8 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
         resident_mb() - before,
         time.perf_counter(),
     )
-    stream = training_batches(
-        source,
-        tokenizer,
+    spec = BatchSpec(
         seed=0,
-        start_step=0,
         global_batch=BATCH,
         rows=slice(None),
         size_px=16,
@@ -115,11 +112,9 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
         crop_scale=(0.7, 1.0),
         crop_ratio=(0.75, 4 / 3),
         flip=False,
-        teacher_view="independent",
-        workers=0,
-        threads=2,
-        prefetch=4,
+        views=2,
     )
+    stream = training_batches(source, tokenizer, spec, Reading(threads=2, prefetch=4))
     next(stream)
     first_batch_s = time.perf_counter() - began
     every = max(1, batches // 10)

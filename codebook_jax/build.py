@@ -19,10 +19,12 @@ from codebook_jax import modes
 from codebook_jax.config import check, check_values
 from codebook_jax.console import say
 from codebook_jax.data.batch import Batch
-from codebook_jax.data.pipeline import training_batches
+from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
+from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.text import (
+    SAMPLED,
     Tokenizer,
     open_tokenizer,
     said_unknown,
@@ -95,7 +97,8 @@ def build_training(
     tokenizer, keep = open_tokenizer(
         tokenizer_of(config, start),
         workdir,
-        None if saved and specs(config.init) else source,  # its words came with the weights
+        # None: its words came with the weights
+        None if saved and specs(config.init) else sample_captions(source),
         config.data.tokenizer_vocabulary,
         **spelling(config.data),
     )
@@ -246,11 +249,8 @@ def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator
     processes.
     """
     data, model = parts.config.data, parts.config.model
-    stream = training_batches(
-        parts.source,
-        parts.tokenizer,
+    spec = BatchSpec(
         seed=parts.config.seed,
-        start_step=start_step,
         global_batch=data.global_batch,
         rows=sharding.process_rows(parts.mesh, data.global_batch),
         size_px=model.image.size_px,
@@ -258,11 +258,10 @@ def batches(parts: Parts, *, start_step: int) -> AbstractContextManager[Iterator
         crop_scale=data.crop_scale,
         crop_ratio=data.crop_ratio,
         flip=data.flip,
-        teacher_view=data.teacher_view,
-        workers=data.workers,
-        threads=data.threads,
-        prefetch=data.prefetch,
+        views=1 if data.teacher_view == "same" else 2,
     )
+    reading = Reading(data.workers, data.threads, data.prefetch)
+    stream = training_batches(parts.source, parts.tokenizer, spec, reading, start_step=start_step)
     return contextlib.closing(stream)
 
 
@@ -306,9 +305,9 @@ def announce(parts: Parts) -> None:
     )
     for sentence in amount(parts.source, batch, config.train.steps):
         say(f"            {sentence}")
-    unknown, records = unknown_in(parts.source, parts.tokenizer)
-    spoken = said_unknown(unknown, f"the captions of {records:,} of {len(parts.source):,} pairs")
-    say(f"words       {spoken}")
+    sample = list(sample_captions(parts.source, SAMPLED))
+    unknown = unknown_in(sample, parts.tokenizer)
+    say(f"words       {said_unknown(unknown, f'{len(sample):,} training captions')}")
     say(f"validation  {_validation(parts)}")
     if len(parts.source) < batch:
         say(

@@ -17,10 +17,10 @@ import browser
 import numpy as np
 import pytest
 from PIL import Image
+from small_data import tokenizer_of
 
 from codebook_jax.data.images import Picture
 from codebook_jax.data.sources import open_source
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.run import record as records
 from codebook_jax.tools.check_data import check_data
@@ -217,7 +217,7 @@ def test_the_page_is_whole_and_shows_captions_as_text(checked, tmp_path):
 
 def test_captions_are_counted_by_tokens_and_by_the_pictures_that_share_them(data, tmp_path):
     source = opened(data / "train.json")
-    tokenizer = tokenizer_for_run("", tmp_path, source, 300)
+    tokenizer = tokenizer_of(source, tmp_path, 300)
     images = inspect(source, processes=1, decode=False, least_side_px=0)
     said = read_captions(source, tokenizer)
     captions = compared_captions(said, source, images.which, examples=3)
@@ -352,7 +352,7 @@ def test_pictures_that_the_list_itself_calls_the_same_are_no_copies(tmp_path):
     (tmp_path / "pairs.json").write_text(json.dumps(entries))
     source = opened(tmp_path / "pairs.json")
     images = inspect(source, processes=1, decode=True, least_side_px=32)
-    said = read_captions(source, tokenizer_for_run("", tmp_path, source, 100))
+    said = read_captions(source, tokenizer_of(source, tmp_path, 100))
     assert part_of("training", source, images, said, 3).copies.tolist() == [-1, -1, 0, -1]
 
 
@@ -365,7 +365,7 @@ def test_names_count_where_they_are_no_running_numbers(tmp_path):
         (tmp_path / "pairs.json").write_text(json.dumps(entries))
         source = opened(tmp_path / "pairs.json")
         images = inspect(source, processes=1, decode=False, least_side_px=0)
-        said = read_captions(source, tokenizer_for_run("", tmp_path, source, 100))
+        said = read_captions(source, tokenizer_of(source, tmp_path, 100))
         parts.append(part_of(label, source, images, said, 3))
     found = leak(parts[1], parts[0], 3, False)
     assert found.leaked.tolist() == [True] * 30 + [False] * 30 + [True, False]

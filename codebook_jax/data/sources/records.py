@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.manifest import Manifest, Shard, misfits, read_manifest
-from codebook_jax.data.packing import index_name, unpack
+from codebook_jax.data.manifest import Manifest, Shard, index_name, misfits, read_manifest
+from codebook_jax.data.packing import unpack
 from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.record import Record, WithoutCaption, checked, digest
 from codebook_jax.data.text import has_words

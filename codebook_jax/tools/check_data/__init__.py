@@ -24,6 +24,7 @@ from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.opening import split_specs
+from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError, refuse_below
@@ -78,7 +79,7 @@ def _checked(config: ml_collections.ConfigDict, workdir: Path) -> int:
     tokenizer, _ = open_tokenizer(
         config.data.tokenizer,
         workdir,
-        sources["training"],
+        sample_captions(sources["training"]),
         config.data.tokenizer_vocabulary,
         **spelling(config.data),
     )

@@ -16,8 +16,8 @@ from typing import Any
 
 import ml_collections
 
-from codebook_jax.data.manifest import SKIPPED, Manifest, without_paths
-from codebook_jax.data.packing import Packing, Receipt, full_disk_named, shard_count
+from codebook_jax.data.manifest import SKIPPED, Manifest, Receipt, without_paths
+from codebook_jax.data.packing import Packing, full_disk_named, shard_count
 from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import ROLES, Source, source_of
 from codebook_jax.data.sources.mixture import Mixture

@@ -13,13 +13,12 @@ import time
 
 import numpy as np
 import pytest
+from small_data import stream_of, tokenizer_of
 from small_packing import content, jpeg, pack, write_many
 
 from codebook_jax.data.images import UnreadableImage, decode
 from codebook_jax.data.manifest import Shard, verify
-from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import open_source, records
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 
 COUNT = 22
@@ -232,26 +231,10 @@ def test_a_million_records_open_at_once_without_reading_a_shard(packed, tmp_path
 
 def test_the_stream_of_batches_is_the_same_from_workers_and_after_a_restart(packed, tmp_path):
     source = open_it(packed)
-    tokenizer = tokenizer_for_run("", tmp_path, source, 100)
+    tokenizer = tokenizer_of(source, tmp_path, 100)
 
     def hashes(start_step, steps, workers):
-        stream = training_batches(
-            source,
-            tokenizer,
-            seed=0,
-            start_step=start_step,
-            global_batch=8,
-            rows=slice(0, 8),
-            size_px=24,
-            max_tokens=8,
-            crop_scale=(0.5, 1.0),
-            crop_ratio=(0.75, 4 / 3),
-            flip=False,
-            teacher_view="independent",
-            workers=workers,
-            threads=2,
-            prefetch=2,
-        )
+        stream = stream_of(source, tokenizer, max_tokens=8, start_step=start_step, workers=workers)
         try:
             batches = [next(stream) for _ in range(steps)]
         finally:

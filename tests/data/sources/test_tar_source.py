@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
+from small_data import stream_of, tokenizer_of
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import open_source, tar
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 
 
@@ -511,11 +510,8 @@ def test_shards_and_data_sets_of_both_libraries_pass_through_a_worker_process(tm
     rows["caption"] = [f"number {n}" for n in range(180, 210, 5)]
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     source = open_it(f"{tmp_path}/*.tar,tfds:{tmp_path}/streamed:train,hf:{tmp_path}/saved")
-    tokenizer = tokenizer_for_run("", tmp_path, source, 100)
-    settings = dict(seed=0, start_step=0, global_batch=9, rows=slice(0, 9), size_px=16)
-    settings |= dict(max_tokens=24, crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False)
-    settings |= dict(teacher_view="same", workers=1, threads=2, prefetch=1)
-    stream = training_batches(source, tokenizer, **settings)
+    tokenizer = tokenizer_of(source, tmp_path, 100)
+    stream = stream_of(source, tokenizer, global_batch=9, size_px=16, views=1, workers=1)
     try:
         batches = list(itertools.islice(stream, 2))
     finally:
