@@ -12,7 +12,6 @@ import simplejpeg
 from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where a file may store its rotation
 _ORIENTATION = 0x0112  # EXIF
 _PHOTOMETRIC = 262  # TIFF: 0 if the smallest number is white
 # Not EPS: it would start Ghostscript.
@@ -49,13 +48,11 @@ class Picture:
             self.content = image if of_bytes else _read(image)
             if not self.content:
                 raise ValueError("the file is empty")
-            size = _plain_jpeg_size(self.content)
-            if size is None:
-                self._array = _decoded(self.content)
-                size = self._array.shape[:2]
-            else:
-                _refuse_huge(*size)
-        self.height, self.width = size
+            with _opened(self.content) as opened:
+                self.width, self.height = opened.size
+                if not _is_plain_jpeg(opened, self.content):
+                    self._array = np.asarray(rgb(opened))
+                    self.height, self.width = self._array.shape[:2]
 
     def pixels(self, shrink: int = 1) -> Pixels:
         """The picture at 1 / `shrink` of its size, rounded up: upright, transparency on white.
@@ -72,7 +69,8 @@ class Picture:
                     self.content, min_height=height, min_width=width, min_factor=shrink
                 )
             except ValueError:  # simplejpeg is strict: Pillow decides what is damaged
-                pixels = _decoded(self.content)
+                with _opened(self.content) as opened:
+                    pixels = np.asarray(rgb(opened))
         if pixels.shape[:2] != (height, width):
             box = Image.Resampling.BOX
             pixels = np.asarray(Image.fromarray(pixels).resize((width, height), box))
@@ -168,46 +166,24 @@ def _read(path: str | os.PathLike) -> bytes:
         return file.read()
 
 
-def _decoded(content: bytes) -> Pixels:
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
-        _refuse_huge(opened.height, opened.width)
-        return np.asarray(rgb(opened))
-
-
-def _refuse_huge(height: int, width: int) -> None:
-    most = Image.MAX_IMAGE_PIXELS
+def _opened(content: bytes) -> Image.Image:
+    opened, most = Image.open(io.BytesIO(content), formats=_FORMATS), Image.MAX_IMAGE_PIXELS
+    width, height = opened.size
     if most is not None and width * height > most:
         raise ValueError(f"{width:,} x {height:,} pixels are over the limit of {most:,}")
+    return opened
 
 
-def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo decodes exactly as Pillow does, else None."""
-    if not content.startswith(b"\xff\xd8"):
-        return None
-    head = _before_pixels(content)
-    if any(mark in head for mark in _TURNED) and _is_turned(content):
-        return None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-    except ValueError:
-        return None
-    return (height, width) if colours in ("YCbCr", "Gray") else None
-
-
-def _before_pixels(content: bytes) -> bytes:
-    """The segments of a JPEG up to its first scan, or to the first bytes that are not a segment."""
-    at = 2
-    while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return content[:at]
-
-
-def _is_turned(content: bytes) -> bool:
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
-        try:
-            return opened.getexif().get(_ORIENTATION, 1) not in (0, 1)
-        except Exception:  # a broken block, as in `rgb`
+def _is_plain_jpeg(opened: Image.Image, content: bytes) -> bool:
+    """Whether libjpeg-turbo decodes the file exactly as Pillow does."""
+    if opened.format not in ("JPEG", "MPO"):
+        return False
+    with contextlib.suppress(Exception):  # of a broken EXIF block, as in `rgb`
+        if opened.getexif().get(_ORIENTATION, 1) not in (0, 1):
             return False
+    with contextlib.suppress(ValueError):
+        return simplejpeg.decode_jpeg_header(content)[2] in ("YCbCr", "Gray")
+    return False
 
 
 @contextlib.contextmanager

@@ -31,13 +31,8 @@ UNREAD = "has no caption that gives any token"
 LONGEST = 512  # token counts above it are counted as one
 
 _WORDS = "vocab.txt"
-_SPECIALS = {  # their names in BERT and in RoBERTa
-    "pad": (PAD, "<pad>"),
-    "unk": (UNKNOWN, "<unk>"),
-    "cls": (CLS, "<s>"),
-    "sep": (SEP, "</s>"),
-    "mask": (MASK, "<mask>"),
-}
+_KINDS = ("pad", "unk", "cls", "sep", "mask")
+_OF_BERT, _OF_ROBERTA = (PAD, UNKNOWN, CLS, SEP, MASK), ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
 # The four code points are invisible letters.
 _LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")
@@ -89,6 +84,7 @@ class Tokenizer:
     ) -> None:
         """`unknown_id` stands for unknown words; `cleans`: the tokenizer cleans captions itself."""
         self._tokenizer, self._cleans = tokenizer, cleans
+        self._prepare = whole if cleans else clean
         self.vocabulary, self.unknown_id = vocabulary, unknown_id
         # A caption's "[MASK]" is a word, not the special token. Pickling loses this setting.
         tokenizer.encode_special_tokens = True
@@ -98,8 +94,8 @@ class Tokenizer:
 
     def _encodings(self, captions: Iterable[str]) -> list[tokenizers.Encoding]:
         """The tokens of each caption, without [CLS] and [SEP]."""
-        prepare = whole if self._cleans else clean
-        return self._tokenizer.encode_batch([*map(prepare, captions)], add_special_tokens=False)
+        texts = [self._prepare(caption) for caption in captions]
+        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> Encoded:
         """The first `max_tokens` tokens of each caption, [CLS] and [SEP] included."""
@@ -125,14 +121,13 @@ class Tokenizer:
 
     def unknown_words(self, captions: Iterable[str]) -> list[str]:
         """The words that it reads as the unknown token, each once."""
-        captions = [(whole if self._cleans else clean)(caption) for caption in captions]
-        words = (
-            text[start:stop]
-            for text, encoding in zip(captions, self._encodings(captions), strict=True)
-            for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
-            if number == self.unknown_id
-        )
-        return list(dict.fromkeys(words))
+        found: dict[str, None] = {}
+        for caption in captions:
+            (encoding,), text = self._encodings([caption]), self._prepare(caption)
+            for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                if number == self.unknown_id:
+                    found[text[start:stop]] = None
+        return list(found)
 
     def unknown(
         self, tokens: Int32[np.ndarray, "captions tokens"], lengths: Int32[np.ndarray, "captions"]
@@ -244,11 +239,8 @@ def open_tokenizer(
             f"{folder} is missing, and the run's tokens cannot be read without it: restore it"
         )
     else:
-        loaded = _in_transformers(
-            train_vocabulary(
-                captions, vocabulary_size, lowercase=lowercase, strip_accents=strip_accents
-            )
-        )
+        spelling = {"lowercase": lowercase, "strip_accents": strip_accents}
+        loaded = _in_transformers(train_vocabulary(captions, vocabulary_size, **spelling))
     tokenizer = _wrapped(loaded, spec or "the trained vocabulary")
     return Opened(tokenizer, lambda: _keep(loaded, folder))
 
@@ -256,8 +248,9 @@ def open_tokenizer(
 def _in_transformers(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerBase:
     import transformers  # takes a second, and workers never need it
 
-    options = {f"{kind}_token": names[0] for kind, names in _SPECIALS.items()} | {_CLEANS: True}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    names = {f"{kind}_token": name for kind, name in zip(_KINDS, _OF_BERT, strict=True)}
+    options = names | {"tokenizer_object": tokenizer, _CLEANS: True}
+    return transformers.PreTrainedTokenizerFast(**options)
 
 
 def _load(name: str, what: str) -> PreTrainedTokenizerBase:
@@ -285,16 +278,16 @@ def _load(name: str, what: str) -> PreTrainedTokenizerBase:
             )
         raise UserError(f"{what} {advice}") from failure
     vocabulary = loaded.get_vocab()
-    for kind, names in _SPECIALS.items():  # a tokenizer.json alone does not name them
-        token = next((token for token in names if token in vocabulary), None)
-        if token is not None and getattr(loaded, f"{kind}_token") is None:
-            setattr(loaded, f"{kind}_token", token)
+    for kind, *names in zip(_KINDS, _OF_BERT, _OF_ROBERTA, strict=True):
+        known = [name for name in names if name in vocabulary]
+        if known and getattr(loaded, f"{kind}_token") is None:  # a tokenizer.json alone names none
+            setattr(loaded, f"{kind}_token", known[0])
     return loaded
 
 
 def _wrapped(loaded: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     """The parts of a transformers tokenizer that a run uses."""
-    ids = {kind: getattr(loaded, f"{kind}_token_id") for kind in ("pad", "cls", "sep", "mask")}
+    ids = {kind: getattr(loaded, f"{kind}_token_id") for kind in _KINDS if kind != "unk"}
     missing = [kind for kind, number in ids.items() if number is None]
     if missing or not getattr(loaded, "is_fast", False):
         lacks = f"has no {', '.join(missing)} token" if missing else "has no fast version"
