@@ -41,19 +41,13 @@ Tables = Int32[Array, "batch 3 256"]  # the new value of each value
 Matrices = Float32[Array, "batch 2 3"]  # output (x, y, 1), in pixels from the corner, to source
 
 
-class Operation(enum.IntEnum):
-    """The operations an image can draw, all equally often."""
-
-    IDENTITY = 0
-    AUTO_CONTRAST = 1
-    EQUALISE = 2
-    BRIGHTNESS = 3
-    SHARPNESS = 4
-    SHEAR_X = 5
-    SHEAR_Y = 6
-    TRANSLATE_X = 7
-    TRANSLATE_Y = 8
-    ROTATE = 9
+# The operations an image can draw, all equally often.
+Operation = enum.IntEnum(
+    "Operation",
+    "IDENTITY AUTO_CONTRAST EQUALISE BRIGHTNESS SHARPNESS "
+    "SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE",
+    start=0,
+)
 
 
 def augment(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -45,7 +46,7 @@ class Picture:
         of_bytes = isinstance(image, bytes)
         self._name = name or (f"{len(image):,} bytes" if of_bytes else os.fspath(image))
         with _named(self._name):
-            self.content = image if of_bytes else _read(image)
+            self.content = image if of_bytes else Path(image).read_bytes()
             if not self.content:
                 raise ValueError("the file is empty")
             with _opened(self.content) as opened:
@@ -159,11 +160,6 @@ def _eight_bits(
             "read"
         )
     return np.rint(values * (255 / most)).astype(np.uint8)
-
-
-def _read(path: str | os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def _opened(content: bytes) -> Image.Image:

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _LONGEST_JPEG_PX = 65_500  # libjpeg's limit
-_TOLD_EVERY = 64  # records
 
 Told = Callable[[int, int], None]  # (records read, records skipped) since the last call
 
@@ -140,13 +139,13 @@ def _fill(
 
     first = shard * packing.shard_records
     stop = min(len(source), first + packing.shard_records)
-    records = captions = 0
+    captions = 0
     skipped: list[tuple[str, str]] = []
-    told = first, 0
     writer = array_record_module.ArrayRecordWriter(os.fspath(drafts[0]), WRITER_OPTIONS)
     with open(drafts[1], "wb") as index, contextlib.closing(writer):
         for number in range(first, stop):
             name = source.name(number)
+            before = len(skipped)
             try:
                 record = source[number]
                 packed = packed_picture(record.image, packing.side_px, packing.quality)
@@ -155,12 +154,10 @@ def _fill(
             else:
                 writer.write(pack(record, name, packed.jpeg))
                 index.write(_index_line(record, name, packed))
-                records, captions = records + 1, captions + len(record.captions)
-            read = number + 1
-            if tell is not None and ((read - first) % _TOLD_EVERY == 0 or read == stop):
-                tell(read - told[0], len(skipped) - told[1])
-                told = read, len(skipped)
-    return records, captions, skipped
+                captions += len(record.captions)
+            if tell is not None:
+                tell(1, len(skipped) - before)
+    return stop - first - len(skipped), captions, skipped
 
 
 def _index_line(record: Record, name: str, packed: Packed) -> bytes:

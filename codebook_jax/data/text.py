@@ -184,13 +184,6 @@ def spelling(data: ml_collections.ConfigDict) -> dict[str, bool]:
     return {"lowercase": data.tokenizer_lowercase, "strip_accents": data.tokenizer_strip_accents}
 
 
-class Opened(NamedTuple):
-    """A tokenizer, and a function that saves it into the workdir."""
-
-    tokenizer: Tokenizer
-    keep: Callable[[], None]
-
-
 def tokenizer_for_run(
     spec: str,
     workdir: Path | str,
@@ -199,9 +192,9 @@ def tokenizer_for_run(
     **spelling: bool,
 ) -> Tokenizer:
     """The tokenizer of a run, saved into its workdir: see `open_tokenizer`."""
-    opened = open_tokenizer(spec, workdir, captions, vocabulary_size, **spelling)
-    opened.keep()
-    return opened.tokenizer
+    tokenizer, save = open_tokenizer(spec, workdir, captions, vocabulary_size, **spelling)
+    save()
+    return tokenizer
 
 
 def open_tokenizer(
@@ -212,8 +205,8 @@ def open_tokenizer(
     *,
     lowercase: bool = True,
     strip_accents: bool = False,
-) -> Opened:
-    """The tokenizer in the workdir, if there is one, else that of `spec`; writes nothing yet.
+) -> tuple[Tokenizer, Callable[[], None]]:
+    """The workdir's tokenizer, if it has one, else that of `spec`, and a function that saves it.
 
     `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on `captions`,
     and only then `lowercase` and `strip_accents` apply. Raises UserError if there is no usable
@@ -225,7 +218,7 @@ def open_tokenizer(
     folder = Path(workdir) / FOLDER
     if folder.is_dir():
         own = _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
-        return Opened(own, lambda: None)
+        return own, lambda: None
     if spec and (strip_accents or not lowercase):
         raise UserError(
             f"config.data.tokenizer={spec!r} has its own spelling rules: leave "
@@ -242,7 +235,7 @@ def open_tokenizer(
         spelling = {"lowercase": lowercase, "strip_accents": strip_accents}
         loaded = _in_transformers(train_vocabulary(captions, vocabulary_size, **spelling))
     tokenizer = _wrapped(loaded, spec or "the trained vocabulary")
-    return Opened(tokenizer, lambda: _keep(loaded, folder))
+    return tokenizer, lambda: _save(loaded, folder)
 
 
 def _in_transformers(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerBase:
@@ -262,10 +255,10 @@ def _load(name: str, what: str) -> PreTrainedTokenizerBase:
 
     # A list of word pieces without the tokenizer that transformers saves is BERT's.
     words_alone = (Path(name) / _WORDS).is_file() and not (Path(name) / "tokenizer.json").exists()
-    kind = transformers.BertTokenizerFast if words_alone else transformers.AutoTokenizer
+    reader = transformers.BertTokenizerFast if words_alone else transformers.AutoTokenizer
     local = os.path.isdir(name) or not hub_reachable()
     try:
-        loaded = kind.from_pretrained(name, local_files_only=local)
+        loaded = reader.from_pretrained(name, local_files_only=local)
     except Exception as failure:  # OSError, ValueError, KeyError, the hub's own errors, ...
         reason = str(failure).strip().split("\n")[0].rstrip(".") or type(failure).__name__
         if os.path.isdir(name):
@@ -282,6 +275,12 @@ def _load(name: str, what: str) -> PreTrainedTokenizerBase:
         known = [name for name in names if name in vocabulary]
         if known and getattr(loaded, f"{kind}_token") is None:  # a tokenizer.json alone names none
             setattr(loaded, f"{kind}_token", known[0])
+    if words_alone:
+        listed = (Path(name) / _WORDS).read_text(encoding="utf-8").split("\n")
+        absent = {str(getattr(loaded, f"{kind}_token")) for kind in _KINDS}.difference(listed)
+        if absent:  # transformers has appended them
+            absent = ", ".join(sorted(absent))
+            raise UserError(f"{what}: its {_WORDS} has no {absent}: use one like BERT's")
     return loaded
 
 
@@ -304,7 +303,7 @@ def _wrapped(loaded: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     return Tokenizer(backend, vocabulary, loaded.unk_token_id, cleans)
 
 
-def _keep(loaded: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save(loaded: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves into `folder` whole or not at all; another process may have saved it first."""
     draft = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from dataclasses import replace
 
 from codebook_jax.data.scenes.captions import HARD_WORDINGS, evaluation_caption, two_objects
 from codebook_jax.data.scenes.world import (
@@ -86,17 +85,17 @@ def _hard_pair(draw: random.Random, split: str, kind: str) -> list[tuple[Scene, 
     a, b = objects
     background, seed = draw_background(draw), draw.getrandbits(48)
     if kind == "binding":
-        others = (
-            replace(a, colour=b.colour, paint=b.paint),
-            replace(b, colour=a.colour, paint=a.paint),
+        swapped = (
+            a._replace(colour=b.colour, paint=b.paint),
+            b._replace(colour=a.colour, paint=a.paint),
         )
     else:
-        others = replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
+        swapped = a._replace(x=b.x, y=b.y), b._replace(x=a.x, y=a.y)
     first_of_other = 1 if kind == "order" else 0
     return [
         (scene, two_objects(scene, first, random.Random(seed), HARD_WORDINGS))
         for scene, first in (
             (Scene(objects, background, seed), 0),
-            (Scene(others, background, seed), first_of_other),
+            (Scene(swapped, background, seed), first_of_other),
         )
     ]

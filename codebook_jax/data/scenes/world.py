@@ -5,7 +5,6 @@ Draws use only `random` and `getrandbits` of random.Random, whose numbers Python
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -54,8 +53,7 @@ class Background(NamedTuple):
     noise_seed: int
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneObject:
+class SceneObject(NamedTuple):
     """One shape. Positions are shares of the picture's side, from its left and its top."""
 
     colour: str
@@ -80,8 +78,7 @@ class SceneObject:
         return self.x - r, self.y - r, self.x + r, self.y + r
 
 
-@dataclasses.dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """The content of a picture: objects that differ in colour or shape and do not overlap."""
 
     objects: tuple[SceneObject, ...]
