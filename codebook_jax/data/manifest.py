@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, write_json, written_whole
@@ -60,8 +60,8 @@ class Manifest(NamedTuple):
     captions: int
     bytes: int  # of the shards and their indexes
     skipped: int  # listed records that are in no shard
-    source: Mapping[str, Any]  # {"repr", "fingerprint", "records"} of what was packed
-    options: Mapping[str, Any]  # the fields of config.prepare that determine the content
+    source: Mapping[str, str | int]  # {"repr", "fingerprint", "records"} of what was packed
+    options: Mapping[str, str | int]  # the fields of config.prepare that determine the content
     listed: int  # records that the source lists
     left_out: int  # records left out by the source itself: the first lines of skipped.tsv
     skipped_sha256: str  # of skipped.tsv
@@ -86,8 +86,8 @@ def file_sha256(path: Path) -> str:
 
 def write_manifest(
     folder: Path,
-    source: Mapping[str, Any],
-    options: Mapping[str, Any],
+    source: Mapping[str, str | int],
+    options: Mapping[str, str | int],
     *,
     listed: int,
     left_out: Sequence[tuple[str, str]],
