@@ -10,12 +10,11 @@ system drops when it needs them.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,16 +48,8 @@ def main() -> None:
         folder = Path(options.folder or temporary)
         for name in options.sources:
             spec = WRITERS[name](folder / name, options.records)
-            row = run_alone(
-                [
-                    "--one",
-                    spec,
-                    "--records",
-                    str(options.records),
-                    "--batches",
-                    str(options.batches),
-                ]
-            )
+            sizes = ["--records", str(options.records), "--batches", str(options.batches)]
+            row = run_alone(["--one", spec, *sizes])
             figures[name] = row
             print(
                 f"{name:10} {row['open_s']:8.3f} {row['order_s']:8.3f} "
@@ -82,7 +73,7 @@ def run_alone(arguments: list[str]) -> dict[str, object]:
 
 def measured(spec: str, records: int, batches: int) -> dict[str, object]:
     """Seconds and megabytes that this process needs with the source."""
-    from codebook_jax.data.pipeline import training_batches
+    from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
     from codebook_jax.data.sources import open_source
     from codebook_jax.data.sources.mixture import training_order
     from codebook_jax.data.text import tokenizer_for_run
@@ -91,23 +82,17 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
         return open_source(spec, role="train", size_px=16, scenes_examples=examples, seed=0)
 
     with TemporaryDirectory() as run:  # load first what every source loads
-        tokenizer = tokenizer_for_run("", run, opened("scenes", 100), 400)
+        tokenizer = tokenizer_for_run("", run, ["a red ring left of a star"], 400)
     training_order(opened("scenes", 100), 0)[0]
     before, began = resident_mb(), time.perf_counter()
     source = opened(spec, records)
     open_s, began = time.perf_counter() - began, time.perf_counter()
     order = training_order(source, 0)
     order[0], order[len(source) - 1]
-    order_s, index_mb, began = (
-        time.perf_counter() - began,
-        resident_mb() - before,
-        time.perf_counter(),
-    )
-    stream = training_batches(
-        source,
-        tokenizer,
+    order_s, index_mb = time.perf_counter() - began, resident_mb() - before
+    began = time.perf_counter()
+    spec = BatchSpec(
         seed=0,
-        start_step=0,
         global_batch=BATCH,
         rows=slice(None),
         size_px=16,
@@ -115,11 +100,9 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
         crop_scale=(0.7, 1.0),
         crop_ratio=(0.75, 4 / 3),
         flip=False,
-        teacher_view="independent",
-        workers=0,
-        threads=2,
-        prefetch=4,
+        views=2,
     )
+    stream = training_batches(source, tokenizer, spec, Reading(threads=2, prefetch=4))
     next(stream)
     first_batch_s = time.perf_counter() - began
     every = max(1, batches // 10)
@@ -147,40 +130,30 @@ def resident_mb() -> float:
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1e3
 
 
-def pairs(records: int) -> Iterator[tuple[int, bytes, str]]:
-    """(picture number, its JPEG, the caption) of each record."""
-    import numpy as np
-    from PIL import Image
-
-    draw = np.random.default_rng(0)
-    files = []
-    for _ in range(DISTINCT):
-        buffer = io.BytesIO()
-        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "JPEG")
-        files.append(buffer.getvalue())
-    words = ["red", "green", "small", "large", "circle", "square", "left", "above", "beside", "two"]
-    for number in range(records):
-        chosen = (words[number // 10**place % 10] for place in range(6))
-        yield number % DISTINCT, files[number % DISTINCT], " ".join(chosen)
-
-
 def as_scenes(folder: Path, records: int) -> str:
     return "scenes"
 
 
 def as_json_lines(folder: Path, records: int) -> str:
     """One entry per line, with paths as long as real ones; images repeat."""
-    folder.mkdir(parents=True, exist_ok=True)
+    import numpy as np
+    from PIL import Image
+
     path = folder / "pairs.jsonl"
     if path.exists():
         return f"json:{path}"
+    images = [f"images/part-{number:05}/{number:012}.jpg" for number in range(DISTINCT)]
+    draw = np.random.default_rng(0)
+    for image in images:
+        (folder / image).parent.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / image, "JPEG")
+    words = ["red", "green", "small", "large", "circle", "square", "left", "above", "beside", "two"]
     with open(path, "w") as lines:
-        for number, (which, file, caption) in enumerate(pairs(records)):
-            image = f"images/part-{which:05}/{which:012}.jpg"
-            if number < DISTINCT:
-                (folder / image).parent.mkdir(parents=True, exist_ok=True)
-                (folder / image).write_bytes(file)
-            lines.write(json.dumps({"image": image, "caption": caption, "image_id": number}) + "\n")
+        for number in range(records):
+            caption = " ".join(words[number // 10**place % 10] for place in range(6))
+            entry = {"image": images[number % DISTINCT], "caption": caption, "image_id": number}
+            lines.write(json.dumps(entry) + "\n")
     return f"json:{path}"
 
 

@@ -26,7 +26,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,13 +37,13 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from codebook_jax.data.pipeline import training_batches
+from codebook_jax.data.pipeline import BatchSpec, BatchStream, Reading, training_batches
 from codebook_jax.data.sources import Source, open_source
 from codebook_jax.data.text import Tokenizer, tokenizer_for_run
 from codebook_jax.errors import UserError
 
 SIZE_PX, MAX_TOKENS, BATCH = 256, 30, 64
-VIEWS = {2: "independent", 1: "same"}
+VIEWS = (2, 1)  # the teacher has its own, or not
 PACKAGES = (
     "grain",
     "numpy",
@@ -86,7 +86,7 @@ def measured(folder: Path, options: argparse.Namespace, cores: set[int]) -> dict
     figures: dict[str, Any] = {"machine": machine(), "kilobytes a picture": round(kilobytes, 1)}
     print(json.dumps(figures), flush=True)
     sources, skipped = opened(pictures, options.sources)
-    tokenizer = tokenizer_for_run("", folder / "run", sources["files"], 8192)
+    tokenizer = tokenizer_for_run("", folder / "run", pictures.captions, 8192)
     rows = decoders([path.read_bytes() for path in pictures.paths])
     for (name, source), views in itertools.product(sources.items(), VIEWS):
         rows[f"{name}, {views} views"] = ours(source, tokenizer, views, options.batches)
@@ -145,13 +145,10 @@ def ours(source: Source, tokenizer: Tokenizer, views: int, batches: int) -> Call
     return seconds
 
 
-def open_stream(source: Source, tokenizer: Tokenizer, views: int, **making: int) -> Iterator[Any]:
+def open_stream(source: Source, tokenizer: Tokenizer, views: int, **making: int) -> BatchStream:
     """The stream of training batches with ALBEF's crops."""
-    return training_batches(
-        source,
-        tokenizer,
+    spec = BatchSpec(
         seed=0,
-        start_step=0,
         global_batch=BATCH,
         rows=slice(None),
         size_px=SIZE_PX,
@@ -159,9 +156,9 @@ def open_stream(source: Source, tokenizer: Tokenizer, views: int, **making: int)
         crop_scale=(0.2, 1.0),
         crop_ratio=(0.75, 4 / 3),
         flip=True,
-        teacher_view=VIEWS[views],
-        **making,
+        views=views,
     )
+    return training_batches(source, tokenizer, spec, Reading(**making))
 
 
 def decoders(files: Sequence[bytes]) -> dict[str, Callable[[], float]]:

@@ -20,7 +20,9 @@ from codebook_jax.config import changed_fields, check_fields
 from codebook_jax.console import say
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
+from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.text import (
+    SAMPLED,
     Tokenizer,
     open_tokenizer,
     said_unknown,
@@ -111,7 +113,8 @@ def build_training(
     tokenizer, keep = open_tokenizer(
         tokenizer_of(config, start),
         workdir,
-        None if saved and specs(config.init) else source,  # its words came with the weights
+        # None: its words came with the weights
+        None if saved and specs(config.init) else sample_captions(source),
         config.data.tokenizer_vocabulary,
         **spelling(config.data),
     )
@@ -286,9 +289,9 @@ def announce(parts: Parts) -> None:
     )
     for sentence in amount(parts.source, batch, config.train.steps):
         say(f"            {sentence}")
-    unknown, records = unknown_in(parts.source, parts.tokenizer)
-    spoken = said_unknown(unknown, f"the captions of {records:,} of {len(parts.source):,} pairs")
-    say(f"words       {spoken}")
+    sample = list(sample_captions(parts.source, SAMPLED))
+    unknown = unknown_in(sample, parts.tokenizer)
+    say(f"words       {said_unknown(unknown, f'{len(sample):,} training captions')}")
     say(f"validation  {_validation(parts)}")
     if len(parts.source) < batch:
         say(

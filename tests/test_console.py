@@ -12,11 +12,11 @@ from pathlib import Path
 import jax
 import pytest
 from one_weight import OneWeight, saved_steps
+from small_data import tokenizer_of
 from small_run import ROOT, config_of
 
 from codebook_jax import build, console
 from codebook_jax.data.progress import Bar
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.parallel import sharding
 
 FULL = "/dev/full"
@@ -228,7 +228,7 @@ class Pairs(list):
 def parts_of(config, count, workdir):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     source = Pairs(range(count))
-    tokenizer = tokenizer_for_run("", workdir, source, 300)
+    tokenizer = tokenizer_of(source, workdir, 300)
     return build.Parts(config, mesh, source, range(7), tokenizer, OneWeight())
 
 

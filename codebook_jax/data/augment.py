@@ -2,9 +2,8 @@
 
 Every image passes the three stages of a layer: a lookup table per channel, a 3x3 sharpening, an
 affine warp. The drawn operation sets the parameters of its stage; the other stages get neutral
-ones, which leave every bit unchanged.
-So all ten operations cost one pass, and nothing couples two images: a batch-sharded mesh needs no
-communication.
+ones, which leave every bit unchanged. So all ten operations cost one pass, and nothing couples two
+images: a batch-sharded mesh needs no communication.
 
 Ranges, fill and probability are those of ALBEF's public code (Li et al. 2021); pixel arithmetic is
 PIL's, and as in both, every stage ends in uint8. Departures from ALBEF: translation scales with the
@@ -33,40 +32,32 @@ _ROTATE_DEGREES = 30.0
 _ENHANCE_SPAN, _ENHANCE_LEAST = 1.8, 0.1
 
 _ONE_BITS = 16  # fraction bits of a matrix entry in `warp`: sides up to 4096 fit 32 bits
-_SHARE_BITS = (
-    8  # of an interpolation weight: two weights and a pixel value fill the 24 bits of a float32
+# Of an interpolation weight: two weights and a pixel value fill the 24 bits of a float32.
+_SHARE_BITS = 8
+
+Images = UInt8[Array, "batch side side 3"]
+Counts = Int32[Array, "batch 3 256"]  # of the pixels of each value
+Tables = Int32[Array, "batch 3 256"]  # the new value of each value
+Matrices = Float32[Array, "batch 2 3"]  # output (x, y, 1), in pixels from the corner, to source
+
+
+# The operations an image can draw, all equally often.
+Operation = enum.IntEnum(
+    "Operation",
+    "IDENTITY AUTO_CONTRAST EQUALISE BRIGHTNESS SHARPNESS "
+    "SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE",
+    start=0,
 )
 
 
-class Operation(enum.IntEnum):
-    """The operations an image can draw, all equally often."""
-
-    IDENTITY = 0
-    AUTO_CONTRAST = 1
-    EQUALISE = 2
-    BRIGHTNESS = 3
-    SHARPNESS = 4
-    SHEAR_X = 5
-    SHEAR_Y = 6
-    TRANSLATE_X = 7
-    TRANSLATE_Y = 8
-    ROTATE = 9
-
-
 def augment(
-    images: UInt8[Array, "batch side side 3"],
-    flip: Bool[Array, "batch"],
-    key: PRNGKeyArray,
-    *,
-    layers: int,
-    magnitude: int | float,
+    images: Images, flip: Bool[Array, "batch"], key: PRNGKeyArray, *, layers: int, magnitude: float
 ) -> Float32[Array, "batch side side 3"]:
-    """The images, mirrored where `flip`, then changed by `layers` random operations each; values
-    stay in 0..255.
+    """The images, mirrored where `flip`, then changed by `layers` random operations each.
 
-    An image's operations depend on the key and its place in the global batch, not on where it is
-    computed. RandAugment (Cubuk et al. 2020) with ALBEF's ranges; `magnitude` is 0..10, and ALBEF
-    uses 7 in 2 layers.
+    RandAugment (Cubuk et al. 2020) with ALBEF's ranges: `magnitude` is 0..10, and ALBEF uses 7 in 2
+    layers. Values stay in 0..255. An image's operations depend on the key and its place in the
+    global batch, not on where it is computed.
     """
     images = jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
     if layers:
@@ -77,13 +68,10 @@ def augment(
 
 
 def normalise(
-    images: UInt8[Array, "batch side side 3"] | Float32[Array, "batch side side 3"],
-    dtype: DTypeLike,
+    images: Images | Float32[Array, "batch side side 3"], dtype: DTypeLike
 ) -> Float[Array, "batch side side 3"]:
-    """Pixels in 0..255 as the encoders expect them; computed in float32, since bfloat16 has no 256
-    even steps.
-    """
-    images = images.astype(jnp.float32) / 255
+    """Pixels in 0..255 as the encoders expect them, computed in float32."""
+    images = images.astype(jnp.float32) / 255  # bfloat16 has no 256 even steps
     mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
     return ((images - mean) / std).astype(dtype)
 
@@ -91,9 +79,7 @@ def normalise(
 def draw(
     key: PRNGKeyArray, batch: int, layers: int
 ) -> tuple[Int32[Array, "batch layers"], Float32[Array, "batch layers"]]:
-    """Each image's operations, with replacement, and their signs; an operation that is skipped
-    counts as identity.
-    """
+    """Each image's operations, with replacement, identity where skipped; and their signs."""
     which, whether, sign = jax.random.split(key, 3)
     operations = jax.random.randint(which, (batch, layers), 0, len(Operation), jnp.int32)
     applied = jax.random.bernoulli(whether, jnp.float32(APPLY_PROBABILITY), (batch, layers))
@@ -103,16 +89,13 @@ def draw(
 
 
 def apply(
-    images: UInt8[Array, "batch side side 3"],
+    images: Images,
     operations: Int32[Array, "batch"],
     signs: Float32[Array, "batch"],
     *,
-    magnitude: int | float,
-) -> UInt8[Array, "batch side side 3"]:
-    """Each image after its own operation.
-
-    The sign turns shears, translations and rotations only, as in ALBEF.
-    """
+    magnitude: float,
+) -> Images:
+    """Each image after its own operation; the sign is that of warps alone, as in ALBEF."""
     enhance = magnitude / HIGHEST_MAGNITUDE * _ENHANCE_SPAN + _ENHANCE_LEAST
     amount = signs * (magnitude / HIGHEST_MAGNITUDE)
 
@@ -122,20 +105,15 @@ def apply(
     return warp(images, _matrices(operations, amount, images.shape[1]))
 
 
-# Tables: auto-contrast, equalise, brightness.
-
-
-def histograms(images: UInt8[Array, "batch side side 3"]) -> Int32[Array, "batch 3 256"]:
+def histograms(images: Images) -> Counts:
     """How many pixels of each image and channel have each value."""
     # A scatter per image avoids a one-hot array 256 times the size of the batch.
     bins = jax.vmap(lambda values: jnp.zeros(3 * 256, jnp.int32).at[values].add(1))
     return bins(_bins(images)).reshape(-1, 3, 256)
 
 
-def auto_contrast_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "batch 3 256"]:
-    """Stretches the values that occur over 0..255; a channel of one value stays (PIL's
-    autocontrast, no cutoff).
-    """
+def auto_contrast_tables(counts: Counts) -> Tables:
+    """Stretches the values that occur over 0..255 (PIL's autocontrast, no cutoff)."""
     first = lambda counts: jax.lax.argmax(counts > 0, counts.ndim - 1, jnp.int32)[..., None]  # noqa: E731
     low, high = first(counts), 255 - first(counts[..., ::-1])
     values = jnp.arange(256, dtype=jnp.int32)
@@ -143,10 +121,8 @@ def auto_contrast_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "b
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), values)
 
 
-def equalise_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "batch 3 256"]:
-    """Makes the values that occur about equally frequent; a channel of one value stays (PIL's
-    equalize).
-    """
+def equalise_tables(counts: Counts) -> Tables:
+    """Makes the values that occur about equally frequent (PIL's equalize)."""
     values = jnp.arange(256, dtype=jnp.int32)
     last = jnp.max(jnp.where(counts > 0, values, 0), axis=-1, keepdims=True)
     others = jnp.where(values == last, 0, counts)
@@ -156,46 +132,29 @@ def equalise_tables(counts: Int32[Array, "batch 3 256"]) -> Int32[Array, "batch 
     return jnp.where(step > 0, jnp.minimum(levelled, 255), values)
 
 
-def brightness_table(factor: float) -> Int32[Array, "256"]:
-    """Multiplies every value by a factor; 1 is the image itself."""
-    return jnp.clip(jnp.arange(256, dtype=jnp.float32) * factor, 0, 255).astype(jnp.int32)
-
-
-def look_up(
-    images: UInt8[Array, "batch side side 3"], tables: Int32[Array, "batch 3 256"]
-) -> UInt8[Array, "batch side side 3"]:
+def look_up(images: Images, tables: Tables) -> Images:
     """Every value replaced by its entry in its image's and channel's table."""
     flat = tables.astype(jnp.uint8).reshape(len(tables), 3 * 256)
     return _take(flat, _bins(images)).reshape(images.shape)
 
 
-def _tables(
-    counts: Int32[Array, "batch 3 256"], operations: Int32[Array, "batch"], factor: float
-) -> Int32[Array, "batch 3 256"]:
-    unchanged = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32), counts.shape)
-    return _choose(
-        {
-            Operation.AUTO_CONTRAST: auto_contrast_tables(counts),
-            Operation.EQUALISE: equalise_tables(counts),
-            Operation.BRIGHTNESS: jnp.broadcast_to(brightness_table(factor), counts.shape),
-        },
-        unchanged,
-        operations,
-    )
+def _tables(counts: Counts, operations: Int32[Array, "batch"], factor: float) -> Tables:
+    values = jnp.arange(256, dtype=jnp.int32)
+    brighter = jnp.clip(jnp.arange(256, dtype=jnp.float32) * factor, 0, 255).astype(jnp.int32)
+    tables = {
+        Operation.AUTO_CONTRAST: auto_contrast_tables(counts),
+        Operation.EQUALISE: equalise_tables(counts),
+        Operation.BRIGHTNESS: jnp.broadcast_to(brighter, counts.shape),
+    }
+    return _choose(tables, jnp.broadcast_to(values, counts.shape), operations)
 
 
-def _bins(images: UInt8[Array, "batch side side 3"]) -> Int32[Array, "batch values"]:
-    return (images.astype(jnp.int32) + 256 * jnp.arange(3, dtype=jnp.int32)).reshape(
-        len(images), -1
-    )
+def _bins(images: Images) -> Int32[Array, "batch values"]:
+    bins = images.astype(jnp.int32) + 256 * jnp.arange(3, dtype=jnp.int32)
+    return bins.reshape(len(images), -1)
 
 
-# Sharpness.
-
-
-def sharpen(
-    images: UInt8[Array, "batch side side 3"], factors: Float32[Array, "batch"]
-) -> UInt8[Array, "batch side side 3"]:
+def sharpen(images: Images, factors: Float32[Array, "batch"]) -> Images:
     """Moves each image away from its smoothed self; 1 is the image itself, 0 the smoothed one.
 
     PIL's kernel, 5 in the middle of eight ones; the outermost pixels stay as they are.
@@ -212,23 +171,16 @@ def sharpen(
     # The product is the only rounding before the floor, so every compilation gives the same value.
     difference = (values - smooth).astype(jnp.float32)
     change = jnp.floor(factors[:, None, None, None] * difference).astype(jnp.int32)
-    sharp = smooth + change
-    return jnp.clip(sharp, 0, 255).astype(jnp.uint8)
+    return jnp.clip(smooth + change, 0, 255).astype(jnp.uint8)
 
 
-# Warps: identity, shear, translate, rotate.
+def warp(images: Images, matrices: Matrices) -> Images:
+    """Each image warped by its matrix: bilinear, rounded; outside the source, pixels are FILL.
 
-
-def warp(
-    images: UInt8[Array, "batch side side 3"], matrices: Float32[Array, "batch 2 3"]
-) -> UInt8[Array, "batch side side 3"]:
-    """Each image warped by its matrix, which maps output (x, y, 1), in pixels from the corner, to
-    source (x, y).
-
-    Bilinear, rounded; pixels from outside the source are FILL. Its edge pixels reach to the edge,
-    as in PIL. Matrix entries are truncated to 2^-16, weights rounded to 2^-8, and all else is
-    exact: with float coordinates, two compilations could land on different sides of a pixel border,
-    and a sharded batch would differ from the whole one.
+    The edge pixels of the source reach to its edge, as in PIL. Matrix entries are truncated to
+    2^-16, weights rounded to 2^-8, and all else is exact: with float coordinates, two compilations
+    could land on different sides of a pixel border, and a sharded batch would differ from the whole
+    one.
     """
     batch, side = images.shape[:2]
     matrices = (matrices * 2**_ONE_BITS).astype(jnp.int32)[:, :, :, None, None]
@@ -268,42 +220,27 @@ def warp(
     return jnp.where(inside[..., None], values, FILL).astype(jnp.uint8)
 
 
-def shear_matrix(x: Float32[Array, ""], y: Float32[Array, ""]) -> Float32[Array, "2 3"]:
-    """Reads x times the row further right and y times the column further down, from the top left
-    corner.
-    """
-    return jnp.array([[1, x, 0], [y, 1, 0]], jnp.float32)
-
-
-def translate_matrix(x: Float32[Array, ""], y: Float32[Array, ""]) -> Float32[Array, "2 3"]:
-    """Reads x pixels further right and y pixels further down."""
-    return jnp.array([[1, 0, x], [0, 1, y]], jnp.float32)
-
-
-def rotate_matrix(degrees: Float32[Array, ""], side: int) -> Float32[Array, "2 3"]:
-    """Turns the image anticlockwise about its centre."""
-    cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
-    centre = side / 2
-    return jnp.array(
-        [[cos, -sin, centre * (1 - cos + sin)], [sin, cos, centre * (1 - cos - sin)]], jnp.float32
-    )
-
-
 def _matrices(
     operations: Int32[Array, "batch"], amounts: Float32[Array, "batch"], side: int
-) -> Float32[Array, "batch 2 3"]:
-    none, shear, pixels = jnp.zeros_like(amounts), amounts * _SHEAR, amounts * _TRANSLATE * side
-    return _choose(
-        {
-            Operation.SHEAR_X: jax.vmap(shear_matrix)(shear, none),
-            Operation.SHEAR_Y: jax.vmap(shear_matrix)(none, shear),
-            Operation.TRANSLATE_X: jax.vmap(translate_matrix)(pixels, none),
-            Operation.TRANSLATE_Y: jax.vmap(translate_matrix)(none, pixels),
-            Operation.ROTATE: jax.vmap(rotate_matrix, (0, None))(amounts * _ROTATE_DEGREES, side),
-        },
-        jnp.broadcast_to(jnp.eye(2, 3, dtype=jnp.float32), (len(amounts), 2, 3)),
-        operations,
-    )
+) -> Matrices:
+    """Shears from the top left corner, translations, and anticlockwise turns about the centre."""
+
+    def each(*entries: Array | float) -> Matrices:
+        rows = [jnp.broadcast_to(jnp.float32(entry), amounts.shape) for entry in entries]
+        return jnp.stack(rows, axis=-1).reshape(-1, 2, 3)
+
+    shear, pixels = amounts * _SHEAR, amounts * _TRANSLATE * side
+    angle, centre = jnp.deg2rad(amounts * _ROTATE_DEGREES), side / 2
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    across, down = centre * (1 - cos + sin), centre * (1 - cos - sin)
+    matrices = {
+        Operation.SHEAR_X: each(1, shear, 0, 0, 1, 0),
+        Operation.SHEAR_Y: each(1, 0, 0, shear, 1, 0),
+        Operation.TRANSLATE_X: each(1, 0, pixels, 0, 1, 0),
+        Operation.TRANSLATE_Y: each(1, 0, 0, 0, 1, pixels),
+        Operation.ROTATE: each(cos, -sin, across, sin, cos, down),
+    }
+    return _choose(matrices, each(1, 0, 0, 0, 1, 0), operations)
 
 
 def _choose(
@@ -322,7 +259,5 @@ def _choose(
 
 
 def _take(rows: Array, places: Int32[Array, "batch places"]) -> Array:
-    """Entry `places[i, j]` of row i, which must exist (unchecked); row by row, so nothing crosses
-    devices.
-    """
+    """Entry `places[i, j]` of row i, which must exist; row by row, so nothing crosses devices."""
     return jax.vmap(lambda row, where: row.at[where].get(mode="promise_in_bounds"))(rows, places)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+
+if TYPE_CHECKING:  # jaxtyping's Array imports JAX, which worker processes do not need
+    from jaxtyping import Array
 
 
 class Batch(NamedTuple):
-    """One step's pairs, as the host makes them (NumPy) and as the device receives them (jax.Array).
+    """One step's pairs: of this process as NumPy arrays, or on the devices as global arrays."""
 
-    B is the number of pairs (of this process on the host, of all processes on the device), S the
-    image's side in pixels, L the text's length in tokens.
-    """
-
-    image: Any  # uint8 [B, S, S, 3]   the student's crop, RGB
-    teacher_image: (
-        Any  # uint8 [B, S, S, 3]   the teacher's crop; equal to `image` when teacher_view is "same"
-    )
-    flip: (
-        Any  # bool  [B]            mirror both crops on the device; the caption is already changed
-    )
-    tokens: Any  # int32 [B, L]         [CLS] words [SEP], padded on the right
-    text_length: Any  # int32 [B]            tokens before the padding, [CLS] and [SEP] included
-    image_id: Any  # int32 [B]            equal for pairs of one image, within a source
-    example: Any  # int32 [B]            index in the source, for reports
-    skipped: Any  # int32 [B]            unreadable records skipped before this one
+    image: UInt8[Array | np.ndarray, "batch side side 3"]  # the student's crop, RGB
+    # the teacher's crop: the same as `image` if teacher_view is "same"
+    teacher_image: UInt8[Array | np.ndarray, "batch side side 3"]
+    # mirror both crops on the device; the caption is changed already
+    flip: Bool[Array | np.ndarray, "batch"]
+    tokens: Int32[Array | np.ndarray, "batch tokens"]  # [CLS] words [SEP], padded on the right
+    text_length: Int32[Array | np.ndarray, "batch"]  # tokens before the padding
+    image_id: Int32[Array | np.ndarray, "batch"]  # equal for pairs of one image, within a source
+    example: Int32[Array | np.ndarray, "batch"]  # index in the source, for reports
+    skipped: Int32[Array | np.ndarray, "batch"]  # unreadable records skipped before this one

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Bool, Shaped, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-_TURNED = (b"Exif\0\0", b"tiff:Orientation")  # where a file may store its rotation
 _ORIENTATION = 0x0112  # EXIF
 _PHOTOMETRIC = 262  # TIFF: 0 if the smallest number is white
-_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "AVIF",
-)  # EPS would start Ghostscript
+# Not EPS: it would start Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+
+Pixels = UInt8[np.ndarray, "height width 3"]
 
 
 class UnreadableImage(Exception):
@@ -34,136 +27,98 @@ class UnreadableImage(Exception):
 
 
 class Picture:
-    """A picture whose size is known and whose pixels are not decoded yet."""
+    """A picture whose size is known; the pixels of most JPEGs are not decoded yet."""
 
-    def __init__(
-        self,
-        image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike,
-        name: str | None = None,
-    ) -> None:
-        """Takes an array, the bytes of a file, or its path; raises UnreadableImage if it is not a
-        picture.
+    def __init__(self, image: Pixels | bytes | str | os.PathLike, name: str | None = None) -> None:
+        """Takes an array, the bytes of a file, or its path, and a `name` for messages.
 
-        `name` identifies the picture in messages (None: the path, or the number of bytes).
+        Raises UnreadableImage if it is not a picture.
         """
-        self._array, self._content, self._pillow = None, b"", None
+        self._array: Pixels | None = None
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise UnreadableImage(
                     f"an array of {image.dtype} {image.shape} is not uint8 [height, width, 3]"
                 )
-            self._array = image
+            self.content = self._array = image
             self.height, self.width = image.shape[:2]
             return
-        self._name = name or (
-            f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image)
-        )
-        with _saying(self._name):
-            self._content = image if isinstance(image, bytes) else _read(image)
-            if not self._content:
-                raise UnreadableImage(f"{self._name}: the file is empty")
-            size = _plain_jpeg_size(self._content)
-            if size is None:
-                self._pillow = _opened(self._content)
-                size = self._pillow.size[::-1]
-            height, width = size
-            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-                raise UnreadableImage(
-                    f"{self._name}: {width:,} x {height:,} pixels are over the limit of "
-                    f"{Image.MAX_IMAGE_PIXELS:,}"
-                )
-            if self._pillow is not None:
-                self._array = self._decoded()
-                height, width = self._array.shape[:2]
-        self.height, self.width = height, width
+        of_bytes = isinstance(image, bytes)
+        self._name = name or (f"{len(image):,} bytes" if of_bytes else os.fspath(image))
+        with _named(self._name):
+            self.content = image if of_bytes else Path(image).read_bytes()
+            if not self.content:
+                raise ValueError("the file is empty")
+            with _opened(self.content) as opened:
+                self.width, self.height = opened.size
+                if not _is_plain_jpeg(opened, self.content):
+                    self._array = np.asarray(rgb(opened))
+                    self.height, self.width = self._array.shape[:2]
 
-    def pixels(self, shrink: int = 1) -> np.ndarray:
-        """uint8 RGB [height / shrink, width / shrink, 3], rounded up: upright, transparency on
-        white.
+    def pixels(self, shrink: int = 1) -> Pixels:
+        """The picture at 1 / `shrink` of its size, rounded up: upright, transparency on white.
 
-        A JPEG can be decoded at 1/2, 1/4 or 1/8, each pixel the mean of those it replaces; for
-        other formats `shrink` must be 1. Raises UnreadableImage if the file is truncated or
-        damaged.
+        Each pixel is the mean of those it replaces. `shrink` is one of `shrinks`. Raises
+        UnreadableImage if the file is truncated or damaged.
         """
-        if shrink == 1 and self._array is not None:
+        if self._array is not None:
             return self._array
-        if shrink not in self.shrinks:
-            raise ValueError(f"shrink={shrink} is not one of {self.shrinks}")
-        size = -(-self.height // shrink), -(-self.width // shrink)
-        with _saying(self._name):
+        height, width = -(-self.height // shrink), -(-self.width // shrink)
+        with _named(self._name):
             try:
                 pixels = simplejpeg.decode_jpeg(
-                    self._content, min_height=size[0], min_width=size[1], min_factor=shrink
+                    self.content, min_height=height, min_width=width, min_factor=shrink
                 )
             except ValueError:  # simplejpeg is strict: Pillow decides what is damaged
-                self._pillow = _opened(self._content)
-                pixels = self._decoded()
-        if pixels.shape[:2] != size:
-            pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BOX))
+                with _opened(self.content) as opened:
+                    pixels = np.asarray(rgb(opened))
+        if pixels.shape[:2] != (height, width):
+            box = Image.Resampling.BOX
+            pixels = np.asarray(Image.fromarray(pixels).resize((width, height), box))
         return pixels
-
-    @property
-    def content(self) -> bytes | np.ndarray:
-        """The bytes of the file, or the array if there is no file."""
-        return self._content or self._array
 
     @property
     def shrinks(self) -> tuple[int, ...]:
         """The factors by which `pixels` can divide the sides."""
         return (1,) if self._array is not None else (1, 2, 4, 8)
 
-    def _decoded(self) -> np.ndarray:
-        with self._pillow as opened:
-            return np.asarray(rgb(opened))
 
+def decode(image: Pixels | bytes | str | os.PathLike) -> Pixels:
+    """The picture of an array, the bytes of a file, or its path: upright, transparency on white.
 
-def decode(image: UInt8[np.ndarray, "height width 3"] | bytes | str | os.PathLike) -> np.ndarray:
-    """The picture as uint8 RGB [height, width, 3]: upright, transparency on white; an array is
-    returned unchanged.
-
-    Takes an array, the bytes of a file, or its path. Raises UnreadableImage if it is missing,
-    empty, truncated, not a picture, or larger than Pillow's limit.
+    Raises UnreadableImage if it is missing, empty, truncated, not a picture, or larger than
+    Pillow's limit.
     """
     return Picture(image).pixels()
 
 
-def resize_square(image: UInt8[np.ndarray, "height width 3"], size_px: int) -> np.ndarray:
+def resize_square(image: Pixels, size_px: int) -> UInt8[np.ndarray, "size_px size_px 3"]:
     """The whole picture in a square of `size_px`, bicubic: what evaluation sees (ALBEF)."""
     if image.shape[:2] == (size_px, size_px):
         return image
     return np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BICUBIC))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # with a broken EXIF block the rotation is unknown, but the pixels are fine
-        return image
-
-
 def rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB, upright, transparency on white; raises ValueError if the range
-    is unknown.
+    """Any of Pillow's modes as RGB, upright, transparency on white.
+
+    Raises ValueError for a grey whose range is unknown.
     """
     raw = _raw_mode(image)  # lost once the pixels are loaded
-    negative = (
-        getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-    )  # Pillow inverts 8-bit values only
+    # Pillow inverts negatives of 8 bits only.
+    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image.load()
-    image = _upright(image)
+    with contextlib.suppress(Exception):  # of a broken EXIF block; the pixels are fine
+        image = ImageOps.exif_transpose(image)
     hidden = _hidden(image, raw)
     if image.mode[0] in "IF":
         grey = _eight_bits(np.asarray(image), image.mode, raw)
         image = Image.fromarray(255 - grey if negative else grey)
     if hidden is not None:
-        pixels = np.array(image.convert("RGB"))
-        pixels[hidden] = 255
-        return Image.fromarray(pixels)
+        return Image.fromarray(np.where(hidden[..., None], np.uint8(255), image.convert("RGB")))
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -173,9 +128,8 @@ def _raw_mode(image: Image.Image) -> str:
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
-def _hidden(image: Image.Image, raw: str) -> np.ndarray | None:
-    """bool [height, width]: the pixels of the one transparent colour; None if transparency is
-    stored otherwise.
+def _hidden(image: Image.Image, raw: str) -> Bool[np.ndarray, "height width"] | None:
+    """The pixels of the one transparent colour; None if transparency is stored otherwise.
 
     Pillow compares the colour as stored with pixels already converted to eight bits.
     """
@@ -189,10 +143,10 @@ def _hidden(image: Image.Image, raw: str) -> np.ndarray | None:
     return np.asarray(image.convert("L") if image.mode == "1" else image) == colour
 
 
-def _eight_bits(values: np.ndarray, mode: str, raw: str) -> UInt8[np.ndarray, "height width"]:
-    """Grey from whole numbers up to 255, 4095 or 65535, or floats from 0 to 1; raises ValueError
-    for other ranges.
-    """
+def _eight_bits(
+    values: Shaped[np.ndarray, "height width"], mode: str, raw: str
+) -> UInt8[np.ndarray, "height width"]:
+    """Grey of whole numbers up to 255, 4095 or 65535, or floats up to 1, else raises ValueError."""
     if mode == "F":
         most = 1
     elif raw == "I;12":
@@ -208,71 +162,33 @@ def _eight_bits(values: np.ndarray, mode: str, raw: str) -> UInt8[np.ndarray, "h
     return np.rint(values * (255 / most)).astype(np.uint8)
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # AVIF needs Pillow 11.3
-
-
 def _opened(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=_formats())
+    opened, most = Image.open(io.BytesIO(content), formats=_FORMATS), Image.MAX_IMAGE_PIXELS
+    width, height = opened.size
+    if most is not None and width * height > most:
+        raise ValueError(f"{width:,} x {height:,} pixels are over the limit of {most:,}")
+    return opened
 
 
-def _read(path: str | os.PathLike) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo decodes exactly as Pillow does; None for any
-    other file.
-    """
-    if not content.startswith(b"\xff\xd8"):
-        return None
-    head = _before_pixels(content)
-    if any(mark in head for mark in _TURNED) and _is_turned(content):
-        return None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-    except ValueError:
-        return None
-    return (height, width) if colours in ("YCbCr", "Gray") else None
-
-
-def _before_pixels(content: bytes) -> bytes:
-    """The segments of a JPEG up to its first scan, or to the first bytes that are not a segment."""
-    at = 2
-    while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return content[:at]
-
-
-def _is_turned(content: bytes) -> bool:
-    with _opened(content) as opened:
-        try:
-            return opened.getexif().get(_ORIENTATION, 1) not in (0, 1)
-        except Exception:  # as in `_upright`
+def _is_plain_jpeg(opened: Image.Image, content: bytes) -> bool:
+    """Whether libjpeg-turbo decodes the file exactly as Pillow does."""
+    if opened.format not in ("JPEG", "MPO"):
+        return False
+    with contextlib.suppress(Exception):  # of a broken EXIF block, as in `rgb`
+        if opened.getexif().get(_ORIENTATION, 1) not in (0, 1):
             return False
+    with contextlib.suppress(ValueError):
+        return simplejpeg.decode_jpeg_header(content)[2] in ("YCbCr", "Gray")
+    return False
 
 
 @contextlib.contextmanager
-def _saying(name: str) -> Iterator[None]:
+def _named(name: str) -> Iterator[None]:
     """Turns anything a decoder raises into UnreadableImage with one sentence about `name`."""
     try:
         yield
-    except UnreadableImage:
-        raise
     except Exception as failure:  # OSError, SyntaxError, struct.error, ...
-        raise UnreadableImage(f"{name or 'an empty path'}: {_reason(failure)}") from failure
-
-
-def _reason(failure: Exception) -> str:
-    if isinstance(failure, FileNotFoundError):
-        return "the file does not exist"
-    if isinstance(failure, IsADirectoryError):
-        return "it is a folder"
-    if isinstance(failure, OSError) and failure.strerror:
-        return failure.strerror
-    if type(failure).__name__ == "UnidentifiedImageError":
-        return f"not a picture in a supported format ({', '.join(_formats())})"
-    return f"{failure}" or type(failure).__name__
+        reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
+        if isinstance(failure, UnidentifiedImageError):
+            reason = f"not a picture in a supported format ({', '.join(_FORMATS)})"
+        raise UnreadableImage(f"{name or 'an empty path'}: {reason}") from failure

@@ -1,17 +1,15 @@
-"""The manifest of a folder of packed pairs: reads it, writes it, and checks the files against
-it.
-"""
+"""The manifest of a folder of packed pairs: read, written, and compared with the files."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from codebook_jax.data.packing import Receipt, file_sha256, index_name, shard_name
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, write_json, written_whole
 
@@ -19,6 +17,19 @@ MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
 PROGRESS = ".progress"  # folder of the packing's state until the manifest is written
 VERSION = 1
 _AT_ONCE = 8  # files hashed in parallel
+_GIVE = "after records: give the --workdir of a --mode=prepare run"
+
+
+class Receipt(NamedTuple):
+    """The facts about a written shard."""
+
+    records: int
+    captions: int
+    bytes: int
+    sha256: str
+    index_bytes: int
+    index_sha256: str
+    skipped: tuple[tuple[str, str], ...]  # (name, why)
 
 
 class Shard(NamedTuple):
@@ -45,56 +56,69 @@ class Shard(NamedTuple):
 class Manifest(NamedTuple):
     """The contents of a folder of packed pairs."""
 
-    source: Mapping[str, Any]  # {"repr", "fingerprint", "records"} of what was packed
-    options: Mapping[str, Any]  # the fields of config.prepare that determine the content
+    records: int
+    captions: int
+    bytes: int  # of the shards and their indexes
+    skipped: int  # listed records that are in no shard
+    source: Mapping[str, str | int]  # {"repr", "fingerprint", "records"} of what was packed
+    options: Mapping[str, str | int]  # the fields of config.prepare that determine the content
     listed: int  # records that the source lists
     left_out: int  # records left out by the source itself: the first lines of skipped.tsv
     skipped_sha256: str  # of skipped.tsv
     shards: tuple[Shard, ...]
 
-    @property
-    def records(self) -> int:
-        return sum(shard.records for shard in self.shards)
 
-    @property
-    def captions(self) -> int:
-        return sum(shard.captions for shard in self.shards)
+def shard_name(shard: int, shards: int) -> str:
+    """The name of a shard's file."""
+    return f"pairs-{shard:05d}-of-{shards:05d}.array_record"
 
-    @property
-    def skipped(self) -> int:
-        return self.left_out + sum(shard.skipped for shard in self.shards)
 
-    @property
-    def bytes(self) -> int:
-        return sum(shard.bytes + shard.index_bytes for shard in self.shards)
+def index_name(file: str) -> str:
+    """The name of the index beside a shard's file."""
+    return f"{file.removesuffix('.array_record')}.jsonl"
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(
     folder: Path,
-    source: Mapping[str, Any],
-    options: Mapping[str, Any],
+    source: Mapping[str, str | int],
+    options: Mapping[str, str | int],
     *,
     listed: int,
     left_out: Sequence[tuple[str, str]],
     receipts: Sequence[Receipt],
 ) -> Manifest:
     """Writes `skipped.tsv`, then the manifest of these shards in order."""
-    skipped_sha256 = _write_skipped(folder / SKIPPED, left_out, receipts)
+    with written_whole(folder / SKIPPED, errors="backslashreplace") as file:
+        for rows in (left_out, *(receipt.skipped for receipt in receipts)):
+            for row in rows:
+                file.write("\t".join(re.sub(r"[\t\r\n]+", " ", field) for field in row) + "\n")
     shards = tuple(
         Shard(
-            shard_name(number, len(receipts)),
-            receipt.records,
-            receipt.captions,
-            len(receipt.skipped),
-            *receipt[2:6],
+            file=shard_name(number, len(receipts)),
+            **receipt._asdict() | {"skipped": len(receipt.skipped)},
         )
         for number, receipt in enumerate(receipts)
     )
-    manifest = Manifest(source, options, listed, len(left_out), skipped_sha256, shards)
-    names = ("records", "captions", "bytes", "skipped")
-    totals = {name: getattr(manifest, name) for name in names}
+    manifest = Manifest(
+        records=sum(shard.records for shard in shards),
+        captions=sum(shard.captions for shard in shards),
+        bytes=sum(shard.bytes + shard.index_bytes for shard in shards),
+        skipped=len(left_out) + sum(shard.skipped for shard in shards),
+        source=source,
+        options=options,
+        listed=listed,
+        left_out=len(left_out),
+        skipped_sha256=file_sha256(folder / SKIPPED),
+        shards=shards,
+    )
     content = manifest._asdict() | {"shards": [shard._asdict() for shard in shards]}
-    write_json(folder / MANIFEST, {"version": VERSION, **totals, **content})
+    write_json(folder / MANIFEST, {"version": VERSION, **content})
     return manifest
 
 
@@ -110,10 +134,11 @@ def read_manifest(folder: Path | str) -> Manifest:
                 "it"
             )
         shards = tuple(Shard(**shard) for shard in content["shards"])
-        fields = {name: content[name] for name in Manifest._fields}
-        return Manifest(**fields | {"shards": shards})
+        return Manifest(**{name: content[name] for name in Manifest._fields} | {"shards": shards})
+    except FileNotFoundError as failure:
+        raise UserError(_no_manifest(Path(folder))) from failure
     except OSError as failure:
-        raise UserError(_no_manifest(Path(folder), failure)) from failure
+        raise UserError(f"{path} cannot be read ({failure.strerror}): fix that first") from failure
     except (ValueError, KeyError, TypeError) as failure:
         raise UserError(
             f"{path} is not a valid manifest ({type(failure).__name__}: {failure}): restore the "
@@ -121,34 +146,28 @@ def read_manifest(folder: Path | str) -> Manifest:
         ) from failure
 
 
-def _no_manifest(folder: Path, failure: OSError) -> str:
+def _no_manifest(folder: Path) -> str:
     if not folder.is_dir():
-        return f"the folder {folder} does not exist: after records: give the --workdir of a --mode=prepare run"
-    if not isinstance(failure, FileNotFoundError):
-        return (
-            f"{folder / MANIFEST} cannot be read ({failure.strerror}): fix that, then start again"
-        )
+        return f"the folder {folder} does not exist: {_GIVE}"
     if any(folder.glob("pairs-*.array_record")) or (folder / PROGRESS).is_dir():
-        return f"{folder} is not completely packed (no {MANIFEST}): run the same --mode=prepare command again"
-    return f"{folder} holds no packed pairs (no {MANIFEST}): after records: give the --workdir of a --mode=prepare run"
+        return (
+            f"{folder} is not completely packed (no {MANIFEST}): run the same --mode=prepare "
+            "command again"
+        )
+    return f"{folder} holds no packed pairs (no {MANIFEST}): {_GIVE}"
 
 
 def misfits(folder: Path | str, shards: Sequence[Shard]) -> list[tuple[int, str]]:
-    """(number, why) of each shard with a file that is missing or does not have the size in the
-    manifest.
-    """
-    with os.scandir(
-        folder
-    ) as entries:  # one request: on a network disk, a request per file is slow
+    """(number, why) of each shard with a missing file, or one of another size."""
+    # One request: on a network disk, a request per file is slow.
+    with os.scandir(folder) as entries:
         sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    found = []
+    found = {}
     for number, shard in enumerate(shards):
         for name, size, _ in shard.files:
-            why = _size_misfit(name, sizes.get(name), size)
-            if why:
-                found.append((number, why))
-                break
-    return found
+            if why := _size_misfit(name, sizes.get(name), size):
+                found.setdefault(number, why)
+    return list(found.items())
 
 
 def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> list[tuple[str, str]]:
@@ -159,40 +178,33 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    expected = [file for shard in manifest.shards for file in shard.files]
-    expected.append((SKIPPED, -1, manifest.skipped_sha256))
 
-    def why(file: tuple[str, int, str]) -> str:
-        name, size, sha256 = file
+    def why(name: str, size: int | None, sha256: str) -> str:
         path = folder / name
         held = path.stat().st_size if path.is_file() else None
-        misfit = _size_misfit(name, held, held if size < 0 else size)
         try:
-            if held is None or misfit:
-                return misfit or f"{name} is missing"
-            return (
-                ""
-                if file_sha256(path) == sha256
-                else f"{name} has changed (its sha256 differs from the manifest)"
-            )
+            misfit = _size_misfit(name, held, size)
+            if misfit or file_sha256(path) == sha256:
+                return misfit
+            return f"{name} has changed (its sha256 differs from the manifest)"
         except OSError as failure:
             return f"{name} cannot be read ({failure.strerror})"
         finally:
             if tell is not None:
                 tell(name)
 
+    expected = [file for shard in manifest.shards for file in shard.files]
+    expected.append((SKIPPED, None, manifest.skipped_sha256))
     with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as threads:
-        reasons = list(threads.map(why, expected))
+        reasons = list(threads.map(why, *zip(*expected, strict=True)))
     return [(file[0], reason) for file, reason in zip(expected, reasons, strict=True) if reason]
 
 
 def _size_misfit(name: str, held: int | None, size: int | None) -> str:
-    """How a file of `held` bytes (None: missing) differs from the expected `size`; empty if it does
-    not.
-    """
+    """Whether a file is missing (`held` None) or not of the expected `size` (None: any); or ""."""
     if held is None:
         return f"{name} is missing"
-    return "" if held == size else f"{name} has {held:,} bytes instead of {size:,}"
+    return "" if size in (None, held) else f"{name} has {held:,} bytes instead of {size:,}"
 
 
 def without_paths(text: str) -> str:
@@ -204,14 +216,3 @@ def read_skipped(folder: Path) -> list[tuple[str, str]]:
     """The lines of skipped.tsv."""
     text = (folder / SKIPPED).read_text(encoding="utf-8")
     return [tuple(line.split("\t")) for line in text.split("\n")[:-1]]
-
-
-def _write_skipped(
-    path: Path, left_out: Sequence[tuple[str, str]], receipts: Sequence[Receipt]
-) -> str:
-    """Writes a line for each record left out; returns the file's sha256."""
-    with written_whole(path, errors="backslashreplace") as file:
-        for rows in (left_out, *(receipt.skipped for receipt in receipts)):
-            for row in rows:
-                file.write("\t".join(re.sub(r"[\t\r\n]+", " ", field) for field in row) + "\n")
-    return file_sha256(path)

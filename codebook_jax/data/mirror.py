@@ -98,8 +98,7 @@ def mirrored(caption: str) -> str | None:
     """The caption of the mirrored picture, each swapped word in its case; None: do not mirror.
 
     None if some left or right is neither a certain place nor an idiom ("right now"), if another
-    word tells the sides apart (southpaw), and for any letter outside ASCII. Captions are taken to
-    be English: ASCII words for left and right are known in some other languages only.
+    word tells the sides apart (southpaw), and for any letter outside ASCII.
     """
     letters = unicodedata.normalize("NFC", caption)  # a letter and its accent become one
     if any(letter.isalpha() and not letter.isascii() for letter in letters):
@@ -116,7 +115,7 @@ def mirrored(caption: str) -> str | None:
     places, idioms = _covered(_PLACES, text), _covered(_IDIOMS, text)
     if any((m.start() in places) == (m.start() in idioms) for m in _WORD.finditer(caption)):
         return None
-    return _WORD.sub(lambda m: _other(m[1]) if m.start() in places else m[1], caption)
+    return _WORD.sub(lambda m: _opposite(m[1]) if m.start() in places else m[1], caption)
 
 
 def _covered(patterns: tuple[str, ...], caption: str) -> set[int]:
@@ -125,8 +124,6 @@ def _covered(patterns: tuple[str, ...], caption: str) -> set[int]:
     return {position for match in found for position in range(*match.span())}
 
 
-def _other(word: str) -> str:
-    other = "right" if word.lower() == "left" else "left"
-    if word.isupper():
-        return other.upper()
-    return other.capitalize() if word[0].isupper() else other
+def _opposite(word: str) -> str:
+    case = str.upper if word.isupper() else str.capitalize if word[0].isupper() else str
+    return case("right" if word.lower() == "left" else "left")

@@ -11,13 +11,11 @@ HUB = "https://huggingface.co"  # unless HF_ENDPOINT names another
 
 
 def hub_reachable() -> bool:
-    """Whether the Hugging Face hub's name resolves. Its library would need 40 s of retries, each
-    with a warning.
+    """Whether the hub's name resolves: its library would retry for 40 s, each time with a warning.
 
     Behind a proxy, which resolves names itself, the answer is always yes.
     """
-    proxies = urllib.request.getproxies()
-    if any(proxies.get(scheme) for scheme in ("http", "https", "all")):
+    if {"http", "https", "all"} & urllib.request.getproxies().keys():
         return True
     address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or HUB)
     try:

@@ -7,11 +7,9 @@ A folder of packed pairs, which --mode=prepare writes and `records:FOLDER` reads
   ArrayRecord checksums each. A record is msgpack of {"image": the bytes of a JPEG, "captions":
   [text], "image_id": number, "name": text}.
 - `pairs-00003-of-00042.jsonl`: the same without pictures, a line per record: {"name", "image_id",
-  "captions", "height",
-  "width", "bytes", "sha256"}, the last two of the JPEG.
+  "captions", "height", "width", "bytes", "sha256"}, the last two of the JPEG.
 - `skipped.tsv`: name and reason of each record left out of the shards.
-- `manifest.json`, written last: the contents and hashes of all of them
-  (`codebook_jax.data.manifest`).
+- `manifest.json`, written last: the contents and hashes of all of them (`data/manifest.py`).
 
 Shard s holds the source's records s * shard_records to (s + 1) * shard_records, without those whose
 picture cannot be read. The files depend only on the source and the options: two runs write the same
@@ -32,9 +30,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
+from codebook_jax.data.manifest import Receipt, file_sha256, index_name, shard_name
 from codebook_jax.errors import FULL_DISK, UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _LONGEST_JPEG_PX = 65_500  # libjpeg's limit
-_TOLD_EVERY = 64  # records
 
 Told = Callable[[int, int], None]  # (records read, records skipped) since the last call
 
@@ -63,34 +62,14 @@ class Packed(NamedTuple):
     width: int
 
 
-class Receipt(NamedTuple):
-    """The facts about a written shard."""
-
-    records: int
-    captions: int
-    bytes: int
-    sha256: str
-    index_bytes: int
-    index_sha256: str
-    skipped: tuple[tuple[str, str], ...]  # (name, why)
-
-
 def shard_count(records: int, shard_records: int) -> int:
     """The number of shards for the records of a source."""
     return -(-records // shard_records)
 
 
-def shard_name(shard: int, shards: int) -> str:
-    """The name of a shard's file."""
-    return f"pairs-{shard:05d}-of-{shards:05d}.array_record"
-
-
-def index_name(file: str) -> str:
-    """The name of the index beside a shard's file."""
-    return f"{file.removesuffix('.array_record')}.jsonl"
-
-
-def packed_picture(image: np.ndarray | bytes | str, side_px: int, quality: int) -> Packed:
+def packed_picture(
+    image: UInt8[np.ndarray, "height width 3"] | bytes | str, side_px: int, quality: int
+) -> Packed:
     """The picture as a JPEG whose shorter side is at most `side_px`.
 
     A JPEG that is small enough, upright, and grey or RGB keeps its bytes. Anything else is decoded,
@@ -98,59 +77,40 @@ def packed_picture(image: np.ndarray | bytes | str, side_px: int, quality: int) 
     with colour at full resolution (4:4:4), so that drawings and text keep their edges. Raises
     UnreadableImage if the picture cannot be decoded.
     """
-    content = _read(image) if isinstance(image, str) else image
+    try:
+        content = Path(image).read_bytes() if isinstance(image, str) else image
+    except (OSError, ValueError) as failure:
+        raise UnreadableImage(getattr(failure, "strerror", None) or str(failure)) from failure
     picture = Picture(content)
     short = min(picture.height, picture.width)
-    is_jpeg = picture.shrinks != (1,)  # one that needs no conversion
-    if is_jpeg and (not side_px or short <= side_px):
-        picture.pixels(
-            max(picture.shrinks)
-        )  # raises if truncated; decodes all of it, in two thirds of the time
+    reduced = bool(side_px) and short > side_px
+    if not reduced and picture.shrinks != (1,):  # a JPEG that needs no conversion
+        # Raises if truncated; decodes all of it, in two thirds of the time.
+        picture.pixels(max(picture.shrinks))
         return Packed(content, picture.height, picture.width)
-    pixels = _smaller(picture, short, side_px)
-    height, width = pixels.shape[:2]
+    # A JPEG is decoded no larger than needed.
+    shrink = max(by for by in picture.shrinks if by == 1 or (reduced and short >= 2 * by * side_px))
+    pixels = Image.fromarray(picture.pixels(shrink))
+    if reduced:
+        size = (max(1, round(side * side_px / short)) for side in (picture.width, picture.height))
+        pixels = pixels.resize(tuple(size), Image.Resampling.BICUBIC)
+    width, height = pixels.size
     if max(height, width) > _LONGEST_JPEG_PX:
         raise UnreadableImage(f"{width:,} x {height:,} pixels are more than a JPEG can hold")
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling="4:4:4")
+    pixels.save(file, "JPEG", quality=quality, subsampling="4:4:4")
     return Packed(file.getvalue(), height, width)
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as failure:
-        raise UnreadableImage(getattr(failure, "strerror", None) or str(failure)) from failure
-
-
-def _smaller(picture: Picture, short: int, side_px: int) -> np.ndarray:
-    """The pixels, the shorter side reduced to `side_px` if longer; a JPEG is decoded no larger than
-    needed.
-    """
-    if not side_px or short <= side_px:
-        return picture.pixels()
-    shrink = max(by for by in picture.shrinks if by == 1 or short >= 2 * by * side_px)
-    size = (max(1, round(side * side_px / short)) for side in (picture.width, picture.height))
-    pixels = Image.fromarray(picture.pixels(shrink))
-    return np.asarray(pixels.resize(tuple(size), Image.Resampling.BICUBIC))
 
 
 def pack(record: Record, name: str, jpeg: bytes) -> bytes:
     """A record as stored in a shard."""
-    content = {
-        "image": jpeg,
-        "captions": list(record.captions),
-        "image_id": int(record.image_id),
-        "name": name,
-    }
+    captions, image_id = list(record.captions), int(record.image_id)
+    content = {"image": jpeg, "captions": captions, "image_id": image_id, "name": name}
     return msgpack.packb(content, unicode_errors="surrogatepass")
 
 
 def unpack(content: bytes) -> dict[str, Any]:
-    """{"image", "captions", "image_id", "name"} of a record in a shard; raises ValueError if it is
-    not one.
-    """
+    """{"image", "captions", "image_id", "name"} of a record in a shard, or ValueError."""
     return msgpack.unpackb(content, unicode_errors="surrogatepass")
 
 
@@ -160,33 +120,32 @@ def write_shard(
     """Writes shard `shard` of the source into the folder; its files appear complete or not at all.
 
     Pictures that cannot be read are left out and named in the receipt. If the disk is full,
-    ArrayRecord raises
-    RuntimeError: see `full_disk_named`.
+    ArrayRecord raises RuntimeError: see `full_disk_named`.
     """
-    folder = Path(folder)
     name = shard_name(shard, shard_count(len(source), packing.shard_records))
-    with _drafts(folder, name, index_name(name)) as drafts:
-        counts, skipped = _fill(source, shard, drafts, packing, tell)
-        sizes = [(draft.stat().st_size, file_sha256(draft)) for draft in drafts]
-    (size, sha256), (index_size, index_sha256) = sizes
-    return Receipt(*counts, size, sha256, index_size, index_sha256, tuple(skipped))
+    with _drafts(Path(folder), name, index_name(name)) as drafts:
+        records, captions, skipped = _fill(source, shard, drafts, packing, tell)
+        (size, sha256), (index_size, index_sha256) = (
+            (draft.stat().st_size, file_sha256(draft)) for draft in drafts
+        )
+    return Receipt(records, captions, size, sha256, index_size, index_sha256, tuple(skipped))
 
 
 def _fill(
     source: Source, shard: int, drafts: list[Path], packing: Packing, tell: Told | None
-) -> tuple[tuple[int, int], list[tuple[str, str]]]:
-    """((records, captions), skipped) of a shard, written into its two drafts."""
+) -> tuple[int, int, list[tuple[str, str]]]:
+    """(records, captions, skipped) of a shard, written into its two drafts."""
     from array_record.python import array_record_module
 
     first = shard * packing.shard_records
-    records = captions = 0
-    skipped: list[tuple[str, str]] = []
-    told = 0, 0  # read, skipped
     stop = min(len(source), first + packing.shard_records)
+    captions = 0
+    skipped: list[tuple[str, str]] = []
     writer = array_record_module.ArrayRecordWriter(os.fspath(drafts[0]), WRITER_OPTIONS)
     with open(drafts[1], "wb") as index, contextlib.closing(writer):
         for number in range(first, stop):
             name = source.name(number)
+            before = len(skipped)
             try:
                 record = source[number]
                 packed = packed_picture(record.image, packing.side_px, packing.quality)
@@ -195,12 +154,10 @@ def _fill(
             else:
                 writer.write(pack(record, name, packed.jpeg))
                 index.write(_index_line(record, name, packed))
-                records, captions = records + 1, captions + len(record.captions)
-            read = number + 1 - first
-            if tell is not None and (read % _TOLD_EVERY == 0 or number + 1 == stop):
-                tell(read - told[0], len(skipped) - told[1])
-                told = read, len(skipped)
-    return (records, captions), skipped
+                captions += len(record.captions)
+            if tell is not None:
+                tell(1, len(skipped) - before)
+    return stop - first - len(skipped), captions, skipped
 
 
 def _index_line(record: Record, name: str, packed: Packed) -> bytes:
@@ -216,47 +173,27 @@ def _index_line(record: Record, name: str, packed: Packed) -> bytes:
     return f"{json.dumps(entry, ensure_ascii=False)}\n".encode("utf-8", "surrogatepass")
 
 
-def file_sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def _drafts(folder: Path, *names: str) -> Iterator[list[Path]]:
-    """Hidden files to write; renamed to `names` and flushed on success, removed if anything
-    raises.
-    """
-    own = uuid.uuid4().hex[
-        :12
-    ]  # unique to this attempt: processes on several machines may write into one folder
+    """Hidden files to write, which get their `names` on success, and are removed otherwise."""
+    # Unique to this attempt: processes on several machines may write into one folder.
+    own = uuid.uuid4().hex[:12]
     drafts = [folder / f".{name}.{own}.tmp" for name in names]
     try:
         yield drafts
         for draft in drafts:
-            _flush(draft)
+            with open(draft, "rb") as file:
+                os.fsync(file.fileno())
         for draft, name in zip(drafts, names, strict=True):
             draft.replace(folder / name)
-        _flush(folder)
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Raises UserError if the disk is full, which ArrayRecord reports only in the text of a
-    RuntimeError.
-    """
+    """Raises UserError if the disk is full, which ArrayRecord says only in a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as failure:

@@ -16,14 +16,13 @@ class Bar:
     """A bar on stderr, for a terminal, showing how many of `total` are done, and a text."""
 
     def __init__(self, total: int, done: int, text: str) -> None:
-        columns = (
+        # A redirected stdout must not be shown on the bar's terminal.
+        self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             rich.progress.BarColumn(),
             rich.progress.TextColumn("{task.description}"),
-        )
-        # A redirected stdout must not be shown on the bar's terminal.
-        self._bar = rich.progress.Progress(
-            *columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()
+            console=Console(stderr=True),
+            redirect_stdout=sys.stdout.isatty(),
         )
         self._task = self._bar.add_task(text, total=total, completed=done)
         self._bar.start()
@@ -36,7 +35,7 @@ class Bar:
         self._bar.stop()
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Counts to `total`; use it in a `with`."""
 
     def __init__(
@@ -45,15 +44,10 @@ class Progress:
         """`done` of `total` were done before this start and do not count in the pace."""
         self._verb, self._unit, self._total = verb, unit, total
         self._before, self._done, self._skipped = done, done, skipped
-        self._began = self._said = time.monotonic()
-        self._bar: Bar | None = None
+        self._began = self._printed = time.monotonic()
+        self._bar = Bar(total, done, "starting") if sys.stderr.isatty() else None
 
-    def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            self._bar = Bar(self._total, self._done, "starting")
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -61,42 +55,32 @@ class Progress:
         """Adds `count` that are done, `skipped` of them left out."""
         self._done, self._skipped = self._done + count, self._skipped + skipped
         now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._done, self._text(now))
-        elif now - self._said >= _EVERY_S:
-            self._said = now
-            counts = f"{self._verb} {self._done:,}/{self._total:,}"
-            print(f"{counts}  {self._text(now)}", file=sys.stderr, flush=True)
-
-    def _text(self, now: float) -> str:
         pace = (self._done - self._before) / max(now - self._began, 1e-9)
         bad = f"  {self._skipped:,} skipped" if self._skipped else ""
         left = f"  {duration((self._total - self._done) / pace)} left" if pace else ""
-        return f"{pace:,.0f} {self._unit}/s{bad}{left}"
+        text = f"{pace:,.0f} {self._unit}/s{bad}{left}"
+        if self._bar is not None:
+            self._bar.update(self._done, text)
+        elif now - self._printed >= _EVERY_S:
+            self._printed = now
+            counts = f"{self._verb} {self._done:,}/{self._total:,}"
+            print(f"{counts}  {text}", file=sys.stderr, flush=True)
 
 
-class Stages:
-    """Work in stages: call it with (unit, done, total), and each unit gets a Progress; use it in a
-    `with`.
-    """
+class Stages(contextlib.ExitStack):
+    """Called with (unit, done, total), shows a Progress for each unit; use it in a `with`."""
 
     def __init__(self, verb: str, *, silent: bool = False) -> None:
+        super().__init__()
         self._verb, self._silent = verb, silent
         self._unit, self._done = "", 0
-        self._open = contextlib.ExitStack()
-
-    def __enter__(self) -> Stages:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        self._open.close()
 
     def __call__(self, unit: str, done: int, total: int) -> None:
         if self._silent:
             return
         if unit != self._unit or done < self._done:
-            self._open.close()
-            self._progress = self._open.enter_context(Progress(self._verb, unit, total))
+            self.close()
+            self._progress = self.enter_context(Progress(self._verb, unit, total))
             self._unit, self._done = unit, 0
         self._progress.advance(done - self._done)
         self._done = done

@@ -47,16 +47,15 @@ def stoppable() -> Iterator[None]:
 
 
 def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:
-    """Call it first in a worker process: ignores these signals, which the parent handles, and exits
-    with the parent.
+    """Makes a worker process ignore these signals, which its parent handles, and end with it.
 
-    Terminals and schedulers send such signals to every process.
+    Call it first: terminals and schedulers send such signals to every process.
     """
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_outlive_nobody, name="parent watch", daemon=True).start()
 
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # the parent was killed, and could not end this process
 
-def _outlive_nobody() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)  # the parent was killed, and could not end this process
+    threading.Thread(target=end_with_parent, name="parent watch", daemon=True).start()

@@ -1,6 +1,4 @@
-"""Trains a vocabulary on captions of any language: different spellings get different tokens, and no
-word is unknown.
-"""
+"""Trains a vocabulary on captions of any language, in which no word is unknown."""
 
 from __future__ import annotations
 
@@ -38,16 +36,15 @@ def whole(caption: str) -> str:
 def train_vocabulary(
     captions: Iterable[str], size: int, *, lowercase: bool = True, strip_accents: bool = False
 ) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer of at most `size` entries (more only if the bytes alone need
-    more).
+    """A byte-level BPE tokenizer of at most `size` entries, or as many as the bytes alone need.
 
-    Words are split into UTF-8 bytes, which are merged as the captions suggest, so letters that no
-    caption has still get different tokens, and scripts without spaces need no words. Entries inside
-    a word begin with ##, as in BERT.
+    Words are split into UTF-8 bytes, which are merged as the captions suggest: letters that no
+    caption has still get different tokens, and scripts without spaces need no words. Entries
+    inside a word begin with ##, as in BERT.
 
-    The same captions give the same entries in the same order. The library's trainer alone does not:
-    it numbers the letters inside words in hash-table order. Here all letters are numbered before it
-    starts. Those missing from the captions come last, so that they change no other number.
+    The same captions give the same entries in the same order. The library's trainer numbers the
+    letters inside words in hash-table order, so all letters are numbered before it starts; those
+    missing from the captions come last and change no other number.
     """
     normalizer = _normalizer(lowercase=lowercase, strip_accents=strip_accents)
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -76,15 +73,33 @@ def train_vocabulary(
     vocabulary = trained.get_vocab()
     vocabulary |= {letter: len(vocabulary) + at for at, letter in enumerate(others)}
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    return _assembled(vocabulary, merges, normalizer, trained.pre_tokenizer)
+    # Another tokenizer: in this one, all letters are special tokens.
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=UNKNOWN, continuing_subword_prefix=_INSIDE)
+    )
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, trained.pre_tokenizer
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex(f"^(?!{_INSIDE})"), "Ġ"),  # the byte level's space
+            decoders.Replace(Regex(f"^{_INSIDE}"), ""),
+            decoders.ByteLevel(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A {SEP}",
+        pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+        special_tokens=[(CLS, vocabulary[CLS]), (SEP, vocabulary[SEP])],
+    )
+    tokenizer.add_special_tokens(_SPECIALS)
+    return tokenizer
 
 
 def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normalizer:
     """Cleans captions of every script as ALBEF's clean-up does English.
 
-    NFKC, not NFC: it also unifies ways to write or store the same letters (full and half width,
-    ligatures, presentation forms), which depend on a keyboard or an old encoding. It keeps every
-    mark and accent.
+    NFKC, not NFC, also unifies ways to write or store the same letters (full and half width,
+    ligatures, presentation forms). It keeps every mark and accent.
     """
     steps = [normalizers.Replace(Regex(_BETWEEN), " "), normalizers.NFKC()]
     if lowercase:
@@ -100,9 +115,7 @@ def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normaliz
 
 
 def _byte_letters(cut: pre_tokenizers.ByteLevel, normalizer: normalizers.Normalizer) -> list[str]:
-    """Every byte of UTF-8 text as the byte level writes it, at each position in a word where it can
-    occur.
-    """
+    """Every byte of UTF-8 text as the byte level writes it, wherever in a word it can occur."""
     plain = [
         c for c in map(chr, range(0x21, 0x7F)) if normalizer.normalize_str(c) == c or c in "#*"
     ]
@@ -110,30 +123,3 @@ def _byte_letters(cut: pre_tokenizers.ByteLevel, normalizer: normalizers.Normali
     following = [cut.pre_tokenize_str(chr(code))[0][0][1] for code in range(0x80, 0xC0)]
     inside = [*filter(str.isalnum, plain), *leading, *following]  # punctuation is a word of its own
     return [*plain, *leading, *(f"{_INSIDE}{letter}" for letter in inside)]
-
-
-def _assembled(
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    normalizer: normalizers.Normalizer,
-    pre_tokenizer: pre_tokenizers.PreTokenizer,
-) -> tokenizers.Tokenizer:
-    assembled = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=UNKNOWN, continuing_subword_prefix=_INSIDE)
-    )
-    assembled.normalizer, assembled.pre_tokenizer = normalizer, pre_tokenizer
-    assembled.decoder = decoders.Sequence(
-        [
-            decoders.Replace(Regex(f"^(?!{_INSIDE})"), "Ġ"),  # the byte level's space
-            decoders.Replace(Regex(f"^{_INSIDE}"), ""),
-            decoders.ByteLevel(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    assembled.post_processor = processors.TemplateProcessing(
-        single=f"{CLS} $A {SEP}",
-        pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
-        special_tokens=[(CLS, vocabulary[CLS]), (SEP, vocabulary[SEP])],
-    )
-    assembled.add_special_tokens(_SPECIALS)
-    return assembled

@@ -7,56 +7,45 @@ definition, so nothing here holds state.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from codebook_jax.method.numerics import key_of, own_settings, wide_enough
-from codebook_jax.models.bert import FusionEncoder, TextEncoder
+from codebook_jax.models.bert import FusionEncoder, TextEncoder, TextSpec
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
-from codebook_jax.models.vit import VisionTransformer
+from codebook_jax.models.vit import ImageSpec, VisionTransformer
 from codebook_jax.parallel import sharding
 
-_TEXT_ONLY = (
-    "depth",
-    "max_positions",
-    "value_std",
-    "embedding_std",
-)  # fields of the text encoder that fusion does not use
+Parameters = PyTree[Float[Array, "..."]]
 
 
 class Towers(nnx.Module):
-    """Image, text and fusion encoder, the projections to the joint space and the masked-word
-    head.
-    """
+    """The three encoders, the projections to the joint space, and the masked-word head."""
 
     def __init__(
         self,
+        image: ImageSpec,
+        text: TextSpec,
         *,
-        image: dict[str, Any],
-        text: dict[str, Any],
         dim: int,
         vocabulary_size: int,
         compute: Compute,
         rngs: nnx.Rngs,
     ) -> None:
-        of = dict(compute=compute, rngs=rngs)
-        fusion = {name: value for name, value in text.items() if name not in _TEXT_ONLY}
-        fusion["depth"] = fusion.pop("fusion_depth")
-        text = {name: value for name, value in text.items() if name != "fusion_depth"}
-        self.image = VisionTransformer(**image, **of)
-        self.text = TextEncoder(vocabulary_size=vocabulary_size, **text, **of)
-        self.fusion = FusionEncoder(image_width=image["width"], **fusion, **of)
-        of = dict(dtype=compute.dtype, rngs=rngs)
-        self.image_projection = Dense(image["width"], dim, std=image["init_std"], **of)
-        self.text_projection = Dense(text["width"], dim, std=text["init_std"], **of)
+        self.image = VisionTransformer(image, compute, rngs)
+        self.text = TextEncoder(text, vocabulary_size, compute, rngs)
+        self.fusion = FusionEncoder(text, image.width, compute, rngs)
+        common = dict(dtype=compute.dtype, rngs=rngs)
+        self.image_projection = Dense(image.width, dim, std=image.init_std, **common)
+        self.text_projection = Dense(text.width, dim, std=text.init_std, **common)
         self.masked_words = MaskedWordHead(
-            text["width"], vocabulary_size, eps=text["layer_norm_eps"], std=text["init_std"], **of
+            text.width, vocabulary_size, eps=text.layer_norm_eps, std=text.init_std, **common
         )
 
     def embed_images(
@@ -84,16 +73,16 @@ class Towers(nnx.Module):
 class Model(NamedTuple):
     """The graphs of one size and vocabulary; parameters are arguments."""
 
-    towers_graph: Any
-    matching_graph: Any
+    towers_graph: nnx.GraphDef[Towers]
+    matching_graph: nnx.GraphDef[MatchingHead]
     mesh: jax.sharding.Mesh | None
 
-    def towers(self, parameters: Any) -> Towers:
+    def towers(self, parameters: Parameters) -> Towers:
         """The towers with these parameters, the student's or the teacher's."""
         return nnx.merge(self.towers_graph, nnx.State(sharding.gathered(parameters, self.mesh)))
 
     def match_logits(
-        self, parameters: Any, cls: Float[Array, "*some width"]
+        self, parameters: Parameters, cls: Float[Array, "*some width"]
     ) -> Float[Array, "*some 2"]:
         """Logits of the student's matching head."""
         return nnx.merge(self.matching_graph, nnx.State(parameters))(cls)
@@ -102,11 +91,9 @@ class Model(NamedTuple):
 def build_model(
     config: ml_collections.ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
 ) -> Model:
-    """The graphs of the model that `config` describes, for parameters split over `mesh`; allocates
-    nothing.
-    """
+    """The graphs of the model that `config` describes; allocates nothing."""
 
-    def modules() -> tuple[nnx.Module, ...]:
+    def modules() -> tuple[Towers, MatchingHead]:
         return _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh)
 
     abstract = nnx.eval_shape(own_settings(modules))
@@ -115,7 +102,7 @@ def build_model(
 
 def init_student(
     config: ml_collections.ConfigDict, vocabulary_size: int, key: Key[Array, ""]
-) -> dict[str, Any]:
+) -> dict[str, Parameters]:
     """Fresh parameters of the student, float32. Codewords are unit vectors in random directions."""
     tower_key, code_key = jax.random.split(key)
     towers, matching = _modules(config, vocabulary_size, nnx.Rngs(params=tower_key))
@@ -129,17 +116,13 @@ def init_student(
 
 
 def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
-    """Rows scaled to length one, in at least float32; a row of zeros stays zero, with a finite
-    gradient.
-    """
+    """Rows scaled to length one, in at least float32; zeros stay, with a finite gradient."""
     x = x.astype(wide_enough(x.dtype))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def compute_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None) -> Compute:
-    """How `config.model` asks the towers to compute; "auto" attention is cuDNN's on a GPU in
-    bfloat16.
-    """
+    """How to compute; "auto" attention is cuDNN's on a GPU in bfloat16."""
     dtype = jnp.dtype(config.model.dtype)
     attention = config.model.attention
     if attention == "auto":
@@ -154,14 +137,13 @@ def _modules(
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Towers, MatchingHead]:
     model = config.model
-    text = model.text.to_dict()
-    del text["max_tokens"]  # a length, not a parameter
+    image, text = ImageSpec(**model.image.to_dict()), TextSpec(**model.text.to_dict())
     towers = Towers(
-        image=model.image.to_dict(),
-        text=text,
+        image,
+        text,
         dim=model.dim,
         vocabulary_size=vocabulary_size,
         compute=compute_of(config, mesh),
         rngs=rngs,
     )
-    return towers, MatchingHead(model.text.width, std=model.text.init_std, rngs=rngs)
+    return towers, MatchingHead(text.width, std=text.init_std, rngs=rngs)

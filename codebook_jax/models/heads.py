@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from codebook_jax.method.numerics import wide_enough
@@ -16,9 +15,7 @@ MATCH = 1  # the class of a matching pair (ALBEF)
 
 
 class MaskedWordHead(nnx.Module):
-    """BERT's head: a transform, then the word embeddings as the output layer, and a bias (Devlin et
-    al., 2019).
-    """
+    """A transform, then the word embeddings as output layer, and a bias (Devlin et al., 2019)."""
 
     def __init__(
         self,
@@ -27,7 +24,7 @@ class MaskedWordHead(nnx.Module):
         *,
         eps: float,
         std: float,
-        dtype: Any,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.transform = Dense(width, width, std=std, dtype=dtype, rngs=rngs)
@@ -39,21 +36,14 @@ class MaskedWordHead(nnx.Module):
     def __call__(
         self, states: Float[Array, "*some width"], words: Float[Array, "vocab width"]
     ) -> Float[Array, "*some vocab"]:
-        """Float32 logits over the vocabulary."""
-        x = self.norm(gelu(self.transform(states)))
-        logits = jnp.einsum(
-            "...w,vw->...v",
-            x,
-            words.astype(self.dtype),
-            preferred_element_type=wide_enough(self.dtype),
-        )
-        return logits + self.bias[...]
+        """Logits over the vocabulary, in at least float32."""
+        x, words = self.norm(gelu(self.transform(states))), words.astype(self.dtype)
+        wide = wide_enough(self.dtype)
+        return jnp.einsum("...w,vw->...v", x, words, preferred_element_type=wide) + self.bias[...]
 
 
 class MatchingHead(nnx.Module):
-    """Two logits of a pair from its [CLS] state, in at least float32; class 1 means match (Li et
-    al. 2021, 3.2).
-    """
+    """Two logits of a pair from its [CLS] state, in at least float32 (Li et al. 2021, 3.2)."""
 
     def __init__(self, width: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.classes = Dense(width, 2, std=std, dtype=None, rngs=rngs)

@@ -1,30 +1,29 @@
-"""The pieces of every tower: dense layers, the feed-forward part, dropout, and blocks stacked for
-one scan.
-"""
+"""The pieces of every tower: dense layers, feed-forward, dropout, blocks stacked for one scan."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, PyTree
 
 from codebook_jax.method.numerics import default_types, wide_enough
 from codebook_jax.parallel import sharding
 
 REMAT = ("none", "blocks", "dots")
+Block = TypeVar("Block", bound=nnx.Module)
 
 
 class Compute(NamedTuple):
     """How a tower computes: nothing here changes what it computes."""
 
-    dtype: (
-        Any  # of matrix products; parameters, softmax and layer normalisation's sums stay float32
-    )
+    # of matrix products; parameters, softmax and layer normalisation's sums stay float32
+    dtype: jnp.dtype
     # what the backward pass recomputes: "none", whole "blocks", or all but matrix products ("dots")
     remat: str
     unroll: int  # blocks per scan iteration, if nothing is recomputed
@@ -33,9 +32,7 @@ class Compute(NamedTuple):
 
 
 class Dense(nnx.Module):
-    """A dense layer from the last axes to new ones, weights from a truncated normal, biases zero
-    (BERT, ViT).
-    """
+    """A dense layer from the last axes to new ones; biases are zero at first (BERT, ViT)."""
 
     def __init__(
         self,
@@ -43,15 +40,13 @@ class Dense(nnx.Module):
         outputs: int | tuple[int, ...],
         *,
         std: float | Float[Array, "*some"],  # a number, or an array that broadcasts to the kernel
-        dtype: Any,
+        dtype: DTypeLike | None,  # None: that of its input, at least float32
         rngs: nnx.Rngs,
     ) -> None:
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        self.dtype = dtype  # None: that of its input, at least float32
-        normal = nnx.initializers.truncated_normal(1.0)
-        shape = (*self.inputs, *self.outputs)
-        self.kernel = nnx.Param(std * normal(rngs.params(), shape, jnp.float32))
+        self.dtype = dtype
+        self.kernel = normal_param((*self.inputs, *self.outputs), std=std, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(self.outputs, jnp.float32))
 
     def __call__(self, x: Float[Array, "*some_and_inputs"]) -> Float[Array, "*some_and_outputs"]:
@@ -62,13 +57,19 @@ class Dense(nnx.Module):
         return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
 
 
+def normal_param(
+    shape: tuple[int, ...], *, std: float | Float[Array, "*some"], rngs: nnx.Rngs
+) -> nnx.Param:
+    """A float32 parameter drawn from a truncated normal."""
+    normal = nnx.initializers.truncated_normal(1.0)
+    return nnx.Param(std * normal(rngs.params(), shape, jnp.float32))
+
+
 @jax.custom_vjp
 def _product(
     rows: Float[Array, "rows inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "rows outputs"]:
-    """rows @ kernel with a written-out backward pass: on a CPU, XLA's own transposes an operand, at
-    half the speed.
-    """
+    """rows @ kernel. On a CPU, XLA's own backward pass transposes an operand, at half the speed."""
     return rows @ kernel
 
 
@@ -87,11 +88,10 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def gelu(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
-    """The exact GELU, x times the normal distribution function, by erf as in PyTorch (jax.nn's erfc
-    is slow on a CPU).
+    """The exact GELU, by erf as in PyTorch (jax.nn's erfc is slow on a CPU).
 
-    In bfloat16, 1 + erf would lose all digits for negative x, so it is computed in float32 from the
-    upper tail.
+    In bfloat16, 1 + erf would lose all digits for negative x, so the upper tail is computed in
+    float32.
     """
     if x.dtype == jnp.bfloat16:
         return _gelu_of_bfloat16(x)
@@ -112,9 +112,8 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
     size = jnp.abs(x).astype(jnp.float32)
     root, ratio = _upper_tail(size)
-    slope = root * (
-        (ratio - size * math.sqrt(0.5 / math.pi)) * root
-    )  # at -size; both slopes add up to 1
+    # at -size; both slopes add up to 1
+    slope = root * ((ratio - size * math.sqrt(0.5 / math.pi)) * root)
     slope = jnp.where(x < 0, slope, 1 - slope)
     return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
 
@@ -128,9 +127,7 @@ _TAIL = (0.12386133, 0.12043419, 0.13345889, 0.015689409, 0.18049944, -0.0739456
 
 
 def _upper_tail(x: Float[Array, "*some"]) -> tuple[Float[Array, "*some"], Float[Array, "*some"]]:
-    """(root, ratio) with P(normal > x) = ratio root^2 for x >= 0, where root^2 itself may be too
-    small for float32.
-    """
+    """(root, ratio) with P(normal > x) = ratio root^2 for x >= 0; root^2 may be no float32."""
     t = 1 / (1 + _TAIL_SCALE * x)
     ratio = jnp.zeros_like(x)
     for coefficient in reversed(_TAIL):
@@ -141,7 +138,7 @@ def _upper_tail(x: Float[Array, "*some"]) -> tuple[Float[Array, "*some"], Float[
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation as in BERT and ViT: the variance in two passes, in float32."""
 
-    def __init__(self, width: int, *, eps: float, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         super().__init__(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
@@ -150,11 +147,11 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class FeedForward(nnx.Module):
-    """Two dense layers around an exact GELU; `inner` is the width between them, 0: four times the
-    outer one.
-    """
+    """Two dense layers around an exact GELU, of width `inner` between (0: four times the outer)."""
 
-    def __init__(self, width: int, inner: int, *, std: float, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, inner: int, *, std: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         inner = inner or 4 * width
         self.up = Dense(width, inner, std=std, dtype=dtype, rngs=rngs)
         self.down = Dense(inner, width, std=std, dtype=dtype, rngs=rngs)
@@ -173,33 +170,30 @@ def dropout(
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
     """`depth` blocks as one module, whose parameters have a leading axis over the blocks."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
 
 
 def scan(
-    blocks: nnx.Module,
-    apply: Callable[[Any, Array, Any], Array],
-    x: Array,
-    per_block: Any,
+    blocks: Block,
+    apply: Callable[[Block, Array, Key[Array, ""] | None], Array],
+    x: Float[Array, "*some"],
+    keys: Key[Array, "blocks"] | None,
     compute: Compute,
-) -> Array:
-    """Sends `x` through stacked blocks one after another; `per_block` has a leading axis over them
-    too.
+) -> Float[Array, "*some"]:
+    """Sends `x` through stacked blocks one after another, each with its key.
 
     Compile time does not grow with depth, and the memory of the backward pass follows
     `compute.remat`.
     """
     graph, state = nnx.split(blocks)
-    parameters = nnx.to_pure_dict(state)
 
-    def body(x: Array, block: Any) -> tuple[Array, None]:
-        own, extra = block
-        own = sharding.gathered(own, compute.mesh, in_blocks=True)
-        return apply(
-            nnx.merge(graph, nnx.State(own)), sharding.by_rows(x, compute.mesh), extra
-        ), None
+    def body(x: Array, block: tuple[PyTree, Key[Array, ""] | None]) -> tuple[Array, None]:
+        parameters, key = block
+        own = sharding.gathered(parameters, compute.mesh, in_blocks=True)
+        rows = sharding.by_rows(x, compute.mesh)
+        return apply(nnx.merge(graph, nnx.State(own)), rows, key), None
 
     # with both in one iteration, XLA would merge the recomputation with the first computation
     unroll = 1
@@ -212,9 +206,9 @@ def scan(
         unroll = compute.unroll
     else:
         raise ValueError(f'model.remat="{compute.remat}" is not one of {", ".join(REMAT)}.')
-    return jax.lax.scan(body, x, (parameters, per_block), unroll=unroll)[0]
+    return jax.lax.scan(body, x, (nnx.to_pure_dict(state), keys), unroll=unroll)[0]
 
 
-def keys_of(key: Key[Array, ""] | None, count: int) -> Key[Array, "count"] | None:
-    """`count` keys from one; None from None."""
-    return None if key is None else jax.random.split(key, count)
+def keys_of(key: Key[Array, ""] | None, count: int) -> tuple[Key[Array, ""] | None, ...]:
+    """`count` keys from one; as many None from None."""
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))

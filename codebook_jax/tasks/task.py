@@ -19,7 +19,7 @@ from jaxtyping import Array, Key, PyTree
 
 from codebook_jax.config import check_fields
 from codebook_jax.data.batch import Batch
-from codebook_jax.data.pipeline import training_batches
+from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.method.numerics import key_of, own_settings
@@ -199,11 +199,8 @@ class OverMesh:
     ) -> AbstractContextManager[Iterator[Batch]]:
         """This process's rows of every batch; leaving the context ends the worker processes."""
         data, model = self.config.data, self.config.model
-        stream = training_batches(
-            source,
-            tokenizer,
+        spec = BatchSpec(
             seed=self.config.seed,
-            start_step=start_step,
             global_batch=data.global_batch,
             rows=sharding.process_rows(self.mesh, data.global_batch),
             size_px=model.image.size_px,
@@ -211,11 +208,10 @@ class OverMesh:
             crop_scale=data.crop_scale,
             crop_ratio=data.crop_ratio,
             flip=data.flip,
-            teacher_view=data.teacher_view,
-            workers=workers,
-            threads=data.threads,
-            prefetch=data.prefetch,
+            views=1 if data.teacher_view == "same" else 2,
         )
+        reading = Reading(workers, data.threads, data.prefetch)
+        stream = training_batches(source, tokenizer, spec, reading, start_step=start_step)
         return contextlib.closing(stream)
 
 

@@ -9,10 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from small_data import stream_of
 from small_run import config_of
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.pipeline import training_batches
 from codebook_jax.data.sources import Record, open_source
 from codebook_jax.data.sources.library_datasets import texts_in
 from codebook_jax.data.text import UNREAD, has_words, tokenizer_for_run
@@ -41,8 +41,7 @@ WORDS = ["a", "7", "猫", "🙂", "$", "か゚", "ก", "!x!"]
 def test_a_caption_has_words_if_a_letter_a_digit_or_a_symbol_is_left_of_it(tmp_path):
     assert not any(map(has_words, EMPTY))
     assert all(map(has_words, WORDS))
-    source = Pairs(WORDS)
-    tokenizer = tokenizer_for_run("", tmp_path, source, 400)
+    tokenizer = tokenizer_for_run("", tmp_path, WORDS, 400)
     assert (tokenizer.encode(WORDS, 32)[1] > 2).all()
 
 
@@ -194,20 +193,13 @@ def deaf(tmp_path):
     return tokenizer_for_run(str(tmp_path / "deaf"), tmp_path / "run", None, 0)
 
 
-def batches_of(source, tokenizer, **changes):
-    options = dict(seed=0, start_step=0, global_batch=8, rows=slice(0, 8), size_px=24, max_tokens=8)
-    options |= dict(crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False, workers=0)
-    options |= dict(teacher_view="independent", threads=1, prefetch=1) | changes
-    return training_batches(source, tokenizer, **options)
-
-
 def test_a_caption_of_which_a_given_tokenizer_makes_nothing_is_passed_over_and_counted(deaf):
-    stream = batches_of(Pairs(["a dog", "π", "dog", "ππ"]), deaf)
+    stream = stream_of(Pairs(["a dog", "π", "dog", "ππ"]), deaf)
     batch = next(stream)
     stream.close()
     assert set(batch.example.tolist()) == {0, 2} and batch.skipped.sum() > 0
     assert (batch.text_length > 2).all()
-    stream = batches_of(Pairs(["π"] * 4), deaf)
+    stream = stream_of(Pairs(["π"] * 4), deaf)
     with pytest.raises(UserError, match=rf"pair \d {UNREAD}"):
         next(stream)
     stream.close()

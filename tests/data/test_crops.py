@@ -26,6 +26,19 @@ def texture(height, width, seed=0):
     return (255 * (total - total.min()) / np.ptp(total)).astype(np.uint8)
 
 
+def crops(picture, seed, size, scale):
+    """Two random squares of the picture."""
+    out = np.empty((2, size, size, 3), np.uint8)
+    random_crops(picture, np.random.default_rng(seed), out, scale=scale, ratio=(1, 1))
+    return out
+
+
+def resized(part):
+    out = np.empty((64, 64, 3), np.uint8)
+    resize(part, out)
+    return out
+
+
 def test_crops_keep_the_area_and_ratio_that_were_asked_for():
     rng = np.random.default_rng(0)
     areas, ratios = [], []
@@ -49,18 +62,10 @@ def test_a_picture_too_long_for_the_ratio_gives_its_middle():
 def test_the_same_draws_give_the_same_crop_and_no_pixel_of_outside():
     image = np.zeros((60, 60, 3), np.uint8)
     image[:, 30:] = 255
-
-    def crop(seed):
-        rng = np.random.default_rng(seed)
-        return random_crops(Picture(image), rng, 1, scale=(0.1, 0.2), ratio=(1, 1), size_px=17)[0]
-
-    np.testing.assert_array_equal(crop(3), crop(3))
-    crops = [crop(seed) for seed in range(60)]
-    assert all(one.shape == (17, 17, 3) for one in crops)
-    assert any(one.max() == 0 for one in crops) and any(one.min() == 255 for one in crops)
-    bounds = dict(scale=(1, 1), ratio=(1, 1))
-    (whole,) = random_crops(Picture(image), np.random.default_rng(0), 1, **bounds, size_px=60)
-    np.testing.assert_array_equal(whole, image)
+    first, *others = (crops(Picture(image), seed, 17, (0.1, 0.2)) for seed in range(60))
+    np.testing.assert_array_equal(first, crops(Picture(image), 0, 17, (0.1, 0.2)))
+    assert any(one.max() == 0 for one in others) and any(one.min() == 255 for one in others)
+    np.testing.assert_array_equal(crops(Picture(image), 0, 60, (1, 1))[0], image)
 
 
 @pytest.mark.parametrize("side", [80, 110, 127, 140, 300])
@@ -68,14 +73,14 @@ def test_a_smaller_picture_is_as_near_to_pillows_bicubic_as_pillows_own_bilinear
     part, size = texture(side, side + 9), (64, 64)
     expected = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BICUBIC)).astype(int)
     bilinear = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BILINEAR)).astype(int)
-    made = resize(part, 64).astype(int)
+    made = resized(part).astype(int)
     assert np.abs(made - expected).mean() <= np.abs(bilinear - expected).mean()
 
 
 def test_a_larger_picture_is_pillows_bicubic():
     part = texture(40, 31)
     expected = np.asarray(Image.fromarray(part).resize((64, 64), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(resize(part, 64), expected)
+    np.testing.assert_array_equal(resized(part), expected)
 
 
 @pytest.mark.parametrize(("side", "shrink"), [(127, 1), (128, 2), (300, 4), (600, 8)])
@@ -87,11 +92,10 @@ def test_crops_of_a_jpeg_are_those_of_its_pixels_and_decoded_no_larger_than_they
     asked = []
     pixels = Picture.pixels
     monkeypatch.setattr(Picture, "pixels", lambda self, by=1: asked.append(by) or pixels(self, by))
-    bounds = dict(scale=(0.99, 1.0), ratio=(1, 1), size_px=64)
     whole = Picture(np.asarray(Image.open(buffer)))
     for seed in range(5):
-        drawn = random_crops(whole, np.random.default_rng(seed), 2, **bounds)
-        made = random_crops(Picture(buffer.getvalue()), np.random.default_rng(seed), 2, **bounds)
+        drawn = crops(whole, seed, 64, (0.99, 1.0))
+        made = crops(Picture(buffer.getvalue()), seed, 64, (0.99, 1.0))
         for one, other in zip(drawn, made, strict=True):
             assert np.abs(one.astype(int) - other).mean() < 4
     assert set(asked[1::2]) <= {shrink, max(1, shrink // 2)}

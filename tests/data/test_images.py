@@ -231,7 +231,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence_with_its_path(tmp_path, mon
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UnreadableImage, match=r"gone\.jpg: .*file"):
         decode(tmp_path / "gone.jpg")
-    with pytest.raises(UnreadableImage, match="folder"):
+    with pytest.raises(UnreadableImage, match="directory"):
         decode(tmp_path)
     with pytest.raises(UnreadableImage):
         decode("a\0b.jpg")

@@ -12,18 +12,22 @@ import subprocess
 import sys
 import threading
 import time
+import typing
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from beartype.door import is_bearable
+from jaxtyping import jaxtyped
 from PIL import Image
+from small_data import BATCH, scenes_source, stream_of, tokenizer_of
 
+from codebook_jax.data.batch import Batch
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.pipeline import BadRate, training_batches
+from codebook_jax.data.pipeline import BadRate
 from codebook_jax.data.sources import Record, open_source
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
-
-BATCH = 8
 
 
 class Numbered:
@@ -43,25 +47,13 @@ class Numbered:
         image[:, :, 2] = np.arange(40)[:, None] * 6
         return Record(image, self.words, index)
 
-    def captions(self, index):
-        return self.words
-
-    def fingerprint(self):
-        return "numbered"
-
     def __repr__(self):
         return f"numbered({self.count})"
 
 
-def scenes_source(examples=50):
-    return open_source(
-        "scenes", role="train", size_px=32, scenes_examples=examples, image_root="", seed=0
-    )
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return tokenizer_for_run("", tmp_path_factory.mktemp("run"), scenes_source(), 400)
+    return tokenizer_of(scenes_source(), tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -70,10 +62,7 @@ def stream(tokenizer):
     opened = []
 
     def open_stream(source, **changes):
-        options = dict(seed=0, start_step=0, global_batch=BATCH, rows=slice(0, BATCH), size_px=24)
-        options |= dict(max_tokens=24, crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False)
-        options |= dict(teacher_view="independent", workers=0, threads=2, prefetch=3) | changes
-        opened.append(training_batches(source, tokenizer, **options))
+        opened.append(stream_of(source, tokenizer, **changes))
         return opened[-1]
 
     yield open_stream
@@ -98,21 +87,27 @@ def expected(stream):
     return digests(taken(stream(scenes_source(), flip=True, threads=1, prefetch=1), 10))
 
 
-def test_a_batch_has_the_fields_shapes_and_types_that_are_promised(stream):
+def fits(batch):
+    """Whether every field of a batch has the type and shape of its annotation."""
+    hints = typing.get_type_hints(Batch, localns={"Array": jax.Array})
+    with jaxtyped("context"):  # so that "batch" and "side" are the same in all of them
+        return all(is_bearable(part, hints[name]) for name, part in batch._asdict().items())
+
+
+def test_a_batch_has_the_types_and_shapes_of_its_fields(stream):
     (batch,) = taken(stream(scenes_source(), flip=True), 1)
-    shapes = [(BATCH, 24, 24, 3)] * 2 + [(BATCH,), (BATCH, 24)] + [(BATCH,)] * 4
-    types = [np.uint8] * 2 + [np.bool_] + [np.int32] * 5
-    assert [part.shape for part in batch] == shapes
-    assert [part.dtype for part in batch] == types
+    assert fits(batch) and fits(jax.tree.map(jax.numpy.asarray, batch))
+    assert batch.image.shape == (BATCH, 24, 24, 3) and batch.tokens.shape == (BATCH, 24)
     assert (batch.skipped == 0).all() and (batch.text_length > 2).all()
+    assert not fits(batch._replace(flip=batch.flip[1:]))
+    assert not fits(batch._replace(teacher_image=batch.image[:, 1:]))
+    assert not fits(batch._replace(tokens=batch.tokens.astype(np.int64)))
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(2, 1), (5, 7)])
 def test_threads_and_reading_ahead_change_no_bit(stream, expected, threads, prefetch):
-    assert (
-        digests(taken(stream(scenes_source(), flip=True, threads=threads, prefetch=prefetch), 10))
-        == expected
-    )
+    made = stream(scenes_source(), flip=True, threads=threads, prefetch=prefetch)
+    assert digests(taken(made, 10)) == expected
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -128,18 +123,11 @@ def test_worker_processes_change_no_bit_from_any_step_and_end_when_closed(
 
 WORKERS = """
 import multiprocessing, os, signal, sys, time
-from codebook_jax.data.pipeline import training_batches
-from codebook_jax.data.sources import open_source
-from codebook_jax.data.text import tokenizer_for_run
+sys.path.append(sys.argv[2])
+from small_data import scenes_source, stream_of, tokenizer_of
 if __name__ == "__main__":
-    options = dict(size_px=24, scenes_examples=50, image_root="", seed=0)
-    source = open_source("scenes", role="train", **options)
-    tokenizer = tokenizer_for_run("", sys.argv[1], source, 400)
-    stream = training_batches(
-        source, tokenizer, seed=0, start_step=0, global_batch=8, rows=slice(0, 8), size_px=24,
-        max_tokens=24, crop_scale=(0.5, 1.0), crop_ratio=(1.0, 1.0), flip=False,
-        teacher_view="same", workers=1, threads=2, prefetch=2,
-    )
+    source = scenes_source()
+    stream = stream_of(source, tokenizer_of(source, sys.argv[1]), workers=1, prefetch=2)
     next(stream)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
@@ -155,12 +143,8 @@ if __name__ == "__main__":
 def test_workers_outlive_the_signals_that_a_run_handles_but_not_the_run(tmp_path):
     path = tmp_path / "workers.py"
     path.write_text(WORKERS)
-    done = subprocess.run(
-        [sys.executable, path, tmp_path / "run"],
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-    )
+    command = [sys.executable, path, tmp_path / "run", Path(__file__).parents[1]]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert "resource_tracker: process died" not in done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
@@ -221,7 +205,7 @@ def test_the_views_are_two_crops_of_the_same_image(stream):
         assert (batch.image[row, :, :, 0] == example).all()
         assert (batch.teacher_image[row, :, :, 0] == example).all()
         assert (batch.image[row] != batch.teacher_image[row]).any()
-    (same,) = taken(stream(Numbered(100), teacher_view="same"), 1)
+    (same,) = taken(stream(Numbered(100), views=1), 1)
     np.testing.assert_array_equal(same.image, same.teacher_image)
     np.testing.assert_array_equal(same.image, batch.image)
     whole = dict(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), size_px=40)
@@ -229,12 +213,11 @@ def test_the_views_are_two_crops_of_the_same_image(stream):
     np.testing.assert_array_equal(full.image[0], Numbered(100)[int(full.example[0])].image)
 
 
-def test_every_caption_of_a_record_is_drawn_as_often(stream, tokenizer):
+def test_every_caption_of_a_record_is_drawn_as_often(stream):
     source = Numbered(64, captions=("red", "green", "blue"))
-    batches = taken(stream(source, global_batch=64, rows=slice(0, 64)), 30)
-    words, counts = np.unique(
-        np.concatenate([batch.tokens[:, 1] for batch in batches]), return_counts=True
-    )
+    batches = taken(stream(source, global_batch=64), 30)
+    drawn = np.concatenate([batch.tokens[:, 1] for batch in batches])
+    words, counts = np.unique(drawn, return_counts=True)
     assert len(words) == 3 and counts.min() > 0.28 * counts.sum()
 
 
@@ -255,14 +238,14 @@ def test_a_flip_is_drawn_for_half_the_rows_and_swaps_left_and_right_before_the_t
     stream, tokenizer
 ):
     source = Numbered(64, captions=("a circle left of a square",))
-    batches = taken(stream(source, flip=True, global_batch=64, rows=slice(0, 64)), 10)
+    batches = taken(stream(source, flip=True, global_batch=64), 10)
     texts = ["a circle left of a square", "a circle right of a square"]
-    plain, mirrored = tokenizer.encode(texts, 24)[0]
+    plain, mirrored = tokenizer.encode(texts, 24).tokens
     flips = np.concatenate([batch.flip for batch in batches])
     tokens = np.concatenate([batch.tokens for batch in batches])
     assert 0.4 < flips.mean() < 0.6
     assert (tokens[flips] == mirrored).all() and (tokens[~flips] == plain).all()
-    (unflipped,) = taken(stream(source, global_batch=64, rows=slice(0, 64)), 1)
+    (unflipped,) = taken(stream(source, global_batch=64), 1)
     assert not unflipped.flip.any()
     np.testing.assert_array_equal(unflipped.image, batches[0].image)  # the mirror is the device's
 
@@ -277,8 +260,8 @@ def test_an_unreadable_image_gives_way_to_the_next_and_is_counted_and_named(stre
             assert (after.example[row], after.skipped[row]) == passed.get(example, (example, 0))
             assert (after.image[row, :, :, 0] == after.example[row]).all()
             assert after.image_id[row] == after.example[row]
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and "/data/" in said[0] and "the file is empty" in said[0]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 and "/data/" in printed[0] and "the file is empty" in printed[0]
 
 
 def test_missing_broken_and_good_files_train_and_the_same_in_workers(stream, tmp_path):
@@ -292,9 +275,7 @@ def test_missing_broken_and_good_files_train_and_the_same_in_workers(stream, tmp
     (tmp_path / "7.png").write_bytes(whole[: len(whole) // 2])
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(entries))
-    source = open_source(
-        f"json:{path}", role="train", size_px=24, scenes_examples=0, image_root="", seed=0
-    )
+    source = open_source(f"json:{path}", role="train", size_px=24, scenes_examples=0, seed=0)
     batches = taken(stream(source), 3)
     assert sum(batch.skipped.sum() for batch in batches) == 6  # three bad of twelve, two epochs
     assert not {2, 5, 7} & set(np.concatenate([batch.example for batch in batches]).tolist())
@@ -306,20 +287,6 @@ def test_a_source_without_one_readable_image_is_refused(stream, workers):
     made = stream(Numbered(20, range(20)), workers=workers)
     with pytest.raises(UserError, match=r"numbered\(20\): none of 20 .*first: /data/.*image_root"):
         next(made)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"teacher_view": "other"}, "teacher_view='other' is neither"),
-        ({"workers": -1}, "workers=-1 is too small"),
-        ({"threads": 0}, "threads=0 is too small"),
-        ({"prefetch": 0}, "prefetch=0 is too small"),
-    ],
-)
-def test_settings_that_cannot_be_run_with_are_refused(stream, change, words):
-    with pytest.raises(UserError, match=words):
-        stream(Numbered(10), **change)
     with pytest.raises(UserError, match="no records"):
         stream(Numbered(0))
 
@@ -349,10 +316,10 @@ def test_the_modules_of_the_data_never_import_jax_themselves():
 
 
 def test_a_few_bad_images_by_chance_do_not_stop_a_run_and_many_do():
-    rate = BadRate(0.01, 0)
+    rate = BadRate(0.01, 500)  # those of an earlier start are reported, but not judged again
     for batch in range(2000):
         rate.add(unreadable=int(batch % 2 == 0), read=64)  # 0.8 %
-    assert rate.unreadable == 1000
+    assert rate.unreadable == 1500
     rate = BadRate(0.01, 0)
     with pytest.raises(UserError, match=r"of [\d,]+ images could not be read, .*max_bad_rate=0.01"):
         for _ in range(2000):
@@ -370,9 +337,3 @@ def test_a_rate_of_zero_allows_none_and_of_one_allows_all():
     rate = BadRate(1, 0)
     rate.add(unreadable=1000, read=1)
     assert rate.unreadable == 1000
-
-
-def test_a_restart_reports_the_bad_images_of_before_but_does_not_judge_them_again():
-    rate = BadRate(0.01, 500)
-    rate.add(unreadable=0, read=64)
-    assert rate.unreadable == 500

@@ -10,23 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tokenizers
+from small_data import scenes_source, tokenizer_of
 
 from codebook_jax.data import scenes
-from codebook_jax.data.sources import open_source
-from codebook_jax.data.text import captions_of, clean, tokenizer_for_run, train_vocabulary
+from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.text import clean, tokenizer_for_run, train_vocabulary
 from codebook_jax.errors import UserError
-
-
-def scenes_source(examples=300):
-    return open_source(
-        "scenes", role="train", size_px=32, scenes_examples=examples, image_root="", seed=0
-    )
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    tokenizer_for_run("", folder, scenes_source(), 8192)
+    tokenizer_of(scenes_source(300), folder, 8192)
     return folder
 
 
@@ -112,11 +107,11 @@ def test_every_caption_of_the_scenes_fits_24_tokens_and_has_no_unknown_word(toke
     tokens, lengths, truncated = tokenizer.encode(captions, 24)
     assert truncated == 0 and lengths.max() <= 24
     assert not (tokens == reference.unk_token_id).any()
-    assert 18 <= lengths[: 3000 * scenes.CAPTIONS].mean() <= 20.5
+    assert 18 <= lengths[: 3000 * 4].mean() <= 20.5
 
 
 def test_the_captions_of_the_scenes_have_the_tokens_that_recorded_figures_were_made_with(tokenizer):
-    captions = list(captions_of(scenes_source()))
+    captions = list(sample_captions(scenes_source(300)))
     tokens, lengths, _ = tokenizer.encode(captions, 64)
     ids = [row[1 : length - 1].tolist() for row, length in zip(tokens, lengths, strict=True)]
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
@@ -124,7 +119,7 @@ def test_the_captions_of_the_scenes_have_the_tokens_that_recorded_figures_were_m
 
 
 def test_threads_and_pickling_change_no_token(tokenizer):
-    captions = list(captions_of(scenes_source(), 200))
+    captions = list(sample_captions(scenes_source(), 200))
     expected = tokenizer.encode(captions, 12)[0]
     other = pickle.loads(pickle.dumps(tokenizer))
     assert other.vocabulary == tokenizer.vocabulary
@@ -172,13 +167,13 @@ def test_frequent_words_become_whole_tokens_and_the_size_is_a_limit():
 
 
 def test_captions_to_learn_words_from_are_spread_over_the_source_and_limited():
-    captions = list(captions_of(scenes_source(1000), 40))
+    captions = list(sample_captions(scenes_source(1000), 40))
     assert len(captions) == 40
     assert captions[-1] in scenes_source(1000).captions(900)
 
 
 def test_a_run_keeps_its_tokenizer_whatever_the_data_becomes(workdir, tokenizer):
-    again = tokenizer_for_run("", workdir, scenes_source(5), 100)
+    again = tokenizer_for_run("", workdir, ["other"], 100)
     assert again.vocabulary == tokenizer.vocabulary
     assert [path.name for path in workdir.iterdir()] == ["tokenizer"]
 
@@ -244,5 +239,5 @@ def test_a_tokenizer_that_cannot_be_had_is_refused_with_the_choices(tmp_path):
         tokenizer_for_run("", tmp_path / "b", None, 100)
     (tmp_path / "c" / "tokenizer").mkdir(parents=True)
     with pytest.raises(UserError, match="the run's tokenizer, cannot be loaded"):
-        tokenizer_for_run("", tmp_path / "c", scenes_source(5), 100)
+        tokenizer_for_run("", tmp_path / "c", ["other"], 100)
     assert not (tmp_path / "a").exists()

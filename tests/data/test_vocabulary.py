@@ -56,19 +56,6 @@ def tokens_of(trained, captions):
     return [tuple(found.ids) for found in trained.encode_batch(captions, add_special_tokens=False)]
 
 
-class Captions:
-    """The part of a source that a vocabulary is trained on."""
-
-    def __init__(self, captions):
-        self._captions = captions
-
-    def __len__(self):
-        return len(self._captions)
-
-    def captions(self, index):
-        return (self._captions[index],)
-
-
 @pytest.mark.parametrize("language", [*LANGUAGES, "all"])
 def test_captions_that_differ_in_a_mark_have_different_tokens_and_none_unknown(language, tmp_path):
     names = LANGUAGES if language == "all" else [language]
@@ -77,9 +64,8 @@ def test_captions_that_differ_in_a_mark_have_different_tokens_and_none_unknown(l
     trained = train_vocabulary(captions, 8192)
     for texts in (captions, sorted(words)):
         assert len(set(tokens_of(trained, texts))) == len(set(texts)) >= 100
-    tokenizer = tokenizer_for_run("", tmp_path, Captions(captions), 8192)
-    unknown, records = unknown_in(Captions(captions), tokenizer)
-    assert unknown.count == 0 and unknown.tokens > 1000 and records == min(2000, len(captions))
+    unknown = unknown_in(captions, tokenizer_for_run("", tmp_path, captions, 8192))
+    assert unknown.count == 0 and unknown.tokens > 1000
     assert "0 of" in said_unknown(unknown, "") and "warning" not in said_unknown(unknown, "")
 
 
@@ -168,7 +154,7 @@ def test_case_and_accents_are_dropped_as_asked():
 
 def test_a_trained_tokenizer_cleans_captions_for_transformers_too(tmp_path):
     captions = captions_in("hindi") + ['"A man\'s hat, — red!"'] * 2
-    tokenizer = tokenizer_for_run("", tmp_path, Captions(captions), 2000)
+    tokenizer = tokenizer_for_run("", tmp_path, captions, 2000)
     again = tokenizer_for_run("", tmp_path, None, 0)
     reference = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     for caption in captions[-10:]:
@@ -177,21 +163,7 @@ def test_a_trained_tokenizer_cleans_captions_for_transformers_too(tmp_path):
         np.testing.assert_array_equal(again.encode([caption], 64)[0], tokens)
 
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "a",
-    "red",
-    "circle",
-    "##s",
-    "ano",
-    "हल",
-    "म",
-    "##ा",
-]
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red circle ##s ano हल म ##ा".split()
 
 
 @pytest.fixture
@@ -210,7 +182,7 @@ def earlier(tmp_path):
 
 
 def test_a_tokenizer_of_an_earlier_run_gives_the_tokens_that_it_gave(earlier):
-    tokenizer = tokenizer_for_run("", earlier, Captions(["new captions"]), 8192)
+    tokenizer = tokenizer_for_run("", earlier, ["new captions"], 8192)
     captions = ["A red-circles!", "año, ANO", "फूल a", "红 " + "a" * 101, "a—red", "हल।"]
     tokens, lengths, _ = tokenizer.encode(captions, 8)
     given = [tokens[row, 1 : length - 1].tolist() for row, length in enumerate(lengths)]
@@ -224,9 +196,9 @@ def test_a_tokenizer_of_an_earlier_run_gives_the_tokens_that_it_gave(earlier):
 def test_unknown_tokens_are_counted_warned_of_and_named(earlier):
     captions = ["a red circle"] * 8 + ["a xylophone 🙂"] * 2
     tokenizer = tokenizer_for_run("", earlier, None, 0)
-    unknown, records = unknown_in(Captions(captions), tokenizer)
-    assert unknown == (4, 30) and records == 10
-    sentence = said_unknown(unknown, "the captions of 10 of the pairs")
+    unknown = unknown_in(captions, tokenizer)
+    assert unknown == (4, 30)
+    sentence = said_unknown(unknown, "10 captions")
     assert sentence.startswith("warning") and "4 of 30" in sentence and "13.33%" in sentence
     assert tokenizer.unknown_words(captions) == ["xylophone", "🙂"]
 

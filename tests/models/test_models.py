@@ -285,9 +285,7 @@ def test_one_scan_is_the_blocks_one_after_another(student, inputs):
         x = jnp.concatenate([jnp.tile(vision.cls[...], (4, 1, 1)), x], 1) + vision.positions[...]
         graph, stacked = nnx.split(vision.blocks)
         for index in range(3):
-            x = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))(
-                x, vision.compute
-            )
+            x = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))(x)
         return vision.norm(x)
 
     np.testing.assert_allclose(

@@ -110,7 +110,7 @@ def test_every_state_of_the_image_encoder_is_pytorchs(name):
     patches = vision.patches(cut_patches(images, vision.patch_px))
     cls = np.broadcast_to(towers["image"]["cls"], (len(images), 1, patches.shape[2]))
     embedded = np.concatenate([cls, patches], axis=1) + towers["image"]["positions"]
-    states = states_of(vision.blocks, lambda block, x: block(x, vision.compute), embedded)
+    states = states_of(vision.blocks, lambda block, x: block(x), embedded)
     assert len(states) == config.model.image.depth
     assert_states([embedded, *states], golden)
     assert_states([vision(images)], {"states_0": golden["normed"]})
@@ -133,8 +133,7 @@ def test_every_state_of_the_text_encoder_and_every_logit_of_a_word_is_pytorchs()
     embedded = model.text.norm(
         p["words"][tokens] + p["positions"][: tokens.shape[1]] + p["segment"][0]
     )
-    of = dict(rate=0.0, key=None, compute=model.text.compute)
-    states = states_of(model.text.blocks, lambda block, x: block(x, lengths, **of), embedded)
+    states = states_of(model.text.blocks, lambda block, x: block(x, lengths, None), embedded)
     assert len(states) == 5
     assert_states([embedded, *states], golden)
     assert_states([model.text(tokens, lengths)], {"states_0": golden["states_5"]})

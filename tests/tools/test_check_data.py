@@ -17,12 +17,12 @@ import browser
 import numpy as np
 import pytest
 from PIL import Image
+from small_data import tokenizer_of
 from small_run import ROOT
 
 from codebook_jax import files
 from codebook_jax.data.images import Picture
 from codebook_jax.data.sources import open_source
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
 from codebook_jax.tools.check_data.captions import read_captions
@@ -229,7 +229,7 @@ def test_captions_are_counted_by_tokens_and_by_the_pictures_that_share_them(data
     assert counts["captions"] == 2 * 60 + 8 + 3 + 2
     assert counts["repeated"] == 8 == part.most_repeated[0]["images"]
     assert part.most_repeated[0]["caption"] == "a picture <script>alert1< script>"
-    tokenizer = tokenizer_for_run("", tmp_path, part.source, 300)
+    tokenizer = tokenizer_of(part.source, tmp_path, 300)
     _, lengths, _ = tokenizer.encode(["number 1", SCRIPT], 100)
     assert (part.captions["tokens"] == lengths[1]).sum() == 8
     longer = [part._replace(max_tokens=length).counts()["truncated"] for length in lengths]

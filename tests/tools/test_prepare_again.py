@@ -278,7 +278,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise RuntimeError("write() failed: No space left on device; writing a; at byte 2097152")
 
-    monkeypatch.setattr(packing, "_flush", full)
+    monkeypatch.setattr(packing, "file_sha256", full)
     with pytest.raises(UserError, match="no space left .* to .* same command again"):
         pack(source, tmp_path / "packed")
     assert {path.name for path in (tmp_path / "packed").iterdir()} == {".progress"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from codebook_jax.data.scenes.world import Background, Scene, SceneObject, pick
+from codebook_jax.data.scenes.world import Scene, SceneObject, pick
 
 CAPTIONS = 4  # per training scene
 MOST_WORDS = 22  # 24 tokens with [CLS] and [SEP]
@@ -22,8 +22,8 @@ _RELATION_WORDS = {
 _SIZE_WORDS = {"small": ("small", "tiny"), "large": ("large", "big")}
 _OPENINGS = ("", "", "", "a picture of", "an image of")
 
-# A, B, C: an object with its article; r: a relation; a, b: "the" object; t: the object that C is
-# related to.
+# A, B, C: an object with its article; a, b: "the" object; r: how A relates to B; s: how C relates
+# to t, which is A or B.
 _TWO = ("{A} {r} {B}", "{A} is {r} {B}", "there is {A} {r} {B}", "{r} {B} there is {A}")
 _TWO += ("{A} and {B}, {a} {r} {b}",)
 _TWO_UNSEEN = ("{A} and {B}: {a} is {r} {b}", "{r} {B} is {A}")
@@ -39,15 +39,12 @@ def training_captions(scene: Scene) -> tuple[str, ...]:
     return tuple(_caption(scene, draw, _TWO, _THREE) for _ in range(CAPTIONS))
 
 
-def test_caption(scene: Scene) -> str:
+def evaluation_caption(scene: Scene) -> str:
     """The scene's one caption in evaluation, sometimes in a wording not used in training."""
     draw = random.Random(scene.wording_seed)
     if draw.random() < _UNSEEN_WORDING:
         return _caption(scene, draw, _TWO_UNSEEN, _THREE_UNSEEN)
     return _caption(scene, draw, _TWO, _THREE)
-
-
-test_caption.__test__ = False  # pytest: not a test
 
 
 def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Sequence[str]) -> str:
@@ -57,15 +54,12 @@ def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Seque
 
 
 def two_objects(scene: Scene, first: int, draw: random.Random, wordings: Sequence[str]) -> str:
-    """A caption of a scene of two objects, in one of the wordings, beginning with object
-    `first`.
-    """
+    """A caption of a scene of two objects in one of the wordings, whose A is object `first`."""
     mentions = [_mention(thing, draw) for thing in scene.objects]
-    relation = scene.relation(first, 1 - first)
     parts = {
         "A": mentions[first],
         "B": mentions[1 - first],
-        "r": pick(draw, _RELATION_WORDS[relation]),
+        "r": pick(draw, _RELATION_WORDS[scene.relation(first, 1 - first)]),
         "a": _short(scene.objects[first], scene),
         "b": _short(scene.objects[1 - first], scene),
     }
@@ -77,60 +71,47 @@ def _three_objects(scene: Scene, draw: random.Random, wordings: Sequence[str]) -
     third = 3 - first - second
     links = [(other, scene.relation(third, other)) for other in (first, second)]
     other, second_relation = pick(draw, [link for link in links if link[1]])
-    a, b, c = scene.objects[first], scene.objects[second], scene.objects[third]
-    parts = {
-        "A": _mention(a, draw),
-        "B": _mention(b, draw),
-        "C": _mention(c, draw),
-        "r": pick(draw, _RELATION_WORDS[relation]),
-        "s": pick(draw, _RELATION_WORDS[second_relation]),
-        "a": _short(a, scene),
-        "b": _short(b, scene),
-        "t": _short(scene.objects[other], scene),
-    }
+    order = (first, second, third)
+    parts = {name: _mention(scene.objects[at], draw) for name, at in zip("ABC", order, strict=True)}
+    parts["r"] = pick(draw, _RELATION_WORDS[relation])
+    parts["s"] = pick(draw, _RELATION_WORDS[second_relation])
+    for name, at in zip("abt", (first, second, other), strict=True):
+        parts[name] = _short(scene.objects[at], scene)
     return _finish(pick(draw, wordings), parts, scene, draw)
 
 
 def _finish(wording: str, parts: dict[str, str], scene: Scene, draw: random.Random) -> str:
-    """The wording filled in, shortened to fit, with an opening and the background if there is
-    room.
-    """
-    opening, ending = pick(draw, _OPENINGS), _background_words(scene.background, draw)
+    """The wording filled in and shortened, with an opening and the background where they fit."""
+    opening, ending = pick(draw, _OPENINGS), ""
+    if draw.random() < _BACKGROUND_WORDS:
+        background = scene.background
+        word = background.texture if draw.random() < 0.7 else background.tone
+        ending = f"on a {word} background"
     caption = wording.format(**parts)
     while len(caption.split()) > MOST_WORDS:
         longest = max(parts, key=lambda name: len(parts[name].split()))
         parts = parts | {longest: _shorter(parts[longest])}
         caption = wording.format(**parts)
     if opening and wording.startswith("{A}") and " is " not in wording:
-        if len(caption.split()) + len(opening.split()) <= MOST_WORDS:
-            caption = f"{opening} {caption}"
-    if ending and len(caption.split()) + len(ending.split()) <= MOST_WORDS:
-        caption = f"{caption} {ending}"
-    return caption
+        caption = _if_it_fits(f"{opening} {caption}", caption)
+    return _if_it_fits(f"{caption} {ending}", caption) if ending else caption
+
+
+def _if_it_fits(longer: str, caption: str) -> str:
+    return longer if len(longer.split()) <= MOST_WORDS else caption
 
 
 def _shorter(words: str) -> str:
     """A shorter form of a relation or a mention, which says the same or less."""
     if words.startswith("to the "):
         return words.removeprefix("to the ")
-    article, *others = words.split()
-    noun = " ".join(others[1:])  # without the size
-    return f"the {noun}" if article == "the" else f"{_article(noun)} {noun}"
-
-
-def _background_words(background: Background, draw: random.Random) -> str:
-    if draw.random() >= _BACKGROUND_WORDS:
-        return ""
-    word = background.texture if draw.random() < 0.7 else background.tone
-    return f"on a {word} background"
+    article, _, *noun = words.split()  # without the size
+    return " ".join(("the", *noun)) if article == "the" else _with_article(" ".join(noun))
 
 
 def _mention(thing: SceneObject, draw: random.Random) -> str:
-    words = f"{thing.colour} {thing.shape}"
-    size = pick(draw, _SIZE_WORDS[thing.size])
-    if draw.random() < _SIZE_WORD:
-        words = f"{size} {words}"
-    return f"{_article(words)} {words}"
+    words, size = f"{thing.colour} {thing.shape}", pick(draw, _SIZE_WORDS[thing.size])
+    return _with_article(f"{size} {words}" if draw.random() < _SIZE_WORD else words)
 
 
 def _short(thing: SceneObject, scene: Scene) -> str:
@@ -139,5 +120,5 @@ def _short(thing: SceneObject, scene: Scene) -> str:
     return f"the {thing.shape}" if alike == 1 else f"the {thing.colour} {thing.shape}"
 
 
-def _article(words: str) -> str:
-    return "an" if words[0] in "aeiou" else "a"
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

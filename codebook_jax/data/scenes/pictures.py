@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from codebook_jax.data.scenes.world import SHAPES, Background, Scene, SceneObject
+from codebook_jax.data.scenes.world import Background, Scene, SceneObject
 
 _SUPERSAMPLING = 4
 _CONTRAST = 16  # of a texture, of 255
 _NOISE = 7  # standard deviation of the clouds over it, of 255
 
+_ARM = 0.33  # half the width of a cross's arms
+_CROSS = [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)]
+_STAR = [(math.pi * (corner / 5 - 0.5), (1.0, 0.42)[corner % 2]) for corner in range(10)]
+_CORNERS = {  # of the shapes with straight edges, in a box of -1 to 1
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
+    "diamond": [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)],
+    "cross": [*_CROSS, *((-x, -y) for x, y in _CROSS)],
+    "star": [(reach * math.cos(angle), reach * math.sin(angle)) for angle, reach in _STAR],
+}
+
 
 def render(scene: Scene, size_px: int) -> UInt8[np.ndarray, "size_px size_px 3"]:
-    """The scene's picture, RGB, `size_px` a side; the same at every size except for detail."""
+    """The scene's picture in RGB; the same at every size except for detail."""
     image = _paint_background(scene.background, size_px)
     for thing in scene.objects:
         _paint_object(image, thing)
@@ -40,29 +49,25 @@ def _paint_background(background: Background, size_px: int) -> Image.Image:
         wave = np.add.outer(np.cos(along + phase) - np.float32(1.1), np.cos(along + phase))
     else:
         wave = np.zeros((size_px, size_px), np.float32)
-    wave *= np.float32(4 * _CONTRAST)
-    np.clip(wave, -_CONTRAST, _CONTRAST, out=wave)
+    wave = np.clip(wave * np.float32(4 * _CONTRAST), -_CONTRAST, _CONTRAST)
     noise = np.random.default_rng(background.noise_seed).normal(128, _NOISE, (16, 16))
     clouds = Image.fromarray(noise.astype(np.float32))
     wave += np.asarray(clouds.resize((size_px, size_px), Image.Resampling.BILINEAR))
     lightness = wave.astype(np.uint8).tobytes()
     levels = np.arange(-128, 128) + np.array(background.colour)[:, None]
-    tables = np.clip(levels, 0, 255).astype(np.uint8)
+    tables = np.clip(levels, 0, 255).astype(np.uint8)  # of red, green and blue
     channels = [lightness.translate(table.tobytes()) for table in tables]
     return Image.merge("RGB", [Image.frombytes("L", (size_px, size_px), c) for c in channels])
 
 
 def _paint_object(image: Image.Image, thing: SceneObject) -> None:
-    """Draws the object enlarged, within its box only, and shrinks it: smooth edges at little
-    cost.
-    """
-    side = image.width
-    left, top, right, bottom = (value * side for value in thing.box)
+    """Draws the object enlarged, within its box only, and shrinks it: smooth edges, cheaply."""
+    left, top, right, bottom = (value * image.width for value in thing.box)
     box = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
-    fine = _SUPERSAMPLING
+    fine, side = _SUPERSAMPLING, image.width
     mask = Image.new("L", (fine * (box[2] - box[0]), fine * (box[3] - box[1])))
-    centre = fine * (thing.x * side - box[0]), fine * (thing.y * side - box[1])
-    _draw_shape(ImageDraw.Draw(mask), thing.shape, *centre, fine * thing.radius * side)
+    x, y = fine * (thing.x * side - box[0]), fine * (thing.y * side - box[1])
+    _draw_shape(ImageDraw.Draw(mask), thing.shape, x, y, fine * thing.radius * side)
     image.paste(thing.paint, box, mask.reduce(fine))
 
 
@@ -70,33 +75,11 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: flo
     def ellipse(across: float, down: float, radius: float, fill: int) -> None:
         pen.ellipse((across - radius, down - radius, across + radius, down + radius), fill=fill)
 
-    if shape in ("circle", "ring", "moon"):
-        ellipse(x, y, r, 255)
+    if shape in _CORNERS:
+        pen.polygon([(x + r * right, y + r * down) for right, down in _CORNERS[shape]], fill=255)
+        return
+    ellipse(x, y, r, 255)  # a circle
     if shape == "ring":
         ellipse(x, y, 0.5 * r, 0)
     elif shape == "moon":
         ellipse(x + 0.5 * r, y - 0.2 * r, 0.8 * r, 0)
-    elif shape != "circle":
-        pen.polygon([(x + r * right, y + r * down) for right, down in _corners(shape)], fill=255)
-
-
-@functools.cache
-def _corners(shape: str) -> tuple[tuple[float, float], ...]:
-    """The corners of a shape in a box of -1 to 1."""
-    if shape == "square":
-        return (-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)
-    if shape == "triangle":
-        return (0, -0.95), (1, 0.85), (-1, 0.85)
-    if shape == "diamond":
-        return (0, -1), (0.72, 0), (0, 1), (-0.72, 0)
-    if shape == "cross":
-        arm = 0.33
-        quarter = ((-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm))
-        return (*quarter, (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm))
-    if shape == "star":
-        angles = [math.pi * (corner / 5 - 0.5) for corner in range(10)]
-        reach = itertools.cycle((1.0, 0.42))
-        return tuple(
-            (r * math.cos(a), r * math.sin(a)) for a, r in zip(angles, reach, strict=False)
-        )
-    raise ValueError(f"no shape {shape!r}: {', '.join(SHAPES)}")

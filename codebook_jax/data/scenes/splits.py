@@ -1,15 +1,12 @@
-"""The scenes of each split: training by index, evaluation with one caption each, and the hard
-pairs.
-"""
+"""The scenes of each split: training by index, evaluation with one caption each, and hard pairs."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import random
 
-from codebook_jax.data.scenes.captions import HARD_WORDINGS, test_caption, two_objects
+from codebook_jax.data.scenes.captions import HARD_WORDINGS, evaluation_caption, two_objects
 from codebook_jax.data.scenes.world import (
     Scene,
     draw_background,
@@ -37,12 +34,12 @@ def evaluation_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple
     """
     captions: set[str] = set()
     shown: set[frozenset] = set()
-    chosen = []
+    chosen: list[tuple[Scene, str]] = []
     for index in itertools.count():
         if len(chosen) == count:
             return tuple(chosen)
         scene = draw_scene(random_of(split, 0, index), split)
-        caption, content = test_caption(scene), _content(scene)
+        caption, content = evaluation_caption(scene), _content(scene)
         if caption not in captions and content not in shown:
             captions.add(caption)
             shown.add(content)
@@ -50,18 +47,16 @@ def evaluation_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple
 
 
 def _content(scene: Scene) -> frozenset:
-    """What every caption of the scene states: its objects and, if there are two, their relation."""
-    kinds = [(thing.colour, thing.shape) for thing in scene.objects]
+    """What every caption of the scene states: its objects, and of two also their relation."""
+    kinds = [thing.kind for thing in scene.objects]
     if len(kinds) > 2:
         return frozenset(kinds)
-    relations = ((kinds[first], word, kinds[second]) for first, word, second in scene.relations())
-    return frozenset(relations)
+    return frozenset((kinds[a], relation, kinds[b]) for a, relation, b in scene.relations())
 
 
 @functools.cache
 def hard_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple[Scene, str], ...]:
-    """Pairs of scenes 2k, 2k + 1 whose captions and pictures differ in one thing only; no caption
-    twice.
+    """Pairs of scenes 2k, 2k + 1 whose captions and pictures differ in one thing; no caption twice.
 
     Alternately: which colour goes with which shape; which object is on which side of the other ("a
     left of b", "b left of a"); the relation ("a left of b", "a right of b").
@@ -82,27 +77,25 @@ def hard_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[tuple[Scene
 
 
 def _hard_pair(draw: random.Random, split: str, kind: str) -> list[tuple[Scene, str]]:
-    while True:
-        (first_colour, first_shape), (second_colour, second_shape) = pick(
-            draw, held_out_pairs(split)
-        )
-        if first_colour == second_colour or first_shape == second_shape:
-            continue  # swapping colours would change nothing
-        objects = place(draw, ((first_colour, first_shape), (second_colour, second_shape)))
-        if objects is not None:
-            break
-    background, seed = draw_background(draw), draw.getrandbits(48)
+    objects = None
+    while objects is None:
+        first, second = pick(draw, held_out_pairs(split))
+        if first[0] != second[0] and first[1] != second[1]:  # else swapping colours changes nothing
+            objects = place(draw, (first, second))
     a, b = objects
+    background, seed = draw_background(draw), draw.getrandbits(48)
     if kind == "binding":
-        others = (
-            dataclasses.replace(a, colour=b.colour, paint=b.paint),
-            dataclasses.replace(b, colour=a.colour, paint=a.paint),
+        swapped = (
+            a._replace(colour=b.colour, paint=b.paint),
+            b._replace(colour=a.colour, paint=a.paint),
         )
     else:
-        others = (dataclasses.replace(a, x=b.x, y=b.y), dataclasses.replace(b, x=a.x, y=a.y))
-    scenes = Scene(objects, background, seed), Scene(others, background, seed)
-    firsts = (0, 1) if kind == "order" else (0, 0)
+        swapped = a._replace(x=b.x, y=b.y), b._replace(x=a.x, y=a.y)
+    first_of_other = 1 if kind == "order" else 0
     return [
         (scene, two_objects(scene, first, random.Random(seed), HARD_WORDINGS))
-        for scene, first in zip(scenes, firsts, strict=True)
+        for scene, first in (
+            (Scene(objects, background, seed), 0),
+            (Scene(swapped, background, seed), first_of_other),
+        )
     ]

@@ -1,17 +1,17 @@
-"""Scenes and how they are drawn at random: objects, positions, relations, and what each split holds
-out.
+"""Scenes and how they are drawn: objects, positions, relations, and what each split holds out.
+
+Draws use only `random` and `getrandbits` of random.Random, whose numbers Python promises to keep.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 WORLD = 1  # increase it when any scene or caption changes: fingerprints include it
 
@@ -38,19 +38,22 @@ _GAP = 0.05  # between two objects
 _CLEAR = 0.22  # least distance along its axis for a relation to hold
 _SKEW = 0.6  # greatest distance across a relation's axis, as a share of that along it
 
+Kind = tuple[str, str]  # (colour, shape)
+Paint = tuple[int, int, int]
+Choice = TypeVar("Choice")
+
 
 class Background(NamedTuple):
     texture: str
     tone: str
-    colour: tuple[int, int, int]
+    colour: Paint
     angle: float  # radians
     periods: float  # across the picture
     phase: float
     noise_seed: int
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneObject:
+class SceneObject(NamedTuple):
     """One shape. Positions are shares of the picture's side, from its left and its top."""
 
     colour: str
@@ -58,7 +61,11 @@ class SceneObject:
     size: str
     x: float
     y: float
-    paint: tuple[int, int, int]
+    paint: Paint
+
+    @property
+    def kind(self) -> Kind:
+        return self.colour, self.shape
 
     @property
     def radius(self) -> float:
@@ -71,21 +78,15 @@ class SceneObject:
         return self.x - r, self.y - r, self.x + r, self.y + r
 
 
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """The content of a picture.
-
-    No two objects have both the same colour and the same shape, and none overlap.
-    """
+class Scene(NamedTuple):
+    """The content of a picture: objects that differ in colour or shape and do not overlap."""
 
     objects: tuple[SceneObject, ...]
     background: Background
     wording_seed: int
 
     def relation(self, first: int, second: int) -> str | None:
-        """Where object `first` is relative to `second`: left, right, above, below, or None if it is
-        not clear.
-        """
+        """The clear relation of object `first` to `second`, if there is one."""
         return relation_between(self.objects[first], self.objects[second])
 
     def relations(self) -> list[tuple[int, str, int]]:
@@ -105,19 +106,11 @@ def relation_between(first: SceneObject, second: SceneObject) -> str | None:
     return None
 
 
-# What is held out
-
-
-Kind = tuple[str, str]  # (colour, shape)
-
-
 @functools.cache
 def held_out(first: Kind, second: Kind) -> str | None:
-    """The only split that shows these two together, in either binding of the colours; None:
-    training may.
+    """The only split that shows these two together, in either binding of colours; None: training.
 
-    Depends only on the names, so every seed and every length of the training data holds out the
-    same pairs.
+    Depends only on the names, so the data of every seed and length hold out the same pairs.
     """
     colours, shapes = zip(first, second, strict=True)
     draw = _number(f"held out {'/'.join((*sorted(colours), *sorted(shapes)))}") % 20
@@ -131,20 +124,16 @@ def held_out_pairs(split: str) -> tuple[tuple[Kind, Kind], ...]:
     return tuple(pair for pair in itertools.permutations(kinds, 2) if held_out(*pair) == split)
 
 
-# Scenes
-
-
 def draw_scene(draw: random.Random, split: str | None) -> Scene:
     """A scene with a pair that only `split` may show; None: a scene without held-out pairs."""
-    while True:
-        kinds = _draw_kinds(draw, 2 if draw.random() < 0.35 else 3, split)
-        objects = place(draw, kinds)
-        if objects is not None:
-            return Scene(objects, draw_background(draw), draw.getrandbits(48))
+    objects = None
+    while objects is None:
+        objects = place(draw, _draw_kinds(draw, 2 if draw.random() < 0.35 else 3, split))
+    return Scene(objects, draw_background(draw), draw.getrandbits(48))
 
 
 def _draw_kinds(draw: random.Random, count: int, split: str | None) -> list[Kind]:
-    """`count` different (colour, shape), including a pair of `split`, and none of another split."""
+    """`count` different kinds, including a pair of `split`, and none of another split."""
     while True:
         kinds = list(pick(draw, held_out_pairs(split))) if split else []
         while len(kinds) < count:
@@ -155,13 +144,11 @@ def _draw_kinds(draw: random.Random, count: int, split: str | None) -> list[Kind
 
 
 def place(draw: random.Random, kinds: Sequence[Kind]) -> tuple[SceneObject, ...] | None:
-    """The objects, none overlapping and each with a clear relation to another; None if no placement
-    was found.
-    """
+    """The objects, apart from each other and each clearly related to another; None: not found."""
     looks = [(pick(draw, tuple(SIZES)), _shade(draw, COLOURS[colour])) for colour, _ in kinds]
     for _ in range(50):
         objects = tuple(
-            SceneObject(*kind, size, _between(draw, _MARGIN), _between(draw, _MARGIN), paint)
+            SceneObject(*kind, size, _position(draw), _position(draw), paint)
             for kind, (size, paint) in zip(kinds, looks, strict=True)
         )
         apart = all(
@@ -189,27 +176,23 @@ def draw_background(draw: random.Random) -> Background:
     )
 
 
-# Draws use `random.Random.random` and `getrandbits`: only these are promised to give the same in
-# every Python.
+def random_of(split: str, seed: int, index: int) -> random.Random:
+    """The random generator of one scene; it depends only on these three and WORLD."""
+    return random.Random(_number(f"world {WORLD}: {split} {seed} {index}"))
 
 
 def _number(words: str) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
 
 
-def random_of(split: str, seed: int, index: int) -> random.Random:
-    """The random generator of one scene; it depends only on these three and WORLD."""
-    return random.Random(_number(f"world {WORLD}: {split} {seed} {index}"))
-
-
-def pick(draw: random.Random, choices: Sequence):
+def pick(draw: random.Random, choices: Sequence[Choice]) -> Choice:
     """One of the choices, with equal probability."""
     return choices[int(draw.random() * len(choices))]
 
 
-def _between(draw: random.Random, margin: float) -> float:
-    return margin + (1 - 2 * margin) * draw.random()
+def _position(draw: random.Random) -> float:
+    return _MARGIN + (1 - 2 * _MARGIN) * draw.random()
 
 
-def _shade(draw: random.Random, colour: tuple[int, int, int]) -> tuple[int, int, int]:
+def _shade(draw: random.Random, colour: Paint) -> Paint:
     return tuple(min(255, max(0, part + int(25 * draw.random()) - 12)) for part in colour)

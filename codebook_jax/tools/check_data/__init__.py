@@ -22,6 +22,7 @@ from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.opening import split_specs
+from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError, refuse_below
@@ -82,7 +83,11 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> outputs.Check:
     sources = _sources(config)
     verdicts = list(_damaged_folders(config)) if decode else []
     tokenizer, _ = open_tokenizer(
-        data.tokenizer, workdir, sources["training"], data.tokenizer_vocabulary, **spelling(data)
+        data.tokenizer,
+        workdir,
+        sample_captions(sources["training"]),
+        data.tokenizer_vocabulary,
+        **spelling(data),
     )
     training, *others = (
         _parts(config, label, source, tokenizer) for label, source in sources.items()

@@ -20,11 +20,13 @@ from codebook_jax.data.manifest import (
     SKIPPED,
     VERSION,
     Manifest,
+    Receipt,
+    index_name,
     read_manifest,
     read_skipped,
+    shard_name,
     verify,
 )
-from codebook_jax.data.packing import Receipt, index_name, shard_name
 from codebook_jax.data.progress import Progress
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs, parse_json, write_json

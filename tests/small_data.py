@@ -1,0 +1,26 @@
+"""Small sources, tokenizers and streams of batches."""
+
+from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
+from codebook_jax.data.sources import open_source
+from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.text import tokenizer_for_run
+
+BATCH = 8
+
+
+def scenes_source(examples=50):
+    return open_source(
+        "scenes", role="train", size_px=32, scenes_examples=examples, image_root="", seed=0
+    )
+
+
+def tokenizer_of(source, workdir, size=400):
+    """A tokenizer trained on the captions of a source, kept in the workdir."""
+    return tokenizer_for_run("", workdir, sample_captions(source), size)
+
+
+def stream_of(source, tokenizer, *, start_step=0, workers=0, threads=2, prefetch=3, **changes):
+    spec = dict(seed=0, global_batch=BATCH, rows=slice(None), size_px=24, max_tokens=24)
+    spec |= dict(crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False, views=2) | changes
+    reading = Reading(workers, threads, prefetch)
+    return training_batches(source, tokenizer, BatchSpec(**spec), reading, start_step=start_step)
