@@ -26,7 +26,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgpack
 import numpy as np
@@ -107,11 +107,6 @@ def pack(record: Record, name: str, jpeg: bytes) -> bytes:
     captions, image_id = list(record.captions), int(record.image_id)
     content = {"image": jpeg, "captions": captions, "image_id": image_id, "name": name}
     return msgpack.packb(content, unicode_errors="surrogatepass")
-
-
-def unpack(content: bytes) -> dict[str, Any]:
-    """{"image", "captions", "image_id", "name"} of a record in a shard, or ValueError."""
-    return msgpack.unpackb(content, unicode_errors="surrogatepass")
 
 
 def write_shard(

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgpack
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.manifest import Manifest, Shard, misfits, read_manifest
-from codebook_jax.data.packing import index_name, unpack
+from codebook_jax.data.manifest import Manifest, Shard, index_name, misfits, read_manifest
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
     NamedSource,
@@ -66,7 +66,8 @@ class Records(NamedSource):
         shard, place = self._place(self._members(index)[0])
         where = f"{self.place}/{shard.file}, record {place}"
         try:
-            content = unpack(self._readers[shard.file].read([place])[0])
+            packed = self._readers[shard.file].read([place])[0]
+            content = msgpack.unpackb(packed, unicode_errors="surrogatepass")
         except Exception as failure:  # of ArrayRecord and msgpack, many kinds
             why = (str(failure).split(";")[0].splitlines() or [repr(failure)])[0]
             raise UnreadableImage(f"{where}: {why}") from failure
