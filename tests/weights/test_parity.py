@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch")
 
-import transformers  # noqa: E402
-from small_run import config_of  # noqa: E402
+import transformers
+from small_run import config_of
 
 from codebook_jax import build
 from codebook_jax.data.text import Vocabulary
@@ -22,7 +22,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from codebook_jax.tools import evaluate, export
 from codebook_jax.weights import start
-from configs import base  # noqa: E402
+from configs import base
 
 
 @pytest.fixture

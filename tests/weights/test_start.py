@@ -3,11 +3,8 @@ refusals.
 """
 
 import json
-import os
-import pickle
 import runpy
 import shutil
-import zipfile
 from pathlib import Path
 
 import jax
@@ -102,9 +99,9 @@ def test_init_names_parts(init, expected):
 @pytest.mark.parametrize(
     ("init", "told"),
     [
-        ("", "config.init is empty"),
-        ("image:a", "image:a.*add text:SPEC, or text:random"),
-        ("text:a", "text:a.*add image:SPEC"),
+        ("", "config.init='' .*model:SPEC"),
+        ("image:a", "config.init='image:a' .*image:SPEC,text:SPEC"),
+        ("text:a", "config.init='text:a' .*image:SPEC,text:SPEC"),
         ("bert-base-uncased", "config.init=.* 'bert-base-uncased': "),
         ("image:a,image:b", "config.init=.* 'image:b': "),
         ("image:,text:a", "config.init=.* 'image:': "),
@@ -245,7 +242,7 @@ def test_one_tensor_too_many_inside_the_tower_is_another_architecture(changed):
     key = "encoder.layer.1.layer_scale.lambda1"
     folder = changed("vit", lambda arrays: arrays.update({key: np.ones(30, np.float32)}))
     config = towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}")
-    assert f"has {key}, which ViT in the Hugging Face layout " in refusal(config)
+    assert f"has {key}, which this model does not have" in refusal(config)
 
 
 def test_a_transposed_tensor_is_refused_with_both_shapes(changed):
@@ -291,25 +288,12 @@ def test_384_pixels_from_224_are_resized_and_other_patches_refused():
     assert "[30, 3, 7, 7], " in sentence and " [30, 3, 14, 14] " in sentence
 
 
-def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, tmp_path):
+def test_a_truncated_file_is_one_sentence(changed):
     folder = changed("vit", lambda arrays: None)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    text_part = f"text:{GOLDENS / 'bert'}"
-    assert "is damaged or cut short" in refusal(towers_config(init=f"image:{folder},{text_part}"))
-
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    evil = tmp_path / "evil.pth"
-    with zipfile.ZipFile(evil, "w") as archive:
-        archive.writestr("evil/data.pkl", pickle.dumps({"model": Payload()}, protocol=2))
-    sentence = refusal(towers_config(init=f"image:{evil},{text_part}"))
-    assert (
-        f"asks for {os.mkdir.__module__}.mkdir" in sentence and "so the file is refused" in sentence
-    )
-    assert not (tmp_path / "executed").exists()
+    config = towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}")
+    assert "is damaged or cut short" in refusal(config)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +304,9 @@ def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, 
         (
             "model.text.fusion_depth",
             2,
-            "5 layers, .*config.model.text.depth=2 . config.model.text.fusion_depth=2 asks for 4",
+            "5 layers, .*config.model.text.depth . fusion_depth asks for 4",
         ),
-        ("model.image.depth", 4, "3 layers, .*config.model.image.depth=4 asks for 4"),
+        ("model.image.depth", 4, "3 layers, .*config.model.image.depth asks for 4"),
         ("model.image.width", 40, r"\[30\], .*config.model .*\[40\]"),
         ("model.text.max_positions", 30, r"\[24, 36\], .*config.model .*\[30, 36\]"),
     ],
@@ -335,7 +319,7 @@ def test_sizes_that_differ_are_named_on_both_sides(field, value, told):
 def test_a_file_with_more_layers_than_the_model_is_refused_whatever_may_be_missing():
     config = towers_config(**{"model.image.depth": 2, "init_allow_partial": True})
     sentence = refusal(config)
-    assert "3 layers, " in sentence and "config.model.image.depth=2 asks for 2" in sentence
+    assert "3 layers, " in sentence and "config.model.image.depth asks for 2" in sentence
     config.model.image.depth = 4  # fewer layers are allowed: all blocks are initialised
     _, first = started(config)
     assert not any(name.startswith("student/towers/image/blocks") for name in first.arrays)
@@ -357,14 +341,14 @@ def test_a_lone_file_has_the_tokenizer_beside_it(tmp_path):
     ("name", "field", "value", "told"),
     [
         ("bert", "hidden_act", "relu", "hidden_act='relu'"),
-        ("bert", "model_type", "roberta", "bert is a roberta "),
+        ("bert", "model_type", "roberta", "model_type='roberta'"),
         (
             "bert",
             "position_embedding_type",
             "relative_key",
             "position_embedding_type='relative_key'",
         ),
-        ("vit", "model_type", "beit", "vit is a beit "),
+        ("vit", "model_type", "beit", "model_type='beit'"),
     ],
 )
 def test_another_kind_of_model_is_refused_by_its_config(name, field, value, told, changed):
@@ -385,17 +369,6 @@ def test_towers_in_each_others_place_are_refused():
     assert "a BERT" in sentence and "word_embeddings" in sentence
     sentence = refusal(towers_config(init=f"model:{GOLDENS / 'bert'}"))
     assert "is neither an ALBEF model" in sentence
-
-
-def test_an_output_layer_that_is_not_tied_is_refused(changed):
-    def untie(arrays):
-        words = arrays["bert.embeddings.word_embeddings.weight"]
-        arrays["cls.predictions.decoder.weight"] = words + 1
-
-    folder = changed("bert", untie)
-    assert "cls.predictions.decoder.weight differs" in refusal(
-        towers_config(init=f"image:random,text:{folder}")
-    )
 
 
 def test_weights_that_are_not_finite_are_refused(changed):
