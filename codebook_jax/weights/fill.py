@@ -63,6 +63,8 @@ def fill(
             value[key], note = fitted_positions(value[key], shapes[name], key, what)
             resized |= {name: note} if note else {}
         for key in keys:
+            if value[key].size == 1 and not wanted[name].shape:
+                value[key] = value[key].reshape(())
             _refuse_other_shape(name, key, value[key].shape, wanted[name].shape, what)
         layers = [[value[key] for key in parts] for parts in wanted[name].keys]
         found[name] = layouts.to_ours(layout, name, shapes[name], layers)

@@ -12,7 +12,7 @@ from codebook_jax.weights.layouts import Shapes
 _MOST = 12  # names per line
 
 
-def report(heading: str, student: Shapes, filled: Filled, *, teacher: str, queue: bool) -> str:
+def report(student: Shapes, filled: Filled) -> str:
     """The table: arrays and numbers of each category, and names, with whole parts abbreviated."""
     fresh = [name for name in student if name not in filled.arrays]
     resized = [name for name in student if name in filled.resized]
@@ -28,11 +28,11 @@ def report(heading: str, student: Shapes, filled: Filled, *, teacher: str, queue
     }
     sizes = [[math.prod(student[name]) for name in group] for group in (loaded, resized, fresh)]
     sizes.append([size for size, _ in filled.ignored.values()])
-    lines = [heading, f"{'':18} {'arrays':>6} {'numbers':>13}"]
+    lines = [f"{'':18} {'arrays':>6} {'numbers':>13}"]
     for (title, listed), of in zip(names.items(), sizes, strict=True):
         more = f", and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
         lines.append(f"{title:18} {len(of):6,} {sum(of):13,}  {', '.join(listed[:_MOST])}{more}")
-    return "\n".join([*lines, f"teacher: {teacher}; queues: {'loaded' if queue else 'empty'}"])
+    return "\n".join(lines)
 
 
 def parts_of(names: Iterable[str], every: Iterable[str]) -> list[str]:

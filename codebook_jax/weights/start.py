@@ -126,25 +126,25 @@ def initial(
     ignored: dict[str, tuple[int, str]] = {}
     for part in start:
         filled = fill(part.layout, part.arrays, shapes, what=part.what, **of)
-        if part.layout is layouts.ALBEF:
+        if part.layout is layouts.ALBEF and "queue/image" in shapes:
             filled = albef.with_queues(filled, part.arrays, shapes, part.what)
         arrays |= filled.arrays
         resized |= filled.resized
         where = f"{part.part} " if len(start) > 1 else ""
         ignored |= {where + key: reason for key, reason in filled.ignored.items()}
-    arrays, teacher = _with_teacher(arrays)
-    table = report(
-        "\n".join(_heading(part) for part in start),
-        {name: shape for name, shape in shapes.items() if name.startswith("student/")},
-        Filled(arrays, resized, ignored),
-        teacher=teacher,
-        queue="queue/image" in arrays,
-    )
-    return Initial(arrays, table)
+    student = {name: shape for name, shape in shapes.items() if name.startswith("student/")}
+    rows = report(student, Filled(arrays, resized, ignored))
+    rest = []
+    if any(name.startswith("teacher/") for name in shapes):
+        arrays, copied = _with_teacher(arrays)
+        rest.append(f"teacher: {copied}")
+    if "queue/image" in shapes:
+        rest.append(f"queues: {'loaded' if 'queue/image' in arrays else 'empty'}")
+    return Initial(arrays, "\n".join([*map(_heading, start), rows, "; ".join(rest)]))
 
 
-def _with_teacher(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
-    """The arrays with the student's towers as the teacher's where it has none, and how it began."""
+def _with_teacher(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays with the student's towers as the teacher's where it has none; how it starts."""
     towers = layouts.under(arrays, "student/towers/")
     copy = {f"teacher/{name}": value for name, value in towers.items()}
     copied = len(copy.keys() - arrays.keys())

@@ -2,12 +2,11 @@
 (tests/goldens/).
 """
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from golden_weights import GOLDENS, IMAGES, TEXT, WORDS
 
 from codebook_jax.models import codis
 from codebook_jax.models.vit import cut_patches
@@ -18,24 +17,6 @@ from codebook_jax.weights.positions import resize_positions
 from configs import base
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-WORDS = 53
-# Every golden's own sizes; the image towers' text is BERT's, and BERT's image the ViT's.
-IMAGES = {
-    "vit": dict(
-        size_px=28, patch_px=7, width=30, depth=3, heads=5, mlp_width=46, layer_norm_eps=1e-5
-    ),
-    "deit": dict(
-        size_px=32, patch_px=8, width=24, depth=2, heads=3, mlp_width=50, layer_norm_eps=1e-12
-    ),
-    "timm": dict(
-        size_px=30, patch_px=6, width=42, depth=3, heads=3, mlp_width=63, layer_norm_eps=1e-6
-    ),
-}
-TEXT = dict(
-    width=36, depth=2, fusion_depth=3, heads=3, mlp_width=70, max_positions=24, max_tokens=11
-)
 
 
 def config_of(image="vit", **text):

@@ -36,9 +36,14 @@ pictures, texts = list(given["pictures"]), list(map(str, given["texts"]))
 model, teacher = codebook_jax.load(folder), codebook_jax.load(folder, teacher=True)
 np.savez(
     outputs,
-    image=model.encode_image(pictures), text=model.encode_text(texts), match=model.match(pictures, texts),
-    teacher_image=teacher.encode_image(pictures), teacher_text=teacher.encode_text(texts),
-    image_codes=model.codes(images=pictures).indices, text_codes=model.codes(texts=texts).indices, step=model.step,
+    image=model.encode_image(pictures),
+    text=model.encode_text(texts),
+    match=model.match(pictures, texts),
+    teacher_image=teacher.encode_image(pictures),
+    teacher_text=teacher.encode_text(texts),
+    image_codes=model.codes(images=pictures).indices,
+    text_codes=model.codes(texts=texts).indices,
+    step=model.step,
 )
 """
 
@@ -282,9 +287,9 @@ def test_what_cannot_be_read_is_refused_by_its_place(model, call, sentence):
 
 def test_what_is_no_export_is_refused(exported, straight, tmp_path):
     for path, sentence in (
-        (tmp_path / "nothing", "is not a folder here"),
-        (straight.workdir / "config.json", "is a file, not the folder of an export"),
-        (tmp_path, "has no export.json, so it is not an export"),
+        (tmp_path / "nothing", "nothing is not a folder with an export.json"),
+        (straight.workdir / "config.json", "config.json is not a folder with an export.json"),
+        (tmp_path, "is not a folder with an export.json"),
         (exported.run, "is a run without an export: make one with .*--mode=export"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -305,22 +310,18 @@ def test_a_damaged_export_is_refused(exported, tmp_path):
         return edit
 
     damages = {
-        "the export is damaged: .*student": truncated,
-        "the export is damaged: .*config.json .*missing": lambda f: (f / "config.json").unlink(),
-        "the export is damaged: .*config.json .*tuple": edited(
-            "config.json", lambda c: c.update(config=[])
-        ),
-        "the export is damaged: .*config.json .*model": edited(
-            "config.json", lambda c: c["config"].pop("model")
-        ),
-        "the export is damaged: .*config.json .*zero": edited(
+        "student is damaged": truncated,
+        "config.json is damaged .*TypeError": lambda f: (f / "config.json").unlink(),
+        "config.json is damaged .*tuple": edited("config.json", lambda c: c.update(config=[])),
+        "config.json is damaged .*model": edited("config.json", lambda c: c["config"].pop("model")),
+        "config.json is damaged .*zero": edited(
             "config.json", lambda c: c["config"]["model"]["image"].update(heads=0)
         ),
-        "the export is damaged: .*config.json .*'x'": edited(
+        "config.json is damaged .*'x'": edited(
             "config.json", lambda c: c["config"]["model"]["text"].update(width="x")
         ),
         "tokenizer is missing": lambda f: shutil.rmtree(f / "tokenizer"),
-        "the export is damaged: .*export.json": lambda f: (f / "export.json").write_text("{"),
+        "export.json is damaged": lambda f: (f / "export.json").write_text("{"),
         "format 2, .* reads format 1": edited("export.json", lambda c: c.update(format=2)),
         r"codebook/codes .*float32\[16, 16\], .*float32\[17, 16\]": edited(
             "config.json", lambda c: c["config"]["codebook"].update(size=17)

@@ -10,14 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from golden_weights import GOLDENS, VOCABULARY, WORDS, one_mesh, refusal, started, towers_config
 from huggingface_hub import constants
-from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
-from test_albef import GOLDEN, albef_config
-from test_towers import GOLDENS, IMAGES, TEXT, WORDS
 
 from codebook_jax.config import check
-from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
@@ -25,44 +22,6 @@ from codebook_jax.weights import start
 from codebook_jax.weights.fill import fitted_positions
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-VOCABULARY = Vocabulary(WORDS, 0, 2, 3, 4, (0, 1, 2, 3, 4))
-
-
-def towers_config(image="vit", **changes):
-    """The sizes of the goldens' towers, with config.init naming them."""
-    config = albef_config(sizes())
-    with config.unlocked():
-        config.model.image.update(IMAGES[image])
-        config.model.text.update(TEXT)
-        config.init = f"image:{GOLDENS / image},text:{GOLDENS / 'bert'}"
-        config.update_from_flattened_dict(changes)
-    return config
-
-
-def sizes():
-    with np.load(GOLDEN) as stored:
-        return json.loads(stored["config_json"].tobytes())
-
-
-def one_mesh(devices=1):
-    kinds = (AxisType.Auto,) * 3
-    shape = (devices // 2 or 1, min(devices, 2), 1)
-    return Mesh(np.array(jax.devices()[:devices]).reshape(shape), sharding.AXES, axis_types=kinds)
-
-
-def started(config, vocabulary=VOCABULARY):
-    """The config of a run, and its initial weights."""
-    read = start.read_start(config)
-    config = start.adopted(config, read, None)
-    task = pretrain.create(config, vocabulary, one_mesh())
-    return config, start.initial(read, config, task.abstract_state())
-
-
-def refusal(config, vocabulary=VOCABULARY):
-    with pytest.raises(UserError) as caught:
-        started(config, vocabulary)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture
