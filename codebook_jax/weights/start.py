@@ -23,11 +23,12 @@ from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.run.checkpoint import FOLDER, Checkpoints, read_arrays
 from codebook_jax.run.record import RECORD, read_record, recorded_config, with_fields
-from codebook_jax.weights import albef, layouts, recognise
+from codebook_jax.weights import albef, layouts
 from codebook_jax.weights.files import WORDS, read_weights
 from codebook_jax.weights.fill import Filled, fill
 from codebook_jax.weights.layouts import Layout
 from codebook_jax.weights.load import MANIFEST, reading
+from codebook_jax.weights.recognise import recognise, refuse_other_kind
 from codebook_jax.weights.report import report
 
 RANDOM = "random"
@@ -177,17 +178,12 @@ def _read(part: str, spec: str) -> Part:
         weights = read_weights(spec, f"config.init names {what}")
     except UserError as error:
         raise UserError(f"{error}; --config.init={RANDOM} starts from random weights") from error
-    find, kinds = {
-        "image": (recognise.image_tower, ("vit", "deit")),
-        "text": (recognise.text_tower, ("bert",)),
-        "model": (recognise.whole_model, None),
-    }[part]
-    layout, arrays = find(weights.arrays, what)
+    layout, arrays = recognise(part, weights.arrays, what)
     if part == "model":  # as `write_albef` describes it
         both = {"image": weights.config.get("vision"), "text": weights.config.get("text")}
         described = {tower: about for tower, about in both.items() if isinstance(about, dict)}
     else:
-        recognise.refuse_other_kind(weights.config, kinds, what)
+        refuse_other_kind(part, weights.config, what)
         described = {part: weights.config}
         layout = layouts.in_student(layout)
     has_words = any((weights.folder / name).is_file() for name in WORDS)

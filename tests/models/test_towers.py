@@ -10,10 +10,11 @@ from golden_weights import GOLDENS, IMAGES, TEXT, WORDS
 
 from codebook_jax.models import codis
 from codebook_jax.models.vit import cut_patches
-from codebook_jax.weights import layouts, recognise
+from codebook_jax.weights import layouts
 from codebook_jax.weights.files import read_weights
 from codebook_jax.weights.fill import fill
 from codebook_jax.weights.positions import resize_positions
+from codebook_jax.weights.recognise import recognise
 from configs import base
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
@@ -31,9 +32,9 @@ def outputs_of(name):
         return {key: stored[key] for key in stored.files}
 
 
-def filled(config, name, recognised):
+def filled(config, name, part):
     """Our towers' parameters from the golden's folder, zeros if missing, and the printed report."""
-    layout, arrays = recognised(read_weights(str(GOLDENS / name), name).arrays, name)
+    layout, arrays = recognise(part, read_weights(str(GOLDENS / name), name).arrays, name)
     abstract = jax.eval_shape(lambda: codis.init_student(config, WORDS, jax.random.key(0)))[
         "towers"
     ]
@@ -84,7 +85,7 @@ def assert_states(found, golden):
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_state_of_the_image_encoder_is_pytorchs(name):
     config, golden = config_of(name), outputs_of(name)
-    towers, found = filled(config, name, recognise.image_tower)
+    towers, found = filled(config, name, "image")
     assert {n for n in shapes_of(towers) if n.startswith("image/")} == set(found.arrays)
     vision = codis.build_model(config, WORDS).towers(towers).image
     images = golden["images"].transpose(0, 2, 3, 1)
@@ -99,7 +100,7 @@ def test_every_state_of_the_image_encoder_is_pytorchs(name):
 
 def test_every_state_of_the_text_encoder_and_every_logit_of_a_word_is_pytorchs():
     golden = outputs_of("bert")
-    halves, found = filled(config_of(), "bert", recognise.text_tower)
+    halves, found = filled(config_of(), "bert", "text")
     fresh = {n for n in shapes_of(halves) if n not in found.arrays and not n.startswith("image")}
     assert {n.split("/")[0] for n in fresh} == {"fusion", "text_projection"}
     assert all("cross" in n for n in fresh if n.startswith("fusion"))
@@ -137,9 +138,9 @@ def test_the_names_that_transformers_5_has_in_memory_are_known_too():
         for old, new in renamed.items():
             key = key.replace(old, new)
         arrays[key] = value
-    layout, arrays = recognise.image_tower(arrays, "vit")
+    layout, arrays = recognise("image", arrays, "vit")
     assert layout is layouts.VIT_HF5
-    expected, _ = filled(config_of(), "vit", recognise.image_tower)
+    expected, _ = filled(config_of(), "vit", "image")
     shapes = shapes_of({"image": expected["image"]})
     found = fill(layout, arrays, shapes, text_depth=2, what="vit", allow_partial=False)
     assert found.arrays.keys() == shapes.keys()
@@ -151,12 +152,12 @@ def test_the_names_that_transformers_5_has_in_memory_are_known_too():
 def test_heads_poolers_and_distillation_are_named_as_ignored():
     kinds = {}
     for name in ("vit", "deit", "timm"):
-        _, found = filled(config_of(name), name, recognise.image_tower)
+        _, found = filled(config_of(name), name, "image")
         kinds[name] = {key: kind for key, (_, kind) in found.ignored.items()}
     assert kinds["vit"] == {"pooler.dense.weight": "pooler", "pooler.dense.bias": "pooler"}
     assert kinds["deit"]["embeddings.distillation_token"] == "distillation token"
     assert kinds["deit"]["cls_classifier.weight"] == kinds["timm"]["head.weight"] == "head"
-    _, found = filled(config_of(), "bert", recognise.text_tower)
+    _, found = filled(config_of(), "bert", "text")
     assert {kind for _, kind in found.ignored.values()} == {"pooler", "next-sentence head"}
 
 
@@ -174,8 +175,8 @@ def test_positions_are_resized_as_pytorch_resizes(side):
     [("vit", layouts.VIT_HF), ("deit", layouts.VIT_HF), ("timm", layouts.VIT_TIMM)],
 )
 def test_an_image_tower_written_back_is_the_file_bit_for_bit(name, layout):
-    towers, _ = filled(config_of(name), name, recognise.image_tower)
-    _, arrays = recognise.image_tower(read_weights(str(GOLDENS / name), name).arrays, name)
+    towers, _ = filled(config_of(name), name, "image")
+    _, arrays = recognise("image", read_weights(str(GOLDENS / name), name).arrays, name)
     _assert_written_back(
         layout,
         {"image": towers["image"]},
@@ -185,8 +186,8 @@ def test_an_image_tower_written_back_is_the_file_bit_for_bit(name, layout):
 
 
 def test_a_bert_written_back_is_the_file_bit_for_bit():
-    towers, _ = filled(config_of(), "bert", recognise.text_tower)
-    _, arrays = recognise.text_tower(read_weights(str(GOLDENS / "bert"), "bert").arrays, "bert")
+    towers, _ = filled(config_of(), "bert", "text")
+    _, arrays = recognise("text", read_weights(str(GOLDENS / "bert"), "bert").arrays, "bert")
     _assert_written_back(layouts.BERT, towers, arrays, r"pooler|seq_relationship")
 
 
