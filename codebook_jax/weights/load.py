@@ -251,11 +251,10 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
             f"{folder} has no teacher: export again with --config.export.teacher=true, or load "
             "without teacher=True"
         )
-    with reading(folder / records.RECORD):
-        config = records.recorded_config(records.read_record(folder))
-        config = records.with_fields(config, {"model.attention": "auto", "model.remat": "none"})
+    config = config_of(folder)
     tokenizer = tokenizer_for_run("", folder, None, 0)
     with reading(folder / records.RECORD):
+        config = records.with_fields(config, {"model.attention": "auto", "model.remat": "none"})
         student_of = own_settings(codis.init_student)
         expected = jax.eval_shape(lambda: student_of(config, tokenizer.vocabulary.size, key_of(0)))
     student = _restored(folder, "student", expected)
@@ -294,6 +293,15 @@ def _export_folder(path: Path) -> Path:
     )
 
 
+def config_of(folder: Path) -> ml_collections.ConfigDict:
+    """The config of a run or export."""
+    with reading(folder / records.RECORD):
+        record = records.read_record(folder)
+        if record is None:
+            raise FileNotFoundError("it is missing")
+        return records.recorded_config(record)
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns whatever a damaged file leads to into a UserError."""
@@ -301,8 +309,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except Exception as failure:
         raise UserError(
-            f"{path} is damaged ({reason(failure.__cause__ or failure)}): export again, or give "
-            "another folder"
+            f"{path} cannot be read ({reason(failure.__cause__ or failure)}): export again, or "
+            "give another folder"
         ) from failure
 
 

@@ -22,12 +22,12 @@ from codebook_jax.data import text
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.run.checkpoint import FOLDER, Checkpoints, read_arrays
-from codebook_jax.run.record import RECORD, read_record, recorded_config, with_fields
+from codebook_jax.run.record import RECORD, recorded_config, with_fields
 from codebook_jax.weights import albef, layouts
 from codebook_jax.weights.files import WORDS, read_weights
 from codebook_jax.weights.fill import Filled, fill
 from codebook_jax.weights.layouts import Layout
-from codebook_jax.weights.load import MANIFEST, reading
+from codebook_jax.weights.load import MANIFEST, config_of, reading
 from codebook_jax.weights.recognise import recognise, refuse_other_kind
 from codebook_jax.weights.report import report
 
@@ -193,8 +193,7 @@ def _read(part: str, spec: str) -> Part:
 
 def _read_own(path: Path, what: str) -> Part:
     """The weights of an export, or those of a run's best, or else newest, checkpoint."""
-    with reading(path / RECORD):
-        config = recorded_config(read_record(path))
+    config = config_of(path)
     folder, title = path, "an export"
     if not (path / MANIFEST).is_file():
         with Checkpoints(path, keep=1, create=False) as checkpoints:
