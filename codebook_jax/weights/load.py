@@ -254,7 +254,8 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     config = config_of(folder)
     tokenizer = tokenizer_for_run("", folder, None, 0)
     with reading(folder / records.RECORD):
-        config = records.with_fields(config, {"model.attention": "auto", "model.remat": "none"})
+        with config.unlocked():
+            config.model.attention, config.model.remat = "auto", "none"
         student_of = own_settings(codis.init_student)
         expected = jax.eval_shape(lambda: student_of(config, tokenizer.vocabulary.size, key_of(0)))
     student = _restored(folder, "student", expected)
