@@ -29,7 +29,6 @@ from codebook_jax import build
 from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.errors import UserError
-from codebook_jax.files import check_outputs, refused, write_json
 from codebook_jax.parallel import sharding
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Restored, reason
@@ -81,70 +80,69 @@ def export(config: ml_collections.ConfigDict | None, workdir: Path | str) -> Non
     name = parts.config.export.format
     if name not in FORMATS:
         raise UserError(f"config.export.format={name!r} is not one of {', '.join(FORMATS)}")
-    items = exported_items(parts.config)
-    folder = workdir / FORMATS[name].folder
-    is_first = jax.process_index() == 0
-    with _alone(folder) if is_first else contextlib.nullcontext():
+    form = FORMATS[name]
+    items = form.items
+    if name == "codis" and parts.config.export.teacher:
+        items += ("teacher",)
+    folder = workdir / form.folder
+    draft, first = _draft(folder), jax.process_index() == 0
+    with _alone(folder) if first else contextlib.nullcontext():
         _together("the draft's folder is empty")
         restored = evaluate.restore_trained(parts, workdir, items)
-        with _writing(folder):
-            if name == "codis":
-                _write(_draft(folder), parts, restored, items)
-            else:
-                _write_for_pytorch(_draft(folder), parts, restored, items)
-        if is_first:
+        if name == "codis":
+            _write(draft, parts, restored, items)
+        else:
+            _write_for_pytorch(draft, name, parts, restored, items)
+        if first:
             again = ", replacing the previous export" if _put_in_place(folder) else ""
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
-            for line in FORMATS[name].use:
+            for line in form.use:
                 say(line.format(folder=folder))
         _together("the export is in place")
 
 
-def exported_items(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The items of the train state that config.export asks for."""
-    items = FORMATS[config.export.format].items
-    with_teacher = config.export.format == "codis" and config.export.teacher
-    return (*items, "teacher") if with_teacher else items
-
-
-def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str, ...]) -> None:
-    """Every process writes its part of the arrays, the first one everything else."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        for item in items:
-            checkpointer.save(draft / item, getattr(restored.state, item))
-            checkpointer.wait_until_finished()
-    if jax.process_index() == 0:
-        record = records.read_record(draft.parent) | {"config": parts.config.to_dict()}
-        write_json(draft / records.RECORD, record)
-        shutil.copytree(draft.parent / text.FOLDER, draft / text.FOLDER)
-        write_json(draft / MANIFEST, _manifest(parts, restored, items))
-
-
 def _write_for_pytorch(
-    draft: Path, parts: build.Parts, restored: Restored, items: tuple[str, ...]
+    draft: Path, form: str, parts: build.Parts, restored: Restored, items: tuple[str, ...]
 ) -> None:
     """Gathers the arrays of all processes; the first process writes them."""
     state = {item: getattr(restored.state, item) for item in items}
     if jax.process_count() > 1:
         state = multihost_utils.process_allgather(state, tiled=True)
-    if jax.process_index() == 0:
-        arrays = {name: np.asarray(leaf) for name, leaf in sharding.named(state)}
-        write = write_albef if parts.config.export.format == "albef" else write_huggingface
-        words = draft.parent / text.FOLDER
-        write(draft, arrays, parts.config, parts.tokenizer.vocabulary, words)
+    if jax.process_index() != 0:
+        return
+    arrays = {name: np.asarray(leaf) for name, leaf in sharding.named(state)}
+    write = write_albef if form == "albef" else write_huggingface
+    with _writing(draft):
+        write(draft, arrays, parts.config, parts.tokenizer.vocabulary, draft.parent / text.FOLDER)
+
+
+def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str, ...]) -> None:
+    """Every process writes its part of the arrays, the first one everything else."""
+    with _writing(draft), ocp.StandardCheckpointer() as checkpointer:
+        for item in items:
+            checkpointer.save(draft / item, getattr(restored.state, item))
+            checkpointer.wait_until_finished()
+    if jax.process_index() != 0:
+        return
+    record = records.read_record(draft.parent) | {"config": parts.config.to_dict()}
+    records.write_json(draft / records.RECORD, record)
+    shutil.copytree(draft.parent / text.FOLDER, draft / text.FOLDER)
+    records.write_json(draft / MANIFEST, _manifest(parts, restored, items))
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turns the errors in which Orbax and safetensors wrap a full disk into one sentence."""
+def _writing(draft: Path) -> Iterator[None]:
+    """Turns the errors in which Orbax, tensorstore and safetensors wrap a full disk into one
+    sentence.
+    """
     try:
         yield
-    except (OSError, UserError):
+    except OSError:
         raise
     except Exception as failure:
         raise UserError(
-            f"the export could not be written to {folder.parent} ({reason(failure)}), and an "
+            f"the export could not be written to {draft.parent} ({reason(failure)}), and an "
             "earlier export is unchanged: fix this and export again"
         ) from failure
 
@@ -180,15 +178,17 @@ def _replaced(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """An empty draft that no other export writes to; raises UserError if one does."""
-    check_outputs(folder.parent, folders=(folder.name,))
+    """An empty draft that no other export writes to; raises UserError if one does, or the folder
+    cannot be replaced.
+    """
+    records.check_outputs(folder.parent, folders=(folder.name,))
     with owned(folder.parent, f".{folder.name}.running"):
         if _replaced(folder).exists() and not folder.exists():
             _replaced(folder).rename(folder)  # left by a killed export
         for leftover in (_draft(folder), _replaced(folder)):
             shutil.rmtree(leftover, ignore_errors=True)
-        with refused(folder):
-            if folder.exists():  # it may be a mount point, which cannot be renamed
+        with records.refused(folder):
+            if folder.exists():
                 folder.rename(_replaced(folder))
                 _replaced(folder).rename(folder)
             _draft(folder).mkdir()
