@@ -29,9 +29,11 @@ def report(student: Shapes, filled: Filled) -> str:
     sizes = [[math.prod(student[name]) for name in group] for group in (loaded, resized, fresh)]
     sizes.append([size for size, _ in filled.ignored.values()])
     lines = [f"{'':18} {'arrays':>6} {'numbers':>13}"]
-    for (title, listed), of in zip(names.items(), sizes, strict=True):
+    for (title, listed), counts in zip(names.items(), sizes, strict=True):
         more = f", and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
-        lines.append(f"{title:18} {len(of):6,} {sum(of):13,}  {', '.join(listed[:_MOST])}{more}")
+        lines.append(
+            f"{title:18} {len(counts):6,} {sum(counts):13,}  {', '.join(listed[:_MOST])}{more}"
+        )
     return "\n".join(lines)
 
 

@@ -121,12 +121,12 @@ def initial(
 ) -> Initial:
     """Our parameters from the weights; raises UserError if they do not fit the model."""
     shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
-    of = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
+    options = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
     arrays: dict[str, np.ndarray] = {}
     resized: dict[str, str] = {}
     ignored: dict[str, tuple[int, str]] = {}
     for part in start:
-        filled = fill(part.layout, part.arrays, shapes, what=part.what, **of)
+        filled = fill(part.layout, part.arrays, shapes, what=part.what, **options)
         if part.layout is layouts.ALBEF and "queue/image" in shapes:
             filled = albef.with_queues(filled, part.arrays, shapes, part.what)
         arrays |= filled.arrays
@@ -224,6 +224,6 @@ def _stated(described: Mapping[str, Any]) -> dict[str, Any]:
 
 def _heading(part: Part) -> str:
     towers = _TOWERS if part.part == "model" else (part.part,)
-    silent = " and ".join(t for t in towers if f"model.{t}.heads" not in part.stated)
+    silent = " and ".join(name for name in towers if f"model.{name}.heads" not in part.stated)
     unsaid = f"; without a number of heads for its {silent} tower: using config.model's"
     return f"{part.what} ({part.title}{unsaid if silent else ''})"

@@ -77,11 +77,13 @@ def first_line(failure: object) -> str:
 def _torch(path: Path) -> ModuleType:
     """The torch module; raises Unreadable if it is missing or too old to be safe."""
     convert = f"{_CONVERT} {shlex.quote(str(path))} {shlex.quote(f'{path.stem}.safetensors')}"
-    advice = f"pip install 'torch>={LEAST}', or convert it where PyTorch is: {convert}"
+    advice = f"pip install 'torch>={LEAST}', or convert it where PyTorch is ({convert})"
     try:
         import torch  # an extra of its own: other formats do not need it
-    except ImportError as failure:
-        raise Unreadable(f"needs PyTorch, which is not installed: {advice}") from failure
+    except (ImportError, OSError) as failure:  # OSError: one of its libraries is missing
+        raise Unreadable(
+            f"needs PyTorch, which cannot be imported ({first_line(failure)}): {advice}"
+        ) from failure
     number = [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]]
     if number < [int(part) for part in LEAST.split(".")]:
         raise Unreadable(
