@@ -36,20 +36,6 @@ _TIMM_BLOCK = {
     "mlp/up": "mlp.fc1",
     "mlp/down": "mlp.fc2",
 }
-_HF_VIT_BLOCK = {
-    "attention_norm": "layernorm_before",
-    "attention/qkv": "attention.attention.query|attention.attention.key|attention.attention.value",
-    "attention/out": "attention.output.dense",
-    "mlp_norm": "layernorm_after",
-    "mlp/up": "intermediate.dense",
-    "mlp/down": "output.dense",
-}
-_HF5_VIT_BLOCK = _HF_VIT_BLOCK | {
-    "attention/qkv": "attention.q_proj|attention.k_proj|attention.v_proj",
-    "attention/out": "attention.o_proj",
-    "mlp/up": "mlp.fc1",
-    "mlp/down": "mlp.fc2",
-}
 _BERT_BLOCK = {
     "attention/qkv": "attention.self.query|attention.self.key|attention.self.value",
     "attention/out": "attention.output.dense",
@@ -57,6 +43,17 @@ _BERT_BLOCK = {
     "mlp/up": "intermediate.dense",
     "mlp/down": "output.dense",
     "mlp_norm": "output.LayerNorm",
+}
+_HF_VIT_BLOCK = _BERT_BLOCK | {
+    "attention/qkv": "attention.attention.query|attention.attention.key|attention.attention.value",
+    "attention_norm": "layernorm_before",
+    "mlp_norm": "layernorm_after",
+}
+_HF5_VIT_BLOCK = _HF_VIT_BLOCK | {
+    "attention/qkv": "attention.q_proj|attention.k_proj|attention.v_proj",
+    "attention/out": "attention.o_proj",
+    "mlp/up": "mlp.fc1",
+    "mlp/down": "mlp.fc2",
 }
 _CROSS = {
     "cross/query": "crossattention.self.query",
