@@ -7,8 +7,8 @@ codis         export/, what `codebook_jax.load` reads
                 tokenizer/    the run's tokenizer
                 student/      Orbax: towers, matching, codebook, temperature
                 teacher/      Orbax: towers, if config.export.teacher is set
-huggingface   export_huggingface/, image/ for ViTModel and text/ for BertModel: pretrained/write.py
-albef         export_albef/, a whole model for ALBEF's code: pretrained/write.py
+huggingface   export_huggingface/, image/ for ViTModel and text/ for BertModel: weights/write.py
+albef         export_albef/, a whole model for ALBEF's code: weights/write.py
 """
 
 from __future__ import annotations

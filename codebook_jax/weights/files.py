@@ -1,11 +1,8 @@
-"""Public weights as arrays: files, folders and names on the Hugging Face hub, read without
-torch.
-"""
+"""Public weights as arrays: files, folders and names on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,42 +10,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
-from jaxtyping import Float32
 
 from codebook_jax.data.network import hub_reachable
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json
-from codebook_jax.weights.torch_files import first_line, float32_of, read_torch
-from codebook_jax.weights.unpickling import Unreadable
+from codebook_jax.weights.torch_files import Unreadable, first_line, read_torch
 
 CONFIG = "config.json"
-SAFETENSORS = ".safetensors"
-TORCH = (".pth", ".pt", ".bin")
-# In a folder, the first that exists is read. An index is a JSON file that maps tensors to shards.
-CHOICE = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-WORDS = ("tokenizer.json", "vocab.txt")  # a tokenizer has one of them
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-# Tried in this order, so that only one format is downloaded.
-HUB_PATTERNS = (
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# A file, the index of its shards (a JSON file), and the shards. The first format found is read, and
+# only that one is downloaded.
+FORMATS = (
     ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
 )
-
-_WIDTHS = (8, 16, 32, 64)
-_READ_TYPES = {"BOOL", "BF16", "F16", "F32", "F64", *(f"{k}{n}" for k in "IU" for n in _WIDTHS)}
+WORDS = ("tokenizer.json", "vocab.txt")  # a tokenizer has one of them
+TOKENIZER = ("*token*.json", "vocab.*", "merges.txt")
 _GIVE = "give a weight file, a folder that holds one, or a name on the Hugging Face hub"
 
 
@@ -65,22 +42,20 @@ def read_weights(spec: str, what: str) -> Weights:
     `name@revision`).
 
     Local files take precedence. Of training checkpoints only the model's tensors are read, and no
-    code in a file is run. Raises UserError, beginning with `what`, if the weights cannot be found
-    or read.
+    code in a file is run. Raises UserError, beginning with `what`, if they cannot be read.
     """
-    path = _located(spec, what)
+    path = _local(spec, what)
     folder = path if path.is_dir() else path.parent
-    described = (folder / CONFIG).is_file()
-    config = _read_json(folder / CONFIG, what) if described else {}
-    if not path.is_dir():
-        return Weights(_read_file(path, what), config, folder)
+    config = _read_json(folder / CONFIG, what) if (folder / CONFIG).is_file() else {}
     with _reading(path, what):
-        chosen = _chosen(path)
-    read = _read_shards if chosen.suffix == ".json" else _read_file
-    return Weights(read(chosen, what), config, folder)
+        file = _weight_file(path) if path.is_dir() else path
+    arrays = (_read_shards if file.suffix == ".json" else _read_file)(file, what)
+    if all(name.startswith("module.") for name in arrays):  # DistributedDataParallel's
+        arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
+    return Weights(arrays, config, folder)
 
 
-def _located(spec: str, what: str) -> Path:
+def _local(spec: str, what: str) -> Path:
     """The local path of the weights, downloaded if necessary."""
     local = os.path.expanduser(spec)
     if spec and os.path.exists(local):
@@ -88,21 +63,19 @@ def _located(spec: str, what: str) -> Path:
     if "://" in spec:
         raise UserError(f"{what}, but URLs cannot be read: download the file and give its path")
     name, _, revision = spec.partition("@")
-    suffixed = spec.lower().endswith((SAFETENSORS, *TORCH))
-    if not name or name[0] in "/.~" or suffixed or name.count("/") > 1:
+    is_file = name.startswith(("/", ".", "~")) or spec.lower().endswith(SUFFIXES)
+    if not name or is_file or name.count("/") > 1:
         raise UserError(f"{what}, but this file or folder does not exist: {_GIVE}")
     return _downloaded(name, revision or None, what)
 
 
 def _downloaded(name: str, revision: str | None, what: str) -> Path:
-    """The folder in the local hub cache with the weights (one format only), config.json and the
-    tokenizer.
-    """
+    """The folder in the local hub cache with the weights, config.json and the tokenizer."""
     import huggingface_hub  # takes half a second, and local files do not need it
 
     called = f"{name}@{revision}" if revision else name
     reachable = hub_reachable()
-    for patterns in HUB_PATTERNS:
+    for patterns in FORMATS:
         try:
             folder = huggingface_hub.snapshot_download(
                 name,
@@ -110,9 +83,7 @@ def _downloaded(name: str, revision: str | None, what: str) -> Path:
                 allow_patterns=[CONFIG, *TOKENIZER, *patterns],
                 local_files_only=not reachable,
             )
-        except (
-            Exception
-        ) as failure:  # the library's errors, its HTTP library's, OSError, ValueError, ...
+        except Exception as failure:  # the library's errors, its HTTP library's, OSError, ...
             raise UserError(
                 f"{what}, but {called} is not a file or folder here and could not be loaded from "
                 f"the Hugging Face hub ({_hub_reason(failure, reachable)}): give a file or folder, "
@@ -130,40 +101,32 @@ def _downloaded(name: str, revision: str | None, what: str) -> Path:
 def _hub_reason(failure: Exception, reachable: bool) -> str:
     from huggingface_hub import constants, errors
 
-    for kind, reason in (
-        (errors.GatedRepoError, "access needs its owner's approval: log in with `hf auth login`"),
-        (errors.RepositoryNotFoundError, "the name does not exist or is private"),
-        (errors.RevisionNotFoundError, "it has no such revision"),
-        (errors.HFValidationError, "this is not a valid name there"),
-    ):
-        if isinstance(failure, kind):
-            return reason
-    if isinstance(failure, errors.LocalEntryNotFoundError):
-        if constants.HF_HUB_OFFLINE:
-            return "HF_HUB_OFFLINE is set, and it is not in the cache"
-        if not reachable:
-            return "there is no network, and it is not in the cache"
-    return first_line(failure).removeprefix("Got: ")
+    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no network"
+    reasons = {
+        errors.GatedRepoError: "access needs its owner's approval: log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "the name does not exist or is private",
+        errors.RevisionNotFoundError: "it has no such revision",
+        errors.HFValidationError: "this is not a valid name there",
+    }
+    if constants.HF_HUB_OFFLINE or not reachable:
+        reasons[errors.LocalEntryNotFoundError] = f"{offline}, and it is not in the cache"
+    known = (reason for kind, reason in reasons.items() if isinstance(failure, kind))
+    return next(known, first_line(failure))
 
 
-def _chosen(folder: Path) -> Path:
+def _weight_file(folder: Path) -> Path:
     """The weight file, or index of shards, to read from a folder."""
-    for name in CHOICE:
+    for name in (name for whole, index, _ in FORMATS for name in (whole, index)):
         if (folder / name).is_file():
             return folder / name
-    suffixes = (SAFETENSORS, *TORCH)
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if len(found) == 1:
+        return found[0]
     if not found:
-        raise Unreadable(f"holds no weight file ({', '.join(suffixes)}): {_GIVE}")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found[:5])
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise Unreadable(f"holds several weight files ({names}{more}): give the path of one")
-    return found[0]
-
-
-def _read_file(path: Path, what: str) -> dict[str, np.ndarray]:
-    return _undistributed(_read_tensors(path, what))
+        raise Unreadable(f"holds no weight file ({', '.join(SUFFIXES)}): {_GIVE}")
+    names = ", ".join(path.name for path in found[:5])
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    raise Unreadable(f"holds several weight files ({names}{more}): give the path of one")
 
 
 def _read_shards(index: Path, what: str) -> dict[str, np.ndarray]:
@@ -172,71 +135,43 @@ def _read_shards(index: Path, what: str) -> dict[str, np.ndarray]:
     with _reading(index, what):
         if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
             raise Unreadable("has no weight_map of tensors to files: download it again")
-        shards = sorted(set(shard_of.values()))
-        for shard in shards:
+        arrays: dict[str, np.ndarray] = {}
+        for shard in sorted(set(shard_of.values())):
             if shard != Path(shard).name or not (index.parent / shard).is_file():
                 raise Unreadable(f"names {shard}, which is not beside it: download that file too")
-    arrays: dict[str, np.ndarray] = {}
-    for shard in shards:
-        arrays.update(_read_tensors(index.parent / shard, what))
-    with _reading(index, what):
+            arrays |= _read_file(index.parent / shard, what)
         for name, shard in shard_of.items():
             if name not in arrays:
                 raise Unreadable(f"lists {name}, which is not in {shard}: download both again")
     return arrays
 
 
-def _read_tensors(path: Path, what: str) -> dict[str, np.ndarray]:
+def _read_file(path: Path, what: str) -> dict[str, np.ndarray]:
     with _reading(path, what):
         _refuse_placeholder(path)
-        suffix = path.suffix.lower()
-        if suffix == SAFETENSORS:
-            return _read_safetensors(path)
-        if suffix in TORCH:
-            return read_torch(path)
-        raise Unreadable(f"does not end with {SAFETENSORS}, {', '.join(TORCH)}: {_GIVE}")
+        if path.suffix.lower() not in SUFFIXES:
+            raise Unreadable(f"does not end with {', '.join(SUFFIXES)}: {_GIVE}")
+        return _read_safetensors(path) if path.suffix.lower() == SUFFIXES[0] else read_torch(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    arrays = {}
+    arrays, kind = {}, ""
     try:
         with safetensors.safe_open(path, framework="np") as file:
             for name in file.keys():
-                kind = file.get_slice(name).get_dtype()
-                if kind not in _READ_TYPES:
-                    raise Unreadable(
-                        f"holds {name} as {kind}, which is not supported: convert it to float32"
-                    )
-                if kind == "BF16":  # NumPy has no bfloat16
-                    arrays[name] = _read_bfloat16(path, name)
-                else:
-                    array = file.get_tensor(name)
-                    arrays[name] = array.astype(np.float32) if kind == "F16" else array
-    except Unreadable:
-        raise
+                kind = f"{name} as {file.get_slice(name).get_dtype()}"
+                array = file.get_tensor(name)
+                is_half = array.dtype.name in ("float16", "bfloat16")
+                arrays[name] = array.astype(np.float32) if is_half else array
+    except AttributeError as failure:  # NumPy has no such type
+        raise Unreadable(
+            f"holds {kind}, which is not supported: convert it to float32"
+        ) from failure
     except Exception as failure:  # the library's own errors derive from Exception alone
-        why = first_line(failure)
-        raise Unreadable(f"is damaged or cut short ({why}): download it again") from failure
+        raise Unreadable(
+            f"is damaged or cut short ({first_line(failure)}): download it again"
+        ) from failure
     return arrays
-
-
-def _read_bfloat16(path: Path, name: str) -> Float32[np.ndarray, "..."]:
-    """One tensor of a safetensors file: eight bytes of length, a JSON header of that length, the
-    numbers.
-    """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-        start, end = entry["data_offsets"]
-        file.seek(8 + length + start)
-        return float32_of(np.fromfile(file, "<u2", (end - start) // 2)).reshape(entry["shape"])
-
-
-def _undistributed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays without the `module.` that DistributedDataParallel puts before every name."""
-    if not all(name.startswith("module.") for name in arrays):
-        return arrays
-    return {name.removeprefix("module."): array for name, array in arrays.items()}
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -254,15 +189,12 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
 def _refuse_placeholder(path: Path) -> None:
     """Raises Unreadable if the file is what a failed download leaves behind."""
     with open(path, "rb") as file:
-        start = file.read(512)
-    text = start.lstrip().lower()
+        start = file.read(512).lstrip().lower()
     if not start:
         raise Unreadable("is empty: download it again")
-    if text.startswith(b"version https://git-lfs"):
-        raise Unreadable(
-            "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"
-        )
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if start.startswith(b"version https://git-lfs"):
+        raise Unreadable("is only a git-lfs pointer: run `git lfs pull` in its folder")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise Unreadable("is a web page: download the file itself")
 
 

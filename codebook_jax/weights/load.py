@@ -1,9 +1,9 @@
-"""Uses a trained model: features, matching and codewords of your images and texts, on one device of
-any kind.
-"""
+"""Uses a trained model on one device: features, matching and codewords of images and texts."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
-from codebook_jax.data.text import Tokenizer, Vocabulary, few_words, has_words, tokenizer_for_run
+from codebook_jax.data.text import Tokenizer, few_words, has_words, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json
 from codebook_jax.method.numerics import key_of, own_settings
@@ -28,18 +28,14 @@ from codebook_jax.models import codis
 from codebook_jax.models.heads import MATCH
 from codebook_jax.parallel import devices
 from codebook_jax.run import record as records
-from codebook_jax.run.checkpoint import read_arrays
-from codebook_jax.weights.given import Picture, Pictures, Texts, as_pictures, as_texts, pixels_of
+from codebook_jax.run.checkpoint import FOLDER as CHECKPOINTS
+from codebook_jax.run.checkpoint import read_arrays, reason
+from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, pixels_of, text_list
 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
-BUCKETS = (
-    1,
-    4,
-    16,
-    64,
-)  # a call is padded to one of these numbers of rows; one compiled program each
+BUCKETS = (1, 4, 16, 64)  # rows that calls are padded to; one compiled program each
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
 
@@ -56,10 +52,8 @@ class Codis:
     Images are one or several (a list, a generator, an array) of file paths, open binary files,
     contents of files (bytes), PIL images, or uint8 arrays [height, width, 3] or [height, width].
     They are read as in evaluation: upright, on white, the whole picture resized to the model's
-    square. Arrays that are not uint8 are refused, since their range is unknown. Texts are one
-    string or a list of strings. Texts longer than the model reads are truncated, with a warning;
-    words unknown to the tokenizer also give a warning. An unreadable input raises UserError, which
-    names its position.
+    square. Texts are one string or several; what is truncated or unknown to the tokenizer gives a
+    warning. An unreadable input raises UserError, which names its position.
     """
 
     def __init__(
@@ -74,21 +68,16 @@ class Codis:
         self._tokenizer = tokenizer
         self._model = codis.build_model(config, tokenizer.vocabulary.size)
         self._student = jax.device_put(student)
+        self._encoder = "student" if teacher_towers is None else "teacher"
         self._towers = (
             self._student["towers"] if teacher_towers is None else jax.device_put(teacher_towers)
         )
         self._embed_images = jax.jit(own_settings(self._image_features))
         self._embed_texts = jax.jit(own_settings(self._text_features))
         self._match = jax.jit(own_settings(self._match_probability))
-        self._encoder = "student" if teacher_towers is None else "teacher"
         self.codewords: Float32[np.ndarray, "codes dim"] = np.asarray(
             codis.unit(self._student["codebook"]["codes"])
         )
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The number of tokens, and the ids of the special ones."""
-        return self._tokenizer.vocabulary
 
     @property
     def dim(self) -> int:
@@ -102,33 +91,26 @@ class Codis:
         )
 
     def encode_image(self, images: Pictures) -> Float32[np.ndarray, "images dim"]:
-        """Unit features: their dot product with those of texts or other images is the cosine
-        similarity.
-        """
-        parts = [
-            np.asarray(self._embed_images(self._towers, pixels)[0])[:count]
-            for pixels, count in self._pixel_chunks(as_pictures(images))
-        ]
+        """Unit features: a dot product with those of texts or images is the cosine similarity."""
+        chunks = self._image_chunks(self._towers, picture_list(images))
+        parts = [np.asarray(features)[:count] for features, _, count in chunks]
         return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def encode_text(self, texts: Texts) -> Float32[np.ndarray, "texts dim"]:
         """Unit features, in the same space as those of images."""
-        tokenised = self._tokenised(as_texts(texts))
-        parts = [
-            np.asarray(self._embed_texts(self._towers, tokens, lengths)[0])[:count]
-            for tokens, lengths, count in _token_chunks(*tokenised)
-        ]
+        tokens, lengths = self._tokenised(text_list(texts))
+        chunks = self._text_chunks(self._towers, tokens, lengths)
+        parts = [np.asarray(features)[:count] for features, _, _, count in chunks]
         return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, "pairs"]:
-        """Probability that image i and text i belong together, by the student's fusion encoder and
-        matching head.
+        """Probability that image i and text i belong together, by the student's fusion encoder.
 
         A single image is paired with every text, a single text with every image; otherwise there
-        must be as many images as texts. It reads each pair jointly, so it is more accurate and
-        slower than features: find candidates with features, and order them with `match`.
+        must be as many images as texts. It is more accurate and slower than features: find
+        candidates with features, and order them with `match`.
         """
-        pictures, texts = as_pictures(images), as_texts(texts)
+        pictures, texts = picture_list(images), text_list(texts)
         if len(pictures) != len(texts) and 1 not in (len(pictures), len(texts)):
             raise UserError(
                 f"{len(pictures)} images and {len(texts)} texts cannot be paired: give as many "
@@ -136,50 +118,32 @@ class Codis:
             )
         if not pictures or not texts:
             return np.zeros(0, np.float32)
-        towers, tokenised = self._student["towers"], self._tokenised(texts)
-        image_chunks = (
-            (self._embed_images(towers, pixels)[1], count)
-            for pixels, count in self._pixel_chunks(pictures)
-        )
-        text_chunks = (
-            (self._embed_texts(towers, tokens, lengths)[1], lengths, count)
-            for tokens, lengths, count in _token_chunks(*tokenised)
-        )
+        towers, (tokens, lengths) = self._student["towers"], self._tokenised(texts)
+        image_chunks = self._image_chunks(towers, pictures)
+        text_chunks = self._text_chunks(towers, tokens, lengths)
         parts = []
-        if (
-            len(pictures) == 1
-        ):  # then its keys and values are projected once for all texts of a chunk
-            ((image_tokens, _),) = image_chunks
-            for states, lengths, count in text_chunks:
+        if len(pictures) == 1:  # its keys and values are projected once for the texts of a chunk
+            ((_, image_tokens, _),) = image_chunks
+            for _, states, lengths, count in text_chunks:
                 found = self._match(self._student, image_tokens, states[None], lengths[None])
                 parts.append(np.asarray(found)[0, :count])
-        elif len(texts) == 1:
-            ((states, lengths, _),) = text_chunks
-            for image_tokens, count in image_chunks:
-                rows = len(image_tokens)
-                same = (
-                    jnp.repeat(states[None], rows, axis=0),
-                    np.repeat(lengths[None], rows, axis=0),
-                )
-                parts.append(np.asarray(self._match(self._student, image_tokens, *same))[:count, 0])
-        else:
-            for (image_tokens, count), (states, lengths, _) in zip(
-                image_chunks, text_chunks, strict=True
-            ):
-                pairs = states[:, None], lengths[:, None]
-                parts.append(
-                    np.asarray(self._match(self._student, image_tokens, *pairs))[:count, 0]
-                )
+            return np.concatenate(parts)
+        if len(texts) == 1:
+            text_chunks = itertools.cycle(text_chunks)
+        for (_, image_tokens, count), (_, states, lengths, _) in zip(
+            image_chunks, text_chunks, strict=False
+        ):
+            rows = len(image_tokens)
+            states = jnp.broadcast_to(states, (rows, *states.shape[1:]))[:, None]
+            lengths = np.broadcast_to(lengths, rows)[:, None]
+            found = self._match(self._student, image_tokens, states, lengths)
+            parts.append(np.asarray(found)[:count, 0])
         return np.concatenate(parts)
 
     def codes(
         self, *, images: Pictures | None = None, texts: Texts | None = None, top_k: int = 1
     ) -> Codes:
-        """The `top_k` most probable codewords of images or texts: softmax of z C / gamma (Duan et
-        al., 3.1).
-
-        `gamma` is config.codebook.temperature; `codewords[index]` is the codeword.
-        """
+        """The `top_k` most probable codewords of images or texts; `codewords[index]` is one."""
         if (images is None) == (texts is None):
             raise UserError(
                 "codes takes either images=... or texts=..., not both: call it once for each"
@@ -216,23 +180,31 @@ class Codis:
         logits = self._model.match_logits(student["matching"], fused[:, :, 0])
         return jax.nn.softmax(logits, axis=-1)[..., MATCH]
 
-    # -- their inputs
+    # -- their inputs, padded to a bucket, and how many rows are not padding
 
-    def _pixel_chunks(
-        self, pictures: list[Picture]
-    ) -> Iterator[tuple[UInt8[np.ndarray, "rows side side 3"], int]]:
-        """Pixels padded to a bucket, and how many rows are not padding.
-
-        Only one chunk is in memory at a time.
-        """
+    def _image_chunks(
+        self, towers: Any, pictures: list[Picture]
+    ) -> Iterator[tuple[Array, Array, int]]:
+        """Features and tokens of images; the pixels of only one chunk are in memory at a time."""
         side = self.config.model.image.size_px
 
-        def read(position: int) -> np.ndarray:
+        def read(position: int) -> UInt8[np.ndarray, "side side 3"]:
             return resize_square(pixels_of(pictures[position], position), side)
 
         with ThreadPoolExecutor(READERS) as pool:
-            for part, rows in _chunks(len(pictures)):
-                yield _padded(np.stack(list(pool.map(read, part))), rows), len(part)
+            for positions, count in _chunks(len(pictures)):
+                pixels = np.stack(list(pool.map(read, positions[:count])))
+                yield *self._embed_images(towers, pixels[positions - positions[0]]), count
+
+    def _text_chunks(
+        self,
+        towers: Any,
+        tokens: Int32[np.ndarray, "texts tokens"],
+        lengths: Int32[np.ndarray, "texts"],
+    ) -> Iterator[tuple[Array, Array, Int32[np.ndarray, "rows"], int]]:
+        """Features, states and lengths of texts."""
+        for rows, count in _chunks(len(tokens)):
+            yield *self._embed_texts(towers, tokens[rows], lengths[rows]), lengths[rows], count
 
     def _tokenised(
         self, texts: list[str]
@@ -262,35 +234,33 @@ class Codis:
         return tokens, lengths
 
 
-def _token_chunks(
-    tokens: Int32[np.ndarray, "texts tokens"], lengths: Int32[np.ndarray, "texts"]
-) -> Iterator[tuple[Int32[np.ndarray, "rows tokens"], Int32[np.ndarray, "rows"], int]]:
-    """Tokens and lengths padded to a bucket, and how many rows are not padding."""
-    for part, rows in _chunks(len(tokens)):
-        own = slice(part.start, part.stop)
-        yield _padded(tokens[own], rows), _padded(lengths[own], rows), len(part)
-
-
 def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     """The model of an export folder, or of a workdir that has one; see `codebook_jax.load`."""
     devices.check_platforms()
     folder = _export_folder(Path(os.path.expanduser(path)).absolute())
-    manifest = _manifest(folder)
-    if teacher and "teacher" not in manifest["items"]:
+    with reading(folder / MANIFEST):
+        manifest = parse_json((folder / MANIFEST).read_bytes())
+        number, items, step = (manifest[field] for field in ("format", "items", "step"))
+    if number != FORMAT:
+        raise UserError(
+            f"{folder} is an export of format {number}, but this codebook_jax reads format "
+            f"{FORMAT}: install the version it was written with, or export again"
+        )
+    if teacher and "teacher" not in items:
         raise UserError(
             f"{folder} has no teacher: export again with --config.export.teacher=true, or load "
             "without teacher=True"
         )
-    config = _config(folder)
+    config = config_of(folder)
     tokenizer = tokenizer_for_run("", folder, None, 0)
-    try:
+    with reading(folder / records.RECORD):
+        with config.unlocked():
+            config.model.attention, config.model.remat = "auto", "none"
         student_of = own_settings(codis.init_student)
         expected = jax.eval_shape(lambda: student_of(config, tokenizer.vocabulary.size, key_of(0)))
-    except Exception as failure:  # whatever damaged settings lead to
-        raise _damaged(folder / records.RECORD, failure) from failure
     student = _restored(folder, "student", expected)
     teacher_towers = _restored(folder, "teacher", expected["towers"]) if teacher else None
-    return Codis(config, tokenizer, student, teacher_towers, manifest["step"])
+    return Codis(config, tokenizer, student, teacher_towers, step)
 
 
 def code_probabilities(
@@ -299,7 +269,9 @@ def code_probabilities(
     *,
     temperature: float,
 ) -> Float32[np.ndarray, "features codes"]:
-    """Softmax of z C / gamma over the codewords, for unit features and codewords."""
+    """Softmax of z C / gamma over the codewords, for unit features and codewords (Duan et al.,
+    3.1); `temperature` is gamma.
+    """
     logits = features.astype(np.float32) @ codewords.T.astype(np.float32) / np.float32(temperature)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
@@ -309,92 +281,63 @@ def code_probabilities(
 
 
 def _export_folder(path: Path) -> Path:
-    try:
-        for folder in (path, path / FOLDER):
-            if (folder / MANIFEST).is_file():
-                return folder
-    except OSError as failure:  # a name that is too long, a folder that may not be read
-        raise UserError(
-            f"{path} cannot be read ({failure.strerror}): give the folder that --mode=export wrote"
-        ) from failure
-    if not path.is_dir():
-        what = "is a file, not the folder of an export" if path.exists() else "is not a folder here"
-        raise UserError(f"{path} {what}: give the folder that --mode=export wrote")
-    if (path / records.RECORD).is_file() and (path / "checkpoints").is_dir():
+    for folder in (path, path / FOLDER):
+        if os.path.isfile(folder / MANIFEST):  # False, too, if the name is too long
+            return folder
+    if os.path.isfile(path / records.RECORD) and os.path.isdir(path / CHECKPOINTS):
         raise UserError(
             f"{path} is a run without an export: make one with python -m codebook_jax.main "
             f"--workdir={path} --mode=export"
         )
     raise UserError(
-        f"{path} has no {MANIFEST}, so it is not an export: give the folder that --mode=export "
-        "wrote"
+        f"{path} is not a folder with an {MANIFEST}: give the folder that --mode=export wrote"
     )
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = parse_json((folder / MANIFEST).read_bytes())
-        number, _, _ = manifest["format"], manifest["items"], manifest["step"]
-    except (OSError, ValueError, TypeError, KeyError) as failure:
-        raise _damaged(folder / MANIFEST, failure) from failure
-    if number != FORMAT:
-        raise UserError(
-            f"{folder} is an export of format {number}, but this codebook_jax reads format "
-            f"{FORMAT}: install the version it was written with, or export again"
-        )
-    return manifest
-
-
-def _config(folder: Path) -> ml_collections.ConfigDict:
-    """The run's config, adapted to one device of any kind."""
-    try:
+def config_of(folder: Path) -> ml_collections.ConfigDict:
+    """The config of a run or export."""
+    with reading(folder / records.RECORD):
         record = records.read_record(folder)
         if record is None:
             raise FileNotFoundError("it is missing")
-        config = records.recorded_config(record)
-        with config.unlocked():
-            config.model.attention, config.model.remat = "auto", "none"
-    except (UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as failure:
-        raise _damaged(folder / records.RECORD, failure.__cause__ or failure) from failure
-    return config
+        return records.recorded_config(record)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever a damaged file leads to into a UserError."""
+    try:
+        yield
+    except Exception as failure:
+        raise UserError(
+            f"{path} cannot be read ({reason(failure.__cause__ or failure)}): export again, or "
+            "give another folder"
+        ) from failure
 
 
 def _restored(folder: Path, item: str, expected: Any) -> Any:
     """The arrays of one item as NumPy; raises UserError if they do not match the config."""
-    try:
+    with reading(folder / item):
         arrays = read_arrays(folder / item)
-    except Exception as failure:  # any error of Orbax or tensorstore for a broken file
-        raise _damaged(folder / item, failure) from failure
     expected = traverse_util.flatten_dict(expected, sep="/")
-    for name in sorted(arrays.keys() | expected.keys()):
-        found, wanted = (
-            f"{of[name].dtype}{list(of[name].shape)}" if name in of else "missing"
-            for of in (arrays, expected)
-        )
-        if found != wanted:
+    found, wanted = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.items()}
+        for tree in (arrays, expected)
+    )
+    for name in sorted(found.keys() | wanted.keys()):
+        if (was := found.get(name, "missing")) != (now := wanted.get(name, "missing")):
             raise UserError(
-                f"{folder / item} does not fit its {records.RECORD}: {name} is {found}, but should "
-                f"be {wanted}: export again"
+                f"{folder / item} does not fit its {records.RECORD}: {name} is {was}, but should "
+                f"be {now}: export again"
             )
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def _damaged(path: Path, failure: Exception) -> UserError:
-    reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
-    reason = reason if len(reason) <= 160 else f"{reason[:157]}..."
-    return UserError(f"the export is damaged: {path} cannot be read ({reason}): export again")
-
-
-# -- batches of few sizes
-
-
-def _chunks(count: int) -> Iterator[tuple[range, int]]:
-    """Ranges of at most the largest bucket, each with the bucket that holds it."""
+def _chunks(count: int) -> Iterator[tuple[Int[np.ndarray, "rows"], int]]:
+    """Positions of at most the largest bucket, and their number; to fill a bucket the last one is
+    repeated: a valid input, which zeros are not.
+    """
     for start in range(0, count, BUCKETS[-1]):
-        part = range(start, min(start + BUCKETS[-1], count))
-        yield part, next(bucket for bucket in BUCKETS if bucket >= len(part))
-
-
-def _padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array with its last row repeated up to `rows`: a valid input, which zeros are not."""
-    return np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)])
+        stop = min(start + BUCKETS[-1], count)
+        rows = next(bucket for bucket in BUCKETS if bucket >= stop - start)
+        yield np.minimum(np.arange(start, start + rows), stop - 1), stop - start

@@ -30,18 +30,12 @@ def resize_positions(
 
 def _cubic_weights(before: int, after: int) -> Float[np.ndarray, "after before"]:
     """The weight of each old place in each new one; rows sum to one."""
+    centres = (np.arange(after) + 0.5)[:, None] * before / after - 0.5
+    places = np.floor(centres) + np.arange(-1, 3)
+    distance = np.abs(centres - places)
+    near = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
+    far = ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
     weights = np.zeros((after, before))
-    for place in range(after):
-        centre = (place + 0.5) * before / after - 0.5
-        first = math.floor(centre) - 1
-        for old in range(first, first + 4):
-            weights[place, min(max(old, 0), before - 1)] += _kernel(abs(centre - old))
+    inside = np.clip(places, 0, before - 1).astype(int)
+    np.add.at(weights, (np.arange(after)[:, None], inside), np.where(distance <= 1, near, far))
     return weights
-
-
-def _kernel(distance: float) -> float:
-    if distance <= 1:
-        return ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
-    if distance < 2:
-        return ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
-    return 0.0

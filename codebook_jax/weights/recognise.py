@@ -2,85 +2,67 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from codebook_jax.errors import UserError
 from codebook_jax.weights.fill import Arrays
-from codebook_jax.weights.layouts import BERT, VIT_HF, VIT_HF5, VIT_TIMM, Layout
+from codebook_jax.weights.layouts import ALBEF, BERT, VIT_HF, VIT_HF5, VIT_TIMM, Layout
 
-_HF_PATCHES = "embeddings.patch_embeddings.projection.weight"
-_TIMM_PATCHES = "patch_embed.proj.weight"
-_WORDS = "embeddings.word_embeddings.weight"
-_IMAGE_MODELS = ("", "vit.", "deit.", "model.", "visual_encoder.")
-_TEXT_MODELS = ("", "bert.", "text_encoder.bert.")
+_LAYOUTS = {"image": (VIT_HF, VIT_HF5, VIT_TIMM), "text": (BERT,)}
+_PREFIXES = {
+    "image": ("", "vit.", "deit.", "model.", "visual_encoder."),
+    "text": ("", "text_encoder."),
+}
+_KINDS = {"image": ("vit", "deit"), "text": ("bert",)}
+# A BERT without a head, also within an ALBEF fine-tuned for retrieval, has no `bert.`.
+_BARE = re.compile(r"^((?:text_encoder(?:_m)?\.)?)(?=(?:embeddings|encoder|pooler)\.)")
 _OLD_NORM = re.compile(r"\.LayerNorm\.(gamma|beta)$")  # TensorFlow's names, in the first BERT files
-_NORM = {"gamma": "weight", "beta": "bias"}
+_NORM = {"gamma": ".LayerNorm.weight", "beta": ".LayerNorm.bias"}
 
 
-def image_tower(arrays: Arrays, what: str) -> tuple[Layout, dict[str, Any]]:
-    """The layout of a ViT or DeiT, and the tensors without the model's prefix; raises UserError for
-    other files.
+def recognise(part: str, arrays: Arrays, what: str) -> tuple[Layout, Arrays]:
+    """The layout of the weights for `part` ("image", "text" or "model"), and the tensors with its
+    names; raises UserError for other files.
     """
-    for ending, layouts in ((_HF_PATCHES, (VIT_HF, VIT_HF5)), (_TIMM_PATCHES, (VIT_TIMM,))):
-        prefix = _prefix(arrays, ending)
-        if prefix is None:
-            continue
-        if prefix not in _IMAGE_MODELS:
+    if part != "image":
+        arrays = {_plain(key): value for key, value in arrays.items()}
+    if part == "model":
+        if {"visual_encoder", "text_encoder"} <= {key.partition(".")[0] for key in arrays}:
+            return ALBEF, arrays
+        raise UserError(
+            f"{what} is neither an ALBEF model (visual_encoder.*, text_encoder.*) nor a run or "
+            "export of this code: for a single tower use image:SPEC or text:SPEC"
+        )
+    for prefix, layout in itertools.product(_PREFIXES[part], _LAYOUTS[part]):
+        if prefix + _mark(layout) in arrays:
+            return layout, {key.removeprefix(prefix): value for key, value in arrays.items()}
+    known = ", ".join(f"{layout.title} ({_mark(layout)})" for layout in _LAYOUTS[part])
+    raise UserError(f"{what} is not a {known}: give one of those")
+
+
+def refuse_other_kind(part: str, config: Mapping[str, Any], what: str) -> None:
+    """Raises UserError if the config.json beside the weights states what this model is not."""
+    for field, known in (
+        ("model_type", _KINDS[part]),
+        ("hidden_act", ("gelu", "gelu_python")),
+        ("position_embedding_type", ("absolute",)),
+    ):
+        value = config.get(field)
+        if value is not None and value not in known:
             raise UserError(
-                f"{what} holds {prefix}{ending}, which is not from a ViT or DeiT: give one of those"
+                f"{what} has {field}={value!r} in its config.json, but this model needs "
+                f"{' or '.join(known)}: give other weights"
             )
-        bare = {key.removeprefix(prefix): value for key, value in arrays.items()}
-        newer = any(key.startswith("layers.") for key in bare)
-        return layouts[-1] if newer else layouts[0], bare
-    raise UserError(
-        f"{what} is not a ViT: it has neither {_HF_PATCHES} (Hugging Face) nor {_TIMM_PATCHES} "
-        "(timm)"
-    )
 
 
-def text_tower(arrays: Arrays, what: str) -> tuple[Layout, dict[str, Any]]:
-    """BERT's layout, and the tensors with its names; raises UserError for other files."""
-    prefix = _prefix(arrays, _WORDS)
-    if prefix is None:
-        raise UserError(f"{what} is not a BERT: it has no {_WORDS}")
-    if prefix not in _TEXT_MODELS:
-        raise UserError(f"{what} holds {prefix}{_WORDS}, which is not from a BERT: give a BERT")
-    outer = prefix.removesuffix("bert.")
-    named = {}
-    for key, value in arrays.items():
-        name = key.removeprefix(outer)
-        if not prefix and name.startswith(("embeddings.", "encoder.", "pooler.")):
-            name = f"bert.{name}"
-        named[_OLD_NORM.sub(lambda old: f".LayerNorm.{_NORM[old[1]]}", name)] = value
-    return BERT, named
+def _plain(key: str) -> str:
+    return _OLD_NORM.sub(lambda found: _NORM[found[1]], _BARE.sub(r"\1bert.", key))
 
 
-def refuse_other_kind(config: Mapping[str, Any], kinds: tuple[str, ...], what: str) -> None:
-    """Raises UserError if the config.json beside the weights states another kind of model or
-    activation.
-    """
-    kind = config.get("model_type")
-    if kind is not None and kind not in kinds:
-        raise UserError(
-            f"{what} is a {kind} according to its config.json: give a {' or '.join(kinds)}"
-        )
-    activation = config.get("hidden_act", "gelu")
-    if activation not in ("gelu", "gelu_python"):
-        raise UserError(
-            f"{what} has hidden_act={activation!r} in its config.json, but this model uses the "
-            "exact gelu"
-        )
-    positions = config.get("position_embedding_type", "absolute")
-    if positions != "absolute":
-        raise UserError(
-            f"{what} has position_embedding_type={positions!r} in its config.json, but this model "
-            "uses absolute"
-        )
-
-
-def _prefix(arrays: Arrays, ending: str) -> str | None:
-    """The part of a key before `ending`, the shortest if several keys end so; None if none does."""
-    found = sorted((key.removesuffix(ending) for key in arrays if key.endswith(ending)), key=len)
-    return found[0] if found else None
+def _mark(layout: Layout) -> str:
+    """The key by which a layout is known: the first layer's queries."""
+    names = (theirs for ours, theirs in layout.names.items() if ours.endswith("/attention/qkv"))
+    return next(names).split("|")[0].format(0) + ".weight"

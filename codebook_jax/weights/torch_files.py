@@ -1,226 +1,115 @@
-"""Reads files written by torch.save, without torch and without running any code in them.
-
-zip     since torch 1.6: an archive of data.pkl, byteorder, and data/KEY for each storage
-stream  before: pickles of a magic number, a version, the machine, the content and the storages'
-keys, then each storage
-"""
+"""Files of torch.save, read by torch with `weights_only`: it then runs no code in them."""
 
 from __future__ import annotations
 
-import io
-import math
-import os
+import argparse
 import pickle
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+import re
+import shlex
+from pathlib import Path, PurePath
+from types import ModuleType
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt16
 
-from codebook_jax.weights.unpickling import (
-    DTYPES,
-    UNREAD_BYTES,
-    RestrictedUnpickler,
-    Storage,
-    Tensor,
-    Unreadable,
+LEAST = "2.6"  # older ones run code in a file even with weights_only (CVE-2025-32434)
+NESTED = ("model", "state_dict", "module", "model_state")  # where training scripts put the weights
+_MOST_NESTED = 4  # a pickle can contain itself
+_SCALAR = np.float64(0).__reduce__()[0]  # the function that makes NumPy's numbers from a pickle
+_HARMLESS = [  # what training scripts save beside the weights, under its names in old and new files
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((PurePath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+]
+_CONVERT = (
+    'python -c "import sys, torch, safetensors.torch as s; '
+    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "d = d.get('model') or d.get('state_dict') or d.get('module') or d; "
+    "s.save_file({k: v.contiguous().clone() for k, v in d.items() if torch.is_tensor(v)}, "
+    'sys.argv[2])"'
 )
 
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the stream
-NESTED = (
-    "model",
-    "state_dict",
-    "module",
-    "model_state",
-)  # keys under which training scripts keep the weights
-MOST_NESTED = 4  # a pickle can contain itself
+
+class Unreadable(Exception):
+    """What is wrong with a file and what to do; completes a sentence that begins with its name."""
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """The tensors of the file's state dict: float16 and bfloat16 as float32, others unchanged.
 
-    An optimizer's tensors are not read. Arrays may be read-only, and share memory if they did in
-    torch. Raises Unreadable.
+    An optimizer's tensors are not read. Arrays may be views of the file. Raises Unreadable.
     """
+    torch = _torch(path)
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # older files cannot be mapped
     try:
-        with open(path, "rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
-            file.seek(0)
-            saved = _open_zip(file) if zipped else _open_stream(file)
-            tensors = _state_dict(saved.content)
-            if tensors is None:
-                raise Unreadable(
-                    f"holds no dict of tensors, neither at the top nor under {', '.join(NESTED)}: "
-                    "give a file with a state_dict"
-                )
-            return _built(tensors, saved)
-    except Unreadable:
-        raise
-    except Exception as failure:  # pickle and zipfile can raise anything
-        why = first_line(failure)
-        raise Unreadable(f"is damaged or cut short ({why}): download it again") from failure
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as failure:  # whatever torch, pickle and zipfile raise for a damaged file
+        refused = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(failure))
+        if isinstance(failure, pickle.UnpicklingError) and refused:
+            raise Unreadable(
+                f"asks for {refused[1]}, which weights do not need and which could run any code: "
+                "if you trust it, load it with torch and save its state_dict as .safetensors"
+            ) from failure
+        why = first_line(str(failure).rpartition("WeightsUnpickler error: ")[2] or failure)
+        raise Unreadable(
+            f"is damaged, or not a state_dict that torch.save wrote ({why}): download it again, or "
+            "save its state_dict as .safetensors"
+        ) from failure
+    tensors = _state_dict(content, torch)
+    if tensors is None:
+        raise Unreadable(
+            f"holds no dict of tensors, neither at the top nor under {', '.join(NESTED)}: give a "
+            "file with a state_dict"
+        )
+    return {name: _array(name, tensor, torch) for name, tensor in tensors.items()}
 
 
-def float32_of(bits: UInt16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """bfloat16 as float32: its bits are the upper half of float32's."""
-    wide = bits.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
-
-
-def first_line(failure: Exception) -> str:
+def first_line(failure: object) -> str:
     """A library's error message, shortened and without its full stop."""
     text = str(failure).strip().split("\n")[0].strip().rstrip(".") or type(failure).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-class _Saved(NamedTuple):
-    """An open file: the unpickled content, and the bytes of a storage on demand."""
-
-    content: Any
-    bytes_of: Callable[[Storage], Any]
-    byte_order: str  # "<" or ">"
-
-
-def _open_zip(file: IO[bytes]) -> _Saved:
-    archive = zipfile.ZipFile(file)
-    names = archive.namelist()
-    pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(pickles) != 1:
-        raise Unreadable(
-            "is a zip archive without torch.save's data.pkl: give a file that torch.save wrote"
-        )
-    root = pickles[0].removesuffix("/data.pkl")
-    if f"{root}/constants.pkl" in names:
-        raise Unreadable(
-            "is a TorchScript program: load it with torch and save its state_dict as .safetensors"
-        )
-    little = f"{root}/byteorder" not in names or archive.read(f"{root}/byteorder") == b"little"
-    content = RestrictedUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
-    return _Saved(
-        content,
-        bytes_of=lambda storage: archive.read(f"{root}/data/{storage.key}"),
-        byte_order="<" if little else ">",
-    )
-
-
-def _open_stream(file: IO[bytes]) -> _Saved:
+def _torch(path: Path) -> ModuleType:
+    """The torch module; raises Unreadable if it is missing or too old to be safe."""
+    convert = f"{_CONVERT} {shlex.quote(str(path))} {shlex.quote(f'{path.stem}.safetensors')}"
+    advice = f"pip install 'torch>={LEAST}', or convert it where PyTorch is ({convert})"
     try:
-        magic = RestrictedUnpickler(file).load()
-    except Unreadable:
-        raise
-    except Exception:  # as above
-        magic = None
-    if magic != MAGIC:
-        raise Unreadable("is not what torch.save writes, or is damaged: download it again")
-    protocol, machine = RestrictedUnpickler(file).load(), RestrictedUnpickler(file).load()
-    if protocol != PROTOCOL:
+        import torch  # an extra of its own: other formats do not need it
+    except (ImportError, OSError) as failure:  # OSError: one of its libraries is missing
         raise Unreadable(
-            "was written by an unknown version of torch.save: save it again with a newer torch"
+            f"needs PyTorch, which cannot be imported ({first_line(failure)}): {advice}"
+        ) from failure
+    number = [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]]
+    if number < [int(part) for part in LEAST.split(".")]:
+        raise Unreadable(
+            f"needs PyTorch {LEAST} or newer, but {torch.__version__} is installed, in which a "
+            f"file can run code (CVE-2025-32434): {advice}"
         )
-    unpickler = RestrictedUnpickler(file)
-    content = unpickler.load()
-    keys = RestrictedUnpickler(file).load()
-    little = machine["little_endian"]
-    places = _places(file, keys, unpickler.storages, "little" if little else "big")
-
-    def bytes_of(storage: Storage) -> np.ndarray:
-        start, size = places[storage.key]
-        file.seek(start)
-        return np.fromfile(file, np.uint8, size)
-
-    return _Saved(content, bytes_of, "<" if little else ">")
+    return torch
 
 
-def _places(
-    file: IO[bytes], keys: list[str], storages: dict[str, Storage], byte_order: str
-) -> dict[str, tuple[int, int]]:
-    """(start, size), in bytes, of each storage in the rest of a stream, where its count of numbers
-    comes before them.
-    """
-    end = os.fstat(file.fileno()).st_size
-    places = {}
-    for key in keys:
-        counted = file.read(8)
-        size = int.from_bytes(counted, byte_order) * _item_bytes(storages[str(key)].dtype)
-        start = file.tell()
-        if len(counted) < 8 or start + size > end:
-            raise pickle.UnpicklingError(f"it ends at {end:,} bytes")
-        places[str(key)] = start, size
-        file.seek(start + size)
-    return places
-
-
-def _item_bytes(dtype: str) -> int:
-    return UNREAD_BYTES[dtype] if dtype in UNREAD_BYTES else DTYPES[dtype].itemsize
-
-
-def _state_dict(content: Any, levels: int = MOST_NESTED) -> dict[str, Tensor] | None:
+def _state_dict(content: Any, torch: ModuleType, levels: int = _MOST_NESTED) -> dict | None:
     """The tensors of the innermost dict that has some; None if there are none."""
     if not isinstance(content, dict) or not levels:
         return None
     for key in NESTED:
-        found = _state_dict(content.get(key), levels - 1)
-        if found:
+        if found := _state_dict(content.get(key), torch, levels - 1):
             return found
-    tensors = {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    return tensors or None
+    named = ((name, value) for name, value in content.items() if isinstance(name, str))
+    return {name: value for name, value in named if torch.is_tensor(value)} or None
 
 
-def _built(tensors: dict[str, Tensor], saved: _Saved) -> dict[str, np.ndarray]:
-    """The arrays: views of the storages, each of which is read and converted once."""
-    storages: dict[tuple[Storage, str], np.ndarray] = {}
-    arrays = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise Unreadable(
-                f"holds {name} as {tensor.dtype}, which is not supported: convert it to float32 "
-                "with torch"
-            )
-        place = tensor.storage, tensor.dtype
-        if place not in storages:
-            storages[place] = _numbers(saved, *place)
-        arrays[name] = _strided(storages[place], tensor, name)
-    return arrays
-
-
-def _numbers(saved: _Saved, storage: Storage, dtype: str) -> np.ndarray:
-    """A storage as a flat array in this machine's byte order."""
-    raw = np.frombuffer(saved.bytes_of(storage), np.uint8)
-    if storage.view is not None:
-        start, count = (number * _item_bytes(storage.dtype) for number in storage.view)
-        if start < 0 or count < 0 or start + count > len(raw):
-            raise pickle.UnpicklingError("a view reaches beyond its storage")
-        raw = raw[start : start + count]
-    written = DTYPES[dtype].newbyteorder(saved.byte_order)
-    numbers = raw.view(written).astype(DTYPES[dtype], copy=False)
-    if dtype == "bool":
-        return numbers != 0
-    if dtype == "bfloat16":
-        return float32_of(numbers)
-    return numbers.astype(np.float32) if dtype == "float16" else numbers
-
-
-def _strided(numbers: np.ndarray, tensor: Tensor, name: str) -> np.ndarray:
-    """The tensor as a view of its storage; raises UnpicklingError if it would reach beyond."""
-    places = (tensor.offset, *tensor.size, *tensor.stride)
-    sound = len(tensor.size) == len(tensor.stride) and all(
-        isinstance(place, int) and place >= 0 for place in places
-    )
-    if not sound:
-        raise pickle.UnpicklingError(f"{name} has no proper shape")
-    if math.prod(tensor.size) == 0:
-        return np.empty(tensor.size, numbers.dtype)
-    last = tensor.offset + sum(
-        (size - 1) * stride for size, stride in zip(tensor.size, tensor.stride, strict=True)
-    )
-    if last >= len(numbers):
-        raise pickle.UnpicklingError(f"{name} reaches beyond its storage")
-    strides = [stride * numbers.itemsize for stride in tensor.stride]
-    return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.size, strides)
+def _array(name: str, tensor: Any, torch: ModuleType) -> np.ndarray:
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    try:
+        return (tensor.float() if half else tensor).detach().numpy()
+    except (TypeError, RuntimeError) as failure:
+        raise Unreadable(
+            f"holds {name} as {tensor.dtype} ({first_line(failure)}): convert it to float32 with "
+            "torch"
+        ) from failure

@@ -51,9 +51,14 @@ def write(name: str, arrays: dict) -> None:
 
 def bert() -> None:
     config = BertConfig(
-        vocab_size=53, hidden_size=36, num_hidden_layers=5, num_attention_heads=3, intermediate_size=70,
-        max_position_embeddings=24, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=53,
+        hidden_size=36,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        intermediate_size=70,
+        max_position_embeddings=24,
+        attn_implementation="eager",
+    )
     model = randomised(BertForPreTraining(config), 0)
     model.save_pretrained(FOLDER / "bert")
     rng = np.random.default_rng(0)
@@ -71,9 +76,15 @@ def bert() -> None:
 
 def vit() -> None:
     config = ViTConfig(
-        hidden_size=30, num_hidden_layers=3, num_attention_heads=5, intermediate_size=46, image_size=28, patch_size=7,
-        layer_norm_eps=1e-5, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=30,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        intermediate_size=46,
+        image_size=28,
+        patch_size=7,
+        layer_norm_eps=1e-5,
+        attn_implementation="eager",
+    )
     model = randomised(ViTModel(config), 1)
     model.save_pretrained(FOLDER / "vit")
     images = np.random.default_rng(1).normal(size=(2, 3, 28, 28)).astype(np.float32)
@@ -90,9 +101,15 @@ def vit() -> None:
 
 def deit() -> None:
     config = DeiTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=50, image_size=32, patch_size=8,
-        num_labels=4, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=50,
+        image_size=32,
+        patch_size=8,
+        num_labels=4,
+        attn_implementation="eager",
+    )
     model = randomised(DeiTForImageClassificationWithTeacher(config), 2)
     model.save_pretrained(FOLDER / "deit")
     images = np.random.default_rng(2).normal(size=(2, 3, 32, 32)).astype(np.float32)

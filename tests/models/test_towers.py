@@ -2,40 +2,22 @@
 (tests/goldens/).
 """
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from golden_weights import GOLDENS, IMAGES, TEXT, WORDS
 
 from codebook_jax.models import codis
 from codebook_jax.models.vit import cut_patches
-from codebook_jax.weights import layouts, recognise
+from codebook_jax.weights import layouts
 from codebook_jax.weights.files import read_weights
 from codebook_jax.weights.fill import fill
 from codebook_jax.weights.positions import resize_positions
+from codebook_jax.weights.recognise import recognise
 from configs import base
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-WORDS = 53
-# Every golden's own sizes; the image towers' text is BERT's, and BERT's image the ViT's.
-IMAGES = {
-    "vit": dict(
-        size_px=28, patch_px=7, width=30, depth=3, heads=5, mlp_width=46, layer_norm_eps=1e-5
-    ),
-    "deit": dict(
-        size_px=32, patch_px=8, width=24, depth=2, heads=3, mlp_width=50, layer_norm_eps=1e-12
-    ),
-    "timm": dict(
-        size_px=30, patch_px=6, width=42, depth=3, heads=3, mlp_width=63, layer_norm_eps=1e-6
-    ),
-}
-TEXT = dict(
-    width=36, depth=2, fusion_depth=3, heads=3, mlp_width=70, max_positions=24, max_tokens=11
-)
 
 
 def config_of(image="vit", **text):
@@ -50,9 +32,9 @@ def outputs_of(name):
         return {key: stored[key] for key in stored.files}
 
 
-def filled(config, name, recognised):
+def filled(config, name, part):
     """Our towers' parameters from the golden's folder, zeros if missing, and the printed report."""
-    layout, arrays = recognised(read_weights(str(GOLDENS / name), name).arrays, name)
+    layout, arrays = recognise(part, read_weights(str(GOLDENS / name), name).arrays, name)
     abstract = jax.eval_shape(lambda: codis.init_student(config, WORDS, jax.random.key(0)))[
         "towers"
     ]
@@ -103,7 +85,7 @@ def assert_states(found, golden):
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_state_of_the_image_encoder_is_pytorchs(name):
     config, golden = config_of(name), outputs_of(name)
-    towers, found = filled(config, name, recognise.image_tower)
+    towers, found = filled(config, name, "image")
     assert {n for n in shapes_of(towers) if n.startswith("image/")} == set(found.arrays)
     vision = codis.build_model(config, WORDS).towers(towers).image
     images = golden["images"].transpose(0, 2, 3, 1)
@@ -118,7 +100,7 @@ def test_every_state_of_the_image_encoder_is_pytorchs(name):
 
 def test_every_state_of_the_text_encoder_and_every_logit_of_a_word_is_pytorchs():
     golden = outputs_of("bert")
-    halves, found = filled(config_of(), "bert", recognise.text_tower)
+    halves, found = filled(config_of(), "bert", "text")
     fresh = {n for n in shapes_of(halves) if n not in found.arrays and not n.startswith("image")}
     assert {n.split("/")[0] for n in fresh} == {"fusion", "text_projection"}
     assert all("cross" in n for n in fresh if n.startswith("fusion"))
@@ -155,9 +137,9 @@ def test_the_names_that_transformers_5_has_in_memory_are_known_too():
         for old, new in renamed.items():
             key = key.replace(old, new)
         arrays[key] = value
-    layout, arrays = recognise.image_tower(arrays, "vit")
+    layout, arrays = recognise("image", arrays, "vit")
     assert layout is layouts.VIT_HF5
-    expected, _ = filled(config_of(), "vit", recognise.image_tower)
+    expected, _ = filled(config_of(), "vit", "image")
     shapes = shapes_of({"image": expected["image"]})
     found = fill(layout, arrays, shapes, text_depth=2, what="vit", allow_partial=False)
     assert found.arrays.keys() == shapes.keys()
@@ -169,12 +151,12 @@ def test_the_names_that_transformers_5_has_in_memory_are_known_too():
 def test_heads_poolers_and_distillation_are_named_as_ignored():
     kinds = {}
     for name in ("vit", "deit", "timm"):
-        _, found = filled(config_of(name), name, recognise.image_tower)
+        _, found = filled(config_of(name), name, "image")
         kinds[name] = {key: kind for key, (_, kind) in found.ignored.items()}
     assert kinds["vit"] == {"pooler.dense.weight": "pooler", "pooler.dense.bias": "pooler"}
     assert kinds["deit"]["embeddings.distillation_token"] == "distillation token"
     assert kinds["deit"]["cls_classifier.weight"] == kinds["timm"]["head.weight"] == "head"
-    _, found = filled(config_of(), "bert", recognise.text_tower)
+    _, found = filled(config_of(), "bert", "text")
     assert {kind for _, kind in found.ignored.values()} == {"pooler", "next-sentence head"}
 
 
@@ -192,8 +174,8 @@ def test_positions_are_resized_as_pytorch_resizes(side):
     [("vit", layouts.VIT_HF), ("deit", layouts.VIT_HF), ("timm", layouts.VIT_TIMM)],
 )
 def test_an_image_tower_written_back_is_the_file_bit_for_bit(name, layout):
-    towers, _ = filled(config_of(name), name, recognise.image_tower)
-    _, arrays = recognise.image_tower(read_weights(str(GOLDENS / name), name).arrays, name)
+    towers, _ = filled(config_of(name), name, "image")
+    _, arrays = recognise("image", read_weights(str(GOLDENS / name), name).arrays, name)
     _assert_written_back(
         layout,
         {"image": towers["image"]},
@@ -203,8 +185,8 @@ def test_an_image_tower_written_back_is_the_file_bit_for_bit(name, layout):
 
 
 def test_a_bert_written_back_is_the_file_bit_for_bit():
-    towers, _ = filled(config_of(), "bert", recognise.text_tower)
-    _, arrays = recognise.text_tower(read_weights(str(GOLDENS / "bert"), "bert").arrays, "bert")
+    towers, _ = filled(config_of(), "bert", "text")
+    _, arrays = recognise("text", read_weights(str(GOLDENS / "bert"), "bert").arrays, "bert")
     _assert_written_back(layouts.BERT, towers, arrays, r"pooler|seq_relationship")
 
 

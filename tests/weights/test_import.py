@@ -11,17 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from golden_weights import ALBEF, VOCABULARY, albef_config, one_mesh, refusal, started
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from small_run import together
-from test_albef import GOLDEN, albef_config
-from test_start import VOCABULARY, one_mesh, refusal, sizes, started
 
 from codebook_jax import build, train
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.run.checkpoint import Checkpoints, read_arrays
 from codebook_jax.tasks import pretrain
+from codebook_jax.tasks.pretrain import Pretraining
 from codebook_jax.tools import evaluate, export
 from codebook_jax.tools.import_weights import import_weights
 from codebook_jax.weights import start, write
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 def albef(tmp_path_factory):
     """The golden ALBEF as a file, and a folder with a tokenizer of as many words."""
     folder = tmp_path_factory.mktemp("albef")
-    with np.load(GOLDEN) as stored:
+    with np.load(ALBEF) as stored:
         weights = {name[6:]: stored[name] for name in stored.files if name.startswith("state/")}
     save_file(
         {key: np.ascontiguousarray(value) for key, value in weights.items()},
@@ -59,7 +59,7 @@ def albef(tmp_path_factory):
 
 
 def run_config(albef, **changes):
-    config = albef_config(sizes())
+    config = albef_config()
     with config.unlocked():
         config.update_from_flattened_dict(
             {
@@ -225,8 +225,9 @@ import jax
 tests, weights, tokenizer, workdir = sys.argv[1:]
 sys.path.insert(0, tests)
 jax.distributed.initialize(num_processes=2, process_id=int(os.environ["JAX_PROCESS_ID"]))
+sys.path.insert(0, os.path.join(tests, "weights"))
 from test_import import run_config
-from codebook_jax import train
+from codebook_jax.tools.import_weights import import_weights
 from codebook_jax.tools import export
 from codebook_jax.tasks.pretrain import Pretraining
 albef = SimpleNamespace(file=weights, tokenizer=tokenizer)

@@ -57,7 +57,7 @@ def test_transformers_loads_our_export_whole_and_computes_our_states(exported):
     pixels = processor(list(pictures), return_tensors="pt")
     with torch.no_grad():
         expected = vit(**pixels).last_hidden_state.numpy()
-    _, tokens = jax.jit(towers.embed_images)(parts.task._pixels(pictures))
+    _, tokens = jax.jit(towers.embed_images)(parts.task.programs.pixels(pictures))
     close(tokens, expected)
     texts = ["a red circle", "a green star above a large blue square"]
     words = transformers.AutoTokenizer.from_pretrained(folder / "text")(
@@ -97,8 +97,10 @@ def test_bert_base_and_vit_base_of_transformers_are_ours(tmp_path):
     torch.manual_seed(0)
     bert = transformers.BertModel(transformers.BertConfig(), add_pooling_layer=False).eval()
     vit = transformers.ViTModel(transformers.ViTConfig(), add_pooling_layer=False).eval()
-    init = f"image:{written(vit, tmp_path / 'vit', half=True)},text:{written(bert, tmp_path / 'bert', half=False)}"
-    config.update(init=init, init_allow_partial=True)  # a BertModel has no head for masked words
+    image = written(vit, tmp_path / "vit", half=True)
+    text = written(bert, tmp_path / "bert", half=False)
+    # a BertModel has no head for masked words
+    config.update(init=f"image:{image},text:{text}", init_allow_partial=True)
     words = Vocabulary(30_522, 0, 101, 102, 103, (0, 100, 101, 102, 103))
     task = pretrain.Pretraining(config, words, sharding.make_mesh(-1, 1, 1))
     first = start.initial(start.read_start(config), config, task.abstract_state()).arrays

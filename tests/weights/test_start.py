@@ -3,24 +3,18 @@ refusals.
 """
 
 import json
-import os
-import pickle
 import runpy
 import shutil
-import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from golden_weights import GOLDENS, VOCABULARY, WORDS, one_mesh, refusal, started, towers_config
 from huggingface_hub import constants
-from jax.sharding import AxisType, Mesh
 from safetensors.numpy import load_file, save_file
-from test_albef import GOLDEN, albef_config
-from test_towers import GOLDENS, IMAGES, TEXT, WORDS
 
-from codebook_jax.build import check
-from codebook_jax.data.text import Vocabulary
+from codebook_jax.config import check
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
@@ -28,44 +22,6 @@ from codebook_jax.weights import start
 from codebook_jax.weights.fill import fitted_positions
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-VOCABULARY = Vocabulary(WORDS, 0, 2, 3, 4, (0, 1, 2, 3, 4))
-
-
-def towers_config(image="vit", **changes):
-    """The sizes of the goldens' towers, with config.init naming them."""
-    config = albef_config(sizes())
-    with config.unlocked():
-        config.model.image.update(IMAGES[image])
-        config.model.text.update(TEXT)
-        config.init = f"image:{GOLDENS / image},text:{GOLDENS / 'bert'}"
-        config.update_from_flattened_dict(changes)
-    return config
-
-
-def sizes():
-    with np.load(GOLDEN) as stored:
-        return json.loads(stored["config_json"].tobytes())
-
-
-def one_mesh(devices=1):
-    kinds = (AxisType.Auto,) * 3
-    shape = (devices // 2 or 1, min(devices, 2), 1)
-    return Mesh(np.array(jax.devices()[:devices]).reshape(shape), sharding.AXES, axis_types=kinds)
-
-
-def started(config, vocabulary=VOCABULARY):
-    """The config of a run, and its initial weights."""
-    read = start.read_start(config)
-    config = start.adopted(config, read, None)
-    task = pretrain.Pretraining(config, vocabulary, one_mesh())
-    return config, start.initial(read, config, task.abstract_state())
-
-
-def refusal(config, vocabulary=VOCABULARY):
-    with pytest.raises(UserError) as caught:
-        started(config, vocabulary)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -102,9 +58,9 @@ def test_init_names_parts(init, expected):
 @pytest.mark.parametrize(
     ("init", "told"),
     [
-        ("", "config.init is empty"),
-        ("image:a", "image:a.*add text:SPEC, or text:random"),
-        ("text:a", "text:a.*add image:SPEC"),
+        ("", "config.init='' .*model:SPEC"),
+        ("image:a", "config.init='image:a' .*image:SPEC,text:SPEC"),
+        ("text:a", "config.init='text:a' .*image:SPEC,text:SPEC"),
         ("bert-base-uncased", "config.init=.* 'bert-base-uncased': "),
         ("image:a,image:b", "config.init=.* 'image:b': "),
         ("image:,text:a", "config.init=.* 'image:': "),
@@ -241,45 +197,45 @@ def test_one_tensor_too_many_outside_the_tower_is_named_as_ignored(changed):
     assert "not of this model (image decoder.weight)" in first.report
 
 
-def test_one_tensor_too_many_inside_the_tower_is_another_architecture(changed):
-    key = "encoder.layer.1.layer_scale.lambda1"
-    folder = changed("vit", lambda arrays: arrays.update({key: np.ones(30, np.float32)}))
-    config = towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}")
-    assert f"has {key}, which ViT in the Hugging Face layout " in refusal(config)
-
-
-def test_a_transposed_tensor_is_refused_with_both_shapes(changed):
-    key = "bert.encoder.layer.0.intermediate.dense.weight"
-    folder = changed(
-        "bert", lambda arrays: arrays.update({key: np.ascontiguousarray(arrays[key].T)})
-    )
-    sentence = refusal(towers_config(init=f"image:{GOLDENS / 'vit'},text:{folder}"))
-    assert (
-        key in sentence
-        and "[36, 70], " in sentence
-        and " [70, 36] " in sentence
-        and "transposed?" in sentence
-    )
-
-
-def test_one_word_too_many_is_refused_with_both_sizes():
-    sentence = refusal(towers_config(), VOCABULARY._replace(size=WORDS - 1))
-    assert (
-        f"has a vocabulary of {WORDS} " in sentence
-        and f"the tokenizer has {WORDS - 1}:" in sentence
-    )
-
-
-def test_a_vocabulary_of_30523_is_refused_beside_a_tokenizer_of_30522(changed):
-    def widen(arrays):
-        for key in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
-            arrays[key] = np.resize(arrays[key], (30_523, *arrays[key].shape[1:]))
-
-    folder = changed("bert", widen)
-    sentence = refusal(
-        towers_config(init=f"image:random,text:{folder}"), VOCABULARY._replace(size=30_522)
-    )
-    assert "has a vocabulary of 30,523 " in sentence and "the tokenizer has 30,522:" in sentence
+@pytest.mark.parametrize(
+    ("name", "key", "edit", "told"),
+    [
+        (
+            "vit",
+            "encoder.layer.1.layer_scale.lambda1",
+            lambda none: np.ones(30, np.float32),
+            "has {key}, which this model does not have",
+        ),
+        (
+            "bert",
+            "bert.encoder.layer.0.intermediate.dense.weight",
+            lambda array: np.ascontiguousarray(array.T),
+            "{key} has shape [36, 70], but config.model asks for [70, 36] ",
+        ),
+        (
+            "bert",
+            "bert.embeddings.word_embeddings.weight",
+            lambda array: np.resize(array, (30_523, 36)),
+            f"has a vocabulary of 30,523 ({{key}}), but the tokenizer has {WORDS}:",
+        ),
+        (
+            "vit",
+            "layernorm.weight",
+            lambda array: array * np.nan,
+            "{key} holds values that are not",
+        ),
+        (
+            "vit",
+            "layernorm.bias",
+            lambda array: array.astype(int),
+            "{key} holds int64, not weights",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_with_both_sides(changed, name, key, edit, told):
+    folder = changed(name, lambda arrays: arrays.update({key: edit(arrays.get(key))}))
+    spec = f"text:{folder},image:random" if name == "bert" else f"image:{folder},text:random"
+    assert told.format(key=key) in refusal(towers_config(init=spec))
 
 
 def test_384_pixels_from_224_are_resized_and_other_patches_refused():
@@ -291,25 +247,12 @@ def test_384_pixels_from_224_are_resized_and_other_patches_refused():
     assert "[30, 3, 7, 7], " in sentence and " [30, 3, 14, 14] " in sentence
 
 
-def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, tmp_path):
+def test_a_truncated_file_is_one_sentence(changed):
     folder = changed("vit", lambda arrays: None)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    text_part = f"text:{GOLDENS / 'bert'}"
-    assert "is damaged or cut short" in refusal(towers_config(init=f"image:{folder},{text_part}"))
-
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    evil = tmp_path / "evil.pth"
-    with zipfile.ZipFile(evil, "w") as archive:
-        archive.writestr("evil/data.pkl", pickle.dumps({"model": Payload()}, protocol=2))
-    sentence = refusal(towers_config(init=f"image:{evil},{text_part}"))
-    assert (
-        f"asks for {os.mkdir.__module__}.mkdir" in sentence and "so the file is refused" in sentence
-    )
-    assert not (tmp_path / "executed").exists()
+    config = towers_config(init=f"image:{folder},text:{GOLDENS / 'bert'}")
+    assert "is damaged or cut short" in refusal(config)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +263,9 @@ def test_a_truncated_file_and_a_pickle_that_runs_code_are_one_sentence(changed, 
         (
             "model.text.fusion_depth",
             2,
-            "5 layers, .*config.model.text.depth=2 . config.model.text.fusion_depth=2 asks for 4",
+            "5 layers, .*config.model.text.depth . fusion_depth asks for 4",
         ),
-        ("model.image.depth", 4, "3 layers, .*config.model.image.depth=4 asks for 4"),
+        ("model.image.depth", 4, "3 layers, .*config.model.image.depth asks for 4"),
         ("model.image.width", 40, r"\[30\], .*config.model .*\[40\]"),
         ("model.text.max_positions", 30, r"\[24, 36\], .*config.model .*\[30, 36\]"),
     ],
@@ -335,7 +278,7 @@ def test_sizes_that_differ_are_named_on_both_sides(field, value, told):
 def test_a_file_with_more_layers_than_the_model_is_refused_whatever_may_be_missing():
     config = towers_config(**{"model.image.depth": 2, "init_allow_partial": True})
     sentence = refusal(config)
-    assert "3 layers, " in sentence and "config.model.image.depth=2 asks for 2" in sentence
+    assert "3 layers, " in sentence and "config.model.image.depth asks for 2" in sentence
     config.model.image.depth = 4  # fewer layers are allowed: all blocks are initialised
     _, first = started(config)
     assert not any(name.startswith("student/towers/image/blocks") for name in first.arrays)
@@ -354,58 +297,29 @@ def test_a_lone_file_has_the_tokenizer_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "value", "told"),
+    ("name", "field", "value"),
     [
-        ("bert", "hidden_act", "relu", "hidden_act='relu'"),
-        ("bert", "model_type", "roberta", "bert is a roberta "),
-        (
-            "bert",
-            "position_embedding_type",
-            "relative_key",
-            "position_embedding_type='relative_key'",
-        ),
-        ("vit", "model_type", "beit", "vit is a beit "),
+        ("bert", "hidden_act", "relu"),
+        ("bert", "model_type", "roberta"),
+        ("bert", "position_embedding_type", "relative_key"),
+        ("vit", "model_type", "beit"),
     ],
 )
-def test_another_kind_of_model_is_refused_by_its_config(name, field, value, told, changed):
+def test_another_kind_of_model_is_refused_by_its_config(name, field, value, changed):
     folder = changed(name, lambda arrays: None)
     config = json.loads((folder / "config.json").read_text()) | {field: value}
     (folder / "config.json").write_text(json.dumps(config))
-    part = {"bert": "text", "vit": "image"}
-    names = {part[name]: folder, part["vit" if name == "bert" else "bert"]: "random"}
-    assert told in refusal(
-        towers_config(init=",".join(f"{part}:{spec}" for part, spec in names.items()))
-    )
+    spec = f"text:{folder},image:random" if name == "bert" else f"image:{folder},text:random"
+    assert f"{field}={value!r}" in refusal(towers_config(init=spec))
 
 
 def test_towers_in_each_others_place_are_refused():
     sentence = refusal(towers_config(init=f"image:{GOLDENS / 'bert'},text:random"))
-    assert "a ViT" in sentence and "Hugging Face" in sentence and "timm" in sentence
+    assert "not a ViT" in sentence and "Hugging Face" in sentence and "timm" in sentence
     sentence = refusal(towers_config(init=f"image:random,text:{GOLDENS / 'vit'}"))
-    assert "a BERT" in sentence and "word_embeddings" in sentence
+    assert "not a BERT" in sentence and "attention.self.query" in sentence
     sentence = refusal(towers_config(init=f"model:{GOLDENS / 'bert'}"))
     assert "is neither an ALBEF model" in sentence
-
-
-def test_an_output_layer_that_is_not_tied_is_refused(changed):
-    def untie(arrays):
-        words = arrays["bert.embeddings.word_embeddings.weight"]
-        arrays["cls.predictions.decoder.weight"] = words + 1
-
-    folder = changed("bert", untie)
-    assert "cls.predictions.decoder.weight differs" in refusal(
-        towers_config(init=f"image:random,text:{folder}")
-    )
-
-
-def test_weights_that_are_not_finite_are_refused(changed):
-    def spoil(arrays):
-        arrays["layernorm.weight"][3] = np.nan
-
-    folder = changed("vit", spoil)
-    assert "layernorm.weight holds values that are not finite" in refusal(
-        towers_config(init=f"image:{folder},text:random")
-    )
 
 
 def test_norms_with_tensorflows_names_are_norms(changed):

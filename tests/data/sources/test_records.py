@@ -4,6 +4,7 @@ needlessly.
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil

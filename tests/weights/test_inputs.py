@@ -1,6 +1,4 @@
-"""The images and texts that a user may pass, in every container; a picture is identified by its one
-colour.
-"""
+"""The images and texts that a user may pass, in every container; each picture has one colour."""
 
 import io
 from pathlib import Path
@@ -11,7 +9,7 @@ from PIL import Image
 
 import codebook_jax
 from codebook_jax.errors import UserError
-from codebook_jax.weights.given import as_pictures, as_texts, pixels_of
+from codebook_jax.weights.inputs import picture_list, pixels_of, text_list
 
 
 @pytest.fixture
@@ -22,8 +20,9 @@ def paths(tmp_path):
     return [str(tmp_path / f"{grey}.png") for grey in (10, 20)]
 
 
-def greys(given):
-    return [int(pixels_of(one, at).mean()) for at, one in enumerate(as_pictures(given))]
+def greys(images):
+    pictures = enumerate(picture_list(images))
+    return [int(pixels_of(picture, position).mean()) for position, picture in pictures]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +36,6 @@ def greys(given):
         np.array,
         lambda paths: np.array(paths, object),
         lambda paths: np.array([Path(path) for path in paths]),
-        lambda paths: np.array([path.encode() for path in paths]),
         lambda paths: [open(path, "rb") for path in paths],
         lambda paths: [io.BytesIO(Path(path).read_bytes()) for path in paths],
         lambda paths: [bytearray(Path(path).read_bytes()) for path in paths],
@@ -54,22 +52,17 @@ def test_one_picture_needs_no_container(paths, tmp_path, monkeypatch):
     written = io.BytesIO()
     Image.new("L", (6, 4), 10).save(written, "PNG")  # and stands at its end
     monkeypatch.setenv("HOME", str(tmp_path))
-    ones = [paths[0], Path(paths[0]), np.array(paths[0]), np.str_(paths[0]), "~/10.png"]
+    ones = [paths[0], Path(paths[0]), np.str_(paths[0]), "~/10.png"]
     ones += [content, memoryview(content), written, Image.open(paths[0])]
     with open(paths[0], "rb") as file:
-        assert [greys(one) for one in (*ones, file)] == [[10]] * 10
+        assert [greys(one) for one in (*ones, file)] == [[10]] * 9
         assert greys([file, file]) == [10, 10]
 
 
 def test_an_export_may_be_below_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match=f"{tmp_path}/none is not a folder here"):
+    with pytest.raises(UserError, match=f"{tmp_path}/none is not a folder with an export.json"):
         codebook_jax.load("~/none")
-
-
-def test_an_export_that_cannot_be_reached_is_refused_by_its_name():
-    with pytest.raises(UserError, match="aaaa cannot be read"):
-        codebook_jax.load("a" * 5000)
 
 
 def test_files_may_be_closed_once_they_were_given(paths):
@@ -89,12 +82,11 @@ def test_what_is_neither_is_refused_in_a_sentence(paths):
         (None, "images=None cannot be read"),
         ({"a": paths[0]}, "images={.*a list"),
         (set(paths), "images={.*a list"),
-        (np.array([paths]), r"images .*\[1, 2\]"),
         ([paths], "image 0 is a list"),
         ([paths[0], io.StringIO("x")], 'image 1 .*"rb"'),
         (Path(paths[0]).open(), 'image 0 .*"rb"'),
         ([closed], "image 0 cannot be read .*closed"),
-        (Image.new("RGB", (0, 3)), "image 0: .* 0 x 3 has no pixels"),
+        (Image.new("RGB", (0, 3)), r"image 0: .*\[3, 0, 3\] has no pixels"),
         ("", "image 0: .*empty"),
         (io.BytesIO(), "image 0: 0 bytes: the file is empty"),
         (np.array(["none.png"]), "image 0: none.png: .*file"),
@@ -111,10 +103,10 @@ def test_texts_may_be_in_any_container_that_has_an_order():
         np.array(["a", "b"]),
         np.array(["a", "b"], object),
     ):
-        assert as_texts(given) == ["a", "b"]
-    assert as_texts("a b") == ["a b"]
-    for given in (None, 3, {"a": 1}, {"a"}, np.array("a")):
+        assert text_list(given) == ["a", "b"]
+    assert text_list("a b") == ["a b"]
+    for given in (None, 3, {"a": 1}, {"a"}):
         with pytest.raises(UserError, match="texts=.* a list of strings"):
-            as_texts(given)
+            text_list(given)
     with pytest.raises(UserError, match="text 1 is a bytes"):
-        as_texts(["a", b"b"])
+        text_list(["a", b"b"])
