@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.text import (
     Tokenizer,
+    Vocabulary,
     open_tokenizer,
     said_unknown,
     spelling,
@@ -60,7 +61,8 @@ class Parts(NamedTuple):
     validation: Source | None
     tokenizer: Tokenizer
     task: Any
-    planner: memory.Planner | None = None  # estimates memory, also with other settings
+    device: memory.Memory | None = None  # of a device, and how else the task can be made
+    compiled: memory.Compiled | None = None  # the step to run; None if nothing is trained
     start: Initial | None = None  # parameters to start from; None: fresh ones, or the run's own
 
 
@@ -79,12 +81,11 @@ def build_training(
             f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config "
             "with: put the file back, or give another --workdir"
         )
-    config = asked = axes.kept(config, record)
-    mesh = sharding.mesh_of(config.mesh)
-    batch, passes = config.data.global_batch, config.optimizer.accumulation
-    sharding.check_batch(mesh, batch, passes)
-    config = records.resolve_groups(config, record, data_shards=sharding.data_shards(mesh))
-    sharding.check_groups(mesh, batch, passes, config.itm.groups)
+    if record is not None:
+        fsdp = axes.inherited(config.mesh, record["config"]["mesh"]["fsdp"])
+        config = records.with_fields(config, {"mesh.fsdp": fsdp})
+    asked_groups = config.itm.groups
+    config, _ = _split(config, record)
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
     start = () if steps_saved else read_start(config)
@@ -99,18 +100,24 @@ def build_training(
         config.data.tokenizer_vocabulary,
         **spelling(config.data),
     )
-    words = tokenizer.vocabulary.size
-    facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": words}
+    words = tokenizer.vocabulary
+    facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": words.size}
     peers.connected().compare("data", facts, "every host must read the same files")
-    planner = memory.Planner(asked, _create_of(config), words, record=record, has_checkpoint=saved)
-    split = axes.chosen(config, planner)
-    mesh = sharding.mesh_of(split.mesh)
-    if learns:  # otherwise the choice is left to the start that trains, for its devices
-        config = split
-        memory.check(planner)
+    asked = records.with_fields(config, {"itm.groups": asked_groups})
+    make = task_maker(asked, words, record=record, has_checkpoint=saved)
+    device = memory.Memory(make, memory.device_memory())
+    compiled, fsdp = None, axes.choices(config.mesh)
+    if learns:
+        compiled = device.first_fit(fsdp)
+        # read again: compiling has taken some of a host's memory
+        device = memory.Memory(make, memory.device_memory())
+        device.check(compiled)
+        task, config = compiled.task, compiled.task.config
+    else:  # the choice is left to the start that trains, for its devices
+        task = make({"mesh.fsdp": fsdp[-1]})
+    mesh = task.mesh
     if "mesh.fsdp" in changes:
         changes["mesh.fsdp"][1] = config.mesh.fsdp
-    task = task_of(config, tokenizer, mesh)
     first = initial(start, config, task.abstract_state()) if start else None
     if jax.process_index() == 0:
         keep()  # the first write: all checks have passed
@@ -127,7 +134,45 @@ def build_training(
             changes=changes,
             step=max(steps_saved, default=0),
         )
-    return Parts(config, mesh, source, validation, tokenizer, task, planner, first)
+    return Parts(config, mesh, source, validation, tokenizer, task, device, compiled, first)
+
+
+def _split(
+    config: ml_collections.ConfigDict,
+    record: dict[str, Any] | None,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh]:
+    """The config with `itm.groups` resolved, and its mesh; raises UserError if the batch does not
+    split over it.
+    """
+    mesh = sharding.mesh_of(config.mesh, devices)
+    batch, passes = config.data.global_batch, config.optimizer.accumulation
+    sharding.check_batch(mesh, batch, passes)
+    config = records.resolve_groups(config, record, data_shards=sharding.data_shards(mesh))
+    sharding.check_groups(mesh, batch, passes, config.itm.groups)
+    return config, mesh
+
+
+def task_maker(
+    config: ml_collections.ConfigDict,
+    vocabulary: Vocabulary,
+    *,
+    record: dict[str, Any] | None = None,
+    has_checkpoint: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> Callable[[Mapping[str, Any]], Any]:
+    """A function from changes of the config, by dotted name, to the task with them; it raises
+    UserError if they do not fit together or the run may not change them.
+    """
+
+    def make(changes: Mapping[str, Any]) -> Any:
+        fixed = [name for name in changes if records.kind_of(name) != "free"]
+        if has_checkpoint and fixed:
+            raise UserError(f"a run with checkpoints keeps its {', '.join(fixed)}")
+        changed, mesh = _split(records.with_fields(config, dict(changes)), record, devices)
+        return _create_of(config)(changed, vocabulary, mesh)
+
+    return make
 
 
 def _changes(
@@ -197,7 +242,8 @@ def build_trained(config: ml_collections.ConfigDict | None, workdir: Path) -> Pa
         check_values(config)
         config = adopted(config, (), record)
     config = records.trained_config(workdir, record, config)
-    config = axes.of_trained(config, record, asked=not own)
+    trained = axes.of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=not own)
+    config = records.with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)
     tokenizer = tokenizer_for_run(
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
@@ -235,7 +281,7 @@ def task_of(
     return _create_of(config)(config, tokenizer.vocabulary, mesh)
 
 
-def _create_of(config: ml_collections.ConfigDict) -> memory.Create:
+def _create_of(config: ml_collections.ConfigDict) -> Callable[..., Any]:
     if config.task not in TASKS:
         raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
     return TASKS[config.task]
@@ -317,7 +363,7 @@ def announce(parts: Parts) -> None:
             f"--config.data.global_batch={len(parts.source)} or less, or give more data"
         )
     if devices > 1:
-        say(f"mesh {axes.said(mesh, config.mesh.slices)}")
+        say(f"mesh {axes.describe(mesh, config.mesh.slices)}")
         say(sharding.describe(parts.task.abstract_state(), mesh))
 
 

@@ -19,8 +19,9 @@ from codebook_jax.errors import UserError
 from codebook_jax.run import record as records
 from codebook_jax.run.ownership import owned
 from codebook_jax.tools import check_data, evaluate, export, prepare
+from codebook_jax.tools.chips import PlanOptions
 from codebook_jax.tools.evaluate import restore_trained
-from codebook_jax.tools.plan import PlanOptions, foresight, plan
+from codebook_jax.tools.plan import plan
 from configs import base
 
 
@@ -37,9 +38,9 @@ def nothing_is_loaded(monkeypatch):
 
     trained = SimpleNamespace(config=config_of())  # made without reading weights
     monkeypatch.setattr(build, "build_trained", lambda *_: trained)
-    monkeypatch.setattr(foresight, "foresee", load)
     for module, name in (
         (build, "build_training"),
+        (build, "task_maker"),
         (evaluate, "restore_trained"),
         (prepare, "source_of"),
         (check_data, "source_of"),
