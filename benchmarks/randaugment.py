@@ -88,7 +88,7 @@ def step_without(size: str, batch: int) -> tuple[Any, ...]:
     config = workdir.resolve_groups(config, None, data_shards=1)
     words = 500 if size == "tiny" else 30_522
     task = pretrain.create(config, Vocabulary(words, 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh)
-    return task.step, task.abstract_state(), abstract_batch(task.config)
+    return task.step, task.abstract_state(), abstract_batch(task)
 
 
 def costs(program: Any, *arguments: Any) -> dict[str, float]:

@@ -171,7 +171,7 @@ class Memory:
         fewer = (times, 2 * times, 4 * times)
         ways = [
             {},
-            {"model.dtype": "bfloat16"} if config.model.dtype == "float32" else {},
+            *[{"model.dtype": "bfloat16"}] * (config.model.dtype == "float32"),
             *({"optimizer.accumulation": passes * n} for n in fewer),
             *(
                 {"mesh.data": -1, "mesh.fsdp": n}

@@ -75,7 +75,8 @@ def test_a_run_records_its_choice_starts_again_with_it_and_is_used_with_it(
         SMALL | {"data.global_batch": 16, "train.memory_check": False}
     )
     has = lambda count: monkeypatch.setattr(memory, "device_memory", lambda: count)  # noqa: E731
-    monkeypatch.setattr(memory.Memory, "fits", lambda self, compiled: True)
+    need = memory.Need(0, 0, 0)
+    monkeypatch.setattr(memory.Memory, "compile", lambda self, t: memory.Compiled(t, None, need))
     has(1_000_000)  # of which the state is more than half
     parts = build.build_training(config, tmp_path, steps_saved=[])
     fsdp = parts.config.mesh.fsdp

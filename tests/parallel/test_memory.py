@@ -48,12 +48,9 @@ class Toy:
 
     def _step(self, state, batch):
         numbers = batch.example.astype(jnp.float32)
-        passes = 2 * self.config.optimizer.accumulation
-        parts = sharding.split_rows(numbers, passes, self.mesh)
-        if self.config.model.remat == "none":
-            parts = parts.reshape(passes // 2, -1)
-        sums = jax.lax.map(lambda part: self._products(part, state), parts)
-        return state * 0.9, sums.sum()
+        parts = sharding.split_rows(numbers, self.config.optimizer.accumulation, self.mesh)
+        half = state if self.config.model.remat == "none" else state[::2]
+        return state * 0.9, jax.lax.map(lambda part: self._products(part, half), parts).sum()
 
     def _products(self, part, state):
         hidden = jnp.sin(part[:, None] + state)
@@ -116,14 +113,22 @@ def test_sizes_whose_state_takes_more_than_half_are_passed_over(
     ]
 
 
-def test_the_first_size_that_fits_is_taken_and_the_last_if_none_does():
-    sizes = [1, 2, 4, 8]
-    needs = [need_of({"mesh.fsdp": n}).total for n in sizes]
-    has = int(needs[1] / (1 - memory.MARGIN)) + 1
-    first = next(n for n, need in zip(sizes, needs, strict=True) if need <= needs[1])
-    assert toy(has).first_fit(sizes).task.mesh.shape["fsdp"] == first
-    assert toy(MB).first_fit(sizes).task.mesh.shape["fsdp"] == 8
-    assert toy(None).first_fit(sizes).task.mesh.shape["fsdp"] == 1
+@pytest.mark.parametrize(("megabytes", "fsdp"), [(None, 1), (110, 1), (100, 2), (50, 4), (5, 8)])
+def test_the_first_size_that_fits_is_taken_and_the_last_if_none_does(
+    megabytes, fsdp, monkeypatch, capsys
+):
+    needs = {1: 100, 2: 60, 4: 40, 8: 30}  # megabytes
+
+    def compile_step(self, task):
+        need = memory.Need(needs[task.mesh.shape["fsdp"]] * MB, 0, 0)
+        return memory.Compiled(task, None, need)
+
+    monkeypatch.setattr(Memory, "compile", compile_step)
+    device = toy(megabytes and megabytes * MB)
+    assert device.first_fit(list(needs)).task.mesh.shape["fsdp"] == fsdp
+    printed = re.findall(r"(\d+) MB", capsys.readouterr().out)
+    passed_over = [str(need) for size, need in needs.items() if size < fsdp]
+    assert printed[0] == str(needs[fsdp]) and set(passed_over) <= set(printed)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +205,9 @@ def test_a_run_with_checkpoints_is_told_only_what_it_may_change():
 
 
 def test_what_libtpu_reports_of_memory_is_cut_to_the_numbers():
-    report = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
     error = RuntimeError(
-        f"{report}temporaries (556.58G) exceeds available HBM (15.75G). HLO module: jit__step."
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (556.58G) exceeds available HBM (15.75G). HLO module: jit."
     )
     found = memory.out_of_memory(error)
     assert found.endswith("for HLO temporaries (556.58G) exceeds available HBM (15.75G)")
