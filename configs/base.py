@@ -258,7 +258,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
 
     config.train = dict(
         steps=at["steps"],  # base: 30 epochs (paper) of the built-in data
-        memory_check=True,  # stop at start if the estimate does not fit into a device's memory
+        memory_check=True,  # stop at start if the compiled step does not fit into a device's memory
     )
 
     config.evaluation = dict(

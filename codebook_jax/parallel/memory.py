@@ -4,14 +4,15 @@ The step is compiled before anything is allocated, and the loop then calls the c
 this costs no time. `memory_analysis` counts what the program is given (state and batch), results
 that do not replace arguments, and what it holds while it computes. To that comes the next batch,
 which is placed while a step runs. On a CPU the device's memory is the host's, so what the host
-holds counts too: batches read ahead, the copy of the state that a save writes, PROCESS_BYTES. A
-compiler that runs out of memory counts as "does not fit".
+holds counts too: batches read ahead, one and a half states while a save is written, PROCESS_BYTES.
+A compiler that runs out of memory counts as "does not fit".
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.parallel.processes import peers
 
 MARGIN = 0.05  # share of a device's memory left free for fragmentation and libraries' workspaces
-PROCESS_BYTES = 160 * 10**6  # small programs, what saving takes; measured by benchmarks/memory.py
+PROCESS_BYTES = 160 * 10**6  # threads, small programs; measured by benchmarks/memory.py
 MOST_TRIES = 6  # programs compiled to find settings that fit
 # For programs that are not run: skips passes after buffers and collectives are settled.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -195,10 +196,10 @@ class Memory:
         except jax.errors.JaxRuntimeError as error:
             if (reason := out_of_memory(error)) is None:
                 raise
-            ways = [_flags(changes) for changes, _ in self.savings(compiled.task, 2)]
+            ways = itertools.islice(self.savings(compiled.task, 2), 3)
             raise UserError(
                 f"a device ran out of memory ({reason}); the step needs {compiled} of {self}: try "
-                f"{' or '.join(ways[:3]) or 'a smaller model or more devices'}"
+                f"{' or '.join(_flags(way) for way, _ in ways) or 'a smaller model'}"
             ) from error
 
     def __str__(self) -> str:
@@ -215,7 +216,9 @@ def need_of(task: Task, program: jax.stages.Compiled, *, on_host: bool) -> Need:
     step = found.temp_size_in_bytes + found.generated_code_size_in_bytes
     host = 0
     if on_host:
-        host = state + task.config.data.prefetch * batch + PROCESS_BYTES // jax.local_device_count()
+        saving = state + state // 2  # a copy, and what is being encoded of it
+        ahead = task.config.data.prefetch * batch
+        host = saving + ahead + PROCESS_BYTES // jax.local_device_count()
     return Need(state, 2 * batch, step, host)
 
 
