@@ -42,41 +42,22 @@ def test_groups_are_read_in_every_form_that_xla_writes(named, devices):
 
 
 @pytest.mark.parametrize(
-    ("line", "sent"),
+    ("types", "kind", "groups", "sent"),
     [
-        (
-            "g = f32[24,10]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}",
-            960 * 3 / 4,
-        ),
-        (
-            "g = bf16[24,10]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}",
-            480 * 3 / 4,
-        ),
-        (
-            "r = f32[6,10]{1,0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add",
-            2 * 240 * 7 / 8,
-        ),
-        (
-            "r = (f32[6,10]{1,0}, f32[6,10]{1,0}) all-reduce(%p, %p), replica_groups=[4,2]<=[8], "
-            "to_apply=%add",
-            480,
-        ),
-        (
-            "s = f32[3,10]{1,0} reduce-scatter(%p), replica_groups=[4,2]<=[8], dimensions={0}, "
-            "to_apply=%add",
-            120,
-        ),
-        (
-            "t = (f32[6,10]{1,0}, /*index=1*/f32[6,10]{1,0}) all-to-all(%p, %p), "
-            "replica_groups={{0,1},{2,3}}",
-            240,
-        ),
-        ("c = f32[6,10]{1,0} collective-permute(%p), source_target_pairs={{0,1},{1,2}}", 240),
-        ("n = f32[6,10]{1,0} all-reduce(%p), replica_groups=[8,1]<=[8], to_apply=%add", 0),
+        ("f32[24,10]", "all-gather", "[2,4]<=[8]", 960 * 3 / 4),
+        ("bf16[24,10]", "all-gather", "[2,4]<=[8]", 480 * 3 / 4),
+        ("f32[6,10]", "all-reduce", "[1,8]<=[8]", 2 * 240 * 7 / 8),
+        ("(f32[6,10], f32[6,10])", "all-reduce", "[4,2]<=[8]", 480),
+        ("f32[3,10]", "reduce-scatter", "[4,2]<=[8]", 120),
+        ("(f32[6,10], /*index=1*/f32[6,10])", "all-to-all", "{{0,1},{2,3}}", 240),
+        ("f32[6,10]", "collective-permute", "{{0,1},{1,2}}", 240),
+        ("f32[6,10]", "all-reduce", "[8,1]<=[8]", 0),
     ],
 )
-def test_a_device_sends_what_a_ring_sends(line, sent):
-    assert one(line).sent == sent
+def test_a_device_sends_what_a_ring_sends(types, kind, groups, sent):
+    name = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
+    types = types.replace("]", "]{1,0}")
+    assert one(f"r = {types} {kind}(%p), {name}={groups}, to_apply=%add").sent == sent
 
 
 def test_what_is_started_and_awaited_counts_once():

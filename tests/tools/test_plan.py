@@ -144,7 +144,7 @@ def test_a_plan_adds_up(figures):
         ({}, PlanOptions(devices=4), "--plan.devices=4 .* 8"),
         ({}, PlanOptions(json="no/such/p.json"), "--plan.json=no/such/p.json: .* no/such"),
         ({"mesh.fsdp": 3}, PlanOptions(), "does not fit 8 devices"),
-        ({"data.global_batch": 60}, PlanOptions(), "=60 does not split over 8 data shards .*: 64"),
+        ({"data.global_batch": 20}, PlanOptions(), "=20 does not split over 8 data shards .*: 16"),
         ({"task": "none"}, PlanOptions(), "config.task='none'"),
     ],
 )
