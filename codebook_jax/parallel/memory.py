@@ -170,15 +170,14 @@ class Memory:
         config, mesh = task.config, task.mesh
         passes, rows = config.optimizer.accumulation, config.data.global_batch
         fewer = (times, 2 * times, 4 * times)
+        larger = [n for n in sharding.possible_fsdp(mesh) if n > mesh.shape["fsdp"]]
+        on_cpu = mesh.devices.flat[0].platform == "cpu"  # which computes bfloat16 in float32
+        narrow = config.model.dtype == "float32" and not on_cpu
         ways = [
             {},
-            *[{"model.dtype": "bfloat16"}] * (config.model.dtype == "float32"),
+            *[{"model.dtype": "bfloat16"}] * narrow,
             *({"optimizer.accumulation": passes * n} for n in fewer),
-            *(
-                {"mesh.data": -1, "mesh.fsdp": n}
-                for n in sharding.possible_fsdp(mesh)
-                if n > mesh.shape["fsdp"]
-            ),
+            *({"mesh.data": -1, "mesh.fsdp": n} for n in larger),
             *({"data.global_batch": rows // n} for n in fewer if rows % n == 0),
         ]
         remat = {"model.remat": "blocks"} if config.model.remat == "none" else {}
