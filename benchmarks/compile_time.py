@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from train_step import run_alone
 
-from codebook_jax.tools.plan.options import COMPILERS, PlanOptions, environment
+from codebook_jax.tools.chips import COMPILERS, PlanOptions, environment
 
 BATCH = 16
 WORDS = 30_522  # BERT's
@@ -104,26 +104,23 @@ def measure(size: str, fields: dict[str, Any], compiler: str) -> dict[str, Any]:
     """Seconds to trace, lower and compile the step of a size, and how long the compiled
     program is.
     """
+    options = PlanOptions("v5p", devices=1, compiler=compiler)
     if compiler == "tpu":
-        os.environ |= environment(PlanOptions(devices=1, compiler=compiler))
+        os.environ |= environment(options)
     import jax
 
+    from codebook_jax import build
     from codebook_jax.data.text import Vocabulary
-    from codebook_jax.parallel import memory, sharding
-    from codebook_jax.run import record as workdir
-    from codebook_jax.tasks import pretrain
-    from codebook_jax.tools.plan import chips, tpu
+    from codebook_jax.tools.plan import described_tpus
     from configs import base
 
     jax.config.update("jax_enable_compilation_cache", False)
     config = base.get_config(size)
     config.update_from_flattened_dict({"data.global_batch": BATCH} | fields)
-    devices = tpu.devices(chips.CHIPS["v5p"], 1) if compiler == "tpu" else None
-    mesh = sharding.make_mesh(-1, 1, 1, devices=devices)
-    config = workdir.resolve_groups(config, None, data_shards=sharding.data_shards(mesh))
+    devices = described_tpus(options) if compiler == "tpu" else None
     vocabulary = Vocabulary(WORDS, 0, 101, 102, 103, (0, 100, 101, 102, 103))
-    task = pretrain.create(config, vocabulary, mesh)
-    state, batch = task.abstract_state(), memory.abstract_batch(config)
+    task = build.task_maker(config, vocabulary, devices=devices)({})
+    state, batch, mesh = task.abstract_state(), task.abstract_batch(), task.mesh
     times, began = [time.perf_counter()], time.process_time()
     traced = task.step.trace(state, batch)
     times.append(time.perf_counter())

@@ -122,7 +122,7 @@ def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
     mesh = sharding.make_mesh(-1, 1, 1)
     config = workdir.resolve_groups(config, None, data_shards=sharding.data_shards(mesh))
     words = 500 if size == "tiny" else 30_522
-    task = pretrain.create(config, Vocabulary(words, 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh)
+    task = pretrain.Pretraining(config, Vocabulary(words, 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh)
     draw = np.random.default_rng(0)
     pairs, side, tokens = (
         config.data.global_batch,

@@ -4,9 +4,8 @@ that do not fit.
 
 from __future__ import annotations
 
-import functools
 import shlex
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from codebook_jax import modes
-from codebook_jax.config import changed_fields, check_fields
+from codebook_jax.config import FREE, changed_fields, check_fields, restart_of, with_fields
 from codebook_jax.console import say
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
@@ -24,6 +23,7 @@ from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.text import (
     SAMPLED,
     Tokenizer,
+    Vocabulary,
     open_tokenizer,
     said_unknown,
     spelling,
@@ -61,7 +61,8 @@ class Parts(NamedTuple):
     validation: Source | None
     tokenizer: Tokenizer
     task: Task
-    planner: memory.Planner | None = None  # estimates memory, also with other settings
+    device: memory.Memory | None = None  # of a device, and how else the task can be made
+    compiled: memory.Compiled | None = None  # the step to run; None if nothing is trained
     start: Initial | None = None  # parameters to start from; None: fresh ones, or the run's own
 
 
@@ -89,26 +90,28 @@ def build_training(
 ) -> Parts:
     """The parts of a training run in `workdir`; writes its record.
 
-    `learns=False`, for a run that only keeps its weights, skips the memory check. Raises UserError
-    if the config cannot be trained.
+    `learns=False`, for a run that only keeps its weights, compiles no step. Raises UserError if the
+    config cannot be trained.
     """
     check(config)
-    record = records.read_record(workdir)
-    if record is None and steps_saved:
+    record, saved = records.read_record(workdir), bool(steps_saved)
+    if record is None and saved:
         raise UserError(
             f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config "
             "with: put the file back, or give another --workdir"
         )
     before = None if record is None else records.recorded_config(record)
-    config = asked = axes.kept(config, record)
+    if before is not None:
+        config = with_fields(config, {"mesh.fsdp": axes.inherited(config.mesh, before.mesh.fsdp)})
     mesh = sharding.mesh_of(config.mesh)
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
-    start = () if steps_saved else read_start(config)
-    resolve = functools.partial(task_class(config).resolve, before=before, examples=len(source))
-    config = resolve(_adopt(config, start, record), shards=sharding.data_shards(mesh))
-    fingerprint, saved = source.fingerprint(), bool(steps_saved)
+    start = () if saved else read_start(config)
+    asked = _adopt(config, start, record)
+    shards, size = sharding.data_shards(mesh), len(source)
+    config = task_class(config).resolve(asked, before, shards=shards, examples=size)
+    fingerprint = source.fingerprint()
     changes = _changes(workdir, record, config, fingerprint, has_checkpoint=saved)
     tokenizer, keep = open_tokenizer(
         tokenizer_of(config, start),
@@ -118,29 +121,75 @@ def build_training(
         config.data.tokenizer_vocabulary,
         **spelling(config.data),
     )
-    words = tokenizer.vocabulary.size
-    facts = {"training data": fingerprint, "pairs": len(source), "vocabulary": words}
+    words = tokenizer.vocabulary
+    facts = {"training data": fingerprint, "pairs": size, "vocabulary": words.size}
     peers.connected().compare("data", facts, "every host must read the same files")
-    planner = memory.Planner(asked, task_class(config), resolve, words, has_checkpoint=saved)
-    split = axes.chosen(config, planner)
-    mesh = sharding.mesh_of(split.mesh)
-    if learns:  # otherwise the choice is left to the start that trains, for its devices
-        config = split
-        memory.check(planner)
+    make = task_maker(asked, words, before=before, examples=size, has_checkpoint=saved)
+    device, compiled = _fitted(make, config.mesh) if learns else (None, None)
+    # Without learning, the choice of fsdp is left to the start that trains, for its devices.
+    task = compiled.task if learns else make({"mesh.fsdp": axes.choices(config.mesh)[-1]})
+    config = task.config if learns else config
     if "mesh.fsdp" in changes:
         changes["mesh.fsdp"][1] = config.mesh.fsdp
-    task = task_class(config)(config, tokenizer.vocabulary, mesh)
     first = initial(start, config, task.abstract_state()) if start else None
     if jax.process_index() == 0:
         keep()  # the first write: all checks have passed
-        data = {"train": repr(source), "examples": len(source), "fingerprint": fingerprint}
-        kind = mesh.devices.flat[0].device_kind
-        devices = {"kind": kind, "count": mesh.devices.size, "processes": jax.process_count()}
+        data = {"train": repr(source), "examples": size, "fingerprint": fingerprint}
         at = max(steps_saved, default=0)
         records.write_record(
-            workdir, record, config, data=data, devices=devices, changes=changes, step=at
+            workdir,
+            record,
+            config,
+            data=data,
+            devices=_devices(task.mesh),
+            changes=changes,
+            step=at,
         )
-    return Parts(config, mesh, source, validation, tokenizer, task, planner, first)
+    return Parts(config, task.mesh, source, validation, tokenizer, task, device, compiled, first)
+
+
+def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    kind = mesh.devices.flat[0].device_kind
+    return {"kind": kind, "count": mesh.devices.size, "processes": jax.process_count()}
+
+
+def _fitted(
+    make: memory.Make, mesh: ml_collections.ConfigDict
+) -> tuple[memory.Memory, memory.Compiled]:
+    """The memory of a device, and the step compiled for it; UserError if it does not fit."""
+    compiled = memory.Memory(make, memory.device_memory()).first_fit(axes.choices(mesh))
+    device = memory.Memory(make, memory.device_memory())  # compiling took some of a host's memory
+    device.check(compiled)
+    return device, compiled
+
+
+def task_maker(
+    config: ml_collections.ConfigDict,
+    vocabulary: Vocabulary,
+    *,
+    before: ml_collections.ConfigDict | None = None,
+    examples: int = 1,
+    has_checkpoint: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> memory.Make:
+    """A function from changes of the config, by dotted name, to the task with them.
+
+    It raises UserError if they do not fit together, or if the run may not change them. `before` is
+    the config of the run that is continued, `examples` the number of training examples.
+    """
+
+    def make(changes: Mapping[str, Any]) -> Task:
+        fixed = [name for name in changes if restart_of(name) != FREE]
+        if has_checkpoint and fixed:
+            raise UserError(f"a run with checkpoints keeps its {', '.join(fixed)}")
+        changed = with_fields(config, dict(changes))
+        mesh = sharding.mesh_of(changed.mesh, devices)
+        sharding.check_batch(mesh, changed.data.global_batch, changed.optimizer.accumulation)
+        task, shards = task_class(changed), sharding.data_shards(mesh)
+        changed = task.resolve(changed, before, shards=shards, examples=examples)
+        return task(changed, vocabulary, mesh)
+
+    return make
 
 
 def _changes(
@@ -203,7 +252,8 @@ def build_trained(
         check_fields(config)
     own = config is None
     config = records.trained_config(workdir, record, config, flags)
-    config = axes.of_trained(config, record, asked=not own)
+    trained = axes.of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=not own)
+    config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)
     tokenizer = tokenizer_for_run(
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
@@ -300,7 +350,7 @@ def announce(parts: Parts) -> None:
             f"--config.data.global_batch={len(parts.source)} or less, or give more data"
         )
     if devices > 1:
-        say(f"mesh {axes.said(mesh, config.mesh.slices)}")
+        say(f"mesh {axes.describe(mesh, config.mesh.slices)}")
         say(sharding.describe(parts.task.abstract_state(), mesh))
 
 

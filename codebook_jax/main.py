@@ -28,7 +28,7 @@ from codebook_jax import console, modes
 from codebook_jax.config import COMMON, check_fields, flat
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
 from codebook_jax.parallel.processes import joining, peers, shared_folder
-from codebook_jax.tools.plan.options import PlanOptions, environment
+from codebook_jax.tools.chips import PlanOptions, environment
 
 DATA_MODES = ("prepare", "check-data")  # need no devices
 NEEDS_CONFIG = ("train", "import", "plan", *DATA_MODES)

@@ -22,7 +22,7 @@ from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs
-from codebook_jax.parallel import memory, sharding
+from codebook_jax.parallel import sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.parallel.processes.agreement import Agreement, Tally
 from codebook_jax.parallel.processes.joining import end
@@ -63,7 +63,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
         with (
             Metrics(workdir, step=step, redo_evaluation=redo) as metrics,
             ProgressReport(start=step, steps=config.train.steps) as progress,
-            memory.explaining(parts.planner),
+            parts.device.explaining(parts.compiled) if parts.compiled else contextlib.nullcontext(),
         ):
             run = Run(parts, checkpoints, metrics, progress, stop, restored)
             try:
@@ -90,6 +90,7 @@ class Run:
         start: Restored,
     ) -> None:
         self.parts, self.config = parts, parts.config
+        self.train_step = parts.compiled.program if parts.compiled else parts.task.step
         self.checkpoints, self.metrics = checkpoints, metrics
         self.progress, self.stop = progress, stop
         self.state, self.step = start.state, start.step
@@ -149,7 +150,7 @@ class Run:
                     continue
                 placed = sharding.put_batch(batch, self.parts.mesh)
                 tally = self.agreement.tally(self.stop.requested, batch, placed)
-                self.state, scalars = self.parts.task.step(self.state, placed)
+                self.state, scalars = self.train_step(self.state, placed)
                 self.step += 1
                 self.settle(pending)
                 pending = _Pending(self.step, scalars, placed.example, tally)

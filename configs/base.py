@@ -289,7 +289,7 @@ def run(at: types.SimpleNamespace) -> dict[str, Any]:
     return dict(
         train=dict(
             steps=at.steps,  # base: 30 epochs (paper) of the built-in data
-            memory_check=True,  # stop at start if the estimate does not fit into a device's memory
+            memory_check=True,  # stop at start if the compiled step does not fit into a device's memory
         ),
         evaluation=dict(
             every_steps=at.evaluate_every_steps,  # 0: only at the end

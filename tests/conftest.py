@@ -15,7 +15,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 SLOW = (  # many processes, launchers, plans: what a change rarely touches
     "test_processes.py",
     "test_plan.py",
-    "test_plan_tpu.py",
     "test_launch.py",
     "test_launch_gke.py",
     "test_launch_tpu.py",

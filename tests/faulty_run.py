@@ -96,25 +96,23 @@ def _poison(step: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from codebook_jax.tasks import pretrain
+    from codebook_jax.parallel.memory import Compiled, Memory
 
-    real = pretrain.Pretraining.__init__
+    real, done = Memory.compile, [0]
 
-    def made(self: Any, *arguments: Any) -> None:
-        real(self, *arguments)
-        compiled, done = self.step, [0]
+    def compiled(self: Any, task: Any) -> Compiled:
+        found = real(self, task)
 
         def poisoned(state: Any, batch: Any) -> Any:
             done[0] += 1
             if done[0] == step:
                 broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.student["codebook"])
                 state = state.replace(student={**state.student, "codebook": broken})
-            return compiled(state, batch)
+            return found.program(state, batch)
 
-        poisoned.trace = compiled.trace
-        self.step = poisoned
+        return found._replace(program=poisoned)
 
-    pretrain.Pretraining.__init__ = made
+    Memory.compile = compiled
 
 
 if __name__ == "__main__":

@@ -1,427 +1,285 @@
-"""How much memory a device needs for a step, estimated before anything is compiled, and what to
-change if it is too much.
+"""Whether a training step fits into a device's memory, by XLA's own count.
 
-What the state holds is counted exactly from its shapes and shardings. What a step holds besides
-comes from tracing the real step (a second or two, nothing is compiled): the program is walked in
-order and all live values are added up, as XLA does when it assigns buffers. So remat, accumulation
-and changes of the objective are included automatically. The traced
-step is that of one device: its share of the batch, against all candidates. Parameters are split as
-the mesh splits them, intermediate values over `tensor` if they have the axes of heads or of the
-feed-forward part.
+The step is compiled before anything is allocated, and the loop then calls the compiled program, so
+this costs no time. `memory_analysis` counts what the program is given (state and batch), results
+that do not replace arguments, and what it holds while it computes. To that comes the next batch,
+which is placed while a step runs. On a CPU the device's memory is the host's, so what the host
+holds counts too: batches read ahead, one and a half states while a save is written, PROCESS_BYTES.
+A compiler that runs out of memory counts as "does not fit".
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import ml_collections
+from jaxtyping import PyTree
 
-from codebook_jax.config import restart_of, with_fields
 from codebook_jax.console import say
-from codebook_jax.data.batch import Batch
-from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
-from codebook_jax.parallel.capacity import device_memory
-from codebook_jax.parallel.liveness import Bytes, peak
+from codebook_jax.parallel.processes import peers
 
-MARGIN = (
-    0.05  # share of a device's memory left free for fragmentation and libraries' own workspaces
-)
-AGAIN = 0.8  # share of an estimate that proved too low: advice must stay below it
-
-Create = Callable[[ml_collections.ConfigDict, Vocabulary, jax.sharding.Mesh], Any]  # of a task
+MARGIN = 0.05  # share of a device's memory left free for fragmentation and libraries' workspaces
+PROCESS_BYTES = 160 * 10**6  # threads, small programs; measured by benchmarks/memory.py
+MOST_TRIES = 6  # programs compiled to find settings that fit
+# For programs that are not run: skips passes after buffers and collectives are settled.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-class Estimate(NamedTuple):
+class Task(Protocol):
+    """What this module asks of a task."""
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    step: jax.stages.Wrapped
+
+    def abstract_state(self) -> PyTree[jax.ShapeDtypeStruct]: ...
+
+    def abstract_batch(self) -> PyTree[jax.ShapeDtypeStruct]: ...
+
+
+# From changes of the config, by dotted name, to the task with them; raises UserError if they do not
+# fit together.
+Make = Callable[[Mapping[str, Any]], Task]
+
+
+class Need(NamedTuple):
     """Bytes that one device needs for training."""
 
-    parameters: int  # the student's
-    teacher: int
-    moments: int
-    queues: int  # and the codewords' usage counts
-    gradients: int  # and the copies of parameters made while new ones are written over the old
-    activations: int  # the batch, what the backward pass needs, and intermediate values
+    state: int
+    batches: int
+    step: int  # what it holds while it computes, and the program itself
+    host: int = 0  # on a CPU: what the process needs besides
 
     @property
     def total(self) -> int:
         return sum(self)
 
     def __str__(self) -> str:
-        return f"{size_of(self.total)} ({self.parts()})"
-
-    def parts(self) -> str:
-        """Each part in the unit of the total."""
-        unit, digits = (1e9, 1) if self.total >= 1e9 else (1e6, 0)
-        return ", ".join(
-            f"{name} {part / unit:.{digits}f}" for name, part in self._asdict().items()
-        )
+        parts = ", ".join(f"{name} {size_of(part)}" for name, part in self._asdict().items())
+        return f"{size_of(self.total)} ({parts})"
 
 
-class Planner:
-    """Estimates of one run under changes of its config; each takes about two seconds, a repeated
-    one no time.
+class Compiled(NamedTuple):
+    """A task with its compiled step; without program and need if the compiler ran out of memory."""
 
-    Estimates that differ only in the mesh, with the same number of data shards, take a tenth: their
-    step is traced once.
-    """
+    task: Task
+    program: jax.stages.Compiled | None
+    need: Need | None
+    refusal: str = ""  # what the compiler reported
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        create: Create,
-        resolve: Callable[..., ml_collections.ConfigDict],
-        vocabulary_size: int,
-        *,
-        has_checkpoint: bool = False,
-        in_float32: bool | None = None,
-    ) -> None:
-        self.config, self.create = config, create
-        # Whether bfloat16 is computed in float32; None: as on this machine (on a CPU, XLA does so).
-        self.in_float32 = in_float32
-        self.resolve, self.has_checkpoint = resolve, has_checkpoint  # what an existing run fixes
-        self.vocabulary = Vocabulary(
-            vocabulary_size, 0, 1, 2, 3, (0, 1, 2, 3)
-        )  # ids do not matter here
-        self._traced: dict[Any, tuple[Any, Any, Any]] = {}
-        self._estimated: dict[Any, Estimate] = {}
+    def __str__(self) -> str:
+        return size_of(self.need.total) if self.need else f"more ({self.refusal})"
 
-    @functools.cached_property
-    def has(self) -> int | None:
-        """Bytes that the run can use on a device, asked once; None if unknown."""
-        return device_memory()
 
-    def settle(self, changes: Mapping[str, Any]) -> None:
-        """Applies `changes` to the config that all later changes are based on."""
-        self.config = with_fields(self.config, changes)
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The memory of a device, and the tasks that may have to fit into it."""
 
-    def with_changes(
-        self, changes: Mapping[str, Any]
-    ) -> tuple[ml_collections.ConfigDict, jax.sharding.Mesh]:
-        """The config with `changes` by dotted name, and its mesh; raises UserError if they do not
-        fit together.
-        """
-        config = ml_collections.ConfigDict(self.config.to_dict())
-        config.update_from_flattened_dict(changes)
-        mesh = sharding.mesh_of(config.mesh)
-        batch, passes = config.data.global_batch, config.optimizer.accumulation
-        sharding.check_batch(mesh, batch, passes)
-        return self.resolve(config, shards=sharding.data_shards(mesh)), mesh
+    make: Make
+    has: int | None  # bytes; None: unknown
+    planned: bool = False  # the device is only described, and nothing will run here
 
-    def possible(self, changes: Mapping[str, Any]) -> bool:
-        """Whether the run, which may already exist, can be started with `changes`."""
-        if self.has_checkpoint and any(restart_of(name) != "free" for name in changes):
-            return False
+    def compile(self, task: Task) -> Compiled:
+        """The task with its step compiled for its mesh."""
+        on_cpu = task.mesh.devices.flat[0].platform == "cpu"
+        traced = task.step.trace(task.abstract_state(), task.abstract_batch())
+        options = QUICK if self.planned and on_cpu else None
         try:
-            self.with_changes(changes)
-        except UserError:
-            return False
-        return True
+            program = traced.lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if (refusal := out_of_memory(error)) is None:
+                raise
+            return Compiled(task, None, None, refusal)
+        return Compiled(task, program, need_of(task, program, on_host=on_cpu and not self.planned))
 
-    def estimate(self, changes: Mapping[str, Any] = MappingProxyType({})) -> Estimate:
-        """The estimate for the config with `changes` by dotted name; raises UserError if they do
-        not fit together.
+    def fits(self, compiled: Compiled) -> bool:
+        """Whether it fits with MARGIN left."""
+        need = compiled.need
+        return need is not None and (self.has is None or need.total <= self.has * (1 - MARGIN))
+
+    def first_fit(self, sizes: Sequence[int]) -> Compiled:
+        """The task with the first fsdp of `sizes` whose compiled step fits, else with the last;
+        prints the choice if there was one.
+
+        Sizes whose state alone takes more than half of the device are not compiled, except the
+        last.
         """
-        config, mesh = self.with_changes(changes)
-        known = _identity(config), tuple(mesh.shape.values())
-        if known not in self._estimated:
-            self._estimated[known] = self._estimate(config, mesh)
-        return self._estimated[known]
+        passed = []
+        for size in sizes:
+            task = self.make({"mesh.fsdp": size})
+            state = held(task.abstract_state())
+            if size != sizes[-1] and self.has is not None and state > self.has / 2:
+                passed.append(f"{size} would need {size_of(state)} for the state alone")
+                continue
+            compiled = self.compile(task)
+            if self.fits(compiled):
+                break
+            passed.append(f"{size} would need {compiled}")
+        if len(sizes) > 1:
+            others = f" (fsdp {', '.join(passed)})" if passed else ""
+            say(f"config.mesh.fsdp={size}, chosen: needs {compiled} of {self}{others}")
+        return compiled
 
-    def _estimate(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Estimate:
-        state, batch, program = self.traced_on_one_device(config, mesh)
-        queue = jax.tree.map(  # the traced one is longer: see on_one_device
-            lambda leaf: (
-                jax.ShapeDtypeStruct((config.queue.size, *leaf.shape[1:]), leaf.dtype)
-                if leaf.ndim
-                else leaf
-            ),
-            state.queue,
-        )
-        places = sharding.state_shardings(state.replace(queue=queue), mesh)
-        student = _held(state.student, places.student)
-        between = peak(
-            program,
-            _splitter(config, state.student, places.student, mesh, self.in_float32),
-            in_place=True,
-        )
-        # Donated parameters are still read while the new ones are written: XLA copies them.
-        # Learning holds gradients, updates and that copy.
-        between = max(between, 2 * student) + student
-        images = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-        gradients = 2 * student
-        return Estimate(
-            parameters=student,
-            teacher=_held(state.teacher, places.teacher),
-            moments=_held(state.moments, places.moments),
-            queues=_held(queue, places.queue) + _held(state.usage, places.usage),
-            gradients=gradients,
-            activations=max(between - gradients, 0)
-            + 2 * images,  # the next batch is already loaded
-        )
+    def check(self, compiled: Compiled) -> None:
+        """Prints the memory that a device needs and has; raises UserError, with settings that fit,
+        if it needs too much.
 
-    def traced_on_one_device(
-        self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-    ) -> tuple[Any, Any, Any]:
-        """(state, batch, program) of one device's step, all abstract; traced once per number of
-        data shards.
+        If `config.train.memory_check` is False it only prints, unless the compiler itself refused.
         """
-        shards = sharding.data_shards(mesh)
-        known = _identity(config), shards
-        if known not in self._traced:
-            task = self.on_one_device(config, shards)
-            state, batch = task.abstract_state(), abstract_batch(task.config)
-            self._traced[known] = state, batch, task.step.trace(state, batch).jaxpr.jaxpr
-        return self._traced[known]
-
-    def on_one_device(self, config: ml_collections.ConfigDict, shards: int) -> Any:
-        """The task with one device's share of the batch; the queue stands in for the batch's other
-        candidates.
-        """
-        rows = max(config.data.global_batch // shards, 2)
-        own = with_fields(
-            config,
-            {
-                "data.global_batch": rows,
-                "itm.groups": max(config.itm.groups // shards, 1),
-                "queue.size": config.queue.size + config.data.global_batch - rows,
-            },
-        )
-        device = jax.local_devices()[:1]
-        axes = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
-        mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=device)
-        return self.create(own, self.vocabulary, mesh)
-
-
-def check(planner: Planner) -> None:
-    """Prints the memory that a device needs and has; raises UserError, with settings that fit, if
-    it needs too much.
-
-    If `config.train.memory_check` is False it only prints.
-    """
-    need, has = planner.estimate(), planner.has
-    if has is None:
-        say(f"memory per device: {need}; how much a device has is not known")
-        return
-    if need.total <= has * (1 - MARGIN) or not planner.config.train.memory_check:
-        say(f"memory per device: {size_of(need.total)} of {size_of(has)} ({need.parts()})")
-        return
-    raise UserError(
-        f"training needs {need} of memory per device, but {jax.local_devices()[0].device_kind} has "
-        f"{size_of(has)}: {advice(planner, need, has * (1 - MARGIN))}; "
-        "--config.train.memory_check=False tries anyway"
-    )
-
-
-@contextlib.contextmanager
-def explaining(planner: Planner | None) -> Iterator[None]:
-    """Inside, a device that runs out of memory raises UserError with settings that need less."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = out_of_memory(error)
-        if reason is None or planner is None:
-            raise
-        need = planner.estimate()
+        need = compiled.need
+        if self.fits(compiled) or (need and not compiled.task.config.train.memory_check):
+            say(f"memory per device: {need} of {self}")
+            return
+        kind = compiled.task.mesh.devices.flat[0].device_kind
+        anyway = "; --config.train.memory_check=False tries anyway" if need else ""
         raise UserError(
-            f"a device ran out of memory ({reason}); training was estimated to need {need}: "
-            f"{advice(planner, need, need.total * AGAIN)}"
-        ) from error
+            f"training needs {need or compiled} of memory per device, but {kind} has {self}: "
+            f"{self.advice(compiled)}{anyway}"
+        )
+
+    def advice(self, compiled: Compiled) -> str:
+        """Flags with which the compiled step fits, as part of a sentence."""
+        times, need = 2, compiled.need
+        if need and self.has:  # how many times smaller the step's own share has to be
+            spare = self.has * (1 - MARGIN) - (need.total - need.step)
+            times = 2 ** math.ceil(math.log2(max(need.step / max(spare, 1), 2)))
+        tries = 0
+        for changes, task in self.savings(compiled.task, times):
+            if tries == MOST_TRIES or (self.has and held(task.abstract_state()) > self.has):
+                continue
+            tries += 1
+            say(f"too large: compiling the step with {_flags(changes)}")
+            if self.fits(found := self.compile(task)):
+                return f"what fits is {_flags(changes)} ({found})"
+        return (
+            f"none of {tries} other settings of remat, dtype, accumulation, fsdp and batch size "
+            "fits: use a smaller model or more devices"
+        )
+
+    def savings(self, task: Task, times: int) -> Iterator[tuple[dict[str, Any], Task]]:
+        """Possible changes of the config that save memory, mildest first, each with its task; the
+        rows of a pass or batch become at least `times` fewer.
+        """
+        config, mesh = task.config, task.mesh
+        passes, rows = config.optimizer.accumulation, config.data.global_batch
+        fewer = (times, 2 * times, 4 * times)
+        larger = [n for n in sharding.possible_fsdp(mesh) if n > mesh.shape["fsdp"]]
+        on_cpu = mesh.devices.flat[0].platform == "cpu"  # which computes bfloat16 in float32
+        narrow = config.model.dtype == "float32" and not on_cpu
+        ways = [
+            {},
+            *[{"model.dtype": "bfloat16"}] * narrow,
+            *({"optimizer.accumulation": passes * n} for n in fewer),
+            *({"mesh.data": -1, "mesh.fsdp": n} for n in larger),
+            *({"data.global_batch": rows // n} for n in fewer if rows % n == 0),
+        ]
+        remat = {"model.remat": "blocks"} if config.model.remat == "none" else {}
+        for changes in filter(None, (remat | way for way in ways)):
+            with contextlib.suppress(UserError):
+                yield changes, self.make(changes)
+
+    @contextlib.contextmanager
+    def explaining(self, compiled: Compiled) -> Iterator[None]:
+        """Inside, a device that runs out of memory raises UserError with settings that need
+        less.
+        """
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if (reason := out_of_memory(error)) is None:
+                raise
+            ways = itertools.islice(self.savings(compiled.task, 2), 3)
+            raise UserError(
+                f"a device ran out of memory ({reason}); the step needs {compiled} of {self}: try "
+                f"{' or '.join(_flags(way) for way, _ in ways) or 'a smaller model'}"
+            ) from error
+
+    def __str__(self) -> str:
+        return "an unknown amount" if self.has is None else size_of(self.has)
+
+
+def need_of(task: Task, program: jax.stages.Compiled, *, on_host: bool) -> Need:
+    """What a device needs to run a compiled step again and again; `on_host`: its memory is the
+    host's.
+    """
+    found, batch = program.memory_analysis(), held(task.abstract_batch())
+    own = found.output_size_in_bytes - found.alias_size_in_bytes
+    state = found.argument_size_in_bytes - batch + own
+    step = found.temp_size_in_bytes + found.generated_code_size_in_bytes
+    host = 0
+    if on_host:
+        saving = state + state // 2  # a copy, and what is being encoded of it
+        ahead = task.config.data.prefetch * batch
+        host = saving + ahead + PROCESS_BYTES // jax.local_device_count()
+    return Need(state, 2 * batch, step, host)
+
+
+def held(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
+    """Bytes of a tree on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What a device, or a compiler for TPUs, says about needed and available memory; None for
+    """What a device, or a compiler for TPUs, reports about needed and available memory; None for
     another error.
     """
-    _, exhausted, said = str(error).partition("RESOURCE_EXHAUSTED:")
+    _, exhausted, report = str(error).partition("RESOURCE_EXHAUSTED:")
     if not exhausted:
         return None
     by_libtpu = re.search(
-        r"[Uu]sed \S+ of \S+ hbm|[\w ]+\(\S+\) exceeds available HBM \(\S+?\)", said
+        r"[Uu]sed \S+ of \S+ hbm|[\w ]+\(\S+\) exceeds available HBM \(\S+?\)", report
     )
-    return by_libtpu.group(0).strip() if by_libtpu else said.strip().split("\n")[0].rstrip(".")
+    return by_libtpu.group(0).strip() if by_libtpu else report.strip().split("\n")[0].rstrip(".")
 
 
-def advice(planner: Planner, need: Estimate, limit: float) -> str:
-    """Flags that bring the estimate below `limit`, each with its new estimate, as part of a
-    sentence.
+def device_memory() -> int | None:
+    """Bytes that this run can use on a device, the smallest over all processes; None if unknown.
+
+    On a CPU: the host's free memory, divided among its devices.
     """
-    found = fitting_settings(planner, need, limit)
-    if not found:
-        return "no batch size, accumulation, remat, dtype or fsdp would fit: use a smaller model or more devices"
-    ways = [
-        f"{' '.join(f'--config.{name}={value}' for name, value in changes.items())} "
-        f"({size_of(estimate.total)})"
-        for changes, estimate in found
-    ]
-    return f"what fits is {', or '.join(ways)}"
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        free = _host_memory()
+        found = None if free is None else free // jax.local_device_count()
+    else:
+        found = (device.memory_stats() or {}).get("bytes_limit")
+    everyone = peers.connected().exchange("memory", found)  # all must reach the same answer
+    return min((each for each in everyone if each is not None), default=None)
 
 
-def fitting_settings(
-    planner: Planner, need: Estimate, limit: float
-) -> list[tuple[dict[str, Any], Estimate]]:
-    """Config changes that need at most `limit`, cheapest first, with their estimates; empty if
-    there are none.
-
-    Each of remat, bfloat16, accumulation, fsdp and a smaller batch alone, if that is enough;
-    otherwise one combination, to which they are added in this order until it fits. Each answer is
-    checked with an estimate of its own.
-    """
-    singles = [{"model.remat": "blocks"}, {"model.dtype": "bfloat16"}]
-    singles = [c for c in singles if not _holds(planner.config, c) and planner.possible(c)]
-    found = [(changes, planner.estimate(changes)) for changes in singles]
-    together = {name: value for c, e in found if e.total < need.total for name, value in c.items()}
-    found = [(changes, estimate) for changes, estimate in found if estimate.total <= limit]
-    for ladder in LADDERS:
-        if (step := _first_that_fits(planner, {}, ladder, need, limit)[0]) is not None:
-            found.append(step)
-    if found:
-        return found
-    estimate = planner.estimate(together) if together else need
-    if estimate.total <= limit:
-        return [(together, estimate)]
-    for ladder in LADDERS:
-        step, (together, estimate) = _first_that_fits(planner, together, ladder, estimate, limit)
-        if step is not None:
-            return [step]
-    return []
+def _host_memory() -> int | None:
+    """Free memory of the host, or what its container may still use if that is less."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(line for line in lines if line.startswith("MemAvailable"))
+        found.append(1024 * int(free.split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+        found.append(limit - used)
+    return max(min(found), 0) if found else None
 
 
-def _accumulations(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
-    now, rows = planner.config.optimizer.accumulation, planner.config.data.global_batch
-    return [(1 / 2**k, {"optimizer.accumulation": now * 2**k}) for k in range(1, rows.bit_length())]
-
-
-def _fsdps(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
-    mesh = planner.with_changes({})[1]
-    now = mesh.shape["fsdp"]
-    return [
-        (now / n, {"mesh.data": -1, "mesh.fsdp": n})
-        for n in sharding.possible_fsdp(mesh)
-        if n > now
-    ]
-
-
-def _batches(planner: Planner) -> list[tuple[float, dict[str, Any]]]:
-    rows = planner.config.data.global_batch
-    return [
-        (1 / 2**k, {"data.global_batch": rows // 2**k})
-        for k in range(1, rows.bit_length())
-        if rows % 2**k == 0
-    ]
-
-
-LADDERS = (
-    _accumulations,
-    _fsdps,
-    _batches,
-)  # (remaining share of the need, changes), mildest first
-_Step = tuple[dict[str, Any], Estimate]
-
-
-def _first_that_fits(
-    planner: Planner, given: dict[str, Any], ladder: Any, need: Estimate, limit: float
-) -> tuple[_Step | None, _Step]:
-    """The mildest step of a ladder that fits on top of `given`, and the one that needs least: the
-    last, or `given` itself.
-
-    Memory is nearly linear in the share of the rows, so most of the ladder is skipped without an
-    estimate.
-    """
-    steps = [(share, given | changes) for share, changes in ladder(planner)]
-    steps = [(share, changes) for share, changes in steps if planner.possible(changes)]
-    if not steps:
-        return None, (given, need)
-    least, last = steps[-1]
-    most = planner.estimate(last)
-    if most.total > limit:
-        return None, ((last, most) if most.total < need.total else (given, need))
-    slope = (need.total - most.total) / (1 - least)
-    for share, changes in steps[:-1]:
-        if most.total + slope * (share - least) > limit * 1.02:
-            continue
-        estimate = planner.estimate(changes)
-        if estimate.total <= limit:
-            return (changes, estimate), (changes, estimate)
-    return (last, most), (last, most)
-
-
-def abstract_batch(config: ml_collections.ConfigDict) -> Batch:
-    """The shapes and types of a whole batch."""
-    rows, side, length = (
-        config.data.global_batch,
-        config.model.image.size_px,
-        config.model.text.max_tokens,
-    )
-    array = jax.ShapeDtypeStruct
-    image, number = array((rows, side, side, 3), jnp.uint8), array((rows,), jnp.int32)
-    tokens = array((rows, length), jnp.int32)
-    return Batch(image, image, array((rows,), bool), tokens, number, number, number, number)
-
-
-def _held(tree: Any, places: Any) -> int:
-    """Bytes of a tree on one device."""
-    parts = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
-    return sum(
-        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in parts
-    )
-
-
-def _splitter(
-    config: ml_collections.ConfigDict,
-    student: Any,
-    places: Any,
-    mesh: jax.sharding.Mesh,
-    in_float32: bool | None,
-) -> Bytes:
-    """A function to the bytes per device of a value that a step computes, judged by its shape."""
-    split = {}
-    for leaf, place in zip(jax.tree.leaves(student), jax.tree.leaves(places), strict=True):
-        split[leaf.shape] = math.prod(place.shard_shape(leaf.shape)) / math.prod(leaf.shape)
-    towers = (config.model.image, config.model.text)
-    tensor_axes = {
-        size
-        for tower in towers
-        for size in (tower.heads, tower.mlp_width or 4 * tower.width)
-        if size % mesh.shape["tensor"] == 0
-    }
-    if in_float32 is None:
-        in_float32 = jax.default_backend() == "cpu"
-
-    def bytes_of(aval: Any) -> int:
-        dtype = getattr(aval, "dtype", None)
-        size = getattr(dtype, "itemsize", 4)
-        if in_float32 and dtype == jnp.bfloat16:
-            size = 4
-        share = split.get(aval.shape) if len(aval.shape) > 1 else None
-        if share is None:
-            share = 1 / mesh.shape["tensor"] if tensor_axes & set(aval.shape) else 1
-        return int(math.prod(aval.shape) * size * share)
-
-    return bytes_of
-
-
-def _identity(config: ml_collections.ConfigDict) -> str:
-    """Everything in a config except its mesh, as a key."""
-    return repr(
-        sorted((name, repr(part)) for name, part in config.to_dict().items() if name != "mesh")
-    )
-
-
-def _holds(config: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> bool:
-    now = config.to_dict()
-    return all(
-        now["model"][name.removeprefix("model.")] == value for name, value in changes.items()
-    )
+def _flags(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items())
 
 
 def size_of(count: float) -> str:
+    """A number of bytes for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

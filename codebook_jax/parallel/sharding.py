@@ -39,11 +39,7 @@ TABLE: tuple[tuple[str, str, P], ...] = (
     # mesh data 2, fsdp 2, tensor 2.
     ("word embeddings", r"text/words$", P(None, "fsdp")),
     ("masked-word head", r"masked_words/transform/kernel$", P("fsdp", "tensor")),
-    (
-        "patches, projections",
-        r"(patches|image_projection|text_projection)/kernel$",
-        P("fsdp", None),
-    ),
+    ("patches, projections", r"(patches|(image|text)_projection)/kernel$", P("fsdp", None)),
     ("codebook", r"codebook/codes$", P("tensor", None)),
     ("queues", r"queue/(image|text)$", P("tensor", None)),
     ("all else", r".*", P()),
@@ -79,10 +75,9 @@ def make_mesh(
     if free:
         sizes[free[0]] = max(len(devices) // fixed, 1)
     if math.prod(sizes.values()) != len(devices):
-        plural = "s" if len(devices) != 1 else ""
+        plural = "s" * (len(devices) != 1)
         raise UserError(
-            f"{given} does not fit {len(devices)} device{plural}: their product must be the number "
-            "of devices"
+            f"{given} does not fit {len(devices)} device{plural}: their product must be that number"
         )
     shape = tuple(sizes.values())
     # Auto axes: the partitioner places gathers and reshapes of the batch.
@@ -99,7 +94,7 @@ def mesh_of(axes: ml_collections.ConfigDict, devices: Sequence[jax.Device] | Non
 
 
 def data_shards(mesh: Mesh) -> int:
-    """How many parts the batch is split into."""
+    """The number of parts that the batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -197,17 +192,19 @@ def _rule(name: str) -> tuple[str, P]:
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
     """Every leaf of a tree with its name, such as student/towers/image/cls."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+        yield _name(path), leaf
+
+
+def _name(path: Sequence[Any]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     """A sharding for every array of a train state."""
-    names, leaves = zip(*named(abstract_state), strict=True)
-    shardings = [
-        NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
-        for name, leaf in zip(names, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), shardings)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_of(_name(path), leaf.shape, mesh)),
+        abstract_state,
+    )
 
 
 def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> Any:
@@ -222,7 +219,7 @@ def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> 
         return parameters
 
     def gather(path: Any, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _name(path)
         if in_blocks:
             spec = spec_of(f"blocks/{name}", (1, *leaf.shape), mesh)[1:]
         elif "blocks/" in name:
@@ -236,7 +233,7 @@ def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> 
 
 
 def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """`x` with its first axis split like the batch's rows, if it divides evenly."""
+    """`x` with its first axis split like the rows of a batch, if it divides evenly."""
     if mesh is None or x.shape[0] % data_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
@@ -249,9 +246,7 @@ def whole(tree: Any, mesh: Mesh) -> Any:
 
 
 def split_rows(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
-    """[rows, ...] as [parts, rows / parts, ...], each part holding equally many rows of every
-    shard.
-    """
+    """[rows, ...] as [parts, rows / parts, ...]; each part has equally many rows of every shard."""
     shards = data_shards(mesh)
     chunks = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
     rows = chunks.reshape(parts, -1, *x.shape[1:])
@@ -313,29 +308,10 @@ def describe(abstract_state: Any, mesh: Mesh) -> str:
         shape = " x ".join(map(str, row.largest)) or "1"
         copies = f"{row.copies / 1e6:,.2f}" if row.copies else ""
         lines.append((row.group, str(row.arrays), shape, split, f"{row.own / 1e6:,.2f}", copies))
-    own, copies = sum(row.own for row in rows), sum(row.copies for row in rows)
-    lines.append(
-        (
-            "sum",
-            str(sum(row.arrays for row in rows)),
-            "",
-            "",
-            f"{own / 1e6:,.2f}",
-            f"{copies / 1e6:,.2f}",
-        )
-    )
-    return _columns(lines, right=(1, 4, 5))
-
-
-def _columns(lines: list[tuple[str, ...]], right: tuple[int, ...]) -> str:
-    """Lines of cells as aligned text; columns in `right` are right-aligned."""
+    arrays = sum(row.arrays for row in rows)
+    own, copies = sum(row.own for row in rows) / 1e6, sum(row.copies for row in rows) / 1e6
+    lines.append(("sum", str(arrays), "", "", f"{own:,.2f}", f"{copies:,.2f}"))
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    text = []
-    for line in lines:
-        cells = zip(line, widths, strict=True)
-        text.append(
-            "  ".join(
-                c.rjust(w) if at in right else c.ljust(w) for at, (c, w) in enumerate(cells)
-            ).rstrip()
-        )
-    return "\n".join(text)
+    sides = "<><<>>"  # left, right
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return "\n".join(form.format(*line).rstrip() for line in lines)

@@ -1,8 +1,7 @@
 """Devices in several slices, joined by a slower network: which place in the mesh each one gets.
 
 The devices' `slice_index` tells their slice: a slice of a TPU pod, or a GPU host. The data axis is
-split over the
-slices first, because it sends and waits least: it sums the gradients once per step. If slices
+split over the slices first, because it sends least: it sums the gradients once per step. If slices
 remain, fsdp is split over them, which gathers the parameters of every block; tensor, which sums in
 every layer, never crosses from one slice to another.
 """
@@ -25,14 +24,13 @@ def groups_of(devices: Sequence[Any], slices: int = 0) -> list[list[Any]]:
 
     Raises UserError if the slices differ in size.
     """
-    said = _said(devices)
-    groups = [[device for device in devices if _slice_index(device) == index] for index in said]
-    if slices and slices != len(said):
+    reported = _reported(devices)
+    groups = [[device for device in devices if _slice_index(device) == index] for index in reported]
+    if slices and slices != len(reported):
         if slices < 0 or len(devices) % slices:
-            plural = "s" if len(devices) != 1 else ""
             raise UserError(
-                f"config.mesh.slices={slices} does not split {len(devices)} device{plural} into "
-                "equal parts: give a divisor of their number, or 0 for what the devices report"
+                f"config.mesh.slices={slices} does not split {len(devices)} devices into equal "
+                "parts: give a divisor of their number, or 0 for what the devices report"
             )
         own = len(devices) // slices
         groups = [list(devices[start : start + own]) for start in range(0, len(devices), own)]
@@ -68,12 +66,12 @@ def arranged(sizes: Sequence[int], devices: Sequence[Any], slices: int = 0) -> n
     JAX chooses.
     """
     groups = groups_of(devices, slices)
-    said = len(_said(devices))
+    reported = len(_reported(devices))
     if len(groups) == 1:
-        return None if said == 1 else np.array(devices).reshape(sizes)
+        return None if reported == 1 else np.array(devices).reshape(sizes)
     between = across(sizes, len(groups))
     inside = tuple(size // count for size, count in zip(sizes, between, strict=True))
-    if said == len(groups):
+    if reported == len(groups):
         return mesh_utils.create_hybrid_device_mesh(
             inside, between, devices, allow_split_physical_axes=True
         )
@@ -84,10 +82,9 @@ def arranged(sizes: Sequence[int], devices: Sequence[Any], slices: int = 0) -> n
 
 
 def _slice_index(device: Any) -> int:
-    return (
-        getattr(device, "slice_index", None) or 0
-    )  # libtpu describes the devices of a single slice without one
+    # libtpu describes the devices of a single slice without one
+    return getattr(device, "slice_index", None) or 0
 
 
-def _said(devices: Sequence[Any]) -> list[int]:
+def _reported(devices: Sequence[Any]) -> list[int]:
     return sorted({_slice_index(device) for device in devices})

@@ -180,8 +180,9 @@ def write_record(
     changes: dict[str, Any],
     step: int,
 ) -> None:
-    """Writes `config.json`; `data` is {"train", "examples", "fingerprint"}, `devices` {"kind",
-    "count", "processes"}.
+    """Writes `config.json`.
+
+    `data` is {"train", "examples", "fingerprint"}, `devices` {"kind", "count", "processes"}.
     """
     record = {
         "config": config.to_dict(),

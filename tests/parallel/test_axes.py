@@ -2,13 +2,11 @@
 stand.
 """
 
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small_run import SMALL
-from test_memory import GB, Formula, formula
 
 from codebook_jax import build
 from codebook_jax.errors import UserError
@@ -17,158 +15,86 @@ from codebook_jax.run.record import read_record
 from configs import base
 
 
-class Sixteen(Formula):
-    """A planner for 16 GB of state split by fsdp and 4 GB besides, whatever the batch."""
-
-    def estimate(self, changes=None):
-        mesh = self.with_changes(changes or {})[1]
-        self.asked = [*getattr(self, "asked", []), mesh.shape["fsdp"]]
-        return memory.Estimate(16 * GB // mesh.shape["fsdp"], 0, 0, 0, 0, 4 * GB)
-
-
-def choose(has, monkeypatch, **changes):
-    """The config with the rule's choice for this much memory per device, the planner, and the
-    printed lines.
-    """
-    said = []
-    monkeypatch.setattr(axes, "say", said.append)
-    monkeypatch.setattr(memory, "device_memory", lambda: has)
-    planner = formula(changes=changes)
-    planner = Sixteen(planner.config, planner.create, 211)
-    return axes.chosen(planner.config, planner), planner, said
+def axes_with(**mesh):
+    config = base.get_config("tiny")
+    config.mesh.update(mesh)
+    return config.mesh
 
 
 @pytest.mark.parametrize(
-    ("has", "fsdp"), [(22, 1), (21, 2), (13, 2), (12, 4), (9, 4), (8, 8), (3, 8)]
-)  # with a twentieth left over: 21, 12.6, 8.4, 6.3
-def test_the_smallest_fsdp_that_fits_is_taken_and_what_needs_least_where_none_does(
-    has, fsdp, monkeypatch
-):
-    config, planner, said = choose(has * GB, monkeypatch)
-    assert dict(config.mesh) == {"data": -1, "fsdp": fsdp, "tensor": 1, "slices": 0}
-    assert planner.config.mesh.fsdp == fsdp
-    assert planner.asked == [n for n in (1, 2, 4, 8) if n <= fsdp]
-    (sentence,) = said
-    assert sentence.startswith(f"config.mesh.fsdp={fsdp}, chosen: needs ")
-    assert f"{16 / fsdp + 4:.1f} GB" in sentence and f"{has}.0 GB" in sentence
+    ("mesh", "sizes"),
+    [
+        ({}, [1, 2, 4, 8]),
+        ({"tensor": 2}, [1, 2, 4]),
+        ({"slices": 2}, [1, 2, 4, 8]),
+        ({"tensor": 8}, [1]),
+        ({"data": 2}, [4]),
+        ({"fsdp": 2}, [2]),
+    ],
+)
+def test_fsdp_is_a_divisor_of_the_data_shards_unless_the_mesh_leaves_no_choice(mesh, sizes):
+    assert axes.choices(axes_with(**mesh)) == sizes
 
 
-def test_the_sizes_passed_over_are_said_with_what_they_need(monkeypatch):
-    (sentence,) = choose(12 * GB, monkeypatch)[2]
-    assert "config.mesh.fsdp=4" in sentence
-    assert re.findall(r"[\d.]+ GB", sentence) == ["8.0 GB", "12.0 GB", "20.0 GB", "12.0 GB"]
-    assert re.search(r"\b1 [a-z ]*20\.0 GB, 2 [a-z ]*12\.0 GB", sentence)
-
-
-def test_nothing_is_estimated_where_there_is_nothing_to_choose(monkeypatch):
-    for changes, fsdp, words in (
-        ({"mesh.tensor": 8}, 1, 0),
-        ({"mesh.data": 2}, 4, 0),
-        ({"mesh.fsdp": 2}, 2, 0),
-    ):
-        config, planner, said = choose(3 * GB, monkeypatch, **changes)
-        assert config.mesh.fsdp == fsdp and len(said) == words and not hasattr(planner, "asked")
-    config, planner, said = choose(None, monkeypatch)
-    assert config.mesh.fsdp == 1 and not hasattr(planner, "asked")
-    assert "not known" in said[0]
-
-
-def test_the_choice_does_not_change_what_the_batch_is_split_over(monkeypatch):
-    shards = {
-        sharding.data_shards(
-            sharding.mesh_of(choose(has * GB, monkeypatch, **{"mesh.tensor": 2})[0].mesh)
-        )
-        for has in (22, 13, 9)
-    }
-    assert shards == {4}
-
-
-def test_an_fsdp_inside_a_slice_comes_before_one_across():
-    mesh = SimpleNamespace(
-        shape={"data": 12, "fsdp": 1, "tensor": 1},
-        devices=np.array(fakes([0] * 4 + [1] * 4 + [2] * 4)),
-    )
-    assert axes.possible(mesh, 0) == [1, 2, 4, 3, 6, 12]
-    mesh = SimpleNamespace(
-        shape={"data": 12, "fsdp": 1, "tensor": 1}, devices=np.array(fakes([0] * 12))
-    )
-    assert axes.possible(mesh, 0) == [1, 2, 3, 4, 6, 12]
-
-
-def record_of(**mesh):
-    return {"config": {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": 0} | mesh}}
-
-
-def config_of(**mesh):
-    config = base.get_config("tiny")
-    config.mesh.update(mesh)
-    return config
+def test_an_fsdp_inside_a_slice_comes_before_one_across(monkeypatch):
+    devices = np.array(fakes([0] * 4 + [1] * 4 + [2] * 4))
+    mesh = SimpleNamespace(shape={"data": 12, "fsdp": 1, "tensor": 1}, devices=devices)
+    monkeypatch.setattr(sharding, "mesh_of", lambda axes: mesh)
+    assert axes.choices(axes_with()) == [1, 2, 4, 3, 6, 12]
 
 
 def test_a_restart_keeps_its_own_fsdp_where_the_devices_make_up_such_a_mesh():
-    assert axes.kept(config_of(), record_of(fsdp=4)).mesh.fsdp == 4
-    assert axes.kept(config_of(), record_of(fsdp=3)).mesh.fsdp == 0
-    assert axes.kept(config_of(tensor=4), record_of(fsdp=4)).mesh.fsdp == 0
-    assert axes.kept(config_of(fsdp=2), record_of(fsdp=4)).mesh.fsdp == 2
-    assert axes.kept(config_of(), None).mesh.fsdp == 0
+    assert axes.inherited(axes_with(), 4) == 4
+    assert axes.inherited(axes_with(), 3) == 0
+    assert axes.inherited(axes_with(tensor=4), 4) == 0
+    assert axes.inherited(axes_with(fsdp=2), 4) == 2
 
 
-def test_a_trained_run_is_used_on_its_own_mesh_or_on_what_the_devices_leave_of_it():
-    used = lambda config, record, asked: dict(axes.of_trained(config, record, asked=asked).mesh)  # noqa: E731
-    own = config_of(fsdp=2, tensor=2)
-    assert used(own, record_of(fsdp=2, tensor=2), False) == {
-        "data": -1,
-        "fsdp": 2,
-        "tensor": 2,
-        "slices": 0,
-    }
-    assert used(config_of(), record_of(fsdp=4), True) == {
-        "data": -1,
-        "fsdp": 4,
-        "tensor": 1,
-        "slices": 0,
-    }
-    elsewhere = {"data": 3, "fsdp": 12, "tensor": 4, "slices": 3}
-    assert used(config_of(**elsewhere), record_of(**elsewhere), False) == {
-        "data": -1,
-        "fsdp": 4,
-        "tensor": 1,
-        "slices": 0,
-    }
-    assert (
-        used(config_of(fsdp=3), record_of(fsdp=4), True)["fsdp"] == 3
-    )  # asked for: refused with its numbers
-    assert used(config_of(), record_of(fsdp=0), False)["fsdp"] == 0  # imported, never trained: one
+@pytest.mark.parametrize(
+    ("mesh", "own", "asked", "used"),
+    [
+        ({"fsdp": 2, "tensor": 2}, 2, False, (-1, 2, 2, 0)),
+        ({}, 4, True, (-1, 4, 1, 0)),
+        ({"data": 3, "fsdp": 12, "tensor": 4, "slices": 3}, 12, False, (-1, 4, 1, 0)),
+        ({"fsdp": 3}, 4, True, (-1, 3, 1, 0)),  # asked for: refused later, with its numbers
+        ({}, 0, False, (-1, 0, 1, 0)),  # imported, never trained
+    ],
+)
+def test_a_trained_run_is_used_on_its_own_mesh_or_on_what_the_devices_leave_of_it(
+    mesh, own, asked, used
+):
+    found = axes.of_trained(axes_with(**mesh), own, asked=asked)
+    assert found == dict(zip(("data", "fsdp", "tensor", "slices"), used, strict=True))
 
 
 def test_a_run_records_its_choice_starts_again_with_it_and_is_used_with_it(
     monkeypatch, tmp_path, capsys
 ):
     config = base.get_config("tiny")
-    config.update_from_flattened_dict(SMALL | {"data.global_batch": 16, "model.text.width": 64})
+    config.update_from_flattened_dict(
+        SMALL | {"data.global_batch": 16, "train.memory_check": False}
+    )
     has = lambda count: monkeypatch.setattr(memory, "device_memory", lambda: count)  # noqa: E731
-    has(100 * GB)
-    parts = build.build_training(config, tmp_path / "large", steps_saved=[])
-    assert parts.config.mesh.fsdp == 1 == read_record(tmp_path / "large")["config"]["mesh"]["fsdp"]
-    needs = {n: parts.planner.estimate({"mesh.fsdp": n}).total for n in (1, 2)}
-    has(int((needs[1] + needs[2]) / 2 / (1 - memory.MARGIN)))
-    workdir = tmp_path / "small"
-    parts = build.build_training(config, workdir, steps_saved=[])
-    assert parts.config.mesh.fsdp == parts.mesh.shape["fsdp"] == 2
-    assert read_record(workdir)["config"]["mesh"]["fsdp"] == 2
+    need = memory.Need(0, 0, 0)
+    monkeypatch.setattr(memory.Memory, "compile", lambda self, t: memory.Compiled(t, None, need))
+    has(1_000_000)  # of which the state is more than half
+    parts = build.build_training(config, tmp_path, steps_saved=[])
+    fsdp = parts.config.mesh.fsdp
+    assert fsdp > 1 and fsdp == parts.mesh.shape["fsdp"]
+    assert parts.compiled.task is parts.task
+    assert read_record(tmp_path)["config"]["mesh"]["fsdp"] == fsdp
     capsys.readouterr()
     build.announce(parts)
-    said = capsys.readouterr().out
-    assert "mesh data 4, fsdp 2, tensor 1\n" in said and "feed-forward" in said
-    has(100 * GB)  # more is free now
-    parts = build.build_training(config, workdir, steps_saved=[])
-    assert parts.config.mesh.fsdp == parts.mesh.shape["fsdp"] == parts.planner.config.mesh.fsdp == 2
-    assert "chosen" not in capsys.readouterr().out and read_record(workdir)["changes"] == []
-    assert build.build_trained(None, workdir).mesh.shape["fsdp"] == 2
-    assert build.build_trained(config, workdir).mesh.shape["fsdp"] == 2
-    has(1000)
-    with pytest.raises(UserError, match="training needs .* has 0 MB"):  # its own, and not another
-        build.build_training(config, workdir, steps_saved=[])
+    printed = capsys.readouterr().out
+    assert (
+        f"mesh data {8 // fsdp}, fsdp {fsdp}, tensor 1\n" in printed and "feed-forward" in printed
+    )
+    has(10**11)  # more is free now
+    assert build.build_trained(None, tmp_path).mesh.shape["fsdp"] == fsdp
+    assert build.build_trained(config, tmp_path).mesh.shape["fsdp"] == fsdp
+    parts = build.build_training(config, tmp_path, steps_saved=[])
+    assert parts.config.mesh.fsdp == parts.mesh.shape["fsdp"] == fsdp
+    assert "chosen" not in capsys.readouterr().out and read_record(tmp_path)["changes"] == []
 
 
 # -- slices
@@ -259,8 +185,8 @@ def test_a_mesh_that_slices_cannot_make_is_refused_with_its_numbers(sizes, order
 
 
 def test_a_mesh_over_slices_says_what_crosses_them():
-    assert axes.said(sharding.make_mesh(2, 2, 2), 0) == "data 2, fsdp 2, tensor 2"
+    assert axes.describe(sharding.make_mesh(2, 2, 2), 0) == "data 2, fsdp 2, tensor 2"
     assert (
-        axes.said(sharding.make_mesh(1, 4, 2, slices=2), 2)
+        axes.describe(sharding.make_mesh(1, 4, 2, slices=2), 2)
         == "data 1, fsdp 4, tensor 2; over 2 slices: fsdp 2"
     )

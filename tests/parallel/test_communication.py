@@ -1,8 +1,8 @@
 """What the training step sends between devices, against a bound in closed form: an unintended
 gather fails here.
 
-The real step is compiled on three meshes; `plan/hlo.py` (tested in test_plan.py) reads what it
-sends.
+The real step is compiled on three meshes; parallel/collectives.py (tested in test_collectives.py)
+reads what it sends.
 """
 
 import math
@@ -11,16 +11,17 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from codebook_jax.method.transport import transport_plan
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_run import SMALL
 
-from codebook_jax.method.codebook import sinkhorn, transport_plan
+from codebook_jax import build
+from codebook_jax.data.text import Vocabulary
 from codebook_jax.models.bert import gather_in_groups
-from codebook_jax.parallel import memory, sharding
-from codebook_jax.tasks import pretrain
-from codebook_jax.tools.plan import hlo, timing
-from codebook_jax.tools.plan.foresight import QUICK
+from codebook_jax.parallel import sharding
+from codebook_jax.parallel.collectives import axes_of, collectives
+from codebook_jax.parallel.memory import QUICK, Memory
 from configs import base
 
 DEVICES, WORDS, ROWS, TOKENS, PATCHES, TEXT, WIDTH, DIM, CODES, QUEUE = (
@@ -52,14 +53,15 @@ def sent_on(data, fsdp, tensor, changes=None):
     config = base.get_config("tiny")
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     config.update_from_flattened_dict(SMALL | CHANGES | sizes | (changes or {}))
-    planner = memory.Planner(config, pretrain.Pretraining, WORDS)
-    config, mesh = planner.with_changes({})
-    task = pretrain.Pretraining(config, planner.vocabulary, mesh)
+    make = build.task_maker(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)))
+    task, program, need, _ = Memory(make, None, planned=True).compile(make({}))
     state = task.abstract_state()
-    lowered = task.step.trace(state, memory.abstract_batch(config)).lower()
-    text = lowered.compile(compiler_options=QUICK).as_text()
     return SimpleNamespace(
-        mesh=dict(mesh.shape), found=hlo.collectives(text), student=state.student
+        mesh=dict(task.mesh.shape),
+        found=collectives(program.as_text()),
+        student=state.student,
+        table=sharding.table(state, task.mesh),
+        need=need,
     )
 
 
@@ -113,8 +115,8 @@ def rows_carried(sent):
         more_than_a_row = math.prod(array.shape) > TOKENS * WIDTH  # which position embeddings are
         return bool(of_tokens) and more_than_a_row and any(size % DIM == 0 for size in others)
 
-    between = [c for c in sent.found if {"data", "fsdp"} & set(timing.spanned(c.groups, sent.mesh))]
-    return [c for c in between if any(map(states, (*c.operands, *c.results)))]
+    between = [c for c in sent.found if {"data", "fsdp"} & set(axes_of(c.devices, sent.mesh))]
+    return [c for c in between if any(map(states, c.results))]
 
 
 def total(found):
@@ -130,11 +132,21 @@ def compiled(function, mesh, *arguments):
     shards.
     """
     text = jax.jit(function).lower(*arguments).compile(compiler_options=QUICK).as_text()
-    return SimpleNamespace(mesh=dict(mesh.shape), found=hlo.collectives(text), student={})
+    return SimpleNamespace(mesh=dict(mesh.shape), found=collectives(text), student={})
 
 
 def rows_of(mesh, *shape, spec=ROWS_SPLIT):
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("mesh", PARTS)
+def test_memory_counts_the_state_and_two_batches_exactly(mesh, request):
+    sent = request.getfixturevalue(mesh)
+    state = sum(row.own + row.copies for row in sent.table)
+    assert state <= sent.need.state < 1.02 * state  # the metrics
+    row = 2 * 40 * 40 * 3 + 1 + 4 * (TEXT + 4)
+    shards = sent.mesh["data"] * sent.mesh["fsdp"]
+    assert sent.need.batches == 2 * row * ROWS / shards  # the next one is on the device too
 
 
 @pytest.mark.parametrize("mesh", PARTS)
@@ -229,7 +241,7 @@ def test_an_iteration_of_both_transports_is_two_sums_over_the_shards(mesh, reque
     sent = request.getfixturevalue(mesh)
     inside = [c for c in of_part(sent, "assign") if c.times > 1]
     assert [(c.kind, c.times) for c in inside] == [("all-reduce", ITERATIONS)] * 2
-    assert {array.shape for c in inside for array in c.operands} == {(2, CODES)}
+    assert {array.shape for c in inside for array in c.results} == {(2, CODES)}
 
 
 def test_two_transports_together_send_as_often_as_one():

@@ -21,8 +21,9 @@ from codebook_jax.run.ownership import owned
 from codebook_jax.tasks.pretrain import Pretraining
 from codebook_jax.tasks.task import Evaluation
 from codebook_jax.tools import check_data, evaluate, export, prepare
+from codebook_jax.tools.chips import PlanOptions
 from codebook_jax.tools.import_weights import import_weights
-from codebook_jax.tools.plan import PlanOptions, foresight, plan
+from codebook_jax.tools.plan import plan
 from configs import base
 
 
@@ -39,10 +40,10 @@ def nothing_is_loaded(monkeypatch):
 
     trained = SimpleNamespace(config=config_of())  # made without reading weights
     monkeypatch.setattr(build, "build_trained", lambda *_: trained)
-    monkeypatch.setattr(foresight, "foresee", load)
     for module, name in (
         (build, "build_training"),
         (build, "restore_trained"),
+        (build, "task_maker"),
         (prepare, "source_of"),
         (check_data, "source_of"),
     ):
