@@ -133,7 +133,8 @@ TRAIN = """
 import json, sys
 from codebook_jax.data.text import train_vocabulary
 captions = json.load(open(sys.argv[1]))
-print(json.dumps(sorted(train_vocabulary(captions, 400).get_vocab().items(), key=lambda item: item[1])))
+entries = train_vocabulary(captions, 400).get_vocab().items()
+print(json.dumps(sorted(entries, key=lambda entry: entry[1])))
 """
 
 
