@@ -166,7 +166,7 @@ class Run:
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None if the signal that stops this run killed its worker processes.
 
-        If it takes longer than `data.patience_s` the process exits: a hanging reader cannot be joined.
+        After `data.patience_s` the process exits, since a hanging reader cannot be joined.
         """
         began = time.monotonic()
         try:

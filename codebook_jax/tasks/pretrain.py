@@ -58,6 +58,14 @@ class Pretraining(OverMesh):
     def checkpoint_items() -> Items:
         return Items(("student", "teacher", "moments", "queue"), "student", ("student", "teacher"))
 
+    @staticmethod
+    def export_items(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+        """The student; with its teacher if asked, ALBEF's format with the queue too."""
+        if config.export.format == "albef":
+            return "student", "teacher", "queue"
+        teacher = config.export.format == "codis" and config.export.teacher
+        return ("student", "teacher") if teacher else ("student",)
+
     def fresh(self, key: Key[Array, ""]) -> TrainState:
         """A state whose teacher is a copy of the student and whose queues are empty."""
         config = self.config

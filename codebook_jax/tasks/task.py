@@ -22,6 +22,7 @@ from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
+from codebook_jax.errors import UserError
 from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.parallel import sharding
 
@@ -79,6 +80,10 @@ class Task(Protocol):
     @staticmethod
     def checkpoint_items() -> Items:
         """Which parts of the state are restored alone, trained, evaluated."""
+
+    @staticmethod
+    def export_items(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+        """Which parts `config.export.format` is made of; UserError if the task has no such form."""
 
     def batches(
         self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
@@ -166,6 +171,16 @@ class OverMesh:
     ) -> ml_collections.ConfigDict:
         """No choice is automatic."""
         return config
+
+    @classmethod
+    def export_items(cls, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+        """The trained parameters, in our own format."""
+        if config.export.format != "codis":
+            raise UserError(
+                f"config.export.format={config.export.format!r} is for models of pre-training: "
+                f"config.task={config.task!r} is exported as codis"
+            )
+        return (cls.checkpoint_items().trained,)
 
     def fresh(self, key: Key[Array, ""]) -> State:
         """A state with random parameters."""

@@ -42,17 +42,13 @@ class Format(NamedTuple):
     """An export format."""
 
     folder: str  # in the workdir
-    items: tuple[str, ...]  # of the train state
     use: tuple[str, ...]  # lines that show the user how to load it
 
 
 FORMATS = {
-    "codis": Format(
-        FOLDER, ("student",), ("import codebook_jax; model = codebook_jax.load('{folder}')",)
-    ),
+    "codis": Format(FOLDER, ("import codebook_jax; model = codebook_jax.load('{folder}')",)),
     "huggingface": Format(
         f"{FOLDER}_huggingface",
-        ("student",),
         (
             "from transformers import BertModel, ViTModel",
             "ViTModel.from_pretrained('{folder}/image', add_pooling_layer=False)",
@@ -61,7 +57,6 @@ FORMATS = {
     ),
     "albef": Format(
         f"{FOLDER}_albef",
-        ("student", "teacher", "queue"),
         (
             "from safetensors.torch import load_file",
             "model.load_state_dict(load_file('{folder}/model.safetensors'))  # ALBEF's own model; "
@@ -76,18 +71,14 @@ def export(
     workdir: Path | str,
     flags: Container[str] | None = None,
 ) -> None:
-    """Writes the best checkpoint by validation into `workdir`; replaces an older export once
-    complete. `config` and `flags`: see `build.build_trained`.
+    """Writes the best checkpoint by validation into `workdir`; replaces an older export at the end.
+
+    `config` and `flags`: see `build.build_trained`.
     """
     workdir = Path(workdir).absolute()
     parts = build.build_trained(config, workdir, flags)
     name = parts.config.export.format
-    if name not in FORMATS:
-        raise UserError(f"config.export.format={name!r} is not one of {', '.join(FORMATS)}")
-    form = FORMATS[name]
-    items = form.items
-    if name == "codis" and parts.config.export.teacher:
-        items += ("teacher",)
+    form, items = FORMATS[name], parts.task.export_items(parts.config)
     folder = workdir / form.folder
     draft, first = _draft(folder), jax.process_index() == 0
     with _alone(folder) if first else contextlib.nullcontext():
