@@ -4,7 +4,6 @@ that do not fit.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,21 +13,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax import modes
 from codebook_jax.config import FREE, changed_fields, check_fields, restart_of, with_fields
 from codebook_jax.console import say
 from codebook_jax.data.sources import Source, source_of
-from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.text import (
-    SAMPLED,
     Tokenizer,
     Vocabulary,
     open_tokenizer,
-    said_unknown,
     spelling,
     tokenizer_for_run,
-    unknown_in,
 )
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import axes, memory, sharding
@@ -313,101 +307,9 @@ def validation_images(config: ml_collections.ConfigDict) -> int:
     return 32 if jax.default_backend() == "cpu" and config.size != "tiny" else 1000
 
 
-def trained_parameters(task: Task, state: Any = None) -> int:
+def trained_parameters(task: Task) -> int:
     """How many parameters a task trains."""
-    state = task.abstract_state() if state is None else state
-    return parameter_count(getattr(state, task.checkpoint_items().trained))
-
-
-def announce(parts: Parts) -> None:
-    """Prints a summary: the model, its data, how it is validated, and how it is split over several
-    devices.
-    """
-    config, mesh = parts.config, parts.mesh
-    parameters = trained_parameters(parts.task)
-    devices, processes = mesh.devices.size, jax.process_count()
-    shards = sharding.data_shards(mesh)
-    batch = config.data.global_batch
-    say(
-        f"model       {config.task}, size {config.size}: {parameters / 1e6:,.1f} M trained "
-        "parameters\n"
-        f"devices     {devices} device{'s' * (devices != 1)} ({mesh.devices.flat[0].device_kind}), "
-        f"{processes} process{'es' * (processes > 1)}; a batch of {batch} pairs = {shards} data "
-        f"shard{'s' * (shards != 1)} x "
-        f"{batch // shards} (accumulation {config.optimizer.accumulation})\n"
-        f"data        {_named(config.data.train)}"
-    )
-    for sentence in amount(parts.source, batch, config.train.steps):
-        say(f"            {sentence}")
-    sample = list(sample_captions(parts.source, SAMPLED))
-    unknown = unknown_in(sample, parts.tokenizer)
-    say(f"words       {said_unknown(unknown, f'{len(sample):,} training captions')}")
-    say(f"validation  {_validation(parts)}")
-    if len(parts.source) < batch:
-        say(
-            f"warning: config.data.global_batch={batch} is more than the {len(parts.source):,} "
-            "training pairs, so a step contains the same pair several times: set "
-            f"--config.data.global_batch={len(parts.source)} or less, or give more data"
-        )
-    if devices > 1:
-        say(f"mesh {axes.describe(mesh, config.mesh.slices)}")
-        say(sharding.describe(parts.task.abstract_state(), mesh))
-
-
-def whereabouts(config: ml_collections.ConfigDict, workdir: Path) -> str:
-    """Where a training run writes, and how to watch, stop and continue it."""
-    kept = config.checkpoint
-    return (
-        f"written to  {workdir}: checkpoints every {kept.every_steps:,} steps (the newest "
-        f"{kept.keep} and the best), "
-        "metrics.jsonl\n"
-        f"watch it    {modes.command_line('report', workdir)}, or tensorboard "
-        f"--logdir={shlex.quote(str(workdir))}\n"
-        "stop it     Ctrl-C saves and exits; the same command continues from there"
-    )
-
-
-def _named(spec: str) -> str:
-    """A data source for the summary, which points out built-in data."""
-    built_in = spec.split(":")[0] == "scenes"
-    return spec + " (the built-in synthetic scenes, not real images)" * built_in
-
-
-def _validation(parts: Parts) -> str:
-    """On which images a training run validates, and when."""
-    config = parts.config
-    own = config.data.train.split(":")[0] != "scenes"
-    spec = _named(config.data.eval) if own else config.data.eval
-    if spec != config.data.eval:
-        spec += ": name your own with --config.data.eval"
-    every = config.evaluation.every_steps
-    when = f"every {every:,} steps and at the end" if every else "at the end"
-    images, listed = validation_images(config), len(parts.validation)
-    if not images or images >= listed:
-        return f"all {listed:,} images of {spec}, {when}"
-    why = ", since this is a CPU" if config.evaluation.images == -1 and images < 1000 else ""
-    return f"{images:,} of {listed:,} images of {spec}{why} (config.evaluation.images), {when}"
-
-
-def amount(source: Source, global_batch: int, steps: int) -> list[str]:
-    """Sentences on how many of the listed pairs are used and how long an epoch is."""
-    used = f"{len(source):,}"
-    if source.listed > len(source):
-        used += f" of {source.listed:,} listed pairs ({len(source) / source.listed:.1%})"
-    else:
-        used += " pairs"
-    epochs = f"{steps * global_batch / len(source):.3g}"
-    used += f"; an epoch is {len(source) / global_batch:,.1f} steps, {steps:,} steps are {epochs} "
-    sentences = [used + f"epoch{'s' * (epochs != '1')}"]
-    if isinstance(source, Mixture):
-        weights = source.weights or [len(part) for part in source.sources]
-        for part, weight in zip(source.sources, weights, strict=True):
-            share = weight / sum(weights)
-            rounds = share * len(source) / len(part)
-            sentences.append(
-                f"{share:.1%} of every epoch from {part!r}: each of its pairs {rounds:.3g} times"
-            )
-    return sentences
+    return parameter_count(getattr(task.abstract_state(), task.checkpoint_items().trained))
 
 
 def parameter_count(tree: Any) -> int:

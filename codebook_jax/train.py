@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jax
 import ml_collections
 
-from codebook_jax import build, modes
+from codebook_jax import build, summary
 from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.data.batch import Batch
@@ -50,8 +50,8 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
             "checkpoints", {"saved steps": saved}, "all hosts must see the same workdir"
         )
         parts = build.build_training(config, workdir, steps_saved=saved)
-        build.announce(parts)
-        say(build.whereabouts(config, workdir))
+        summary.announce(parts)
+        say(summary.whereabouts(config, workdir))
         restored = checkpoints.restore_newest(parts.task.abstract_state())
         if restored is None:
             restored = Restored(0, build.first_state(parts), {"unreadable": 0})
@@ -73,7 +73,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
                 raise
             done = run.step >= config.train.steps
     if done:
-        say(next_steps(run.step, workdir))
+        say(summary.next_steps(run.step, workdir))
     return done
 
 
@@ -332,16 +332,6 @@ def meta_of(parts: build.Parts, step: int, *, unreadable: int) -> dict[str, Any]
         "unreadable": unreadable,
         "versions": records.package_versions(),
     }
-
-
-def next_steps(step: int, workdir: Path) -> str:
-    """What a trained run can be used for, with the command for each."""
-    uses = [name for name, mode in modes.MODES.items() if mode.group in modes.USES]
-    width = max(map(len, uses))
-    lines = [f"  {name:{width}}  {modes.command_line(name, workdir)}" for name in uses]
-    return "\n".join(
-        [f"{workdir} holds the model of step {step:,}; what you can do with it:", *lines]
-    )
 
 
 def resumption(restored: Restored, global_batch: int) -> str:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from codebook_jax import build, train
+from codebook_jax import build, summary, train
 from codebook_jax.data.batch import Batch
 from codebook_jax.run.metrics import read_rows
 from codebook_jax.tasks.pretrain import Pretraining
@@ -106,7 +106,7 @@ def make_world(monkeypatch):
         return build.Parts(config, None, Source(), None, None, OneWeight(world))
 
     monkeypatch.setattr(build, "build_training", parts)
-    monkeypatch.setattr(build, "announce", lambda parts: None)
+    monkeypatch.setattr(summary, "announce", lambda parts: None)
     monkeypatch.setattr(
         train.sharding, "put_batch", lambda batch, mesh: jax.tree.map(jnp.asarray, batch)
     )

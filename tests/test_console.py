@@ -15,7 +15,7 @@ from one_weight import OneWeight, saved_steps
 from small_data import tokenizer_of
 from small_run import ROOT, config_of
 
-from codebook_jax import build, console
+from codebook_jax import build, console, summary
 from codebook_jax.data.progress import Bar
 from codebook_jax.parallel import sharding
 
@@ -235,7 +235,7 @@ def parts_of(config, count, workdir):
 def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(capsys, tmp_path):
     def summary(count):
         config = config_of(**{"data.global_batch": 8})
-        build.announce(parts_of(config, count, tmp_path / str(count)))
+        summary.announce(parts_of(config, count, tmp_path / str(count)))
         return capsys.readouterr().out
 
     small = summary(5)
@@ -245,8 +245,8 @@ def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(caps
 
 def test_the_summary_of_a_run_is_short_and_names_what_validation_leaves_out(capsys, tmp_path):
     config = config_of(**{"data.global_batch": 8, "evaluation.images": 3})
-    build.announce(parts_of(config, 8, tmp_path))
-    print(build.whereabouts(config, Path("a run")))
+    summary.announce(parts_of(config, 8, tmp_path))
+    print(summary.whereabouts(config, Path("a run")))
     said = capsys.readouterr().out
     assert len(said.splitlines()) <= 9  # and one on memory
     assert "3 of 7 images" in said and "--logdir='a run'" in said

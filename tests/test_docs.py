@@ -14,7 +14,7 @@ from absl import flags
 from PIL import Image
 from small_run import ROOT, SMALL
 
-from codebook_jax import build, main
+from codebook_jax import build, main, summary
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import source_of
 from codebook_jax.data.sources.opening import SCHEMES
@@ -178,7 +178,7 @@ def read_all(config):
 def first_batch(config, workdir):
     """Everything that training does before it compiles its first step."""
     parts = build.build_training(config, workdir, steps_saved=[])
-    build.announce(parts)
+    summary.announce(parts)
     with build.batches(parts, start_step=0) as stream:
         batch = next(stream)
     assert batch.skipped.sum() == 0 and (batch.text_length > 2).all()

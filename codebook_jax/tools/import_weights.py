@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ml_collections
 
-from codebook_jax import build, train
+from codebook_jax import build, summary, train
 from codebook_jax.console import say
 from codebook_jax.errors import UserError
 from codebook_jax.weights.start import specs
@@ -28,7 +28,7 @@ def import_weights(config: ml_collections.ConfigDict, workdir: Path | str) -> No
                 "folder to import into"
             )
         parts = build.build_training(config, workdir, steps_saved=[], learns=False)
-        build.announce(parts)
+        summary.announce(parts)
         checkpoints.save(0, build.first_state(parts), train.meta_of(parts, 0, unreadable=0))
         checkpoints.wait()
-    say(train.next_steps(0, workdir))
+    say(summary.next_steps(0, workdir))

@@ -164,7 +164,7 @@ def test_students_that_point_nowhere_predict_codes_at_log_of_their_number():
     np.testing.assert_allclose([parts.text_to_code, parts.image_to_code], np.log(CODES), rtol=1e-5)
 
 
-def test_teacher_and_plan_get_no_gradient_from_the_codebook_losses_and_only_predictions_reach_the_student():
+def test_codebook_losses_teach_neither_teacher_nor_plan_and_the_student_by_predictions_alone():
     arguments = codebook_arguments(1)
 
     def gradients(part):

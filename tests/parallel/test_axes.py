@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_run import SMALL
 
-from codebook_jax import build
+from codebook_jax import build, summary
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import axes, memory, sharding, slices
 from codebook_jax.run.record import read_record
@@ -84,7 +84,7 @@ def test_a_run_records_its_choice_starts_again_with_it_and_is_used_with_it(
     assert parts.compiled.task is parts.task
     assert read_record(tmp_path)["config"]["mesh"]["fsdp"] == fsdp
     capsys.readouterr()
-    build.announce(parts)
+    summary.announce(parts)
     printed = capsys.readouterr().out
     assert (
         f"mesh data {8 // fsdp}, fsdp {fsdp}, tensor 1\n" in printed and "feed-forward" in printed

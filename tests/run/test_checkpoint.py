@@ -271,7 +271,8 @@ def test_a_checkpoint_of_four_devices_is_restored_on_two_and_on_one(tmp_path):
         from test_checkpoint import ITEMS, Checkpoints, abstract, assert_same, state_of
         def placed(count):
             mesh = Mesh(np.array(jax.devices()[:count]), ("fsdp",))
-            state = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), state_of(1, width=8))
+            whole = NamedSharding(mesh, P())
+            state = jax.tree.map(lambda x: jax.device_put(x, whole), state_of(1, width=8))
             split = NamedSharding(mesh, P(None, "fsdp", None))
             state.student["towers"]["image"]["blocks"] = jax.device_put(
                 state.student["towers"]["image"]["blocks"], split)

@@ -1,0 +1,115 @@
+"""What a training run prints at its start: model, data, validation, where it writes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from codebook_jax import build, modes
+from codebook_jax.console import say
+from codebook_jax.data.sources import Source
+from codebook_jax.data.sources.mixture import Mixture
+from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.text import SAMPLED, said_unknown, unknown_in
+from codebook_jax.parallel import axes, sharding
+
+
+def announce(parts: build.Parts) -> None:
+    """Prints a summary of the model, its data, its validation, and its split over devices."""
+    config, mesh = parts.config, parts.mesh
+    parameters = build.trained_parameters(parts.task) / 1e6
+    devices, processes = mesh.devices.size, jax.process_count()
+    shards, batch = sharding.data_shards(mesh), config.data.global_batch
+    say(f"model       {config.task}, size {config.size}: {parameters:,.1f} M trained parameters")
+    say(
+        f"devices     {_count(devices, 'device')} ({mesh.devices.flat[0].device_kind}), "
+        f"{_count(processes, 'process', 'es')}; a batch of {batch} pairs = "
+        f"{_count(shards, 'data shard')} x {batch // shards} "
+        f"(accumulation {config.optimizer.accumulation})"
+    )
+    say(f"data        {_named(config.data.train)}")
+    for sentence in amount(parts.source, batch, config.train.steps):
+        say(f"            {sentence}")
+    sample = list(sample_captions(parts.source, SAMPLED))
+    unknown = unknown_in(sample, parts.tokenizer)
+    say(f"words       {said_unknown(unknown, f'{len(sample):,} training captions')}")
+    say(f"validation  {_validation(config, len(parts.validation))}")
+    if len(parts.source) < batch:
+        say(
+            f"warning: config.data.global_batch={batch} is more than the {len(parts.source):,} "
+            "training pairs, so a step contains the same pair several times: set "
+            f"--config.data.global_batch={len(parts.source)} or less, or give more data"
+        )
+    if devices > 1:
+        say(f"mesh {axes.describe(mesh, config.mesh.slices)}")
+        say(sharding.describe(parts.task.abstract_state(), mesh))
+
+
+def whereabouts(config: ml_collections.ConfigDict, workdir: Path) -> str:
+    """Where a training run writes, and how to watch, stop and continue it."""
+    every, newest = config.checkpoint.every_steps, config.checkpoint.keep
+    return (
+        f"written to  {workdir}: checkpoints every {every:,} steps (the newest {newest} and the "
+        "best), metrics.jsonl\n"
+        f"watch it    {modes.command_line('report', workdir)}, or tensorboard "
+        f"--logdir={shlex.quote(str(workdir))}\n"
+        "stop it     Ctrl-C saves and exits; the same command continues from there"
+    )
+
+
+def next_steps(step: int, workdir: Path) -> str:
+    """What a trained run can be used for, with the command for each."""
+    uses = [name for name, mode in modes.MODES.items() if mode.group in modes.USES]
+    width = max(map(len, uses))
+    lines = [f"  {name:{width}}  {modes.command_line(name, workdir)}" for name in uses]
+    first = f"{workdir} holds the model of step {step:,}; what you can do with it:"
+    return "\n".join([first, *lines])
+
+
+def amount(source: Source, global_batch: int, steps: int) -> list[str]:
+    """Sentences on how many of the listed pairs are used and how long an epoch is."""
+    pairs, listed = len(source), source.listed
+    used = f"{pairs:,} pairs"
+    if listed > pairs:
+        used = f"{pairs:,} of {listed:,} listed pairs ({pairs / listed:.1%})"
+    epochs = f"{steps * global_batch / pairs:.3g}"
+    sentences = [
+        f"{used}; an epoch is {pairs / global_batch:,.1f} steps, {steps:,} steps are {epochs} "
+        f"epoch{'s' * (epochs != '1')}"
+    ]
+    if isinstance(source, Mixture):
+        weights = source.weights or [len(part) for part in source.sources]
+        for part, weight in zip(source.sources, weights, strict=True):
+            share = weight / sum(weights)
+            sentences.append(
+                f"{share:.1%} of every epoch from {part!r}: each of its pairs "
+                f"{share * pairs / len(part):.3g} times"
+            )
+    return sentences
+
+
+def _validation(config: ml_collections.ConfigDict, listed: int) -> str:
+    """On which images a training run validates, and when."""
+    spec = config.data.eval
+    if config.data.train.split(":")[0] != "scenes" and _named(spec) != spec:
+        spec = f"{_named(spec)}: name your own with --config.data.eval"
+    every = config.evaluation.every_steps
+    when = f"every {every:,} steps and at the end" if every else "at the end"
+    images = build.validation_images(config)
+    if not images or images >= listed:
+        return f"all {listed:,} images of {spec}, {when}"
+    why = ", since this is a CPU" if config.evaluation.images == -1 and images < 1000 else ""
+    return f"{images:,} of {listed:,} images of {spec}{why} (config.evaluation.images), {when}"
+
+
+def _named(spec: str) -> str:
+    """A data source, pointing out built-in data."""
+    built_in = spec.split(":")[0] == "scenes"
+    return spec + " (the built-in synthetic scenes, not real images)" * built_in
+
+
+def _count(number: int, name: str, plural: str = "s") -> str:
+    return f"{number} {name}{plural * (number != 1)}"
