@@ -29,7 +29,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.parallel.processes import peers
 
 MARGIN = 0.05  # share of a device's memory left free for fragmentation and libraries' workspaces
-PROCESS_BYTES = 160 * 10**6  # threads, small programs; measured by benchmarks/memory.py
+PROCESS_BYTES = 120 * 10**6  # threads, small programs; measured by benchmarks/memory.py
 MOST_TRIES = 6  # programs compiled to find settings that fit
 # For programs that are not run: skips passes after buffers and collectives are settled.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -21,7 +21,6 @@ from codebook_jax.parallel import slices as device_slices
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the batch is split over both together
-COPIES = ("teacher", "moments")  # the parts of a train state that repeat the student's names
 
 # Name in the printed table, pattern, axes. First match wins; student, teacher and optimizer moments
 # have the same names, so one table shards them alike. The first axis of everything in `blocks`
@@ -262,56 +261,43 @@ def join_rows(parts: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 class Row(NamedTuple):
-    """A line of the printed table: arrays of a state with the same name and split."""
+    """A line of the printed table: arrays of a state with the same group in TABLE and split."""
 
     group: str
-    arrays: int  # how many: of the student, or not parameters
+    arrays: int
     largest: tuple[int, ...]  # shape of the largest of them
     spec: P  # its axes
-    own: int  # bytes per device of these arrays
-    copies: int  # bytes per device that teacher and moments add
+    bytes: int  # per device
 
 
 def table(abstract_state: Any, mesh: Mesh) -> list[Row]:
-    """Where the arrays of a train state are, most bytes first; unsplit arrays form one row, with
-    queues two.
-    """
+    """Where the arrays of a state are, most bytes first; those that are not split form one row."""
     rows: dict[tuple[str, frozenset[str]], Row] = {}
     for name, leaf in named(abstract_state):
-        part = name.split("/")[0]
-        parameter = part in ("student", *COPIES)
         spec = spec_of(name, leaf.shape, mesh)
         axes = frozenset(axis for axis in spec if axis is not None and mesh.shape[axis] > 1)
-        group = _rule(name)[0]
-        if not axes:
-            group = "whole on every device" if parameter else "queues and counts, whole"
+        group = _rule(name)[0] if axes else "whole on every device"
         own = NamedSharding(mesh, spec).shard_shape(leaf.shape)
-        size = math.prod(own) * leaf.dtype.itemsize
-        row = rows.get((group, axes), Row(group, 0, (), P(), 0, 0))
-        if part in COPIES:
-            row = row._replace(copies=row.copies + size)
-        else:
-            if math.prod(leaf.shape) >= math.prod(row.largest):
-                row = row._replace(largest=leaf.shape, spec=spec)
-            row = row._replace(arrays=row.arrays + 1, own=row.own + size)
-        rows[group, axes] = row
-    return sorted(rows.values(), key=lambda row: -row.own - row.copies)
+        row = rows.get((group, axes), Row(group, 0, (), P(), 0))
+        if math.prod(leaf.shape) >= math.prod(row.largest):
+            row = row._replace(largest=leaf.shape, spec=spec)
+        size = row.bytes + math.prod(own) * leaf.dtype.itemsize
+        rows[group, axes] = row._replace(arrays=row.arrays + 1, bytes=size)
+    return sorted(rows.values(), key=lambda row: -row.bytes)
 
 
 def describe(abstract_state: Any, mesh: Mesh) -> str:
     """The table as text: how each group is split, and megabytes per device with their sum."""
     rows = table(abstract_state, mesh)
-    lines = [("MB per device", "arrays", "largest", "split over", "itself", "its teacher, moments")]
+    lines = [("on each device", "arrays", "largest", "split over", "MB")]
     for row in rows:
         axes = [axis if axis is not None and mesh.shape[axis] > 1 else "-" for axis in row.spec]
         split = " x ".join(axes) if set(axes) - {"-"} else ""
         shape = " x ".join(map(str, row.largest)) or "1"
-        copies = f"{row.copies / 1e6:,.2f}" if row.copies else ""
-        lines.append((row.group, str(row.arrays), shape, split, f"{row.own / 1e6:,.2f}", copies))
-    arrays = sum(row.arrays for row in rows)
-    own, copies = sum(row.own for row in rows) / 1e6, sum(row.copies for row in rows) / 1e6
-    lines.append(("sum", str(arrays), "", "", f"{own:,.2f}", f"{copies:,.2f}"))
+        lines.append((row.group, str(row.arrays), shape, split, f"{row.bytes / 1e6:,.2f}"))
+    arrays, size = sum(row.arrays for row in rows), sum(row.bytes for row in rows)
+    lines.append(("sum", str(arrays), "", "", f"{size / 1e6:,.2f}"))
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    sides = "<><<>>"  # left, right
+    sides = "<><<>"  # left, right
     form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
     return "\n".join(form.format(*line).rstrip() for line in lines)

@@ -142,7 +142,7 @@ def rows_of(mesh, *shape, spec=ROWS_SPLIT):
 @pytest.mark.parametrize("mesh", PARTS)
 def test_memory_counts_the_state_and_two_batches_exactly(mesh, request):
     sent = request.getfixturevalue(mesh)
-    state = sum(row.own + row.copies for row in sent.table)
+    state = sum(row.bytes for row in sent.table)
     assert state <= sent.need.state < 1.02 * state  # the metrics
     row = 2 * 40 * 40 * 3 + 1 + 4 * (TEXT + 4)
     shards = sent.mesh["data"] * sent.mesh["fsdp"]
