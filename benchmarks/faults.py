@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import os
 import random
@@ -40,7 +42,8 @@ from codebook_jax.files import write_json
 from codebook_jax.run.checkpoint import read_arrays
 from codebook_jax.run.metrics import FILE, read_rows
 
-STEPS, EVERY = 24, 4
+STEPS, EVERY, KILLS = 24, 4, 8
+ITEMS = ("student", "teacher", "moments", "queue", "meta")  # of a checkpoint
 CHANGES = {
     "mesh.fsdp": 2,  # each process holds one half of the state
     "optimizer.max_bad_steps": 5,
@@ -128,7 +131,7 @@ class Faults:
     """The rows, made in one folder with one undisturbed run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._numbers = folder, itertools.count()
         self.straight = folder / "straight"
         run = Run(self.straight)
         if run.end() != [0, 0]:
@@ -136,10 +139,10 @@ class Faults:
 
     # -- each returns its row
 
-    def kill_at_random(self, number: int, seed: int) -> Row:
+    def kill_at_random(self, number: int) -> Row:
         """SIGKILL of one process at a random moment between its first step and its last."""
-        draw = random.Random(seed)
-        workdir, victim = self.folder / f"kill{number}", draw.randrange(2)
+        draw = random.Random(number)
+        workdir, victim = self._new(), draw.randrange(2)
         run = Run(workdir, fault="slow:*:0")
         at = draw.uniform(1, STEPS - 2)
         run.wait_for(lambda: run.step() >= int(at))
@@ -158,69 +161,31 @@ class Faults:
         when = " during a save" if during_save else ""
         return self.ended(f"SIGKILL of process {victim} at step {run.step()}{when}", run)
 
-    def sigterm_to_one(self) -> Row:
-        run = Run(self.folder / "term1", fault="slow:*:0")
+    def signalled(self, name: str, number: int, victims: list[int], workers: int) -> Row:
+        """A signal to one process, or to the process groups with the workers that read the data."""
+        run = Run(self._new(), fault="slow:*:0", changes={"data.workers": workers})
         run.wait_for(lambda: run.step() >= 12)
-        run.processes[1].send_signal(signal.SIGTERM)
-        return self.ended("SIGTERM to one process", run)
-
-    def sigterm_to_all(self) -> Row:
-        """To the process groups, with the worker processes that read the data."""
-        workers = {"data.workers": 2}
-        run = Run(self.folder / "terms", fault="slow:*:0", changes=workers)
-        run.wait_for(lambda: run.step() >= 12)
-        for process in run.processes:
-            os.killpg(process.pid, signal.SIGTERM)
-        return self.ended("SIGTERM to all, their data workers too", run)
-
-    def sigterm_to_workers_of_one(self) -> Row:
-        workers = {"data.workers": 2}
-        run = Run(self.folder / "termw", fault="slow:*:0", changes=workers)
-        run.wait_for(lambda: run.step() >= 12)
-        os.killpg(run.processes[1].pid, signal.SIGUSR1)
-        return self.ended("SIGUSR1 to one host's processes, data workers too", run)
+        for victim in victims:
+            kill = os.killpg if workers else os.kill
+            kill(run.processes[victim].pid, number)
+        return self.ended(name, run)
 
     def coordinator_gone(self) -> Row:
-        run = Run(self.folder / "coordinator", fault="slow:*:0")
+        run = Run(self._new(), fault="slow:*:0")
         run.wait_for(lambda: run.step() >= 13)
         run.processes[0].kill()
         return self.ended("the coordinator (process 0) killed", run)
 
-    def hangs(self) -> Row:
-        return self.inside("a process that hangs (SIGSTOP)", "stop:1:13", frees=True)
-
-    def stuck_input(self) -> Row:
-        changes = {"data.patience_s": 10}
-        return self.inside("stuck input on one host (patience 10 s)", "stuck:1:13", changes=changes)
-
-    def nan(self) -> Row:
-        return self.inside("NaN in the codebook of all", "nan:*:13")
-
-    def crash(self) -> Row:
-        return self.inside("an unforeseen exception on one host", "raise:1:13")
-
-    def worker_killed(self) -> Row:
-        return self.inside(
-            "a data worker killed (out of memory)", "kill-worker:1:13", changes={"data.workers": 2}
-        )
-
-    def clock(self) -> Row:
-        return self.inside("clocks an hour apart", "clock:1:0")
-
-    def other_code(self) -> Row:
-        return self.inside("other code on one host", "code:1:0")
-
     def other_config(self) -> Row:
-        run = Run(self.folder / "config", own={1: ["--config.optimizer.learning_rate=0.1"]})
+        run = Run(self._new(), own={1: ["--config.optimizer.learning_rate=0.1"]})
         return self.ended("another config on one host", run)
 
     def not_shared(self) -> Row:
-        other = self.folder / "elsewhere"
-        run = Run(self.folder / "shared", own={1: [f"--workdir={other}"]})
+        run = Run(self.folder / "shared", own={1: [f"--workdir={self._new()}"]})
         return self.ended("a workdir that is not shared", run)
 
     def missing_process(self) -> Row:
-        run = Run(self.folder / "missing", started=1, own={0: ["--join_timeout_s=10"]})
+        run = Run(self._new(), started=1, own={0: ["--join_timeout_s=10"]})
         return self.ended("a process that never starts (join time-out 10 s)", run)
 
     def bad_record(self) -> Row:
@@ -250,7 +215,7 @@ class Faults:
 
     def truncated(self, number: int) -> Row:
         """The largest file of one item in the newest checkpoint is cut in half."""
-        item = ("student", "teacher", "moments", "queue", "meta")[number]
+        item = ITEMS[number]
         workdir = self.folder / f"cut{number}"
         run = Run(workdir)
         run.end()
@@ -291,24 +256,24 @@ class Faults:
 
     # -- pieces
 
-    def inside(
-        self, name: str, fault: str, *, changes: dict[str, Any] | None = None, frees: bool = False
-    ) -> Row:
+    def inside(self, name: str, fault: str, changes: dict[str, Any]) -> Row:
         """A fault that the process injects into itself."""
-        run = Run(
-            self.folder / fault.replace(":", "_").replace("*", "all"), fault=fault, changes=changes
-        )
+        run = Run(self._new(), fault=fault, changes=changes)
         step = int(fault.rsplit(":", 1)[1])
         if step:
-            run.wait_for(lambda: run.step() >= min(step, STEPS) - 1)
-        if frees:
-            began = time.monotonic()
-            code = run.processes[0].wait(240)
-            ended = time.monotonic() - began
-            run.processes[1].kill()
-            happened = f"exit codes {[code, 'killed after']}: {run.sentence()}"
-            return self.resumed(name, happened, run, ended, run.step())
-        return self.ended(name, run)
+            run.wait_for(lambda: run.step() >= step - 1)
+        if not fault.startswith("stop"):
+            return self.ended(name, run)
+        began = time.monotonic()
+        code = run.processes[0].wait(240)
+        ended = time.monotonic() - began
+        run.processes[1].kill()
+        happened = f"exit codes {[code, 'killed after']}: {run.sentence()}"
+        return self.resumed(name, happened, run, ended, run.step())
+
+    def _new(self) -> Path:
+        """A folder for the next run."""
+        return self.folder / f"run{next(self._numbers)}"
 
     def ended(self, name: str, run: Run) -> Row:
         """Waits for the end after a fault, then restarts."""
@@ -392,41 +357,56 @@ def mounted(place: Path, size: str) -> Iterator[Path]:
 
 def _arrays(workdir: Path) -> dict[str, np.ndarray]:
     folder = workdir / "checkpoints" / str(STEPS)
-    items = ("student", "teacher", "moments", "queue")
     return {
         f"{item}/{name}": np.asarray(array, np.float64)
-        for item in items
+        for item in ITEMS
+        if item != "meta"
         for name, array in read_arrays(folder / item).items()
     }
 
 
+SIGNALS = {  # name, signal, to which processes, data workers of each, which get it too
+    "sigterm_to_one": ("SIGTERM to one process", signal.SIGTERM, [1], 0),
+    "sigterm_to_all": ("SIGTERM to all, their data workers too", signal.SIGTERM, [0, 1], 2),
+    "sigusr1_to_one_host": (
+        "SIGUSR1 to one host's processes, data workers too",
+        *(signal.SIGUSR1, [1], 2),
+    ),
+}
+INSIDE = {  # name, fault of tests/faulty_run.py, changes of the config
+    "hangs": ("a process that hangs (SIGSTOP)", "stop:1:13", {}),
+    "stuck_input": (
+        "stuck input on one host (patience 10 s)",
+        *("stuck:1:13", {"data.patience_s": 10}),
+    ),
+    "nan": ("NaN in the codebook of all", "nan:*:13", {}),
+    "crash": ("an unforeseen exception on one host", "raise:1:13", {}),
+    "worker_killed": (
+        "a data worker killed (out of memory)",
+        *("kill-worker:1:13", {"data.workers": 2}),
+    ),
+    "clock": ("clocks an hour apart", "clock:1:0", {}),
+    "other_code": ("other code on one host", "code:1:0", {}),
+}
+
+
 def named_rows(faults: Faults) -> dict[str, Callable[[], Row]]:
     """Each row by its name."""
-    named: dict[str, Callable[[], Row]] = {
-        f"kill{n}": lambda n=n: faults.kill_at_random(n, seed=n) for n in range(20)
-    }
-    named |= {f"truncated{n}": lambda n=n: faults.truncated(n) for n in range(5)}
-    for method in (
-        faults.coordinator_gone,
-        faults.sigterm_to_one,
-        faults.sigterm_to_all,
-        faults.sigterm_to_workers_of_one,
-        faults.hangs,
-        faults.stuck_input,
-        faults.nan,
-        faults.crash,
-        faults.worker_killed,
-        faults.bad_record,
-        faults.clock,
-        faults.other_code,
-        faults.other_config,
-        faults.not_shared,
-        faults.missing_process,
-    ):
-        named[method.__name__] = method
+    rows: dict[str, Callable[[], Row]] = {}
+    for n in range(KILLS):
+        rows[f"kill{n}"] = functools.partial(faults.kill_at_random, n)
+    for n in range(len(ITEMS)):
+        rows[f"truncated{n}"] = functools.partial(faults.truncated, n)
+    rows["coordinator_gone"] = faults.coordinator_gone
+    for name, settings in SIGNALS.items():
+        rows[name] = functools.partial(faults.signalled, *settings)
+    for name, settings in INSIDE.items():
+        rows[name] = functools.partial(faults.inside, *settings)
+    others = faults.bad_record, faults.other_config, faults.not_shared, faults.missing_process
+    rows |= {method.__name__: method for method in others}
     if hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux":
-        named |= {"full_disk": faults.full_disk, "read_only": faults.read_only}
-    return named
+        rows |= {"full_disk": faults.full_disk, "read_only": faults.read_only}
+    return rows
 
 
 def main() -> None:

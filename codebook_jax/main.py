@@ -247,8 +247,7 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
     from codebook_jax.parallel import devices
 
     devices.check_platforms()
-    others = peers.connected()
-    others.watch()
+    others = peers.connect(found.coordinator)
     print(joining.describe(found), flush=True)
     others.compare(
         "start", _facts(mode, config), "start all with the same command, code and versions"

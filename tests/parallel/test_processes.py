@@ -39,8 +39,9 @@ def environment(one_device_environment):
     """The environment of a run in its own process, with `devices` virtual devices."""
 
     def of(devices):
-        flags = f"{one_device_environment['XLA_FLAGS']} {QUICK} --xla_force_host_platform_device_count={devices}"
-        return one_device_environment | {"XLA_FLAGS": flags}
+        virtual = f"--xla_force_host_platform_device_count={devices}"
+        flags = [one_device_environment["XLA_FLAGS"], QUICK, virtual]
+        return one_device_environment | {"XLA_FLAGS": " ".join(flags)}
 
     return of
 
