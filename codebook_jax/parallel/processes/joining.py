@@ -16,9 +16,8 @@ from codebook_jax.errors import UserError
 
 HEARTBEAT_S = 30  # without one for this long, JAX ends all processes by SIGABRT
 SHUTDOWN_S = 60
-# JAX's time-out is later than ours by this, since it ends the process without saying who is missing
-SLOWER_S = 60
-SKYPILOT_PORT = 8476  # of the coordinator; JAX's own choice on a Cloud TPU
+SLOWER_S = 60  # by which JAX's time-out is later than ours: it would end the process silently
+SKYPILOT, SKYPILOT_PORT = "SkyPilot", 8476  # the port of its coordinator is ours to choose
 ALL_THREE = "give --coordinator=HOST:PORT --processes=N --process=I"
 
 
@@ -34,29 +33,21 @@ class Joining(NamedTuple):
     detection: str | None = "deactivate"
 
 
-class Launcher(NamedTuple):
-    """The environment variables by which a launcher tells a process of the others."""
-
-    way: str
-    sign: str  # without it the launcher has started nothing, or one process alone, as sbatch does
-    count: str
-    own: str
-    local: str = ""  # the number on its node
-    detection: str = "deactivate"  # then `sign` names the coordinator
-
-
-LAUNCHERS = (
-    Launcher("JAX", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
-    Launcher(
-        "Open MPI",
-        *("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        *("OMPI_COMM_WORLD_LOCAL_RANK", "ompi"),
+_OMPI = "OMPI_COMM_WORLD"
+# Of each way: a variable without which there are no others, as in sbatch's own script (it names the
+# coordinator if JAX has no detection); the count, the own number, that on this node; the detection.
+LAUNCHERS = {
+    "JAX": ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "", "deactivate"),
+    "Open MPI": (
+        f"{_OMPI}_LOCAL_SIZE",
+        f"{_OMPI}_SIZE",
+        f"{_OMPI}_RANK",
+        f"{_OMPI}_LOCAL_RANK",
+        "ompi",
     ),
-    Launcher(
-        "SLURM", *("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "slurm")
-    ),
-    Launcher("SkyPilot", "SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"),
-)
+    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "slurm"),
+    SKYPILOT: ("SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "", "deactivate"),
+}
 
 
 def find(
@@ -68,11 +59,8 @@ def find(
     on_a_tpu: bool = False,
     has_kubernetes: bool = False,
 ) -> Joining | None:
-    """How to join, from the flags (`coordinator`, `count`, `own`) or the environment; None: this
-    process is alone.
-
-    Raises UserError if only part is given. A launcher's count and number are also used with a given
-    `coordinator`.
+    """How to join, from the flags (`coordinator`, `count`, `own`; a launcher may give the last two)
+    or the environment; None: this process is alone. Raises UserError if only part is given.
     """
     if coordinator is None and (count is not None or own is not None):
         raise UserError("--processes and --process need --coordinator=HOST:PORT of process 0")
@@ -106,10 +94,8 @@ def on_a_tpu() -> bool:
 
 
 def join(joining: Joining, *, timeout_s: int) -> bool:
-    """Connects to the other processes; if that takes longer than `timeout_s`, says why and exits
-    with 1.
-
-    Returns False on a TPU machine whose environment names no others: this process is alone.
+    """Connects to the other processes, or exits with 1 and the reason after `timeout_s`; False on a
+    TPU machine whose environment names no others.
     """
     import jax
 
@@ -165,8 +151,8 @@ def end(sentence: str, code: int) -> None:
 
 
 def _launched(environment: Mapping[str, str], on_a_tpu: bool) -> Joining | None:
-    for way, sign, *names, local, detection in LAUNCHERS:
-        if not environment.get(sign) or (on_a_tpu and way == "SkyPilot"):  # JAX knows its slice
+    for way, (sign, *names, local, detection) in LAUNCHERS.items():
+        if not environment.get(sign) or (on_a_tpu and way == SKYPILOT):  # JAX knows its slice
             continue
         try:
             count, own = (int(environment[name]) for name in names)
@@ -181,16 +167,14 @@ def _launched(environment: Mapping[str, str], on_a_tpu: bool) -> Joining | None:
             devices = _own_devices(environment, int(environment[local]), count)
             return Joining(way, None, count, own, devices, detection)
         coordinator = environment[sign].split()[0]
-        port = f":{SKYPILOT_PORT}" if way == "SkyPilot" else ""
+        port = f":{SKYPILOT_PORT}" if way == SKYPILOT else ""
         return _checked(Joining(way, f"{coordinator}{port}", count, own))
     return None
 
 
 def _own_devices(environment: Mapping[str, str], local: int, count: int) -> tuple[int, ...] | None:
-    """The GPUs of a task of SLURM or Open MPI: all of its node if it is alone there, otherwise the
-    one of its local number, or the single one that the scheduler shows it.
-
-    None: how many there are is not known, and JAX chooses.
+    """The GPUs of a task of SLURM or Open MPI: all of its node if it is alone there (None: not
+    known), otherwise the one of its local number, or the single one that the scheduler shows it.
     """
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")
     visible = len(shown.split(",")) if shown else int(environment.get("SLURM_GPUS_ON_NODE") or 0)
@@ -223,12 +207,7 @@ def _why(coordinator: str | None) -> str:
     host, _, port = coordinator.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        state = "answers, but not all processes have come: look at the logs of the others"
     except OSError as error:
-        return (
-            f"the coordinator {coordinator} cannot be reached ({error}): has process 0 started "
-            "there, is the port open?"
-        )
-    return (
-        f"the coordinator {coordinator} answers, but not all processes have come: look at the logs "
-        "of the others"
-    )
+        state = f"cannot be reached ({error}): has process 0 started there, is the port open?"
+    return f"the coordinator {coordinator} {state}"

@@ -137,6 +137,7 @@ class Peers:
                 time.sleep(HEARTBEAT_S + 10)  # the channel or JAX ends this process with its name
             traceback.print_exception(error)
         elif first is not None:
+            self._has_failed.set()  # others that fail of the same do not end it meanwhile
             finishing = threading.Thread(target=_try, args=(first,), daemon=True)
             finishing.start()
             finishing.join(FINISH_S)
