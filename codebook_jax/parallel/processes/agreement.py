@@ -32,6 +32,8 @@ class Agreement:
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.alone = jax.process_count() == 1
+        if self.alone:
+            return
         self._mesh = mesh
         self._tally = jax.jit(
             lambda stop, skipped: Tally(stop.any(), skipped.sum()),
@@ -53,6 +55,6 @@ class Agreement:
         flags = self._flags(stop)
         return bool(self._tally(flags, flags).stop)
 
-    def _flags(self, stop: bool) -> jax.Array:
+    def _flags(self, stop: bool) -> Bool[jax.Array, "shards"]:
         """This process's flag, in the places of its own devices."""
         return sharding.to_device(np.full(sharding.data_shards(self._mesh), stop), self._mesh)
