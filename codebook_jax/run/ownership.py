@@ -99,12 +99,10 @@ def _claim(path: Path, own: Owner) -> None:
 def _replace(path: Path, own: Owner) -> None:
     draft = path.with_name(f"{path.name}.{own.token}")
     try:
-        with open(draft, "xb") as file:
-            _write(file.fileno(), own)
+        draft.write_text(json.dumps(own._asdict()))
         draft.replace(path)
-    except BaseException:
+    finally:
         draft.unlink(missing_ok=True)
-        raise
 
 
 def _beat(path: Path, own: Owner, left: threading.Event) -> None:
