@@ -1,5 +1,7 @@
-"""The task files of SkyPilot, read by its own loader (the extra [launch], in an environment of its
-own) and their commands run with a stand-in for Python.
+"""The task files of SkyPilot, read by its own loader, and their commands run with a stand-in for
+Python.
+
+SkyPilot needs an environment of its own, see launch/README.md; without it most tests are skipped.
 """
 
 import os
