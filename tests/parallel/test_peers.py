@@ -126,6 +126,7 @@ def test_a_warning_names_the_host_whose_clock_is_off(monkeypatch):
     monkeypatch.setattr(peers.time, "time", skew)
 
     def act(others):
+        others.exchange("start", None)
         threading.current_thread().name = "late" if others.own == 1 else "right"
         return others.clocks()
 
@@ -174,7 +175,7 @@ def test_a_process_that_is_done_is_not_taken_for_lost():
 
 def test_only_processes_with_the_token_are_let_in():
     offer = channel.open_channel(1, None)
-    with pytest.raises(UserError, match="process 0 on .* cannot reach process 0 at .*127.0.0.1"):
+    with pytest.raises(UserError, match="process 0 on .* no answer from process 0 at .*127.0.0.1"):
         channel.reach(offer[:-4] + 'abc"]', 0)
     channel.reach(offer, 0)
 

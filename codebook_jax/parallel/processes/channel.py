@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 from codebook_jax.errors import UserError
 
-CONNECT_S = 20
+CONNECT_S = 10.0
+COME_S = 60.0  # how far the last process may be behind the first
 
 
 def open_channel(count: int, coordinator: str | None) -> str:
@@ -45,13 +46,14 @@ def reach(offer: str, process: int) -> tuple[socket.socket, BinaryIO]:
     for address in addresses:
         with contextlib.suppress(OSError):
             connection = socket.create_connection((address, port), timeout=CONNECT_S)
+            connection.settimeout(COME_S)
             connection.sendall(f"{token} {process}\n".encode())
             lines = connection.makefile("rb")
             if lines.readline() == f"{token}\n".encode():
                 connection.settimeout(None)
                 return connection, lines
     raise UserError(
-        f"process {process} on {socket.gethostname()} cannot reach process 0 at "
+        f"process {process} on {socket.gethostname()} gets no answer from process 0 at "
         f"{', '.join(addresses)}, port {port}: open the ports between the hosts, or give "
         "--coordinator=HOST:PORT of an address that all can reach"
     )

@@ -99,8 +99,9 @@ class Peers:
         return [everyone[process] for process in range(self.count)]
 
     def clocks(self) -> str:
-        """A warning if a host's clock is far from that of process 0, otherwise empty."""
-        self.exchange("clock barrier", None)
+        """A warning if a host's clock is far from that of process 0, otherwise empty; to be called
+        after another check, when all processes are there.
+        """
         times = self.exchange("clock", time.time())
         most, process = max((abs(at - times[0]), process) for process, at in enumerate(times))
         if most < SKEW_S:
