@@ -252,8 +252,6 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
     others.compare(
         "start", _facts(mode, config), "start all with the same command, code and versions"
     )
-    if warning := others.clocks():
-        print(warning, flush=True)
     if mode in WRITES_A_RUN:
         shared_folder.check(others, workdir)
 

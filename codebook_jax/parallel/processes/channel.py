@@ -1,7 +1,7 @@
 """A channel between the processes of a run that works while a collective hangs: TCP connections to
-process 0, which sends every line to all.
+process 0, which sends every message to all.
 
-A process that dies closes its connection, so all learn of it at once: `[process, "gone"]`.
+A process that dies closes its connection, so all learn of it at once: `(process, "gone")`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import json
 import secrets
 import socket
 import threading
-from typing import BinaryIO
+from multiprocessing.connection import Connection, wait
 
 from codebook_jax.errors import UserError
 
-CONNECT_S = 10.0
-COME_S = 60.0  # how far the last process may be behind the first
+ANSWER_S = 10.0
 
 
 def open_channel(count: int, coordinator: str | None) -> str:
@@ -38,20 +37,17 @@ def open_channel(count: int, coordinator: str | None) -> str:
     return json.dumps([addresses, server.getsockname()[1], token])
 
 
-def reach(offer: str, process: int) -> tuple[socket.socket, BinaryIO]:
-    """A connection to send lines on and a file to read them from; raises UserError if no address of
-    process 0 answers.
-    """
+def reach(offer: str, process: int) -> Connection:
+    """A connection to process 0; raises UserError if none of its addresses answers."""
     addresses, port, token = json.loads(offer)
     for address in addresses:
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection((address, port), timeout=CONNECT_S)
-            connection.settimeout(COME_S)
-            connection.sendall(f"{token} {process}\n".encode())
-            lines = connection.makefile("rb")
-            if lines.readline() == f"{token}\n".encode():
-                connection.settimeout(None)
-                return connection, lines
+        with contextlib.suppress(OSError, EOFError):
+            reached = socket.create_connection((address, port), timeout=ANSWER_S)
+            reached.settimeout(None)
+            connection = Connection(reached.detach())
+            connection.send_bytes(f"{token} {process}".encode())
+            if connection.poll(6 * ANSWER_S) and connection.recv_bytes(100) == token.encode():
+                return connection
     raise UserError(
         f"process {process} on {socket.gethostname()} gets no answer from process 0 at "
         f"{', '.join(addresses)}, port {port}: open the ports between the hosts, or give "
@@ -60,33 +56,22 @@ def reach(offer: str, process: int) -> tuple[socket.socket, BinaryIO]:
 
 
 def _serve(server: socket.socket, count: int, token: str) -> None:
-    connections: dict[int, tuple[socket.socket, BinaryIO]] = {}
-    while len(connections) < count:
-        connection, _ = server.accept()
-        connection.settimeout(CONNECT_S)
-        lines = connection.makefile("rb")
-        with contextlib.suppress(OSError):
-            said, _, process = lines.readline(100).decode(errors="replace").partition(" ")
-            if said == token:
-                connection.settimeout(None)
-                connections[int(process)] = connection, lines
-            else:
-                connection.shutdown(socket.SHUT_RDWR)
-    lock = threading.Lock()
-
-    def tell(line: bytes) -> None:
-        with lock:
-            for connection, _ in connections.values():
-                with contextlib.suppress(OSError):  # that one is gone
-                    connection.sendall(line)
-
-    def forward(process: int, lines: BinaryIO) -> None:
-        with contextlib.suppress(OSError):
-            for line in lines:
-                if line.endswith(b"\n"):
-                    tell(line)
-        tell(json.dumps([process, "gone"]).encode() + b"\n")
-
-    tell(token.encode() + b"\n")
-    for process, (_, lines) in connections.items():
-        threading.Thread(target=forward, args=(process, lines), daemon=True).start()
+    processes: dict[Connection, int] = {}
+    while len(processes) < count:
+        connection = Connection(server.accept()[0].detach())
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            said = connection.recv_bytes(100).decode() if connection.poll(ANSWER_S) else ""
+            if said.startswith(token):
+                processes[connection] = int(said.removeprefix(token))
+                connection.send_bytes(token.encode())
+                continue
+        connection.close()
+    while processes:
+        for connection in wait(list(processes)):
+            try:
+                message = connection.recv()
+            except (OSError, EOFError):
+                message = processes.pop(connection), "gone"
+            for other in processes:
+                with contextlib.suppress(OSError):  # it is gone too
+                    other.send(message)

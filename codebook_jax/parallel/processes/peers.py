@@ -16,7 +16,8 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from multiprocessing.connection import Connection
+from typing import Any
 
 from codebook_jax.errors import UserError
 from codebook_jax.parallel.processes import channel
@@ -26,18 +27,16 @@ CHECK_S = 600.0  # how far the slowest process may be behind the first at a chec
 FINISH_S = 20.0  # how long an error waits for a save in progress before it ends all processes
 GRACE_S = 2.0  # for a process to end with its own message, if it fails as another did
 LINGER_S = 10.0  # how long process 0 waits for the others to end; JAX aborts them with it
-SKEW_S = 30.0  # between two hosts' clocks; above it a warning is printed
 OFFER_BYTES = 1024
 LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "Connection reset")
 
 
 class Peers:
-    """The other processes, through a channel's connection and lines; without one there are none."""
+    """The other processes, through a connection to the channel; without one there are none."""
 
     def __init__(
         self,
-        connection: socket.socket | None = None,
-        lines: BinaryIO | None = None,
+        connection: Connection | None = None,
         *,
         count: int = 1,
         own: int = 0,
@@ -54,7 +53,7 @@ class Peers:
         self._left, self._gone = set[int](), set[int]()
         self._is_ending = False
         if connection is not None:
-            threading.Thread(target=self._listen, args=(lines,), daemon=True).start()
+            threading.Thread(target=self._listen, daemon=True).start()
             self._tell("host", host or socket.gethostname())
 
     def compare(self, check: str, facts: Mapping[str, Any], advice: str) -> None:
@@ -78,9 +77,8 @@ class Peers:
                 raise UserError(f"{self.name(process)} differs in {shown}{more}: {advice}")
 
     def exchange(self, check: str, facts: Any) -> list[Any]:
-        """The facts (JSON values) of every process at this check, in order.
-
-        Raises UserError naming processes that did not arrive within CHECK_S.
+        """The facts of every process at this check, in order; raises UserError naming processes
+        that did not arrive within CHECK_S.
         """
         if self._connection is None:
             return [facts]
@@ -98,23 +96,8 @@ class Peers:
             del self._facts[place]
         return [everyone[process] for process in range(self.count)]
 
-    def clocks(self) -> str:
-        """A warning if a host's clock is far from that of process 0, otherwise empty; to be called
-        after another check, when all processes are there.
-        """
-        times = self.exchange("clock", time.time())
-        most, process = max((abs(at - times[0]), process) for process, at in enumerate(times))
-        if most < SKEW_S:
-            return ""
-        return (
-            f"the clock of {self.name(process)} is {most:,.0f} s off that of process 0: training "
-            "does not mind, times in logs and files will"
-        )
-
     def fail(self, sentence: str, code: int = 1) -> None:
-        """Tells the others why this process ends the run, so that they exit too; the caller then
-        exits.
-        """
+        """Tells the others why the run ends, so that they exit too; the caller then exits."""
         if self._connection is not None:
             self._has_failed.set()
             self._tell("end", sentence, code)
@@ -161,12 +144,12 @@ class Peers:
     def _tell(self, *message: Any) -> None:
         """Sends a message to all processes, this one included; nothing if process 0 is gone."""
         with self._sending, contextlib.suppress(OSError):
-            self._connection.sendall(json.dumps([self.own, *message]).encode() + b"\n")
+            self._connection.send((self.own, *message))
 
-    def _listen(self, lines: BinaryIO) -> None:
-        with contextlib.suppress(OSError):
-            for line in lines:
-                self._receive(*json.loads(line))
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                self._receive(*self._connection.recv())
         self._receive(0, "gone")
 
     def _receive(self, process: int, kind: str, *content: Any) -> None:
@@ -210,10 +193,8 @@ _others: list[Peers] = []
 
 
 def connect(coordinator: str | None) -> Peers:
-    """Connects this process to the others of the run it has joined, once; `coordinator` is the
-    address of process 0 if it is known.
-
-    Raises UserError if their numbers of devices differ or process 0 cannot be reached.
+    """Connects this process to the others of the run it has joined; `coordinator` is the address of
+    process 0 if it is known. Raises UserError if their numbers of devices differ.
     """
     import jax
     import numpy as np
@@ -229,7 +210,7 @@ def connect(coordinator: str | None) -> Peers:
     offer = channel.open_channel(count, coordinator) if own == 0 else ""
     padded = np.frombuffer(offer.encode().ljust(OFFER_BYTES), np.uint8)
     offer = bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
-    _others.append(Peers(*channel.reach(offer, own), count=count, own=own))
+    _others.append(Peers(channel.reach(offer, own), count=count, own=own))
     return connected()
 
 
