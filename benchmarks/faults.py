@@ -345,7 +345,6 @@ INSIDE = {  # name, fault of tests/faulty_run.py, changes of the config
     "nan": ("NaN in the codebook of all", "nan:*:13", {}),
     "crash": ("an unforeseen exception on one host", "raise:1:13", {}),
     "worker_killed": ("a data worker killed", "kill-worker:1:13", {"data.workers": 2}),
-    "clock": ("clocks an hour apart", "clock:1:0", {}),
     "other_code": ("other code on one host", "code:1:0", {}),
 }
 
