@@ -1,30 +1,30 @@
-"""How a run of two processes handles many faults: `python benchmarks/faults.py [--only NAME ...]
-[--out FILE]`.
+"""How a run of two processes handles faults: `python benchmarks/faults.py [--only NAME ...] [--out
+FILE]`.
 
 Every row starts a small run of two real processes on this machine, injects one fault, waits for the
-run to end, starts
-the same command again without the fault, and compares the outcome with an undisturbed run: every
-logged number and every array of the last checkpoint. Times are in seconds. A full disk and a folder
-that becomes read-only are mounts, which need root on Linux; without root those rows are left out
-with a message.
+end, starts the same command again without the fault, and compares every logged number and every
+array of the last checkpoint with an undisturbed run. Times are in seconds. The rows that mount file
+systems need root on Linux.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ from codebook_jax.files import write_json
 from codebook_jax.run.checkpoint import read_arrays
 from codebook_jax.run.metrics import FILE, read_rows
 
-STEPS, EVERY = 24, 4
+STEPS, EVERY, KILLS = 24, 4, 8
+ITEMS = ("student", "teacher", "moments", "queue", "meta")  # of a checkpoint
 CHANGES = {
     "mesh.fsdp": 2,  # each process holds one half of the state
     "optimizer.max_bad_steps": 5,
@@ -58,26 +59,25 @@ class Run:
         self,
         workdir: Path,
         *,
-        fault: str = "",
-        changes: dict[str, Any] | None = None,
-        own: dict[int, list[str]] | None = None,
+        fault: str = "none:0:0",
+        changes: Mapping[str, Any] = MappingProxyType({}),
+        own: Mapping[int, list[str]] = MappingProxyType({}),
         processes: int = 2,
         started: int | None = None,
     ) -> None:
         self.workdir, self.began = workdir, time.monotonic()
         self.logs = [workdir.with_name(f"{workdir.name}.{n}.log") for n in range(processes)]
-        given = command(workdir, **CHANGES | (changes or {}))
-        commands = [
-            [*given, *(own or {}).get(n, [])]
-            for n in range(processes if started is None else started)
-        ]
-        told = {"JAX_PLATFORMS": "cpu", "FAULT": fault or "none:0:0"}
+        given = command(workdir, **CHANGES | changes)
+        commands = [[*given, *own.get(n, [])] for n in range(started or processes)]
+        told = {"JAX_PLATFORMS": "cpu", "FAULT": fault}
         with contextlib.ExitStack() as open_logs:
             outputs = [open_logs.enter_context(open(log, "w")) for log in self.logs]
             self.processes = together(commands, os.environ | told, outputs, processes)
 
     def rows(self) -> list[dict[str, Any]]:
-        return rows_of(self.workdir)
+        """The rows of metrics.jsonl so far."""
+        path = self.workdir / FILE
+        return read_rows(path) if path.exists() else []
 
     def step(self) -> int:
         """The last logged step with a finite loss."""
@@ -85,9 +85,7 @@ class Run:
         return max(good, default=0)
 
     def wait_for(self, ready: Callable[[], bool], limit_s: float = 240) -> None:
-        """Waits until `ready`; raises RuntimeError with all output if the run ends or takes too
-        long.
-        """
+        """Raises RuntimeError with all output if the run ends first or takes too long."""
         until = time.monotonic() + limit_s
         while not ready():
             if all(process.poll() is not None for process in self.processes):
@@ -128,99 +126,49 @@ class Faults:
     """The rows, made in one folder with one undisturbed run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.straight = folder / "straight"
-        run = Run(self.straight)
-        if run.end() != [0, 0]:
-            raise RuntimeError(run.said())
+        self.folder, self._numbers = folder, itertools.count()
+        self.straight = Run(folder / "straight")
+        if self.straight.end() != [0, 0]:
+            raise RuntimeError(self.straight.said())
 
     # -- each returns its row
 
-    def kill_at_random(self, number: int, seed: int) -> Row:
+    def kill_at_random(self, number: int) -> Row:
         """SIGKILL of one process at a random moment between its first step and its last."""
-        draw = random.Random(seed)
-        workdir, victim = self.folder / f"kill{number}", draw.randrange(2)
-        run = Run(workdir, fault="slow:*:0")
-        at = draw.uniform(1, STEPS - 2)
+        draw = random.Random(number)
+        victim, at = draw.randrange(2), draw.uniform(1, STEPS - 2)
+        run = Run(self._new(), fault="slow:*:0")
         run.wait_for(lambda: run.step() >= int(at))
         during_save = number % 4 == 0
         if during_save:
-            checkpoints = workdir / "checkpoints"
-            run.wait_for(
-                lambda: (
-                    any("tmp" in path.name for path in checkpoints.iterdir())
-                    or run.step() >= STEPS - 1
-                )
-            )
+            saved = run.workdir / "checkpoints"
+            is_saving = lambda: any("tmp" in path.name for path in saved.iterdir())  # noqa: E731
+            run.wait_for(lambda: is_saving() or run.step() >= STEPS - 1)
         else:
             time.sleep((at % 1) * 0.2)
         run.processes[victim].kill()
         when = " during a save" if during_save else ""
         return self.ended(f"SIGKILL of process {victim} at step {run.step()}{when}", run)
 
-    def sigterm_to_one(self) -> Row:
-        run = Run(self.folder / "term1", fault="slow:*:0")
+    def signalled(self, name: str, number: int, victims: list[int], workers: int) -> Row:
+        """A signal to one process, or to the process groups with the workers that read the data."""
+        run = Run(self._new(), fault="slow:*:0", changes={"data.workers": workers})
         run.wait_for(lambda: run.step() >= 12)
-        run.processes[1].send_signal(signal.SIGTERM)
-        return self.ended("SIGTERM to one process", run)
-
-    def sigterm_to_all(self) -> Row:
-        """To the process groups, with the worker processes that read the data."""
-        workers = {"data.workers": 2}
-        run = Run(self.folder / "terms", fault="slow:*:0", changes=workers)
-        run.wait_for(lambda: run.step() >= 12)
-        for process in run.processes:
-            os.killpg(process.pid, signal.SIGTERM)
-        return self.ended("SIGTERM to all, their data workers too", run)
-
-    def sigterm_to_workers_of_one(self) -> Row:
-        workers = {"data.workers": 2}
-        run = Run(self.folder / "termw", fault="slow:*:0", changes=workers)
-        run.wait_for(lambda: run.step() >= 12)
-        os.killpg(run.processes[1].pid, signal.SIGUSR1)
-        return self.ended("SIGUSR1 to one host's processes, data workers too", run)
-
-    def coordinator_gone(self) -> Row:
-        run = Run(self.folder / "coordinator", fault="slow:*:0")
-        run.wait_for(lambda: run.step() >= 13)
-        run.processes[0].kill()
-        return self.ended("the coordinator (process 0) killed", run)
-
-    def hangs(self) -> Row:
-        return self.inside("a process that hangs (SIGSTOP)", "stop:1:13", frees=True)
-
-    def stuck_input(self) -> Row:
-        changes = {"data.patience_s": 10}
-        return self.inside("stuck input on one host (patience 10 s)", "stuck:1:13", changes=changes)
-
-    def nan(self) -> Row:
-        return self.inside("NaN in the codebook of all", "nan:*:13")
-
-    def crash(self) -> Row:
-        return self.inside("an unforeseen exception on one host", "raise:1:13")
-
-    def worker_killed(self) -> Row:
-        return self.inside(
-            "a data worker killed (out of memory)", "kill-worker:1:13", changes={"data.workers": 2}
-        )
-
-    def clock(self) -> Row:
-        return self.inside("clocks an hour apart", "clock:1:0")
-
-    def other_code(self) -> Row:
-        return self.inside("other code on one host", "code:1:0")
+        for victim in victims:
+            kill = os.killpg if workers else os.kill
+            kill(run.processes[victim].pid, number)
+        return self.ended(name, run)
 
     def other_config(self) -> Row:
-        run = Run(self.folder / "config", own={1: ["--config.optimizer.learning_rate=0.1"]})
+        run = Run(self._new(), own={1: ["--config.optimizer.learning_rate=0.1"]})
         return self.ended("another config on one host", run)
 
     def not_shared(self) -> Row:
-        other = self.folder / "elsewhere"
-        run = Run(self.folder / "shared", own={1: [f"--workdir={other}"]})
+        run = Run(self.folder / "shared", own={1: [f"--workdir={self._new()}"]})
         return self.ended("a workdir that is not shared", run)
 
     def missing_process(self) -> Row:
-        run = Run(self.folder / "missing", started=1, own={0: ["--join_timeout_s=10"]})
+        run = Run(self._new(), started=1, own={0: ["--join_timeout_s=10"]})
         return self.ended("a process that never starts (join time-out 10 s)", run)
 
     def bad_record(self) -> Row:
@@ -232,9 +180,8 @@ class Faults:
         draw = np.random.default_rng(0)
         pairs = []
         for n in range(64):
-            Image.fromarray(draw.integers(0, 255, (40, 40, 3), np.uint8)).save(
-                pictures / f"{n}.jpg"
-            )
+            noise = Image.fromarray(draw.integers(0, 255, (40, 40, 3), np.uint8))
+            noise.save(pictures / f"{n}.jpg")
             pairs.append({"image": f"{n}.jpg", "caption": f"noise number {n}", "image_id": n})
         (pictures / "3.jpg").write_bytes((pictures / "3.jpg").read_bytes()[:200])
         (pictures / "pairs.json").write_text(json.dumps(pairs))
@@ -243,22 +190,20 @@ class Faults:
         alone.end()
         run = Run(self.folder / "bad", changes=changes)
         codes = run.end()
-        skipped = [row["data/skipped"] for row in run.rows() if "data/skipped" in row][-1]
-        expected = [row["data/skipped"] for row in alone.rows() if "data/skipped" in row][-1]
+        skipped, expected = (
+            [row["data/skipped"] for row in each.rows() if "data/skipped" in row][-1]
+            for each in (run, alone)
+        )
         happened = f"exit codes {codes}; {skipped} substitutes counted (one process: {expected})"
         return Row("a bad record", happened, None, None, 0, "trains to the end")
 
     def truncated(self, number: int) -> Row:
         """The largest file of one item in the newest checkpoint is cut in half."""
-        item = ("student", "teacher", "moments", "queue", "meta")[number]
-        workdir = self.folder / f"cut{number}"
-        run = Run(workdir)
+        item = ITEMS[number]
+        run = Run(self._new())
         run.end()
-        files = [
-            path
-            for path in (workdir / "checkpoints" / str(STEPS) / item).rglob("*")
-            if path.is_file()
-        ]
+        folder = run.workdir / "checkpoints" / str(STEPS) / item
+        files = [path for path in folder.rglob("*") if path.is_file()]
         largest = max(files, key=lambda path: path.stat().st_size)
         os.truncate(largest, largest.stat().st_size // 2)
         return self.resumed(f"newest checkpoint cut short in {item}/", "", run, None, reached=STEPS)
@@ -281,40 +226,36 @@ class Faults:
             # from becoming read-only.
             subprocess.run(["mount", "--bind", str(place), str(place)], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", str(place)], check=True)
-            codes = run.end()
-            ended = time.monotonic() - began
+            codes, ended = run.end(), time.monotonic() - began
             happened, reached = f"exit codes {codes}: {run.sentence()}", run.step()
             subprocess.run(["umount", "-l", str(place)], check=True)
-            return self.resumed(
-                "checkpoint folder becomes read-only", happened, run, ended, reached
-            )
+            name = "checkpoint folder becomes read-only"
+            return self.resumed(name, happened, run, ended, reached)
 
     # -- pieces
 
-    def inside(
-        self, name: str, fault: str, *, changes: dict[str, Any] | None = None, frees: bool = False
-    ) -> Row:
+    def inside(self, name: str, fault: str, changes: dict[str, Any]) -> Row:
         """A fault that the process injects into itself."""
-        run = Run(
-            self.folder / fault.replace(":", "_").replace("*", "all"), fault=fault, changes=changes
-        )
+        run = Run(self._new(), fault=fault, changes=changes)
         step = int(fault.rsplit(":", 1)[1])
         if step:
-            run.wait_for(lambda: run.step() >= min(step, STEPS) - 1)
-        if frees:
-            began = time.monotonic()
-            code = run.processes[0].wait(240)
-            ended = time.monotonic() - began
-            run.processes[1].kill()
-            happened = f"exit codes {[code, 'killed after']}: {run.sentence()}"
-            return self.resumed(name, happened, run, ended, run.step())
-        return self.ended(name, run)
+            run.wait_for(lambda: run.step() >= step - 1)
+        if not fault.startswith("stop"):
+            return self.ended(name, run)
+        began = time.monotonic()
+        code, ended = run.processes[0].wait(240), time.monotonic() - began
+        run.processes[1].kill()
+        happened = f"exit codes {[code, 'killed after']}: {run.sentence()}"
+        return self.resumed(name, happened, run, ended, run.step())
+
+    def _new(self) -> Path:
+        """A folder for the next run."""
+        return self.folder / f"run{next(self._numbers)}"
 
     def ended(self, name: str, run: Run) -> Row:
         """Waits for the end after a fault, then restarts."""
         began = time.monotonic()
-        codes = run.end()
-        ended = time.monotonic() - began
+        codes, ended = run.end(), time.monotonic() - began
         return self.resumed(name, f"exit codes {codes}: {run.sentence()}", run, ended, run.step())
 
     def resumed(
@@ -324,14 +265,14 @@ class Faults:
         run: Run,
         ended_s: float | None,
         reached: int,
-        changes: dict[str, Any] | None = None,
+        changes: Mapping[str, Any] = MappingProxyType({}),
     ) -> Row:
         """Runs the same command again to its end, and compares."""
         again = Run(run.workdir, changes=changes)
         resumed_s: list[float] = []
 
         def going() -> bool:
-            if "step " in again.said() and re.search(r"^step \d+/", again.said(), re.M):
+            if re.search(r"^step \d+/", again.said(), re.M):
                 resumed_s.append(time.monotonic() - again.began)
                 return True
             return all(process.poll() is not None for process in again.processes)
@@ -342,40 +283,32 @@ class Faults:
             raise RuntimeError(f"{name}: it did not go on, exit codes {codes}:\n{again.said()}")
         found = re.search(r"resuming at step ([\d,]+)", again.said())
         start = int(found.group(1).replace(",", "")) if found else 0
-        if not happened:
-            happened = again.sentence()
-        lost = max(reached - start, 0)
         return Row(
             name,
-            happened,
+            happened or again.sentence(),
             None if ended_s is None else round(ended_s, 1),
             round(resumed_s[0], 1) if resumed_s else None,
-            lost,
+            max(reached - start, 0),
             self.compared(again),
         )
 
     def compared(self, run: Run) -> str:
-        """How the logged numbers and the last checkpoint's arrays compare with those of the
-        undisturbed run.
+        """How the logged numbers and the last checkpoint's arrays compare with the undisturbed
+        run's.
         """
-        timeless = lambda rows: [  # noqa: E731
-            {name: value for name, value in row.items() if not name.startswith("time/")}
-            for row in rows
-        ]
-        same_rows = timeless(run.rows()) == timeless(rows_of(self.straight))
-        largest = 0.0
-        mine, theirs = _arrays(run.workdir), _arrays(self.straight)
-        for name, array in theirs.items():
-            largest = max(largest, float(np.max(np.abs(mine[name] - array), initial=0)))
+        same_rows = _timeless(run) == _timeless(self.straight)
+        mine, theirs = _arrays(run.workdir), _arrays(self.straight.workdir)
+        largest = max(float(np.max(np.abs(mine[n] - theirs[n]), initial=0)) for n in theirs)
         if same_rows and largest == 0:
             return "bit for bit"
         return f"{'same' if same_rows else 'other'} metrics, arrays off by {largest:.1e}"
 
 
-def rows_of(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl so far."""
-    path = workdir / FILE
-    return read_rows(path) if path.exists() else []
+def _timeless(run: Run) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in run.rows()
+    ]
 
 
 @contextlib.contextmanager
@@ -392,41 +325,46 @@ def mounted(place: Path, size: str) -> Iterator[Path]:
 
 def _arrays(workdir: Path) -> dict[str, np.ndarray]:
     folder = workdir / "checkpoints" / str(STEPS)
-    items = ("student", "teacher", "moments", "queue")
     return {
         f"{item}/{name}": np.asarray(array, np.float64)
-        for item in items
+        for item in ITEMS
+        if item != "meta"
         for name, array in read_arrays(folder / item).items()
     }
 
 
+SIGNALS = {  # name, signal, to which processes, data workers of each, which get it too
+    "coordinator_gone": ("the coordinator (process 0) killed", signal.SIGKILL, [0], 0),
+    "sigterm_to_one": ("SIGTERM to one process", signal.SIGTERM, [1], 0),
+    "sigterm_to_all": ("SIGTERM to all, their data workers too", signal.SIGTERM, [0, 1], 2),
+    "sigusr1_to_host": ("SIGUSR1 to one host, data workers too", signal.SIGUSR1, [1], 2),
+}
+INSIDE = {  # name, fault of tests/faulty_run.py, changes of the config
+    "hangs": ("a process that hangs (SIGSTOP)", "stop:1:13", {}),
+    "stuck_input": ("stuck input (patience 10 s)", "stuck:1:13", {"data.patience_s": 10}),
+    "nan": ("NaN in the codebook of all", "nan:*:13", {}),
+    "crash": ("an unforeseen exception on one host", "raise:1:13", {}),
+    "worker_killed": ("a data worker killed", "kill-worker:1:13", {"data.workers": 2}),
+    "other_code": ("other code on one host", "code:1:0", {}),
+}
+
+
 def named_rows(faults: Faults) -> dict[str, Callable[[], Row]]:
     """Each row by its name."""
-    named: dict[str, Callable[[], Row]] = {
-        f"kill{n}": lambda n=n: faults.kill_at_random(n, seed=n) for n in range(20)
-    }
-    named |= {f"truncated{n}": lambda n=n: faults.truncated(n) for n in range(5)}
-    for method in (
-        faults.coordinator_gone,
-        faults.sigterm_to_one,
-        faults.sigterm_to_all,
-        faults.sigterm_to_workers_of_one,
-        faults.hangs,
-        faults.stuck_input,
-        faults.nan,
-        faults.crash,
-        faults.worker_killed,
-        faults.bad_record,
-        faults.clock,
-        faults.other_code,
-        faults.other_config,
-        faults.not_shared,
-        faults.missing_process,
-    ):
-        named[method.__name__] = method
+    rows: dict[str, Callable[[], Row]] = {}
+    for n in range(KILLS):
+        rows[f"kill{n}"] = functools.partial(faults.kill_at_random, n)
+    for n in range(len(ITEMS)):
+        rows[f"truncated{n}"] = functools.partial(faults.truncated, n)
+    for name, settings in SIGNALS.items():
+        rows[name] = functools.partial(faults.signalled, *settings)
+    for name, settings in INSIDE.items():
+        rows[name] = functools.partial(faults.inside, *settings)
+    others = faults.bad_record, faults.other_config, faults.not_shared, faults.missing_process
+    rows |= {method.__name__: method for method in others}
     if hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux":
-        named |= {"full_disk": faults.full_disk, "read_only": faults.read_only}
-    return named
+        rows |= {"full_disk": faults.full_disk, "read_only": faults.read_only}
+    return rows
 
 
 def main() -> None:
@@ -436,12 +374,11 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)  # Orbax warns of files that these folders never have
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    folder = Path(tempfile.mkdtemp(prefix="faults"))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     rows = read(options.out) if options.out and Path(options.out).exists() else {}
     failed = []
-    try:
-        made = named_rows(Faults(folder))
+    with tempfile.TemporaryDirectory(prefix="faults") as folder:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
+        made = named_rows(Faults(Path(folder)))
         for name in options.only or made:
             try:
                 rows[name] = made[name]()
@@ -451,10 +388,7 @@ def main() -> None:
                 continue
             print(f"{name}: {rows[name]._asdict()}", flush=True)
             if options.out:
-                kept = {each: rows[each]._asdict() for each in made if each in rows}
-                write_json(options.out, kept)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+                write_json(options.out, {n: rows[n]._asdict() for n in made if n in rows})
     print(table(list(rows.values())))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 

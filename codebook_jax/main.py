@@ -222,14 +222,11 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
     from codebook_jax.parallel import devices
 
     devices.check_platforms()
-    others = peers.connected()
-    others.watch()
+    others = peers.connect(found.coordinator)
     print(joining.describe(found), flush=True)
     others.compare(
         "start", _facts(mode, config), "start all with the same command, code and versions"
     )
-    if warning := others.clocks():
-        print(warning, flush=True)
     if mode in WRITES_A_RUN:
         shared_folder.check(others, workdir)
 

@@ -44,28 +44,14 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, required=True, help="how many to start")
-    parser.add_argument(
-        "--devices",
-        type=int,
-        default=0,
-        help="virtual CPU devices per process; 0: the real devices",
-    )
-    parser.add_argument(
-        "--gpus",
-        type=int,
-        default=0,
-        help="GPUs of this machine to divide among the processes; 0: each sees all",
-    )
-    parser.add_argument(
-        "--restarts", type=int, default=0, help="how often to restart all after a failure"
-    )
-    parser.add_argument(
-        "--grace",
-        type=float,
-        default=60.0,
-        help="seconds that the others have to exit after one failed",
-    )
-    parser.add_argument("--port", type=int, default=0, help="the port of process 0; 0: a free one")
+    for flag, default, text in (
+        ("--devices", 0, "virtual CPU devices per process; 0: the real devices"),
+        ("--gpus", 0, "GPUs of this machine to divide among the processes; 0: each sees all"),
+        ("--restarts", 0, "how often to restart all after a failure"),
+        ("--grace", 60.0, "seconds that the others have to exit after one failed"),
+        ("--port", 0, "the port of process 0; 0: a free one"),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, help=text)
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: the command to start")
     options = parser.parse_args(argv)
     if options.command[:1] == ["--"]:

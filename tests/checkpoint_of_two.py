@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from test_checkpoint import abstract
 
-from codebook_jax.parallel.processes import joining
+from codebook_jax.parallel.processes import joining, peers
 from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.tasks.pretrain import Pretraining
 from codebook_jax.tasks.state import TrainState
 
 joining.join(joining.find(os.environ), timeout_s=60)
+peers.connect(None)
 mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 whole = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
 place = jax.sharding.NamedSharding(mesh, jax.P("fsdp"))

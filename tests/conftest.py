@@ -17,6 +17,7 @@ SLOW = (  # many processes, launchers, plans: what a change rarely touches
     "test_plan.py",
     "test_launch.py",
     "test_launch_gke.py",
+    "test_launch_sky.py",
     "test_launch_tpu.py",
     "test_local.py",
 )

@@ -3,8 +3,8 @@ benchmarks/faults.py.
 
 FAULT in the environment is `KIND:PROCESS:STEP` (PROCESS * for all): before the batch after STEP the
 process is killed, loses a data worker (kill-worker), hangs (stop), does not get its batch (stuck)
-or fails (raise), from then on it is slow; its codebook is nan in STEP; its clock or code is another
-from the start. The flags are those of codebook_jax.main.
+or fails (raise), from then on it is slow; its codebook is nan in STEP; its code is another from the
+start. The flags are those of codebook_jax.main.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ def put(kind: str, step: int) -> None:
     """Injects this process's fault at the batch of `step`."""
     if kind == "none":
         return
-    if kind == "clock":
-        real = time.time
-        time.time = lambda: real() + 3600
-    elif kind == "code":
+    if kind == "code":
         from codebook_jax.run import record as workdir
 
         workdir.code_digest = lambda: "other code"

@@ -25,47 +25,38 @@ record "$WORLD/$name" "$@"
 exit "${!code:-0}"
 """
 
+# Its workers are two folders; ssh runs the command there.
 GCLOUD = """
 record "$WORLD/gcloud" "$@"
-homes=("$WORLD"/worker*) command='' code=0
 for word; do
     case $word in
-        --worker=all) ;;
-        --worker=*) homes=("${homes[${word#*=}]}") ;;
         --command=*) command=${word#*=} ;;
     esac
 done
+code=0 all=()
 case $4 in
-    describe)
-        read -r state later <"$WORLD/states"
-        [[ -z $later ]] || echo "$later" >"$WORLD/states"
-        [[ $state != NONE ]] || { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; }
-        echo "$state"
-        ;;
-    scp) for home in "${homes[@]}"; do cp "$5" "$home/${6#first:}"; done ;;
+    scp) for home in "$WORLD"/worker?; do cp "$5" "$home/${6#first:}"; done ;;
     ssh)
-        [[ $command != *follow* || ! -e $WORLD/drop ]] || { rm "$WORLD/drop"; exit 255; }
-        for home in "${homes[@]}"; do
-            (cd "$home" && HOME=$home bash -c "$command") || code=$?
+        for home in "$WORLD"/worker?; do
+            (cd "$home" && HOME=$home bash -c "$command") &
+            all+=($!)
         done
+        for one in "${all[@]}"; do wait "$one" || code=$?; done
         exit "$code"
         ;;
 esac
 """
 
-# Takes itself for every Python: makes an environment of itself, and ends as the file `codes` of its
-# home says.
+# Makes environments of itself, and ends as the file `code` of its home says.
 PYTHON = """
 case "$1 $2" in
-    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m uv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip") record "$HOME/pip" "${@:3}" ;;
     "-m codebook_jax.main")
         record "$HOME/main" "${@:3}"
         echo "step 1 on ${HOME##*/}"
-        read -r code later <"$HOME/codes"
-        [[ -z $later ]] || echo "$later" >"$HOME/codes"
-        [[ $code == wait ]] || exit "$code"
-        trap 'kill $!; exit 75' TERM
+        [[ ! -e $HOME/code ]] || exit "$(<"$HOME/code")"
+        trap 'kill $!; exit 0' TERM
         sleep 60 &
         touch "$HOME/waits"
         wait $!
@@ -76,7 +67,7 @@ esac
 
 def make_world(tmp_path):
     """A folder with the stand-ins, two workers, and what they have recorded."""
-    programs = {"gcloud": GCLOUD, "python3.13": PYTHON}
+    programs = {"gcloud": GCLOUD, "python3": PYTHON, "python3.13": PYTHON}
     noting = "srun", "scontrol", "sudo", "gcsfuse", "mountpoint"
     programs |= dict.fromkeys(noting, NOTE_AND_END)
     (tmp_path / "bin").mkdir()
@@ -84,10 +75,8 @@ def make_world(tmp_path):
         path = tmp_path / "bin" / name
         path.write_text(RECORD + program)
         path.chmod(0o755)
-    (tmp_path / "states").write_text("NONE ACTIVE\n")
     for worker in ("worker0", "worker1"):
         (tmp_path / worker).mkdir()
-        (tmp_path / worker / "codes").write_text("0\n")
     return tmp_path
 
 

@@ -1,13 +1,11 @@
 """A process, started by tests, that owns a folder until its standard input ends: `owner.py FOLDER`.
 
-The environment variables HOST, BOOT and PID_NAMESPACE name its machine, kernel and container; FORKS
-makes it leave a child behind.
+The environment variables HOST, BOOT and PID_NAMESPACE name its machine, kernel and container.
 """
 
 import os
 import platform
 import sys
-import time
 from pathlib import Path
 
 from codebook_jax.errors import UserError
@@ -27,8 +25,6 @@ def main():
         os.readlink = lambda path: namespace
     try:
         with ownership.owned(Path(sys.argv[1])):
-            if os.environ.get("FORKS") and not os.fork():
-                time.sleep(60)
             print("owns", flush=True)
             sys.stdin.read()
     except UserError as refusal:

@@ -36,12 +36,12 @@ def test_a_signal_saves_the_step_in_progress_and_the_next_start_goes_on_exactly(
     train.fit(config_of(), tmp_path / "straight")
     world.before_batch = lambda step: step == 6 and os.kill(os.getpid(), getattr(signal, name))
     handler = signal.getsignal(signal.SIGTERM)
-    train.fit(config_of(), tmp_path / "cut")
+    assert train.fit(config_of(), tmp_path / "cut") is False  # not at its end
     assert f"saved step 7 on {name}" in capsys.readouterr().out
     assert saved_steps(tmp_path / "cut") == [4, 6, 7]
     assert signal.getsignal(signal.SIGTERM) is handler
     world.before_batch = lambda step: None
-    train.fit(config_of(), tmp_path / "cut")
+    assert train.fit(config_of(), tmp_path / "cut") is True
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "straight")
     np.testing.assert_array_equal(
         final_weight(tmp_path / "cut", 12), final_weight(tmp_path / "straight", 12)
@@ -85,13 +85,6 @@ def test_a_batch_that_does_not_come_is_waited_for_aloud_then_the_step_is_saved_a
     train.fit(config, tmp_path)
     train.fit(config_of(), tmp_path / "straight")
     assert rows_of(tmp_path) == rows_of(tmp_path / "straight")
-
-
-def test_a_run_says_whether_it_came_to_its_end(world, tmp_path):
-    world.before_batch = lambda step: step == 6 and os.kill(os.getpid(), signal.SIGTERM)
-    assert train.fit(config_of(), tmp_path) is False
-    world.before_batch = lambda step: None
-    assert train.fit(config_of(), tmp_path) is True
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_built(world, tmp_path):

@@ -26,9 +26,7 @@ class Stuck(Exception):
 @contextlib.contextmanager
 def patience(limit_s: float, what: str) -> Iterator[None]:
     """Inside, prints on stderr every tenth of `limit_s` that it still waits for `what`, and raises
-    Stuck after `limit_s`.
-
-    Outside the main thread, where Python has no signal handlers, it waits without limit.
+    Stuck after `limit_s`; outside the main thread, which alone gets signals, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,7 +37,6 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
         waited = time.monotonic() - began
         if waited > 0.95 * limit_s:
             raise Stuck(f"{what} did not come in {limit_s:.0f} s")
-        # On every process, since any may be the one that waits.
         write_now(f"waiting for {what} for {waited:.0f} s; after {limit_s:.0f} s the run ends\n")
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -54,10 +51,8 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
 class Interruption:
     """Remembers the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP; a second SIGINT exits at once.
 
-    SIGHUP comes from a closed terminal; if it is ignored, as under nohup, it stays ignored.
-
-    Use it in a `with`; leaving restores the previous handlers. Outside the main thread, where
-    Python has no signal handlers, nothing is caught.
+    Use it in a `with`, in the main thread, which alone gets signals. An ignored SIGHUP, as under
+    nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -81,9 +76,7 @@ class Interruption:
         return self.name is not None
 
     def arrives_within(self, seconds: float) -> bool:
-        """Waits for a signal that has killed a worker process but not yet reached this one; returns
-        whether it came.
-        """
+        """Waits for a signal that has killed a worker process but not yet reached this one."""
         end = time.monotonic() + seconds
         while not self.requested and time.monotonic() < end:
             time.sleep(0.05)

@@ -1,15 +1,13 @@
 """One writer at a time in a folder, on this machine or another: `with owned(folder)`.
 
-A hidden file in the folder names its owner. Between processes of one machine the process number
-decides, which a killed owner does not keep. An owner on another machine is alive if the beat in the
-file changes: no clocks are compared, and the file system need not have locks, or locks that other
-hosts see.
+A hidden file in the folder names its owner. On one machine the process number decides, which a
+killed owner does not keep. An owner elsewhere is alive if the beat in the file changes: no clocks
+are compared, and the file system need not have locks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -33,7 +31,7 @@ BEAT_S = 5.0
 # an owner without a beat for this long is gone; parsing a long JSON, which blocks all threads, is
 # shorter
 WATCH_S = 30.0
-CLAIM_S = 2.0  # the most that another process needs to write its name once it has the lock
+CLAIM_S = 2.0  # the most that a process needs between reading the file and writing its own name
 
 
 class Owner(NamedTuple):
@@ -55,13 +53,12 @@ def owned(folder: Path, name: str = FILE) -> Iterator[None]:
     """Keeps other processes from owning the folder; raises UserError naming the one that does.
 
     The file is removed on leaving. If another process takes over meanwhile, because this one or its
-    disk stood still for
-    `WATCH_S`, this process exits at once.
+    disk stood still for `WATCH_S`, this process exits at once.
     """
     path, own = folder / name, _this_process()
     with refused(path, *UNREACHABLE):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _claim(path, own)
+        _claim(path, own)
     left = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, own, left), daemon=True)
     beating.start()
@@ -73,66 +70,39 @@ def owned(folder: Path, name: str = FILE) -> Iterator[None]:
         if _is(_read(path), own):
             with contextlib.suppress(OSError):  # the next process sees that this one is gone
                 path.unlink()
-        os.close(descriptor)
 
 
-def _claim(path: Path, own: Owner) -> int:
-    """An open file at `path` that names this process and is locked; raises UserError if another
-    process owns it.
-    """
-    end_of_patience = time.monotonic() + CLAIM_S
+def _claim(path: Path, own: Owner) -> None:
+    """Writes this process's name to `path`; raises UserError if another process owns it."""
     while True:
-        with _opened(path) as descriptor:
-            locked = _lock(descriptor)
+        with contextlib.suppress(FileExistsError), open(path, "xb") as file:
+            _write(file.fileno(), own)
+            return
+        owner = _read(path)
+        if owner is None:
+            time.sleep(CLAIM_S)  # it may be writing its name just now, or have left
             owner = _read(path)
-            if owner is not None and _is_alive(path, owner, locked):
-                raise UserError(
-                    f"--workdir={path.parent} is in use by process {owner.pid} on {owner.host} "
-                    f"since {owner.since}: wait for it, end it, or give another folder"
-                )
-            # Another process may be writing its name just now. A child of a dead one, or a dead
-            # host, may keep the lock.
-            settled = locked is not False and _is_at(path, descriptor)
-            if (settled or time.monotonic() > end_of_patience) and _is(_read(path), owner):
-                return _put(path, own)
-        time.sleep(0.1)
+            if owner is None and not os.path.lexists(path):
+                continue
+        if owner is not None and _is_alive(path, owner):
+            raise UserError(
+                f"--workdir={path.parent} is in use by process {owner.pid} on {owner.host} "
+                f"since {owner.since}: wait for it, end it, or give another folder"
+            )
+        if _is(_read(path), owner):
+            _replace(path, own)
+            time.sleep(CLAIM_S)  # of several that take over, the last to write wins
+            if _is(_read(path), own):
+                return
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one at `path`."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except PermissionError:  # another user's
-        descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _put(path: Path, own: Owner) -> int:
-    """Replaces the file at `path`, whose lock a child of a dead process, or a dead host, may still
-    hold; the new file.
-    """
+def _replace(path: Path, own: Owner) -> None:
     draft = path.with_name(f"{path.name}.{own.token}")
-    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        _lock(descriptor)
-        _write(descriptor, own)
+        draft.write_text(json.dumps(own._asdict()))
         draft.replace(path)
-    except BaseException:
-        os.close(descriptor)
+    finally:
         draft.unlink(missing_ok=True)
-        raise
-    return descriptor
 
 
 def _beat(path: Path, own: Owner, left: threading.Event) -> None:
@@ -146,33 +116,19 @@ def _beat(path: Path, own: Owner, left: threading.Event) -> None:
                 f"since this one stood still for {WATCH_S:.0f} s: the run continues there",
                 1,
             )
-        with (
-            contextlib.suppress(
-                OSError
-            ),  # a disk that is full or gone: whoever writes the results reports it
-            open(
-                path, "r+b"
-            ) as file,  # by its name: a mounted bucket loses what is written to a renamed file
-        ):
+        # Opened by its name: a mounted bucket loses what is written to a renamed file. Whoever
+        # writes the results reports a disk that is full or gone.
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
             _write(file.fileno(), own._replace(beat=f"{beat:09}"))
 
 
-def _is_alive(path: Path, owner: Owner, locked: bool | None) -> bool:
-    here = _this_process()
-    if owner.boot == here.boot and (here.boot or owner.host == here.host):  # one kernel
-        if (owner.host, owner.pid_namespace) == (here.host, here.pid_namespace):
-            return _runs(owner)
-        if (
-            locked
-        ):  # a container of this machine, or a machine restored from one image: the lock decides
-            return False
-    return _beats(path, owner)
-
-
-def _beats(path: Path, owner: Owner) -> bool:
-    """Whether the owner shows that it is alive; meanwhile it may leave, or another process may take
-    its place.
+def _is_alive(path: Path, owner: Owner) -> bool:
+    """Whether the owner is a running process of this machine, or shows elsewhere that it is alive;
+    meanwhile it may leave, or another process may take its place.
     """
+    here = _this_process()
+    if owner[:1] + owner[4:6] == here[:1] + here[4:6]:  # host, kernel, container
+        return _runs(owner)
     print(
         f"--workdir={path.parent} was in use by process {owner.pid} on {owner.host}, which has "
         f"not released it: watching for {WATCH_S:.0f} s whether it is still alive",
@@ -194,17 +150,15 @@ def _beats(path: Path, owner: Owner) -> bool:
 
 def _runs(owner: Owner) -> bool:
     """Whether a process of this machine is running; a zombie is not."""
-    try:
+    with contextlib.suppress(OSError):
         state, started = _status(owner.pid)
         return state not in "ZX" and started == owner.started
-    except OSError:
-        pass
     try:
         os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return False
     except PermissionError:  # another user's
         return True
+    except ProcessLookupError:
+        return False
     return True
 
 
@@ -249,16 +203,3 @@ def _read(path: Path) -> Owner | None:
 def _write(descriptor: int, owner: Owner) -> None:
     os.pwrite(descriptor, json.dumps(owner._asdict()).encode(), 0)
     os.fsync(descriptor)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Whether this process now holds the lock of an open file; None if the file system has no
-    locks.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True

@@ -15,8 +15,7 @@ SLURM = {
     "SLURM_NTASKS": "16",
     "SLURM_PROCID": "11",
     "SLURM_LOCALID": "3",
-    "SLURM_NODEID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_STEP_NUM_NODES": "2",
     "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
 }
 MPI = {
@@ -26,69 +25,75 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
 }
 ORTE = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
+SKYPILOT = {
+    "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.7\n",
+    "SKYPILOT_NUM_NODES": "2",
+    "SKYPILOT_NODE_RANK": "1",
+}
 JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 
 
-def test_a_process_without_a_sign_of_others_is_alone():
-    assert find({}) is None
-    assert (
-        find({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}) is None
-    )  # sbatch without srun starts one
-    assert find(SLURM | {"SLURM_NTASKS": "1"}) is None
-    assert find({"OMPI_COMM_WORLD_SIZE": "1"}) is None
-    assert find({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, has_kubernetes=True) is None
-
-
-def test_flags_come_before_the_environment():
-    found = find(JAX | SLURM, coordinator="b:2", count=4, own=1)
-    assert found == Joining("--coordinator", "b:2", 4, 1)
-
-
-def test_jax_variables_are_taken_all_three_or_none():
-    assert find(JAX | SLURM) == Joining("JAX_COORDINATOR_ADDRESS", "a:1", 3, 2)
-    for broken in ({"JAX_PROCESS_ID": "x"}, {"JAX_NUM_PROCESSES": ""}):
-        with pytest.raises(UserError, match="set all three, or none"):
-            find(JAX | broken)
-
-
-def test_slurm_has_one_gpu_a_task_or_all_of_a_node():
-    one_each = find(SLURM)
-    assert one_each == Joining("SLURM", None, 16, 11, (3,), "slurm")
-    alone = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x16)", "SLURM_LOCALID": "0"}
-    assert find(alone).devices == tuple(range(8))
-    no_variable = {name: value for name, value in alone.items() if name != "CUDA_VISIBLE_DEVICES"}
-    assert find(no_variable | {"SLURM_GPUS_ON_NODE": "4"}).devices == (0, 1, 2, 3)
-    assert find(SLURM | {"CUDA_VISIBLE_DEVICES": "3"}).devices == (0,)  # --gpus-per-task=1
-    assert find(
-        SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8,1", "SLURM_LOCALID": "0"}
-    ).devices == tuple(range(8))
-
-
-def test_open_mpi_names_its_first_host_up_to_version_4():
-    assert find(MPI | ORTE) == Joining("Open MPI", None, 4, 2, (0,), "ompi")
-    with pytest.raises(UserError, match="give --coordinator=HOST:PORT"):
-        find(MPI)
-    assert find(MPI, coordinator="c:3") == Joining("Open MPI", "c:3", 4, 2, (0,))
-
-
-def test_kubernetes_and_cloud_tpus_are_left_to_jax():
-    indexed = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
-    assert find(indexed, has_kubernetes=True).detection == "k8s"
-    assert find({}, on_a_tpu=True) == Joining("Cloud TPU", detection=None)
+ALONE_ON_NODE = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+SHOWS_FOUR = {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "4"}
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("environment", "flags", "found"),
     [
-        ({"coordinator": "b:2"}, "without --processes=N and --process=I"),
-        ({"count": 2}, "need --coordinator"),
-        ({"coordinator": "b", "count": 2, "own": 0}, "'b' is not HOST:PORT"),
-        ({"coordinator": "b:2", "count": 2, "own": 2}, "process 2 of 2: .*0 to 1"),
+        ({}, {}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}, {}, None),  # sbatch without srun starts one
+        (SLURM | {"SLURM_NTASKS": "1"}, {}, None),
+        (MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, {}, None),
+        (SKYPILOT | {"SKYPILOT_NUM_NODES": "1"}, {}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {"has_kubernetes": True}, None),
+        (
+            JAX | SLURM,
+            {"coordinator": "b:2", "count": 4, "own": 1},
+            Joining("--coordinator", "b:2", 4, 1),
+        ),
+        (JAX | SLURM, {}, Joining("JAX", "a:1", 3, 2)),
+        (SLURM, {}, Joining("SLURM", None, 16, 11, (3,), "slurm")),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, {}, Joining("SLURM", None, 16, 11, (0,), "slurm")),
+        (SLURM | ALONE_ON_NODE, {}, Joining("SLURM", None, 2, 1, tuple(range(8)), "slurm")),
+        (
+            SLURM | ALONE_ON_NODE | SHOWS_FOUR,
+            {},
+            Joining("SLURM", None, 2, 1, (0, 1, 2, 3), "slurm"),
+        ),
+        (SLURM, {"coordinator": "c:3"}, Joining("SLURM", "c:3", 16, 11, (3,))),
+        (MPI | ORTE, {}, Joining("Open MPI", None, 4, 2, (0,), "ompi")),
+        (MPI, {"coordinator": "c:3"}, Joining("Open MPI", "c:3", 4, 2, (0,))),
+        (SKYPILOT, {}, Joining("SkyPilot", "10.0.0.4:8476", 2, 1)),
+        (SKYPILOT, {"on_a_tpu": True}, Joining("Cloud TPU", detection=None)),
+        ({}, {"on_a_tpu": True}, Joining("Cloud TPU", detection=None)),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"},
+            {"has_kubernetes": True},
+            Joining("Kubernetes", detection="k8s"),
+        ),
     ],
 )
-def test_half_given_flags_are_refused(given, words):
+def test_a_process_finds_the_others_by_flags_before_launchers_and_by_any_of_these(
+    environment, flags, found
+):
+    assert find(environment, **flags) == found
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "words"),
+    [
+        (JAX | {"JAX_PROCESS_ID": "x"}, {}, "set all three, or none"),
+        (JAX | {"JAX_NUM_PROCESSES": ""}, {}, "set all three, or none"),
+        (MPI, {}, "give --coordinator=HOST:PORT"),
+        ({}, {"coordinator": "b:2"}, "without --processes=N and --process=I"),
+        ({}, {"count": 2}, "need --coordinator"),
+        ({}, {"coordinator": "b", "count": 2, "own": 0}, "'b' is not HOST:PORT"),
+        ({}, {"coordinator": "b:2", "count": 2, "own": 2}, "process 2 of 2: .*0 to 1"),
+    ],
+)
+def test_half_of_what_is_needed_is_refused(environment, flags, words):
     with pytest.raises(UserError, match=words):
-        find({}, **given)
+        find(environment, **flags)
 
 
 def test_a_tpu_machine_whose_surroundings_name_no_others_is_alone(monkeypatch):
@@ -105,8 +110,8 @@ def test_a_tpu_machine_whose_surroundings_name_no_others_is_alone(monkeypatch):
 
 def test_a_process_that_nobody_joins_ends_with_a_sentence_on_why():
     code = (
-        "from codebook_jax.processes.joining import Joining, join; join(Joining('--coordinator', "
-        "'127.0.0.1:1', 2, 1), timeout_s=1)"
+        "from codebook_jax.parallel.processes.joining import Joining, join\n"
+        "join(Joining('--coordinator', '127.0.0.1:1', 2, 1), timeout_s=1)"
     )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -116,4 +121,4 @@ def test_a_process_that_nobody_joins_ends_with_a_sentence_on_why():
         sentence.startswith("error: process 1 of 2 on ")
         and "did not find the others in 1 s" in sentence
     )
-    assert "the coordinator 127.0.0.1:1 (that is this machine itself) cannot be reached" in sentence
+    assert "the coordinator 127.0.0.1:1 cannot be reached" in sentence

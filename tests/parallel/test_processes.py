@@ -39,8 +39,9 @@ def environment(one_device_environment):
     """The environment of a run in its own process, with `devices` virtual devices."""
 
     def of(devices):
-        flags = f"{one_device_environment['XLA_FLAGS']} {QUICK} --xla_force_host_platform_device_count={devices}"
-        return one_device_environment | {"XLA_FLAGS": flags}
+        virtual = f"--xla_force_host_platform_device_count={devices}"
+        flags = [one_device_environment["XLA_FLAGS"], QUICK, virtual]
+        return one_device_environment | {"XLA_FLAGS": " ".join(flags)}
 
     return of
 
@@ -157,11 +158,9 @@ def test_a_signal_to_one_process_has_both_save_the_same_step_and_a_killed_one_en
     processes[1].kill()
     codes, said = ends(processes)
     assert codes == [1, -signal.SIGKILL], said
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 20
     host = socket.gethostname()
-    assert (
-        f"process 0 on {host} ends: process 1 on {host} has not been heard of for 30 s" in said[0]
-    )
+    assert f"process 0 on {host} ends: process 1 on {host} is lost" in said[0]
     series = losses(workdir)
     np.testing.assert_allclose(series[:STEPS], losses(of_two.workdir)[: len(series)], rtol=1e-4)
 
@@ -189,7 +188,7 @@ def test_another_config_or_workdir_on_one_host_is_refused_by_name_before_anythin
 def test_a_workdir_in_use_ends_all_processes_with_the_sentence_of_the_first(environment, tmp_path):
     with owned(tmp_path):
         codes, said = ends(both(tmp_path, environment(1)))
-    assert codes == [2, 1], said
+    assert codes == [2, 2], said
     for text in said:
         assert (
             f"--workdir={tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}"

@@ -1,8 +1,6 @@
 """One process at a time owns a folder, wherever it runs, and a dead one blocks nobody."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import signal
@@ -18,9 +16,8 @@ from codebook_jax.errors import UserError
 from codebook_jax.run import ownership
 from codebook_jax.run.ownership import owned
 
-AT_ONCE_S = (
-    owner.WATCH_S / 2 + ownership.CLAIM_S
-)  # a watch is longer on a machine that does much else
+# a watch is longer on a machine that does much else
+AT_ONCE_S = owner.WATCH_S / 2 + ownership.CLAIM_S
 
 
 @pytest.fixture
@@ -90,16 +87,6 @@ def test_a_killed_owner_that_nobody_waited_for_is_gone_at_once(start, tmp_path):
     assert said == "owns\n" and seconds < AT_ONCE_S
 
 
-def test_a_child_that_outlives_a_killed_owner_does_not_keep_the_folder(start, tmp_path):
-    first = start(tmp_path, FORKS="yes")
-    answer(first)
-    first.kill()
-    with open(tmp_path / ".running") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child has it
-    said, seconds = answer(start(tmp_path))
-    assert said == "owns\n" and seconds < AT_ONCE_S + ownership.CLAIM_S
-
-
 def test_another_process_that_got_the_owners_number_is_not_the_owner(quick, tmp_path, capsys):
     with owned(tmp_path):
         record = record_of(tmp_path)
@@ -109,50 +96,22 @@ def test_another_process_that_got_the_owners_number_is_not_the_owner(quick, tmp_
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
-def test_an_owner_on_another_host_counts_as_long_as_its_beat_moves(
-    locks, start, tmp_path, quick, monkeypatch
+@pytest.mark.parametrize(
+    "where", [{"HOST": "elsewhere", "BOOT": "another"}, {"PID_NAMESPACE": "pid:[1]"}], ids=str
+)
+def test_an_owner_on_another_host_or_in_a_container_counts_as_long_as_its_beat_moves(
+    where, start, tmp_path, quick
 ):
-    def none(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    if not locks:
-        monkeypatch.setattr(fcntl, "flock", none)
-    first = start(tmp_path, HOST="elsewhere", BOOT="another")
+    first = start(tmp_path, **where)
     answer(first)
-    with pytest.raises(UserError, match=f"process {first.pid} on elsewhere"), owned(tmp_path):
+    with pytest.raises(UserError, match=f"process {first.pid} on "), owned(tmp_path):
         pass
     first.kill()
     began = time.monotonic()
     with owned(tmp_path):
         assert record_of(tmp_path)["pid"] == os.getpid()
     assert time.monotonic() - began >= owner.WATCH_S
-
-
-def test_a_dead_host_whose_lock_the_file_server_keeps_hinders_nobody(quick, tmp_path, monkeypatch):
-    with monkeypatch.context() as there:
-        there.setattr("platform.node", lambda: "dead")
-        with owned(tmp_path):
-            record = (tmp_path / ".running").read_text()
-    (tmp_path / ".running").write_text(record)
-    with open(tmp_path / ".running") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with owned(tmp_path):
-            assert record_of(tmp_path)["host"] != "dead"
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("where", [{"PID_NAMESPACE": "pid:[1]"}, {"HOST": "elsewhere"}], ids=str)
-def test_the_kernel_knows_of_a_container_of_this_machine_whether_it_is_gone(where, start, tmp_path):
-    first = start(tmp_path, **where)
-    answer(first)
-    refusal, _ = answer(start(tmp_path))
-    for value in (first.pid, where.get("HOST", "")):
-        assert str(value) in refusal
-    first.kill()
-    first.wait()
-    said, seconds = answer(start(tmp_path))
-    assert said == "owns\n" and seconds < AT_ONCE_S
 
 
 def test_an_owner_that_was_taken_over_while_it_stood_still_ends(start, tmp_path, quick):
@@ -178,30 +137,26 @@ def test_of_many_that_start_together_one_owns_the_folder(start, tmp_path):
     assert owners == [record_of(tmp_path)["pid"]]
 
 
-@pytest.mark.parametrize("pid", ["abc", None, 1.5, [1], 10**30, -1, 0, True])
-def test_a_file_that_names_no_process_is_nobodys(pid, tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"pid": pid} for pid in ("abc", None, 1.5, [1], 10**30, -1, 0, True)),
+        *("{}", "[" * 100_000, "\0", "3", '{"pid": 1, "x": 2}'),
+    ],
+    ids=lambda content: str(content)[:20],
+)
+def test_a_file_that_names_no_process_is_nobodys(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(ownership, "CLAIM_S", 0.1)
     with owned(tmp_path):
         record = record_of(tmp_path)
-    (tmp_path / ".running").write_text(json.dumps(record | {"pid": pid}))
-    with owned(tmp_path):
-        assert record_of(tmp_path)["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize("content", ["{}", "[" * 100_000, "\0", "3", '{"pid": 1, "x": 2}'], ids=len)
-def test_a_file_that_says_nothing_is_nobodys(content, tmp_path):
-    (tmp_path / ".running").write_text(content)
+    whole = json.dumps(record | content) if isinstance(content, dict) else content
+    (tmp_path / ".running").write_text(whole)
     with owned(tmp_path):
         assert record_of(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_file_that_cannot_be_replaced_is_named_in_a_sentence(tmp_path):
     path = tmp_path / ".running"
-    for make in (
-        path.mkdir,
-        lambda: path.symlink_to(tmp_path / "none/x"),
-        lambda: path.symlink_to(path),
-    ):
-        make()
-        with pytest.raises(UserError, match=str(path)), owned(tmp_path):
-            pass
-        path.rmdir() if not path.is_symlink() else path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=str(path)), owned(tmp_path):
+        pass

@@ -1,13 +1,10 @@
-"""How this process finds the others of its run: from flags, JAX's variables, Open MPI, SLURM,
-Kubernetes or a Cloud TPU.
-"""
+"""How this process finds the others of its run: from flags, or from what its launcher tells it."""
 
 from __future__ import annotations
 
 import glob
 import importlib.util
 import os
-import re
 import signal
 import socket
 import sys
@@ -17,12 +14,11 @@ from typing import NamedTuple
 
 from codebook_jax.errors import UserError
 
-HEARTBEAT_S = 100  # of JAX's own watch, which ends a process by SIGABRT; peers.py notices earlier
+HEARTBEAT_S = 30  # without one for this long, JAX ends all processes by SIGABRT
 SHUTDOWN_S = 60
-# what JAX reads from Open MPI up to version 4; version 5 no longer sets it
-ORTE_URI = "OMPI_MCA_orte_hnp_uri"
-# JAX's time-out is later than ours by this, since it ends the process without saying who is missing
-SLOWER_S = 60
+SLOWER_S = 60  # by which JAX's time-out is later than ours: it would end the process silently
+SKYPILOT, SKYPILOT_PORT = "SkyPilot", 8476  # the port of its coordinator is ours to choose
+ALL_THREE = "give --coordinator=HOST:PORT --processes=N --process=I"
 
 
 class Joining(NamedTuple):
@@ -32,10 +28,26 @@ class Joining(NamedTuple):
     coordinator: str | None = None
     count: int | None = None
     own: int | None = None
-    devices: tuple[int, ...] | None = (
-        None  # local accelerators of this process; None: all, or JAX's choice
-    )
+    # local accelerators of this process; None: all, or JAX's choice
+    devices: tuple[int, ...] | None = None
     detection: str | None = "deactivate"
+
+
+_OMPI = "OMPI_COMM_WORLD"
+# Of each way: a variable without which there are no others, as in sbatch's own script (it names the
+# coordinator if JAX has no detection); the count, the own number, that on this node; the detection.
+LAUNCHERS = {
+    "JAX": ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "", "deactivate"),
+    "Open MPI": (
+        f"{_OMPI}_LOCAL_SIZE",
+        f"{_OMPI}_SIZE",
+        f"{_OMPI}_RANK",
+        f"{_OMPI}_LOCAL_RANK",
+        "ompi",
+    ),
+    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "slurm"),
+    SKYPILOT: ("SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "", "deactivate"),
+}
 
 
 def find(
@@ -47,35 +59,31 @@ def find(
     on_a_tpu: bool = False,
     has_kubernetes: bool = False,
 ) -> Joining | None:
-    """How to join, from the flags (`coordinator`, `count`, `own`) or the environment; None: this
-    process is alone.
-
-    Raises UserError if only part is given. A launcher's count and number are also used with a given
-    `coordinator`.
+    """How to join, from the flags (`coordinator`, `count`, `own`; a launcher may give the last two)
+    or the environment; None: this process is alone. Raises UserError if only part is given.
     """
-    given = _given(coordinator, count, own)
-    if given is not None and None not in (count, own):
-        return _checked(given)
-    launched = _of_jax(environment) or _of_open_mpi(environment) or _of_slurm(environment)
-    if given is not None and launched is None:
-        raise UserError(
-            f"--coordinator={coordinator} is given without --processes=N and --process=I, and no "
-            "launcher (srun, mpirun) provides them: give all three"
-        )
-    if given is not None:
-        launched = launched._replace(coordinator=coordinator, detection="deactivate")
-    elif launched is not None and launched.detection == "ompi" and ORTE_URI not in environment:
-        raise UserError(
-            "this Open MPI does not name its first host: give --coordinator=HOST:PORT of process 0 "
-            "too"
-        )
+    if coordinator is None and (count is not None or own is not None):
+        raise UserError("--processes and --process need --coordinator=HOST:PORT of process 0")
+    if None not in (coordinator, count, own):
+        return _checked(Joining("--coordinator", coordinator, count, own))
+    launched = _launched(environment, on_a_tpu)
+    if coordinator is not None:
+        if launched is None:
+            raise UserError(
+                f"--coordinator={coordinator} is given without --processes=N and --process=I, and "
+                "no launcher (srun, mpirun) provides them: give all three"
+            )
+        return _checked(launched._replace(coordinator=coordinator, detection="deactivate"))
     if launched is not None:
-        return launched if launched.detection != "deactivate" else _checked(launched)
+        if launched.detection == "ompi" and "OMPI_MCA_orte_hnp_uri" not in environment:
+            raise UserError(  # as from version 5 on
+                "this Open MPI does not name its first host: give --coordinator=HOST:PORT of "
+                "process 0 too"
+            )
+        return launched
     if has_kubernetes and {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
         return Joining("Kubernetes", detection="k8s")
-    if on_a_tpu:
-        return Joining("Cloud TPU", detection=None)
-    return None
+    return Joining("Cloud TPU", detection=None) if on_a_tpu else None
 
 
 def on_a_tpu() -> bool:
@@ -86,15 +94,16 @@ def on_a_tpu() -> bool:
 
 
 def join(joining: Joining, *, timeout_s: int) -> bool:
-    """Connects to the other processes; if that takes longer than `timeout_s`, says why and exits
-    with 1.
-
-    Returns False on a TPU machine whose environment names no others: this process is alone.
+    """Connects to the other processes, or exits with 1 and the reason after `timeout_s`; False on a
+    TPU machine whose environment names no others.
     """
     import jax
 
+    number = "a process" if joining.own is None else f"process {joining.own} of {joining.count}"
+    this = f"{number} on {socket.gethostname()} ({joining.way})"
+
     def give_up() -> None:
-        end(f"{_who(joining)} did not find the others in {timeout_s} s: {_why(joining)}", 1)
+        end(f"{this} did not find the others in {timeout_s} s: {_why(joining.coordinator)}", 1)
 
     timer = threading.Timer(timeout_s, give_up)
     timer.daemon = True
@@ -104,7 +113,7 @@ def join(joining: Joining, *, timeout_s: int) -> bool:
             joining.coordinator,
             joining.count,
             joining.own,
-            list(joining.devices) if joining.devices else None,
+            joining.devices,
             cluster_detection_method=joining.detection,
             initialization_timeout=timeout_s + SLOWER_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
@@ -113,28 +122,24 @@ def join(joining: Joining, *, timeout_s: int) -> bool:
     except (ValueError, RuntimeError, OSError) as error:
         if joining.detection is None and isinstance(error, ValueError):  # nothing was found
             return False
-        raise UserError(
-            f"{_who(joining)} could not join: {str(error).splitlines()[0]}; give "
-            "--coordinator=HOST:PORT --processes=N --process=I"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{this} could not join: {reason}; {ALL_THREE}") from error
     finally:
         timer.cancel()
-    signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # JAX's handler would swallow it, since nothing here asks JAX
+    # JAX's handler would swallow it, since nothing here asks JAX
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return True
 
 
 def describe(joining: Joining) -> str:
     """One line on this process and its devices, once it has joined."""
     import jax
-    from jax._src import distributed
 
     mine, kind = jax.local_device_count(), jax.local_devices()[0].device_kind
+    coordinator = f", coordinator {joining.coordinator}" if joining.coordinator else ""
     return (
         f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {mine} "
-        f"of {jax.device_count()} devices ({kind}), coordinator "
-        f"{distributed.global_state.coordinator_address} ({joining.way})"
+        f"of {jax.device_count()} devices ({kind}){coordinator} ({joining.way})"
     )
 
 
@@ -145,92 +150,44 @@ def end(sentence: str, code: int) -> None:
     os._exit(code)
 
 
-def _given(coordinator: str | None, count: int | None, own: int | None) -> Joining | None:
-    if coordinator is None:
-        if count is not None or own is not None:
-            raise UserError("--processes and --process need --coordinator=HOST:PORT of process 0")
-        return None
-    return Joining("--coordinator", coordinator, count, own)
+def _launched(environment: Mapping[str, str], on_a_tpu: bool) -> Joining | None:
+    for way, (sign, *names, local, detection) in LAUNCHERS.items():
+        if not environment.get(sign) or (on_a_tpu and way == SKYPILOT):  # JAX knows its slice
+            continue
+        try:
+            count, own = (int(environment[name]) for name in names)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{sign} is set, but {' and '.join(names)} are not both numbers: set all three, or "
+                "none"
+            ) from error
+        if count < 2:
+            continue
+        if detection != "deactivate":
+            devices = _own_devices(environment, int(environment[local]), count)
+            return Joining(way, None, count, own, devices, detection)
+        coordinator = environment[sign].split()[0]
+        port = f":{SKYPILOT_PORT}" if way == SKYPILOT else ""
+        return _checked(Joining(way, f"{coordinator}{port}", count, own))
+    return None
 
 
-def _of_jax(environment: Mapping[str, str]) -> Joining | None:
-    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-    if names[0] not in environment:
-        return None
-    try:
-        count, own = int(environment[names[1]]), int(environment[names[2]])
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{names[0]} is set, but {names[1]} and {names[2]} are not both numbers: set all "
-            "three, or none"
-        ) from error
-    return Joining(names[0], environment[names[0]], count, own)
-
-
-def _of_open_mpi(environment: Mapping[str, str]) -> Joining | None:
-    count = int(environment.get("OMPI_COMM_WORLD_SIZE", "1"))
-    if count < 2:
-        return None
-    here = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-    local = int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
-    return Joining(
-        "Open MPI",
-        None,
-        count,
-        int(environment["OMPI_COMM_WORLD_RANK"]),
-        _own_devices(environment, here, local),
-        "ompi",
-    )
-
-
-def _of_slurm(environment: Mapping[str, str]) -> Joining | None:
-    needed = "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"
-    if any(name not in environment for name in needed) or int(environment["SLURM_NTASKS"]) < 2:
-        return None  # sbatch and salloc without srun start one process
-    node = int(environment.get("SLURM_NODEID", "0"))
-    here = _tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), node)
-    devices = _own_devices(environment, here, int(environment["SLURM_LOCALID"]))
-    return Joining(
-        "SLURM",
-        None,
-        int(environment["SLURM_NTASKS"]),
-        int(environment["SLURM_PROCID"]),
-        devices,
-        "slurm",
-    )
-
-
-def _own_devices(
-    environment: Mapping[str, str], tasks_here: int, local: int
-) -> tuple[int, ...] | None:
-    """The GPUs of one of several tasks on a node: all of them if it is alone there, otherwise its
-    own.
-
-    If the scheduler shows each task a single GPU, it is that one. None: not known, JAX takes the
-    one of the local number.
+def _own_devices(environment: Mapping[str, str], local: int, count: int) -> tuple[int, ...] | None:
+    """The GPUs of a task of SLURM or Open MPI: all of its node if it is alone there (None: not
+    known), otherwise the one of its local number, or the single one that the scheduler shows it.
     """
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")
-    visible = (
-        len(shown.split(",")) if shown else int(environment.get("SLURM_GPUS_ON_NODE", "0") or 0)
-    )
-    if tasks_here == 1 and visible:
-        return tuple(range(visible))
-    if visible == 1:
-        return (0,)
-    return (local,) if tasks_here > 1 else None
-
-
-def _tasks_of_node(layout: str, node: int) -> int:
-    """The number of tasks on a node, from SLURM's `8(x2),4`."""
-    counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", layout):
-        counts += [int(count)] * int(times or 1)
-    return counts[node] if node < len(counts) else 0
+    visible = len(shown.split(",")) if shown else int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    if environment.get("SLURM_STEP_NUM_NODES") == str(count) or (
+        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    ):
+        return tuple(range(visible)) or None
+    return (0,) if visible == 1 else (local,)
 
 
 def _checked(joining: Joining) -> Joining:
-    host, colon, port = joining.coordinator.rpartition(":")
-    if not colon or not host or not port.isdigit():
+    host, _, port = joining.coordinator.rpartition(":")
+    if not host or not port.isdigit():
         raise UserError(
             f"the coordinator {joining.coordinator!r} is not HOST:PORT: give the host of process 0 "
             "and a free port there"
@@ -243,25 +200,14 @@ def _checked(joining: Joining) -> Joining:
     return joining
 
 
-def _who(joining: Joining) -> str:
-    number = "a process" if joining.own is None else f"process {joining.own} of {joining.count}"
-    return f"{number} on {socket.gethostname()} ({joining.way})"
-
-
-def _why(joining: Joining) -> str:
+def _why(coordinator: str | None) -> str:
     """What this process can tell about the coordinator."""
-    address = joining.coordinator
-    if address is None:
-        from jax._src import distributed
-
-        address = distributed.global_state.coordinator_address
-    if address is None:
-        return "no coordinator was found; give --coordinator=HOST:PORT --processes=N --process=I"
-    host, _, port = address.rpartition(":")
+    if coordinator is None:
+        return f"have all processes started, are the ports between the hosts open? Or {ALL_THREE}"
+    host, _, port = coordinator.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
-            pass
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        state = "answers, but not all processes have come: look at the logs of the others"
     except OSError as error:
-        local = " (that is this machine itself)" if host.startswith(("127.", "localhost")) else ""
-        return f"the coordinator {address}{local} cannot be reached ({error}): has process 0 started there, is the port open?"
-    return f"the coordinator {address} answers, but not all processes have come: look at the logs of the others"
+        state = f"cannot be reached ({error}): has process 0 started there, is the port open?"
+    return f"the coordinator {coordinator} {state}"

@@ -1,13 +1,12 @@
-"""What the processes of one run tell each other outside the devices: what must be the same, and
-that they are alive.
+"""What the processes of one run tell each other outside the devices: what must be the same, and why
+the run ends.
 
-Everything goes through the key-value store of JAX's coordinator, so it works before the first
-collective and while one hangs. With a single process nothing here does anything.
+With a single process nothing here does anything.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import socket
@@ -15,68 +14,53 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
 from codebook_jax.errors import UserError
-from codebook_jax.parallel.processes.joining import end
+from codebook_jax.parallel.processes import channel
+from codebook_jax.parallel.processes.joining import HEARTBEAT_S, end
 
-CHECK_S = 600  # how far the slowest process may be behind the first at a check
-BEAT_S = 2.0
-# a process without a beat for this long was killed, or its host is gone; parsing a long JSON is
-# shorter
-LOST_S = 30.0
+CHECK_S = 600.0  # how far the slowest process may be behind the first at a check
 FINISH_S = 20.0  # how long an error waits for a save in progress before it ends all processes
-# how long process 0 stays so that the others hear why the run ends: the store ends with it
-LINGER_S = 10.0
-SKEW_S = 30.0  # between two hosts' clocks; above it a warning is printed
-
-STORE = "codebook_jax"  # prefix of our keys in the store, which Orbax uses too
-ENDED = f"{STORE}/run/ended"
-SIGNS_OF_A_LOST_PEER = (
-    "Gloo",
-    "NCCL",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "coordination service",
-    "Connection reset",
-)
-Give = Callable[[str, int], None]  # ends this process with a sentence and an exit code
+GRACE_S = 2.0  # for a process to end with its own message, if it fails as another did
+LINGER_S = 10.0  # how long process 0 waits for the others to end; JAX aborts them with it
+OFFER_BYTES = 1024
+LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "Connection reset")
 
 
 class Peers:
-    """The other processes, through `client`, the key-value store of JAX's coordinator (None: there
-    are no others).
-    """
+    """The other processes, through a connection to the channel; without one there are none."""
 
     def __init__(
         self,
-        client: Any = None,
+        connection: Connection | None = None,
         *,
         count: int = 1,
         own: int = 0,
         host: str = "",
-        check_s: float = CHECK_S,
-        beat_s: float = BEAT_S,
-        lost_s: float = LOST_S,
-        give_up: Give = end,
+        give_up: Callable[[str, int], None] = end,
     ) -> None:
-        self._client, self.count, self.own = client, count, own
-        self._host = host or socket.gethostname()
-        self._check_s, self._beat_s, self._lost_s, self._give_up = check_s, beat_s, lost_s, give_up
+        self.count, self.own = count, own
+        self._connection, self._give_up = connection, give_up
         self._hosts: dict[int, str] = {}
-        self._checks: dict[str, int] = {}  # how often each was done
-        self._stop = threading.Event()
-        self._watching: threading.Thread | None = None
-
-    # -- what must be the same
+        self._rounds: Counter[str] = Counter()  # how often each check was done
+        self._facts: dict[str, dict[int, Any]] = defaultdict(dict)  # of each process at a check
+        self._arrived, self._sending = threading.Condition(), threading.Lock()
+        self._has_failed = threading.Event()
+        self._left, self._gone = set[int](), set[int]()
+        self._is_ending = False
+        if connection is not None:
+            threading.Thread(target=self._listen, daemon=True).start()
+            self._tell("host", host or socket.gethostname())
 
     def compare(self, check: str, facts: Mapping[str, Any], advice: str) -> None:
         """Raises UserError naming the process, its host and the first facts in which it differs
         from process 0.
 
-        Every process calls it with the same `check`, once; a process that does not arrive in time
-        is named too. Facts must be JSON values.
+        Every process calls it with the same `check`. Facts must be JSON values.
         """
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if len(set(self.exchange(check, digest))) == 1:  # they may be long, and the processes many
@@ -93,224 +77,156 @@ class Peers:
                 raise UserError(f"{self.name(process)} differs in {shown}{more}: {advice}")
 
     def exchange(self, check: str, facts: Any) -> list[Any]:
-        """The facts of every process at this check, in order.
-
-        Raises UserError naming processes that did not arrive.
+        """The facts of every process at this check, in order; raises UserError naming processes
+        that did not arrive within CHECK_S.
         """
-        if self._client is None:
+        if self._connection is None:
             return [facts]
-        self._checks[check] = self._checks.get(check, 0) + 1
-        place = f"{STORE}/checks/{check}/{self._checks[check]}"
-        said = {"host": self._host, "facts": facts}
-        self._client.key_value_set(f"{place}/{self.own}", json.dumps(said))
-        try:
-            self._client.wait_at_barrier(place, int(self._check_s * 1000))
-        except Exception as error:  # its types differ between JAX's versions
-            here = self._said(place)
-            missing = [process for process in range(self.count) if process not in here]
-            raise UserError(
-                f"the check {check!r} waited {self._check_s:.0f} s for "
-                f"{', '.join(self.name(process) for process in missing) or 'a process that left it'}: look at its log; all processes must be started together"
-            ) from error
-        here = self._said(place)
-        return [here[process]["facts"] for process in range(self.count)]
+        self._rounds[check] += 1
+        place = f"{check} {self._rounds[check]}"
+        self._tell("facts", place, facts)
+        with self._arrived:
+            everyone = self._facts[place]
+            if not self._arrived.wait_for(lambda: len(everyone) == self.count, CHECK_S):
+                missing = [self.name(n) for n in range(self.count) if n not in everyone]
+                raise UserError(
+                    f"the check {check!r} waited {CHECK_S:.0f} s for {', '.join(missing)}: look at "
+                    "its log; all processes must be started together"
+                )
+            del self._facts[place]
+        return [everyone[process] for process in range(self.count)]
 
-    def clocks(self) -> str:
-        """A warning if a host's clock is far from that of process 0, otherwise empty."""
-        self.exchange("clock barrier", None)
-        times = self.exchange("clock", time.time())
-        late = [(abs(at - times[0]), process) for process, at in enumerate(times)]
-        most, process = max(late)
-        if most < SKEW_S:
-            return ""
-        return (
-            f"the clock of {self.name(process)} is {most:,.0f} s off that of process 0: training "
-            "does not mind, times in logs and files will"
-        )
-
-    # -- who is alive
-
-    def watch(self) -> None:
-        """Starts telling the others that this process is alive, and ends it when the run ends
-        elsewhere.
-        """
-        if self._client is None:
-            return
-        self._watching = threading.Thread(target=self._watch, name="peers", daemon=True)
-        self._watching.start()
-
-    def fail(self, sentence: str) -> None:
-        """Tells the others why this process ends the run, so that they exit too; the caller then
-        exits.
-        """
-        if self._client is None:
-            return
-        self._stop.set()
-        try:
-            self._client.key_value_set(ENDED, f"{self.name(self.own)}: {sentence}")
-        except Exception:
-            pass  # somebody else was first, or the coordinator is gone
-        self._leave_mark()
-        if self.own == 0:
+    def fail(self, sentence: str, code: int = 1) -> None:
+        """Tells the others why the run ends, so that they exit too; the caller then exits."""
+        if self._connection is not None:
+            self._has_failed.set()
+            self._tell("end", sentence, code)
             self._wait_for_others()
 
     def end_all(self, error: Exception, first: Callable[[], object] | None = None) -> None:
-        """Ends the whole run because of an error here; returns only if there are no other
-        processes.
+        """Ends the whole run because of an error here; returns only if this process is alone.
 
         A normal Python exit would wait for the others. After a user error, which all processes may
         share, `first` gets FINISH_S to run.
         """
-        if self.count == 1:
+        import jax
+
+        if not jax.distributed.is_initialized():
             return
         sentence, code = str(error), 2
-        if isinstance(error, UserError):
-            if first is not None:
-                finishing = threading.Thread(target=_try, args=(first,), daemon=True)
-                finishing.start()
-                finishing.join(FINISH_S)
-        else:
-            if of_a_peer(error):
-                self._explain(str(error).partition("\n")[0])
-            traceback.print_exception(error)
+        if not isinstance(error, UserError):
             sentence, code = f"{type(error).__name__}: {sentence.partition(chr(10))[0]}", 1
-        self.fail(sentence)
+            if of_a_peer(error):
+                print(f"a step failed ({sentence}); looking for a lost process", file=sys.stderr)
+                time.sleep(HEARTBEAT_S + 10)  # the channel or JAX ends this process with its name
+            traceback.print_exception(error)
+        elif first is not None:
+            self._has_failed.set()  # others that fail of the same do not end it meanwhile
+            finishing = threading.Thread(target=_try, args=(first,), daemon=True)
+            finishing.start()
+            finishing.join(FINISH_S)
+        self.fail(sentence, code)
         self._give_up(sentence, code)
 
     def leave(self) -> None:
-        """Ends the watch and the connection of a process that is done, after the others are done
-        too.
-        """
-        if self._client is None:
-            return
-        import jax
+        """Disconnects a process that is done, after the others are done too."""
+        if self._connection is not None:
+            import jax
 
-        self._leave_mark()
-        self._stop.set()
-        self._watching.join()
-        jax.distributed.shutdown()
+            self._tell("left")
+            jax.distributed.shutdown()
 
     def name(self, process: int) -> str:
         """A process and its host, for a sentence."""
-        host = self._host if process == self.own else self._hosts.get(process)
+        host = self._hosts.get(process)
         return f"process {process}" + (f" on {host}" if host else "")
 
-    def _explain(self, failure: str) -> None:
-        """After a step failed the way it does when another process is gone: waits until the watch
-        knows which one.
-        """
-        print(
-            f"{self.name(self.own)}: a step failed ({failure}); looking for a lost process",
-            file=sys.stderr,
-            flush=True,
-        )
-        time.sleep(self._lost_s + 5 * self._beat_s)
+    def _tell(self, *message: Any) -> None:
+        """Sends a message to all processes, this one included; nothing if process 0 is gone."""
+        with self._sending, contextlib.suppress(OSError):
+            self._connection.send((self.own, *message))
 
-    def _said(self, place: str) -> dict[int, Any]:
-        found = {
-            int(key.rsplit("/", 1)[1]): json.loads(value)
-            for key, value in self._client.key_value_dir_get(f"{place}/")
-        }
-        self._hosts |= {process: said["host"] for process, said in found.items()}
-        return found
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                self._receive(*self._connection.recv())
+        self._receive(0, "gone")
 
-    def _leave_mark(self) -> None:
-        try:
-            self._client.key_value_set(f"{STORE}/left/{self.own}", "", allow_overwrite=True)
-        except Exception:
-            pass  # the coordinator is gone, and so is everyone who would read it
+    def _receive(self, process: int, kind: str, *content: Any) -> None:
+        if kind == "host":
+            (self._hosts[process],) = content
+        elif kind == "facts":
+            place, facts = content
+            with self._arrived:
+                self._facts[place][process] = facts
+                self._arrived.notify_all()
+        elif kind == "left":
+            self._left.add(process)
+        elif kind == "gone":
+            self._gone.add(process)
+            if process not in self._left:
+                why = f"{self.name(process)} is lost: it was killed, or its host is gone"
+                self._end(why, 1, after_s=0)
+        elif kind == "end" and process != self.own:
+            sentence, code = content
+            self._end(f"{self.name(process)}: {sentence}", code, after_s=GRACE_S)
+
+    def _end(self, why: str, code: int, *, after_s: float) -> None:
+        def end_unless_failed() -> None:
+            if not self._has_failed.is_set():
+                self._wait_for_others()
+                again = "; the same command goes on from the newest checkpoint" if code == 1 else ""
+                self._give_up(f"{self.name(self.own)} ends: {why}{again}", code)
+
+        if not self._is_ending:
+            self._is_ending = True
+            threading.Timer(after_s, end_unless_failed).start()
 
     def _wait_for_others(self) -> None:
-        end_of_wait = time.monotonic() + LINGER_S
-        while (
-            time.monotonic() < end_of_wait
-            and len(self._client.key_value_dir_get(f"{STORE}/left/")) < self.count
-        ):
-            time.sleep(0.1)
-
-    def _watch(self) -> None:
-        heard: dict[int, tuple[str, float]] = {}
-        beats, silent_since = 0, time.monotonic()
-        while not self._stop.is_set():
-            beats += 1
-            try:
-                self._client.key_value_set(
-                    f"{STORE}/alive/{self.own}", str(beats), allow_overwrite=True
-                )
-                ended = [
-                    why
-                    for key, why in self._client.key_value_dir_get(f"{STORE}/run/")
-                    if key == ENDED
-                ]
-                if not ended and self.own == 0:
-                    lost = self._lost(heard)
-                    if lost is not None:
-                        why = f"{self.name(lost)} has not been heard of for {self._lost_s:.0f} s"
-                        self._client.key_value_set(
-                            ENDED, f"{why}: it was killed, or its host is gone"
-                        )
-                        continue
-                silent_since = time.monotonic()
-            except Exception as error:
-                ended = []
-                if time.monotonic() - silent_since > self._lost_s:
-                    self._give_up(
-                        f"{self.name(0)}, the coordinator, cannot be reached ({error})", 1
-                    )
-            if ended:
-                self._end(ended[0])
-            self._stop.wait(self._beat_s)
-
-    def _end(self, why: str) -> None:
-        if self._stop.is_set():
-            return
-        self._leave_mark()
-        if self.own == 0:
-            self._wait_for_others()
-        self._give_up(
-            f"{self.name(self.own)} ends: {why}; the same command goes on from the newest "
-            "checkpoint",
-            1,
-        )
-
-    def _lost(self, heard: dict[int, tuple[str, float]]) -> int | None:
-        """A process whose last beat is too long ago, if any."""
-        now = time.monotonic()
-        left = {
-            int(key.rsplit("/", 1)[1])
-            for key, _ in self._client.key_value_dir_get(f"{STORE}/left/")
-        }
-        for key, beat in self._client.key_value_dir_get(f"{STORE}/alive/"):
-            process = int(key.rsplit("/", 1)[1])
-            if process not in heard or heard[process][0] != beat:
-                heard[process] = beat, now
-        return next(
-            (p for p, (_, at) in heard.items() if p not in left and now - at > self._lost_s), None
-        )
+        until = time.monotonic() + LINGER_S
+        while self.own == 0 and len(self._gone) < self.count - 1 and time.monotonic() < until:
+            time.sleep(0.05)
 
 
-@functools.cache
-def connected() -> Peers:
-    """The other processes of the run, once this one has joined."""
+_alone = Peers()
+_others: list[Peers] = []
+
+
+def connect(coordinator: str | None) -> Peers:
+    """Connects this process to the others of the run it has joined; `coordinator` is the address of
+    process 0 if it is known. Raises UserError if their numbers of devices differ.
+    """
     import jax
-    from jax._src import distributed
+    import numpy as np
+    from jax.experimental import multihost_utils
 
-    client = distributed.global_state.client
-    return Peers(client, count=jax.process_count(), own=jax.process_index()) if client else Peers()
+    count, own = jax.process_count(), jax.process_index()
+    devices = Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        raise UserError(
+            f"processes 0 to {count - 1} have {', '.join(str(devices[n]) for n in range(count))} "
+            "devices: give each the same number"
+        )
+    offer = channel.open_channel(count, coordinator) if own == 0 else ""
+    padded = np.frombuffer(offer.encode().ljust(OFFER_BYTES), np.uint8)
+    offer = bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
+    _others.append(Peers(channel.reach(offer, own), count=count, own=own))
+    return connected()
 
 
-def _try(act: Callable[[], object]) -> None:
-    try:
-        act()
-    except Exception:
-        pass  # the earlier error is the one to report
+def connected() -> Peers:
+    """The other processes of the run, if it has some."""
+    return _others[0] if _others else _alone
 
 
 def of_a_peer(failure: Exception) -> bool:
     """Whether a failure is what a process sees when another one is gone."""
     import jax
 
-    text = str(failure)
-    return isinstance(failure, jax.errors.JaxRuntimeError) or any(
-        sign in text for sign in SIGNS_OF_A_LOST_PEER
-    )
+    is_of_jax = isinstance(failure, jax.errors.JaxRuntimeError)
+    return is_of_jax or any(sign in str(failure) for sign in LOST_PEER)
+
+
+def _try(act: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):  # the earlier error is the one to report
+        act()
