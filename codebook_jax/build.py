@@ -129,7 +129,6 @@ def build_training(
     if jax.process_index() == 0:
         keep()  # the first write: all checks have passed
         data = {"train": repr(source), "examples": size, "fingerprint": fingerprint}
-        at = max(steps_saved, default=0)
         records.write_record(
             workdir,
             record,
@@ -137,7 +136,7 @@ def build_training(
             data=data,
             devices=_devices(task.mesh),
             changes=changes,
-            step=at,
+            step=max(steps_saved, default=0),
         )
     return Parts(config, task.mesh, source, validation, tokenizer, task, device, compiled, first)
 
