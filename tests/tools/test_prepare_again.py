@@ -98,14 +98,13 @@ def test_killed_at_ten_random_moments_it_ends_with_the_bytes_of_a_packing_left_a
     workdir, chance = tmp_path / "killed", random.Random(0)
     finished = []
     for kill in range(10):
+        several = {"seconds": 0.1, "processes": 2} if kill == 5 else {"seconds": 0.05}
+        pid = server.start(source, workdir, **several)
+        wait_for(lambda: list(workdir.glob(".*.tmp")), "a shard that is written")
+        time.sleep(chance.uniform(0.0, 0.4))
         if kill == 5:  # the first process alone: those it has started must not outlive it
-            pid = server.start(source, workdir, seconds=0.1, processes=2)
-            wait_for(lambda: list(workdir.glob(".*.tmp")), "a worker that packs")
-            time.sleep(chance.uniform(0.0, 0.4))
             os.kill(pid, signal.SIGKILL)
         else:
-            pid = server.start(source, workdir, seconds=0.05)
-            time.sleep(chance.uniform(0.0, 0.4))
             os.killpg(pid, signal.SIGKILL)
         wait_for(lambda group=pid: group_is_gone(group), "the end of a killed packing")
         finished.append(len(list((workdir / ".progress").glob("0*.json"))))
@@ -167,7 +166,7 @@ def test_a_signal_in_the_first_process_is_an_exit_code(tmp_path, monkeypatch, ca
     assert pack(source, tmp_path / "packed") == 143
     assert signal.getsignal(signal.SIGTERM) is before
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("stopped by SIGTERM: 1 shard is packed; ")
+    assert said.startswith("stopped by SIGTERM: 1 shard packed; ")
     monkeypatch.undo()
     assert pack(source, tmp_path / "packed") == 0
     assert "1 of 3 shards are packed already" in capsys.readouterr().out

@@ -13,14 +13,8 @@ from codebook_jax.data.text import LONGEST, Tokenizer, clean
 
 _AT_ONCE = 4096  # captions
 _EXAMPLES = 10  # repeated captions that are named
-_COLUMNS = np.dtype(
-    [
-        ("key", "u8"),  # of the text
-        ("record", "i4"),
-        ("tokens", "i2"),  # [CLS] and [SEP] included
-        ("unknown", "i2"),  # tokens among them
-    ]
-)
+# per caption: the hash of its text, its record, its tokens with [CLS] and [SEP], unknown ones
+_COLUMNS = np.dtype([("key", "u8"), ("record", "i4"), ("tokens", "i2"), ("unknown", "i2")])
 
 
 def read_captions(
@@ -61,8 +55,7 @@ def repeated_captions(
     images = which[captions["record"]]
     order = np.lexsort((images, captions["key"]))
     keys, images = captions["key"][order], images[order]
-    new = np.ones(len(keys), bool)
-    new[1:] = (keys[1:] != keys[:-1]) | (images[1:] != images[:-1])
+    new = np.append(True, (np.diff(keys) != 0) | (np.diff(images) != 0))[: len(keys)]
     texts, counts = np.unique(keys[new], return_counts=True)
     repeated = int(np.isin(captions["key"], texts[counts > 1]).sum())
     examples = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,20 +35,18 @@ from codebook_jax.run.record import check_folder
 _PLAN = "plan.json"
 
 
-def check(folder: Path) -> None:
-    """Raises UserError if the folder holds something else."""
-    names = check_folder(folder, _is_own, "to pack into")
-    visible = [name for name in names if not name.startswith(".")]
-    if visible and MANIFEST not in names and not (folder / PROGRESS / _PLAN).exists():
-        raise UserError(
-            f"--workdir={folder} holds shards ({visible[0]}, ...) without {MANIFEST}, so it is "
-            "unknown what they were packed from: remove them, or use another folder"
-        )
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out (UserError if one is packing); removes drafts of killed ones."""
+    """Keeps other processes out, and removes drafts of killed ones; raises UserError if one is
+    packing, or if the folder holds something else.
+    """
+    names = check_folder(folder, _is_own, "to pack into")
+    packed = [name for name in names if not name.startswith(".")]
+    if packed and MANIFEST not in names and not (folder / PROGRESS / _PLAN).exists():
+        raise UserError(
+            f"--workdir={folder} holds shards ({packed[0]}, ...) without {MANIFEST}, so it is "
+            "unknown what they were packed from: remove them, or use another folder"
+        )
     check_outputs(folder, (MANIFEST, SKIPPED), (PROGRESS,))
     with owned(folder):
         try:
@@ -70,9 +67,12 @@ def begin(
     progress, manifest, damaged = folder / PROGRESS, None, []
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        _refuse_another(folder, manifest.source, manifest.options, plan)
+        _refuse_another(folder, manifest._asdict(), plan)
         shutil.rmtree(progress, ignore_errors=True)
-        damaged = _verified(folder, manifest)
+        files = 2 * len(manifest.shards) + 1
+        print(f"already packed: verifying {files:,} files", flush=True)
+        with Progress("verified", "files", files) as shown:
+            damaged = verify(folder, lambda _: shown.advance(1))
         if not damaged:
             return manifest, []
         _keep_sound(folder, manifest, {file for file, _ in damaged})
@@ -82,7 +82,7 @@ def begin(
         except (OSError, ValueError):  # receipts without a plan
             shutil.rmtree(progress, ignore_errors=True)
         else:
-            _refuse_another(folder, begun["source"], begun["options"], plan)
+            _refuse_another(folder, begun, plan)
             for shard, receipt in receipts(folder, shards).items():
                 if begun["place"] != place and receipt.skipped:  # they may be there now
                     _receipt_file(folder, shard).unlink()
@@ -102,22 +102,10 @@ def receipts(folder: Path, shards: int) -> dict[int, Receipt]:
         with contextlib.suppress(OSError, ValueError, TypeError):
             receipt = Receipt(**parse_json(_receipt_file(folder, shard).read_bytes()))
             file = shard_name(shard, shards)
-            held = [(folder / name).stat().st_size for name in (file, index_name(file))]
-            if held == [receipt.bytes, receipt.index_bytes]:
+            sizes = [(folder / name).stat().st_size for name in (file, index_name(file))]
+            if sizes == [receipt.bytes, receipt.index_bytes]:
                 found[shard] = receipt._replace(skipped=tuple(map(tuple, receipt.skipped)))
     return found
-
-
-def receipt_count(folder: Path) -> int:
-    """How many shards have a receipt."""
-    return len(list(folder.glob(f"{PROGRESS}/[0-9]*.json")))
-
-
-def clear(folder: Path) -> None:
-    """Removes everything that was packed."""
-    for name in filter(_is_own, os.listdir(folder)):
-        (folder / name).unlink()
-    shutil.rmtree(folder / PROGRESS)
 
 
 def _receipt_file(folder: Path, shard: int) -> Path:
@@ -129,30 +117,21 @@ def _remove_drafts(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _refuse_another(
-    folder: Path, source: Mapping[str, Any], options: Mapping[str, Any], plan: Mapping[str, Any]
-) -> None:
-    """Raises UserError if what was packed from `source` with `options` is not what is planned."""
+def _refuse_another(folder: Path, begun: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Raises UserError if the source and options of what was begun are not those planned."""
+    options, old, new = begun["options"], begun["source"], plan["source"]
     differ = [
         f"config.prepare.{name}={json.dumps(options.get(name))}, now {json.dumps(value)}"
         for name, value in plan["options"].items()
         if options.get(name) != value
     ]
-    new = plan["source"]
-    if source["fingerprint"] != new["fingerprint"]:
-        differ.append(f"the source {source['repr']}, now {new['repr']} with other content")
+    if old["fingerprint"] != new["fingerprint"]:
+        differ.append(f"the source {old['repr']}, now {new['repr']} with other content")
     if differ:
         raise UserError(
             f"--workdir={folder} holds pairs packed with other settings: {'; '.join(differ)}: use "
             "the old values to continue it, or another --workdir"
         )
-
-
-def _verified(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
-    count = 2 * len(manifest.shards) + 1
-    print(f"already packed: verifying {count:,} files", flush=True)
-    with Progress("verified", "files", count) as progress:
-        return verify(folder, lambda _: progress.advance(1))
 
 
 def _keep_sound(folder: Path, manifest: Manifest, damaged: set[str]) -> None:
@@ -162,8 +141,8 @@ def _keep_sound(folder: Path, manifest: Manifest, damaged: set[str]) -> None:
     for number, shard in enumerate(manifest.shards):
         skipped = tuple(itertools.islice(rows, shard.skipped))
         if len(skipped) == shard.skipped and not damaged & {name for name, _, _ in shard.files}:
-            known = {name: value for name, value in shard._asdict().items() if name != "file"}
-            save_receipt(folder, number, Receipt(**known | {"skipped": skipped}))
+            known = shard._asdict() | {"skipped": skipped}
+            save_receipt(folder, number, Receipt(*(known[name] for name in Receipt._fields)))
 
 
 def _is_own(name: str) -> bool:
