@@ -154,9 +154,8 @@ def what_is_seen(
 
 
 def _encode(parts: build.Parts, workdir: Path) -> Encoded | None:
-    """The test data encoded by the checkpoint best in validation; None before the first.
-
-    None too for a task without towers.
+    """The test data encoded by the checkpoint best in validation; None before the first, and for a
+    task without towers.
     """
     config, programs = parts.config, getattr(parts.task, "programs", None)
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:

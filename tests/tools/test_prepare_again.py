@@ -172,17 +172,11 @@ def test_a_signal_in_the_first_process_is_an_exit_code(tmp_path, monkeypatch, ca
     assert "1 of 3 shards are packed already" in capsys.readouterr().out
 
 
-def begun(tmp_path, monkeypatch):
-    """A source of 12 pictures, and a folder that holds its first shard."""
-    source = write_many(tmp_path / "pictures", 12)
-    stop_in_the_second_shard(monkeypatch)
-    assert pack(source, tmp_path / "packed") == 143
-    monkeypatch.undo()
-    return source, tmp_path / "packed"
-
-
 def test_another_source_or_other_options_are_refused_by_name(tmp_path, monkeypatch):
-    source, workdir = begun(tmp_path, monkeypatch)
+    source, workdir = write_many(tmp_path / "pictures", 12), tmp_path / "packed"
+    stop_in_the_second_shard(monkeypatch)
+    assert pack(source, workdir) == 143
+    monkeypatch.undo()
     other = tmp_path / "pictures" / "other.json"
     other.write_text(json.dumps(json.loads(source.read_text())[1:]))
     changed = tmp_path / "pictures" / "changed.json"

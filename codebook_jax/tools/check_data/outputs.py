@@ -42,7 +42,11 @@ def write(
     root = _image_root(parts[0])
     _write_usable(workdir / USABLE, parts[0], root)
     _write_skipped(workdir / SKIPPED, parts)
-    _write_page(workdir / PAGE, rows, parts, leaks, verdicts)
+    pictures = Pictures()
+    sections = [_section(part, pictures) for part in parts]
+    leaked = [pairs for leak in leaks for pairs in _leaked(leak, pictures) if pairs["shown"]]
+    values = {"title": "The data", "rows": rows, "verdicts": verdicts}
+    write_page(workdir / PAGE, "check.html", pictures, **values, parts=sections, leaks=leaked)
     sources = [
         {"label": part.label, "source": repr(part.source), **count}
         | {"most_repeated": part.most_repeated}
@@ -117,21 +121,6 @@ def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
             for row in rows:
                 fields = (" ".join(field.split()) for field in (part.label, *row))
                 file.write("\t".join(fields) + "\n")
-
-
-def _write_page(
-    path: Path,
-    rows: Sequence[Sequence[str]],
-    parts: Sequence[Part],
-    leaks: Sequence[Leak],
-    verdicts: Sequence[str],
-) -> None:
-    """Writes the page; `rows` are those of the printed table, header first."""
-    pictures = Pictures()
-    sections = [_section(part, pictures) for part in parts]
-    leaked = [pairs for leak in leaks for pairs in _leaked(leak, pictures) if pairs["shown"]]
-    values = {"title": "The data", "rows": rows, "verdicts": verdicts}
-    write_page(path, "check.html", pictures, **values, parts=sections, leaks=leaked)
 
 
 def _section(part: Part, pictures: Pictures) -> dict[str, Any]:

@@ -13,19 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from codebook_jax.data.manifest import (
-    MANIFEST,
-    PROGRESS,
-    SKIPPED,
-    VERSION,
-    Manifest,
-    Receipt,
-    index_name,
-    read_manifest,
-    read_skipped,
-    shard_name,
-    verify,
-)
+from codebook_jax.data import manifest as manifests
+from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Receipt
 from codebook_jax.data.progress import Progress
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs, parse_json, write_json
@@ -66,13 +55,13 @@ def begin(
     """
     progress, manifest, damaged = folder / PROGRESS, None, []
     if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
+        manifest = manifests.read_manifest(folder)
         _refuse_another(folder, manifest._asdict(), plan)
         shutil.rmtree(progress, ignore_errors=True)
         files = 2 * len(manifest.shards) + 1
         print(f"already packed: verifying {files:,} files", flush=True)
         with Progress("verified", "files", files) as shown:
-            damaged = verify(folder, lambda _: shown.advance(1))
+            damaged = manifests.verify(folder, lambda _: shown.advance(1))
         if not damaged:
             return manifest, []
         _keep_sound(folder, manifest, {file for file, _ in damaged})
@@ -86,7 +75,7 @@ def begin(
             for shard, receipt in receipts(folder, shards).items():
                 if begun["place"] != place and receipt.skipped:  # they may be there now
                     _receipt_file(folder, shard).unlink()
-    write_json(progress / _PLAN, {"version": VERSION, **plan, "place": place})
+    write_json(progress / _PLAN, {"version": manifests.VERSION, **plan, "place": place})
     return manifest, damaged
 
 
@@ -101,8 +90,8 @@ def receipts(folder: Path, shards: int) -> dict[int, Receipt]:
     for shard in range(shards):
         with contextlib.suppress(OSError, ValueError, TypeError):
             receipt = Receipt(**parse_json(_receipt_file(folder, shard).read_bytes()))
-            file = shard_name(shard, shards)
-            sizes = [(folder / name).stat().st_size for name in (file, index_name(file))]
+            file = manifests.shard_name(shard, shards)
+            sizes = [(folder / name).stat().st_size for name in (file, manifests.index_name(file))]
             if sizes == [receipt.bytes, receipt.index_bytes]:
                 found[shard] = receipt._replace(skipped=tuple(map(tuple, receipt.skipped)))
     return found
@@ -136,7 +125,7 @@ def _refuse_another(folder: Path, begun: Mapping[str, Any], plan: Mapping[str, A
 
 def _keep_sound(folder: Path, manifest: Manifest, damaged: set[str]) -> None:
     """Saves receipts of the undamaged shards of a finished folder."""
-    lines = [] if SKIPPED in damaged else read_skipped(folder)
+    lines = [] if SKIPPED in damaged else manifests.read_skipped(folder)
     rows = itertools.islice(lines, manifest.left_out, None)
     for number, shard in enumerate(manifest.shards):
         skipped = tuple(itertools.islice(rows, shard.skipped))
