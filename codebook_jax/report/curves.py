@@ -28,7 +28,8 @@ class _Plot(NamedTuple):
     dashed: tuple[str, ...] = ()  # labels
 
 
-_ACCURACIES = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
+_CORRECT = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
+_ACCURACY = _Plot("Accuracy in training", "share correct", _CORRECT)
 _PERPLEXITY = {
     "codebook/perplexity": "mean of both",
     "codebook/perplexity_image": "images",
@@ -54,7 +55,6 @@ _MARGINALS = "How far the plan's marginals are from uniform."
 _COMPILES = "The first step after every start includes compilation."
 _WAITING = {"time/data_wait_share": "waiting for data"}
 _SECTIONS = {  # after the losses
-    "Loss and accuracy": (_Plot("Accuracy in training", "share correct", _ACCURACIES),),
     "Codebook": (
         _Plot("Perplexity of the codebook", "codewords", _PERPLEXITY, _IN_USE),
         _Plot("Unused codewords, agreement", "share", _USE, _DEAD),
@@ -76,8 +76,7 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     """{section: charts} of the rows of a metrics.jsonl: every number except the counts of eval/."""
     training = _columns([row for row in rows if not is_evaluation(row)])
     evaluations = _columns([row for row in rows if is_evaluation(row)])
-    first, *others = _SECTIONS.items()
-    sections = dict([(first[0], (*_losses(training), *first[1])), *others])
+    sections = {"Loss and accuracy": (*_losses(training), _ACCURACY)} | _SECTIONS
     drawn = {"step", *(name for plots in sections.values() for p in plots for name in p.curves)}
     rest = {name: training for name in training if name not in drawn}
     rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}

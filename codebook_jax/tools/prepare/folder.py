@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from codebook_jax.run.ownership import owned
 from codebook_jax.run.record import check_folder
 
 _PLAN = "plan.json"
+_OWN = re.compile(rf"pairs-.*\.(array_record|jsonl)|{MANIFEST}|{SKIPPED}")
 
 
 @contextlib.contextmanager
@@ -29,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes out, and removes drafts of killed ones; raises UserError if one is
     packing, or if the folder holds something else.
     """
-    names = check_folder(folder, _is_own, "to pack into")
+    names = check_folder(folder, lambda name: bool(_OWN.fullmatch(name)), "to pack into")
     packed = [name for name in names if not name.startswith(".")]
     if packed and MANIFEST not in names and not (folder / PROGRESS / _PLAN).exists():
         raise UserError(
@@ -132,8 +134,3 @@ def _keep_sound(folder: Path, manifest: Manifest, damaged: set[str]) -> None:
         if len(skipped) == shard.skipped and not damaged & {name for name, _, _ in shard.files}:
             known = shard._asdict() | {"skipped": skipped}
             save_receipt(folder, number, Receipt(*(known[name] for name in Receipt._fields)))
-
-
-def _is_own(name: str) -> bool:
-    shard = name.startswith("pairs-") and name.endswith((".array_record", ".jsonl"))
-    return shard or name in (MANIFEST, SKIPPED)
