@@ -15,12 +15,6 @@ class UserError(Exception):
     """
 
 
-def refuse_below(field: str, value: float, least: float) -> None:
-    """Raises UserError if a config field, by its dotted name, is below its minimum."""
-    if value < least:
-        raise UserError(f"config.{field}={value} is too small: give at least {least}")
-
-
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """The end of a sentence about a misspelt name: the closest of `names`, if any is close."""
     # not at the top: this module is imported before Ctrl-C is caught, see console.py

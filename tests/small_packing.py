@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from small_run import config_of
 
+from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.tools import prepare
 
 KINDS = {  # name: whether its bytes must stay unchanged
@@ -39,7 +40,6 @@ BAD = {
     "folder.jpg": "Is a directory",
 }
 SIDE_PX = 48
-PREPARE = tuple(config_of().prepare)  # the fields
 
 
 def picture(seed, height=40, width=60):
@@ -101,15 +101,10 @@ def write_many(folder, count):
 
 
 def packing_of(path, **changes):
-    """The config that packs the pairs of a JSON file; `changes` are fields of `prepare`, and dotted
-    others.
-    """
+    """The config that packs a JSON file; `changes` are fields of `prepare`, and dotted others."""
     fields = {"source": f"json:{path}", "side_px": SIDE_PX, "shard_records": 4, "processes": 1}
-    prepared = {
-        f"prepare.{name}": value for name, value in (fields | changes).items() if name in PREPARE
-    }
-    others = {name: value for name, value in changes.items() if name not in PREPARE}
-    return config_of(**prepared, **others)
+    named = (fields | changes).items()
+    return config_of(**{n if "." in n else f"prepare.{n}": value for n, value in named})
 
 
 def pack(path, workdir, **changes):
@@ -123,30 +118,29 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-class Slow:
-    """A source with slow records."""
-
-    def __init__(self, source, seconds):
-        self._source, self._seconds = source, seconds
-
-    def __getattr__(self, name):
-        if name.startswith("__") or name == "_source":
-            raise AttributeError(name)
-        return getattr(self._source, name)
-
-    def __len__(self):
-        return len(self._source)
+class Slow(Mixture):
+    """One source with slow records."""
 
     def __getitem__(self, index):
-        time.sleep(self._seconds)
-        return self._source[index]
+        time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+    def fingerprint(self):
+        return self.sources[0].fingerprint()
 
     def __repr__(self):
-        return repr(self._source)
+        return repr(self.sources[0])
 
 
 def _serve():
     open_source = prepare._open
+
+    def open_slowly(config):
+        source = Slow([open_source(config)])
+        source.seconds = seconds
+        return source
+
+    prepare._open = open_slowly
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
@@ -156,14 +150,12 @@ def _serve():
             continue
         os.setpgid(0, 0)
         seconds = asked.pop("seconds")
-        prepare._open = lambda config, s=seconds: Slow(open_source(config), s)
         code = 1
         try:
             code = pack(asked.pop("path"), Path(asked.pop("workdir")), **asked)
         except Exception as failure:
             print(f"{type(failure).__name__}: {failure}", file=sys.stderr)
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 

@@ -32,11 +32,13 @@ def lines(
     `labels` are the chart's title, x, y and note.
     """
     values = np.stack(list(curves.values()), axis=1)
-    if log:
-        values = np.where(values > 0, values, np.nan)
-    xs, values = thinned(xs, values)
+    xs, values = thinned(xs, np.where(values > 0, values, np.nan) if log else values)
     series = [
-        {"label": label, "values": _numbers(column), "dash": label in dashed}
+        {
+            "label": label,
+            "values": [None if math.isnan(y) else float(f"{y:.5g}") for y in column.tolist()],
+            "dash": label in dashed,
+        }
         for label, column in zip(curves, values.T, strict=True)
     ]
     chart = {"note": "", **labels, "kind": "lines", "log": log}
@@ -66,10 +68,8 @@ def histogram(
 def thinned(
     steps: Shaped[np.ndarray, "rows"], values: Float[np.ndarray, "rows curves"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_POINTS of the rows: the extremes of each bucket of rows.
-
-    A curve's lowest and highest value in a bucket keep their order; a bucket that is all NaN gives
-    NaN.
+    """At most MOST_POINTS of the rows: each curve's lowest and highest value in each bucket of
+    rows, in their order; a bucket that is all NaN gives NaN.
     """
     rows = len(steps)
     if rows <= MOST_POINTS:
@@ -85,8 +85,3 @@ def thinned(
     extremes = np.take_along_axis(padded, places, axis=1).reshape(2 * buckets, -1)
     starts = np.arange(buckets)[:, None] * size + np.array([0, size // 2])
     return steps[starts.ravel().clip(max=rows - 1)], extremes
-
-
-def _numbers(values: Float[np.ndarray, "rows"]) -> list[float | None]:
-    """The values with five digits, more than a chart shows; None for NaN."""
-    return [None if math.isnan(value) else float(f"{value:.5g}") for value in values.tolist()]

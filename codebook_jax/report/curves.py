@@ -28,6 +28,8 @@ class _Plot(NamedTuple):
     dashed: tuple[str, ...] = ()  # labels
 
 
+_CORRECT = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
+_ACCURACY = _Plot("Accuracy in training", "share correct", _CORRECT)
 _PERPLEXITY = {
     "codebook/perplexity": "mean of both",
     "codebook/perplexity_image": "images",
@@ -38,53 +40,35 @@ _USE = {
     "codebook/unused_share_uniform": "unused if used uniformly",
     "codebook/agreement": "agreement",
 }
+_ENTROPY = {"codebook/assignment_entropy": "entropy"}
 _ERRORS = {
     "transport/row_error": "rows (features)",
     "transport/column_error": "columns (codewords)",
 }
-_CODEBOOK = (
-    _Plot(
-        "Perplexity of the codebook",
-        "codewords",
-        _PERPLEXITY,
-        "How many codewords are in use, counted as if all were used equally often.",
-    ),
-    _Plot(
-        "Unused codewords, agreement",
-        "share",
-        _USE,
-        "Only a share of unused codewords above that of uniform use means dead ones. Agreement: "
-        "the share of pairs whose picture and caption are assigned to the same codeword.",
-    ),
-    _Plot(
-        "Entropy of an assignment",
-        "nats",
-        {"codebook/assignment_entropy": "entropy"},
-        "0: each feature is assigned to a single codeword.",
-    ),
-    _Plot(
-        "Transport error",
-        "share of the mass",
-        _ERRORS,
-        "How far the plan's marginals are from uniform.",
-        log=True,
-    ),
+_IN_USE = "How many codewords are in use, counted as if all were used equally often."
+_DEAD = (
+    "Only a share of unused codewords above that of uniform use means dead ones. Agreement: the "
+    "share of pairs whose picture and caption are assigned to the same codeword."
 )
-_OPTIMISATION = (
-    _Plot("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
-    _Plot("Temperature of the alignment", "temperature", {"temperature": "temperature"}),
-    _Plot("Gradient norm", "norm", {"gradient_norm": "gradient norm"}, log=True),
-    _Plot(
-        "Time per step",
-        "seconds",
-        {"time/step_s": "time per step"},
-        "The first step after every start includes compilation.",
-        log=True,
+_SINGLE = "0: each feature is assigned to a single codeword."
+_MARGINALS = "How far the plan's marginals are from uniform."
+_COMPILES = "The first step after every start includes compilation."
+_WAITING = {"time/data_wait_share": "waiting for data"}
+_SECTIONS = {  # after the losses
+    "Codebook": (
+        _Plot("Perplexity of the codebook", "codewords", _PERPLEXITY, _IN_USE),
+        _Plot("Unused codewords, agreement", "share", _USE, _DEAD),
+        _Plot("Entropy of an assignment", "nats", _ENTROPY, _SINGLE),
+        _Plot("Transport error", "share of the mass", _ERRORS, _MARGINALS, log=True),
     ),
-    _Plot("Waiting for data", "share of the time", {"time/data_wait_share": "waiting for data"}),
-)
-_CORRECT = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
-_ACCURACY = _Plot("Accuracy in training", "share correct", _CORRECT)
+    "Optimisation and time": (
+        _Plot("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
+        _Plot("Temperature of the alignment", "temperature", {"temperature": "temperature"}),
+        _Plot("Gradient norm", "norm", {"gradient_norm": "gradient norm"}, log=True),
+        _Plot("Time per step", "seconds", {"time/step_s": "time per step"}, _COMPILES, log=True),
+        _Plot("Waiting for data", "share of the time", _WAITING),
+    ),
+}
 _IN_TABLES = re.compile(r"^step$|_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
 
 
@@ -92,19 +76,15 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     """{section: charts} of the rows of a metrics.jsonl: every number except the counts of eval/."""
     training = _columns([row for row in rows if not is_evaluation(row)])
     evaluations = _columns([row for row in rows if is_evaluation(row)])
-    sections = {
-        "Loss and accuracy": (*_losses(training), _ACCURACY),
-        "Codebook": _CODEBOOK,
-        "Optimisation and time": _OPTIMISATION,
-    }
+    sections = {"Loss and accuracy": (*_losses(training), _ACCURACY)} | _SECTIONS
     drawn = {"step", *(name for plots in sections.values() for p in plots for name in p.curves)}
     rest = {name: training for name in training if name not in drawn}
     rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}
-    others = (_charts([_Plot(name, "", {name: name})], columns) for name, columns in rest.items())
+    more = (_charts([_Plot(name, "", {name: name})], columns) for name, columns in rest.items())
     charts = {
         "Recall in validation": _charts(_recalls(), evaluations),
         **{section: _charts(plots, training) for section, plots in sections.items()},
-        "Everything else that was logged": list(itertools.chain(*others)),
+        "Everything else that was logged": list(itertools.chain(*more)),
     }
     return {section: found for section, found in charts.items() if found}
 
@@ -118,13 +98,12 @@ def _losses(names: Iterable[str]) -> list[_Plot]:
     """The total loss with its parts, then the parts of each: loss/NAME_X is part of loss/NAME."""
     labels = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
     parts = {whole: [part for part in labels if part.startswith(f"{whole}_")] for whole in labels}
-    inner = {part for found in parts.values() for part in found}
+    inner = set(itertools.chain(*parts.values()))
     outer = {f"loss/{label}": label for label in labels if label not in inner}
     plots = [_Plot("Losses", "nats", {"loss": "weighted sum"} | outer)]
     for whole, found in parts.items():
-        if found:
-            curves = {f"loss/{part}": part.removeprefix(f"{whole}_") for part in found}
-            plots.append(_Plot(f"Parts of the {whole} loss", "nats", curves))
+        curves = {f"loss/{part}": part.removeprefix(f"{whole}_") for part in found}
+        plots.append(_Plot(f"Parts of the {whole} loss", "nats", curves))
     return plots
 
 
@@ -145,12 +124,9 @@ def _charts(plots: Iterable[_Plot], columns: Mapping[str, np.ndarray]) -> list[d
     """The charts of the plots that have at least one curve among the columns."""
     charts = []
     for title, unit, curves, note, log, dashed in plots:
-        found = {
-            label.replace("_", " "): columns[name]
-            for name, label in curves.items()
-            if name in columns
-        }
-        if found:
+        shown = {name: label.replace("_", " ") for name, label in curves.items() if name in columns}
+        if shown:
+            found = {label: columns[name] for name, label in shown.items()}
             labels = {"title": title, "x": "step", "y": unit, "note": note}
             charts.append(lines(columns["step"], found, log=log, dashed=dashed, **labels))
     return charts

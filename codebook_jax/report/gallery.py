@@ -27,14 +27,10 @@ def examples(
     """Random `captions` as queries for pictures, `pictures` for captions, with their answers."""
     ids, text_ids = gallery.image_ids, gallery.text_image_ids
     rng = np.random.default_rng(seed)
-    texts = rng.permutation(len(text_ids))[:QUERIES].tolist()
-    images = rng.permutation(len(ids))[:QUERIES].tolist()
-    return {
-        "captions": [
-            {"query": t} | answers_of(similarity[:, t], ids == text_ids[t]) for t in texts
-        ],
-        "pictures": [{"query": i} | answers_of(similarity[i], text_ids == ids[i]) for i in images],
-    }
+    texts, images = (rng.permutation(len(of))[:QUERIES].tolist() for of in (text_ids, ids))
+    by_text = [{"query": t} | answers_of(similarity[:, t], ids == text_ids[t]) for t in texts]
+    by_image = [{"query": i} | answers_of(similarity[i], text_ids == ids[i]) for i in images]
+    return {"captions": by_text, "pictures": by_image}
 
 
 def answers_of(
@@ -55,23 +51,21 @@ def explore_codebook(
     gallery: Gallery, codewords: Float[np.ndarray, "codes dim"], *, temperature: float
 ) -> dict[str, Any]:
     """`totals`, a `chart` of the codebook's use, the `codewords`, the `captions` that they name."""
-    features = gallery.features["student"]
-    probabilities = [
+    image, text = (
         code_probabilities(part, codewords, temperature=temperature)
-        for part in (features.image, features.text)
-    ]
-    row = {image_id: at for at, image_id in enumerate(gallery.image_ids.tolist())}
-    own_image = np.array([row[image_id] for image_id in gallery.text_image_ids.tolist()])
+        for part in gallery.features["student"][:2]
+    )
+    own_image = (gallery.text_image_ids[:, None] == gallery.image_ids).argmax(axis=1)
     everywhere, total = _words_in(gallery.captions), len(gallery.captions)
     entries = []
-    for code in codewords_of(*probabilities, own_image):
-        captions = [gallery.captions[text] for text in code["texts"]]
-        words = words_of(captions, everywhere, total)[:WORDS]
+    for code in codewords_of(image, text, own_image):
+        images, texts = code["images"], code["texts"]
+        words = words_of([gallery.captions[text] for text in texts], everywhere, total)[:WORDS]
         entries.append(
             code
-            | {"images": len(code["images"]), "captions": len(captions)}
+            | {"images": len(images), "captions": len(texts)}
             | {"words": [[word, round(share, 3)] for word, share in words]}
-            | {"pictures": code["images"][:PICTURES], "texts": code["texts"][:CAPTIONS]}
+            | {"pictures": images[:PICTURES], "texts": texts[:CAPTIONS]}
         )
     counts = np.array([[entry["images"], entry["captions"]] for entry in entries], float)
     shares = -100 * np.sort(-counts, axis=0) / (len(gallery.image_ids), total)

@@ -68,11 +68,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["asset"] = _asset
+    # a file of this package, unescaped
+    environment.globals["asset"] = lambda name: Markup((_FOLDER / name).read_text("utf-8"))
     environment.filters["count"] = "{:,}".format
     environment.filters["duration"] = duration
-    environment.filters["plain"] = _plain
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u00a0%"
+    # a setting: a non-empty text as it is, everything else as JSON
+    environment.filters["plain"] = lambda v: v if v and isinstance(v, str) else json.dumps(v)
     return environment
 
 
@@ -85,13 +87,3 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str):
         return _CONTROL.sub("", value).encode(errors="replace").decode()
     return value
-
-
-def _plain(value: Any) -> str:
-    """A setting's value as text: a non-empty string as it is, everything else as JSON."""
-    return value if value and isinstance(value, str) else json.dumps(value)
-
-
-def _asset(name: str) -> Markup:
-    """A file of this package, unescaped: never use it for data."""
-    return Markup((_FOLDER / name).read_text(encoding="utf-8"))

@@ -97,45 +97,47 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
 def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The `protocols` of eval.json or of the last validation (then with its `step`), if any."""
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
+    step, protocols = None, {}
     if path.exists():
         try:
-            found = {"step": None, "protocols": dict(parse_json(path.read_bytes()))}
+            protocols = dict(parse_json(path.read_bytes()))
         except (IsADirectoryError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path} was not written by --mode=eval ({error}): run --mode=eval again, or "
                 "delete it"
             ) from error
     elif evaluations:
-        found = {"step": evaluations[-1]["step"], "protocols": _protocols(evaluations[-1])}
-    else:
-        return None
-    whole = "img_chance_r1" in found["protocols"].get("student/dual", ())
-    return found if whole else None  # another task's, or an earlier version's
-
-
-def _protocols(row: Row) -> dict[str, dict[str, float]]:
-    """The recalls of a validation row by protocol, as in eval.json."""
-    values = {name.removeprefix("eval/"): value for name, value in row.items()}
-    found = {}
-    for protocol, prefix in _PROTOCOLS.items():
-        own = {name[len(prefix) :]: values[name] for name in values if name.startswith(prefix)}
-        if own:
-            found[protocol] = values | own
-    return found
+        step = evaluations[-1]["step"]
+        values = {name.removeprefix("eval/"): value for name, value in evaluations[-1].items()}
+        for protocol, prefix in _PROTOCOLS.items():
+            own = {name[len(prefix) :]: values[name] for name in values if name.startswith(prefix)}
+            protocols |= {protocol: values | own} if own else {}
+    if "img_chance_r1" not in protocols.get("student/dual", ()):
+        return None  # another task's, or an earlier version's
+    return {"step": step, "protocols": protocols}
 
 
 def what_is_seen(
     encoded: Encoded, config: ml_collections.ConfigDict, pictures: Pictures
 ) -> dict[str, Any]:
-    """Examples of retrieval and the codebook; adds the pictures that they show."""
+    """Examples of retrieval and the codebook; adds the pictures that they show, the most important
+    first: of the queries, then of every codeword.
+    """
     gallery, codebook = encoded.gallery, None
     features = gallery.features["student"]
     similarity = features.image @ features.text.T
+    queries = examples(gallery, similarity, seed=config.seed)
+    images = []
+    for query in queries["captions"]:
+        images += [query["right"], *(answer["at"] for answer in query["answers"])]
+    images += [query["query"] for query in queries["pictures"]]
     if encoded.codewords is not None:
         temperature = config.codebook.temperature
         codebook = explore_codebook(gallery, encoded.codewords, temperature=temperature)
-    queries = examples(gallery, similarity, seed=config.seed)
-    for image in _images(queries, codebook["codewords"] if codebook else []):
+        for place in range(PICTURES):
+            for code in codebook["codewords"]:
+                images += code["pictures"][place : place + 1]
+    for image in dict.fromkeys(images):
         record = encoded.source[int(gallery.positions[image])]
         pictures.add(str(image), decode(record.image), record.captions[0])
     return {
@@ -151,21 +153,9 @@ def what_is_seen(
     }
 
 
-def _images(queries: dict[str, Any], codewords: Sequence[dict[str, Any]]) -> list[int]:
-    """The images to show, the most important first: of the queries, then of every codeword."""
-    found = []
-    for query in queries["captions"]:
-        found += [query["right"], *(answer["at"] for answer in query["answers"])]
-    found += [query["query"] for query in queries["pictures"]]
-    for place in range(PICTURES):
-        found += [code["pictures"][place] for code in codewords if place < len(code["pictures"])]
-    return list(dict.fromkeys(found))
-
-
 def _encode(parts: build.Parts, workdir: Path) -> Encoded | None:
-    """The test data encoded by the checkpoint best in validation; None before the first.
-
-    None too for a task without towers.
+    """The test data encoded by the checkpoint best in validation; None before the first, and for a
+    task without towers.
     """
     config, programs = parts.config, getattr(parts.task, "programs", None)
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
@@ -177,13 +167,8 @@ def _encode(parts: build.Parts, workdir: Path) -> Encoded | None:
     source = source_of(config, spec, "test")
     images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)
     say(f"test data {spec}: {images:,} of {len(source):,} images")
-    gallery = encode_source(
-        programs,
-        {"student": student["towers"]},
-        source,
-        parts.tokenizer,
-        Reading.of(config, parts.mesh, images),
-    )
+    towers, reading = {"student": student["towers"]}, Reading.of(config, parts.mesh, images)
+    gallery = encode_source(programs, towers, source, parts.tokenizer, reading)
     codewords = None
     if config.losses.codebook:
         everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())

@@ -44,9 +44,7 @@ def spread(
     with ProcessPoolExecutor(count, context, _start, (work, source, news.put)) as pool:
         try:
             for future in [pool.submit(_do, task) for task in tasks]:
-                finished = False
-                while not finished:
-                    finished = wait([future], _LISTEN_EVERY_S).done
+                while wait([future], _LISTEN_EVERY_S).not_done or not news.empty():
                     while not news.empty():
                         tell(*news.get())
                 results.append(future.result())
@@ -63,16 +61,11 @@ def spread(
     return results
 
 
-def quiet_pillow() -> None:
-    """Silences what Pillow warns of, such as broken EXIF blocks: what matters raises."""
-    warnings.filterwarnings("ignore", module="PIL")
-
-
 def _start(work: Work, source: Source, put: Callable[[tuple[int, int]], None]) -> None:
     """Called first in a worker process: leaves signals to the parent, and exits with it."""
     global _work, _source, _put
     serve_parent()
-    quiet_pillow()
+    warnings.filterwarnings("ignore", module="PIL")  # of broken EXIF blocks: what matters raises
     _work, _source, _put = work, source, put
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_run import ROOT, SMALL, config_of
 
-from codebook_jax import modes, report
+from codebook_jax import report
 from codebook_jax.data.sources.record import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Features, Gallery
@@ -201,12 +201,6 @@ def test_many_rows_are_thinned_to_their_extremes():
     assert 0 < np.isnan(thin[:, 1]).sum() < 60 and not np.isnan(thin[:, 0]).any()
 
 
-def test_a_value_that_is_text_is_a_gap():
-    rows = [{"step": 2, "time/step_s": "x", "loss": "y"}, {"step": 4, "time/step_s": 0.5}]
-    found = run.facts(rows, 1)
-    assert (found["step"], found["pace"], found["seconds"]) == (4, 0.5, 1.0)
-
-
 def test_every_number_of_a_row_is_in_a_chart_and_gaps_are_null():
     validation = {"eval/txt_r1": 4.0, "eval/img_r1": 5.0, "eval/images": 9, "eval/f1": 0.5}
     rows = [*rows_of(3), {"step": 3, **validation}]
@@ -222,6 +216,9 @@ def test_every_number_of_a_row_is_in_a_chart_and_gaps_are_null():
     assert {"bad_step", "eval/f1"} <= set(drawn) and "words" not in drawn
     assert "Codebook" not in curves([{"step": 1, "loss": 1.0, "loss/alignment": 1.0}])
     assert curves([]) == {}
+    rows = [{"step": 2, "time/step_s": "x", "loss": "y"}, {"step": 4, "time/step_s": 0.5}]
+    found = run.facts(rows, 1)
+    assert (found["step"], found["pace"], found["seconds"]) == (4, 0.5, 1.0)
 
 
 def test_a_histogram_keeps_every_value_and_says_where_captions_are_cut():
@@ -307,8 +304,7 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
         run.result(path, rows)
 
 
-def test_the_mode_is_known_and_every_file_of_the_page_is_installed():
-    assert "report" in modes.MODES and "show" not in modes.MODES
+def test_every_file_of_the_page_is_installed():
     folder = Path(report.__file__).parent
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

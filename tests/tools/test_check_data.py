@@ -5,24 +5,24 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import time
-import zlib
 from pathlib import Path
 
 import browser
 import numpy as np
 import pytest
-from PIL import Image
+from bad_pictures import BAD, COCO, SCRIPT, make_evaluation, make_training, picture, write_pairs
 from small_data import tokenizer_of
 from small_run import ROOT
 
 from codebook_jax import files
 from codebook_jax.data.images import Picture
 from codebook_jax.data.sources import open_source
+from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
 from codebook_jax.tools.check_data.captions import read_captions
@@ -30,72 +30,6 @@ from codebook_jax.tools.check_data.findings import earlier_twin, find, find_leak
 from codebook_jax.tools.check_data.inspection import Status, inspect
 from codebook_jax.tools.prepare import prepare
 from configs import base
-
-SCRIPT = "a picture <script>alert(1)</script>"
-BAD = {  # name: words of the reason
-    "missing.jpg": "not exist",
-    "empty.jpg": "empty",
-    "text.jpg": "not a picture",
-    "cut.jpg": "truncated",
-    "folder.jpg": "a folder",
-    "tiny.jpg": "8 x 8",
-}
-COCO = "COCO_train2014_000000391895"
-
-
-def picture(number, size=(120, 90)):
-    noise = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def write_pairs(folder, pairs, file="pairs.json"):
-    """Lists these (image, caption) pairs; the spec of the list."""
-    entries = [{"image": image, "caption": caption} for image, caption in pairs]
-    (folder / file).write_text(json.dumps(entries))
-    return f"json:{folder / file}"
-
-
-def make_training(folder):
-    """61 good pictures, one of every bad kind, a copy, one that looks like another, three blank
-    ones.
-    """
-    pairs = []
-    for number in range(60):
-        pairs.append((f"photo_{number:06}.jpg", [f"number {number}", f"again {number}"]))
-        picture(number).save(folder / pairs[-1][0], quality=90)
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_text("404 Not Found")
-    (folder / "cut.jpg").write_bytes((folder / "photo_000001.jpg").read_bytes()[:-600])
-    (folder / "folder.jpg").mkdir()
-    picture(1, (8, 8)).save(folder / "tiny.jpg")
-    shutil.copy(folder / "photo_000005.jpg", folder / "copy.jpg")
-    picture(7).resize((100, 75)).save(folder / "alike.jpg", quality=60)
-    pairs += [(name, SCRIPT) for name in (*BAD, "copy.jpg", "alike.jpg")]
-    for number in range(3):
-        Image.new("RGB", (64, 64), (number * 60,) * 3).save(folder / f"blank{number}.png")
-        pairs.append((f"blank{number}.png", f"blank {number}"))
-    picture(100).save(folder / f"{COCO}.jpg")
-    pairs.append((f"{COCO}.jpg", "a name of its own"))
-    pairs.append(("photo_000002.jpg", "the same picture, listed again"))
-    pairs.append(("photo_000000.jpg", " "))
-    write_pairs(folder, pairs, "train.json")
-
-
-def make_evaluation(folder):
-    """20 pictures of its own, two from training, one that looks like one in training, and three
-    with names used there, of which one is telling.
-    """
-    pairs = []
-    for number in range(1000, 1020):
-        picture(number).save(folder / f"val_{number:06}.png")
-        pairs.append((f"val_{number:06}.png", f"evaluation {number}"))
-    pairs += [(f"photo_{number:06}.jpg", "leaked") for number in (10, 11)]
-    picture(12).resize((90, 70)).save(folder / "other.png")
-    (folder / "val").mkdir()
-    names = [f"val/{name}.png" for name in (COCO, "photo_000020", "blank0")]
-    for number, name in enumerate(names, 2000):
-        picture(number).save(folder / name)
-    write_pairs(folder, [*pairs, *((name, "more") for name in ("other.png", *names))], "val.json")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +66,7 @@ def found_in(path, workdir, *, decode=True, label="training"):
     """The findings on the pairs of a JSON file."""
     source = opened(path)
     images = inspect(source, processes=1, decode=decode, least_side_px=32)
-    captions = read_captions(source, tokenizer_for_run("", workdir, source, 300))
+    captions = read_captions(source, tokenizer_for_run("", workdir, sample_captions(source), 300))
     return find(label, source, images, captions, bits=3, max_tokens=32)
 
 
@@ -150,16 +84,13 @@ def test_every_kind_of_bad_picture_is_counted_and_named_with_its_reason(checked)
     assert (training["listed"], training["without_caption"], training["images"]) == (74, 1, 72)
     assert [training[kind] for kind in ("missing", "empty", "undecodable", "tiny")] == [1, 1, 3, 1]
     assert (training["usable"], found["usable"], found["listed"]) == (67, 67, 74)
-    lines = [line.split("\t") for line in (workdir / "skipped.tsv").read_text().splitlines()]
-    assert [label for label, _, _ in lines] == ["training"] * 7
-    assert "no caption" in lines[0][2]
-    for (_, name, reason), (bad, words) in zip(lines[1:], BAD.items(), strict=True):
+    assert (training["copies"], training["near_duplicates"]) == (1, 1)  # blank ones are neither
+    first, *lines = [
+        line.split("\t") for line in (workdir / "skipped.tsv").read_text().splitlines()
+    ]
+    assert first[0] == "training" and "no caption" in first[2]
+    for (_, name, reason), (bad, words) in zip(lines, BAD.items(), strict=True):
         assert name == bad and words in reason
-
-
-def test_copies_and_near_duplicates_are_found_and_blank_pictures_are_neither(checked):
-    training = checked[1]["sources"][0]
-    assert (training["copies"], training["near_duplicates"]) == (1, 1)
 
 
 def test_leaks_are_counted_by_their_evidence(checked):
@@ -283,17 +214,6 @@ def test_what_shards_leave_out_is_counted_and_named_with_its_reason(data, tmp_pa
     assert "no caption" in why["s.tar/c"] and ".json cannot be read" in why["s.tar/d"]
 
 
-def png_of(width, height):
-    """The beginning of a PNG of this size."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"a few pixels"))]
-    packed = (
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
 def test_large_pictures_cut_short_are_found_though_they_are_decoded_small(tmp_path):
     for name, progressive in (("plain", False), ("progressive", True)):
         file = io.BytesIO()
@@ -301,10 +221,10 @@ def test_large_pictures_cut_short_are_found_though_they_are_decoded_small(tmp_pa
         assert max(Picture(file.getvalue()).shrinks) > 1
         (tmp_path / f"{name}.jpg").write_bytes(file.getvalue())
         (tmp_path / f"{name}_cut.jpg").write_bytes(file.getvalue()[:-50])
-    (tmp_path / "huge.png").write_bytes(png_of(100_000, 100_000))
+    (tmp_path / "huge.ppm").write_bytes(b"P6 100000 100000 255\n")
     os.mkfifo(tmp_path / "pipe.jpg")
     bad = {"plain_cut.jpg": "truncated", "progressive_cut.jpg": "truncated"}
-    bad |= {"huge.png": "pixels", "pipe.jpg": "regular file"}
+    bad |= {"huge.ppm": "pixels", "pipe.jpg": "regular file"}
     write_pairs(tmp_path, [(name, "one") for name in ("plain.jpg", "progressive.jpg", *bad)])
     images = inspect(opened(tmp_path / "pairs.json"), processes=1, decode=True, least_side_px=32)
     assert images.usable.tolist() == [True, True, False, False, False, False]
@@ -360,6 +280,16 @@ def test_a_mixture_is_checked_as_a_whole_and_source_by_source(tmp_path):
     assert source[44].image == str(tmp_path / "two" / "39.png")
 
 
+def test_a_mixture_without_files_is_listed_by_source_and_place(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    train = f"scenes,{write_pairs(tmp_path, [('a.png', 'one')])}"
+    options = {"data.train": train, "data.eval": "", "data.scenes_examples": 2}
+    assert check(tmp_path, tmp_path / "out", **options)[0] == 0
+    entries = map(json.loads, (tmp_path / "out" / "usable.jsonl").read_text().splitlines())
+    places = [(entry["source"].partition("(")[0], entry["index"]) for entry in entries]
+    assert places == [("scenes", 0), ("scenes", 1), ("json", 0)]
+
+
 LONG = """
 import sys
 sys.modules["jax"] = None
@@ -408,6 +338,8 @@ def test_a_folder_with_other_things_is_left_alone(name, words, data, tmp_path):
     (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=words):
         check_data(config_of(data), tmp_path)
+    with pytest.raises(UserError, match="data.train is empty"):
+        check_data(config_of(data, **{"data.train": ""}), tmp_path)
 
 
 def test_what_was_found_is_shown_though_it_cannot_be_written(data, tmp_path, monkeypatch, capsys):
@@ -419,20 +351,6 @@ def test_what_was_found_is_shown_though_it_cannot_be_written(data, tmp_path, mon
     with pytest.raises(PermissionError):
         check_data(config_of(data, **{"check.decode": False}), tmp_path)
     assert "listed records" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"check.near_bits": 16}, "near_bits=16 .*0 to 15"),
-        ({"check.processes": -1}, "processes=-1 is too small"),
-        ({"check.max_bad_share": 5.0}, "max_bad_share=5.0 .*0 to 1"),
-        ({"data.train": ""}, "data.train is empty"),
-    ],
-)
-def test_invalid_settings_are_refused(change, words, data, tmp_path):
-    with pytest.raises(UserError, match=words):
-        check_data(config_of(data, **change), tmp_path / "out")
 
 
 @pytest.mark.parametrize("bits", [0, 1, 3, 7])

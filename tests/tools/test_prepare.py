@@ -167,11 +167,6 @@ def test_a_folder_that_holds_something_else_is_refused(name, words, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"role": "training"}, "role='training' .*train, validation, test"),
-        ({"quality": 0}, "quality=0 is not between 1 and 100"),
-        ({"side_px": -1}, "side_px=-1 is too small"),
-        ({"shard_records": 0}, "shard_records=0 is too small: give at least 1"),
-        ({"processes": -1}, "processes=-1 is too small"),
         ({"beam_options": "--project=a"}, "beam_options='--project=a' .*beam_runner"),
         ({"source": "scenes?weight=1,scenes?weight=2"}, "weight=1.*weights"),
         ({"source": "json:gone.json"}, "gone.json cannot be read"),

@@ -22,7 +22,6 @@ from small_run import ROOT
 from codebook_jax.data import packing
 from codebook_jax.data.manifest import verify
 from codebook_jax.errors import UserError
-from codebook_jax.tools.prepare.folder import locked
 
 WAIT_S = 30  # limit for what takes a second on an idle machine
 
@@ -98,14 +97,13 @@ def test_killed_at_ten_random_moments_it_ends_with_the_bytes_of_a_packing_left_a
     workdir, chance = tmp_path / "killed", random.Random(0)
     finished = []
     for kill in range(10):
+        several = {"seconds": 0.1, "processes": 2} if kill == 5 else {"seconds": 0.05}
+        pid = server.start(source, workdir, **several)
+        wait_for(lambda: list(workdir.glob(".*.tmp")), "a shard that is written")
+        time.sleep(chance.uniform(0.0, 0.4))
         if kill == 5:  # the first process alone: those it has started must not outlive it
-            pid = server.start(source, workdir, seconds=0.1, processes=2)
-            wait_for(lambda: list(workdir.glob(".*.tmp")), "a worker that packs")
-            time.sleep(chance.uniform(0.0, 0.4))
             os.kill(pid, signal.SIGKILL)
         else:
-            pid = server.start(source, workdir, seconds=0.05)
-            time.sleep(chance.uniform(0.0, 0.4))
             os.killpg(pid, signal.SIGKILL)
         wait_for(lambda group=pid: group_is_gone(group), "the end of a killed packing")
         finished.append(len(list((workdir / ".progress").glob("0*.json"))))
@@ -160,30 +158,13 @@ def stop_in_the_second_shard(monkeypatch):
     monkeypatch.setattr(packing, "packed_picture", stopping)
 
 
-def test_a_signal_in_the_first_process_is_an_exit_code(tmp_path, monkeypatch, capsys):
-    source = write_many(tmp_path / "pictures", 12)
+def test_another_source_or_other_options_are_refused_by_name(tmp_path, monkeypatch, capsys):
+    source, workdir = write_many(tmp_path / "pictures", 12), tmp_path / "packed"
     stop_in_the_second_shard(monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
-    assert pack(source, tmp_path / "packed") == 143
-    assert signal.getsignal(signal.SIGTERM) is before
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("stopped by SIGTERM: 1 shard is packed; ")
+    assert pack(source, workdir) == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err.startswith("stopped by SIGTERM: 1 shard packed; ")
     monkeypatch.undo()
-    assert pack(source, tmp_path / "packed") == 0
-    assert "1 of 3 shards are packed already" in capsys.readouterr().out
-
-
-def begun(tmp_path, monkeypatch):
-    """A source of 12 pictures, and a folder that holds its first shard."""
-    source = write_many(tmp_path / "pictures", 12)
-    stop_in_the_second_shard(monkeypatch)
-    assert pack(source, tmp_path / "packed") == 143
-    monkeypatch.undo()
-    return source, tmp_path / "packed"
-
-
-def test_another_source_or_other_options_are_refused_by_name(tmp_path, monkeypatch):
-    source, workdir = begun(tmp_path, monkeypatch)
     other = tmp_path / "pictures" / "other.json"
     other.write_text(json.dumps(json.loads(source.read_text())[1:]))
     changed = tmp_path / "pictures" / "changed.json"
@@ -191,6 +172,7 @@ def test_another_source_or_other_options_are_refused_by_name(tmp_path, monkeypat
     for finished in (False, True):
         if finished:
             assert pack(source, workdir, processes=2) == 0  # changes nothing, so it may change
+            assert "1 of 3 shards are packed already" in capsys.readouterr().out
         for path, changes, words in (
             (source, {"side_px": 40, "quality": 90}, "side_px=48, now 40; .*quality=95, now 90"),
             (source, {"role": "test"}, 'config.prepare.role="train", now "test"'),
@@ -284,14 +266,3 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(tmp_path, monkeypatc
     assert {path.name for path in (tmp_path / "packed").iterdir()} == {".progress"}
     monkeypatch.undo()
     assert pack(source, tmp_path / "packed") == 0
-
-
-def test_the_lock_is_free_again_after_a_refusal_and_its_file_is_gone(tmp_path):
-    folder = tmp_path / "packed"
-    with locked(folder):
-        with pytest.raises(UserError, match="is in use by process"), locked(folder):
-            pass
-        assert (folder / ".running").exists()
-    with locked(folder):
-        pass
-    assert list(folder.iterdir()) == []

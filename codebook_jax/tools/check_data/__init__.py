@@ -25,7 +25,7 @@ from codebook_jax.data.sources.opening import split_specs
 from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling
-from codebook_jax.errors import UserError, refuse_below
+from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs
 from codebook_jax.run.record import check_folder
 from codebook_jax.tools.check_data import outputs
@@ -33,7 +33,6 @@ from codebook_jax.tools.check_data.captions import read_captions
 from codebook_jax.tools.check_data.findings import Leak, Part, find, find_leak
 from codebook_jax.tools.check_data.inspection import inspect
 from codebook_jax.tools.check_data.outputs import CHECK, FILES, PAGE, SKIPPED, USABLE
-from codebook_jax.tools.workers import quiet_pillow
 
 _SOURCES = (  # label, field of config.data, role
     ("training", "train", "train"),
@@ -45,53 +44,44 @@ _SOURCES = (  # label, field of config.data, role
 def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     """Checks the data of `config`; returns 1 if too much is unusable or leaked, else 0.
 
-    Raises UserError for invalid settings, and for a folder that holds something else.
+    Raises UserError without training data, and for a folder that holds something else.
     """
-    _check_settings(config)
-    workdir = Path(workdir)
-    check_folder(workdir, FILES.__contains__, "for the report")
-    check_outputs(workdir, FILES)
-    try:
-        with stoppable(), warnings.catch_warnings():
-            quiet_pillow()
-            check = _find(config, workdir)
-            root = outputs.write(workdir, check)
-    except Stopped as stop:
-        print(f"stopped by {stop}: nothing was written", file=sys.stderr, flush=True)
-        return 128 + stop.number
-    for sentence in _advice(workdir, check.training[0], root):
-        print(sentence, flush=True)
-    return 1 if check.verdicts else 0
-
-
-def _check_settings(config: ml_collections.ConfigDict) -> None:
-    settings = config.check
-    for name in ("processes", "least_side_px", "near_bits", "max_bad_share"):
-        refuse_below(f"check.{name}", settings[name], 0)
-    for name, most in (("near_bits", 15), ("max_bad_share", 1)):
-        if not settings[name] <= most:
-            raise UserError(f"config.check.{name}={settings[name]} is too large: use 0 to {most}")
     if not config.data.train:
         raise UserError(
             "config.data.train is empty: name the data to check, for example "
             "--config.data.train=json:PATH"
         )
+    workdir = Path(workdir)
+    check_folder(workdir, FILES.__contains__, "for the report")
+    check_outputs(workdir, FILES)
+    try:
+        with stoppable(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of broken EXIF blocks
+            parts, leaks, verdicts = _find(config, workdir)
+            root = outputs.write(workdir, parts, leaks, verdicts)
+    except Stopped as stop:
+        print(f"stopped by {stop}: nothing was written", file=sys.stderr, flush=True)
+        return 128 + stop.number
+    for sentence in _advice(workdir, parts[0], root):
+        print(sentence, flush=True)
+    return 1 if verdicts else 0
 
 
-def _find(config: ml_collections.ConfigDict, workdir: Path) -> outputs.Check:
+def _find(
+    config: ml_collections.ConfigDict, workdir: Path
+) -> tuple[list[Part], list[Leak], list[str]]:
+    """(the findings on each source, the pictures also in training, what is above the limit)."""
     data, decode = config.data, config.check.decode
-    sources = _sources(config)
+    sources = {}
+    for label, field, role in _SOURCES:
+        if data[field] and (_is_built_in(data.train) or not _is_built_in(data[field])):
+            sources[label] = source_of(config, data[field], role)
+        elif data[field]:
+            print(f"{label} data are the built-in scenes: not checked", flush=True)
     verdicts = list(_damaged_folders(config)) if decode else []
-    tokenizer, _ = open_tokenizer(
-        data.tokenizer,
-        workdir,
-        sample_captions(sources["training"]),
-        data.tokenizer_vocabulary,
-        **spelling(data),
-    )
-    training, *others = (
-        _parts(config, label, source, tokenizer) for label, source in sources.items()
-    )
+    sample, size = sample_captions(sources["training"]), data.tokenizer_vocabulary
+    tokenizer, _ = open_tokenizer(data.tokenizer, workdir, sample, size, **spelling(data))
+    training, *others = (list(_parts(config, *named, tokenizer)) for named in sources.items())
     others = list(itertools.chain(*others))
     leaks = [
         find_leak(part, training[0], near_bits=config.check.near_bits, decoded=decode)
@@ -99,19 +89,7 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> outputs.Check:
         if not isinstance(part.source, Mixture)
     ]
     verdicts += _verdicts(config.check.max_bad_share, [training[0], *others], leaks)
-    return outputs.Check(training, others, leaks, verdicts)
-
-
-def _sources(config: ml_collections.ConfigDict) -> dict[str, Source]:
-    """The sources to check, by label; built-in scenes are left out beside real pictures."""
-    sources = {}
-    for label, field, role in _SOURCES:
-        spec = config.data[field]
-        if spec and (_is_built_in(config.data.train) or not _is_built_in(spec)):
-            sources[label] = source_of(config, spec, role)
-        elif spec:
-            print(f"{label} data are the built-in scenes: not checked", flush=True)
-    return sources
+    return [*training, *others], leaks, verdicts
 
 
 def _is_built_in(spec: str) -> bool:
@@ -133,30 +111,24 @@ def _damaged_folders(config: ml_collections.ConfigDict) -> Iterator[str]:
 
 def _parts(
     config: ml_collections.ConfigDict, label: str, source: Source, tokenizer: Tokenizer
-) -> list[Part]:
+) -> Iterator[Part]:
     """The findings on a source; for a mixture, on all of it and then on each source."""
     settings = config.check
     print(f"checking {label}: {source!r}", flush=True)
     with Progress("looked at", "pictures", len(source)) as progress:
-        images = inspect(
-            source,
-            processes=settings.processes,
-            decode=settings.decode,
-            least_side_px=settings.least_side_px,
-            tell=progress.advance,
-        )
+        options = {name: settings[name] for name in ("processes", "decode", "least_side_px")}
+        images = inspect(source, **options, tell=progress.advance)
     with Progress("read captions of", "records", len(source)) as progress:
         captions = read_captions(source, tokenizer, progress.advance)
     limits = settings.near_bits, config.model.text.max_tokens
-    parts = [find(label, source, images, captions, *limits)]
+    yield find(label, source, images, captions, *limits)
     if isinstance(source, Mixture):
         for number, piece in enumerate(source.sources, 1):
             start, stop = source.starts[number - 1 : number + 1].tolist()
             own = captions[slice(*np.searchsorted(captions["record"], (start, stop)))].copy()
             own["record"] -= start
             name = f"{label} {number}"
-            parts.append(find(name, piece, images.of_records(start, stop), own, *limits))
-    return parts
+            yield find(name, piece, images.of_records(start, stop), own, *limits)
 
 
 def _verdicts(limit: float, parts: list[Part], leaks: list[Leak]) -> Iterator[str]:

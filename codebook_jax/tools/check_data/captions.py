@@ -11,44 +11,32 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.texts import short_hash
 from codebook_jax.data.text import LONGEST, Tokenizer, clean
 
-_AT_ONCE = 4096  # captions
+_AT_ONCE = 1024  # records
 _EXAMPLES = 10  # repeated captions that are named
-_COLUMNS = np.dtype(
-    [
-        ("key", "u8"),  # of the text
-        ("record", "i4"),
-        ("tokens", "i2"),  # [CLS] and [SEP] included
-        ("unknown", "i2"),  # tokens among them
-    ]
-)
+# per caption: the hash of its text, its record, its tokens with [CLS] and [SEP], unknown ones
+_COLUMNS = np.dtype([("key", "u8"), ("record", "i4"), ("tokens", "i2"), ("unknown", "i2")])
 
 
 def read_captions(
     source: Source, tokenizer: Tokenizer, tell: Callable[[int], None] = lambda records: None
 ) -> np.ndarray:
     """_COLUMNS of every caption that gives a token; tells how many records it has just read."""
-    found = [np.empty(0, _COLUMNS)]
-    batch: list[tuple[str, int]] = []  # (caption, record)
-    told = 0
-    for record in range(len(source)):
-        batch += [(caption, record) for caption in source.captions(record)]
-        if len(batch) >= _AT_ONCE or record + 1 == len(source):
-            found.append(_read(batch, tokenizer))
-            tell(record + 1 - told)
-            batch, told = [], record + 1
-    return np.concatenate(found)
-
-
-def _read(batch: list[tuple[str, int]], tokenizer: Tokenizer) -> np.ndarray:
-    readable = set(tokenizer.readable([text for text, _ in batch]))
-    batch = [(text, record) for text, record in batch if text in readable]
-    found = np.empty(len(batch), _COLUMNS)
-    found["key"] = [short_hash(clean(text)) for text, _ in batch]
-    found["record"] = [record for _, record in batch]
-    tokens, found["tokens"], _ = tokenizer.encode([text for text, _ in batch], LONGEST)
     unknown = -1 if tokenizer.unknown_id is None else tokenizer.unknown_id
-    found["unknown"] = (tokens == unknown).sum(axis=1)
-    return found
+    columns = [np.empty(0, _COLUMNS)]
+    for start in range(0, len(source), _AT_ONCE):
+        records = range(start, min(start + _AT_ONCE, len(source)))
+        pairs = [(caption, record) for record in records for caption in source.captions(record)]
+        readable = set(tokenizer.readable([caption for caption, _ in pairs]))
+        pairs = [(caption, record) for caption, record in pairs if caption in readable]
+        texts = [caption for caption, _ in pairs]
+        read = np.empty(len(pairs), _COLUMNS)
+        read["key"] = [short_hash(clean(text)) for text in texts]
+        read["record"] = [record for _, record in pairs]
+        tokens, read["tokens"], _ = tokenizer.encode(texts, LONGEST)
+        read["unknown"] = (tokens == unknown).sum(axis=1)
+        columns.append(read)
+        tell(len(records))
+    return np.concatenate(columns)
 
 
 def repeated_captions(
@@ -61,8 +49,7 @@ def repeated_captions(
     images = which[captions["record"]]
     order = np.lexsort((images, captions["key"]))
     keys, images = captions["key"][order], images[order]
-    new = np.ones(len(keys), bool)
-    new[1:] = (keys[1:] != keys[:-1]) | (images[1:] != images[:-1])
+    new = np.append(True, (np.diff(keys) != 0) | (np.diff(images) != 0))[: len(keys)]
     texts, counts = np.unique(keys[new], return_counts=True)
     repeated = int(np.isin(captions["key"], texts[counts > 1]).sum())
     examples = []

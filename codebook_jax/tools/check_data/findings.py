@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,6 @@ from codebook_jax.tools.check_data.inspection import Images, Status
 
 EVIDENCE = ("content", "look", "name")  # the strongest first
 _HASH_BITS = 64
-_AT_ONCE = 1 << 22  # pairs of hashes compared
 _LEAST_STEM, _LEAST_DIGITS = 8, 6  # characters
 _LEAST_SERIES, _NEXT = 20, 2
 _NUMBER = re.compile(r"(\d+)\D*$")
@@ -114,24 +113,23 @@ class Leak(NamedTuple):
     match: np.ndarray  # int64 [images of the evaluation], the picture in training
     decoded: bool
 
-    def shown_by(self, *evidence: str) -> np.ndarray:
+    def shown_by(self, name: str) -> np.ndarray:
         """bool [images]: matched, and this is the strongest evidence."""
-        return np.isin(self.evidence, [EVIDENCE.index(name) for name in evidence])
+        return self.evidence == EVIDENCE.index(name)
 
     @property
     def leaked(self) -> np.ndarray:
         """bool [images]: same content or look; without decoding, also the same name."""
-        return self.shown_by(*(EVIDENCE[:2] if self.decoded else EVIDENCE))
+        return (self.evidence >= 0) & ~(self.decoded & self.shown_by("name"))
 
     def counts(self) -> dict[str, Any]:
         """The numbers of check.json, by name."""
+        same = {"same_content": "content", "same_look": "look", "same_name_alone": "name"}
         return {
             "evaluation": self.evaluation.label,
             "images": len(self.match),
             "leaked": int(self.leaked.sum()),
-            "same_content": int(self.shown_by("content").sum()),
-            "same_look": int(self.shown_by("look").sum()),
-            "same_name_alone": int(self.shown_by("name").sum()),
+            **{key: int(self.shown_by(name).sum()) for key, name in same.items()},
         }
 
     def pictures(self) -> list[dict[str, str]]:
@@ -165,9 +163,9 @@ def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool
 def _one_per_id(hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """The known hashes, only the first of each image id: equal ids are known to be one image."""
     known = np.flatnonzero(hashes)
-    _, first = np.unique(ids[known], return_index=True)
+    first = known[np.unique(ids[known], return_index=True)[1]]
     result = np.zeros_like(hashes)
-    result[known[first]] = hashes[known[first]]
+    result[first] = hashes[first]
     return result
 
 
@@ -186,18 +184,12 @@ def _telling_names(part: Part) -> np.ndarray:
             padded = len(digits) * (digits[0] == "0")  # 000000012 and 2333071 are not one series
             alike = f"{stem[: number.start(1)]}/{padded}/{stem[number.end(1) :]}"
             series[image], numbers[image] = short_hash(alike), int(digits[-18:])
-    stems[_running(series, numbers)] = 0
-    return stems
-
-
-def _running(series: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """bool: whether each is one of its series' running numbers; series 0 means none."""
     kinds, which, counts = np.unique(series, return_inverse=True, return_counts=True)
     order = np.lexsort((numbers, which))
     follows = (np.diff(which[order]) == 0) & (np.diff(numbers[order]) <= _NEXT)
     following = np.bincount(which[order][1:][follows], minlength=len(kinds))
-    dense = (counts >= _LEAST_SERIES) & (2 * following > counts) & (kinds != 0)
-    return dense[which]
+    running = (counts >= _LEAST_SERIES) & (2 * following > counts) & (kinds != 0)
+    return np.where(running[which], np.uint64(0), stems)
 
 
 def first_match(queries: np.ndarray, base: np.ndarray, bits: int) -> np.ndarray:
@@ -209,14 +201,21 @@ def first_match(queries: np.ndarray, base: np.ndarray, bits: int) -> np.ndarray:
     """
     values, which = np.unique(queries, return_inverse=True)
     base_values, first = np.unique(base, return_index=True)
+    first = np.where(base_values == 0, len(base), first)
     found = np.full(len(values), len(base))
     edges = np.linspace(0, _HASH_BITS, bits + 2).round().astype(int).tolist()
     for low, high in itertools.pairwise(edges):
         band = np.uint64((1 << high) - (1 << low))
-        for ours, theirs in _equal_pairs(values & band, base_values & band):
-            one, other = values[ours], base_values[theirs]
-            near = (np.bitwise_count(one ^ other) <= bits) & (one != 0) & (other != 0)
-            np.minimum.at(found, ours[near], first[theirs[near]])
+        order = np.argsort(base_values & band, kind="stable")
+        ordered = (base_values & band)[order]
+        place, end = (np.searchsorted(ordered, values & band, side) for side in ("left", "right"))
+        rows = np.flatnonzero((place < end) & (values != 0))
+        while len(rows):  # compares each with the next hash that has an equal band
+            others = order[place[rows]]
+            near = np.bitwise_count(values[rows] ^ base_values[others]) <= bits
+            found[rows[near]] = np.minimum(found[rows[near]], first[others[near]])
+            place[rows] += 1
+            rows = rows[place[rows] < end[rows]]
     return np.where(found < len(base), found, -1)[which]
 
 
@@ -224,21 +223,3 @@ def earlier_twin(hashes: np.ndarray, bits: int) -> np.ndarray:
     """int64: for each hash the first earlier one that differs in at most `bits` bits; -1: none."""
     first = first_match(hashes, hashes, bits)
     return np.where(first < np.arange(len(hashes)), first, -1)
-
-
-def _equal_pairs(queries: np.ndarray, base: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(numbers of queries, numbers of base) of all pairs with equal keys, in chunks."""
-    order = np.argsort(base, kind="stable")
-    ordered = base[order]
-    low = np.searchsorted(ordered, queries, side="left")
-    counts = np.searchsorted(ordered, queries, side="right") - low
-    ends = np.cumsum(counts)
-    start = 0
-    while start < len(queries):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + _AT_ONCE, side="right")))
-        part = counts[start:stop]
-        rows = np.repeat(np.arange(start, stop), part)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(part) - part, part)
-        yield rows, order[low[rows] + within]
-        start = stop

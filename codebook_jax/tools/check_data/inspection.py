@@ -26,15 +26,7 @@ _PER_TASK = 128  # pictures
 _HASHED_PX = 64  # the perceptual hash reads 32 x 32 pixels of a picture at least twice as large
 _FLAT = 2.0  # of 255: pictures that vary less look alike to the hash, whatever they show
 
-
-class Status(enum.IntEnum):
-    """Whether a picture is usable, or why not."""
-
-    USABLE = 0
-    MISSING = 1
-    EMPTY = 2
-    UNDECODABLE = 3
-    TINY = 4
+Status = enum.IntEnum("Status", "USABLE MISSING EMPTY UNDECODABLE TINY", start=0)  # of a picture
 
 
 class Finding(NamedTuple):
@@ -103,8 +95,8 @@ def inspect(
             tell(high - low, 0)
     work = functools.partial(_inspect_some, decode=decode, least_side_px=least_side_px)
     results = spread(work, source, tasks, processes=processes, field="check.processes", tell=tell)
-    for (start, _), (found, reasons) in zip(tasks, results, strict=True):
-        images.found[start : start + len(found)] = found
+    for (at, _), (found, reasons) in zip(tasks, results, strict=True):
+        images.found[at : at + len(found)] = found
         images.reasons.update(reasons)
     return images
 
@@ -139,30 +131,30 @@ def _inspect_one(source: Source, record: int, decode: bool, least_side_px: int) 
         return Finding()
     except UnreadableImage as failure:
         return Finding(Status.UNDECODABLE, reason=str(failure))
-    finding = _file_problem(image) if isinstance(image, str) else None
-    if finding is None and not decode:
-        finding = Finding(content=short_hash(os.path.abspath(image)))
+    status, why = _file_problem(image) if isinstance(image, str) else (Status.USABLE, "")
+    if why:
+        return Finding(status, image_id, reason=f"{image}: {why}")
+    if not decode:
+        return Finding(image_id=image_id, content=short_hash(os.path.abspath(image)))
     try:
-        finding = finding or _look_at(image, least_side_px)
+        return _look_at(image, least_side_px)._replace(image_id=image_id)
     except UnreadableImage as failure:
         status = Status.EMPTY if isinstance(image, bytes) and not image else Status.UNDECODABLE
-        finding = Finding(status, reason=str(failure))
-    return finding._replace(image_id=image_id)
+        return Finding(status, image_id, reason=str(failure))
 
 
-def _file_problem(path: str) -> Finding | None:
-    """What is wrong with a file that need not be opened; None if it must be."""
+def _file_problem(path: str) -> tuple[Status, str]:
+    """The status of a file that need not be opened and why, or no reason."""
     try:
         about = os.stat(path)
     except (OSError, ValueError) as failure:
         absent = isinstance(failure, FileNotFoundError | NotADirectoryError | ValueError)
-        why = "the file does not exist" if absent else failure.strerror
-        return Finding(Status.MISSING, reason=f"{path}: {why}")
+        return Status.MISSING, "the file does not exist" if absent else failure.strerror
     if stat.S_ISDIR(about.st_mode):
-        return Finding(Status.UNDECODABLE, reason=f"{path}: it is a folder")
+        return Status.UNDECODABLE, "it is a folder"
     if not stat.S_ISREG(about.st_mode):  # reading from a pipe may never end
-        return Finding(Status.UNDECODABLE, reason=f"{path}: it is not a regular file")
-    return None if about.st_size else Finding(Status.EMPTY, reason=f"{path}: the file is empty")
+        return Status.UNDECODABLE, "it is not a regular file"
+    return Status.EMPTY, "" if about.st_size else "the file is empty"
 
 
 def _look_at(image: np.ndarray | bytes | str, least_side_px: int) -> Finding:
@@ -170,23 +162,16 @@ def _look_at(image: np.ndarray | bytes | str, least_side_px: int) -> Finding:
     name = image if isinstance(image, str) else "the picture"
     picture = Picture(image, name)
     height, width = picture.height, picture.width
-    short = min(height, width)
+    short, status, reason = min(height, width), Status.USABLE, ""
     if not short:
         raise UnreadableImage(f"{name}: it has no pixels ({width} x {height})")
-    pixels = picture.pixels(
-        max(by for by in picture.shrinks if by == 1 or short >= by * _HASHED_PX)
-    )
-    grey = Image.fromarray(pixels).convert("L")
+    shrink = max(by for by in picture.shrinks if by == 1 or short >= by * _HASHED_PX)
+    grey = Image.fromarray(picture.pixels(shrink)).convert("L")
     look = 0
     if np.asarray(grey).std() >= _FLAT:
         look = int(np.packbits(imagehash.phash(grey).hash.ravel()).view(">u8")[0])
     sha256 = hashlib.sha256(memoryview(picture.content).tobytes()).digest()
-    status, reason = Status.USABLE, ""
     if short < least_side_px:
-        status = Status.TINY
-        reason = (
-            f"{name}: {width} x {height} pixels, fewer than "
-            f"config.check.least_side_px={least_side_px}"
-        )
-    content = int.from_bytes(sha256[:8], "little")
-    return Finding(status, -1, content, look, height, width, reason)
+        status, limit = Status.TINY, f"config.check.least_side_px={least_side_px}"
+        reason = f"{name}: {width} x {height} pixels, fewer than {limit}"
+    return Finding(status, -1, int.from_bytes(sha256[:8], "little"), look, height, width, reason)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from codebook_jax.data.images import UnreadableImage, decode
 from codebook_jax.data.sources.json_files import CHECK, USABLE
-from codebook_jax.data.sources.listed import NO_CAPTION
 from codebook_jax.data.sources.mixture import Mixture
+from codebook_jax.data.sources.record import NO_CAPTION, part_of
 from codebook_jax.files import write_json, written_whole
 from codebook_jax.report.charts import histogram
 from codebook_jax.report.page import FILE as PAGE
@@ -29,62 +29,56 @@ _SAMPLES, _EXAMPLES = 48, 8  # pictures, pairs of pictures
 _ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 
 
-class Check(NamedTuple):
-    """Everything that was found; of a mixture first the whole, then each source."""
-
-    training: list[Part]
-    others: list[Part]  # validation and test
-    leaks: list[Leak]
-    verdicts: list[str]  # a sentence on each share above the limit
-
-
-def write(workdir: Path, check: Check) -> str | None:
-    """Prints the table, writes the files, and returns `_image_root`."""
-    parts = [*check.training, *check.others]
+def write(
+    workdir: Path, parts: Sequence[Part], leaks: Sequence[Leak], verdicts: Sequence[str]
+) -> str | None:
+    """Prints the table, writes the files, and returns `_image_root`; `parts` begin with all
+    training data, and of a mixture have first the whole, then each source.
+    """
     counts = [part.counts() for part in parts]
     rows = [["", *(part.label for part in parts)]]
     rows += [[label, *(f"{c[name]:,}" for c in counts)] for name, (label, _) in COUNTS.items()]
-    _print(rows, check)
-    root = _image_root(check.training[0])
-    _write_usable(workdir / USABLE, check.training[0], root)
-    single = [part for part in parts if not isinstance(part.source, Mixture)]
-    _write_skipped(workdir / SKIPPED, single)
-    _write_page(workdir / PAGE, rows, parts, check)
-    write_json(
-        workdir / CHECK,
-        {
-            "listed": counts[0]["listed"],
-            "usable": counts[0]["usable"],
-            "image_root": root,
-            "max_tokens": parts[0].max_tokens,
-            "sources": [
-                {"label": part.label, "source": repr(part.source), **count}
-                | {"most_repeated": part.most_repeated}
-                for part, count in zip(parts, counts, strict=True)
-            ],
-            "leaks": [leak.counts() | {"pictures": leak.pictures()} for leak in check.leaks],
-            "verdicts": check.verdicts,
-        },
-    )
+    _print(rows, leaks, verdicts)
+    root = _image_root(parts[0])
+    _write_usable(workdir / USABLE, parts[0], root)
+    _write_skipped(workdir / SKIPPED, parts)
+    pictures = Pictures()
+    sections = [_section(part, pictures) for part in parts]
+    leaked = [pairs for leak in leaks for pairs in _leaked(leak, pictures) if pairs["shown"]]
+    values = {"title": "The data", "rows": rows, "verdicts": verdicts}
+    write_page(workdir / PAGE, "check.html", pictures, **values, parts=sections, leaks=leaked)
+    sources = [
+        {"label": part.label, "source": repr(part.source), **count}
+        | {"most_repeated": part.most_repeated}
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    content = {
+        "listed": counts[0]["listed"],
+        "usable": counts[0]["usable"],
+        "image_root": root,
+        "max_tokens": parts[0].max_tokens,
+        "sources": sources,
+        "leaks": [leak.counts() | {"pictures": leak.pictures()} for leak in leaks],
+        "verdicts": verdicts,
+    }
+    write_json(workdir / CHECK, content)
     return root
 
 
-def _print(rows: Sequence[Sequence[str]], check: Check) -> None:
-    table = Table()
-    for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left")
+def _print(rows: Sequence[Sequence[str]], leaks: Sequence[Leak], verdicts: Sequence[str]) -> None:
+    table = Table("", *(Column(label, justify="right") for label in rows[0][1:]))
     for row in rows[1:]:
         table.add_row(*row)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(table)
-    for count in (leak.counts() for leak in check.leaks):
+    for count in (leak.counts() for leak in leaks):
         console.print(
             f"{count['leaked']:,} of {count['images']:,} pictures of {count['evaluation']} are in "
             f"training, or look like one there ({count['same_content']:,} the same file, "
             f"{count['same_look']:,} look the same; {count['same_name_alone']:,} more have only "
             "the same name)"
         )
-    for sentence in check.verdicts:
+    for sentence in verdicts:
         console.print(f"problem: {sentence}")
 
 
@@ -108,7 +102,8 @@ def _write_usable(path: Path, part: Part, root: str | None) -> None:
                 entry = {"image": os.path.relpath(image, root), "caption": captions}
                 entry["image_id"] = image_id
             else:
-                which, index = source.place(record) if isinstance(source, Mixture) else (0, record)
+                mixed = isinstance(source, Mixture)
+                which, index = part_of(source.starts, record) if mixed else (0, record)
                 entry = {"source": repr(pieces_of(source)[which]), "index": index}
                 entry |= {"name": source.name(record), "caption": source.captions(record)}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -117,7 +112,7 @@ def _write_usable(path: Path, part: Part, root: str | None) -> None:
 def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
     """source, name and reason of each unusable record, separated by tabs."""
     with written_whole(path, errors=_ERRORS) as file:
-        for part in parts:
+        for part in (part for part in parts if not isinstance(part.source, Mixture)):
             rows = list(part.source.left_out)
             for record in np.flatnonzero(~part.usable_records).tolist():
                 name = part.source.name(record)
@@ -128,25 +123,7 @@ def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
                 file.write("\t".join(fields) + "\n")
 
 
-def _write_page(
-    path: Path, rows: Sequence[Sequence[str]], parts: Sequence[Part], check: Check
-) -> None:
-    """Writes the page; `rows` are those of the printed table, header first."""
-    pictures = Pictures()
-    write_page(
-        path,
-        "check.html",
-        pictures,
-        title="The data",
-        rows=rows,
-        verdicts=check.verdicts,
-        parts=[_about(part, pictures) for part in parts],
-        leaks=[found for leak in check.leaks for found in _leaked(leak, pictures)],
-    )
-
-
-def _about(part: Part, pictures: Pictures) -> dict[str, Any]:
-    """The section on one source."""
+def _section(part: Part, pictures: Pictures) -> dict[str, Any]:
     usable = np.flatnonzero(part.images.usable)
     sample = np.random.default_rng(0).permutation(usable)[:_SAMPLES]  # the same one each time
     return {
@@ -165,13 +142,13 @@ def _about(part: Part, pictures: Pictures) -> dict[str, Any]:
 
 def _charts(part: Part) -> list[dict[str, Any]]:
     counts, limit = part.counts(), part.max_tokens
-    note = (
+    titles = {"title": "Length of the captions", "x": "tokens", "y": "captions"}
+    titles["note"] = (
         f"{counts['truncated']:,} of {counts['captions']:,} are longer than the {limit} tokens "
         "that the model reads."
     )
-    titles = {"title": "Length of the captions", "x": "tokens", "y": "captions"}
     lengths = np.bincount(part.captions["tokens"], minlength=1)
-    charts = [histogram(lengths, **titles, note=note, mark=limit)]
+    charts = [histogram(lengths, **titles, mark=limit)]
     found = part.images.found
     sides = np.stack([found["height"], found["width"]])[:, found["height"] > 0]
     if sides.size:
@@ -181,18 +158,13 @@ def _charts(part: Part) -> list[dict[str, Any]]:
     return charts
 
 
-def _leaked(leak: Leak, pictures: Pictures) -> list[dict[str, Any]]:
-    titles = {
-        "content": "The same file" if leak.decoded else "The same path",
-        "look": "The same look",
-        "name": "Only the same name",
-    }
-    found = []
+def _leaked(leak: Leak, pictures: Pictures) -> Iterator[dict[str, Any]]:
+    same = "The same file" if leak.decoded else "The same path"
+    titles = {"content": same, "look": "The same look", "name": "Only the same name"}
     for evidence, title in titles.items():
         title = f"{title}: {leak.evaluation.label} and training"
         matches = np.where(leak.shown_by(evidence), leak.match, -1)
-        found.append(_pairs(title, leak.evaluation, leak.training, matches, pictures))
-    return [pairs for pairs in found if pairs["shown"]]
+        yield _pairs(title, leak.evaluation, leak.training, matches, pictures)
 
 
 def _pairs(

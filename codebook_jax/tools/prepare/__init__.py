@@ -7,10 +7,8 @@ ends with the same bytes. In a finished folder it verifies every file and repack
 from __future__ import annotations
 
 import functools
-import pickle
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
@@ -19,49 +17,33 @@ from rich import filesize
 from codebook_jax.data.manifest import PROGRESS, SKIPPED, Manifest, without_paths, write_manifest
 from codebook_jax.data.packing import Packing, full_disk_named, shard_count, write_shard
 from codebook_jax.data.progress import Progress
-from codebook_jax.data.sources import ROLES, Source, source_of
+from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.stop import Stopped, stoppable
-from codebook_jax.errors import UserError, refuse_below
+from codebook_jax.errors import UserError
 from codebook_jax.tools.prepare import beam, folder
 from codebook_jax.tools.workers import Tell, process_count, spread
-
-_SOURCE = "source.pickle"  # for the workers of Beam
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     """Packs `config.prepare.source` into `workdir`; returns the exit code.
 
-    Raises UserError for invalid settings, and for a folder that holds something else.
+    Raises UserError for a source that cannot be packed, and for a folder that holds something else.
     """
-    _check(config)
-    workdir = Path(workdir)
-    folder.check(workdir)
-    try:
-        with stoppable(), folder.locked(workdir), full_disk_named(workdir):
-            _complete(config, workdir, _open(config))
-    except Stopped as stop:
-        done = folder.receipt_count(workdir)
-        packed = f"{_shards(done)} {'is' if done == 1 else 'are'} packed; " if done else ""
-        print(f"stopped by {stop}: {packed}the same command continues", file=sys.stderr, flush=True)
-        return 128 + stop.number
-    return 0
-
-
-def _check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for invalid values."""
-    settings = config.prepare
-    if settings.role not in ROLES:
-        raise UserError(f"config.prepare.role={settings.role!r} is not one of {', '.join(ROLES)}")
-    if not 1 <= settings.quality <= 100:
-        raise UserError(f"config.prepare.quality={settings.quality} is not between 1 and 100")
-    for name, least in (("side_px", 0), ("shard_records", 1), ("processes", 0)):
-        refuse_below(f"prepare.{name}", settings[name], least)
+    settings, workdir = config.prepare, Path(workdir)
     if settings.beam_options and not settings.beam_runner:
         raise UserError(
             f"config.prepare.beam_options={settings.beam_options!r} only applies to Apache Beam: "
             "name its runner too, as --config.prepare.beam_runner=DirectRunner"
         )
+    try:
+        with stoppable(), full_disk_named(workdir), folder.locked(workdir):
+            _complete(config, workdir, _open(config))
+    except Stopped as stop:
+        packed = _shards(len(list(workdir.glob(f"{PROGRESS}/[0-9]*.json"))))
+        print(f"stopped by {stop}: {packed} packed; the same command continues", file=sys.stderr)
+        return 128 + stop.number
+    return 0
 
 
 def _open(config: ml_collections.ConfigDict) -> Source:
@@ -79,20 +61,16 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     settings = config.prepare
     packing = Packing(settings.side_px, settings.quality, settings.shard_records)
     shards = shard_count(len(source), packing.shard_records)
-    described = {
-        "repr": without_paths(repr(source)),
-        "fingerprint": source.fingerprint(),
-        "records": len(source),
-    }
-    options = {"role": settings.role, **packing._asdict()}
+    described = {"repr": without_paths(repr(source)), "fingerprint": source.fingerprint()}
+    described["records"] = len(source)
+    plan = {"source": described, "options": {"role": settings.role, **packing._asdict()}}
     place = {name: config.data[name] for name in ("train", "image_root", "path_map")}
     place["source"] = settings.source
-    plan = {"source": described, "options": options}
     before, damaged = folder.begin(workdir, plan, place, shards)
     if before is not None and not damaged:
         print(f"already complete, all files verified: {_summary(workdir, before)}", flush=True)
         return
-    _pack_missing(settings, workdir, source, packing)
+    _pack_missing(settings, workdir, source, packing, folder.receipts(workdir, shards))
     receipts = folder.receipts(workdir, shards)
     if len(receipts) < shards:
         raise UserError(
@@ -101,32 +79,36 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
             "run the same command again"
         )
     if not sum(receipt.records for receipt in receipts.values()):
-        name, why = receipts[0].skipped[0]
-        folder.clear(workdir)  # so that the next start tries again
+        for file in workdir.glob("pairs-*"):  # so that the next start tries again
+            file.unlink()
+        shutil.rmtree(workdir / PROGRESS)
         raise UserError(
-            f"{source!r}: none of {len(source):,} pictures could be read (first: {name}: {why}): "
-            "check config.data.image_root and the files"
+            f"{source!r}: none of {len(source):,} pictures could be read (first: "
+            f"{': '.join(receipts[0].skipped[0])}): check config.data.image_root and the files"
         )
-    manifest = write_manifest(
-        workdir,
-        described,
-        options,
-        listed=source.listed,
-        left_out=source.left_out,
-        receipts=[receipts[shard] for shard in range(shards)],
-    )
+    counts = {"listed": source.listed, "left_out": source.left_out}
+    manifest = write_manifest(workdir, **plan, **counts, receipts=list(receipts.values()))
     shutil.rmtree(workdir / PROGRESS)
-    for sentence in _remade(before, manifest, damaged):
-        print(sentence, flush=True)
+    for _, why in damaged:
+        print(f"{why}: remade")
+    for old, new in zip(before.shards, manifest.shards, strict=True) if before else ():
+        if old != new:
+            print(
+                f"{new.file} holds {new.records:,} pairs, {old.records:,} before: its pictures "
+                "have changed"
+            )
     print(_summary(workdir, manifest), flush=True)
 
 
 def _pack_missing(
-    settings: ml_collections.ConfigDict, workdir: Path, source: Source, packing: Packing
+    settings: ml_collections.ConfigDict,
+    workdir: Path,
+    source: Source,
+    packing: Packing,
+    receipts: dict[int, Receipt],
 ) -> None:
     """Packs the shards that have no receipt; `settings` are those of config.prepare."""
     shards = shard_count(len(source), packing.shard_records)
-    receipts = folder.receipts(workdir, shards)
     missing = [shard for shard in range(shards) if shard not in receipts]
     count = process_count(settings.processes, len(missing))
     by = settings.beam_runner or f"{count} process{'es' * (count != 1)}"
@@ -140,10 +122,8 @@ def _pack_missing(
         print(f"{len(receipts):,} of {shards:,} shards are packed already", flush=True)
     pack_shard = functools.partial(_pack_shard, workdir.absolute(), packing)
     if settings.beam_runner and missing:
-        file = workdir.absolute() / PROGRESS / _SOURCE
-        file.write_bytes(pickle.dumps(source, protocol=pickle.HIGHEST_PROTOCOL))
         options = {"runner": settings.beam_runner, "options": settings.beam_options}
-        beam.pack(pack_shard, file, missing, **options)
+        beam.pack(pack_shard, source, missing, workdir.absolute() / PROGRESS, **options)
         return
     skipped = sum(len(receipt.skipped) for receipt in receipts.values())
     done = skipped + sum(receipt.records for receipt in receipts.values())
@@ -159,19 +139,6 @@ def _pack_shard(
     with full_disk_named(workdir):
         receipt = write_shard(source, shard, workdir, packing, tell)
         folder.save_receipt(workdir, shard, receipt)
-
-
-def _remade(
-    before: Manifest | None, after: Manifest, damaged: list[tuple[str, str]]
-) -> Iterator[str]:
-    """A sentence on each repacked file, and on each shard whose pairs changed."""
-    yield from (f"{why}: remade" for _, why in damaged)
-    for old, new in zip(before.shards, after.shards, strict=True) if before else ():
-        if old != new:
-            yield (
-                f"{new.file} holds {new.records:,} pairs, {old.records:,} before: its pictures "
-                "have changed"
-            )
 
 
 def _summary(workdir: Path, manifest: Manifest) -> str:

@@ -13,13 +13,14 @@ from codebook_jax.errors import UserError
 
 def pack(
     pack_shard: Callable[[Source, int], object],
-    source_file: Path,
+    source: Source,
     shards: Sequence[int],
+    folder: Path,
     *,
     runner: str,
     options: str,
 ) -> None:
-    """Packs shards of the source pickled in `source_file`; raises UserError if that fails."""
+    """Packs shards of the source, pickled in `folder`; raises UserError if that fails."""
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -29,11 +30,14 @@ def pack(
             '"codebook_jax[beam]"'
         ) from failure
 
+    file = folder / "source.pickle"
+    file.write_bytes(pickle.dumps(source, protocol=pickle.HIGHEST_PROTOCOL))
+
     class PackShard(apache_beam.DoFn):
         """Packs a shard; the source is opened once per worker."""
 
         def setup(self) -> None:
-            self._source = pickle.loads(source_file.read_bytes())
+            self._source = pickle.loads(file.read_bytes())
 
         def process(self, shard: int) -> Iterator[int]:
             pack_shard(self._source, shard)
@@ -42,15 +46,13 @@ def pack(
     try:
         pipeline_options = PipelineOptions(shlex.split(options), runner=runner)
         with apache_beam.Pipeline(options=pipeline_options) as pipeline:
-            numbers = pipeline | "shards" >> apache_beam.Create(list(shards))
-            spread = numbers | "spread" >> apache_beam.Reshuffle()
-            spread | "pack" >> apache_beam.ParDo(PackShard())
+            numbers = pipeline | apache_beam.Create(list(shards)) | apache_beam.Reshuffle()
+            numbers | apache_beam.ParDo(PackShard())
     except UserError:
         raise
     except (Exception, SystemExit) as failure:
-        why = str(failure) or type(failure).__name__
+        why = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         raise UserError(
-            f"Apache Beam's {runner} failed ({why.strip().splitlines()[0]}): check "
-            "config.prepare.beam_runner and beam_options; the same command continues with the "
-            "missing shards"
+            f"Apache Beam's {runner} failed ({why}): check config.prepare.beam_runner and "
+            "beam_options; the same command continues with the missing shards"
         ) from failure

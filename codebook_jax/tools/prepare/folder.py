@@ -8,25 +8,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from codebook_jax.data.manifest import (
-    MANIFEST,
-    PROGRESS,
-    SKIPPED,
-    VERSION,
-    Manifest,
-    Receipt,
-    index_name,
-    read_manifest,
-    read_skipped,
-    shard_name,
-    verify,
-)
+from codebook_jax.data import manifest as manifests
+from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Receipt
 from codebook_jax.data.progress import Progress
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs, parse_json, write_json
@@ -34,22 +23,21 @@ from codebook_jax.run.ownership import owned
 from codebook_jax.run.record import check_folder
 
 _PLAN = "plan.json"
-
-
-def check(folder: Path) -> None:
-    """Raises UserError if the folder holds something else."""
-    names = check_folder(folder, _is_own, "to pack into")
-    visible = [name for name in names if not name.startswith(".")]
-    if visible and MANIFEST not in names and not (folder / PROGRESS / _PLAN).exists():
-        raise UserError(
-            f"--workdir={folder} holds shards ({visible[0]}, ...) without {MANIFEST}, so it is "
-            "unknown what they were packed from: remove them, or use another folder"
-        )
+_OWN = re.compile(rf"pairs-.*\.(array_record|jsonl)|{MANIFEST}|{SKIPPED}")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out (UserError if one is packing); removes drafts of killed ones."""
+    """Keeps other processes out, and removes drafts of killed ones; raises UserError if one is
+    packing, or if the folder holds something else.
+    """
+    names = check_folder(folder, lambda name: bool(_OWN.fullmatch(name)), "to pack into")
+    packed = [name for name in names if not name.startswith(".")]
+    if packed and MANIFEST not in names and not (folder / PROGRESS / _PLAN).exists():
+        raise UserError(
+            f"--workdir={folder} holds shards ({packed[0]}, ...) without {MANIFEST}, so it is "
+            "unknown what they were packed from: remove them, or use another folder"
+        )
     check_outputs(folder, (MANIFEST, SKIPPED), (PROGRESS,))
     with owned(folder):
         try:
@@ -69,10 +57,13 @@ def begin(
     """
     progress, manifest, damaged = folder / PROGRESS, None, []
     if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        _refuse_another(folder, manifest.source, manifest.options, plan)
+        manifest = manifests.read_manifest(folder)
+        _refuse_another(folder, manifest._asdict(), plan)
         shutil.rmtree(progress, ignore_errors=True)
-        damaged = _verified(folder, manifest)
+        files = 2 * len(manifest.shards) + 1
+        print(f"already packed: verifying {files:,} files", flush=True)
+        with Progress("verified", "files", files) as shown:
+            damaged = manifests.verify(folder, lambda _: shown.advance(1))
         if not damaged:
             return manifest, []
         _keep_sound(folder, manifest, {file for file, _ in damaged})
@@ -82,11 +73,11 @@ def begin(
         except (OSError, ValueError):  # receipts without a plan
             shutil.rmtree(progress, ignore_errors=True)
         else:
-            _refuse_another(folder, begun["source"], begun["options"], plan)
+            _refuse_another(folder, begun, plan)
             for shard, receipt in receipts(folder, shards).items():
                 if begun["place"] != place and receipt.skipped:  # they may be there now
                     _receipt_file(folder, shard).unlink()
-    write_json(progress / _PLAN, {"version": VERSION, **plan, "place": place})
+    write_json(progress / _PLAN, {"version": manifests.VERSION, **plan, "place": place})
     return manifest, damaged
 
 
@@ -101,23 +92,11 @@ def receipts(folder: Path, shards: int) -> dict[int, Receipt]:
     for shard in range(shards):
         with contextlib.suppress(OSError, ValueError, TypeError):
             receipt = Receipt(**parse_json(_receipt_file(folder, shard).read_bytes()))
-            file = shard_name(shard, shards)
-            held = [(folder / name).stat().st_size for name in (file, index_name(file))]
-            if held == [receipt.bytes, receipt.index_bytes]:
+            file = manifests.shard_name(shard, shards)
+            sizes = [(folder / name).stat().st_size for name in (file, manifests.index_name(file))]
+            if sizes == [receipt.bytes, receipt.index_bytes]:
                 found[shard] = receipt._replace(skipped=tuple(map(tuple, receipt.skipped)))
     return found
-
-
-def receipt_count(folder: Path) -> int:
-    """How many shards have a receipt."""
-    return len(list(folder.glob(f"{PROGRESS}/[0-9]*.json")))
-
-
-def clear(folder: Path) -> None:
-    """Removes everything that was packed."""
-    for name in filter(_is_own, os.listdir(folder)):
-        (folder / name).unlink()
-    shutil.rmtree(folder / PROGRESS)
 
 
 def _receipt_file(folder: Path, shard: int) -> Path:
@@ -129,18 +108,16 @@ def _remove_drafts(folder: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _refuse_another(
-    folder: Path, source: Mapping[str, Any], options: Mapping[str, Any], plan: Mapping[str, Any]
-) -> None:
-    """Raises UserError if what was packed from `source` with `options` is not what is planned."""
+def _refuse_another(folder: Path, begun: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Raises UserError if the source and options of what was begun are not those planned."""
+    options, old, new = begun["options"], begun["source"], plan["source"]
     differ = [
         f"config.prepare.{name}={json.dumps(options.get(name))}, now {json.dumps(value)}"
         for name, value in plan["options"].items()
         if options.get(name) != value
     ]
-    new = plan["source"]
-    if source["fingerprint"] != new["fingerprint"]:
-        differ.append(f"the source {source['repr']}, now {new['repr']} with other content")
+    if old["fingerprint"] != new["fingerprint"]:
+        differ.append(f"the source {old['repr']}, now {new['repr']} with other content")
     if differ:
         raise UserError(
             f"--workdir={folder} holds pairs packed with other settings: {'; '.join(differ)}: use "
@@ -148,24 +125,12 @@ def _refuse_another(
         )
 
 
-def _verified(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
-    count = 2 * len(manifest.shards) + 1
-    print(f"already packed: verifying {count:,} files", flush=True)
-    with Progress("verified", "files", count) as progress:
-        return verify(folder, lambda _: progress.advance(1))
-
-
 def _keep_sound(folder: Path, manifest: Manifest, damaged: set[str]) -> None:
     """Saves receipts of the undamaged shards of a finished folder."""
-    lines = [] if SKIPPED in damaged else read_skipped(folder)
+    lines = [] if SKIPPED in damaged else manifests.read_skipped(folder)
     rows = itertools.islice(lines, manifest.left_out, None)
     for number, shard in enumerate(manifest.shards):
         skipped = tuple(itertools.islice(rows, shard.skipped))
         if len(skipped) == shard.skipped and not damaged & {name for name, _, _ in shard.files}:
-            known = {name: value for name, value in shard._asdict().items() if name != "file"}
-            save_receipt(folder, number, Receipt(**known | {"skipped": skipped}))
-
-
-def _is_own(name: str) -> bool:
-    shard = name.startswith("pairs-") and name.endswith((".array_record", ".jsonl"))
-    return shard or name in (MANIFEST, SKIPPED)
+            known = shard._asdict() | {"skipped": skipped}
+            save_receipt(folder, number, Receipt(*(known[name] for name in Receipt._fields)))
