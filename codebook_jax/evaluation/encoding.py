@@ -59,7 +59,7 @@ class Encoders(Protocol):
         """Unit features of texts, and the states of their tokens."""
 
 
-class Reading(NamedTuple):
+class GallerySpec(NamedTuple):
     """How much of a source is read, and in which shapes."""
 
     images: int  # the first of the source; 0: all
@@ -69,7 +69,9 @@ class Reading(NamedTuple):
     threads: int
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, images: int) -> Reading:
+    def from_config(
+        cls, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, images: int
+    ) -> GallerySpec:
         """The shapes of a config, for `images` images."""
         rows = rows_over_shards(min(config.evaluation.batch, images), mesh)
         model = config.model
@@ -81,7 +83,7 @@ def encode_source(
     towers: Mapping[str, Any],
     source: Source,
     tokenizer: Tokenizer,
-    reading: Reading,
+    spec: GallerySpec,
     *,
     with_tokens: frozenset[str] = frozenset(),
     progress: Progress | None = None,
@@ -92,12 +94,12 @@ def encode_source(
     out with their captions and reported. Raises UserError if none can be read or a feature is not
     finite.
     """
-    mesh, rows = encoders.mesh, reading.rows
-    count = min(reading.images, len(source)) if reading.images else len(source)
+    mesh, rows = encoders.mesh, spec.rows
+    count = min(spec.images, len(source)) if spec.images else len(source)
     kept: list[tuple[int, Record]] = []
     tables = {name: (_Table(count), _Table(count)) for name in towers}
     unreadable: list[str] = []
-    for chunk in _read(source, tokenizer, count, reading):
+    for chunk in _read(source, tokenizer, count, spec):
         readable = [(at, record, image) for at, record, image in chunk if record is not None]
         unreadable += [image for _, record, image in chunk if record is None]
         kept += [(at, record) for at, record, _ in readable]
@@ -113,10 +115,10 @@ def encode_source(
     _report_unreadable(source, unreadable, count)
     records = [record for _, record in kept]
     captions = [caption for record in records for caption in record.captions]
-    tokens, lengths, truncated = tokenizer.encode(captions, reading.max_tokens)
+    tokens, lengths, truncated = tokenizer.encode(captions, spec.max_tokens)
     if truncated:
         say(
-            f"{truncated:,} of {len(captions):,} captions are longer than {reading.max_tokens} "
+            f"{truncated:,} of {len(captions):,} captions are longer than {spec.max_tokens} "
             "tokens: their ends are cut off"
         )
     features = {}
@@ -195,7 +197,7 @@ def _padded(array: np.ndarray, rows: int, mesh: jax.sharding.Mesh) -> Array:
 
 
 def _read(
-    source: Source, tokenizer: Tokenizer, count: int, reading: Reading
+    source: Source, tokenizer: Tokenizer, count: int, spec: GallerySpec
 ) -> Iterator[Sequence[tuple[int, Record | None, Any]]]:
     """Chunks of (position, record, image), or (position, None, why) if unreadable.
 
@@ -209,12 +211,12 @@ def _read(
             if not captions:
                 raise UnreadableImage(f"{source.name(position)} {UNREAD}")
             record = record._replace(captions=captions)
-            return position, record, resize_square(decode(record.image), reading.size_px)
+            return position, record, resize_square(decode(record.image), spec.size_px)
         except UnreadableImage as error:
             return position, None, str(error)
 
-    with ThreadPoolExecutor(max(1, reading.threads)) as pool:
-        rows = reading.rows
+    with ThreadPoolExecutor(max(1, spec.threads)) as pool:
+        rows = spec.rows
         chunks = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
         ahead = [pool.submit(read, position) for position in chunks[0]] if chunks else []
         for upcoming in [*chunks[1:], range(0)]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
-from codebook_jax.evaluation.encoding import Encoders, Progress, Reading, encode_source
+from codebook_jax.evaluation.encoding import Encoders, GallerySpec, Progress, encode_source
 from codebook_jax.evaluation.recall import RANKS, chance_at_k, recall_at_k
 from codebook_jax.evaluation.rerank import Match, rerank_gallery
 
@@ -40,7 +40,7 @@ def evaluate(
         towers,
         source,
         tokenizer,
-        Reading.of(config, encoders.mesh, min(images or len(source), len(source))),
+        GallerySpec.from_config(config, encoders.mesh, min(images or len(source), len(source))),
         with_tokens=frozenset({"student"} if match else ()),
         progress=progress,
     )

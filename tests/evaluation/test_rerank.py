@@ -13,7 +13,7 @@ from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
-from codebook_jax.evaluation.encoding import Reading, encode_source
+from codebook_jax.evaluation.encoding import GallerySpec, encode_source
 from codebook_jax.evaluation.rerank import pair_rows, promoted
 from codebook_jax.parallel import sharding
 from configs import base
@@ -166,7 +166,7 @@ def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match=r"student's features of .* are not finite"):
         encode_source(
             Oracle(mesh, float("nan")), {"student": 0.0}, Numbers(9), Digits(),
-            Reading(images=0, rows=8, size_px=SIDE, max_tokens=TOKENS, threads=1),
+            GallerySpec(images=0, rows=8, size_px=SIDE, max_tokens=TOKENS, threads=1),
         )  # fmt: skip
 
 
