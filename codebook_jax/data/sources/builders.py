@@ -5,6 +5,7 @@ Nothing is downloaded: `tfds build NAME --file_format=array_record` prepares a d
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -17,13 +18,11 @@ import numpy as np
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.library_datasets import (
     Parts,
-    check_folder,
     first_line,
-    needs,
     no_picture,
     only_split,
     parts_of,
-    place_and_split,
+    place_of,
     texts_in,
 )
 from codebook_jax.data.sources.record import (
@@ -64,7 +63,7 @@ class Examples(NamedSource):
         return self.listed
 
     def __getitem__(self, index: int) -> Record:
-        example = self._example(checked(index, len(self)))
+        example = self._example(index)
         captions = texts_in(example[self._parts.caption])
         if not captions:
             raise WithoutCaption(f"{self._what}[{index}] {NO_CAPTION}")
@@ -72,21 +71,18 @@ class Examples(NamedSource):
 
     def captions(self, index: int) -> tuple[str, ...]:
         with required():
-            return texts_in(self._example(checked(index, len(self)))[self._parts.caption])
+            return texts_in(self._example(index)[self._parts.caption])
 
     def name(self, index: int) -> str:
-        number = f"{self._what}[{checked(index, len(self))}]"
-        if self._id is None:
-            return number
-        try:
-            value = self._example(index)[self._id]
-        except UnreadableImage:
-            return number
+        value = number = f"{self._what}[{checked(index, len(self))}]"
+        with contextlib.suppress(UnreadableImage):
+            value = self._example(index)[self._id] if self._id else number
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
     def _example(self, index: int) -> dict[str, Any]:
+        number = int(checked(index, len(self)))
         try:
-            return self._data[int(index)]
+            return self._data[number]
         except Exception as failure:  # RuntimeError of ArrayRecord, any parsing error
             raise UnreadableImage(f"{self._what}[{index}]: {first_line(failure)}") from failure
 
@@ -119,16 +115,35 @@ def open_tfds(request: Request) -> Examples:
     try:
         import tensorflow_datasets as tfds  # here: it takes half a second
     except ImportError as failure:
-        raise needs("tfds", "TensorFlow Datasets") from failure
-    place, split = place_and_split(request.place)
-    what = f"tfds:{place}"
-    check_folder(what, place)
+        cure = 'pip install "codebook_jax[tfds]"'
+        raise UserError(f"tfds: sources need TensorFlow Datasets: {cure}") from failure
+    what, place, split = place_of(request)
     builder = _builder(tfds, what, place, request.options.get("data_dir"))
-    split = split or only_split(what, list(builder.info.splits))
+    info = builder.info
+    split = split or only_split(what, list(info.splits))
     what = f"{what}:{split}"
-    parts = parts_of(what, request, list(builder.info.features))
-    data = _by_index(tfds, what, builder, split, parts.image)
-    return Examples(what, data, builder.info, split, parts)
+    parts = parts_of(what, request, list(info.features))
+    feature = info.features[parts.image]
+    decoders = {parts.image: tfds.decode.SkipDecoding()}
+    if not isinstance(feature, tfds.features.Image):
+        decoders = {}
+        is_array = isinstance(feature, tfds.features.Tensor) and len(feature.shape) == 3
+        if not is_array or feature.np_dtype != np.uint8:
+            raise no_picture(what, parts.image, feature)
+    try:
+        if not info.splits[split].num_examples:
+            raise UserError(f"{what} has no examples: name another split or slice")
+        data = builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError as failure:
+        raise UserError(
+            f"{what} is prepared as {info.file_format.value}, which cannot be read by index: "
+            f"prepare it again in another data_dir with `tfds build {builder.name} "
+            "--file_format=array_record`"
+        ) from failure
+    except (ValueError, KeyError, OSError, RuntimeError) as failure:  # of splits, of files
+        splits = f"its splits are {', '.join(info.splits) or 'none'}"
+        raise UserError(f"{what} cannot be read ({first_line(failure)}): {splits}") from failure
+    return Examples(what, data, info, split, parts)
 
 
 def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> DatasetBuilder:
@@ -154,29 +169,3 @@ def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> D
             f"{what} is not prepared in {where}{why}: run `tfds build {place} "
             "--file_format=array_record`, which downloads it; a run downloads nothing"
         ) from failure
-
-
-def _by_index(
-    tfds: ModuleType, what: str, builder: DatasetBuilder, split: str, image: str
-) -> Sequence[dict[str, Any]]:
-    """The examples of a split, with the pictures in `image` not decoded."""
-    feature = builder.info.features[image]
-    decoders = {image: tfds.decode.SkipDecoding()}
-    if not isinstance(feature, tfds.features.Image):
-        decoders = {}
-        is_array = isinstance(feature, tfds.features.Tensor) and len(feature.shape) == 3
-        if not is_array or feature.np_dtype != np.uint8:
-            raise no_picture(what, image, feature)
-    try:
-        if builder.info.splits[split].num_examples:
-            return builder.as_data_source(split=split, decoders=decoders)
-    except NotImplementedError as failure:
-        raise UserError(
-            f"{what} is prepared as {builder.info.file_format.value}, which cannot be read by "
-            f"index: prepare it again in another data_dir with `tfds build {builder.name} "
-            "--file_format=array_record`"
-        ) from failure
-    except Exception as failure:  # ValueError for splits, OSError, ...
-        splits = f"its splits are {', '.join(builder.info.splits) or 'none'}"
-        raise UserError(f"{what} cannot be read ({first_line(failure)}): {splits}") from failure
-    raise UserError(f"{what} has no examples: name another split or slice")

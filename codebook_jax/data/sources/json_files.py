@@ -13,15 +13,18 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of, open_text, shown
+from codebook_jax.data.sources.listed import Entry, Listed, keys_of, open_text
 from codebook_jax.data.sources.record import Request
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
 KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
-_ID = "use a whole number or a string"
-_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
+_TYPES = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+_PAIRS = 'write [{"image": ..., "caption": ...}, ...], or one such object per line'
+_OPENING = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\]?)[ \t\n\r]*")  # white space as in JSON
+_FOLLOWING = re.compile(r"[ \t\n\r]*([],]?)[ \t\n\r]*")
 _OTHERS = (  # (keys, the format they belong to, the scheme that reads it)
     ({"images", "annotations"}, "a COCO caption file", "coco"),
     ({"images"}, "a file of Karpathy's splits", "karpathy"),
@@ -36,8 +39,7 @@ def open_json(request: Request) -> Listed:
     listed, image_root = _checked(request.place)
     if image_root:  # one in the options still wins
         request = request._replace(settings=request.settings._replace(image_root=image_root))
-    path = request.place
-    entries = (_pair(path, where, entry, keys) for where, entry in read_json(path))
+    entries = (_pair(where, entry, keys) for where, entry in read_json(request.place))
     return Listed(request, entries, listed=listed)
 
 
@@ -52,10 +54,12 @@ def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
         if not head:
             raise UserError(f"{path} is empty: give a JSON list, or for json: one pair per line")
         file.seek(0)
-        if scheme == "json" and head != "[":
+        if head == "[":
+            yield from _list_entries(path, file.read())
+        elif scheme == "json":
             yield from _line_entries(path, file)
         else:
-            yield from _list_entries(path, file.read(), scheme)
+            raise _no_list(path, file.read(), f"give a list, as {scheme}: reads")
 
 
 def read_object(path: str, scheme: str) -> dict[str, Any]:
@@ -63,9 +67,8 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
     with open_text(path, f"the path of a JSON file after {scheme}:") as file:
         content = _parsed(path, file.read())
     if not isinstance(content, dict):
-        hint = f": a list of pairs is read with json:{path}" if isinstance(content, list) else ""
-        held = f"{path} holds a JSON {_kind_of(content)}"
-        raise UserError(f"{held}, but {scheme}: reads an object{hint}")
+        held = f"{path} holds a JSON {_kind_of(content)}, but {scheme}: reads an object"
+        raise UserError(f"{held}: a list of pairs is read with json:{path}")
     return content
 
 
@@ -74,18 +77,38 @@ def field(where: str, entry: Any, key: str, kind: str = "", cure: str = "correct
     if not isinstance(entry, dict):
         raise UserError(f'{where} is a {_kind_of(entry)}, not an object with the key "{key}"')
     if key not in entry:
-        raise UserError(f'{where} has no key "{key}" (its keys: {keys_of(entry)}): {cure}')
+        wrong = f'{where} has no key "{key}" (its keys: {keys_of(entry)})'
+        raise UserError(f"{wrong}: {cure}")
     value = entry[key]
     wrong = isinstance(value, bool) or value == "" or not isinstance(value, KINDS.get(kind, object))
     if kind and wrong:
-        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {cure}')
+        raise UserError(f'{where}, key "{key}": {_shown(value)} is not {kind}: {cure}')
     return value
+
+
+def captions_in(
+    where: str, entry: Any, key: str, cure: str = "give a text, or a list of texts"
+) -> tuple[str, ...]:
+    """The texts with words in the text, or list of texts, at a key of an entry; raises UserError
+    for anything else.
+    """
+    captions = field(where, entry, key, cure=cure)
+    texts = [captions] if isinstance(captions, str) else captions or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        value = f'{where}, key "{key}": {_shown(captions)}'
+        raise UserError(f"{value} is neither a text nor a list of texts: {cure}")
+    return tuple(filter(has_words, texts))
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _kind_of(value: Any) -> str:
     """The JSON name of a value's type."""
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    return _TYPES.get(type(value), "number")
 
 
 def _line_entries(path: str, file: TextIO) -> Iterator[tuple[str, Any]]:
@@ -98,8 +121,8 @@ def _line_entries(path: str, file: TextIO) -> Iterator[tuple[str, Any]]:
         except ValueError as failure:
             if first and not path.endswith(".jsonl"):  # an object on several lines?
                 text = "\n" * (number - 1) + line + file.read()
-                raise UserError(_no_list(path, _parsed(path, text), "json")) from None
-            raise UserError(_broken(path, failure, f"{path} line {number}", number)) from failure
+                raise _no_list(path, text, _PAIRS) from None
+            raise _broken(path, failure, f"{path} line {number}", number) from failure
         yield f"{path} line {number}", entry
         first = False
 
@@ -108,74 +131,58 @@ def _parsed(path: str, text: str) -> Any:
     try:
         return parse_json(text, of_data=True)
     except ValueError as failure:
-        raise UserError(_broken(path, failure, path)) from failure
+        raise _broken(path, failure, path) from failure
 
 
-def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]]:
+def _list_entries(path: str, text: str) -> Iterator[tuple[str, Any]]:
     """The entries one at a time: parsed at once, they take many times the memory of the text."""
-    number, after = 0, _SPACE.match(text).end()
-    if text[after] != "[":
-        raise UserError(_no_list(path, _parsed(path, text), scheme))
+    number, found = 0, _OPENING.match(text)
     try:
-        after = _SPACE.match(text, after + 1).end()
-        while text[after : after + 1] != "]":
-            if number:
-                if text[after : after + 1] != ",":
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
-                after = _SPACE.match(text, after + 1).end()
-            entry, after = parse_json_at(text, after)
+        while found[1] != "]":
+            entry, after = parse_json_at(text, found.end())
             yield f"{path}[{number}]", entry
-            after, number = _SPACE.match(text, after).end(), number + 1
-        end = _SPACE.match(text, after + 1).end()
-        if end != len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+            found, number = _FOLLOWING.match(text, after), number + 1
+            if not found[1]:
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, found.end())
+        if found.end() != len(text):
+            raise json.JSONDecodeError("Extra data", text, found.end())
     except ValueError as failure:
-        raise UserError(_broken(path, failure, f"{path}[{number}]")) from failure
+        raise _broken(path, failure, f"{path}[{number}]") from failure
 
 
-def _no_list(path: str, content: Any, scheme: str) -> str:
+def _no_list(path: str, text: str, cure: str) -> UserError:
+    """The refusal of a JSON file that is not a list."""
+    content = _parsed(path, text)
     keys = f" with the keys {keys_of(content)}" if isinstance(content, dict) else ""
     held = f"{path} holds a JSON {_kind_of(content)}{keys}, not a list"
-    if scheme != "json":
-        return f"{held}, which {scheme}: reads: give the file as it was published"
-    return (
-        f"{held} of pairs: {_other_scheme(path, content)}"
-        'write [{"image": ..., "caption": ...}, ...], or one such object per line'
-    )
+    return UserError(f"{held}: {_other_scheme(content)}{cure}")
 
 
-def _other_scheme(path: str, content: Any) -> str:
+def _other_scheme(content: Any) -> str:
     """A hint if another scheme reads the content; else empty."""
     for keys, whose, scheme in _OTHERS:
         if isinstance(content, dict) and keys <= content.keys():
-            return f"{whose} is read with {scheme}:{path}; or "
+            return f"{whose} is read with {scheme}:, otherwise "
     return ""
 
 
-def _broken(path: str, failure: ValueError, where: str, line: int = 0) -> str:
-    """The message; `where` is the entry, and `line` (0: the line in `failure`) where it begins."""
+def _broken(path: str, failure: ValueError, where: str, line: int = 0) -> UserError:
+    """The refusal; `where` is the entry, and `line` (0: the line in `failure`) where it begins."""
     if not isinstance(failure, json.JSONDecodeError):
-        return f"{where} cannot be read ({failure}): fix or remove it"
+        return UserError(f"{where} cannot be read ({failure}): fix or remove it")
     why = f"{failure.msg.lower()}, column {failure.colno}"
-    return f"{path} line {line or failure.lineno} is not JSON ({why}): fix or remove it"
+    return UserError(f"{path} line {line or failure.lineno} is not JSON ({why}): fix or remove it")
 
 
-def _pair(path: str, where: str, entry: Any, keys: dict[str, str]) -> Entry:
-    if not isinstance(entry, dict):
-        raise UserError(
-            f'{where} is a {_kind_of(entry)}, not a pair: write {{"image": ..., "caption": ...}}'
-        )
-    for part in ("image", "caption"):
-        if keys[part] not in entry:
-            raise UserError(
-                f'{where} has no key "{keys[part]}" (its keys: {keys_of(entry)}): '
-                f"{_other_scheme(path, entry)}name the right one by adding ?{part}_key=NAME to "
-                "the path"
-            )
-    image = field(where, entry, keys["image"], "the path of an image", "use a string")
-    captions = captions_in(where, keys["caption"], entry[keys["caption"]])
-    named = entry.get(keys["id"]) not in (None, "")
-    key = field(where, entry, keys["id"], "an id", _ID) if named else None
+def _pair(where: str, entry: Any, keys: dict[str, str]) -> Entry:
+    image_key, caption_key, id_key = keys["image"], keys["caption"], keys["id"]
+    cure = f"{_other_scheme(entry)}name the key of paths by adding ?image_key=NAME"
+    image = field(where, entry, image_key, "the path of an image", cure)
+    cure = "name the key of captions by adding ?caption_key=NAME"
+    captions = captions_in(where, entry, caption_key, cure)
+    key = None
+    if entry.get(id_key) not in (None, ""):
+        key = field(where, entry, id_key, "an id", "use a whole number or a string")
     return Entry(where, image, captions, key)
 
 

@@ -66,7 +66,7 @@ class Records(NamedSource):
         shard, place = self._place(self._members(index)[0])
         where = f"{self.place}/{shard.file}, record {place}"
         try:
-            packed = self._readers[shard.file].read([place])[0]
+            packed = self._readers.open(shard.file).read([place])[0]
             content = msgpack.unpackb(packed, unicode_errors="surrogatepass")
         except Exception as failure:  # of ArrayRecord and msgpack, many kinds
             why = (str(failure).split(";")[0].splitlines() or [repr(failure)])[0]
@@ -100,7 +100,7 @@ class Records(NamedSource):
         """A line of an index."""
         shard, place = self._place(own)
         try:
-            return parse_json(self._indexes[shard.file][place])
+            return parse_json(self._indexes.open(shard.file)[place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
                 f"{self.place}/{index_name(shard.file)}, line {place + 1} cannot be read "

@@ -99,13 +99,6 @@ def test_ids_match_whether_they_are_numbers_or_texts(tmp_path, listed, named):
     assert captions(spelled) == captions(plain) and len(spelled.left_out) == len(plain.left_out)
 
 
-def test_a_number_and_a_text_that_both_are_ids_are_two_images(tmp_path):
-    images = [{"id": key, "file_name": f"{n}.jpg"} for n, key in enumerate((7, "7", "07"))]
-    said = [{"image_id": key, "caption": repr(key)} for key in (7, "7", "07")]
-    path = write(tmp_path / "captions.json", {"images": images, "annotations": said})
-    assert captions(open_it(f"coco:{path}", "test")) == [("7",), ("'7'",), ("'07'",)]
-
-
 # Karpathy's splits
 
 
@@ -257,12 +250,12 @@ def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
     pretty = write(tmp_path / "pretty.json", json.dumps(COCO, indent=1))
     pairs = write(tmp_path / "pairs.json", [{"image": "a.jpg", "caption": "one"}])
     for path, scheme in ((pretty, "coco"), *((path, name) for name, path in paths.items())):
-        assert f"is read with {scheme}:{path}" in refusal(f"json:{path}")
+        assert f"is read with {scheme}:" in refusal(f"json:{path}")
     assert f"karpathy:{paths['karpathy']} reads" in refusal(f"coco:{paths['karpathy']}")
     assert f"coco:{paths['coco']} reads" in refusal(f"karpathy:{paths['coco']}")
     for scheme in ("coco", "karpathy"):
         said = refusal(f"{scheme}:{pairs}")
         assert "a JSON list" in said and "object" in said and f"json:{pairs}" in said
     assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
-    assert "vg: reads" in refusal(f"vg:{paths['coco']}")
+    assert "as vg: reads" in refusal(f"vg:{paths['coco']}")
     assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")

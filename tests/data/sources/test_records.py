@@ -192,7 +192,10 @@ def test_many_threads_read_more_shards_than_stay_open(packed, monkeypatch):
 
     with ThreadPoolExecutor(8) as pool:
         assert not any(pool.map(wrong, range(8)))
-    assert len(source._readers._held) == 2 and len(source._indexes._held) == 1
+    assert [part.open.cache_info().currsize for part in (source._readers, source._indexes)] == [
+        2,
+        1,
+    ]
 
 
 def test_a_million_records_open_at_once_without_reading_a_shard(packed, tmp_path):

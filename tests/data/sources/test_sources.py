@@ -93,7 +93,7 @@ BROKEN = [
     ('\n"hello\n', "line 2 is not JSON"),
     ('[{"image": "a.jpg", "caption": "one"},\n {"image": ', "line 2 is not JSON"),
     ('{"image": "a", "caption": "b"}\n{"image" "a"}\n', "line 2 is not JSON"),
-    ([3], r"\[0\] is a number, not a pair"),
+    ([3], r"\[0\] is a number, not an object"),
     ([*pair(), {"img": "a", "caption": "x"}], r'\[1\] has no key "image" \(its keys: img, cap'),
     ([{"image": "a.jpg", "text": "x"}], r'\[0\] has no key "caption"'),
     (pair(image=3), 'key "image": 3 is not the path'),
@@ -147,12 +147,6 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
 )
 def test_a_spec_that_names_nothing_is_refused_with_what_was_meant(spec, role, words):
     assert re.search(words, refusal(spec, role))
-
-
-def test_settings_that_no_source_can_have_are_refused():
-    assert "scenes_examples=0" in refusal("scenes", scenes_examples=0)
-    said = refusal("scenes", damaged_shards="mend")
-    assert "damaged_shards='mend' is not one of refuse, skip" in said
 
 
 def test_scenes_are_a_source_in_every_role():

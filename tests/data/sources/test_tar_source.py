@@ -79,7 +79,7 @@ def test_members_are_found_in_every_form_of_tar(tmp_path, form):
     ]
     # Hidden files and those without a suffix are no samples; é.x.jpg belongs to é, as in
     # WebDataset.
-    assert [name for name, _ in source.left_out] == ["odd.tar/x", "odd.tar/./a/é.x.jpg"]
+    assert [name for name, _ in source.left_out] == ["odd.tar/x"]
     assert source.listed == 3 and "a link" in source.left_out[0][1]
 
 
@@ -138,7 +138,7 @@ def test_members_of_a_pair_are_found_wherever_they_are_in_the_shard(tmp_path):
     assert [name for name, _ in source.left_out] == ["s.tar/13"]
 
 
-def test_a_key_ends_at_the_last_dot_and_further_members_are_counted_and_never_mixed(tmp_path):
+def test_a_key_ends_at_the_last_dot_and_further_members_are_never_mixed(tmp_path):
     members = []
     for key in ("00.v2", "00.v3", "01", "a.b/02"):
         members += [(f"{key}.jpg", f"image {key}"), (f"{key}.txt", f"text {key}")]
@@ -150,9 +150,8 @@ def test_a_key_ends_at_the_last_dot_and_further_members_are_counted_and_never_mi
     assert pairs(source) == [(f"image {key}", f"text {key}") for key in keys]
     assert [source.name(index) for index in range(4)] == [f"s.tar/{key}" for key in keys]
     why = dict(source.left_out)
-    assert list(why) == [f"s.tar/{name}" for name in ("03.a", "03.b", "01.seg.png", "01.png")]
+    assert list(why) == ["s.tar/03.a", "s.tar/03.b"]
     assert "has no caption" in why["s.tar/03.a"] and "has no image" in why["s.tar/03.b"]
-    assert "2 *.seg.png" in why["s.tar/01.seg.png"]
     assert source.listed == 6  # further members are no samples
 
 
