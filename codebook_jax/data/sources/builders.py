@@ -19,7 +19,7 @@ from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.library_datasets import (
     Parts,
     first_line,
-    no_picture,
+    nothing_in,
     only_split,
     parts_of,
     place_of,
@@ -102,11 +102,7 @@ class Examples(NamedSource):
             captions += texts_in(example[caption])
             content.update(repr((example[image], example[caption])).encode())
         if not captions:
-            raise UserError(
-                f"{self._what} has no text under {caption!r}, which is "
-                f"{first_line(info.features[caption])}: name the part that holds the captions "
-                "with ?caption_key=NAME"
-            )
+            raise nothing_in(self._what, "caption", caption, info.features[caption])
         return content.hexdigest()
 
 
@@ -129,7 +125,7 @@ def open_tfds(request: Request) -> Examples:
         decoders = {}
         is_array = isinstance(feature, tfds.features.Tensor) and len(feature.shape) == 3
         if not is_array or feature.np_dtype != np.uint8:
-            raise no_picture(what, parts.image, feature)
+            raise nothing_in(what, "image", parts.image, feature)
     try:
         if not info.splits[split].num_examples:
             raise UserError(f"{what} has no examples: name another split or slice")

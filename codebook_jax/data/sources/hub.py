@@ -22,7 +22,7 @@ from codebook_jax.data.network import hub_reachable
 from codebook_jax.data.sources.library_datasets import (
     Parts,
     first_line,
-    no_picture,
+    nothing_in,
     only_split,
     parts_of,
     place_of,
@@ -62,13 +62,10 @@ class Rows(NamedSource):
         silent, imageless, hashes = _scan(table, columns, content)
         self._rows = np.flatnonzero(~(silent | imageless))
         if not len(self._rows):
-            part = "caption" if silent.all() else "image"
-            column = getattr(columns, part)
-            raise UserError(
-                f"{what} has no row with an image and a caption: {column!r}, which is "
-                f"{first_line(table.features[column])}, holds no {part}s: name another column with "
-                f"?{part}_key=NAME"
+            part, column = (
+                ("caption", columns.caption) if silent.all() else ("image", columns.image)
             )
+            raise nothing_in(what, part, column, table.features[column])
         content.update(np.packbits(imageless).tobytes())
         self._first, self._ids = np.arange(len(self._rows) + 1), None
         if columns.id is not None:
@@ -146,7 +143,7 @@ def open_hugging_face(request: Request) -> Rows:
         table = table.cast_column(columns.image, datasets.Image(decode=False))
     elif not (isinstance(feature, dict) and "bytes" in feature):
         if getattr(feature, "dtype", "") not in ("binary", "large_binary"):
-            raise no_picture(what, columns.image, feature)
+            raise nothing_in(what, "image", columns.image, feature)
     return Rows(what, table, columns, merge=request.merge)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 from codebook_jax.data.sources.listed import Entry, Listed, keys_of, open_text
 from codebook_jax.data.sources.record import Request
@@ -22,9 +22,9 @@ from codebook_jax.files import parse_json, parse_json_at
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
 KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
 _TYPES = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-_PAIRS = 'write [{"image": ..., "caption": ...}, ...], or one such object per line'
-_OPENING = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\]?)[ \t\n\r]*")  # white space as in JSON
-_FOLLOWING = re.compile(r"[ \t\n\r]*([],]?)[ \t\n\r]*")
+_SPACE = r"[ \t\n\r]*"  # white space as in JSON
+_BEFORE = re.compile(rf"{_SPACE}(\[{_SPACE}(\]?){_SPACE})?")
+_BETWEEN = re.compile(rf"{_SPACE}([],]?){_SPACE}")
 _OTHERS = (  # (keys, the format they belong to, the scheme that reads it)
     ({"images", "annotations"}, "a COCO caption file", "coco"),
     ({"images"}, "a file of Karpathy's splits", "karpathy"),
@@ -44,22 +44,39 @@ def open_json(request: Request) -> Listed:
 
 
 def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list; for json:, also ("file line 3", entry) of a file with one
-    entry per line. Raises UserError, naming what `scheme` reads, for any other file.
+    """("file[3]", entry) of a JSON list, or for json: ("file line 3", entry) of one entry after the
+    other. Raises UserError, naming what `scheme` reads, for any other file.
+
+    Entries are parsed one at a time: parsed at once, they take many times the memory of the text.
     """
     wanted = f"the path of a JSON{' or JSONL' * (scheme == 'json')} file after {scheme}:"
     with open_text(path, wanted) as file:
-        while (head := file.read(1)).isspace():
-            pass
-        if not head:
-            raise UserError(f"{path} is empty: give a JSON list, or for json: one pair per line")
-        file.seek(0)
-        if head == "[":
-            yield from _list_entries(path, file.read())
-        elif scheme == "json":
-            yield from _line_entries(path, file)
-        else:
-            raise _no_list(path, file.read(), f"give a list, as {scheme}: reads")
+        text = file.read()
+    found = _BEFORE.match(text)
+    in_list, ended, after = bool(found[1]), found[2] == "]", found.end()
+    if after == len(text) and not in_list:
+        raise UserError(f"{path} is empty: give a JSON list, or for json: one pair per line")
+    if not in_list and scheme != "json":
+        held = _kind_of(_parsed(path, text))
+        raise UserError(f"{path} holds a JSON {held}, but {scheme}: reads a list: give a list")
+    number, line = 0, 1 + text.count("\n", 0, after)
+    try:
+        while not ended and (in_list or after < len(text)):
+            entry, end = parse_json_at(text, after)
+            yield f"{path}[{number}]" if in_list else f"{path} line {line}", entry
+            found, number = _BETWEEN.match(text, end), number + 1
+            ended = in_list and found[1] == "]"
+            if in_list != bool(found[1]):
+                kind = "Expecting ',' delimiter" if in_list else "Extra data"
+                raise json.JSONDecodeError(kind, text, found.end())
+            line += text.count("\n", after, found.end())
+            after = found.end()
+        if after < len(text):
+            raise json.JSONDecodeError("Extra data", text, after)
+    except ValueError as failure:
+        raise _broken(
+            f"{path}[{number}]" if in_list else f"{path} line {line}", failure
+        ) from failure
 
 
 def read_object(path: str, scheme: str) -> dict[str, Any]:
@@ -111,51 +128,11 @@ def _kind_of(value: Any) -> str:
     return _TYPES.get(type(value), "number")
 
 
-def _line_entries(path: str, file: TextIO) -> Iterator[tuple[str, Any]]:
-    first = True
-    for number, line in enumerate(file, 1):
-        if line.isspace():
-            continue
-        try:
-            entry = parse_json(line, of_data=True)
-        except ValueError as failure:
-            if first and not path.endswith(".jsonl"):  # an object on several lines?
-                text = "\n" * (number - 1) + line + file.read()
-                raise _no_list(path, text, _PAIRS) from None
-            raise _broken(path, failure, f"{path} line {number}", number) from failure
-        yield f"{path} line {number}", entry
-        first = False
-
-
 def _parsed(path: str, text: str) -> Any:
     try:
         return parse_json(text, of_data=True)
     except ValueError as failure:
-        raise _broken(path, failure, path) from failure
-
-
-def _list_entries(path: str, text: str) -> Iterator[tuple[str, Any]]:
-    """The entries one at a time: parsed at once, they take many times the memory of the text."""
-    number, found = 0, _OPENING.match(text)
-    try:
-        while found[1] != "]":
-            entry, after = parse_json_at(text, found.end())
-            yield f"{path}[{number}]", entry
-            found, number = _FOLLOWING.match(text, after), number + 1
-            if not found[1]:
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, found.end())
-        if found.end() != len(text):
-            raise json.JSONDecodeError("Extra data", text, found.end())
-    except ValueError as failure:
-        raise _broken(path, failure, f"{path}[{number}]") from failure
-
-
-def _no_list(path: str, text: str, cure: str) -> UserError:
-    """The refusal of a JSON file that is not a list."""
-    content = _parsed(path, text)
-    keys = f" with the keys {keys_of(content)}" if isinstance(content, dict) else ""
-    held = f"{path} holds a JSON {_kind_of(content)}{keys}, not a list"
-    return UserError(f"{held}: {_other_scheme(content)}{cure}")
+        raise _broken(path, failure) from failure
 
 
 def _other_scheme(content: Any) -> str:
@@ -166,12 +143,13 @@ def _other_scheme(content: Any) -> str:
     return ""
 
 
-def _broken(path: str, failure: ValueError, where: str, line: int = 0) -> UserError:
-    """The refusal; `where` is the entry, and `line` (0: the line in `failure`) where it begins."""
-    if not isinstance(failure, json.JSONDecodeError):
-        return UserError(f"{where} cannot be read ({failure}): fix or remove it")
-    why = f"{failure.msg.lower()}, column {failure.colno}"
-    return UserError(f"{path} line {line or failure.lineno} is not JSON ({why}): fix or remove it")
+def _broken(where: str, failure: ValueError) -> UserError:
+    """The refusal of a text that is no JSON."""
+    wrong = f"cannot be read ({failure})"
+    if isinstance(failure, json.JSONDecodeError):
+        place = f"line {failure.lineno} column {failure.colno}"
+        wrong = f"is not JSON ({failure.msg.lower()}, {place})"
+    return UserError(f"{where} {wrong}: fix or remove it")
 
 
 def _pair(where: str, entry: Any, keys: dict[str, str]) -> Entry:

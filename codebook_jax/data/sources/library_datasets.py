@@ -85,12 +85,15 @@ def texts_in(value: Any) -> tuple[str, ...]:
     return ()
 
 
-def no_picture(what: str, name: str, feature: object) -> UserError:
-    """The refusal of a part that does not hold pictures."""
+def nothing_in(what: str, part: str, name: str, feature: object) -> UserError:
+    """The refusal of a part that holds no images, or no captions."""
+    others = (
+        "; paths are read with json: or csv:, and URLs are downloaded with img2dataset and read "
+        "with webdataset:"
+    )
     return UserError(
-        f"{what}: {name!r} is {first_line(feature)}, not a picture: name the part that holds "
-        "pictures with ?image_key=NAME; paths are read with json: or csv:, and URLs are "
-        "downloaded with img2dataset and read with webdataset:"
+        f"{what}: {name!r} is {first_line(feature)} and holds no {part}s: name another part with "
+        f"?{part}_key=NAME{others * (part == 'image')}"
     )
 
 

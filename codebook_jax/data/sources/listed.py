@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from codebook_jax.data.sources.record import NO_CAPTION, NamedSource, Record, Request, checked
-from codebook_jax.data.sources.texts import Packer, not_utf8, numbered, short_hash
+from codebook_jax.data.sources.texts import Texts, not_utf8, numbered, short_hash
 from codebook_jax.errors import UserError
 
 
@@ -39,16 +39,16 @@ class Listed(NamedSource):
         self.left_out: list[tuple[str, str]] = []
         entries = self._usable(entries)
         content, keys = hashlib.sha256(f"{self.form} 1".encode()), array("Q")
-        images, captions, first = Packer(), Packer(), array("q", [0])
+        self._images, self._captions, self._first = Texts(), Texts(), array("q", [0])
         for entry in _merged(entries) if request.merge else entries:
             summary = repr((entry.image, entry.captions, entry.key))
             content.update(summary.encode("utf-8", "surrogatepass"))
             keys.append(short_hash(repr(entry.key)))  # a dict of millions of keys takes gigabytes
-            images.add(entry.image)
+            self._images.append(entry.image)
             for caption in entry.captions:
-                captions.add(caption)
-            first.append(len(captions))
-        if not len(images):
+                self._captions.append(caption)
+            self._first.append(len(self._captions))
+        if not len(self):
             wrong = "lists no pairs: give a file with at least one entry"
             if self.left_out:
                 wrong = (
@@ -56,8 +56,6 @@ class Listed(NamedSource):
                     f"{self.left_out[0][1]}): name the key or column of captions"
                 )
             raise UserError(f"{self.place} {wrong}")
-        self._images, self._captions = images.texts(), captions.texts()
-        self._first = np.array(first, np.int64)
         self._ids = numbered(np.frombuffer(keys, np.uint64))[1]
         self._fingerprint = content.hexdigest()
         self.listed = max(listed, len(self) + len(self.left_out))
@@ -79,7 +77,7 @@ class Listed(NamedSource):
         return Record(path, self.captions(index), int(self._ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        first, stop = self._first[checked(index, len(self)) :][:2]
+        first, stop = self._first[checked(index, len(self)) : index + 2]
         return tuple(self._captions[place] for place in range(first, stop))
 
     def name(self, index: int) -> str:

@@ -40,15 +40,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`; raises UnreadableImage if the source must read the image itself and
-        cannot, and WithoutCaption if reading shows that there is no caption.
+        """Raises UnreadableImage if the source must read the image itself and cannot, and
+        WithoutCaption if reading shows that there is no caption.
         """
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of record `index`, without making its image."""
+        """The captions of a record, without making its image."""
 
     def name(self, index: int) -> str:
-        """The name of record `index` in the source (path, key or id), without reading its image."""
+        """The name of a record in the source (path, key or id), without reading its image."""
 
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""

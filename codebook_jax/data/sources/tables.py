@@ -17,7 +17,6 @@ from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
 SEPARATORS = {"csv": ",;\t", "tsv": "\t"}  # allowed in each form, the usual one first
-_CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
 USUAL = {  # names of columns, first match wins; not "id", which often numbers rows, not images
     "image": (
         *("image", "image_path", "image_name", "filepath", "file_path", "filename", "file_name"),
@@ -26,7 +25,6 @@ USUAL = {  # names of columns, first match wins; not "id", which often numbers r
     "caption": ("caption", "text", "title", "captions"),
     "id": ("image_id",),
 }
-Row = tuple[int, list[str]]  # number of its first line, cells
 
 
 def open_table(request: Request) -> Listed:
@@ -35,22 +33,27 @@ def open_table(request: Request) -> Listed:
 
 
 def _entries(request: Request) -> Iterator[Entry]:
-    """The rows of the file, split at the first separator that gives the columns."""
-    path, failures = request.place, []
+    """The rows of the file, split at the first separator that its first row has."""
+    path = request.place
     for separator in SEPARATORS[request.scheme]:
         rows = _rows(request, separator)
-        first = next(rows, None)
-        if first is None:
+        start, first = next(rows, (0, []))
+        if not first:
             raise UserError(f"{path} is empty: give a table with one pair per row")
-        try:
-            places, headed = _columns(request, first[1])
-        except UserError as failure:
-            failures.append(failure)
-            continue
-        for line, row in rows if headed else itertools.chain([first], rows):
-            yield _entry(f"{path} line {line}", row, len(first[1]), places)
-        return
-    raise failures[0]
+        if len(first) > 1:
+            break
+    columns, headed = _columns(request, first)
+    for line, row in rows if headed else itertools.chain([(start, first)], rows):
+        where = f"{path} line {line}"
+        if len(row) != len(first):
+            count = f"{len(row)} cell{'s' * (len(row) != 1)}, the first row {len(first)}"
+            cure = "complete the row, or quote the fields that contain a separator"
+            raise UserError(f"{where} has {count}: {cure}")
+        image, caption = row[columns["image"]].strip(), row[columns["caption"]]
+        if not image:
+            raise UserError(f"{where} has no image: give its path, or remove the row")
+        key = row[columns["id"]].strip() if columns["id"] is not None else ""
+        yield Entry(where, image, (caption,) if has_words(caption) else (), key or None)
 
 
 def _columns(request: Request, first: Sequence[str]) -> tuple[dict[str, int | None], bool]:
@@ -58,7 +61,7 @@ def _columns(request: Request, first: Sequence[str]) -> tuple[dict[str, int | No
     number them, else those with usual names in the first row.
     """
     names = [name.strip().lower() for name in first]
-    places: dict[str, int | None] = {}
+    columns: dict[str, int | None] = {}
     headed, unusual = False, False
     for part, usual in USUAL.items():
         key = request.keys[part]
@@ -70,21 +73,27 @@ def _columns(request: Request, first: Sequence[str]) -> tuple[dict[str, int | No
         else:
             found = next((names.index(name) for name in usual if name in names), None)
         if found is None and (key is not None or part != "id"):
-            raise _no_column(request, part, key, first)
+            wanted = f"column {key!r} for ?{part}_key"
+            if key is None:
+                wanted = f"column with a usual name for {part}s ({', '.join(usual)})"
+            raise UserError(
+                f"{request.place} has no {wanted} (its first row: "
+                f"{keys_of([name[:40] for name in first])}): name one of these with "
+                f"?{part}_key=NAME or, if the first row is already a pair, number the columns from "
+                "0: ?image_key=0&caption_key=1; and read commas or semicolons with csv:"
+            )
         headed |= found is not None and not numbered
         unusual |= numbered and names[found] not in usual
-        places[part] = found
-    return places, headed or not unusual
+        columns[part] = found
+    return columns, headed or not unusual
 
 
-def _rows(request: Request, separator: str) -> Iterator[Row]:
-    """The rows that are not blank."""
+def _rows(request: Request, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, cells) of each row that is not blank."""
     path = request.place
     plain = request.choice("quotes", ("csv", "none")) == "none"
     quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    usual = _CALLED[SEPARATORS[request.scheme][0]]
-    wanted = f"the path of a table with {usual} between its columns after {request.scheme}:"
-    with open_text(path, wanted, newline="") as file:
+    with open_text(path, f"the path of a table after {request.scheme}:", newline="") as file:
         # Strict: otherwise a stray quote would swallow the rows up to the next one.
         reader, line = csv.reader(file, delimiter=separator, quoting=quoting, strict=True), 1
         try:
@@ -97,33 +106,3 @@ def _rows(request: Request, separator: str) -> Iterator[Row]:
                 f"{path} line {line} is not a valid row ({failure}): quote fields that contain "
                 "quotes, doubling those inside, or add ?quotes=none if quotes have no meaning"
             ) from failure
-
-
-def _entry(where: str, row: Sequence[str], cells: int, places: dict[str, int | None]) -> Entry:
-    if len(row) != cells:
-        count = f"{len(row)} cell{'s' * (len(row) != 1)}"
-        cure = "complete the row, or quote the fields that contain a separator"
-        raise UserError(f"{where} has {count}, the first row {cells}: {cure}")
-    image, caption = row[places["image"]].strip(), row[places["caption"]]
-    if not image:
-        raise UserError(f"{where} has no image: give its path, or remove the row")
-    key = row[places["id"]].strip() if places["id"] is not None else ""
-    return Entry(where, image, (caption,) if has_words(caption) else (), key or None)
-
-
-def _no_column(request: Request, part: str, key: str | None, first: Sequence[str]) -> UserError:
-    """The refusal of a table without a column for a part of a pair."""
-    path, form = request.place, request.scheme
-    others = (other for other in SEPARATORS["csv"] if other not in SEPARATORS[form])
-    other = next((other for other in others if other in first[0]), None)
-    if len(first) == 1 and other:
-        held = f"{path} has columns separated by {_CALLED[other]}"
-        return UserError(f"{held}: read it with csv:{path}")
-    wanted = f"column {key!r} for ?{part}_key"
-    if key is None:
-        wanted = f"column with a usual name for {part}s ({', '.join(USUAL[part])})"
-    return UserError(
-        f"{path} has no {wanted} (its first row: {keys_of([name[:40] for name in first])}): name "
-        f"one of these with ?{part}_key=NAME or, if the first row is already a pair, number the "
-        "columns from 0: ?image_key=0&caption_key=1"
-    )

@@ -1,8 +1,8 @@
 """Tar shards of samples, as written by img2dataset (WebDataset's format), read by index.
 
 A sample is an image, KEY.jpg (or png, webp, gif, bmp), with its caption in KEY.txt, or under
-"caption" in KEY.json. KEY is the whole name up to its last dot; members of a sample need not be
-adjacent. Only headers and captions are read when the source is opened (`tar_index`).
+"caption" in KEY.json. KEY is the whole name up to its last dot. Only headers and captions are read
+when the source is opened (`tar_index`).
 """
 
 from __future__ import annotations
@@ -117,24 +117,14 @@ class Shards(NamedSource):
 
 
 def shard_paths(place: str) -> list[str]:
-    """The shards that a place names, sorted for a pattern or a folder.
-
-    Shards named in full, also by ranges in braces, need not exist. A compressed shard is among them
-    if it is not there unpacked: it is refused when it is indexed.
+    """The shards that a place names, sorted for a pattern or a folder. Those named in full, also by
+    ranges in braces, need not exist. Where there are only compressed ones, `index_shard` refuses.
     """
     what = f"webdataset:{place}"
     if "://" in place or place.startswith("pipe:"):
         raise UserError(f"{what} is no path: download the shards and give their path")
-    paths = []
-    if os.path.isdir(place):
-        found = glob.glob(os.path.join(glob.escape(place), "*.t*"))
-        packed = {
-            path: f"{parts[1]}.tar" for path in found if (parts := _COMPRESSED.fullmatch(path))
-        }
-        paths = sorted(
-            path for path in found if path.endswith(".tar") or packed.get(path, path) not in found
-        )
-    for path in [] if os.path.isdir(place) else _unfolded(place):
+    paths, is_folder = [], os.path.isdir(place)
+    for path in [os.path.join(glob.escape(place), "*.tar")] if is_folder else _unfolded(place):
         pattern = path if glob.has_magic(path) else glob.escape(path)
         found = [path] if os.path.exists(path) else sorted(glob.glob(pattern, recursive=True))
         if not found and path.endswith(".tar"):
@@ -173,14 +163,11 @@ def _indexed(paths: Sequence[str], caption_key: str | None, damaged: str) -> lis
         for path, index in zip(paths, found, strict=True):
             if (index.damage or index.faults) and damaged == "refuse":
                 pool.shutdown(cancel_futures=True)
-                wrong = f"{path} {index.damage}"
+                wrong, cure = f"{path} {index.damage}", ""
+                if not index.damage.startswith("is compressed"):
+                    cure = f": download or pack the shard again, or leave this part out {skip}"
                 if not index.damage:
-                    count = f" (one of {len(index.faults):,} such samples)"
-                    wrong = f"{path}: {index.faults[0]}{count * (len(index.faults) > 1)}"
-                if index.damage.startswith("is compressed"):
-                    raise UserError(wrong)
-                raise UserError(
-                    f"{wrong}: download or pack the shard again, or leave this part out {skip}"
-                )
+                    wrong = f"{path}: {index.faults[0]} ({len(index.faults):,} such faults)"
+                raise UserError(wrong + cure)
             indexes.append(index)
     return indexes

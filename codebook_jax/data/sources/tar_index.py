@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from codebook_jax.data.sources.record import digest
-from codebook_jax.data.sources.texts import Packer, Texts, not_utf8
+from codebook_jax.data.sources.texts import Texts, not_utf8
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, written_whole
@@ -113,13 +113,10 @@ def _index_of(
 ) -> Index:
     """An index from its JSON form."""
     others.pop("further", None)  # older versions kept it
-    packed = Packer()
-    for key in keys:
-        packed.add(key)
     table, flags = np.array(places, np.int64).reshape(-1, 4), np.array(in_json, bool)
     content = hashlib.sha256("\n".join(keys).encode("utf-8"))
     content.update(table[:, 1::2].astype("<i8").tobytes() + flags.tobytes())
-    return Index(packed.texts(), table, flags, content.hexdigest(), **others)
+    return Index(Texts(keys), table, flags, content.hexdigest(), **others)
 
 
 def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:

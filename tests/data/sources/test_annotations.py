@@ -213,7 +213,7 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
     ("coco", lambda c: c["annotations"][0].update(caption=3), r'annotations\[0\], key "caption"'),
     ("coco", lambda c: c["images"][0].update(id=1.5), r'images\[0\], key "id": 1.5 is not an id'),
     ("coco", lambda c: c["images"].insert(0, 3), r"images\[0\] is a number, not an object"),
-    ("coco", "\n{", "line 2 is not JSON"),
+    ("coco", "\n{", "is not JSON .*line 2"),
     ("karpathy", lambda c: c["images"][1].pop("split"), r'images\[1\] has no key "split"'),
     ("karpathy", lambda c: c["images"][0].pop("sentences"), r'images\[0\] has no key "sentences"'),
     (
@@ -226,10 +226,14 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
     ("vg", lambda c: c[0]["regions"][0].pop("phrase"), r'\[0\] regions\[0\] has no key "phrase"'),
     ("vg", lambda c: c[0]["regions"][0].update(phrase=3), 'key "phrase": 3 is neither'),
     ("vg", lambda c: c[0].pop("id"), r'\[0\] has no key "image_id"'),
-    ("vg", '[{"id": 1, "regions": []},\n {"id"', "line 2 is not JSON"),
-    ("vg", '[{"id": 1, "regions": []}\n {"id": 2}]', "line 2 is not JSON .expecting ','"),
-    ("vg", "[]\n[]", "line 2 is not JSON .extra data"),
-    ("vg", '[{"id": 1, "regions": []},\n', "line 2 is not JSON"),
+    ("vg", '[{"id": 1, "regions": []},\n {"id"', "is not JSON .*line 2"),
+    (
+        "vg",
+        '[{"id": 1, "regions": []}\n {"id": 2}]',
+        "is not JSON .expecting ',' delimiter, line 2",
+    ),
+    ("vg", "[]\n[]", "is not JSON .extra data, line 2"),
+    ("vg", '[{"id": 1, "regions": []},\n', "is not JSON .*line 2"),
     ("vg", "[ ]", "lists no pairs"),
     ("vg", '[{"id": 1, "regions": []},' + DEEP, r"\[1\] cannot be read .*nested"),
 ]
@@ -257,5 +261,5 @@ def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
         said = refusal(f"{scheme}:{pairs}")
         assert "a JSON list" in said and "object" in said and f"json:{pairs}" in said
     assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
-    assert "as vg: reads" in refusal(f"vg:{paths['coco']}")
+    assert "vg: reads" in refusal(f"vg:{paths['coco']}")
     assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")

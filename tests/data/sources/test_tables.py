@@ -65,7 +65,7 @@ def test_commas_semicolons_and_tabs_are_told_apart_by_the_first_row(tmp_path, se
     path = write_table(tmp_path / "bare.csv", [("a.jpg", "one"), ("b.jpg", "two")], separator)
     assert captions(open_it(f"csv:{path}?image_key=0&caption_key=1")) == [("one",), ("two",)]
     if separator != "\t":
-        assert refusal(f"tsv:{path}").endswith(f"read it with csv:{path}")
+        assert "with csv:" in refusal(f"tsv:{path}")
 
 
 def test_a_table_without_a_first_row_of_names_is_read_by_numbers(tmp_path):

@@ -152,8 +152,8 @@ def test_what_cannot_be_read_is_refused_with_a_cure(data_dir, tmp_path):
         f"{tmp_path}/empty:train": "holds no prepared data set",
         f"{data_dir}/tiny_coco:train": "holds several data sets: give .*/2017/1.1.0",
         f"{base}{there}&image_key=photo": "has no 'photo' for [?]image_key .it has .*title",
-        f"{base}{there}&image_key=title": "'title' is Text.*, not a picture",
-        f"{base}{there}&caption_key=objects": "no text under 'objects'",
+        f"{base}{there}&image_key=title": "'title' is Text.*holds no images",
+        f"{base}{there}&caption_key=objects": "'objects' is .*holds no captions",
     }.items():
         assert re.search(words, refusal(f"tfds:{place}")), place
 
