@@ -1,8 +1,5 @@
 """Data sets of Hugging Face's `datasets`: Parquet files, what its `save_to_disk` wrote, or a name
-on the hub.
-
-Rows are read from Arrow files on disk. The library copies Parquet files and hub data to its own
-cache, `~/.cache/huggingface/datasets` unless HF_HOME or HF_DATASETS_CACHE names another place.
+on the hub. The library copies Parquet files and hub data to Arrow files in its own cache.
 """
 
 from __future__ import annotations
@@ -67,14 +64,14 @@ class Rows(NamedSource):
             )
             raise nothing_in(what, part, column, table.features[column])
         content.update(np.packbits(imageless).tobytes())
-        self._first, self._ids = np.arange(len(self._rows) + 1), None
+        self._first = self._ids = np.arange(len(self._rows) + 1)
         if columns.id is not None:
             self._ids = numbered(hashes[self._rows])[1]
             content.update(self._ids.astype("<i4").tobytes())
-        if merge and self._ids is not None:
+        if merge and columns.id is not None:
             order, self._first = grouped(self._ids)
             self._rows = self._rows[order]
-            self._ids = None  # each record is an image, in order of first appearance
+            self._ids = np.arange(len(self._first))  # each an image, in order of first appearance
         self._fingerprint = content.hexdigest()
         self.left_out = [
             (self._called(row), f"{what} row {row} {NO_CAPTION if silent[row] else 'has no image'}")
@@ -91,8 +88,7 @@ class Rows(NamedSource):
             image = image.get("bytes") or image.get("path")
         if not image:
             raise UnreadableImage(f"{self._what} row {rows[0]}: the image is empty")
-        number = index if self._ids is None else self._ids[index]
-        return Record(image, self._captions(rows), int(number))
+        return Record(image, self._captions(rows), int(self._ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         with required():
@@ -182,16 +178,16 @@ def _quiet(datasets: ModuleType, *, offline: bool) -> Iterator[None]:
 
     logging = datasets.utils.logging
     bars, level = datasets.is_progress_bar_enabled(), logging.get_verbosity()
-    before = [(module, module.HF_HUB_OFFLINE) for module in (constants, datasets.config)]
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     try:
-        for module, already in before:
-            module.HF_HUB_OFFLINE = already or offline
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = (
+            off or offline for off in before
+        )
         yield
     finally:
-        for module, already in before:
-            module.HF_HUB_OFFLINE = already
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
         logging.set_verbosity(level)
         if bars:
             datasets.enable_progress_bars()

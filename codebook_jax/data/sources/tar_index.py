@@ -54,11 +54,11 @@ class Index(NamedTuple):
 
 
 class _DamagedError(Exception):
-    """How a shard is truncated or damaged, a predicate; and at which byte."""
+    """(how a shard is truncated or damaged, at which byte)"""
 
 
 class _NoPairError(Exception):
-    """Why a sample is no pair, a predicate; and the fault in it, if that is the reason."""
+    """(why a sample is no pair, the fault in it, if that is the reason)"""
 
 
 def index_shard(path: str, caption_key: str | None) -> Index:

@@ -198,7 +198,6 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
         f'{{"images": [{{"id": {LONG}, "file_name": "a"}}], "annotations": []}}',
         r'images\[0\], key "id": .*5,000 digits',
     ),
-    ("coco", '{"images": ' + DEEP, "coco.json cannot be read .*nested"),
     ("coco", '{"images": [], "images": []}', "cannot be read .*'images' twice"),
     ("coco", lambda c: c["annotations"][1].update(image_id=9), r"annotations\[1\] .*image 9\b"),
     (
@@ -207,15 +206,11 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
         r'annotations\[0\] has no key "caption" .*captions_train2014.json, not one of boxes',
     ),
     ("coco", lambda c: c.pop("annotations"), 'no key "annotations".*karpathy:'),
-    ("coco", lambda c: c.pop("images"), 'has no key "images"'),
     ("coco", lambda c: c["images"][1].pop("file_name"), r'images\[1\] has no key "file_name"'),
     ("coco", lambda c: c["images"][1].update(id=42), r"images\[1\] .*id 42 .*images\[0\]"),
     ("coco", lambda c: c["annotations"][0].update(caption=3), r'annotations\[0\], key "caption"'),
-    ("coco", lambda c: c["images"][0].update(id=1.5), r'images\[0\], key "id": 1.5 is not an id'),
     ("coco", lambda c: c["images"].insert(0, 3), r"images\[0\] is a number, not an object"),
     ("coco", "\n{", "is not JSON .*line 2"),
-    ("karpathy", lambda c: c["images"][1].pop("split"), r'images\[1\] has no key "split"'),
-    ("karpathy", lambda c: c["images"][0].pop("sentences"), r'images\[0\] has no key "sentences"'),
     (
         "karpathy",
         lambda c: c["images"][0]["sentences"][1].pop("raw"),
@@ -224,7 +219,6 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
     ("karpathy", lambda c: c["images"][0].update(filepath=3), 'key "filepath": 3 '),
     ("karpathy", lambda c: c.pop("images"), "its keys: dataset.*dataset_coco"),
     ("vg", lambda c: c[0]["regions"][0].pop("phrase"), r'\[0\] regions\[0\] has no key "phrase"'),
-    ("vg", lambda c: c[0]["regions"][0].update(phrase=3), 'key "phrase": 3 is neither'),
     ("vg", lambda c: c[0].pop("id"), r'\[0\] has no key "image_id"'),
     ("vg", '[{"id": 1, "regions": []},\n {"id"', "is not JSON .*line 2"),
     (
@@ -233,8 +227,6 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
         "is not JSON .expecting ',' delimiter, line 2",
     ),
     ("vg", "[]\n[]", "is not JSON .extra data, line 2"),
-    ("vg", '[{"id": 1, "regions": []},\n', "is not JSON .*line 2"),
-    ("vg", "[ ]", "lists no pairs"),
     ("vg", '[{"id": 1, "regions": []},' + DEEP, r"\[1\] cannot be read .*nested"),
 ]
 

@@ -1,13 +1,12 @@
 """Tables of pairs, CSV and TSV, with and without a first row of names."""
 
 import csv
-import pickle
 import re
 import shutil
 import tracemalloc
 
 import pytest
-from list_files import below, captions, ids, open_it, refusal, write
+from list_files import below, captions, check_source, ids, open_it, refusal, write
 
 ROWS = [
     ("a.jpg", "a dog, running"),
@@ -98,14 +97,11 @@ def test_urls_of_conceptual_captions_are_refused_with_the_way_to_get_the_images(
         ("image,caption\na.jpg,one, two\n", "line 2 has 3 cells, the first row 2\\b"),
         ('image,caption\na.jpg,"one\nb.jpg,two\n', "line 2 .*unexpected end"),
         ('image,caption\na.jpg,"one" two\n', "line 2 .*quotes=none"),
-        ('image,caption\nx,y\na.jpg,"one\nb.jpg,"two" \n', "line 3 .*quotes=none"),
         (f'image,caption\na.jpg,"{"x" * 200_000}"\n', "line 2 .*field larger than"),
         ("image,caption\n ,one\n", "line 2 .*no image"),
         ("picture,words\na.jpg,one\n", "images .image, .*first row: picture, words"),
-        ("image,words\na.jpg,one\n", "captions .caption, text, title"),
         ("image\na.jpg\n", "captions .caption, .*first row: image"),
         ("\n \n", "is empty"),
-        ("image,caption\n", "lists no pairs"),
         ("image,caption\n../a.jpg,one\n", "line 2.*outside the image root"),
     ],
 )
@@ -142,4 +138,4 @@ def test_a_table_is_the_same_under_another_path_and_takes_no_object_a_row(tmp_pa
     assert len(source) == 20_000 and held / len(source) < 100
     moved = open_it(f"csv:{shutil.copy(path, tmp_path / 'other.csv')}")
     assert moved.fingerprint() == source.fingerprint()
-    assert pickle.loads(pickle.dumps(source))[7] == source[7]
+    check_source(source)
