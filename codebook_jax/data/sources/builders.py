@@ -159,9 +159,7 @@ def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> D
         return tfds.core.read_only_builder.builder_from_files(place, data_dir=data_dir)
     except Exception as failure:  # DatasetNotFoundError, ValueError, errors of parsing names, ...
         where = data_dir or "~/tensorflow_datasets (name another folder as ?data_dir=FOLDER)"
-        absent = isinstance(failure, tfds.core.DatasetNotFoundError)
-        why = "" if absent else f" ({first_line(failure)})"
         raise UserError(
-            f"{what} is not prepared in {where}{why}: run `tfds build {place} "
+            f"{what} is not prepared in {where} ({first_line(failure)}): run `tfds build {place} "
             "--file_format=array_record`, which downloads it; a run downloads nothing"
         ) from failure

@@ -21,7 +21,6 @@ from codebook_jax.files import parse_json, parse_json_at
 
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
 KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
-_TYPES = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
 _SPACE = r"[ \t\n\r]*"  # white space as in JSON
 _BEFORE = re.compile(rf"{_SPACE}(\[{_SPACE}(\]?){_SPACE})?")
 _BETWEEN = re.compile(rf"{_SPACE}([],]?){_SPACE}")
@@ -57,8 +56,8 @@ def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
     if after == len(text) and not in_list:
         raise UserError(f"{path} is empty: give a JSON list, or for json: one pair per line")
     if not in_list and scheme != "json":
-        held = _kind_of(_parsed(path, text))
-        raise UserError(f"{path} holds a JSON {held}, but {scheme}: reads a list: give a list")
+        held = f"{path} holds {_shown(_parsed(path, text))}"
+        raise UserError(f"{held}, but {scheme}: reads a JSON list: give the published file")
     number, line = 0, 1 + text.count("\n", 0, after)
     try:
         while not ended and (in_list or after < len(text)):
@@ -84,7 +83,7 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
     with open_text(path, f"the path of a JSON file after {scheme}:") as file:
         content = _parsed(path, file.read())
     if not isinstance(content, dict):
-        held = f"{path} holds a JSON {_kind_of(content)}, but {scheme}: reads an object"
+        held = f"{path} holds {_shown(content)}, but {scheme}: reads a JSON object"
         raise UserError(f"{held}: a list of pairs is read with json:{path}")
     return content
 
@@ -92,7 +91,7 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
 def field(where: str, entry: Any, key: str, kind: str = "", cure: str = "correct it") -> Any:
     """The value at a key of an entry; raises UserError if there is none of this kind in KINDS."""
     if not isinstance(entry, dict):
-        raise UserError(f'{where} is a {_kind_of(entry)}, not an object with the key "{key}"')
+        raise UserError(f'{where} is {_shown(entry)}, not an object with the key "{key}"')
     if key not in entry:
         wrong = f'{where} has no key "{key}" (its keys: {keys_of(entry)})'
         raise UserError(f"{wrong}: {cure}")
@@ -121,11 +120,6 @@ def _shown(value: Any) -> str:
     """A value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _kind_of(value: Any) -> str:
-    """The JSON name of a value's type."""
-    return _TYPES.get(type(value), "number")
 
 
 def _parsed(path: str, text: str) -> Any:

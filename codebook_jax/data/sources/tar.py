@@ -28,13 +28,12 @@ from codebook_jax.data.sources.record import (
     part_of,
     required,
 )
-from codebook_jax.data.sources.tar_index import COMPRESSED, Index, captions_of, index_shard
+from codebook_jax.data.sources.tar_index import Index, captions_of, index_shard
 from codebook_jax.errors import UserError
 
 _INDEXING_THREADS = 4  # they mostly wait for the disk; more are slower
 _MOST_OPEN = 128
 _CHANGED = "the shard is not what it was at start"
-_COMPRESSED = re.compile(rf"(.+)\.(?:tar\.|t)(?:{'|'.join(COMPRESSED)})")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -128,8 +127,8 @@ def shard_paths(place: str) -> list[str]:
         pattern = path if glob.has_magic(path) else glob.escape(path)
         found = [path] if os.path.exists(path) else sorted(glob.glob(pattern, recursive=True))
         if not found and path.endswith(".tar"):
-            beside = sorted(glob.glob(f"{pattern[:-2]}*", recursive=True))
-            found = [path for path in beside if _COMPRESSED.fullmatch(path)]
+            compressed = f"{pattern}.*", f"{pattern[:-2]}[gbxz]*"
+            found = sorted(path for each in compressed for path in glob.glob(each, recursive=True))
         paths += found or ([] if glob.has_magic(path) else [path])
     if not paths:
         cure = "a tar file, a folder of them, or a pattern: data/*.tar or data/{00000..00331}.tar"

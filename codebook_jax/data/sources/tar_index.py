@@ -27,12 +27,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, written_whole
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-COMPRESSED = {  # end of the name -> (first bytes of the file, program that unpacks it)
-    "gz": (b"\x1f\x8b", "gzip"),
-    "bz2": (b"BZh", "bzip2"),
-    "xz": (b"\xfd7zXZ\0", "xz"),
-    "zst": (b"\x28\xb5\x2f\xfd", "zstd"),
-}
+_UNPACKS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _FORM = 1  # of the kept index; a new number where what counts as a sample or a caption changes
 _SETTLED_NS = 2_000_000_000  # a shard changed more recently may be changed again in the same tick
 _BLOCK = tarfile.BLOCKSIZE
@@ -258,7 +253,7 @@ def _standard_member(tar: tarfile.TarFile, here: int, end: int) -> tarfile.TarIn
             why = "ends without the end mark of an archive"
     tar.fileobj.seek(0)
     start = tar.fileobj.read(6)
-    for magic, tool in COMPRESSED.values():
+    for magic, tool in _UNPACKS.items():
         if start.startswith(magic) and not here:
             unpack = f"unpack it with `{tool} -dc FILE > NAME.tar`"
             why = f"is compressed: {unpack}, for images are read in no order"

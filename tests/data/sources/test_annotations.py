@@ -209,7 +209,7 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
     ("coco", lambda c: c["images"][1].pop("file_name"), r'images\[1\] has no key "file_name"'),
     ("coco", lambda c: c["images"][1].update(id=42), r"images\[1\] .*id 42 .*images\[0\]"),
     ("coco", lambda c: c["annotations"][0].update(caption=3), r'annotations\[0\], key "caption"'),
-    ("coco", lambda c: c["images"].insert(0, 3), r"images\[0\] is a number, not an object"),
+    ("coco", lambda c: c["images"].insert(0, 3), r"images\[0\] is 3, not an object"),
     ("coco", "\n{", "is not JSON .*line 2"),
     (
         "karpathy",
@@ -251,7 +251,7 @@ def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
     assert f"coco:{paths['coco']} reads" in refusal(f"karpathy:{paths['coco']}")
     for scheme in ("coco", "karpathy"):
         said = refusal(f"{scheme}:{pairs}")
-        assert "a JSON list" in said and "object" in said and f"json:{pairs}" in said
+        assert "object" in said and f"json:{pairs}" in said
     assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
     assert "vg: reads" in refusal(f"vg:{paths['coco']}")
     assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")

@@ -85,7 +85,7 @@ BROKEN = [
     ('\n"hello\n', "is not JSON .*line 2"),
     ('[{"image": "a.jpg", "caption": "one"},\n {"image": ', "is not JSON .*line 2"),
     ('{"image": "a", "caption": "b"}\n{"image" "a"}\n', "is not JSON .*line 2"),
-    ([3], r"\[0\] is a number, not an object"),
+    ([3], r"\[0\] is 3, not an object"),
     ([*pair(), {"img": "a", "caption": "x"}], r'\[1\] has no key "image" \(its keys: img, cap'),
     ([{"image": "a.jpg", "text": "x"}], r'\[0\] has no key "caption"'),
     (pair(image=3), 'key "image": 3 is not the path'),
