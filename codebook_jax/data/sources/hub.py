@@ -147,8 +147,7 @@ def _loaded(
     datasets: ModuleType, what: str, place: str, split: str | None
 ) -> Dataset | DatasetDict:
     """The table of a split, or {split: table}; raises UserError if it cannot be loaded."""
-    here = os.path.exists(place)
-    reachable = here or hub_reachable()
+    reachable = os.path.exists(place) or hub_reachable()
     try:
         with _quiet(datasets, offline=not reachable):
             if os.path.isfile(place):
@@ -158,14 +157,12 @@ def _loaded(
             saved = datasets.load_from_disk(place)
     except Exception as failure:  # the library's, its HTTP library's, Arrow's, OSError, ...
         reason = first_line(failure.__cause__ or failure)
-        wrong = "cannot be read"
-        cure = "give a folder of Parquet files, or one that save_to_disk wrote"
-        if not here:
-            wrong = "is not a folder here and could not be loaded from the Hugging Face hub"
-            cure = f"{cure}, or a name on the hub with network access"
         if not reachable:
-            reason = "there is no network, and it is not in the cache"
-        raise UserError(f"{what} {wrong} ({reason}): {cure}") from failure
+            reason = "it is not in the cache, and there is no network"
+        raise UserError(
+            f"{what} cannot be read ({reason}): give a folder of Parquet files, one that "
+            "save_to_disk wrote, or a name on the Hugging Face hub with network access"
+        ) from failure
     if not isinstance(saved, dict) and split not in (None, "train", str(saved.split)):
         raise UserError(f"{what} is a single table and has no split {split!r}: leave the split out")
     return saved

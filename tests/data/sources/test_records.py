@@ -4,12 +4,10 @@ needlessly.
 
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import list_files
@@ -19,7 +17,7 @@ from list_files import captions, check_source, ids, records
 from small_packing import content, jpeg, pack, write_many
 
 from codebook_jax.data.images import UnreadableImage, decode
-from codebook_jax.data.manifest import Shard, verify
+from codebook_jax.data.manifest import verify
 from codebook_jax.data.sources import records as records_module
 from codebook_jax.errors import UserError
 
@@ -188,23 +186,6 @@ def test_many_threads_read_more_shards_than_stay_open(packed, monkeypatch):
         2,
         1,
     ]
-
-
-def test_a_million_records_open_at_once_without_reading_a_shard(packed, tmp_path):
-    manifest = json.loads((packed / "manifest.json").read_text())
-    names = [f"pairs-{n:05d}-of-00250" for n in range(250)]
-    one = Shard("", 4096, 4096, 0, 7, "0" * 64, 3, "0" * 64)
-    manifest["shards"] = [one._replace(file=f"{name}.array_record")._asdict() for name in names]
-    manifest["listed"] = 250 * 4096
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    for name in names:
-        (tmp_path / f"{name}.array_record").write_bytes(b"a shard")
-        (tmp_path / f"{name}.jsonl").write_bytes(b"no\n")
-    began = time.process_time()
-    source = open_it(tmp_path)
-    assert time.process_time() - began < 0.5
-    assert len(source) == source.listed == 1_024_000
-    assert len(pickle.dumps(source)) < 100_000
 
 
 def test_packing_and_reading_touch_no_device():

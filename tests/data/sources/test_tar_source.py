@@ -212,15 +212,3 @@ def test_a_shard_that_is_cut_or_goes_after_it_was_opened_does_not_stop_training(
     (folder / "00002.tar").unlink()
     with pytest.raises(UnreadableImage, match="00002.tar/000000000: No such file"):
         source[9]
-
-
-def test_a_large_shard_is_held_without_an_object_a_sample(tmp_path):
-    import tracemalloc
-
-    members = [(f"{n:09d}.{kind}", kind) for n in range(3000) for kind in ("jpg", "txt")]
-    path = write(tmp_path / "s.tar", members, form=tarfile.USTAR_FORMAT, mtime=0)
-    tracemalloc.start()
-    source = open_it(path)
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert len(source) == 3000 and held / len(source) < 120
