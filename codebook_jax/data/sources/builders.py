@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources.library_datasets import (
-    Parts,
-    first_line,
-    nothing_in,
-    only_split,
-    parts_of,
-    place_of,
-    texts_in,
-)
+from codebook_jax.data.sources import library_datasets as library
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
     NamedSource,
@@ -51,7 +43,7 @@ class Examples(NamedSource):
     """
 
     def __init__(
-        self, what: str, data: Sequence, info: DatasetInfo, split: str, parts: Parts
+        self, what: str, data: Sequence, info: DatasetInfo, split: str, parts: library.Parts
     ) -> None:
         self.form, _, self.place = what.partition(":")
         self._what, self._parts = what, parts
@@ -64,14 +56,14 @@ class Examples(NamedSource):
 
     def __getitem__(self, index: int) -> Record:
         example = self._example(index)
-        captions = texts_in(example[self._parts.caption])
+        captions = library.texts_in(example[self._parts.caption])
         if not captions:
             raise WithoutCaption(f"{self._what}[{index}] {NO_CAPTION}")
         return Record(example[self._parts.image], captions, int(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         with required():
-            return texts_in(self._example(index)[self._parts.caption])
+            return library.texts_in(self._example(index)[self._parts.caption])
 
     def name(self, index: int) -> str:
         value = number = f"{self._what}[{checked(index, len(self))}]"
@@ -84,7 +76,9 @@ class Examples(NamedSource):
         try:
             return self._data[number]
         except Exception as failure:  # RuntimeError of ArrayRecord, any parsing error
-            raise UnreadableImage(f"{self._what}[{index}]: {first_line(failure)}") from failure
+            raise UnreadableImage(
+                f"{self._what}[{index}]: {library.first_line(failure)}"
+            ) from failure
 
     def _hash(self, info: DatasetInfo, split: str) -> str:
         """Of the files' names and sizes, and of some examples, of which one must have a caption."""
@@ -99,10 +93,10 @@ class Examples(NamedSource):
         for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int):
             with required():
                 example = self._example(int(index))
-            captions += texts_in(example[caption])
+            captions += library.texts_in(example[caption])
             content.update(repr((example[image], example[caption])).encode())
         if not captions:
-            raise nothing_in(self._what, "caption", caption, info.features[caption])
+            raise library.nothing_in(self._what, "caption", caption, info.features[caption])
         return content.hexdigest()
 
 
@@ -113,19 +107,19 @@ def open_tfds(request: Request) -> Examples:
     except ImportError as failure:
         cure = 'pip install "codebook_jax[tfds]"'
         raise UserError(f"tfds: sources need TensorFlow Datasets: {cure}") from failure
-    what, place, split = place_of(request)
+    what, place, split = library.place_of(request)
     builder = _builder(tfds, what, place, request.options.get("data_dir"))
     info = builder.info
-    split = split or only_split(what, list(info.splits))
+    split = split or library.only_split(what, list(info.splits))
     what = f"{what}:{split}"
-    parts = parts_of(what, request, list(info.features))
+    parts = library.parts_of(what, request, list(info.features))
     feature = info.features[parts.image]
     decoders = {parts.image: tfds.decode.SkipDecoding()}
     if not isinstance(feature, tfds.features.Image):
         decoders = {}
         is_array = isinstance(feature, tfds.features.Tensor) and len(feature.shape) == 3
         if not is_array or feature.np_dtype != np.uint8:
-            raise nothing_in(what, "image", parts.image, feature)
+            raise library.nothing_in(what, "image", parts.image, feature)
     try:
         if not info.splits[split].num_examples:
             raise UserError(f"{what} has no examples: name another split or slice")
@@ -138,7 +132,9 @@ def open_tfds(request: Request) -> Examples:
         ) from failure
     except (ValueError, KeyError, OSError, RuntimeError) as failure:  # of splits, of files
         splits = f"its splits are {', '.join(info.splits) or 'none'}"
-        raise UserError(f"{what} cannot be read ({first_line(failure)}): {splits}") from failure
+        raise UserError(
+            f"{what} cannot be read ({library.first_line(failure)}): {splits}"
+        ) from failure
     return Examples(what, data, info, split, parts)
 
 
@@ -160,6 +156,6 @@ def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> D
     except Exception as failure:  # DatasetNotFoundError, ValueError, errors of parsing names, ...
         where = data_dir or "~/tensorflow_datasets (name another folder as ?data_dir=FOLDER)"
         raise UserError(
-            f"{what} is not prepared in {where} ({first_line(failure)}): run `tfds build {place} "
-            "--file_format=array_record`, which downloads it; a run downloads nothing"
+            f"{what} is not prepared in {where} ({library.first_line(failure)}): run `tfds build "
+            f"{place} --file_format=array_record`, which downloads it; a run downloads nothing"
         ) from failure

@@ -16,15 +16,7 @@ import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.network import hub_reachable
-from codebook_jax.data.sources.library_datasets import (
-    Parts,
-    first_line,
-    nothing_in,
-    only_split,
-    parts_of,
-    place_of,
-    texts_in,
-)
+from codebook_jax.data.sources import library_datasets as library
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
     NamedSource,
@@ -51,7 +43,7 @@ class Rows(NamedSource):
     an image. All captions are read at start, but no image.
     """
 
-    def __init__(self, what: str, table: Dataset, columns: Parts, *, merge: bool) -> None:
+    def __init__(self, what: str, table: Dataset, columns: library.Parts, *, merge: bool) -> None:
         self.form, _, self.place = what.partition(":")
         self._what, self._columns, self.listed = what, columns, len(table)
         self._tables = {name: table.select_columns([name]) for name in columns if name}
@@ -59,10 +51,9 @@ class Rows(NamedSource):
         silent, imageless, hashes = _scan(table, columns, content)
         self._rows = np.flatnonzero(~(silent | imageless))
         if not len(self._rows):
-            part, column = (
-                ("caption", columns.caption) if silent.all() else ("image", columns.image)
-            )
-            raise nothing_in(what, part, column, table.features[column])
+            part = "caption" if silent.all() else "image"
+            column = getattr(columns, part)
+            raise library.nothing_in(what, part, column, table.features[column])
         content.update(np.packbits(imageless).tobytes())
         self._first = self._ids = np.arange(len(self._rows) + 1)
         if columns.id is not None:
@@ -102,7 +93,7 @@ class Rows(NamedSource):
         return self._rows[first:stop].tolist()
 
     def _captions(self, rows: list[int]) -> tuple[str, ...]:
-        texts = texts_in([self._read(self._columns.caption, row) for row in rows])
+        texts = library.texts_in([self._read(self._columns.caption, row) for row in rows])
         return tuple(dict.fromkeys(texts))
 
     def _called(self, row: int) -> str:
@@ -115,7 +106,9 @@ class Rows(NamedSource):
         try:
             return self._tables[column][row][column]
         except Exception as failure:  # OSError, Arrow's own
-            raise UnreadableImage(f"{self._what} row {row}: {first_line(failure)}") from failure
+            raise UnreadableImage(
+                f"{self._what} row {row}: {library.first_line(failure)}"
+            ) from failure
 
 
 def open_hugging_face(request: Request) -> Rows:
@@ -125,21 +118,21 @@ def open_hugging_face(request: Request) -> Rows:
     except ImportError as failure:
         cure = 'pip install "codebook_jax[hf]"'
         raise UserError(f"hf: sources need Hugging Face's datasets: {cure}") from failure
-    what, place, split = place_of(request)
+    what, place, split = library.place_of(request)
     table = _loaded(datasets, what, place, split)
     if isinstance(table, dict):
-        split = split or only_split(what, list(table))
+        split = split or library.only_split(what, list(table))
         if split not in table:
             raise UserError(f"{what} has no split {split!r}: its splits are {', '.join(table)}")
         table = table[split]
     what = f"{what}:{split}" if split else what
-    columns = parts_of(what, request, table.column_names)
+    columns = library.parts_of(what, request, table.column_names)
     feature = table.features[columns.image]
     if isinstance(feature, datasets.Image):  # as the bytes or paths of files
         table = table.cast_column(columns.image, datasets.Image(decode=False))
     elif not (isinstance(feature, dict) and "bytes" in feature):
         if getattr(feature, "dtype", "") not in ("binary", "large_binary"):
-            raise nothing_in(what, "image", columns.image, feature)
+            raise library.nothing_in(what, "image", columns.image, feature)
     return Rows(what, table, columns, merge=request.merge)
 
 
@@ -156,7 +149,7 @@ def _loaded(
                 return datasets.load_dataset(place, split=split)
             saved = datasets.load_from_disk(place)
     except Exception as failure:  # the library's, its HTTP library's, Arrow's, OSError, ...
-        reason = first_line(failure.__cause__ or failure)
+        reason = library.first_line(failure.__cause__ or failure)
         if not reachable:
             reason = "it is not in the cache, and there is no network"
         raise UserError(
@@ -191,7 +184,7 @@ def _quiet(datasets: ModuleType, *, offline: bool) -> Iterator[None]:
 
 
 def _scan(
-    table: Dataset, columns: Parts, content: hashlib._Hash
+    table: Dataset, columns: library.Parts, content: hashlib._Hash
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each row: whether it has no caption, whether it has no picture, and a hash of its id (its
     own if it has none). Updates the hash `content` with all captions.
@@ -201,7 +194,7 @@ def _scan(
     start = 0
     for batch in wanted.iter(batch_size=_ROWS_AT_ONCE):
         rows = slice(start, start := start + len(batch))
-        captions = [texts_in(value) for value in batch[columns.caption].to_pylist()]
+        captions = [library.texts_in(value) for value in batch[columns.caption].to_pylist()]
         silent[rows] = [not found for found in captions]
         content.update(repr(captions).encode("utf-8", "surrogatepass"))
         imageless[rows] = _without_picture(batch[columns.image])

@@ -28,9 +28,8 @@ class Entry(NamedTuple):
 class Listed(NamedSource):
     """The entries of a list as a source; those without a caption are left out and counted.
 
-    Entries with the same key (or, without one, the same path) are the same image, whose id is its
-    number from 0 in the order of the list. For training each entry is a record, for evaluation all
-    entries of one key and one path. A missing image file is found when it is read.
+    Entries with the same key (or, without one, the same path) are the same image. For training each
+    entry is a record, for evaluation all entries of one key and one path.
     """
 
     def __init__(self, request: Request, entries: Iterable[Entry], *, listed: int = 0) -> None:

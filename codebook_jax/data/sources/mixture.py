@@ -54,10 +54,8 @@ class Mixture(Source):
 def training_order(source: Source, seed: int) -> grain.MapDataset:
     """Position in the run -> record of the source: random access, computed and not stored.
 
-    In one source, or a mixture without weights, every record appears once per epoch, in a new order
-    each epoch. With weights, each source cycles through its own records so, and gets its share of
-    every part of the stream; an epoch is then as many pairs as all sources have records, and may
-    repeat some sources and use only part of others.
+    Every record appears once per epoch, in a new order each epoch. With weights, each source cycles
+    through its own records so, and gets its share of every part of the stream.
     """
     import grain  # imported here: it imports JAX, which prepare and check-data do not need
 

@@ -1,8 +1,7 @@
 """Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, or several.
 
-A new source is a function of a Request that returns a Source, and a line of `SCHEMES` with the
-options it has. A format that lists image files returns `Listed(request, entries)`, with an `Entry`
-for each.
+A new source is a function of a Request that returns a Source, and a line of `SCHEMES` with its
+options. A format that lists image files returns `Listed(request, entries)`.
 """
 
 from __future__ import annotations

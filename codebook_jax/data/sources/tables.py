@@ -1,8 +1,5 @@
 """Pairs in a table, CSV or TSV: one pair per row, the columns named by the first row or numbered
-from 0.
-
-CSV columns may also be separated by semicolons or tabs, whichever fits the first row. Rows with the
-same path or id are the same image. With `?quotes=none` quotes have no meaning.
+from 0. CSV columns may also be separated by semicolons or tabs, whichever fits the first row.
 """
 
 from __future__ import annotations

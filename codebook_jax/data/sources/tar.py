@@ -41,9 +41,8 @@ class Shards(NamedSource):
     """The samples of tar shards, in the order of the shards; files are opened on first use.
 
     The id of an image is the number of the record: the format has none. Samples without an image or
-    a caption are left out and counted. With `?caption_key=`, captions are the values at that key of
-    the JSON files. Shards that are missing or truncated, and samples with a duplicate member or a
-    text that is not UTF-8, are refused with UserError, or left out by damaged_shards="skip".
+    a caption are left out and counted; damaged shards and samples with a duplicate member or a text
+    not in UTF-8 are refused with UserError, or left out by damaged_shards="skip".
     """
 
     def __init__(self, request: Request) -> None:
