@@ -116,7 +116,7 @@ class Shards(NamedSource):
 
 def shard_paths(place: str) -> list[str]:
     """The shards that a place names, sorted for a pattern or a folder. Those named in full, also by
-    ranges in braces, need not exist. Where there are only compressed ones, `index_shard` refuses.
+    ranges in braces, need not exist. Compressed ones not unpacked are refused when indexed.
     """
     what = f"webdataset:{place}"
     if "://" in place or place.startswith("pipe:"):
@@ -125,9 +125,10 @@ def shard_paths(place: str) -> list[str]:
     for path in [os.path.join(glob.escape(place), "*.tar")] if is_folder else _unfolded(place):
         pattern = path if glob.has_magic(path) else glob.escape(path)
         found = [path] if os.path.exists(path) else sorted(glob.glob(pattern, recursive=True))
-        if not found and path.endswith(".tar"):
-            compressed = f"{pattern}.*", f"{pattern[:-2]}[gbxz]*"
-            found = sorted(path for each in compressed for path in glob.glob(each, recursive=True))
+        if (is_folder or not found) and path.endswith(".tar"):
+            compressed = f"{pattern}.*", f"{pattern[:-2]}[gbxz][zs]*"
+            packed = sorted(path for each in compressed for path in glob.glob(each, recursive=True))
+            found += [path for path in packed if f"{path[: path.rindex('.t')]}.tar" not in found]
         paths += found or ([] if glob.has_magic(path) else [path])
     if not paths:
         cure = "a tar file, a folder of them, or a pattern: data/*.tar or data/{00000..00331}.tar"

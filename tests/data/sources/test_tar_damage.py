@@ -69,6 +69,8 @@ def test_compressed_shards_are_refused_with_what_unpacks_them(
         (other / name).unlink()
     (folder / f"00000.tar.{suffix}").write_bytes(content)  # beside its unpacked version
     assert len(open_it(folder)) == 15
+    (folder / f"00009.tar.{suffix}").write_bytes(content)
+    assert f"00009.tar.{suffix} is compressed" in refusal(folder)
 
 
 def ends_of(path):
