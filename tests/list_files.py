@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -46,6 +47,19 @@ def ids(source):
 def below(folder, source):
     """The paths of the source's images as they are below a folder."""
     return [record.image.removeprefix(f"{folder}/") for record in records(source)]
+
+
+def check_source(source):
+    """What holds for every source: it crosses to another process and ends where it ends."""
+    other = pickle.loads(pickle.dumps(source))
+    assert other.fingerprint() == source.fingerprint()
+    assert repr(other) == repr(source) and "0x" not in repr(source)
+    np.testing.assert_equal(other[1], source[1])
+    assert other.name(1) == source.name(1) and source.captions(1) == source[1].captions
+    for index in (-1, len(source)):
+        for read in (source.__getitem__, source.captions, source.name):
+            with pytest.raises(IndexError):
+                read(index)
 
 
 def refusal(spec, role="train", **changes):

@@ -50,4 +50,5 @@ def write_three(folder):
     for number in range(3):
         write(folder / f"{number:05d}.tar", samples(0, 4 + number))
     (folder / "00000_stats.json").write_text("{}")
+    (folder / "notes.txt").write_text("about the shards")
     return folder

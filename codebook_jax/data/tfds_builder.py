@@ -6,8 +6,7 @@
     builder.download_and_prepare()
     tfds.data_source("codebook_pairs", data_dir="data/tfds", split="train")[0]
 
-To train here, `--mode=prepare` is simpler; this module is for other programs that read TensorFlow
-Datasets.
+To train here, `--mode=prepare` is simpler.
 """
 
 from __future__ import annotations
@@ -76,31 +75,25 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         if not self._sources:
-            raise UserError(
-                "codebook_pairs is not prepared yet: pass its sources, for example "
-                'sources={"train": "json:PAIRS.json"}'
-            )
+            cure = 'pass its sources, for example sources={"train": "json:PAIRS.json"}'
+            raise UserError(f"codebook_pairs is not prepared yet: {cure}")
         return {split: self._generate_examples(split) for split in self._sources}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """(key, example) of every pair whose picture can be read; prints how many cannot."""
-        source = open_source(
-            self._sources[split],
-            role=_ROLES.get(split, "train"),
-            scenes_examples=1000,
-            seed=0,
-            **self._settings,
-        )
+        spec, role = self._sources[split], _ROLES.get(split, "train")
+        source = open_source(spec, role=role, scenes_examples=1000, seed=0, **self._settings)
         skipped: list[str] = []
         for number in range(len(source)):
+            name = source.name(number)
             try:
                 record = source[number]
                 packed = packed_picture(record.image, self._side_px, self._quality)
             except UnreadableImage as failure:
-                skipped.append(f"{source.name(number)}: {failure}")
+                skipped.append(f"{name}: {failure}")
                 continue
             example = {"image": packed.jpeg, "captions": list(record.captions)}
-            yield number, example | {"image_id": record.image_id, "name": source.name(number)}
+            yield number, example | {"image_id": record.image_id, "name": name}
         if skipped:
             print(
                 f"{split}: {len(skipped):,} of {len(source):,} pictures cannot be read and are "

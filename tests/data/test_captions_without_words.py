@@ -147,7 +147,7 @@ def packed_before(tmp_path, monkeypatch):
     spec = write_json(tmp_path, ["a dog", "two cats", "???"])
     for at in range(3):
         (tmp_path / f"{at}.jpg").write_bytes(jpeg())
-    monkeypatch.setattr("codebook_jax.data.sources.listed.has_words", bool)
+    monkeypatch.setattr("codebook_jax.data.sources.json_files.has_words", bool)
     prepare(config_of(**{"prepare.source": spec, "prepare.processes": 1}), tmp_path / "packed")
     return f"records:{tmp_path / 'packed'}"
 

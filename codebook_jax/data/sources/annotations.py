@@ -6,13 +6,11 @@ A record is an image with all its captions, or with `?per=caption` an image with
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Container, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from codebook_jax.data.sources.json_files import field, read_json, read_object
-from codebook_jax.data.sources.listed import Entry, Listed, captions_in
+from codebook_jax.data.sources.json_files import captions_in, field, read_json, read_object
+from codebook_jax.data.sources.listed import Entry, Listed
 from codebook_jax.data.sources.record import Request
 from codebook_jax.errors import UserError
 
@@ -39,17 +37,13 @@ def open_visual_genome(request: Request) -> Listed:
 
 def _images(request: Request, entries: Iterator[Entry]) -> Listed:
     """A source of these images with all their captions, or as `?per=` asks."""
-    per_caption = request.choice("per", ("image", "caption")) == "caption"
-    return Listed(request, _split(entries) if per_caption else entries)
-
-
-def _spelled_as_in(ids: Container[int | str], key: int | str) -> int | str:
-    """The id as it is in `ids`: an id may be a number in one list and a string in another."""
-    if key in ids:
-        return key
-    if isinstance(key, int):
-        return str(key)
-    return int(key) if re.fullmatch("0|-?[1-9][0-9]{0,18}", key) else key
+    if request.choice("per", ("image", "caption")) == "caption":
+        entries = (
+            entry._replace(captions=captions)
+            for entry in entries  # those without captions too, so that they are counted
+            for captions in ([(text,) for text in entry.captions] or [()])
+        )
+    return Listed(request, entries)
 
 
 def _coco_entries(path: str) -> Iterator[Entry]:
@@ -58,26 +52,25 @@ def _coco_entries(path: str) -> Iterator[Entry]:
     listed_images = field(path, content, "images", "a list", cure)
     other = f"karpathy:{path} reads Karpathy's splits; otherwise {cure}"
     annotations = field(path, content, "annotations", "a list", other)
-    images: dict[int | str, tuple[str, str]] = {}
+    images: dict[str, tuple[str, str, int | str]] = {}  # an id may be a number here, a text there
     for number, image in enumerate(listed_images):
         where = f"{path} images[{number}]"
         key = field(where, image, "id", "an id")
-        if key in images:
-            raise UserError(
-                f"{where} has the same id {key} as {images[key][0]}: give each image its own id"
-            )
-        images[key] = where, field(where, image, "file_name", "a text")
-    captions: dict[int | str, list[str]] = {key: [] for key in images}
+        if str(key) in images:
+            twin = images[str(key)][0]
+            raise UserError(f"{where} has the same id {key} as {twin}: give each image its own id")
+        images[str(key)] = where, field(where, image, "file_name", "a text"), key
+    captions: dict[str, list[str]] = {key: [] for key in images}
     for number, annotation in enumerate(annotations):
         where = f"{path} annotations[{number}]"
-        caption = field(where, annotation, "caption", cure=f"{cure}, not one of boxes")
-        key = _spelled_as_in(captions, field(where, annotation, "image_id", "an id"))
+        texts = captions_in(where, annotation, "caption", f"{cure}, not one of boxes")
+        key = str(field(where, annotation, "image_id", "an id"))
         if key not in captions:
             raise UserError(f"{where} names image {key}, which the file does not list: remove it")
-        captions[key] += captions_in(where, "caption", caption)
+        captions[key] += texts
     del content, listed_images, annotations  # about 100 MB, no longer needed
-    for key, (where, file_name) in images.items():
-        yield Entry(where, file_name, tuple(captions[key]), key)
+    for named, (where, file_name, key) in images.items():
+        yield Entry(where, file_name, tuple(captions[named]), key)
 
 
 def _karpathy_entries(request: Request) -> Iterator[Entry]:
@@ -102,63 +95,53 @@ def _karpathy_entries(request: Request) -> Iterator[Entry]:
             "for example ?split=train+restval"
         )
     for where, image in numbered:
-        if image["split"] in wanted:
-            yield _karpathy_entry(where, image)
-
-
-def _karpathy_entry(where: str, image: dict[str, Any]) -> Entry:
-    name, folder = field(where, image, "filename", "a text"), image.get("filepath")
-    if folder:
-        field(where, image, "filepath", "a text")
-    captions: list[str] = []
-    for number, sentence in enumerate(field(where, image, "sentences", "a list")):
-        place = f"{where} sentences[{number}]"
-        captions += captions_in(place, "raw", field(place, sentence, "raw"))
-    names = [name for name in ("cocoid", "imgid") if name in image]
-    key = field(where, image, names[0], "an id") if names else None
-    return Entry(where, f"{folder}/{name}" if folder else name, tuple(captions), key)
-
-
-def _split(entries: Iterator[Entry]) -> Iterator[Entry]:
-    """An entry for each caption; entries without captions unchanged, so that they are counted."""
-    for entry in entries:
-        if not entry.captions:
-            yield entry
-        for caption in entry.captions:
-            yield entry._replace(captions=(caption,))
+        if image["split"] not in wanted:
+            continue
+        name = field(where, image, "filename", "a text")
+        if image.get("filepath"):
+            name = f"{field(where, image, 'filepath', 'a text')}/{name}"
+        captions: list[str] = []
+        for number, sentence in enumerate(field(where, image, "sentences", "a list")):
+            captions += captions_in(f"{where} sentences[{number}]", sentence, "raw")
+        ids = [key for key in ("cocoid", "imgid") if key in image]
+        key = field(where, image, ids[0], "an id") if ids else None
+        yield Entry(where, name, tuple(captions), key)
 
 
 def _region_entries(path: str, root: str) -> Iterator[Entry]:
-    paths: dict[int | str, str] = {}
+    paths: dict[str, str] = {}
     for where, image in read_json(path, "vg"):
         regions = field(where, image, "regions", "a list", "give region_descriptions.json")
         key = field(where, image, "id" if "id" in image else "image_id", "an id")
         phrases: dict[str, None] = {}
         for number, region in enumerate(regions):
-            place = f"{where} regions[{number}]"
-            phrase = field(place, region, "phrase")
-            phrases |= dict.fromkeys(captions_in(place, "phrase", phrase))
+            texts = captions_in(f"{where} regions[{number}]", region, "phrase")
+            phrases |= dict.fromkeys(texts)
         paths = paths or _paths(path, root)
-        if (listed := _spelled_as_in(paths, key)) not in paths:
+        if str(key) not in paths:
             raise UserError(
                 f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in "
                 f"{' or '.join(FOLDERS)}: put the published {IMAGE_DATA} beside {path}"
             )
-        yield Entry(where, paths[listed], tuple(phrases), key)
+        yield Entry(where, paths[str(key)], tuple(phrases), key)
 
 
-def _paths(path: str, root: str) -> dict[int | str, str]:
+def _paths(path: str, root: str) -> dict[str, str]:
     """{image id: path below the root}, from image_data.json beside the file, or the folders."""
-    beside = os.path.join(os.path.dirname(path), IMAGE_DATA)
-    if os.path.exists(beside):
-        return dict(_described(where, image) for where, image in read_json(beside, "vg"))
-    found: dict[int | str, str] = {}
-    for folder in FOLDERS:
+    beside, found = os.path.join(os.path.dirname(path), IMAGE_DATA), {}
+    for where, image in read_json(beside, "vg") if os.path.exists(beside) else ():
+        parts = field(where, image, "url", "a text").split("/")
+        key = field(where, image, "image_id" if "image_id" in image else "id", "an id")
+        if len(parts) < 2 or parts[-2] not in FOLDERS:
+            wrong = f'{where}, key "url": it does not end in VG_100K/NAME.jpg'
+            raise UserError(f"{wrong}: give the published {IMAGE_DATA}")
+        found[str(key)] = "/".join(parts[-2:])
+    for folder in () if os.path.exists(beside) else FOLDERS:
         place = os.path.join(root, folder)
         for name in os.listdir(place) if os.path.isdir(place) else ():
             stem, _, suffix = name.partition(".")
             if stem.isdecimal() and suffix.lower() == "jpg":
-                found[int(stem)] = f"{folder}/{name}"
+                found[stem] = f"{folder}/{name}"
     if not found:
         raise UserError(
             f"cannot tell which of {' and '.join(FOLDERS)} holds the images of {path}: put the "
@@ -166,15 +149,3 @@ def _paths(path: str, root: str) -> dict[int | str, str]:
             f"holds both (now {root or '.'})"
         )
     return found
-
-
-def _described(where: str, image: Any) -> tuple[int | str, str]:
-    """(image id, path below the root) of an entry of image_data.json."""
-    parts = field(where, image, "url", "a text").split("/")
-    key = field(where, image, "id" if "image_id" not in image else "image_id", "an id")
-    if len(parts) < 2 or parts[-2] not in FOLDERS:
-        raise UserError(
-            f'{where}, key "url": it does not end in VG_100K/NAME.jpg: give the published '
-            f"{IMAGE_DATA}"
-        )
-    return key, "/".join(parts[-2:])

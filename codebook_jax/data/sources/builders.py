@@ -5,6 +5,7 @@ Nothing is downloaded: `tfds build NAME --file_format=array_record` prepares a d
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -15,17 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources.library_datasets import (
-    Parts,
-    check_folder,
-    first_line,
-    needs,
-    no_picture,
-    only_split,
-    parts_of,
-    place_and_split,
-    texts_in,
-)
+from codebook_jax.data.sources import library_datasets as library
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
     NamedSource,
@@ -52,7 +43,7 @@ class Examples(NamedSource):
     """
 
     def __init__(
-        self, what: str, data: Sequence, info: DatasetInfo, split: str, parts: Parts
+        self, what: str, data: Sequence, info: DatasetInfo, split: str, parts: library.Parts
     ) -> None:
         self.form, _, self.place = what.partition(":")
         self._what, self._parts = what, parts
@@ -64,31 +55,30 @@ class Examples(NamedSource):
         return self.listed
 
     def __getitem__(self, index: int) -> Record:
-        example = self._example(checked(index, len(self)))
-        captions = texts_in(example[self._parts.caption])
+        example = self._example(index)
+        captions = library.texts_in(example[self._parts.caption])
         if not captions:
             raise WithoutCaption(f"{self._what}[{index}] {NO_CAPTION}")
         return Record(example[self._parts.image], captions, int(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         with required():
-            return texts_in(self._example(checked(index, len(self)))[self._parts.caption])
+            return library.texts_in(self._example(index)[self._parts.caption])
 
     def name(self, index: int) -> str:
-        number = f"{self._what}[{checked(index, len(self))}]"
-        if self._id is None:
-            return number
-        try:
-            value = self._example(index)[self._id]
-        except UnreadableImage:
-            return number
+        value = number = f"{self._what}[{checked(index, len(self))}]"
+        with contextlib.suppress(UnreadableImage):
+            value = self._example(index)[self._id] if self._id else number
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
     def _example(self, index: int) -> dict[str, Any]:
+        number = int(checked(index, len(self)))
         try:
-            return self._data[int(index)]
+            return self._data[number]
         except Exception as failure:  # RuntimeError of ArrayRecord, any parsing error
-            raise UnreadableImage(f"{self._what}[{index}]: {first_line(failure)}") from failure
+            raise UnreadableImage(
+                f"{self._what}[{index}]: {library.first_line(failure)}"
+            ) from failure
 
     def _hash(self, info: DatasetInfo, split: str) -> str:
         """Of the files' names and sizes, and of some examples, of which one must have a caption."""
@@ -103,14 +93,10 @@ class Examples(NamedSource):
         for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int):
             with required():
                 example = self._example(int(index))
-            captions += texts_in(example[caption])
+            captions += library.texts_in(example[caption])
             content.update(repr((example[image], example[caption])).encode())
         if not captions:
-            raise UserError(
-                f"{self._what} has no text under {caption!r}, which is "
-                f"{first_line(info.features[caption])}: name the part that holds the captions "
-                "with ?caption_key=NAME"
-            )
+            raise library.nothing_in(self._what, "caption", caption, info.features[caption])
         return content.hexdigest()
 
 
@@ -119,16 +105,37 @@ def open_tfds(request: Request) -> Examples:
     try:
         import tensorflow_datasets as tfds  # here: it takes half a second
     except ImportError as failure:
-        raise needs("tfds", "TensorFlow Datasets") from failure
-    place, split = place_and_split(request.place)
-    what = f"tfds:{place}"
-    check_folder(what, place)
+        cure = 'pip install "codebook_jax[tfds]"'
+        raise UserError(f"tfds: sources need TensorFlow Datasets: {cure}") from failure
+    what, place, split = library.place_of(request)
     builder = _builder(tfds, what, place, request.options.get("data_dir"))
-    split = split or only_split(what, list(builder.info.splits))
+    info = builder.info
+    split = split or library.only_split(what, list(info.splits))
     what = f"{what}:{split}"
-    parts = parts_of(what, request, list(builder.info.features))
-    data = _by_index(tfds, what, builder, split, parts.image)
-    return Examples(what, data, builder.info, split, parts)
+    parts = library.parts_of(what, request, list(info.features))
+    feature = info.features[parts.image]
+    decoders = {parts.image: tfds.decode.SkipDecoding()}
+    if not isinstance(feature, tfds.features.Image):
+        decoders = {}
+        is_array = isinstance(feature, tfds.features.Tensor) and len(feature.shape) == 3
+        if not is_array or feature.np_dtype != np.uint8:
+            raise library.nothing_in(what, "image", parts.image, feature)
+    try:
+        if not info.splits[split].num_examples:
+            raise UserError(f"{what} has no examples: name another split or slice")
+        data = builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError as failure:
+        raise UserError(
+            f"{what} is prepared as {info.file_format.value}, which cannot be read by index: "
+            f"prepare it again in another data_dir with `tfds build {builder.name} "
+            "--file_format=array_record`"
+        ) from failure
+    except (ValueError, KeyError, OSError, RuntimeError) as failure:  # of splits, of files
+        splits = f"its splits are {', '.join(info.splits) or 'none'}"
+        raise UserError(
+            f"{what} cannot be read ({library.first_line(failure)}): {splits}"
+        ) from failure
+    return Examples(what, data, info, split, parts)
 
 
 def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> DatasetBuilder:
@@ -148,35 +155,7 @@ def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> D
         return tfds.core.read_only_builder.builder_from_files(place, data_dir=data_dir)
     except Exception as failure:  # DatasetNotFoundError, ValueError, errors of parsing names, ...
         where = data_dir or "~/tensorflow_datasets (name another folder as ?data_dir=FOLDER)"
-        absent = isinstance(failure, tfds.core.DatasetNotFoundError)
-        why = "" if absent else f" ({first_line(failure)})"
         raise UserError(
-            f"{what} is not prepared in {where}{why}: run `tfds build {place} "
-            "--file_format=array_record`, which downloads it; a run downloads nothing"
+            f"{what} is not prepared in {where} ({library.first_line(failure)}): run `tfds build "
+            f"{place} --file_format=array_record`, which downloads it; a run downloads nothing"
         ) from failure
-
-
-def _by_index(
-    tfds: ModuleType, what: str, builder: DatasetBuilder, split: str, image: str
-) -> Sequence[dict[str, Any]]:
-    """The examples of a split, with the pictures in `image` not decoded."""
-    feature = builder.info.features[image]
-    decoders = {image: tfds.decode.SkipDecoding()}
-    if not isinstance(feature, tfds.features.Image):
-        decoders = {}
-        is_array = isinstance(feature, tfds.features.Tensor) and len(feature.shape) == 3
-        if not is_array or feature.np_dtype != np.uint8:
-            raise no_picture(what, image, feature)
-    try:
-        if builder.info.splits[split].num_examples:
-            return builder.as_data_source(split=split, decoders=decoders)
-    except NotImplementedError as failure:
-        raise UserError(
-            f"{what} is prepared as {builder.info.file_format.value}, which cannot be read by "
-            f"index: prepare it again in another data_dir with `tfds build {builder.name} "
-            "--file_format=array_record`"
-        ) from failure
-    except Exception as failure:  # ValueError for splits, OSError, ...
-        splits = f"its splits are {', '.join(builder.info.splits) or 'none'}"
-        raise UserError(f"{what} cannot be read ({first_line(failure)}): {splits}") from failure
-    raise UserError(f"{what} has no examples: name another split or slice")

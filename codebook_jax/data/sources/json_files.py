@@ -11,17 +11,19 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
-from codebook_jax.data.sources.listed import Entry, Listed, captions_in, keys_of, open_text, shown
+from codebook_jax.data.sources.listed import Entry, Listed, keys_of, open_text
 from codebook_jax.data.sources.record import Request
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
 KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
-_ID = "use a whole number or a string"
-_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
+_SPACE = r"[ \t\n\r]*"  # white space as in JSON
+_BEFORE = re.compile(rf"{_SPACE}(\[{_SPACE}(\]?){_SPACE})?")
+_BETWEEN = re.compile(rf"{_SPACE}([],]?){_SPACE}")
 _OTHERS = (  # (keys, the format they belong to, the scheme that reads it)
     ({"images", "annotations"}, "a COCO caption file", "coco"),
     ({"images"}, "a file of Karpathy's splits", "karpathy"),
@@ -36,26 +38,44 @@ def open_json(request: Request) -> Listed:
     listed, image_root = _checked(request.place)
     if image_root:  # one in the options still wins
         request = request._replace(settings=request.settings._replace(image_root=image_root))
-    path = request.place
-    entries = (_pair(path, where, entry, keys) for where, entry in read_json(path))
+    entries = (_pair(where, entry, keys) for where, entry in read_json(request.place))
     return Listed(request, entries, listed=listed)
 
 
 def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list; for json:, also ("file line 3", entry) of a file with one
-    entry per line. Raises UserError, naming what `scheme` reads, for any other file.
+    """("file[3]", entry) of a JSON list, or for json: ("file line 3", entry) of one entry after the
+    other. Raises UserError, naming what `scheme` reads, for any other file.
+
+    Entries are parsed one at a time: parsed at once, they take many times the memory of the text.
     """
     wanted = f"the path of a JSON{' or JSONL' * (scheme == 'json')} file after {scheme}:"
     with open_text(path, wanted) as file:
-        while (head := file.read(1)).isspace():
-            pass
-        if not head:
-            raise UserError(f"{path} is empty: give a JSON list, or for json: one pair per line")
-        file.seek(0)
-        if scheme == "json" and head != "[":
-            yield from _line_entries(path, file)
-        else:
-            yield from _list_entries(path, file.read(), scheme)
+        text = file.read()
+    found = _BEFORE.match(text)
+    in_list, ended, after = bool(found[1]), found[2] == "]", found.end()
+    if after == len(text) and not in_list:
+        raise UserError(f"{path} is empty: give a JSON list, or for json: one pair per line")
+    if not in_list and scheme != "json":
+        held = f"{path} holds {_shown(_parsed(path, text))}"
+        raise UserError(f"{held}, but {scheme}: reads a JSON list: give the published file")
+    number, line = 0, 1 + text.count("\n", 0, after)
+    try:
+        while not ended and (in_list or after < len(text)):
+            entry, end = parse_json_at(text, after)
+            yield f"{path}[{number}]" if in_list else f"{path} line {line}", entry
+            found, number = _BETWEEN.match(text, end), number + 1
+            ended = in_list and found[1] == "]"
+            if in_list != bool(found[1]):
+                kind = "Expecting ',' delimiter" if in_list else "Extra data"
+                raise json.JSONDecodeError(kind, text, found.end())
+            line += text.count("\n", after, found.end())
+            after = found.end()
+        if after < len(text):
+            raise json.JSONDecodeError("Extra data", text, after)
+    except ValueError as failure:
+        raise _broken(
+            f"{path}[{number}]" if in_list else f"{path} line {line}", failure
+        ) from failure
 
 
 def read_object(path: str, scheme: str) -> dict[str, Any]:
@@ -63,119 +83,78 @@ def read_object(path: str, scheme: str) -> dict[str, Any]:
     with open_text(path, f"the path of a JSON file after {scheme}:") as file:
         content = _parsed(path, file.read())
     if not isinstance(content, dict):
-        hint = f": a list of pairs is read with json:{path}" if isinstance(content, list) else ""
-        held = f"{path} holds a JSON {_kind_of(content)}"
-        raise UserError(f"{held}, but {scheme}: reads an object{hint}")
+        held = f"{path} holds {_shown(content)}, but {scheme}: reads a JSON object"
+        raise UserError(f"{held}: a list of pairs is read with json:{path}")
     return content
 
 
 def field(where: str, entry: Any, key: str, kind: str = "", cure: str = "correct it") -> Any:
     """The value at a key of an entry; raises UserError if there is none of this kind in KINDS."""
     if not isinstance(entry, dict):
-        raise UserError(f'{where} is a {_kind_of(entry)}, not an object with the key "{key}"')
+        raise UserError(f'{where} is {_shown(entry)}, not an object with the key "{key}"')
     if key not in entry:
-        raise UserError(f'{where} has no key "{key}" (its keys: {keys_of(entry)}): {cure}')
+        wrong = f'{where} has no key "{key}" (its keys: {keys_of(entry)})'
+        raise UserError(f"{wrong}: {cure}")
     value = entry[key]
     wrong = isinstance(value, bool) or value == "" or not isinstance(value, KINDS.get(kind, object))
     if kind and wrong:
-        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {cure}')
+        raise UserError(f'{where}, key "{key}": {_shown(value)} is not {kind}: {cure}')
     return value
 
 
-def _kind_of(value: Any) -> str:
-    """The JSON name of a value's type."""
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+def captions_in(
+    where: str, entry: Any, key: str, cure: str = "give a text, or a list of texts"
+) -> tuple[str, ...]:
+    """The texts with words in the text, or list of texts, at a key of an entry; raises UserError
+    for anything else.
+    """
+    captions = field(where, entry, key, cure=cure)
+    texts = [captions] if isinstance(captions, str) else captions or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        value = f'{where}, key "{key}": {_shown(captions)}'
+        raise UserError(f"{value} is neither a text nor a list of texts: {cure}")
+    return tuple(filter(has_words, texts))
 
 
-def _line_entries(path: str, file: TextIO) -> Iterator[tuple[str, Any]]:
-    first = True
-    for number, line in enumerate(file, 1):
-        if line.isspace():
-            continue
-        try:
-            entry = parse_json(line, of_data=True)
-        except ValueError as failure:
-            if first and not path.endswith(".jsonl"):  # an object on several lines?
-                text = "\n" * (number - 1) + line + file.read()
-                raise UserError(_no_list(path, _parsed(path, text), "json")) from None
-            raise UserError(_broken(path, failure, f"{path} line {number}", number)) from failure
-        yield f"{path} line {number}", entry
-        first = False
+def _shown(value: Any) -> str:
+    """A value as JSON, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _parsed(path: str, text: str) -> Any:
     try:
         return parse_json(text, of_data=True)
     except ValueError as failure:
-        raise UserError(_broken(path, failure, path)) from failure
+        raise _broken(path, failure) from failure
 
 
-def _list_entries(path: str, text: str, scheme: str) -> Iterator[tuple[str, Any]]:
-    """The entries one at a time: parsed at once, they take many times the memory of the text."""
-    number, after = 0, _SPACE.match(text).end()
-    if text[after] != "[":
-        raise UserError(_no_list(path, _parsed(path, text), scheme))
-    try:
-        after = _SPACE.match(text, after + 1).end()
-        while text[after : after + 1] != "]":
-            if number:
-                if text[after : after + 1] != ",":
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
-                after = _SPACE.match(text, after + 1).end()
-            entry, after = parse_json_at(text, after)
-            yield f"{path}[{number}]", entry
-            after, number = _SPACE.match(text, after).end(), number + 1
-        end = _SPACE.match(text, after + 1).end()
-        if end != len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
-    except ValueError as failure:
-        raise UserError(_broken(path, failure, f"{path}[{number}]")) from failure
-
-
-def _no_list(path: str, content: Any, scheme: str) -> str:
-    keys = f" with the keys {keys_of(content)}" if isinstance(content, dict) else ""
-    held = f"{path} holds a JSON {_kind_of(content)}{keys}, not a list"
-    if scheme != "json":
-        return f"{held}, which {scheme}: reads: give the file as it was published"
-    return (
-        f"{held} of pairs: {_other_scheme(path, content)}"
-        'write [{"image": ..., "caption": ...}, ...], or one such object per line'
-    )
-
-
-def _other_scheme(path: str, content: Any) -> str:
+def _other_scheme(content: Any) -> str:
     """A hint if another scheme reads the content; else empty."""
     for keys, whose, scheme in _OTHERS:
         if isinstance(content, dict) and keys <= content.keys():
-            return f"{whose} is read with {scheme}:{path}; or "
+            return f"{whose} is read with {scheme}:, otherwise "
     return ""
 
 
-def _broken(path: str, failure: ValueError, where: str, line: int = 0) -> str:
-    """The message; `where` is the entry, and `line` (0: the line in `failure`) where it begins."""
-    if not isinstance(failure, json.JSONDecodeError):
-        return f"{where} cannot be read ({failure}): fix or remove it"
-    why = f"{failure.msg.lower()}, column {failure.colno}"
-    return f"{path} line {line or failure.lineno} is not JSON ({why}): fix or remove it"
+def _broken(where: str, failure: ValueError) -> UserError:
+    """The refusal of a text that is no JSON."""
+    wrong = f"cannot be read ({failure})"
+    if isinstance(failure, json.JSONDecodeError):
+        place = f"line {failure.lineno} column {failure.colno}"
+        wrong = f"is not JSON ({failure.msg.lower()}, {place})"
+    return UserError(f"{where} {wrong}: fix or remove it")
 
 
-def _pair(path: str, where: str, entry: Any, keys: dict[str, str]) -> Entry:
-    if not isinstance(entry, dict):
-        raise UserError(
-            f'{where} is a {_kind_of(entry)}, not a pair: write {{"image": ..., "caption": ...}}'
-        )
-    for part in ("image", "caption"):
-        if keys[part] not in entry:
-            raise UserError(
-                f'{where} has no key "{keys[part]}" (its keys: {keys_of(entry)}): '
-                f"{_other_scheme(path, entry)}name the right one by adding ?{part}_key=NAME to "
-                "the path"
-            )
-    image = field(where, entry, keys["image"], "the path of an image", "use a string")
-    captions = captions_in(where, keys["caption"], entry[keys["caption"]])
-    named = entry.get(keys["id"]) not in (None, "")
-    key = field(where, entry, keys["id"], "an id", _ID) if named else None
+def _pair(where: str, entry: Any, keys: dict[str, str]) -> Entry:
+    image_key, caption_key, id_key = keys["image"], keys["caption"], keys["id"]
+    cure = f"{_other_scheme(entry)}name the key of paths by adding ?image_key=NAME"
+    image = field(where, entry, image_key, "the path of an image", cure)
+    cure = "name the key of captions by adding ?caption_key=NAME"
+    captions = captions_in(where, entry, caption_key, cure)
+    key = None
+    if entry.get(id_key) not in (None, ""):
+        key = field(where, entry, id_key, "an id", "use a whole number or a string")
     return Entry(where, image, captions, key)
 
 

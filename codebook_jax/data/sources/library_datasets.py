@@ -1,6 +1,4 @@
-"""Shared by the data sets of other libraries: NAME:SPLIT, and the names of the parts of an
-example.
-"""
+"""Shared by the data sets of other libraries: NAME:SPLIT, and the parts of an example."""
 
 from __future__ import annotations
 
@@ -33,14 +31,22 @@ class Parts(NamedTuple):
     id: str | None
 
 
-def place_and_split(place: str) -> tuple[str, str | None]:
-    """(NAME, SPLIT) of NAME:SPLIT; SPLIT is None if not given."""
+def place_of(request: Request) -> tuple[str, str, str | None]:
+    """(SCHEME:NAME, NAME, SPLIT) of a request for NAME:SPLIT; SPLIT is None if not given. Raises
+    UserError for a NAME that can only be a folder, and does not exist.
+    """
+    place = request.place
     found = None if os.path.isdir(place) else _SPLIT.search(place)
-    return (place, None) if found is None else (place[: found.start()], found[1])
+    place, split = (place, None) if found is None else (place[: found.start()], found[1])
+    what = f"{request.scheme}:{place}"
+    if place.startswith(("/", ".", "~")) and not os.path.exists(place):
+        cure = "give a folder, or a data set's name"
+        raise UserError(f"{what}: the folder does not exist: {cure}")
+    return what, place, split
 
 
 def only_split(what: str, splits: Sequence[str]) -> str:
-    """The split of a data set that has exactly one; else raises UserError asking to name one."""
+    """The only split of a data set; raises UserError if it has several."""
     if len(splits) == 1:
         return splits[0]
     example = f"{what}:{splits[0] if splits else 'train'}"
@@ -79,24 +85,15 @@ def texts_in(value: Any) -> tuple[str, ...]:
     return ()
 
 
-def check_folder(what: str, place: str) -> None:
-    """Raises UserError for a place that can only be a folder, and does not exist."""
-    if place.startswith(("/", ".", "~")) and not os.path.exists(place):
-        raise UserError(f"{what}: the folder does not exist: give a folder, or a data set's name")
-
-
-def needs(extra: str, library: str) -> UserError:
-    """The refusal where a library is not installed."""
-    cure = f'pip install "codebook_jax[{extra}]"'
-    return UserError(f"{extra}: sources need {library}: {cure}")
-
-
-def no_picture(what: str, name: str, feature: object) -> UserError:
-    """The refusal of a part that does not hold pictures."""
+def nothing_in(what: str, part: str, name: str, feature: object) -> UserError:
+    """The refusal of a part that holds no images, or no captions."""
+    others = (
+        "; paths are read with json: or csv:, and URLs are downloaded with img2dataset and read "
+        "with webdataset:"
+    )
     return UserError(
-        f"{what}: {name!r} is {first_line(feature)}, not a picture: name the part that holds "
-        "pictures with ?image_key=NAME; paths are read with json: or csv:, and URLs are "
-        "downloaded with img2dataset and read with webdataset:"
+        f"{what}: {name!r} is {first_line(feature)} and holds no {part}s: name another part with "
+        f"?{part}_key=NAME{others * (part == 'image')}"
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,27 +54,15 @@ class Mixture(Source):
 def training_order(source: Source, seed: int) -> grain.MapDataset:
     """Position in the run -> record of the source: random access, computed and not stored.
 
-    In one source, or a mixture without weights, every record appears once per epoch, in a new order
-    each epoch. With weights, each source cycles through its own records so, and gets its share of
-    every part of the stream; an epoch is then as many pairs as all sources have records, and may
-    repeat some sources and use only part of others.
+    Every record appears once per epoch, in a new order each epoch. With weights, each source cycles
+    through its own records so, and gets its share of every part of the stream.
     """
-    if not isinstance(source, Mixture) or source.weights is None:
-        return _shuffled(len(source), seed)
     import grain  # imported here: it imports JAX, which prepare and check-data do not need
 
-    parts = [
-        _shuffled(len(part), seed + 7919 * number).map(partial(_shifted, int(start)))
-        for number, (part, start) in enumerate(zip(source.sources, source.starts, strict=False))
+    weights = source.weights if isinstance(source, Mixture) else None
+    starts = [0, len(source)] if weights is None else source.starts.tolist()
+    orders = [
+        grain.MapDataset.range(*bounds).seed((seed + 7919 * number) % 2**32).shuffle().repeat()
+        for number, bounds in enumerate(itertools.pairwise(starts))
     ]
-    return grain.MapDataset.mix(parts, source.weights)
-
-
-def _shuffled(length: int, seed: int) -> grain.MapDataset:
-    import grain
-
-    return grain.MapDataset.range(length).seed(seed % 2**32).shuffle().repeat()
-
-
-def _shifted(start: int, index: int) -> int:
-    return start + int(index)
+    return orders[0] if weights is None else grain.MapDataset.mix(orders, weights)

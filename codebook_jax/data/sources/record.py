@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from codebook_jax.errors import UserError
 
 NO_CAPTION = "has no caption with words"
 ROLES = ("train", "validation", "test")
-DAMAGED = ("refuse", "skip")  # what to do about damaged shards
 PARTS = ("image", "caption", "id")  # of a pair; `?image_key=` names the field that holds one
 
 
@@ -42,15 +40,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`; raises UnreadableImage if the source must read the image itself and
-        cannot, and WithoutCaption if reading shows that there is no caption.
+        """Raises UnreadableImage if the source must read the image itself and cannot, and
+        WithoutCaption if reading shows that there is no caption.
         """
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of record `index`, without making its image."""
+        """The captions of a record, without making its image."""
 
     def name(self, index: int) -> str:
-        """The name of record `index` in the source (path, key or id), without reading its image."""
+        """The name of a record in the source (path, key or id), without reading its image."""
 
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""
@@ -90,7 +88,7 @@ class Settings(NamedTuple):
     seed: int
     image_root: str = ""
     path_map: str = ""
-    damaged_shards: str = "refuse"
+    damaged_shards: str = "refuse"  # or "skip"
 
 
 class Request(NamedTuple):
@@ -121,9 +119,8 @@ class Request(NamedTuple):
         value = self.options.get(option, choices[0])
         if value not in choices:
             usable = " or ".join(f"{option}={choice}" for choice in choices)
-            raise UserError(
-                f"{self.scheme}:{self.place}: {option}={value} is not valid: use {usable}"
-            )
+            where = f"{self.scheme}:{self.place}"
+            raise UserError(f"{where}: {option}={value} is not valid: use {usable}")
         return value
 
 
@@ -145,27 +142,12 @@ def digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-Opened = TypeVar("Opened")
-
-
-class Recent(Generic[Opened]):
+class Recent:
     """The last opened files by name, for several threads; another process opens its own."""
 
-    def __init__(self, opens: Callable[[str], Opened], most: int) -> None:
-        self._opens, self._most = opens, most
-        self._lock, self._held = threading.Lock(), OrderedDict()
+    def __init__(self, opens: Callable[[str], object], most: int) -> None:
+        self._arguments = opens, most
+        self.open = functools.lru_cache(most)(opens)  # closes when the last thread is done with it
 
-    def __getitem__(self, name: str) -> Opened:
-        with self._lock:
-            if name in self._held:
-                self._held.move_to_end(name)
-                return self._held[name]
-        opened = self._opens(name)  # outside the lock: on a network disk all threads would wait
-        with self._lock:
-            self._held[name] = opened
-            while len(self._held) > self._most:  # closes when the last thread is done with it
-                self._held.popitem(last=False)
-        return opened
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Recent, (self._opens, self._most)
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Recent, self._arguments

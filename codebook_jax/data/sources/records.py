@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import resource
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,20 +66,22 @@ class Records(NamedSource):
         shard, place = self._place(self._members(index)[0])
         where = f"{self.place}/{shard.file}, record {place}"
         try:
-            packed = self._readers[shard.file].read([place])[0]
+            packed = self._readers.open(shard.file).read([place])[0]
             content = msgpack.unpackb(packed, unicode_errors="surrogatepass")
         except Exception as failure:  # of ArrayRecord and msgpack, many kinds
             why = (str(failure).split(";")[0].splitlines() or [repr(failure)])[0]
             raise UnreadableImage(f"{where}: {why}") from failure
-        alone = self._images is None
-        captions = _with_words(content["captions"]) if alone else self.captions(index)
+        captions = tuple(filter(has_words, content["captions"]))
+        if self._images is not None:
+            captions = self.captions(index)
         if not captions:  # packed by an older version, which kept them
             raise WithoutCaption(f"{where} {NO_CAPTION}")
         return Record(content["image"], captions, content["image_id"])
 
     def captions(self, index: int) -> tuple[str, ...]:
         texts = (text for own in self._members(index) for text in self._entry(own)["captions"])
-        return _with_words(texts if self._images is None else dict.fromkeys(texts))
+        texts = texts if self._images is None else dict.fromkeys(texts)
+        return tuple(filter(has_words, texts))
 
     def name(self, index: int) -> str:
         return self._entry(self._members(index)[0])["name"]
@@ -100,7 +102,7 @@ class Records(NamedSource):
         """A line of an index."""
         shard, place = self._place(own)
         try:
-            return parse_json(self._indexes[shard.file][place])
+            return parse_json(self._indexes.open(shard.file)[place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
                 f"{self.place}/{index_name(shard.file)}, line {place + 1} cannot be read "
@@ -116,24 +118,18 @@ class Records(NamedSource):
         return grouped(numbered(hashes)[1])
 
 
-def _with_words(captions: Iterable[str]) -> tuple[str, ...]:
-    return tuple(filter(has_words, captions))
-
-
 def _sound(folder: str, manifest: Manifest, damaged: str) -> tuple[list[Shard], list]:
     """(shards with complete files, (file, why) of the others); `damaged` as in the config."""
     wrong = dict(misfits(folder, manifest.shards))
-    if wrong and damaged == "refuse":
-        why = next(iter(wrong.values()))
-        more = f", and {len(wrong) - 1} more shards are damaged" if len(wrong) > 1 else ""
-        raise UserError(
-            f"{folder}: {why}{more}: run the same --mode=prepare command again, it repacks damaged "
-            "shards; or leave them out with --config.data.damaged_shards=skip"
-        )
     sound = [shard for number, shard in enumerate(manifest.shards) if number not in wrong]
-    if not sum(shard.records for shard in sound):
-        cure = "pack the source again with --mode=prepare"
-        raise UserError(f"{folder}: every shard is damaged: {cure}")
+    if (wrong and damaged == "refuse") or not any(shard.records for shard in sound):
+        why = next(iter(wrong.values()), "it has no records")
+        held = f"{len(wrong)} of {len(manifest.shards)} shards are damaged"
+        raise UserError(
+            f"{folder}: {why} ({held}): run the same --mode=prepare command "
+            "again, it repacks damaged shards; or leave them out with "
+            "--config.data.damaged_shards=skip"
+        )
     lost = [(manifest.shards[number], why) for number, why in wrong.items()]
     return sound, [(s.file, f"{why}: {s.records:,} records left out") for s, why in lost]
 

@@ -1,8 +1,5 @@
 """Pairs in a table, CSV or TSV: one pair per row, the columns named by the first row or numbered
-from 0.
-
-CSV columns may also be separated by semicolons or tabs, whichever fits the first row. Rows with the
-same path or id are the same image. With `?quotes=none` quotes have no meaning.
+from 0. CSV columns may also be separated by semicolons or tabs, whichever fits the first row.
 """
 
 from __future__ import annotations
@@ -10,7 +7,6 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from codebook_jax.data.sources.listed import Entry, Listed, keys_of, open_text
 from codebook_jax.data.sources.record import Request
@@ -18,7 +14,6 @@ from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
 SEPARATORS = {"csv": ",;\t", "tsv": "\t"}  # allowed in each form, the usual one first
-_CALLED = {",": "commas", ";": "semicolons", "\t": "tabs"}
 USUAL = {  # names of columns, first match wins; not "id", which often numbers rows, not images
     "image": (
         *("image", "image_path", "image_name", "filepath", "file_path", "filename", "file_name"),
@@ -27,17 +22,6 @@ USUAL = {  # names of columns, first match wins; not "id", which often numbers r
     "caption": ("caption", "text", "title", "captions"),
     "id": ("image_id",),
 }
-Row = tuple[int, list[str]]  # number of its first line, cells
-
-
-class Columns(NamedTuple):
-    """The positions of the parts of a pair in a row."""
-
-    image: int
-    caption: int
-    id: int | None
-    count: int  # cells in every row
-    headed: bool  # whether the first row names them
 
 
 def open_table(request: Request) -> Listed:
@@ -46,28 +30,35 @@ def open_table(request: Request) -> Listed:
 
 
 def _entries(request: Request) -> Iterator[Entry]:
-    """The rows of the file, split at the first separator that gives the columns."""
-    failures = []
+    """The rows of the file, split at the first separator that its first row has."""
+    path = request.place
     for separator in SEPARATORS[request.scheme]:
         rows = _rows(request, separator)
-        first = next(rows, None)
-        if first is None:
-            raise UserError(f"{request.place} is empty: give a table with one pair per row")
-        try:
-            columns = _columns(request, first[1])
-        except UserError as failure:
-            failures.append(failure)
-            continue
-        for line, row in rows if columns.headed else itertools.chain([first], rows):
-            yield _entry(f"{request.place} line {line}", row, columns)
-        return
-    raise failures[0]
+        start, first = next(rows, (0, []))
+        if not first:
+            raise UserError(f"{path} is empty: give a table with one pair per row")
+        if len(first) > 1:
+            break
+    columns, headed = _columns(request, first)
+    for line, row in rows if headed else itertools.chain([(start, first)], rows):
+        where = f"{path} line {line}"
+        if len(row) != len(first):
+            count = f"{len(row)} cell{'s' * (len(row) != 1)}, the first row {len(first)}"
+            cure = "complete the row, or quote the fields that contain a separator"
+            raise UserError(f"{where} has {count}: {cure}")
+        image, caption = row[columns["image"]].strip(), row[columns["caption"]]
+        if not image:
+            raise UserError(f"{where} has no image: give its path, or remove the row")
+        key = row[columns["id"]].strip() if columns["id"] is not None else ""
+        yield Entry(where, image, (caption,) if has_words(caption) else (), key or None)
 
 
-def _columns(request: Request, first: Sequence[str]) -> Columns:
-    """The columns that the options name or number, else those with usual names in the first row."""
+def _columns(request: Request, first: Sequence[str]) -> tuple[dict[str, int | None], bool]:
+    """({part of a pair: column}, whether the first row names the columns): as the options name or
+    number them, else those with usual names in the first row.
+    """
     names = [name.strip().lower() for name in first]
-    places: dict[str, int | None] = {}
+    columns: dict[str, int | None] = {}
     headed, unusual = False, False
     for part, usual in USUAL.items():
         key = request.keys[part]
@@ -79,66 +70,36 @@ def _columns(request: Request, first: Sequence[str]) -> Columns:
         else:
             found = next((names.index(name) for name in usual if name in names), None)
         if found is None and (key is not None or part != "id"):
-            raise UserError(_no_column(request, part, key, first))
+            wanted = f"column {key!r} for ?{part}_key"
+            if key is None:
+                wanted = f"column with a usual name for {part}s ({', '.join(usual)})"
+            raise UserError(
+                f"{request.place} has no {wanted} (its first row: "
+                f"{keys_of([name[:40] for name in first])}): name one of these with "
+                f"?{part}_key=NAME or, if the first row is already a pair, number the columns from "
+                "0: ?image_key=0&caption_key=1; and read commas or semicolons with csv:"
+            )
         headed |= found is not None and not numbered
         unusual |= numbered and names[found] not in usual
-        places[part] = found
-    return Columns(**places, count=len(first), headed=headed or not unusual)
+        columns[part] = found
+    return columns, headed or not unusual
 
 
-def _rows(request: Request, separator: str) -> Iterator[Row]:
-    """The rows that are not blank."""
+def _rows(request: Request, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, cells) of each row that is not blank."""
     path = request.place
     plain = request.choice("quotes", ("csv", "none")) == "none"
     quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    usual = _CALLED[SEPARATORS[request.scheme][0]]
-    wanted = f"the path of a table with {usual} between its columns after {request.scheme}:"
-    with open_text(path, wanted, newline="") as file:
+    with open_text(path, f"the path of a table after {request.scheme}:", newline="") as file:
         # Strict: otherwise a stray quote would swallow the rows up to the next one.
-        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
-        while True:
-            line = reader.line_num + 1
-            try:
-                row = next(reader, None)
-            except csv.Error as failure:
-                raise UserError(
-                    f"{path} line {line} is not a valid row ({failure}): quote fields that contain "
-                    "quotes, doubling those inside, or add ?quotes=none if quotes have no meaning"
-                ) from failure
-            if row is None:
-                return
-            if any(cell and not cell.isspace() for cell in row):
-                yield line, row
-
-
-def _entry(where: str, row: Sequence[str], columns: Columns) -> Entry:
-    if len(row) != columns.count:
-        cure = "cells are missing, complete the row"
-        if len(row) > columns.count:
-            cure = "it has extra separators, quote the fields that contain one"
-        cells = f"{len(row)} cell{'s' * (len(row) != 1)}"
-        raise UserError(f"{where} has {cells}, the first row {columns.count}: {cure}")
-    image, caption = row[columns.image].strip(), row[columns.caption]
-    if not image:
-        raise UserError(f"{where} has no image: give its path, or remove the row")
-    key = row[columns.id].strip() if columns.id is not None else ""
-    return Entry(where, image, (caption,) if has_words(caption) else (), key or None)
-
-
-def _no_column(request: Request, part: str, key: str | None, first: Sequence[str]) -> str:
-    path, form = request.place, request.scheme
-    others = (other for other in SEPARATORS["csv"] if other not in SEPARATORS[form])
-    other = next((other for other in others if other in first[0]), None)
-    if len(first) == 1 and other:
-        return f"{path} has columns separated by {_CALLED[other]}: read it with csv:{path}"
-    shown = keys_of([name[:40] for name in first])
-    if key is not None:
-        return (
-            f"{path} has no column {key!r} for ?{part}_key (its first row: {shown}): use one of "
-            "these, or a number from 0"
-        )
-    return (
-        f"{path} has no column with a usual name for {part}s ({', '.join(USUAL[part])}) in its "
-        f"first row ({shown}): name it with ?{part}_key=NAME, or, if the first row is already a "
-        "pair, number the columns: ?image_key=0&caption_key=1"
-    )
+        reader, line = csv.reader(file, delimiter=separator, quoting=quoting, strict=True), 1
+        try:
+            for row in reader:
+                if any(cell and not cell.isspace() for cell in row):
+                    yield line, row
+                line = reader.line_num + 1
+        except csv.Error as failure:
+            raise UserError(
+                f"{path} line {line} is not a valid row ({failure}): quote fields that contain "
+                "quotes, doubling those inside, or add ?quotes=none if quotes have no meaning"
+            ) from failure

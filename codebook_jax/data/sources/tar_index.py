@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,24 +21,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from codebook_jax.data.sources.record import digest
-from codebook_jax.data.sources.texts import Packer, Texts, not_utf8
+from codebook_jax.data.sources.texts import Texts, not_utf8
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, written_whole
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-COMPRESSED = {  # end of the name -> (first bytes of the file, program that unpacks it)
-    "gz": (b"\x1f\x8b", "gzip"),
-    "bz2": (b"BZh", "bzip2"),
-    "xz": (b"\xfd7zXZ\0", "xz"),
-    "zst": (b"\x28\xb5\x2f\xfd", "zstd"),
-}
-FOLDER = ".tar_index"
+_UNPACKS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _FORM = 1  # of the kept index; a new number where what counts as a sample or a caption changes
 _SETTLED_NS = 2_000_000_000  # a shard changed more recently may be changed again in the same tick
 _BLOCK = tarfile.BLOCKSIZE
-_LINK = ", only a link or a sparse file, whose content is not in the shard"
-_CUT_SHORT = (tarfile.TruncatedHeaderError, tarfile.SubsequentHeaderError)
+_MATTERS = re.compile(b"path=|size=|GNU.sparse")  # in an extended header
+_Member = tuple[str, int, int]  # (suffix, start, size); size -1 for a link or a sparse file
 
 
 class Index(NamedTuple):
@@ -48,32 +43,32 @@ class Index(NamedTuple):
     in_json: np.ndarray  # bool [samples]: whether the caption is in a JSON file
     fingerprint: str  # of names and sizes
     left_out: Sequence[tuple[str, str]] = ()  # (key, why) of the other samples
-    further: Sequence[tuple[str, str]] = ()  # (member, why) of further images and texts of samples
     faults: Sequence[str] = ()  # duplicate members, or texts not in UTF-8; these samples are out
     damage: str = ""  # how the shard is truncated or damaged; empty if it is not
     damaged_at: int = 0  # the byte from which it cannot be read
 
 
-class _Damaged(Exception):
-    """How a shard is truncated or damaged, a predicate such as "is empty"; and at which byte."""
+class _DamagedError(Exception):
+    """(how a shard is truncated or damaged, at which byte)"""
 
 
-class _Member(NamedTuple):
-    suffix: str
-    start: int
-    size: int  # -1 for a link or a sparse file
-    kind: str  # image, json, text with a caption, blank text, encoded (text not in UTF-8), other
-    fault: str = ""  # of an encoded text
+class _NoPairError(Exception):
+    """(why a sample is no pair, the fault in it, if that is the reason)"""
 
 
 def index_shard(path: str, caption_key: str | None) -> Index:
     """The index kept for the shard at `path`, or a new one, which is then kept.
 
     With `caption_key`, captions are the values at that key of its JSON files. An image or text
-    without a partner is a further member of the sample named before its first dot, as in WebDataset
-    (0001.seg.png of 0001), or left out if there is no such sample.
+    without a partner is left out, unless it belongs to the sample named before its first dot, as in
+    WebDataset (0001.seg.png to 0001).
     """
-    places = _places_of_index(path, caption_key)
+    folder, name = os.path.split(os.path.abspath(path))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    places = [  # beside the shard, whose folder may have another name on another host, or the cache
+        Path(place, ".tar_index", f"{name}.{digest([where, str(caption_key)])[:12]}.json")
+        for place, where in ((folder, ""), (os.path.join(cache, "codebook_jax"), folder))
+    ]
     try:
         with open(path, "rb") as file:
             state = os.fstat(file.fileno())
@@ -105,35 +100,18 @@ def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
         value = held.get(key) if isinstance(held, dict) else None
         texts = value if isinstance(value, list) else [value]
     stripped = (text.strip() for text in texts if isinstance(text, str))
-    return tuple(text for text in stripped if has_words(text))
-
-
-def unpacking(tool: str) -> str:
-    """What to do about a shard compressed with `tool`."""
-    return f"unpack it with `{tool} -dc FILE > NAME.tar`, for images are read in no order"
-
-
-def _places_of_index(path: str, caption_key: str | None) -> list[Path]:
-    """Beside the shard, whose folder may have another name on another host; or in the cache."""
-    folder, name = os.path.split(os.path.abspath(path))
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [
-        Path(place, FOLDER, f"{name}.{digest([where, str(caption_key)])[:12]}.json")
-        for place, where in ((folder, ""), (os.path.join(cache, "codebook_jax"), folder))
-    ]
+    return tuple(filter(has_words, stripped))
 
 
 def _index_of(
     keys: Sequence[str] = (), places: Sequence = (), in_json: Sequence[bool] = (), **others: Any
 ) -> Index:
     """An index from its JSON form."""
-    packed = Packer()
-    for key in keys:
-        packed.add(key)
+    others.pop("further", None)  # older versions kept it
     table, flags = np.array(places, np.int64).reshape(-1, 4), np.array(in_json, bool)
     content = hashlib.sha256("\n".join(keys).encode("utf-8"))
     content.update(table[:, 1::2].astype("<i8").tobytes() + flags.tobytes())
-    return Index(packed.texts(), table, flags, content.hexdigest(), **others)
+    return Index(Texts(keys), table, flags, content.hexdigest(), **others)
 
 
 def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:
@@ -144,94 +122,66 @@ def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:
         for name, start, size in _files_in(file):
             if name.find(".", name.rfind("/") + 1) > name.rfind("/") + 1:  # neither bare nor hidden
                 stem, _, suffix = name.rpartition(".")
-                member = _member(file, suffix, start, size, texts=caption_key is None)
-                samples.setdefault(stem, []).append(member)
-    except _Damaged as failure:
+                samples.setdefault(stem, []).append((suffix, start, size))
+    except _DamagedError as failure:
         damage, damaged_at = failure.args
+        samples.pop(stem, None)  # its other members may be cut off, so it is not counted
     keys, places, in_json, lacking, faults = [], [], [], {}, []
-    further: list[tuple[str, _Member]] = []
     for key, members in samples.items():
-        first = {member.kind: member for member in reversed(members)}
-        image, caption = first.get("image"), first.get("text") or first.get("json")
-        if damage and key == stem:
-            lacking[key] = ""  # its other members may be cut off, so it is not counted
-        elif fault := _fault(members, first):
-            faults.append(f"{_printable(key)}.{fault}")
-            lacking[key] = f"cannot be used: {faults[-1]}"
-        elif why := _lack(file, caption_key, first):
-            lacking[key] = why + _LINK * any(member.size < 0 for member in members)
-        else:
-            keys.append(_printable(key))
-            places.append([image.start, image.size, caption.start, caption.size])
-            in_json.append(caption.kind == "json")
-            further += [(key, member) for member in members if member not in (image, caption)]
-    whole = samples.keys() - lacking.keys()
-    owned = {key for key in lacking if _owner(key) in whole}
-    further += [(key, member) for key in owned for member in samples[key]]
-    left_out = [(_printable(key), why) for key, why in lacking.items() if why and key not in owned]
+        try:
+            place, is_json = _pair(file, members, caption_key)
+        except _NoPairError as failure:
+            lacking[key], fault = failure.args
+            if fault:
+                faults.append(f"{_printable(key)}.{fault}")
+                lacking[key] = f"cannot be used: {faults[-1]}"
+            continue
+        keys.append(_printable(key))
+        places.append(place)
+        in_json.append(is_json)
+    left_out = [
+        (_printable(key), why)
+        for key, why in lacking.items()
+        if (owner := _owner(key)) not in samples or owner in lacking
+    ]
     index = {"keys": keys, "places": places, "in_json": in_json, "left_out": left_out}
-    index |= {"further": _counted(further), "faults": faults}
-    return index | {"damage": damage, "damaged_at": damaged_at}
+    return index | {"faults": faults, "damage": damage, "damaged_at": damaged_at}
 
 
-def _member(file: BinaryIO, suffix: str, start: int, size: int, *, texts: bool) -> _Member:
-    kind, fault = "other", ""
-    if size >= 0 and suffix.lower() in IMAGES:
-        kind = "image"
-    elif size >= 0 and suffix.lower() == "json":
-        kind = "json"
-    elif size >= 0 and suffix.lower() == "txt" and texts:
+def _pair(
+    file: BinaryIO, members: Sequence[_Member], caption_key: str | None
+) -> tuple[list[int], bool]:
+    """([start and size of the image, of the caption], whether the caption is in JSON)."""
+    images, texts, jsons = (
+        [member for member in members if member[0].lower() in suffixes and member[2] >= 0]
+        for suffixes in (IMAGES, () if caption_key else ("txt",), ("json",))
+    )
+    suffixes = [suffix for suffix, _, _ in (*images, *texts, *jsons)]
+    for suffix in suffixes:
+        if suffixes.count(suffix) > 1:
+            raise _NoPairError("", f"{suffix} occurs more than once")
+    why = f"has no image ({', '.join(IMAGES)})"
+    fault = ""
+    for suffix, start, size in texts if images else ():
         file.seek(start)
         try:
-            kind = "text" if captions_of(file.read(size), None) else "blank"
+            if captions_of(file.read(size), None):
+                return [*images[0][1:], start, size], False
         except UnicodeDecodeError as failure:
-            kind, fault = "encoded", not_utf8(failure)
-    return _Member(suffix, start, size, kind, fault)
-
-
-def _fault(members: list[_Member], first: dict[str, _Member]) -> str:
-    """A duplicate name of a sample's members, or that its only text is not UTF-8; empty if fine."""
-    suffixes = [member.suffix for member in members]
-    if len({*suffixes}) < len(suffixes):
-        for member in members:
-            if member.kind != "other" and suffixes.count(member.suffix) > 1:
-                return f"{member.suffix} occurs more than once"
-    if "encoded" in first and "image" in first and "text" not in first:
-        return f"{first['encoded'].suffix} {first['encoded'].fault}"
-    return ""
-
-
-def _lack(file: BinaryIO, caption_key: str | None, first: dict[str, _Member]) -> str:
-    """Why the first members of each kind are no pair; empty if they are."""
-    if "image" not in first:
-        return f"has no image ({', '.join(IMAGES)})"
-    if "text" in first:
-        return ""
-    if "json" not in first:
-        return f"has no caption: no {'.json' if caption_key else 'text in a .txt, and no .json'}"
-    file.seek(first["json"].start)
-    try:
-        if captions_of(file.read(first["json"].size), caption_key or "caption"):
-            return ""
-    except ValueError as failure:
-        return f"has no caption: its .json cannot be read ({failure})"
-    return f"has no caption: no text under {caption_key or 'caption'!r} in its .json"
-
-
-def _counted(further: list[tuple[str, _Member]]) -> list[tuple[str, str]]:
-    """(member, why) of the first image or text of each suffix that is no part of a pair."""
-    counts: dict[str, tuple[str, int]] = {}
-    for key, member in sorted(further, key=lambda item: item[1].start):
-        if member.kind in ("image", "text"):
-            owner = _printable(_owner(key))
-            suffix = f"{_printable(key)[len(owner) :]}.{member.suffix}"
-            first, count = counts.get(suffix, (owner, 0))
-            counts[suffix] = first, count + 1
-    why = "is not a pair but a further member of {}, like {:,} *{} here"
-    return [
-        (owner + suffix, why.format(owner, count, suffix))
-        for suffix, (owner, count) in counts.items()
-    ]
+            fault = fault or f"{suffix} {not_utf8(failure)}"
+    if images:
+        why = f"has no caption: no {'.json' if caption_key else 'text in a .txt, and no .json'}"
+    for _, start, size in jsons[:1] if images and not fault else ():
+        file.seek(start)
+        why = f"has no caption: no text under {caption_key or 'caption'!r} in its .json"
+        try:
+            if captions_of(file.read(size), caption_key or "caption"):
+                return [*images[0][1:], start, size], True
+        except ValueError as failure:
+            why = f"has no caption: its .json cannot be read ({failure})"
+    if any(size < 0 for _, _, size in members):
+        why += ", only a link or a sparse file, whose content is not in the shard"
+    raise _NoPairError(why, fault)
 
 
 def _owner(key: str) -> str:
@@ -246,7 +196,7 @@ def _printable(name: str) -> str:
 
 
 def _files_in(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """(name, start, size) of every file, with size -1 for a link or a sparse file; raises _Damaged.
+    """(name, start, size) of every file, with size -1 for a link or a sparse file.
 
     Plain headers are read here, the others by the standard library, which takes ten times as long.
     """
@@ -259,13 +209,14 @@ def _files_in(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         here = following
         file.seek(here)
         head = file.read(_BLOCK)
-        start, size = here + _BLOCK, _plain_size(head)
-        kind, following = head[156:157] if size >= 0 else b"", start + -(-size // _BLOCK) * _BLOCK
-        if kind == b"x":  # extends the next header
-            more = file.read(size)
-            if not (b"path=" in more or b"size=" in more or b"GNU.sparse" in more):
-                continue
-        if kind in (b"0", b"\0"):
+        start, size, kind = here + _BLOCK, -1, head[156:157]
+        if head[257:262] == b"ustar" and head[345:346] == b"\0":  # no further part of the name
+            with contextlib.suppress(ValueError):
+                size = int(head[124:136].rstrip(b"\0 ") or b"0", 8)
+        following = start + -(-size // _BLOCK) * _BLOCK
+        if size >= 0 and kind == b"x" and not _MATTERS.search(file.read(size)):
+            continue  # extends the next header
+        if size >= 0 and kind in (b"0", b"\0"):
             name = head[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
         else:
             file.seek(here)
@@ -278,44 +229,32 @@ def _files_in(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
             elif not member.isreg():
                 continue
         if start + size > end:
-            raise _Damaged(f"ends inside {_printable(name)}", here)
+            raise _DamagedError(f"ends inside {_printable(name)}", here)
         yield name, start, size
 
 
-def _plain_size(head: bytes) -> int:
-    """The size in a plain header; -1 if reading it takes more than its name and size."""
-    if head[257:262] != b"ustar" or head[345:346] != b"\0":
-        return -1
-    try:
-        return int(head[124:136].rstrip(b"\0 ") or b"0", 8)
-    except ValueError:
-        return -1
-
-
 def _standard_member(tar: tarfile.TarFile, here: int, end: int) -> tarfile.TarInfo | None:
-    """The member whose header is `here`, or None at the end mark; raises _Damaged."""
+    """The member whose header is `here`, or None at the end mark; raises _DamagedError."""
+    why = f"is no tar file from byte {here:,} on"
     try:
         member = tarfile.TarInfo.fromtarfile(tar)
         if member.size >= 0:
             return member
-        failure = ValueError(f"size {member.size}")
     except tarfile.EOFHeaderError:
-        rest = tar.fileobj.read(2 * tarfile.RECORDSIZE)  # padded to a whole record
-        if not any(rest):
+        if not any(tar.fileobj.read(2 * tarfile.RECORDSIZE)):  # padded to a whole record
             return None
-        raise _Damaged(
+        why = (
             f"goes on behind the end mark of an archive at byte {here:,}, as where cat has joined "
-            "several (tar -A joins them whole)",
-            here,
-        ) from None
-    except (tarfile.TarError, ValueError) as error:
-        failure = error
+            "several (tar -A joins them whole)"
+        )
+    except (tarfile.TarError, ValueError) as failure:
+        truncated = (tarfile.TruncatedHeaderError, tarfile.SubsequentHeaderError)
+        if here + _BLOCK > end or isinstance(failure, truncated):
+            why = "ends without the end mark of an archive"
     tar.fileobj.seek(0)
     start = tar.fileobj.read(6)
-    why = f"is no tar file from byte {here:,} on ({failure})"
-    if here + _BLOCK > end or isinstance(failure, _CUT_SHORT):
-        why = "ends inside a header" if here < end else "ends without the end mark of an archive"
-    for magic, tool in COMPRESSED.values():
-        if start.startswith(magic):
-            why = f"is compressed: {unpacking(tool)}"
-    raise _Damaged(why if end else "is empty", here) from failure
+    for magic, tool in _UNPACKS.items():
+        if start.startswith(magic) and not here:
+            unpack = f"unpack it with `{tool} -dc FILE > NAME.tar`"
+            why = f"is compressed: {unpack}, for images are read in no order"
+    raise _DamagedError(why, here)

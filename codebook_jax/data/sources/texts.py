@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 
 
 class Texts:
-    """An immutable sequence of texts, stored as one run of UTF-8 bytes and the start of each."""
+    """A growing sequence of texts, stored as one run of UTF-8 bytes and the start of each."""
 
-    def __init__(self, packed: bytes, starts: np.ndarray) -> None:
-        self._packed, self._starts = packed, starts
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._packed, self._starts = bytearray(), array("q", [0])
+        for text in texts:
+            self.append(text)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> str:
-        start, stop = self._starts[index], self._starts[index + 1]
+        start, stop = self._starts[index : index + 2]
         return self._packed[start:stop].decode("utf-8", "surrogatepass")
 
-
-class Packer:
-    """Collects texts one at a time."""
-
-    def __init__(self) -> None:
-        self._packed, self._starts = bytearray(), array("q", [0])
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def add(self, text: str) -> None:
+    def append(self, text: str) -> None:
         self._packed += text.encode("utf-8", "surrogatepass")
         self._starts.append(len(self._packed))
-
-    def texts(self) -> Texts:
-        """The texts added so far."""
-        return Texts(bytes(self._packed), np.array(self._starts, np.int64))
 
 
 def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

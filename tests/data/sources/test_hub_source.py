@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from list_files import captions, ids, picture, records
+from list_files import captions, check_source, ids, picture, records
 
 from codebook_jax.data.images import UnreadableImage, decode
 from codebook_jax.data.sources import hub
@@ -72,9 +72,6 @@ def test_a_table_is_the_same_in_every_form_on_disk(datasets, tmp_path):
     assert len(prints) == 1
     assert decode(source[2].image).shape == (20, 30, 3)
     assert open_it(f"{tmp_path}/parquet:train[2:5]").captions(0) == ("caption 2 é",)
-    for index in (-1, 7):
-        with pytest.raises(IndexError):
-            source[index]
 
 
 def test_pictures_that_a_folder_lists_are_read_by_their_paths(tmp_path):
@@ -161,11 +158,10 @@ def test_a_source_crosses_to_another_process_and_is_read_by_several_threads(tmp_
     columns = {"image": list(map(picture, range(20))), "caption": list("abcdefghijklmnopqrst")}
     source = open_it(parquet(tmp_path / "p" / "a.parquet", columns).parent)
     assert capfd.readouterr() == ("", "")  # no progress bars
+    check_source(source)
     packed = pickle.dumps(source)
     assert len(packed) < 20_000  # no pictures
     other = pickle.loads(packed)
-    assert other.fingerprint() == source.fingerprint()
-    assert repr(other) == repr(source) and "0x" not in repr(source)
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(other.__getitem__, list(range(20)) * 10))
     assert found == records(source) * 10
@@ -186,11 +182,11 @@ def test_what_cannot_be_read_is_refused_with_a_cure(datasets, tmp_path):
         "odd:train": "no image .*.image, .*; it has picture, title, n.: .*[?]image_key=NAME",
         "odd:train?image_key=picture": "no caption .*[?]caption_key=NAME",
         "odd:train?image_key=photo": "has no 'photo' for [?]image_key .it has picture",
-        "odd:train?image_key=picture&caption_key=n": "'n', which is Value.*holds no captions",
-        "odd:train?image_key=n&caption_key=title": "'n' is Value.*, not a picture",
-        "blank:train": "has no row with an image and a caption",
-        "t:train?image_key=url": "'url' is Value.*, not a picture: .*img2dataset",
-        "t:train?image_key=words": "'words' is List.*, not a picture",
+        "odd:train?image_key=picture&caption_key=n": "'n' is Value.*holds no captions",
+        "odd:train?image_key=n&caption_key=title": "'n' is Value.*.*holds no images",
+        "blank:train": "'caption' is .*holds no captions",
+        "t:train?image_key=url": "'url' is Value.*.*holds no images: .*img2dataset",
+        "t:train?image_key=words": "'words' is List.*.*holds no images",
         "odd:test": "cannot be read .*test",
         "bad:train": "cannot be read",
         "empty:train": "cannot be read .*give a folder of Parquet files",

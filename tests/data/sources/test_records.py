@@ -2,26 +2,22 @@
 needlessly.
 """
 
-import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import list_files
 import numpy as np
 import pytest
-from list_files import captions, ids, records
-from small_data import stream_of, tokenizer_of
+from list_files import captions, check_source, ids, records
 from small_packing import content, jpeg, pack, write_many
 
 from codebook_jax.data.images import UnreadableImage, decode
-from codebook_jax.data.manifest import Shard, verify
+from codebook_jax.data.manifest import verify
 from codebook_jax.data.sources import records as records_module
 from codebook_jax.errors import UserError
 
@@ -63,11 +59,7 @@ def test_every_record_is_the_one_that_was_packed(packed):
         assert source[index] == (jpeg(number), (f"picture {number}",), number)
         assert source.captions(index) == (f"picture {number}",)
         assert source.name(index) == f"{number}.jpg"
-    for index in (-1, COUNT - 1):
-        with pytest.raises(IndexError):
-            source[index]
-        with pytest.raises(IndexError):
-            source.name(index)
+    check_source(source)
 
 
 def test_records_of_one_image_are_one_to_evaluate_and_two_pictures_of_one_id_stay_two(tmp_path):
@@ -92,9 +84,7 @@ def test_records_of_one_image_are_one_to_evaluate_and_two_pictures_of_one_id_sta
 def test_a_fingerprint_is_of_the_content_and_of_no_path(packed, copied, tmp_path):
     source = open_it(packed)
     assert open_it(copied).fingerprint() == source.fingerprint()
-    other = pickle.loads(pickle.dumps(source))
-    assert other.fingerprint() == source.fingerprint() and other[3] == source[3]
-    assert repr(other) == repr(source) == f"records('{packed}', images={COUNT - 1})"
+    assert repr(source) == f"records('{packed}', images={COUNT - 1})"
     path = write_many(tmp_path / "pictures", COUNT)
     path.write_text(path.read_text().replace("picture 20", "photo 20"))
     assert pack(path, tmp_path / "other") == 0
@@ -129,10 +119,10 @@ def test_a_damaged_shard_is_named_refused_skipped_and_remade(packed, copied, fil
 def test_more_damaged_shards_are_counted_and_all_of_them_are_no_source(copied):
     for path in copied.glob("*0[13]-of*.array_record"):
         path.write_bytes(b"")
-    assert re.search("00001-of-00006.* and 1 more shards are damaged", refusal(copied))
+    assert re.search("00001-of-00006.*2 of 6 shards are damaged", refusal(copied))
     for path in copied.glob("*.array_record"):
         path.unlink()
-    assert "every shard is damaged" in refusal(copied, damaged_shards="skip")
+    assert "6 of 6 shards are damaged" in refusal(copied, damaged_shards="skip")
 
 
 def test_a_flipped_byte_anywhere_in_a_picture_is_found_when_its_record_is_read(copied):
@@ -192,43 +182,10 @@ def test_many_threads_read_more_shards_than_stay_open(packed, monkeypatch):
 
     with ThreadPoolExecutor(8) as pool:
         assert not any(pool.map(wrong, range(8)))
-    assert len(source._readers._held) == 2 and len(source._indexes._held) == 1
-
-
-def test_a_million_records_open_at_once_without_reading_a_shard(packed, tmp_path):
-    manifest = json.loads((packed / "manifest.json").read_text())
-    names = [f"pairs-{n:05d}-of-00250" for n in range(250)]
-    one = Shard("", 4096, 4096, 0, 7, "0" * 64, 3, "0" * 64)
-    manifest["shards"] = [one._replace(file=f"{name}.array_record")._asdict() for name in names]
-    manifest["listed"] = 250 * 4096
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    for name in names:
-        (tmp_path / f"{name}.array_record").write_bytes(b"a shard")
-        (tmp_path / f"{name}.jsonl").write_bytes(b"no\n")
-    began = time.process_time()
-    source = open_it(tmp_path)
-    assert time.process_time() - began < 0.5
-    assert len(source) == source.listed == 1_024_000
-    assert len(pickle.dumps(source)) < 100_000
-
-
-def test_the_stream_of_batches_is_the_same_from_workers_and_after_a_restart(packed, tmp_path):
-    source = open_it(packed)
-    tokenizer = tokenizer_of(source, tmp_path, 100)
-
-    def hashes(start_step, steps, workers):
-        stream = stream_of(source, tokenizer, max_tokens=8, start_step=start_step, workers=workers)
-        try:
-            batches = [next(stream) for _ in range(steps)]
-        finally:
-            stream.close()
-        contents = (b"".join(part.tobytes() for part in batch) for batch in batches)
-        return [hashlib.sha256(each).hexdigest() for each in contents]
-
-    straight = hashes(0, 6, workers=0)
-    assert len(set(straight)) == 6
-    assert hashes(0, 6, workers=1) == straight
-    assert hashes(4, 2, workers=0) == straight[4:]
+    assert [part.open.cache_info().currsize for part in (source._readers, source._indexes)] == [
+        2,
+        1,
+    ]
 
 
 def test_packing_and_reading_touch_no_device():

@@ -1,21 +1,14 @@
 """JSON files in ALBEF's format and the built-in scenes, read by index, and mistakes in files."""
 
 import json
-import os
-import pickle
 import re
 import shutil
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
-from list_files import captions, ids, open_it, records, refusal, write
-from PIL import Image
+from list_files import captions, check_source, ids, open_it, records, refusal, write
 
-from codebook_jax.data.images import decode
-
-EMOJI = Path(__file__).parents[3] / ".." / "shared" / "data" / "emoji"
 ALBEF = [
     {"image": "a.jpg", "caption": "one", "dataset": "coco"},
     {"image": "b.jpg", "caption": ["two", "three"], "image_id": 7},
@@ -87,29 +80,22 @@ DEEP, LONG = "[" * 100_000, "9" * 5000
 BROKEN = [
     ([], "lists no pairs"),
     ("", "is empty"),
-    (" \n\n", "is empty"),
-    ('{"annotations":\n []}', "holds a JSON object with the keys annotations, not a list"),
+    ('{"annotations":\n []}', r'line 1 has no key "image" \(its keys: annotations'),
     ('{"annotations": []}', 'line 1 has no key "image" .its keys: annotations'),
-    ('\n"hello\n', "line 2 is not JSON"),
-    ('[{"image": "a.jpg", "caption": "one"},\n {"image": ', "line 2 is not JSON"),
-    ('{"image": "a", "caption": "b"}\n{"image" "a"}\n', "line 2 is not JSON"),
-    ([3], r"\[0\] is a number, not a pair"),
+    ('\n"hello\n', "is not JSON .*line 2"),
+    ('[{"image": "a.jpg", "caption": "one"},\n {"image": ', "is not JSON .*line 2"),
+    ('{"image": "a", "caption": "b"}\n{"image" "a"}\n', "is not JSON .*line 2"),
+    ([3], r"\[0\] is 3, not an object"),
     ([*pair(), {"img": "a", "caption": "x"}], r'\[1\] has no key "image" \(its keys: img, cap'),
     ([{"image": "a.jpg", "text": "x"}], r'\[0\] has no key "caption"'),
     (pair(image=3), 'key "image": 3 is not the path'),
-    (pair(image=""), 'key "image": "" is not the path'),
     (pair(caption={"en": "x"}), 'key "caption": .* neither a text nor a list'),
     (pair(caption=["x", 3]), 'key "caption": .* neither'),
-    (pair(caption=3), 'key "caption": 3 is neither'),
     (pair(caption=" "), "lists no pairs"),
     (pair(image_id=1.5), 'key "image_id": 1.5 is not an id'),
-    (pair(image_id=True), 'key "image_id": true'),
     (json.dumps(pair(image_id="?")).replace('"?"', LONG), r'\[0\], key "image_id": .*5,000 digits'),
-    (json.dumps(pair(image_id="?")[0]).replace('"?"', f"-{LONG}"), "line 1, key .*5,001 digits"),
-    ('[{"image": "a", "caption": "x", "image_id": 1e400}]', '"image_id": Infinity is not'),
     ('[{"image": "a", "caption": "x", "image_id": NaN}]', '"image_id": NaN is not'),
     (f"{json.dumps(pair())[:-1]}, {DEEP}", r"\[1\] cannot be read .*nested"),
-    (f"{json.dumps(pair()[0])}\n{DEEP}", "line 2 cannot be read .*nested"),
     ('[{"image": "a", "caption": "x", "caption": "y"}]', r"\[0\] cannot .*the key 'caption' twice"),
 ]
 
@@ -149,12 +135,6 @@ def test_a_spec_that_names_nothing_is_refused_with_what_was_meant(spec, role, wo
     assert re.search(words, refusal(spec, role))
 
 
-def test_settings_that_no_source_can_have_are_refused():
-    assert "scenes_examples=0" in refusal("scenes", scenes_examples=0)
-    said = refusal("scenes", damaged_shards="mend")
-    assert "damaged_shards='mend' is not one of refuse, skip" in said
-
-
 def test_scenes_are_a_source_in_every_role():
     train = open_it("scenes")
     assert len(train) == 50 and train[3].image.shape == (32, 32, 3)
@@ -166,9 +146,6 @@ def test_scenes_are_a_source_in_every_role():
             found[spec, role] = set(captions(source))
             assert len(source) == len(found[spec, role]) == 1000
             assert all(len(texts) == 1 for texts in found[spec, role])
-            assert source[999].captions == source.captions(999)
-            with pytest.raises(IndexError):
-                source[1000]
     for one in ("scenes", "scenes:hard"):
         for other in ("scenes", "scenes:hard"):
             assert not found[one, "validation"] & found[other, "test"]
@@ -184,14 +161,10 @@ def test_evaluation_scenes_are_the_same_for_every_seed_and_training_scenes_are_n
 
 def test_sources_cross_to_workers_and_show_no_address(tmp_path):
     path = write(tmp_path / "pairs.json", ALBEF)
-    specs = [("scenes", "train"), ("scenes", "test"), ("scenes:hard", "test")]
-    for spec, role in (*specs, (f"json:{path}", "train")):
-        source = open_it(spec, role=role)
-        other = pickle.loads(pickle.dumps(source))
-        assert other.fingerprint() == source.fingerprint()
-        assert repr(other) == repr(source) and "0x" not in repr(source)
-        np.testing.assert_equal(other[1], source[1])
-    assert repr(source) == f"json('{path}', images=4)"
+    for spec in ("scenes", "scenes:hard", f"json:{path}"):
+        check_source(open_it(spec, "train" if spec == "scenes" else "test"))
+    check_source(open_it("scenes", "validation"))
+    assert repr(open_it(f"json:{path}")) == f"json('{path}', images=4)"
 
 
 def test_a_large_file_is_held_without_an_object_an_entry(tmp_path):
@@ -206,13 +179,3 @@ def test_a_large_file_is_held_without_an_object_an_entry(tmp_path):
     tracemalloc.stop()
     assert len(source) == 20_000
     assert held / len(source) < 150
-
-
-@pytest.mark.skipif(not EMOJI.is_dir(), reason="the emoji set is not beside this checkout")
-def test_every_emoji_picture_of_the_validation_list_decodes():
-    source = open_it(f"json:{os.fspath((EMOJI / 'val.json').resolve())}", role="validation")
-    for record in records(source):
-        image = decode(record.image)
-        assert image.ndim == 3 and image.std() > 0
-    train = open_it(f"json:{EMOJI.resolve() / 'train.json'}")
-    assert decode(train[0].image).shape == (*np.asarray(Image.open(train[0].image)).shape[:2], 3)

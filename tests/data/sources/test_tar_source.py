@@ -3,13 +3,12 @@
 import io
 import json
 import os
-import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from list_files import captions, picture, records
+from list_files import captions, check_source, picture, records
 from tar_files import LINK, open_it, pairs, refusal, samples, write, write_three
 
 from codebook_jax.data.images import UnreadableImage
@@ -31,9 +30,7 @@ def test_every_sample_comes_with_its_image_and_its_caption(folder):
     assert captions(source) == [(f"caption {number} é",) for number in numbers]
     assert [len(source), source.listed, list(source.left_out)] == [15, 15, []]
     assert source.name(5) == "00001.tar/000000001"
-    for index in (-1, 15):
-        with pytest.raises(IndexError):
-            source[index]
+    check_source(source)
 
 
 def test_shards_are_named_by_file_folder_pattern_range_and_list(folder):
@@ -79,7 +76,7 @@ def test_members_are_found_in_every_form_of_tar(tmp_path, form):
     ]
     # Hidden files and those without a suffix are no samples; é.x.jpg belongs to é, as in
     # WebDataset.
-    assert [name for name, _ in source.left_out] == ["odd.tar/x", "odd.tar/./a/é.x.jpg"]
+    assert [name for name, _ in source.left_out] == ["odd.tar/x"]
     assert source.listed == 3 and "a link" in source.left_out[0][1]
 
 
@@ -138,7 +135,7 @@ def test_members_of_a_pair_are_found_wherever_they_are_in_the_shard(tmp_path):
     assert [name for name, _ in source.left_out] == ["s.tar/13"]
 
 
-def test_a_key_ends_at_the_last_dot_and_further_members_are_counted_and_never_mixed(tmp_path):
+def test_a_key_ends_at_the_last_dot_and_further_members_are_never_mixed(tmp_path):
     members = []
     for key in ("00.v2", "00.v3", "01", "a.b/02"):
         members += [(f"{key}.jpg", f"image {key}"), (f"{key}.txt", f"text {key}")]
@@ -150,9 +147,8 @@ def test_a_key_ends_at_the_last_dot_and_further_members_are_counted_and_never_mi
     assert pairs(source) == [(f"image {key}", f"text {key}") for key in keys]
     assert [source.name(index) for index in range(4)] == [f"s.tar/{key}" for key in keys]
     why = dict(source.left_out)
-    assert list(why) == [f"s.tar/{name}" for name in ("03.a", "03.b", "01.seg.png", "01.png")]
+    assert list(why) == ["s.tar/03.a", "s.tar/03.b"]
     assert "has no caption" in why["s.tar/03.a"] and "has no image" in why["s.tar/03.b"]
-    assert "2 *.seg.png" in why["s.tar/01.seg.png"]
     assert source.listed == 6  # further members are no samples
 
 
@@ -206,15 +202,6 @@ def test_threads_share_few_open_files(folder, monkeypatch):
     assert sum(os.path.realpath(number).startswith(str(folder)) for number in numbers) == 2
 
 
-def test_a_source_crosses_to_another_process_without_its_files(folder):
-    source = open_it(folder)
-    source[0]
-    other = pickle.loads(pickle.dumps(source))
-    assert records(other) == records(source) and other.name(7) == source.name(7)
-    assert other.fingerprint() == source.fingerprint()
-    assert repr(other) == repr(source) and "0x" not in repr(source)
-
-
 def test_a_shard_that_is_cut_or_goes_after_it_was_opened_does_not_stop_training(folder):
     source = open_it(folder)
     (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:3000])
@@ -225,15 +212,3 @@ def test_a_shard_that_is_cut_or_goes_after_it_was_opened_does_not_stop_training(
     (folder / "00002.tar").unlink()
     with pytest.raises(UnreadableImage, match="00002.tar/000000000: No such file"):
         source[9]
-
-
-def test_a_large_shard_is_held_without_an_object_a_sample(tmp_path):
-    import tracemalloc
-
-    members = [(f"{n:09d}.{kind}", kind) for n in range(3000) for kind in ("jpg", "txt")]
-    path = write(tmp_path / "s.tar", members, form=tarfile.USTAR_FORMAT, mtime=0)
-    tracemalloc.start()
-    source = open_it(path)
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert len(source) == 3000 and held / len(source) < 120

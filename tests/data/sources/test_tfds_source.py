@@ -12,7 +12,7 @@ import sys
 import list_files
 import numpy as np
 import pytest
-from list_files import refusal
+from list_files import check_source, refusal
 from PIL import Image
 
 from codebook_jax.data.images import UnreadableImage, decode
@@ -100,9 +100,6 @@ def test_a_prepared_data_set_gives_the_files_of_its_images_and_their_captions(da
             assert source[index] == (picture(number), tuple(captions(number)), index)
             assert decode(source[index].image).shape == (40, 50, 3)
     assert seen == set(range(IMAGES))
-    for index in (-1, IMAGES):
-        with pytest.raises(IndexError):
-            source[index]
     assert len(open_it(f"tiny_coco/2014:val?data_dir={data_dir}", "test")) == 2
 
 
@@ -152,8 +149,8 @@ def test_what_cannot_be_read_is_refused_with_a_cure(data_dir, tmp_path):
         f"{tmp_path}/empty:train": "holds no prepared data set",
         f"{data_dir}/tiny_coco:train": "holds several data sets: give .*/2017/1.1.0",
         f"{base}{there}&image_key=photo": "has no 'photo' for [?]image_key .it has .*title",
-        f"{base}{there}&image_key=title": "'title' is Text.*, not a picture",
-        f"{base}{there}&caption_key=objects": "no text under 'objects'",
+        f"{base}{there}&image_key=title": "'title' is Text.*holds no images",
+        f"{base}{there}&caption_key=objects": "'objects' is .*holds no captions",
     }.items():
         assert re.search(words, refusal(f"tfds:{place}")), place
 
@@ -171,11 +168,7 @@ def test_a_source_crosses_to_another_process_and_its_fingerprint_moves_with_the_
     data_dir, tmp_path
 ):
     source = open_it(f"tiny_coco/2014:train?data_dir={data_dir}")
-    source[0]
-    other = pickle.loads(pickle.dumps(source))
-    assert other.name(3) == source.name(3) and other[0] == source[0]
-    assert other.fingerprint() == source.fingerprint()
-    assert repr(other) == repr(source) and "0x" not in repr(source)
+    check_source(source)
     shutil.copytree(data_dir / "tiny_coco", tmp_path / "tiny_coco")
     moved = open_it(f"tiny_coco/2014:train?data_dir={tmp_path}")
     assert moved.fingerprint() == source.fingerprint()
