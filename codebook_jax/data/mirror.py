@@ -119,7 +119,7 @@ def mirrored(caption: str) -> str | None:
 
 
 def _covered(patterns: tuple[str, ...], caption: str) -> set[int]:
-    """The positions in the caption that some pattern matches."""
+    """The positions that some pattern matches."""
     found = (m for p in patterns for m in re.finditer(p, caption, re.IGNORECASE | re.DOTALL))
     return {position for match in found for position in range(*match.span())}
 

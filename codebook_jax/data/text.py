@@ -34,8 +34,7 @@ _WORDS = "vocab.txt"
 _KINDS = ("pad", "unk", "cls", "sep", "mask")
 _OF_BERT, _OF_ROBERTA = (PAD, UNKNOWN, CLS, SEP, MASK), ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
-# The four code points are invisible letters.
-_LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")
+_LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # not the four invisible letters
 _SHOWS_NOTHING = "\ufffd\u2800\u115f\u1160"  # the first marks characters lost by a wrong encoding
 _NAMED = 5  # unknown words
 # In tokenizer_config.json: our own tokenizers need no `clean`. Those of older runs lack the key.
@@ -54,8 +53,6 @@ class Vocabulary(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The tokens of some captions."""
-
     tokens: Int32[np.ndarray, "captions tokens"]  # [CLS] words [SEP], padded on the right
     lengths: Int32[np.ndarray, "captions"]  # tokens before the padding
     truncated: int  # captions
@@ -101,16 +98,13 @@ class Tokenizer:
         """The first `max_tokens` tokens of each caption, [CLS] and [SEP] included."""
         vocabulary = self.vocabulary
         tokens = np.full((len(captions), max_tokens), vocabulary.pad_id, np.int32)
-        lengths = np.empty(len(captions), np.int32)
-        truncated = 0
         # Truncated here: the tokenizer's own setting belongs to an object that threads share.
-        for row, encoding in enumerate(self._encodings(captions)):
-            words = encoding.ids
-            truncated += len(words) > max_tokens - 2
-            ids = [vocabulary.cls_id, *words[: max_tokens - 2], vocabulary.sep_id]
-            tokens[row, : len(ids)] = ids
-            lengths[row] = len(ids)
-        return Encoded(tokens, lengths, truncated)
+        words = [encoding.ids for encoding in self._encodings(captions)]
+        for row, ids in zip(tokens, words, strict=True):
+            cut = [vocabulary.cls_id, *ids[: max_tokens - 2], vocabulary.sep_id]
+            row[: len(cut)] = cut
+        lengths = np.array([min(len(ids) + 2, max_tokens) for ids in words], np.int32)
+        return Encoded(tokens, lengths, sum(len(ids) + 2 > max_tokens for ids in words))
 
     def readable(self, captions: Sequence[str]) -> Sequence[str]:
         """Those of these captions, all with words, that give at least one token."""
@@ -121,13 +115,14 @@ class Tokenizer:
 
     def unknown_words(self, captions: Iterable[str]) -> list[str]:
         """The words that it reads as the unknown token, each once."""
-        found: dict[str, None] = {}
-        for caption in captions:
-            (encoding,), text = self._encodings([caption]), self._prepare(caption)
-            for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-                if number == self.unknown_id:
-                    found[text[start:stop]] = None
-        return list(found)
+        words = [
+            self._prepare(caption)[slice(*place)]
+            for caption in captions
+            for encoding in self._encodings([caption])
+            for number, place in zip(encoding.ids, encoding.offsets, strict=True)
+            if number == self.unknown_id
+        ]
+        return list(dict.fromkeys(words))
 
     def unknown(
         self, tokens: Int32[np.ndarray, "captions tokens"], lengths: Int32[np.ndarray, "captions"]
@@ -140,8 +135,7 @@ class Tokenizer:
 def has_words(caption: str) -> bool:
     """Whether cleaning leaves a letter, a digit, or a symbol such as an emoji of a caption.
 
-    Every source leaves out captions without words. Punctuation, spaces, control and zero-width
-    characters do not count, nor does the replacement character of a lost encoding.
+    Every source leaves out captions without words.
     """
     if _LETTER.search(caption):
         return True
@@ -191,7 +185,7 @@ def tokenizer_for_run(
     vocabulary_size: int,
     **spelling: bool,
 ) -> Tokenizer:
-    """The tokenizer of a run, saved into its workdir: see `open_tokenizer`."""
+    """The tokenizer of `open_tokenizer`, saved into the workdir."""
     tokenizer, save = open_tokenizer(spec, workdir, captions, vocabulary_size, **spelling)
     save()
     return tokenizer
@@ -208,9 +202,8 @@ def open_tokenizer(
 ) -> tuple[Tokenizer, Callable[[], None]]:
     """The workdir's tokenizer, if it has one, else that of `spec`, and a function that saves it.
 
-    `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on `captions`,
-    and only then `lowercase` and `strip_accents` apply. Raises UserError if there is no usable
-    tokenizer.
+    `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on `captions`.
+    Raises UserError if there is no usable tokenizer.
     """
     # The pipeline has threads and workers of its own; torch is not needed.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -232,18 +225,16 @@ def open_tokenizer(
             f"{folder} is missing, and the run's tokens cannot be read without it: restore it"
         )
     else:
-        spelling = {"lowercase": lowercase, "strip_accents": strip_accents}
-        loaded = _in_transformers(train_vocabulary(captions, vocabulary_size, **spelling))
+        import transformers  # takes a second, and workers never need it
+
+        trained = train_vocabulary(
+            captions, vocabulary_size, lowercase=lowercase, strip_accents=strip_accents
+        )
+        names = {f"{kind}_token": name for kind, name in zip(_KINDS, _OF_BERT, strict=True)}
+        options = names | {"tokenizer_object": trained, _CLEANS: True}
+        loaded = transformers.PreTrainedTokenizerFast(**options)
     tokenizer = _wrapped(loaded, spec or "the trained vocabulary")
     return tokenizer, lambda: _save(loaded, folder)
-
-
-def _in_transformers(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerBase:
-    import transformers  # takes a second, and workers never need it
-
-    names = {f"{kind}_token": name for kind, name in zip(_KINDS, _OF_BERT, strict=True)}
-    options = names | {"tokenizer_object": tokenizer, _CLEANS: True}
-    return transformers.PreTrainedTokenizerFast(**options)
 
 
 def _load(name: str, what: str) -> PreTrainedTokenizerBase:
@@ -261,26 +252,16 @@ def _load(name: str, what: str) -> PreTrainedTokenizerBase:
         loaded = reader.from_pretrained(name, local_files_only=local)
     except Exception as failure:  # OSError, ValueError, KeyError, the hub's own errors, ...
         reason = str(failure).strip().split("\n")[0].rstrip(".") or type(failure).__name__
-        if os.path.isdir(name):
-            advice = f"cannot be loaded ({reason}): give a folder with tokenizer.json or {_WORDS}"
-        else:
-            advice = (
-                "is not a folder here and could not be loaded from the Hugging Face hub "
-                f"({reason}): give a folder, or a name on the hub with network access, or leave "
-                "it empty to train one"
-            )
-        raise UserError(f"{what} {advice}") from failure
+        where = "" if os.path.isdir(name) else " from a folder or the Hugging Face hub"
+        raise UserError(
+            f"{what} cannot be loaded{where} ({reason}): give a folder with tokenizer.json or "
+            f"{_WORDS}, or a name on the hub with network access, or leave it empty to train one"
+        ) from failure
     vocabulary = loaded.get_vocab()
     for kind, *names in zip(_KINDS, _OF_BERT, _OF_ROBERTA, strict=True):
         known = [name for name in names if name in vocabulary]
         if known and getattr(loaded, f"{kind}_token") is None:  # a tokenizer.json alone names none
             setattr(loaded, f"{kind}_token", known[0])
-    if words_alone:
-        listed = (Path(name) / _WORDS).read_text(encoding="utf-8").split("\n")
-        absent = {str(getattr(loaded, f"{kind}_token")) for kind in _KINDS}.difference(listed)
-        if absent:  # transformers has appended them
-            absent = ", ".join(sorted(absent))
-            raise UserError(f"{what}: its {_WORDS} has no {absent}: use one like BERT's")
     return loaded
 
 

@@ -318,12 +318,6 @@ def test_what_the_backward_pass_recomputes_does_not_change_the_gradient(student,
         )
 
 
-def test_an_unknown_remat_is_refused(student, inputs):
-    towers = built(**{"model.remat": "all"}).towers(student["towers"])
-    with pytest.raises(ValueError, match='model.remat="all"'):
-        jax.eval_shape(towers.embed_images, inputs["images"])
-
-
 def test_tokens_after_the_length_change_no_output_before_it(student, inputs):
     model = built()
     padding = np.arange(7)[None, :] >= inputs["lengths"][:, None]
