@@ -134,14 +134,14 @@ def look_up(images: Images, tables: Tables) -> Images:
 
 
 def _tables(counts: Counts, operations: Operations, factor: float) -> Tables:
+    values = jnp.arange(256, dtype=jnp.int32)
     brighter = jnp.clip(jnp.arange(256, dtype=jnp.float32) * factor, 0, 255).astype(jnp.int32)
     tables = {
         Operation.AUTO_CONTRAST: auto_contrast_tables(counts),
         Operation.EQUALISE: equalise_tables(counts),
         Operation.BRIGHTNESS: jnp.broadcast_to(brighter, counts.shape),
     }
-    same = jnp.broadcast_to(jnp.arange(256, dtype=jnp.int32), counts.shape)
-    return _choose(tables, same, operations)
+    return _choose(tables, jnp.broadcast_to(values, counts.shape), operations)
 
 
 def _bins(images: Images) -> Int32[Array, "batch values"]:

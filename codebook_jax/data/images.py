@@ -30,10 +30,7 @@ class Picture:
     """A picture whose size is known; the pixels of most JPEGs are not decoded yet."""
 
     def __init__(self, image: Pixels | bytes | str | os.PathLike, name: str | None = None) -> None:
-        """Takes an array, the bytes of a file, or its path; `name` is for messages.
-
-        Raises UnreadableImage if it is not a picture.
-        """
+        """Raises UnreadableImage, naming `name` or the path, if it is not a picture."""
         self._array: Pixels | None = None
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -85,8 +82,7 @@ class Picture:
 def decode(image: Pixels | bytes | str | os.PathLike) -> Pixels:
     """The picture of an array, the bytes of a file, or its path: upright, transparency on white.
 
-    Raises UnreadableImage if it is missing, empty, truncated, not a picture, or larger than
-    Pillow's limit.
+    Raises UnreadableImage if it is missing, damaged, not a picture, or over Pillow's size limit.
     """
     return Picture(image).pixels()
 

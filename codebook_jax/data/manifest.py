@@ -66,7 +66,6 @@ class Manifest(NamedTuple):
 
 
 def shard_name(shard: int, shards: int) -> str:
-    """The name of a shard's file."""
     return f"pairs-{shard:05d}-of-{shards:05d}.array_record"
 
 
@@ -76,7 +75,6 @@ def index_name(file: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -137,12 +135,10 @@ def read_manifest(folder: Path | str) -> Manifest:
         if begun:
             state, cure = "is not completely packed", "run the same --mode=prepare command again"
         raise UserError(f"{folder} {state} (no {MANIFEST}): {cure}") from failure
-    except OSError as failure:
-        raise UserError(f"{path} cannot be read ({failure.strerror}): fix that first") from failure
-    except (ValueError, KeyError, TypeError) as failure:
+    except (OSError, ValueError, KeyError, TypeError) as failure:
         raise UserError(
-            f"{path} is not a valid manifest ({type(failure).__name__}: {failure}): restore the "
-            "original, or remove the folder and pack the source again"
+            f"{path} cannot be read ({type(failure).__name__}: {failure}): restore the original, "
+            "or remove the folder and pack the source again"
         ) from failure
 
 
@@ -168,17 +164,15 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
 
     def why(name: str, size: int | None, sha256: str) -> str:
         path = folder / name
-        held = path.stat().st_size if path.is_file() else None
         try:
-            misfit = _size_misfit(name, held, size)
-            if misfit or file_sha256(path) == sha256:
-                return misfit
-            return f"{name} has changed (its sha256 differs from the manifest)"
+            misfit = _size_misfit(name, path.stat().st_size if path.is_file() else None, size)
+            if not misfit and file_sha256(path) != sha256:
+                misfit = f"{name} has changed (its sha256 differs from the manifest)"
         except OSError as failure:
-            return f"{name} cannot be read ({failure.strerror})"
-        finally:
-            if tell is not None:
-                tell(name)
+            misfit = f"{name} cannot be read ({failure.strerror})"
+        if tell is not None:
+            tell(name)
+        return misfit
 
     expected = [file for shard in manifest.shards for file in shard.files]
     expected.append((SKIPPED, None, manifest.skipped_sha256))

@@ -97,8 +97,7 @@ _IDIOMS = (
 def mirrored(caption: str) -> str | None:
     """The caption of the mirrored picture, each swapped word in its case; None: do not mirror.
 
-    None if some left or right is neither a certain place nor an idiom ("right now"), if another
-    word tells the sides apart (southpaw), and for any letter outside ASCII.
+    No caption with a letter outside ASCII is mirrored.
     """
     letters = unicodedata.normalize("NFC", caption)  # a letter and its accent become one
     if any(letter.isalpha() and not letter.isascii() for letter in letters):

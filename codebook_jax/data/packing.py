@@ -3,17 +3,15 @@
 A folder of packed pairs, which --mode=prepare writes and `records:FOLDER` reads, holds
 
 - `pairs-00003-of-00042.array_record`: consecutive records of the source, in ArrayRecord with
-  `group_size:1,uncompressed` (records are read singly, and JPEG does not compress further).
-  ArrayRecord checksums each. A record is msgpack of {"image": the bytes of a JPEG, "captions":
-  [text], "image_id": number, "name": text}.
+  `group_size:1,uncompressed`, which checksums each. A record is msgpack of {"image": the bytes of a
+  JPEG, "captions": [text], "image_id": number, "name": text}.
 - `pairs-00003-of-00042.jsonl`: the same without pictures, a line per record: {"name", "image_id",
   "captions", "height", "width", "bytes", "sha256"}, the last two of the JPEG.
 - `skipped.tsv`: name and reason of each record left out of the shards.
 - `manifest.json`, written last: the contents and hashes of all of them (`data/manifest.py`).
 
 Shard s holds the source's records s * shard_records to (s + 1) * shard_records, without those whose
-picture cannot be read. The files depend only on the source and the options: two runs write the same
-bytes.
+picture cannot be read. Two runs with the same source and options write the same bytes.
 """
 
 from __future__ import annotations
@@ -61,7 +59,6 @@ class Packed(NamedTuple):
 
 
 def shard_count(records: int, shard_records: int) -> int:
-    """The number of shards for the records of a source."""
     return -(-records // shard_records)
 
 
@@ -89,8 +86,8 @@ def packed_picture(
     shrink = max(by for by in picture.shrinks if by == 1 or (reduced and short >= 2 * by * side_px))
     pixels = Image.fromarray(picture.pixels(shrink))
     if reduced:
-        size = (max(1, round(side * side_px / short)) for side in (picture.width, picture.height))
-        pixels = pixels.resize(tuple(size), Image.Resampling.BICUBIC)
+        size = [max(1, round(side * side_px / short)) for side in (picture.width, picture.height)]
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
     width, height = pixels.size
     if max(height, width) > _LONGEST_JPEG_PX:
         raise UnreadableImage(f"{width:,} x {height:,} pixels are more than a JPEG can hold")
@@ -101,8 +98,8 @@ def packed_picture(
 
 def pack(record: Record, name: str, jpeg: bytes) -> bytes:
     """A record as stored in a shard."""
-    captions, image_id = list(record.captions), int(record.image_id)
-    content = {"image": jpeg, "captions": captions, "image_id": image_id, "name": name}
+    content = {"image": jpeg, "captions": list(record.captions)}
+    content |= {"image_id": int(record.image_id), "name": name}
     return msgpack.packb(content, unicode_errors="surrogatepass")
 
 

@@ -16,13 +16,12 @@ class Bar:
     """A bar on stderr, for a terminal, showing how many of `total` are done, and a text."""
 
     def __init__(self, total: int, done: int, text: str) -> None:
-        # A redirected stdout must not be shown on the bar's terminal.
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             rich.progress.BarColumn(),
             rich.progress.TextColumn("{task.description}"),
             console=Console(stderr=True),
-            redirect_stdout=sys.stdout.isatty(),
+            redirect_stdout=sys.stdout.isatty(),  # else a file's lines would show on the terminal
         )
         self._task = self._bar.add_task(text, total=total, completed=done)
         self._bar.start()
@@ -35,10 +34,9 @@ class Bar:
 
 
 class Progress(contextlib.AbstractContextManager):
-    """Counts to `total`; use it in a `with`."""
+    """Counts to `total`, `done` of them before this start; use it in a `with`."""
 
     def __init__(self, verb: str, unit: str, total: int, *, done: int = 0, skipped: int = 0):
-        """`done` of `total` were done before this start and do not count in the pace."""
         self._verb, self._unit, self._total = verb, unit, total
         self._before, self._done, self._skipped = done, done, skipped
         self._began = self._printed = time.monotonic()

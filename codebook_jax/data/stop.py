@@ -44,10 +44,7 @@ def stoppable() -> Iterator[None]:
 
 
 def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:
-    """Makes a worker process ignore these signals, which its parent handles, and end with it.
-
-    Call it first: terminals and schedulers send such signals to every process.
-    """
+    """Makes a worker process ignore these signals, which its parent handles, and end with it."""
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
 

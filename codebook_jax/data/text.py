@@ -37,13 +37,10 @@ _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
 _LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # not the four invisible letters
 _SHOWS_NOTHING = "\ufffd\u2800\u115f\u1160"  # the first marks characters lost by a wrong encoding
 _NAMED = 5  # unknown words
-# In tokenizer_config.json: our own tokenizers need no `clean`. Those of older runs lack the key.
-_CLEANS = "cleans_captions"
+_CLEANS = "cleans_captions"  # in tokenizer_config.json: needs no `clean`; older runs lack it
 
 
 class Vocabulary(NamedTuple):
-    """What the model needs to know about the tokens."""
-
     size: int
     pad_id: int
     cls_id: int
@@ -59,14 +56,8 @@ class Encoded(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """How many of some tokens a tokenizer does not know."""
-
     count: int
-    tokens: int
-
-    @property
-    def share(self) -> float:
-        return self.count / max(1, self.tokens)
+    tokens: int  # known and unknown
 
 
 class Tokenizer:
@@ -76,8 +67,8 @@ class Tokenizer:
         self,
         tokenizer: tokenizers.Tokenizer,
         vocabulary: Vocabulary,
-        unknown_id: int | None = None,
-        cleans: bool = False,
+        unknown_id: int | None,
+        cleans: bool,
     ) -> None:
         """`unknown_id` stands for unknown words; `cleans`: the tokenizer cleans captions itself."""
         self._tokenizer, self._cleans = tokenizer, cleans
@@ -91,7 +82,7 @@ class Tokenizer:
 
     def _encodings(self, captions: Iterable[str]) -> list[tokenizers.Encoding]:
         """The tokens of each caption, without [CLS] and [SEP]."""
-        texts = [self._prepare(caption) for caption in captions]
+        texts = list(map(self._prepare, captions))
         return self._tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> Encoded:
@@ -163,13 +154,14 @@ def unknown_in(captions: Sequence[str], tokenizer: Tokenizer) -> Unknown:
 
 
 def said_unknown(unknown: Unknown, captions: str) -> str:
-    """A sentence on the share of unknown tokens in `captions`; a large one is a warning."""
-    share = f"{unknown.count:,} of {unknown.tokens:,} ({unknown.share:.2%})"
-    if unknown.share <= MOST_UNKNOWN:
-        return f"unknown tokens: {share} in {captions}"
+    """A sentence on the unknown tokens in `captions`; a warning if they are many."""
+    share = unknown.count / max(1, unknown.tokens)
+    fact = f"unknown tokens: {unknown.count:,} of {unknown.tokens:,} ({share:.2%}) in {captions}"
+    if share <= MOST_UNKNOWN:
+        return fact
     return (
-        f"warning: unknown tokens: {share} in {captions}: the model cannot tell these words apart; "
-        "set config.data.tokenizer to a tokenizer of their language, or leave it empty to train one"
+        f"warning: {fact}: the model cannot tell these words apart; set config.data.tokenizer to a "
+        "tokenizer of their language, or leave it empty to train one"
     )
 
 
@@ -205,9 +197,8 @@ def open_tokenizer(
     `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on `captions`.
     Raises UserError if there is no usable tokenizer.
     """
-    # The pipeline has threads and workers of its own; torch is not needed.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has its own threads
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
     folder = Path(workdir) / FOLDER
     if folder.is_dir():
         own = _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
@@ -247,8 +238,8 @@ def _load(name: str, what: str) -> PreTrainedTokenizerBase:
     # A list of word pieces without the tokenizer that transformers saves is BERT's.
     words_alone = (Path(name) / _WORDS).is_file() and not (Path(name) / "tokenizer.json").exists()
     reader = transformers.BertTokenizerFast if words_alone else transformers.AutoTokenizer
-    local = os.path.isdir(name) or not hub_reachable()
     try:
+        local = os.path.isdir(name) or not hub_reachable()
         loaded = reader.from_pretrained(name, local_files_only=local)
     except Exception as failure:  # OSError, ValueError, KeyError, the hub's own errors, ...
         reason = str(failure).strip().split("\n")[0].rstrip(".") or type(failure).__name__
@@ -285,7 +276,7 @@ def _wrapped(loaded: PreTrainedTokenizerBase, name: str) -> Tokenizer:
 
 
 def _save(loaded: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves into `folder` whole or not at all; another process may have saved it first."""
+    """Saves `folder` whole or not at all; another process may have saved it first."""
     draft = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     loaded.save_pretrained(draft)
