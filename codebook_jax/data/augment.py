@@ -35,6 +35,7 @@ _ONE_BITS = 16  # fraction bits of a matrix entry in `warp`: sides up to 4096 fi
 _SHARE_BITS = 8
 
 Images = UInt8[Array, "batch side side 3"]
+Pixels = Float32[Array, "batch side side 3"]
 Operations = Int32[Array, "batch"]
 Rows = Shaped[Array, "batch ..."]
 Counts = Int32[Array, "batch 3 256"]  # of the pixels of each value
@@ -42,18 +43,14 @@ Tables = Int32[Array, "batch 3 256"]  # the new value of each value
 Matrices = Float32[Array, "batch 2 3"]  # output (x, y, 1), in pixels from the corner, to source
 
 
-# The operations an image can draw, all equally often.
-Operation = enum.IntEnum(
-    "Operation",
-    "IDENTITY AUTO_CONTRAST EQUALISE BRIGHTNESS SHARPNESS "
-    "SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE",
-    start=0,
-)
+_NAMES = "IDENTITY AUTO_CONTRAST EQUALISE BRIGHTNESS SHARPNESS "
+_NAMES += "SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE"
+Operation = enum.IntEnum("Operation", _NAMES, start=0)  # all drawn equally often
 
 
 def augment(
     images: Images, flip: Bool[Array, "batch"], key: PRNGKeyArray, *, layers: int, magnitude: float
-) -> Float32[Array, "batch side side 3"]:
+) -> Pixels:
     """The images, mirrored where `flip`, then changed by `layers` random operations each.
 
     RandAugment (Cubuk et al. 2020) with ALBEF's ranges: `magnitude` is 0..10. Values stay in
@@ -67,9 +64,7 @@ def augment(
     return images.astype(jnp.float32)
 
 
-def normalise(
-    images: Images | Float32[Array, "batch side side 3"], dtype: DTypeLike
-) -> Float[Array, "batch side side 3"]:
+def normalise(images: Images | Pixels, dtype: DTypeLike) -> Float[Array, "batch side side 3"]:
     """Pixels in 0..255 as the encoders expect them, computed in float32."""
     images = images.astype(jnp.float32) / 255  # bfloat16 has no 256 even steps
     mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)

@@ -32,6 +32,7 @@ class Picture:
     def __init__(self, image: Pixels | bytes | str | os.PathLike, name: str | None = None) -> None:
         """Raises UnreadableImage, naming `name` or the path, if it is not a picture."""
         self._array: Pixels | None = None
+        self.shrinks: tuple[int, ...] = (1,)  # the factors by which `pixels` can divide the sides
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise UnreadableImage(
@@ -48,7 +49,9 @@ class Picture:
                 raise ValueError("the file is empty")
             with _opened(self.content) as opened:
                 self.width, self.height = opened.size
-                if not _is_plain_jpeg(opened, self.content):
+                if _is_plain_jpeg(opened, self.content):
+                    self.shrinks = (1, 2, 4, 8)
+                else:
                     self._array = np.asarray(rgb(opened))
                     self.height, self.width = self._array.shape[:2]
 
@@ -72,11 +75,6 @@ class Picture:
             box = Image.Resampling.BOX
             pixels = np.asarray(Image.fromarray(pixels).resize((width, height), box))
         return pixels
-
-    @property
-    def shrinks(self) -> tuple[int, ...]:
-        """The factors by which `pixels` can divide the sides."""
-        return (1,) if self._array is not None else (1, 2, 4, 8)
 
 
 def decode(image: Pixels | bytes | str | os.PathLike) -> Pixels:

@@ -106,7 +106,7 @@ class BatchStream(Iterator[Batch]):
         batches, self._batches = self._batches, iter(())
         if hasattr(batches, "close"):
             batches.close()
-        self._maker.close()
+        self._maker.pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclasses.dataclass
@@ -146,7 +146,7 @@ class _Maker:
         self.source, self.tokenizer, self.spec, self.threads = source, tokenizer, spec, threads
         self._rows = np.arange(spec.global_batch)[spec.rows]
         self._order = training_order(source, spec.seed)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def __reduce__(self) -> tuple:
         return _Maker, (self.source, self.tokenizer, self.spec, self.threads)
@@ -163,7 +163,7 @@ class _Maker:
             part = range(start, min(start + _ROWS_A_TASK, count))
             return [self._read(positions[row], views[:, row]) for row in part]
 
-        run = map if self.threads == 1 else self._pool.map
+        run = map if self.threads == 1 else self.pool.map
         try:
             rows = [row for part in run(read, range(0, count, _ROWS_A_TASK)) for row in part]
         except UserError as error:
@@ -211,9 +211,6 @@ class _Maker:
             f"{self.source!r}: none of {len(unreadable):,} pairs in a row could be read (first: "
             f"{unreadable[0]}): check config.data.image_root and the files"
         )
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_resource_tracker() -> None:

@@ -57,8 +57,8 @@ def test_half_a_character_costs_no_caption(tokenizer):
 def test_the_kept_tokenizer_is_read_by_transformers_and_gives_the_same_tokens(tokenizer, reference):
     captions = ["A small red circle!", 'A man\'s hat; (red), "old"!', "3:45 #1 ~ *", "", "???"]
     captions.append("étoile 東京, well-known black/white  <person>\n")
-    tokens, lengths, truncated = tokenizer.encode(captions, 32)
-    assert tokens.shape == (6, 32) and tokens.dtype == lengths.dtype == np.int32 and not truncated
+    tokens, lengths, truncated = tokenizer.encode(captions, 64)
+    assert tokens.shape == (6, 64) and tokens.dtype == lengths.dtype == np.int32 and not truncated
     assert lengths[4] == 2
     for row, caption in enumerate(captions):
         for text in (caption, clean(caption)):  # a trained tokenizer cleans by itself

@@ -6,16 +6,9 @@ import functools
 import itertools
 import random
 
+from codebook_jax.data.scenes import world
 from codebook_jax.data.scenes.captions import HARD_WORDINGS, evaluation_caption, two_objects
-from codebook_jax.data.scenes.world import (
-    Scene,
-    draw_background,
-    draw_scene,
-    held_out_pairs,
-    pick,
-    place,
-    random_of,
-)
+from codebook_jax.data.scenes.world import Scene
 
 EVALUATION_SCENES = 1000
 Captioned = tuple[Scene, str]
@@ -23,7 +16,7 @@ Captioned = tuple[Scene, str]
 
 def training_scene(seed: int, index: int) -> Scene:
     """Scene `index` of the training data: two or three objects, no two of which are held out."""
-    return draw_scene(random_of("train", seed, index), None)
+    return world.draw_scene(world.random_of("train", seed, index), None)
 
 
 @functools.cache
@@ -38,7 +31,7 @@ def evaluation_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[Capti
     for index in itertools.count():
         if len(chosen) == count:
             return tuple(chosen)
-        scene = draw_scene(random_of(split, 0, index), split)
+        scene = world.draw_scene(world.random_of(split, 0, index), split)
         caption, content = evaluation_caption(scene), _content(scene)
         if seen.isdisjoint((caption, content)):
             seen |= {caption, content}
@@ -66,7 +59,7 @@ def hard_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[Captioned, 
         if len(chosen) >= count:
             return tuple(chosen[:count])
         kind = ("binding", "order", "relation")[len(chosen) // 2 % 3]
-        pair = _hard_pair(random_of(f"hard {split}", 0, index), split, kind)
+        pair = _hard_pair(world.random_of(f"hard {split}", 0, index), split, kind)
         captions = {caption for _, caption in pair}
         if len(captions) == 2 and seen.isdisjoint(captions):
             seen |= captions
@@ -76,11 +69,11 @@ def hard_scenes(split: str, count: int = EVALUATION_SCENES) -> tuple[Captioned, 
 def _hard_pair(draw: random.Random, split: str, kind: str) -> list[Captioned]:
     objects = None
     while objects is None:
-        first, second = pick(draw, held_out_pairs(split))
+        first, second = world.pick(draw, world.held_out_pairs(split))
         if first[0] != second[0] and first[1] != second[1]:  # else swapping colours changes nothing
-            objects = place(draw, (first, second))
+            objects = world.place(draw, (first, second))
     a, b = objects
-    background, seed = draw_background(draw), draw.getrandbits(48)
+    background, seed = world.draw_background(draw), draw.getrandbits(48)
     exchanged = ("colour", "paint") if kind == "binding" else ("x", "y")
     swapped = tuple(
         thing._replace(**{field: getattr(other, field) for field in exchanged})
