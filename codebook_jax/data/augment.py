@@ -2,13 +2,12 @@
 
 Every image passes the three stages of a layer: a lookup table per channel, a 3x3 sharpening, an
 affine warp. The drawn operation sets the parameters of its stage; the other stages get neutral
-ones, which leave every bit unchanged. So all ten operations cost one pass, and nothing couples two
-images: a batch-sharded mesh needs no communication.
+ones, which leave every bit unchanged. So all ten operations cost one pass, and no image needs
+another device's.
 
 Ranges, fill and probability are those of ALBEF's public code (Li et al. 2021); pixel arithmetic is
-PIL's, and as in both, every stage ends in uint8. Departures from ALBEF: translation scales with the
-side; the outermost source pixel is not blended with the fill, and shear and rotation count from
-pixel corners, not pixel centres (half a pixel at most).
+PIL's, and every stage ends in uint8. Departures: translation scales with the side; the outermost
+source pixel is not blended with the fill; shear and rotation count from pixel corners.
 """
 
 from __future__ import annotations
@@ -36,28 +35,26 @@ _ONE_BITS = 16  # fraction bits of a matrix entry in `warp`: sides up to 4096 fi
 _SHARE_BITS = 8
 
 Images = UInt8[Array, "batch side side 3"]
+Pixels = Float32[Array, "batch side side 3"]
+Operations = Int32[Array, "batch"]
+Rows = Shaped[Array, "batch ..."]
 Counts = Int32[Array, "batch 3 256"]  # of the pixels of each value
 Tables = Int32[Array, "batch 3 256"]  # the new value of each value
 Matrices = Float32[Array, "batch 2 3"]  # output (x, y, 1), in pixels from the corner, to source
 
 
-# The operations an image can draw, all equally often.
-Operation = enum.IntEnum(
-    "Operation",
-    "IDENTITY AUTO_CONTRAST EQUALISE BRIGHTNESS SHARPNESS "
-    "SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE",
-    start=0,
-)
+_NAMES = "IDENTITY AUTO_CONTRAST EQUALISE BRIGHTNESS SHARPNESS "
+_NAMES += "SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE"
+Operation = enum.IntEnum("Operation", _NAMES, start=0)  # all drawn equally often
 
 
 def augment(
     images: Images, flip: Bool[Array, "batch"], key: PRNGKeyArray, *, layers: int, magnitude: float
-) -> Float32[Array, "batch side side 3"]:
+) -> Pixels:
     """The images, mirrored where `flip`, then changed by `layers` random operations each.
 
-    RandAugment (Cubuk et al. 2020) with ALBEF's ranges: `magnitude` is 0..10, and ALBEF uses 7 in 2
-    layers. Values stay in 0..255. An image's operations depend on the key and its place in the
-    global batch, not on where it is computed.
+    RandAugment (Cubuk et al. 2020) with ALBEF's ranges: `magnitude` is 0..10. Values stay in
+    0..255. Operations depend only on the key and the place in the global batch.
     """
     images = jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
     if layers:
@@ -67,9 +64,7 @@ def augment(
     return images.astype(jnp.float32)
 
 
-def normalise(
-    images: Images | Float32[Array, "batch side side 3"], dtype: DTypeLike
-) -> Float[Array, "batch side side 3"]:
+def normalise(images: Images | Pixels, dtype: DTypeLike) -> Float[Array, "batch side side 3"]:
     """Pixels in 0..255 as the encoders expect them, computed in float32."""
     images = images.astype(jnp.float32) / 255  # bfloat16 has no 256 even steps
     mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
@@ -89,16 +84,11 @@ def draw(
 
 
 def apply(
-    images: Images,
-    operations: Int32[Array, "batch"],
-    signs: Float32[Array, "batch"],
-    *,
-    magnitude: float,
+    images: Images, operations: Operations, signs: Float32[Array, "batch"], *, magnitude: float
 ) -> Images:
     """Each image after its own operation; the sign is that of warps alone, as in ALBEF."""
     enhance = magnitude / HIGHEST_MAGNITUDE * _ENHANCE_SPAN + _ENHANCE_LEAST
     amount = signs * (magnitude / HIGHEST_MAGNITUDE)
-
     images = look_up(images, _tables(histograms(images), operations, enhance))
     sharper = operations == Operation.SHARPNESS.value
     images = sharpen(images, jnp.where(sharper, jnp.float32(enhance), jnp.float32(1)))
@@ -138,7 +128,7 @@ def look_up(images: Images, tables: Tables) -> Images:
     return _take(flat, _bins(images)).reshape(images.shape)
 
 
-def _tables(counts: Counts, operations: Int32[Array, "batch"], factor: float) -> Tables:
+def _tables(counts: Counts, operations: Operations, factor: float) -> Tables:
     values = jnp.arange(256, dtype=jnp.int32)
     brighter = jnp.clip(jnp.arange(256, dtype=jnp.float32) * factor, 0, 255).astype(jnp.int32)
     tables = {
@@ -179,8 +169,7 @@ def warp(images: Images, matrices: Matrices) -> Images:
 
     The edge pixels of the source reach to its edge, as in PIL. Matrix entries are truncated to
     2^-16, weights rounded to 2^-8, and all else is exact: with float coordinates, two compilations
-    could land on different sides of a pixel border, and a sharded batch would differ from the whole
-    one.
+    could differ at a pixel border, and a sharded batch from the whole one.
     """
     batch, side = images.shape[:2]
     matrices = (matrices * 2**_ONE_BITS).astype(jnp.int32)[:, :, :, None, None]
@@ -220,9 +209,7 @@ def warp(images: Images, matrices: Matrices) -> Images:
     return jnp.where(inside[..., None], values, FILL).astype(jnp.uint8)
 
 
-def _matrices(
-    operations: Int32[Array, "batch"], amounts: Float32[Array, "batch"], side: int
-) -> Matrices:
+def _matrices(operations: Operations, amounts: Float32[Array, "batch"], side: int) -> Matrices:
     """Shears from the top left corner, translations, and anticlockwise turns about the centre."""
 
     def each(*entries: Array | float) -> Matrices:
@@ -243,11 +230,7 @@ def _matrices(
     return _choose(matrices, each(1, 0, 0, 0, 1, 0), operations)
 
 
-def _choose(
-    by_operation: dict[Operation, Shaped[Array, "batch ..."]],
-    otherwise: Shaped[Array, "batch ..."],
-    operations: Int32[Array, "batch"],
-) -> Shaped[Array, "batch ..."]:
+def _choose(by_operation: dict[Operation, Rows], otherwise: Rows, operations: Operations) -> Rows:
     """Row i of the array that belongs to operation i, or of `otherwise` where there is none."""
     chosen = operations == jnp.array(list(by_operation), jnp.int32)[:, None]
     chosen = jnp.concatenate([chosen, ~chosen.any(axis=0, keepdims=True)]).astype(jnp.float32)

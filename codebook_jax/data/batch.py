@@ -15,10 +15,8 @@ class Batch(NamedTuple):
     """One step's pairs: of this process as NumPy arrays, or on the devices as global arrays."""
 
     image: UInt8[Array | np.ndarray, "batch side side 3"]  # the student's crop, RGB
-    # the teacher's crop: the same as `image` if teacher_view is "same"
-    teacher_image: UInt8[Array | np.ndarray, "batch side side 3"]
-    # mirror both crops on the device; the caption is changed already
-    flip: Bool[Array | np.ndarray, "batch"]
+    teacher_image: UInt8[Array | np.ndarray, "batch side side 3"]  # the teacher's crop
+    flip: Bool[Array | np.ndarray, "batch"]  # mirror both crops; the caption is changed already
     tokens: Int32[Array | np.ndarray, "batch tokens"]  # [CLS] words [SEP], padded on the right
     text_length: Int32[Array | np.ndarray, "batch"]  # tokens before the padding
     image_id: Int32[Array | np.ndarray, "batch"]  # equal for pairs of one image, within a source

@@ -12,11 +12,12 @@ from PIL import Image
 
 from codebook_jax.data.images import Picture
 
+Range = Sequence[float]  # lowest, highest
+
 cv2.setNumThreads(1)  # the pipeline has its own threads and worker processes
 
 _CROP_TRIES = 10  # torchvision's
-# Up to this factor, cubic interpolation is closer to Pillow's bicubic; above it, linear.
-_CUBIC = 1.5
+_CUBIC = 1.5  # up to this factor, cubic interpolation is closer to Pillow's bicubic; then linear
 _TWICE = 2.5  # above this factor, neither is close
 
 
@@ -25,18 +26,16 @@ def random_crops(
     rng: np.random.Generator,
     out: UInt8[np.ndarray, "crops size size 3"],
     *,
-    scale: Sequence[float],
-    ratio: Sequence[float],
+    scale: Range,
+    ratio: Range,
 ) -> None:
     """Fills `out` with random parts of the picture, all from one decoding.
 
     `scale` bounds the share of the area, `ratio` width over height before the resize. Drawn as in
     torchvision's RandomResizedCrop. Raises UnreadableImage if the pixels cannot be decoded.
     """
-    boxes = [
-        crop_box(picture.height, picture.width, rng, scale=scale, ratio=ratio)
-        for _ in range(len(out))
-    ]
+    size, bounds = (picture.height, picture.width), dict(scale=scale, ratio=ratio)
+    boxes = [crop_box(*size, rng, **bounds) for _ in out]
     least = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
     shrink = max(by for by in picture.shrinks if by == 1 or least >= by * out.shape[1])
     pixels = picture.pixels(shrink)
@@ -51,13 +50,12 @@ def resize(
     """Fills the square `out` with the part: bicubic to enlarge, antialiased to reduce.
 
     To reduce, interpolates to twice the size and averages 2 x 2: as close to Pillow's antialiased
-    bicubic as Pillow's bilinear is (near a factor of 2.5 slightly less), in a quarter of the time.
-    Above 2.5, where interpolation would skip pixels, averages the area.
+    bicubic as Pillow's bilinear is, in a quarter of the time. Above a factor of 2.5, where
+    interpolation would skip pixels, averages the area.
     """
     longest, size = max(part.shape[:2]), len(out)
     if longest <= size:
-        whole = Image.fromarray(part)
-        out[:] = whole.resize((size, size), Image.Resampling.BICUBIC)
+        out[:] = Image.fromarray(part).resize((size, size), Image.Resampling.BICUBIC)
         return
     if longest <= _TWICE * size:
         nearer = cv2.INTER_CUBIC if longest <= _CUBIC * size else cv2.INTER_LINEAR
@@ -66,12 +64,7 @@ def resize(
 
 
 def crop_box(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    *,
-    scale: Sequence[float],
-    ratio: Sequence[float],
+    height: int, width: int, rng: np.random.Generator, *, scale: Range, ratio: Range
 ) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a random crop; after ten tries, a central one of near ratio."""
     low, high = math.log(ratio[0]), math.log(ratio[1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _ORIENTATION = 0x0112  # EXIF
@@ -30,11 +30,9 @@ class Picture:
     """A picture whose size is known; the pixels of most JPEGs are not decoded yet."""
 
     def __init__(self, image: Pixels | bytes | str | os.PathLike, name: str | None = None) -> None:
-        """Takes an array, the bytes of a file, or its path, and a `name` for messages.
-
-        Raises UnreadableImage if it is not a picture.
-        """
+        """Raises UnreadableImage, naming `name` or the path, if it is not a picture."""
         self._array: Pixels | None = None
+        self.shrinks: tuple[int, ...] = (1,)  # the factors by which `pixels` can divide the sides
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise UnreadableImage(
@@ -51,15 +49,16 @@ class Picture:
                 raise ValueError("the file is empty")
             with _opened(self.content) as opened:
                 self.width, self.height = opened.size
-                if not _is_plain_jpeg(opened, self.content):
+                if _is_plain_jpeg(opened, self.content):
+                    self.shrinks = (1, 2, 4, 8)
+                else:
                     self._array = np.asarray(rgb(opened))
                     self.height, self.width = self._array.shape[:2]
 
     def pixels(self, shrink: int = 1) -> Pixels:
-        """The picture at 1 / `shrink` of its size, rounded up: upright, transparency on white.
+        """The picture at 1 / `shrink` of its size, rounded up, by averaging: see `decode`.
 
-        Each pixel is the mean of those it replaces. `shrink` is one of `shrinks`. Raises
-        UnreadableImage if the file is truncated or damaged.
+        `shrink` is one of `shrinks`. Raises UnreadableImage if the file is truncated or damaged.
         """
         if self._array is not None:
             return self._array
@@ -77,17 +76,11 @@ class Picture:
             pixels = np.asarray(Image.fromarray(pixels).resize((width, height), box))
         return pixels
 
-    @property
-    def shrinks(self) -> tuple[int, ...]:
-        """The factors by which `pixels` can divide the sides."""
-        return (1,) if self._array is not None else (1, 2, 4, 8)
-
 
 def decode(image: Pixels | bytes | str | os.PathLike) -> Pixels:
     """The picture of an array, the bytes of a file, or its path: upright, transparency on white.
 
-    Raises UnreadableImage if it is missing, empty, truncated, not a picture, or larger than
-    Pillow's limit.
+    Raises UnreadableImage if it is missing, damaged, not a picture, or over Pillow's size limit.
     """
     return Picture(image).pixels()
 
@@ -104,55 +97,29 @@ def rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for a grey whose range is unknown.
     """
-    raw = _raw_mode(image)  # lost once the pixels are loaded
+    # Pillow's name for the numbers in the file, lost once the pixels are loaded.
+    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    raw = str(args[0] if isinstance(args, tuple) and args else args)
     # Pillow inverts negatives of 8 bits only.
     negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image.load()
     with contextlib.suppress(Exception):  # of a broken EXIF block; the pixels are fine
         image = ImageOps.exif_transpose(image)
-    hidden = _hidden(image, raw)
     if image.mode[0] in "IF":
         grey = _eight_bits(np.asarray(image), image.mode, raw)
         image = Image.fromarray(255 - grey if negative else grey)
-    if hidden is not None:
-        return Image.fromarray(np.where(hidden[..., None], np.uint8(255), image.convert("RGB")))
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _raw_mode(image: Image.Image) -> str:
-    """Pillow's name for the number format in the file; empty if it is no longer known."""
-    args = image.tile[0][3] if getattr(image, "tile", None) else ""
-    return str(args[0] if isinstance(args, tuple) and args else args)
-
-
-def _hidden(image: Image.Image, raw: str) -> Bool[np.ndarray, "height width"] | None:
-    """The pixels of the one transparent colour; None if transparency is stored otherwise.
-
-    Pillow compares the colour as stored with pixels already converted to eight bits.
-    """
-    colour = image.info.get("transparency")
-    if not isinstance(colour, int | tuple) or image.mode not in ("1", "L", "I", "I;16", "RGB"):
-        return None
-    colour = np.array(colour) * {"L;2": 85, "L;4": 17}.get(raw, 1)
-    if image.mode == "RGB":
-        deep = raw == "RGB;16B" or colour.max() > 255
-        return (np.asarray(image) == (colour >> 8 if deep else colour)).all(axis=-1)
-    return np.asarray(image.convert("L") if image.mode == "1" else image) == colour
-
-
 def _eight_bits(
     values: Shaped[np.ndarray, "height width"], mode: str, raw: str
 ) -> UInt8[np.ndarray, "height width"]:
     """Grey of whole numbers up to 255, 4095 or 65535, or floats up to 1, else raises ValueError."""
-    if mode == "F":
-        most = 1
-    elif raw == "I;12":
-        most = 4095
-    else:
-        most = 65535 if "16" in mode + raw or values.max() > 255 else 255
+    deep = "16" in mode + raw or values.max() > 255
+    most = 1 if mode == "F" else 4095 if raw == "I;12" else 65535 if deep else 255
     if not (values.min() >= 0 and values.max() <= most):  # also catches NaN
         kind = "floats from 0 to 1" if mode == "F" else "whole numbers from 0 to 65535"
         raise ValueError(

@@ -17,7 +17,6 @@ MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
 PROGRESS = ".progress"  # folder of the packing's state until the manifest is written
 VERSION = 1
 _AT_ONCE = 8  # files hashed in parallel
-_GIVE = "after records: give the --workdir of a --mode=prepare run"
 
 
 class Receipt(NamedTuple):
@@ -47,10 +46,8 @@ class Shard(NamedTuple):
     @property
     def files(self) -> tuple[tuple[str, int, str], ...]:
         """(name, bytes, sha256) of the shard and of its index."""
-        return (
-            (self.file, self.bytes, self.sha256),
-            (index_name(self.file), self.index_bytes, self.index_sha256),
-        )
+        index = index_name(self.file), self.index_bytes, self.index_sha256
+        return (self.file, self.bytes, self.sha256), index
 
 
 class Manifest(NamedTuple):
@@ -69,7 +66,6 @@ class Manifest(NamedTuple):
 
 
 def shard_name(shard: int, shards: int) -> str:
-    """The name of a shard's file."""
     return f"pairs-{shard:05d}-of-{shards:05d}.array_record"
 
 
@@ -79,7 +75,6 @@ def index_name(file: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -94,22 +89,19 @@ def write_manifest(
     receipts: Sequence[Receipt],
 ) -> Manifest:
     """Writes `skipped.tsv`, then the manifest of these shards in order."""
+    skipped = [*left_out, *(row for receipt in receipts for row in receipt.skipped)]
     with written_whole(folder / SKIPPED, errors="backslashreplace") as file:
-        for rows in (left_out, *(receipt.skipped for receipt in receipts)):
-            for row in rows:
-                file.write("\t".join(re.sub(r"[\t\r\n]+", " ", field) for field in row) + "\n")
+        for row in skipped:
+            file.write("\t".join(re.sub(r"[\t\r\n]+", " ", field) for field in row) + "\n")
     shards = tuple(
-        Shard(
-            file=shard_name(number, len(receipts)),
-            **receipt._asdict() | {"skipped": len(receipt.skipped)},
-        )
-        for number, receipt in enumerate(receipts)
+        Shard(shard_name(number, len(receipts)), **each._asdict() | {"skipped": len(each.skipped)})
+        for number, each in enumerate(receipts)
     )
     manifest = Manifest(
         records=sum(shard.records for shard in shards),
         captions=sum(shard.captions for shard in shards),
         bytes=sum(shard.bytes + shard.index_bytes for shard in shards),
-        skipped=len(left_out) + sum(shard.skipped for shard in shards),
+        skipped=len(skipped),
         source=source,
         options=options,
         listed=listed,
@@ -130,31 +122,24 @@ def read_manifest(folder: Path | str) -> Manifest:
         if content["version"] != VERSION:
             raise UserError(
                 f"{path} has version {content['version']}, but this program reads version "
-                f"{VERSION}: pack the source again, or use the version of the program that packed "
-                "it"
+                f"{VERSION}: pack the source again, or use the program that packed it"
             )
         shards = tuple(Shard(**shard) for shard in content["shards"])
         return Manifest(**{name: content[name] for name in Manifest._fields} | {"shards": shards})
     except FileNotFoundError as failure:
-        raise UserError(_no_manifest(Path(folder))) from failure
-    except OSError as failure:
-        raise UserError(f"{path} cannot be read ({failure.strerror}): fix that first") from failure
-    except (ValueError, KeyError, TypeError) as failure:
+        give = "after records: give the --workdir of a --mode=prepare run"
+        if not path.parent.is_dir():
+            raise UserError(f"the folder {folder} does not exist: {give}") from failure
+        begun = any(path.parent.glob("pairs-*.array_record")) or (path.parent / PROGRESS).is_dir()
+        state, cure = "holds no packed pairs", give
+        if begun:
+            state, cure = "is not completely packed", "run the same --mode=prepare command again"
+        raise UserError(f"{folder} {state} (no {MANIFEST}): {cure}") from failure
+    except (OSError, ValueError, KeyError, TypeError) as failure:
         raise UserError(
-            f"{path} is not a valid manifest ({type(failure).__name__}: {failure}): restore the "
-            "original, or remove the folder and pack the source again"
+            f"{path} cannot be read ({type(failure).__name__}: {failure}): restore the original, "
+            "or remove the folder and pack the source again"
         ) from failure
-
-
-def _no_manifest(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"the folder {folder} does not exist: {_GIVE}"
-    if any(folder.glob("pairs-*.array_record")) or (folder / PROGRESS).is_dir():
-        return (
-            f"{folder} is not completely packed (no {MANIFEST}): run the same --mode=prepare "
-            "command again"
-        )
-    return f"{folder} holds no packed pairs (no {MANIFEST}): {_GIVE}"
 
 
 def misfits(folder: Path | str, shards: Sequence[Shard]) -> list[tuple[int, str]]:
@@ -162,36 +147,32 @@ def misfits(folder: Path | str, shards: Sequence[Shard]) -> list[tuple[int, str]
     # One request: on a network disk, a request per file is slow.
     with os.scandir(folder) as entries:
         sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    found = {}
-    for number, shard in enumerate(shards):
-        for name, size, _ in shard.files:
-            if why := _size_misfit(name, sizes.get(name), size):
-                found.setdefault(number, why)
-    return list(found.items())
+    whys = [
+        [_size_misfit(name, sizes.get(name), size) for name, size, _ in shard.files]
+        for shard in shards
+    ]
+    return [(number, why[0] or why[1]) for number, why in enumerate(whys) if any(why)]
 
 
 def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> list[tuple[str, str]]:
-    """(file, why) of every file in a packed folder whose size or sha256 differs from the manifest.
+    """(file, why) of each file that differs from the manifest; `tell` is called after each file.
 
-    Reads every file; calls `tell` with each name when it is done. Raises UserError if there is no
-    manifest.
+    Raises UserError if there is no manifest.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
 
     def why(name: str, size: int | None, sha256: str) -> str:
         path = folder / name
-        held = path.stat().st_size if path.is_file() else None
         try:
-            misfit = _size_misfit(name, held, size)
-            if misfit or file_sha256(path) == sha256:
-                return misfit
-            return f"{name} has changed (its sha256 differs from the manifest)"
+            misfit = _size_misfit(name, path.stat().st_size if path.is_file() else None, size)
+            if not misfit and file_sha256(path) != sha256:
+                misfit = f"{name} has changed (its sha256 differs from the manifest)"
         except OSError as failure:
-            return f"{name} cannot be read ({failure.strerror})"
-        finally:
-            if tell is not None:
-                tell(name)
+            misfit = f"{name} cannot be read ({failure.strerror})"
+        if tell is not None:
+            tell(name)
+        return misfit
 
     expected = [file for shard in manifest.shards for file in shard.files]
     expected.append((SKIPPED, None, manifest.skipped_sha256))

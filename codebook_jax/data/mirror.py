@@ -97,8 +97,7 @@ _IDIOMS = (
 def mirrored(caption: str) -> str | None:
     """The caption of the mirrored picture, each swapped word in its case; None: do not mirror.
 
-    None if some left or right is neither a certain place nor an idiom ("right now"), if another
-    word tells the sides apart (southpaw), and for any letter outside ASCII.
+    No caption with a letter outside ASCII is mirrored.
     """
     letters = unicodedata.normalize("NFC", caption)  # a letter and its accent become one
     if any(letter.isalpha() and not letter.isascii() for letter in letters):
@@ -119,7 +118,7 @@ def mirrored(caption: str) -> str | None:
 
 
 def _covered(patterns: tuple[str, ...], caption: str) -> set[int]:
-    """The positions in the caption that some pattern matches."""
+    """The positions that some pattern matches."""
     found = (m for p in patterns for m in re.finditer(p, caption, re.IGNORECASE | re.DOTALL))
     return {position for match in found for position in range(*match.span())}
 

@@ -11,12 +11,9 @@ HUB = "https://huggingface.co"  # unless HF_ENDPOINT names another
 
 
 def hub_reachable() -> bool:
-    """Whether the hub's name resolves: its library would retry for 40 s, each time with a warning.
-
-    Behind a proxy, which resolves names itself, the answer is always yes.
-    """
+    """Whether the hub's name resolves: otherwise its library retries for 40 s, with warnings."""
     if {"http", "https", "all"} & urllib.request.getproxies().keys():
-        return True
+        return True  # a proxy resolves names itself
     address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or HUB)
     try:
         socket.getaddrinfo(address.hostname, address.port or 443)

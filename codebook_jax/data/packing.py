@@ -3,17 +3,15 @@
 A folder of packed pairs, which --mode=prepare writes and `records:FOLDER` reads, holds
 
 - `pairs-00003-of-00042.array_record`: consecutive records of the source, in ArrayRecord with
-  `group_size:1,uncompressed` (records are read singly, and JPEG does not compress further).
-  ArrayRecord checksums each. A record is msgpack of {"image": the bytes of a JPEG, "captions":
-  [text], "image_id": number, "name": text}.
+  `group_size:1,uncompressed`, which checksums each. A record is msgpack of {"image": the bytes of a
+  JPEG, "captions": [text], "image_id": number, "name": text}.
 - `pairs-00003-of-00042.jsonl`: the same without pictures, a line per record: {"name", "image_id",
   "captions", "height", "width", "bytes", "sha256"}, the last two of the JPEG.
 - `skipped.tsv`: name and reason of each record left out of the shards.
 - `manifest.json`, written last: the contents and hashes of all of them (`data/manifest.py`).
 
 Shard s holds the source's records s * shard_records to (s + 1) * shard_records, without those whose
-picture cannot be read. The files depend only on the source and the options: two runs write the same
-bytes.
+picture cannot be read. Two runs with the same source and options write the same bytes.
 """
 
 from __future__ import annotations
@@ -55,27 +53,23 @@ class Packing(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A packed picture."""
-
     jpeg: bytes
     height: int
     width: int
 
 
 def shard_count(records: int, shard_records: int) -> int:
-    """The number of shards for the records of a source."""
     return -(-records // shard_records)
 
 
 def packed_picture(
     image: UInt8[np.ndarray, "height width 3"] | bytes | str, side_px: int, quality: int
 ) -> Packed:
-    """The picture as a JPEG whose shorter side is at most `side_px`.
+    """The picture as a JPEG whose shorter side is at most `side_px`; may raise UnreadableImage.
 
     A JPEG that is small enough, upright, and grey or RGB keeps its bytes. Anything else is decoded,
     turned upright, put on white, reduced (bicubic, antialiased), and encoded as JPEG of `quality`
-    with colour at full resolution (4:4:4), so that drawings and text keep their edges. Raises
-    UnreadableImage if the picture cannot be decoded.
+    with colour at full resolution (4:4:4), so that drawings and text keep their edges.
     """
     try:
         content = Path(image).read_bytes() if isinstance(image, str) else image
@@ -92,8 +86,8 @@ def packed_picture(
     shrink = max(by for by in picture.shrinks if by == 1 or (reduced and short >= 2 * by * side_px))
     pixels = Image.fromarray(picture.pixels(shrink))
     if reduced:
-        size = (max(1, round(side * side_px / short)) for side in (picture.width, picture.height))
-        pixels = pixels.resize(tuple(size), Image.Resampling.BICUBIC)
+        size = [max(1, round(side * side_px / short)) for side in (picture.width, picture.height)]
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC)
     width, height = pixels.size
     if max(height, width) > _LONGEST_JPEG_PX:
         raise UnreadableImage(f"{width:,} x {height:,} pixels are more than a JPEG can hold")
@@ -104,8 +98,8 @@ def packed_picture(
 
 def pack(record: Record, name: str, jpeg: bytes) -> bytes:
     """A record as stored in a shard."""
-    captions, image_id = list(record.captions), int(record.image_id)
-    content = {"image": jpeg, "captions": captions, "image_id": image_id, "name": name}
+    content = {"image": jpeg, "captions": list(record.captions)}
+    content |= {"image_id": int(record.image_id), "name": name}
     return msgpack.packb(content, unicode_errors="surrogatepass")
 
 
@@ -117,62 +111,47 @@ def write_shard(
     Pictures that cannot be read are left out and named in the receipt. If the disk is full,
     ArrayRecord raises RuntimeError: see `full_disk_named`.
     """
-    name = shard_name(shard, shard_count(len(source), packing.shard_records))
-    with _drafts(Path(folder), name, index_name(name)) as drafts:
-        records, captions, skipped = _fill(source, shard, drafts, packing, tell)
-        (size, sha256), (index_size, index_sha256) = (
-            (draft.stat().st_size, file_sha256(draft)) for draft in drafts
-        )
-    return Receipt(records, captions, size, sha256, index_size, index_sha256, tuple(skipped))
-
-
-def _fill(
-    source: Source, shard: int, drafts: list[Path], packing: Packing, tell: Told | None
-) -> tuple[int, int, list[tuple[str, str]]]:
-    """(records, captions, skipped) of a shard, written into its two drafts."""
     from array_record.python import array_record_module
 
+    file = shard_name(shard, shard_count(len(source), packing.shard_records))
     first = shard * packing.shard_records
-    stop = min(len(source), first + packing.shard_records)
-    captions = 0
-    skipped: list[tuple[str, str]] = []
-    writer = array_record_module.ArrayRecordWriter(os.fspath(drafts[0]), WRITER_OPTIONS)
-    with open(drafts[1], "wb") as index, contextlib.closing(writer):
-        for number in range(first, stop):
-            name = source.name(number)
-            before = len(skipped)
-            try:
-                record = source[number]
-                packed = packed_picture(record.image, packing.side_px, packing.quality)
-            except UnreadableImage as failure:
-                skipped.append((name, str(failure)))
-            else:
-                writer.write(pack(record, name, packed.jpeg))
-                index.write(_index_line(record, name, packed))
-                captions += len(record.captions)
-            if tell is not None:
-                tell(1, len(skipped) - before)
-    return stop - first - len(skipped), captions, skipped
-
-
-def _index_line(record: Record, name: str, packed: Packed) -> bytes:
-    entry = {
-        "name": name,
-        "image_id": int(record.image_id),
-        "captions": list(record.captions),
-        "height": packed.height,
-        "width": packed.width,
-        "bytes": len(packed.jpeg),
-        "sha256": hashlib.sha256(packed.jpeg).hexdigest(),
-    }
-    return f"{json.dumps(entry, ensure_ascii=False)}\n".encode("utf-8", "surrogatepass")
+    numbers = range(first, min(len(source), first + packing.shard_records))
+    captions, skipped = 0, []
+    with _drafts(Path(folder), file, index_name(file)) as drafts:
+        writer = array_record_module.ArrayRecordWriter(os.fspath(drafts[0]), WRITER_OPTIONS)
+        with open(drafts[1], "wb") as index, contextlib.closing(writer):
+            for number in numbers:
+                name, before = source.name(number), len(skipped)
+                try:
+                    record = source[number]
+                    packed = packed_picture(record.image, packing.side_px, packing.quality)
+                except UnreadableImage as failure:
+                    skipped.append((name, str(failure)))
+                else:
+                    writer.write(pack(record, name, packed.jpeg))
+                    entry = {
+                        "name": name,
+                        "image_id": int(record.image_id),
+                        "captions": list(record.captions),
+                        "height": packed.height,
+                        "width": packed.width,
+                        "bytes": len(packed.jpeg),
+                        "sha256": hashlib.sha256(packed.jpeg).hexdigest(),
+                    }
+                    line = f"{json.dumps(entry, ensure_ascii=False)}\n"
+                    index.write(line.encode("utf-8", "surrogatepass"))
+                    captions += len(record.captions)
+                if tell is not None:
+                    tell(1, len(skipped) - before)
+        shard_facts, index_facts = ((each.stat().st_size, file_sha256(each)) for each in drafts)
+    records = len(numbers) - len(skipped)
+    return Receipt(records, captions, *shard_facts, *index_facts, tuple(skipped))
 
 
 @contextlib.contextmanager
 def _drafts(folder: Path, *names: str) -> Iterator[list[Path]]:
     """Hidden files to write, which get their `names` on success, and are removed otherwise."""
-    # Unique to this attempt: processes on several machines may write into one folder.
-    own = uuid.uuid4().hex[:12]
+    own = uuid.uuid4().hex[:12]  # processes on several machines may write into one folder
     drafts = [folder / f".{name}.{own}.tmp" for name in names]
     try:
         yield drafts

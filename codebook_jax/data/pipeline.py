@@ -1,12 +1,12 @@
 """The stream of training batches, read, cropped and tokenised in threads and worker processes.
 
-Row r of step s depends only on (seed, s, r). The numbers of workers, threads and processes, the
-read-ahead and the first step change when a row is made, not its content. So the step is the only
-position that must be saved.
+Row r of step s depends only on (seed, s, r), so the step is the only position that must be saved.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import signal
 import sys
@@ -34,7 +34,7 @@ from codebook_jax.errors import UserError
 MOST_SUBSTITUTES = 1000  # consecutive records that may be unreadable
 _NAMED = 3  # unreadable images that a stream prints
 _ROWS_A_TASK = 8  # per thread: enough for little overhead, few enough to occupy all threads
-_READERS = 2  # batches made at once, so that threads need not wait for the previous batch's tokens
+_READERS = 2  # batches made at once: threads need not wait for the previous batch's tokens
 
 
 class BatchSpec(NamedTuple):
@@ -64,10 +64,9 @@ def training_batches(
 ) -> BatchStream:
     """Batches from `start_step` on, endlessly; call `close()` after use.
 
-    An epoch has every record of the source once, in a new order, and the next one starts within the
-    same batch. One caption of a record is drawn. A caption whose mirrored form is unclear is not
-    mirrored, and a record that cannot be read is replaced by the next one in the source. `next`
-    raises UserError if nothing can be read.
+    An epoch has every record of the source once, in a new order, each with one caption, and the
+    next one starts within the same batch. A record that cannot be read is replaced by the next one
+    in the source. `next` raises UserError if nothing can be read.
     """
     if len(source) == 0:
         raise UserError(f"{source!r} has no records to train on")
@@ -94,69 +93,50 @@ class BatchStream(Iterator[Batch]):
         self._batches = iter(batches)
 
     def __next__(self) -> Batch:
-        made = next(self._batches)
-        for sentence in made.unreadable[: self._unnamed]:
+        batch, unreadable = next(self._batches)
+        if batch is None:
+            raise UserError(*unreadable)
+        for sentence in unreadable[: self._unnamed]:
             self._unnamed -= 1
             say(f"an image cannot be read and is replaced by the next one: {sentence}")
-        if made.failure:
-            raise UserError(made.failure)
-        return made.batch
+        return batch
 
     def close(self) -> None:
         """Ends the threads and processes that make batches; the stream then has no more."""
         batches, self._batches = self._batches, iter(())
         if hasattr(batches, "close"):
             batches.close()
-        self._maker.close()
+        self._maker.pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclasses.dataclass
 class BadRate:
     """Counts unreadable images, and stops the run if there are too many."""
 
-    def __init__(self, max_rate: float, unreadable: int) -> None:
-        """`unreadable` were counted before this start: reported, not held against `max_rate`."""
-        self._max_rate, self._before = max_rate, unreadable
-        self._unreadable = self._read = 0
-
-    @property
-    def unreadable(self) -> int:
-        """Since the first start of the run."""
-        return self._before + self._unreadable
+    max_rate: float
+    unreadable: int  # since the first start of the run; those before this start are not judged
+    bad: int = 0  # since this start
+    tried: int = 0
 
     def add(self, *, unreadable: int, read: int) -> None:
         """Counts a batch; raises UserError if the unreadable share is too large.
 
-        That is, above the rate by more than two standard errors: five bad images in a row stop a
-        run, but a share just below the rate does not stop it by chance.
+        That is, above the rate by more than two standard errors, which does not happen by chance.
         """
-        self._unreadable += unreadable
-        self._read += read
-        tried = self._unreadable + self._read
-        margin = 2 * math.sqrt(self._unreadable) if self._max_rate > 0 else 0
-        if self._unreadable > self._max_rate * tried + margin:
+        self.unreadable += unreadable
+        self.bad += unreadable
+        self.tried += unreadable + read
+        margin = 2 * math.sqrt(self.bad) if self.max_rate > 0 else 0
+        if self.bad > self.max_rate * self.tried + margin:
             raise UserError(
-                f"{self._unreadable:,} of {tried:,} images could not be read, more than "
-                f"config.data.max_bad_rate={self._max_rate:g} allows (the first are named above): "
+                f"{self.bad:,} of {self.tried:,} images could not be read, more than "
+                f"config.data.max_bad_rate={self.max_rate:g} allows (the first are named above): "
                 "--mode=check-data finds them all and lists the good ones; or raise the rate"
             )
 
 
-class _Made(NamedTuple):
-    """A batch as a worker sends it, with messages: exceptions would lose their type on the way."""
-
-    batch: Batch | None
-    unreadable: tuple[str, ...]  # a sentence for each of the first images
-    failure: str  # why there is no batch; empty if there is one
-
-
-class _Row(NamedTuple):
-    """One row of a batch, without its pixels."""
-
-    example: int
-    image_id: int
-    caption: str
-    flip: bool
-    unreadable: list[str]  # a sentence on each record before it that could not be read
+# Of a row: its example, image_id, caption and flip, and why each record before it was unreadable.
+_Row = tuple[int, int, str, bool, list[str]]
 
 
 class _Maker:
@@ -166,12 +146,15 @@ class _Maker:
         self.source, self.tokenizer, self.spec, self.threads = source, tokenizer, spec, threads
         self._rows = np.arange(spec.global_batch)[spec.rows]
         self._order = training_order(source, spec.seed)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def __reduce__(self) -> tuple:
         return _Maker, (self.source, self.tokenizer, self.spec, self.threads)
 
-    def __call__(self, step: int) -> _Made:
+    def __call__(self, step: int) -> tuple[Batch | None, list[str]]:
+        """(batch, a sentence on each of the first unreadable images), or (None, [a user error]):
+        exceptions lose their type on the way from a worker process.
+        """
         count, size_px = len(self._rows), self.spec.size_px
         positions = (int(step) * self.spec.global_batch + self._rows).tolist()
         views = np.empty((self.spec.views, count, size_px, size_px, 3), np.uint8)
@@ -180,25 +163,24 @@ class _Maker:
             part = range(start, min(start + _ROWS_A_TASK, count))
             return [self._read(positions[row], views[:, row]) for row in part]
 
-        run = map if self.threads == 1 else self._pool.map
+        run = map if self.threads == 1 else self.pool.map
         try:
             rows = [row for part in run(read, range(0, count, _ROWS_A_TASK)) for row in part]
         except UserError as error:
-            return _Made(None, (), str(error))
-        tokens, lengths, _ = self.tokenizer.encode(
-            [row.caption for row in rows], self.spec.max_tokens
-        )
+            return None, [str(error)]
+        examples, image_ids, captions, flips, unreadable = zip(*rows, strict=True)
+        tokens, lengths, _ = self.tokenizer.encode(captions, self.spec.max_tokens)
         batch = Batch(
             image=views[0],
             teacher_image=views[-1],
-            flip=np.array([row.flip for row in rows], bool),
+            flip=np.array(flips, bool),
             tokens=tokens,
             text_length=lengths,
-            image_id=np.array([row.image_id for row in rows], np.int32),
-            example=np.array([row.example for row in rows], np.int32),
-            skipped=np.array([len(row.unreadable) for row in rows], np.int32),
+            image_id=np.array(image_ids, np.int32),
+            example=np.array(examples, np.int32),
+            skipped=np.array(list(map(len, unreadable)), np.int32),
         )
-        return _Made(batch, tuple(why for row in rows for why in row.unreadable)[:_NAMED], "")
+        return batch, list(itertools.chain(*unreadable))[:_NAMED]
 
     def _read(self, position: int, views: UInt8[np.ndarray, "views size size 3"]) -> _Row:
         """The record at this position of the run, or the next readable one, cropped into `views`.
@@ -224,21 +206,17 @@ class _Maker:
             caption = captions[int(drawn * len(captions))]
             other = mirrored(caption) if spec.flip and flipped < 0.5 else None
             flip = other is not None
-            return _Row(example, record.image_id, other if flip else caption, flip, unreadable)
+            return example, record.image_id, other if flip else caption, flip, unreadable
         raise UserError(
             f"{self.source!r}: none of {len(unreadable):,} pairs in a row could be read (first: "
             f"{unreadable[0]}): check config.data.image_root and the files"
         )
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
 
 def _start_resource_tracker() -> None:
     """Starts Python's process that cleans up shared memory so that SIGUSR1 does not end it.
 
-    It ignores only SIGINT and SIGTERM, and without it the run fails on a broken pipe. A signal that
-    is blocked while a program starts stays blocked in it.
+    It ignores only SIGINT and SIGTERM. A signal blocked while a program starts stays blocked.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:

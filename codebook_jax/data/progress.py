@@ -16,19 +16,17 @@ class Bar:
     """A bar on stderr, for a terminal, showing how many of `total` are done, and a text."""
 
     def __init__(self, total: int, done: int, text: str) -> None:
-        # A redirected stdout must not be shown on the bar's terminal.
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             rich.progress.BarColumn(),
             rich.progress.TextColumn("{task.description}"),
             console=Console(stderr=True),
-            redirect_stdout=sys.stdout.isatty(),
+            redirect_stdout=sys.stdout.isatty(),  # else a file's lines would show on the terminal
         )
         self._task = self._bar.add_task(text, total=total, completed=done)
         self._bar.start()
 
     def update(self, done: int, text: str | None = None) -> None:
-        """Shows how many are done; keeps the text if none is given."""
         self._bar.update(self._task, completed=done, description=text)
 
     def stop(self) -> None:
@@ -36,12 +34,9 @@ class Bar:
 
 
 class Progress(contextlib.AbstractContextManager):
-    """Counts to `total`; use it in a `with`."""
+    """Counts to `total`, `done` of them before this start; use it in a `with`."""
 
-    def __init__(
-        self, verb: str, unit: str, total: int, *, done: int = 0, skipped: int = 0
-    ) -> None:
-        """`done` of `total` were done before this start and do not count in the pace."""
+    def __init__(self, verb: str, unit: str, total: int, *, done: int = 0, skipped: int = 0):
         self._verb, self._unit, self._total = verb, unit, total
         self._before, self._done, self._skipped = done, done, skipped
         self._began = self._printed = time.monotonic()
@@ -63,8 +58,8 @@ class Progress(contextlib.AbstractContextManager):
             self._bar.update(self._done, text)
         elif now - self._printed >= _EVERY_S:
             self._printed = now
-            counts = f"{self._verb} {self._done:,}/{self._total:,}"
-            print(f"{counts}  {text}", file=sys.stderr, flush=True)
+            line = f"{self._verb} {self._done:,}/{self._total:,}  {text}"
+            print(line, file=sys.stderr, flush=True)
 
 
 class Stages(contextlib.ExitStack):
@@ -72,8 +67,7 @@ class Stages(contextlib.ExitStack):
 
     def __init__(self, verb: str, *, silent: bool = False) -> None:
         super().__init__()
-        self._verb, self._silent = verb, silent
-        self._unit, self._done = "", 0
+        self._verb, self._silent, self._unit, self._done = verb, silent, "", 0
 
     def __call__(self, unit: str, done: int, total: int) -> None:
         if self._silent:
@@ -88,8 +82,11 @@ class Stages(contextlib.ExitStack):
 
 def duration(seconds: float) -> str:
     """A time in the largest unit in which it is above one."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+    for limit, unit, each, digits in (
+        (90, "s", 1, 0),
+        (5400, "min", 60, 0),
+        (172800, "h", 3600, 1),
+    ):
+        if seconds < limit:
+            return f"{seconds / each:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} days"

@@ -22,11 +22,8 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, the first signal raises Stopped, and later ones do not interrupt the clean-up.
-
-    Does nothing outside the main thread, where Python has no signal handlers.
-    """
-    if threading.current_thread() is not threading.main_thread():
+    """Inside, the first signal raises Stopped, and later ones do not interrupt the clean-up."""
+    if threading.current_thread() is not threading.main_thread():  # Python has no handlers there
         yield
         return
 
@@ -36,8 +33,8 @@ def stoppable() -> Iterator[None]:
         raise Stopped(number)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        if before[number] is not signal.SIG_IGN:  # set by nohup
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # set by nohup
             signal.signal(number, stop)
     try:
         yield
@@ -47,10 +44,7 @@ def stoppable() -> Iterator[None]:
 
 
 def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:
-    """Makes a worker process ignore these signals, which its parent handles, and end with it.
-
-    Call it first: terminals and schedulers send such signals to every process.
-    """
+    """Makes a worker process ignore these signals, which its parent handles, and end with it."""
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
 

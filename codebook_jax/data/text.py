@@ -34,17 +34,13 @@ _WORDS = "vocab.txt"
 _KINDS = ("pad", "unk", "cls", "sep", "mask")
 _OF_BERT, _OF_ROBERTA = (PAD, UNKNOWN, CLS, SEP, MASK), ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
-# The four code points are invisible letters.
-_LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")
+_LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # not the four invisible letters
 _SHOWS_NOTHING = "\ufffd\u2800\u115f\u1160"  # the first marks characters lost by a wrong encoding
 _NAMED = 5  # unknown words
-# In tokenizer_config.json: our own tokenizers need no `clean`. Those of older runs lack the key.
-_CLEANS = "cleans_captions"
+_CLEANS = "cleans_captions"  # in tokenizer_config.json: needs no `clean`; older runs lack it
 
 
 class Vocabulary(NamedTuple):
-    """What the model needs to know about the tokens."""
-
     size: int
     pad_id: int
     cls_id: int
@@ -54,22 +50,14 @@ class Vocabulary(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The tokens of some captions."""
-
     tokens: Int32[np.ndarray, "captions tokens"]  # [CLS] words [SEP], padded on the right
     lengths: Int32[np.ndarray, "captions"]  # tokens before the padding
     truncated: int  # captions
 
 
 class Unknown(NamedTuple):
-    """How many of some tokens a tokenizer does not know."""
-
     count: int
-    tokens: int
-
-    @property
-    def share(self) -> float:
-        return self.count / max(1, self.tokens)
+    tokens: int  # known and unknown
 
 
 class Tokenizer:
@@ -79,8 +67,8 @@ class Tokenizer:
         self,
         tokenizer: tokenizers.Tokenizer,
         vocabulary: Vocabulary,
-        unknown_id: int | None = None,
-        cleans: bool = False,
+        unknown_id: int | None,
+        cleans: bool,
     ) -> None:
         """`unknown_id` stands for unknown words; `cleans`: the tokenizer cleans captions itself."""
         self._tokenizer, self._cleans = tokenizer, cleans
@@ -94,23 +82,20 @@ class Tokenizer:
 
     def _encodings(self, captions: Iterable[str]) -> list[tokenizers.Encoding]:
         """The tokens of each caption, without [CLS] and [SEP]."""
-        texts = [self._prepare(caption) for caption in captions]
+        texts = list(map(self._prepare, captions))
         return self._tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> Encoded:
         """The first `max_tokens` tokens of each caption, [CLS] and [SEP] included."""
         vocabulary = self.vocabulary
         tokens = np.full((len(captions), max_tokens), vocabulary.pad_id, np.int32)
-        lengths = np.empty(len(captions), np.int32)
-        truncated = 0
         # Truncated here: the tokenizer's own setting belongs to an object that threads share.
-        for row, encoding in enumerate(self._encodings(captions)):
-            words = encoding.ids
-            truncated += len(words) > max_tokens - 2
-            ids = [vocabulary.cls_id, *words[: max_tokens - 2], vocabulary.sep_id]
-            tokens[row, : len(ids)] = ids
-            lengths[row] = len(ids)
-        return Encoded(tokens, lengths, truncated)
+        words = [encoding.ids for encoding in self._encodings(captions)]
+        for row, ids in zip(tokens, words, strict=True):
+            cut = [vocabulary.cls_id, *ids[: max_tokens - 2], vocabulary.sep_id]
+            row[: len(cut)] = cut
+        lengths = np.array([min(len(ids) + 2, max_tokens) for ids in words], np.int32)
+        return Encoded(tokens, lengths, sum(len(ids) + 2 > max_tokens for ids in words))
 
     def readable(self, captions: Sequence[str]) -> Sequence[str]:
         """Those of these captions, all with words, that give at least one token."""
@@ -121,13 +106,14 @@ class Tokenizer:
 
     def unknown_words(self, captions: Iterable[str]) -> list[str]:
         """The words that it reads as the unknown token, each once."""
-        found: dict[str, None] = {}
-        for caption in captions:
-            (encoding,), text = self._encodings([caption]), self._prepare(caption)
-            for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-                if number == self.unknown_id:
-                    found[text[start:stop]] = None
-        return list(found)
+        words = [
+            self._prepare(caption)[slice(*place)]
+            for caption in captions
+            for encoding in self._encodings([caption])
+            for number, place in zip(encoding.ids, encoding.offsets, strict=True)
+            if number == self.unknown_id
+        ]
+        return list(dict.fromkeys(words))
 
     def unknown(
         self, tokens: Int32[np.ndarray, "captions tokens"], lengths: Int32[np.ndarray, "captions"]
@@ -140,8 +126,7 @@ class Tokenizer:
 def has_words(caption: str) -> bool:
     """Whether cleaning leaves a letter, a digit, or a symbol such as an emoji of a caption.
 
-    Every source leaves out captions without words. Punctuation, spaces, control and zero-width
-    characters do not count, nor does the replacement character of a lost encoding.
+    Every source leaves out captions without words.
     """
     if _LETTER.search(caption):
         return True
@@ -169,13 +154,14 @@ def unknown_in(captions: Sequence[str], tokenizer: Tokenizer) -> Unknown:
 
 
 def said_unknown(unknown: Unknown, captions: str) -> str:
-    """A sentence on the share of unknown tokens in `captions`; a large one is a warning."""
-    share = f"{unknown.count:,} of {unknown.tokens:,} ({unknown.share:.2%})"
-    if unknown.share <= MOST_UNKNOWN:
-        return f"unknown tokens: {share} in {captions}"
+    """A sentence on the unknown tokens in `captions`; a warning if they are many."""
+    share = unknown.count / max(1, unknown.tokens)
+    fact = f"unknown tokens: {unknown.count:,} of {unknown.tokens:,} ({share:.2%}) in {captions}"
+    if share <= MOST_UNKNOWN:
+        return fact
     return (
-        f"warning: unknown tokens: {share} in {captions}: the model cannot tell these words apart; "
-        "set config.data.tokenizer to a tokenizer of their language, or leave it empty to train one"
+        f"warning: {fact}: the model cannot tell these words apart; set config.data.tokenizer to a "
+        "tokenizer of their language, or leave it empty to train one"
     )
 
 
@@ -191,7 +177,7 @@ def tokenizer_for_run(
     vocabulary_size: int,
     **spelling: bool,
 ) -> Tokenizer:
-    """The tokenizer of a run, saved into its workdir: see `open_tokenizer`."""
+    """The tokenizer of `open_tokenizer`, saved into the workdir."""
     tokenizer, save = open_tokenizer(spec, workdir, captions, vocabulary_size, **spelling)
     save()
     return tokenizer
@@ -208,13 +194,11 @@ def open_tokenizer(
 ) -> tuple[Tokenizer, Callable[[], None]]:
     """The workdir's tokenizer, if it has one, else that of `spec`, and a function that saves it.
 
-    `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on `captions`,
-    and only then `lowercase` and `strip_accents` apply. Raises UserError if there is no usable
-    tokenizer.
+    `spec` is a folder or a name on the Hugging Face hub; if empty, one is trained on `captions`.
+    Raises UserError if there is no usable tokenizer.
     """
-    # The pipeline has threads and workers of its own; torch is not needed.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pipeline has its own threads
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
     folder = Path(workdir) / FOLDER
     if folder.is_dir():
         own = _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
@@ -232,18 +216,16 @@ def open_tokenizer(
             f"{folder} is missing, and the run's tokens cannot be read without it: restore it"
         )
     else:
-        spelling = {"lowercase": lowercase, "strip_accents": strip_accents}
-        loaded = _in_transformers(train_vocabulary(captions, vocabulary_size, **spelling))
+        import transformers  # takes a second, and workers never need it
+
+        trained = train_vocabulary(
+            captions, vocabulary_size, lowercase=lowercase, strip_accents=strip_accents
+        )
+        names = {f"{kind}_token": name for kind, name in zip(_KINDS, _OF_BERT, strict=True)}
+        options = names | {"tokenizer_object": trained, _CLEANS: True}
+        loaded = transformers.PreTrainedTokenizerFast(**options)
     tokenizer = _wrapped(loaded, spec or "the trained vocabulary")
     return tokenizer, lambda: _save(loaded, folder)
-
-
-def _in_transformers(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerBase:
-    import transformers  # takes a second, and workers never need it
-
-    names = {f"{kind}_token": name for kind, name in zip(_KINDS, _OF_BERT, strict=True)}
-    options = names | {"tokenizer_object": tokenizer, _CLEANS: True}
-    return transformers.PreTrainedTokenizerFast(**options)
 
 
 def _load(name: str, what: str) -> PreTrainedTokenizerBase:
@@ -256,31 +238,21 @@ def _load(name: str, what: str) -> PreTrainedTokenizerBase:
     # A list of word pieces without the tokenizer that transformers saves is BERT's.
     words_alone = (Path(name) / _WORDS).is_file() and not (Path(name) / "tokenizer.json").exists()
     reader = transformers.BertTokenizerFast if words_alone else transformers.AutoTokenizer
-    local = os.path.isdir(name) or not hub_reachable()
     try:
+        local = os.path.isdir(name) or not hub_reachable()
         loaded = reader.from_pretrained(name, local_files_only=local)
     except Exception as failure:  # OSError, ValueError, KeyError, the hub's own errors, ...
         reason = str(failure).strip().split("\n")[0].rstrip(".") or type(failure).__name__
-        if os.path.isdir(name):
-            advice = f"cannot be loaded ({reason}): give a folder with tokenizer.json or {_WORDS}"
-        else:
-            advice = (
-                "is not a folder here and could not be loaded from the Hugging Face hub "
-                f"({reason}): give a folder, or a name on the hub with network access, or leave "
-                "it empty to train one"
-            )
-        raise UserError(f"{what} {advice}") from failure
+        where = "" if os.path.isdir(name) else " from a folder or the Hugging Face hub"
+        raise UserError(
+            f"{what} cannot be loaded{where} ({reason}): give a folder with tokenizer.json or "
+            f"{_WORDS}, or a name on the hub with network access, or leave it empty to train one"
+        ) from failure
     vocabulary = loaded.get_vocab()
     for kind, *names in zip(_KINDS, _OF_BERT, _OF_ROBERTA, strict=True):
         known = [name for name in names if name in vocabulary]
         if known and getattr(loaded, f"{kind}_token") is None:  # a tokenizer.json alone names none
             setattr(loaded, f"{kind}_token", known[0])
-    if words_alone:
-        listed = (Path(name) / _WORDS).read_text(encoding="utf-8").split("\n")
-        absent = {str(getattr(loaded, f"{kind}_token")) for kind in _KINDS}.difference(listed)
-        if absent:  # transformers has appended them
-            absent = ", ".join(sorted(absent))
-            raise UserError(f"{what}: its {_WORDS} has no {absent}: use one like BERT's")
     return loaded
 
 
@@ -304,7 +276,7 @@ def _wrapped(loaded: PreTrainedTokenizerBase, name: str) -> Tokenizer:
 
 
 def _save(loaded: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves into `folder` whole or not at all; another process may have saved it first."""
+    """Saves `folder` whole or not at all; another process may have saved it first."""
     draft = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     loaded.save_pretrained(draft)

@@ -14,8 +14,7 @@ _SPECIALS = [PAD, UNKNOWN, CLS, SEP, MASK]
 _INSIDE = "##"  # before the tokens inside a word; BERT
 _MOST_COUNTED = 10_000  # a word counts at most this often
 _LEAST_PAIRS = 2  # a pair must occur this often to become a token: rarer ones teach nothing
-# bytes of a token, 16 Thai letters: otherwise whole captions without spaces become one token
-_LONGEST = 48
+_LONGEST = 48  # bytes of a token, 16 Thai letters: whole captions without spaces would become one
 
 # Replaced by spaces, since they separate words: the zero width space, and punctuation that is not
 # ASCII. Not the apostrophes of man’s and צה״ל, nor the dot of Catalan's col·legi.
@@ -38,13 +37,10 @@ def train_vocabulary(
 ) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer of at most `size` entries, or as many as the bytes alone need.
 
-    Words are split into UTF-8 bytes, which are merged as the captions suggest: letters that no
-    caption has still get different tokens, and scripts without spaces need no words. Entries
-    inside a word begin with ##, as in BERT.
-
-    The same captions give the same entries in the same order. The library's trainer numbers the
-    letters inside words in hash-table order, so all letters are numbered before it starts; those
-    missing from the captions come last and change no other number.
+    Letters that no caption has still get different tokens. Entries inside a word begin with ##, as
+    in BERT. The same captions give the same entries in the same order: the library's trainer
+    numbers the letters inside words in hash-table order, so all letters are numbered before it
+    starts; those missing from the captions come last and change no other number.
     """
     normalizer = _normalizer(lowercase=lowercase, strip_accents=strip_accents)
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -98,8 +94,7 @@ def train_vocabulary(
 def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normalizer:
     """Cleans captions of every script as ALBEF's clean-up does English.
 
-    NFKC, not NFC, also unifies ways to write or store the same letters (full and half width,
-    ligatures, presentation forms). It keeps every mark and accent.
+    NFKC, not NFC, also unifies full and half width, ligatures and presentation forms.
     """
     steps = [normalizers.Replace(Regex(_BETWEEN), " "), normalizers.NFKC()]
     if lowercase:

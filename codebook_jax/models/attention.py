@@ -10,12 +10,14 @@ from jaxtyping import Array, Float, Int
 from codebook_jax.method.numerics import default_types
 from codebook_jax.models.layers import Compute, Dense
 
+Queries = Float[Array, "batch queries heads head_width"]
+Keys = Float[Array, "batch keys heads head_width"]
+
 
 class SelfAttention(nnx.Module):
     """Multi-head attention of a sequence over itself (Vaswani et al., 2017); padding is masked.
 
-    `value_std` is for the initial value and output weights: how much a token takes in from others
-    at first.
+    `value_std` is of the initial value and output weights.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class SelfAttention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Attention of texts over an image, whose keys and values are computed once for all texts."""
+    """Attention of texts over an image, whose `key_value` is computed once for all texts."""
 
     def __init__(
         self,
@@ -61,12 +63,6 @@ class CrossAttention(nnx.Module):
         self.out = Dense((heads, each), width, **common)
         self.compute = compute
 
-    def keys_values(
-        self, image_tokens: Float[Array, "images patches image_width"]
-    ) -> Float[Array, "images patches 2 heads head_width"]:
-        """Keys and values of each image."""
-        return self.key_value(image_tokens)
-
     def __call__(
         self,
         x: Float[Array, "images tokens width"],
@@ -78,12 +74,8 @@ class CrossAttention(nnx.Module):
 
 
 def _attended(
-    query: Float[Array, "batch queries heads head_width"],
-    key: Float[Array, "batch keys heads head_width"],
-    value: Float[Array, "batch keys heads head_width"],
-    lengths: Int[Array, "batch"] | None,
-    compute: Compute,
-) -> Float[Array, "batch queries heads head_width"]:
+    query: Queries, key: Keys, value: Keys, lengths: Int[Array, "batch"] | None, compute: Compute
+) -> Queries:
     options = dict(key_value_seq_lengths=lengths, implementation=compute.attention)
     with default_types(query.dtype):
         return jax.nn.dot_product_attention(query, key, value, **options)

@@ -1,8 +1,6 @@
-"""The text and the fusion encoder: the first and last layers of a post-norm BERT (Devlin et al.,
-2019).
+"""The text and fusion encoders: the first and last layers of a post-norm BERT (Devlin et al. 2019).
 
-The fusion layers have cross-attention to the image tokens between self-attention and feed-forward,
-as ALBEF's.
+The fusion layers have cross-attention to the image tokens before the feed-forward, as ALBEF's.
 """
 
 from __future__ import annotations
@@ -25,6 +23,10 @@ from codebook_jax.models.layers import (
     scan,
     stack,
 )
+
+States = Float[Array, "texts tokens width"]
+PairStates = Float[Array, "images texts tokens width"]
+DropoutKey = Key[Array, ""] | None  # None: nothing is dropped
 
 
 class TextSpec(NamedTuple):
@@ -67,18 +69,12 @@ class TextBlock(nnx.Module):
         self.mlp_norm = LayerNorm(width, eps=eps, **common)
         self.dropout = spec.dropout
 
-    def __call__(
-        self,
-        x: Float[Array, "texts tokens width"],
-        lengths: Int[Array, "texts"],
-        key: Key[Array, ""] | None,
-    ) -> Float[Array, "texts tokens width"]:
+    def __call__(self, x: States, lengths: Int[Array, "texts"], key: DropoutKey) -> States:
         attention_key, mlp_key = keys_of(key, 2)
-        x = self.attention_norm(x + self._dropped(self.attention(x, lengths), attention_key))
-        return self.mlp_norm(x + self._dropped(self.mlp(x), mlp_key))
-
-    def _dropped(self, x: Float[Array, "*some"], key: Key[Array, ""] | None) -> Array:
-        return dropout(x, self.dropout, key)
+        x = self.attention_norm(
+            x + dropout(self.attention(x, lengths), self.dropout, attention_key)
+        )
+        return self.mlp_norm(x + dropout(self.mlp(x), self.dropout, mlp_key))
 
 
 class FusionBlock(TextBlock):
@@ -95,36 +91,27 @@ class FusionBlock(TextBlock):
 
     def __call__(
         self,
-        x: Float[Array, "images texts tokens width"],
+        x: PairStates,
         lengths: Int[Array, "images texts"],
         image_tokens: Float[Array, "images patches image_width"],
         negatives: Negatives | None,
-        key: Key[Array, ""] | None,
-    ) -> Float[Array, "images texts tokens width"]:
+        key: DropoutKey,
+    ) -> PairStates:
         attention_key, cross_key, mlp_key = keys_of(key, 3)
         # Everything but the cross-attention sees plain rows of text.
         rows = x.reshape(-1, *x.shape[2:])
         attended = self.attention(rows, lengths.reshape(-1))
-        rows = self.attention_norm(rows + self._dropped(attended, attention_key))
-        looked = self.look(rows.reshape(x.shape), image_tokens, negatives).reshape(rows.shape)
-        rows = self.cross_norm(rows + self._dropped(looked, cross_key))
-        rows = self.mlp_norm(rows + self._dropped(self.mlp(rows), mlp_key))
+        rows = self.attention_norm(rows + dropout(attended, self.dropout, attention_key))
+        looked = self._look(rows.reshape(x.shape), image_tokens, negatives).reshape(rows.shape)
+        rows = self.cross_norm(rows + dropout(looked, self.dropout, cross_key))
+        rows = self.mlp_norm(rows + dropout(self.mlp(rows), self.dropout, mlp_key))
         return rows.reshape(x.shape)
 
-    def look(
-        self,
-        x: Float[Array, "images texts tokens width"],
-        image_tokens: Float[Array, "images patches image_width"],
-        negatives: Negatives | None,
-    ) -> Float[Array, "images texts tokens width"]:
-        """Cross-attention of each row's texts to its image, or of the last to its negative image.
-
-        Keys and values of an image are computed once, and gathered for the negatives.
-        """
-        keys_values = self.cross.keys_values(image_tokens)
+    def _look(self, x: PairStates, image_tokens: Array, negatives: Negatives | None) -> PairStates:
+        """Cross-attention of each row's texts to its image, the last to its negative image."""
+        keys_values = self.cross.key_value(image_tokens)
         own = x if negatives is None else x[:, :-1]
-        images, texts, tokens, width = own.shape
-        looked = self.cross(own.reshape(images, texts * tokens, width), keys_values)
+        looked = self.cross(own.reshape(len(own), -1, own.shape[-1]), keys_values)
         looked = looked.reshape(own.shape)
         if negatives is None:
             return looked
@@ -142,8 +129,7 @@ class TextEncoder(nnx.Module):
         width, std = spec.width, spec.embedding_std
         self.words = normal_param((vocabulary_size, width), std=std, rngs=rngs)
         self.positions = normal_param((spec.max_positions, width), std=std, rngs=rngs)
-        # Row 0 is used, as in ALBEF.
-        self.segment = normal_param((2, width), std=std, rngs=rngs)
+        self.segment = normal_param((2, width), std=std, rngs=rngs)  # row 0 is used, as in ALBEF
         self.norm = LayerNorm(width, eps=spec.layer_norm_eps, dtype=compute.dtype, rngs=rngs)
         self.blocks = stack(
             lambda r: TextBlock(spec, compute, r, value_std=spec.value_std), spec.depth, rngs
@@ -155,8 +141,8 @@ class TextEncoder(nnx.Module):
         self,
         tokens: Int[Array, "texts tokens"],
         lengths: Int[Array, "texts"],
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "texts tokens width"]:
+        key: DropoutKey = None,
+    ) -> States:
         """The states of each text's tokens; with a `key`, hidden states are dropped out."""
         block_keys = embedding_key = None
         if key is not None:
@@ -165,16 +151,14 @@ class TextEncoder(nnx.Module):
         x = self.words[...][tokens] + self.positions[...][: tokens.shape[1]] + self.segment[...][0]
         x = dropout(self.norm(x), self.dropout, embedding_key)
 
-        def apply(block: TextBlock, x: Array, key: Key[Array, ""] | None) -> Array:
+        def apply(block: TextBlock, x: States, key: DropoutKey) -> States:
             return block(x, lengths, key)
 
         return scan(self.blocks, apply, x, block_keys, self.compute)
 
 
 class FusionEncoder(nnx.Module):
-    """BERT's last layers, which attend to the image: text states to states of the pair (Duan et al.
-    2022, 3).
-    """
+    """BERT's last layers, which attend to the image (Duan et al. 2022, 3)."""
 
     def __init__(self, spec: TextSpec, image_width: int, compute: Compute, rngs: nnx.Rngs) -> None:
         self.depth, self.compute = spec.fusion_depth, compute
@@ -183,19 +167,19 @@ class FusionEncoder(nnx.Module):
     @jax.named_scope("fusion")
     def __call__(
         self,
-        text_states: Float[Array, "images texts tokens width"],
+        text_states: PairStates,
         lengths: Int[Array, "images texts"],
         image_tokens: Float[Array, "images patches image_width"],
         *,
         negatives: Negatives | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "images texts tokens width"]:
+        key: DropoutKey = None,
+    ) -> PairStates:
         """States of every pair of an image with a text of its row; token 0 stands for the pair.
 
         With `negatives`, the last text of each row attends to its negative image instead.
         """
 
-        def apply(block: FusionBlock, x: Array, key: Key[Array, ""] | None) -> Array:
+        def apply(block: FusionBlock, x: PairStates, key: DropoutKey) -> PairStates:
             return block(x, lengths, image_tokens, negatives, key)
 
         block_keys = None if key is None else jax.random.split(key, self.depth)
@@ -205,9 +189,6 @@ class FusionEncoder(nnx.Module):
 def gather_in_groups(
     x: Shaped[Array, "rows *some"], row: Int[Array, "rows"], groups: int
 ) -> Shaped[Array, "rows *some"]:
-    """Row `row[i]` of i's group for every i, of `groups` equal contiguous groups.
-
-    So no row crosses a shard.
-    """
+    """Row `row[i]` of i's group for every i, of `groups` equal contiguous groups (shards)."""
     grouped = x.reshape(groups, -1, *x.shape[1:])
     return jax.vmap(lambda part, at: part[at])(grouped, row.reshape(groups, -1)).reshape(x.shape)

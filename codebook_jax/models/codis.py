@@ -1,8 +1,7 @@
 """CODIS assembled: the parts that have a teacher (`Towers`), and those that only the student has.
 
 The student's parameters are {"towers", "matching", "codebook", "temperature"}, a nested dict of
-float32 arrays; the teacher's are a second tree like "towers". Both run through one graph
-definition, so nothing here holds state.
+float32 arrays; the teacher's are a second tree like "towers", run through the same graph.
 """
 
 from __future__ import annotations
@@ -93,10 +92,8 @@ def build_model(
 ) -> Model:
     """The graphs of the model that `config` describes; allocates nothing."""
 
-    def modules() -> tuple[Towers, MatchingHead]:
-        return _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh)
-
-    abstract = nnx.eval_shape(own_settings(modules))
+    make = lambda: _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh)  # noqa: E731
+    abstract = nnx.eval_shape(own_settings(make))
     return Model(*(nnx.split(module)[0] for module in abstract), mesh)
 
 
@@ -121,29 +118,18 @@ def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def compute_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None) -> Compute:
-    """How to compute; "auto" attention is cuDNN's on a GPU in bfloat16."""
-    dtype = jnp.dtype(config.model.dtype)
-    attention = config.model.attention
-    if attention == "auto":
-        attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
-    return Compute(dtype, config.model.remat, config.model.scan_unroll, attention, mesh)
-
-
 def _modules(
     config: ml_collections.ConfigDict,
     vocabulary_size: int,
     rngs: nnx.Rngs,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Towers, MatchingHead]:
-    model = config.model
+    model, dtype = config.model, jnp.dtype(config.model.dtype)
     image, text = ImageSpec(**model.image.to_dict()), TextSpec(**model.text.to_dict())
-    towers = Towers(
-        image,
-        text,
-        dim=model.dim,
-        vocabulary_size=vocabulary_size,
-        compute=compute_of(config, mesh),
-        rngs=rngs,
-    )
+    attention = model.attention
+    if attention == "auto":
+        attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
+    compute = Compute(dtype, model.remat, model.scan_unroll, attention, mesh)
+    sizes = dict(dim=model.dim, vocabulary_size=vocabulary_size)
+    towers = Towers(image, text, **sizes, compute=compute, rngs=rngs)
     return towers, MatchingHead(text.width, std=text.init_std, rngs=rngs)

@@ -15,17 +15,15 @@ from jaxtyping import Array, Float, Key, PyTree
 from codebook_jax.method.numerics import default_types, wide_enough
 from codebook_jax.parallel import sharding
 
-REMAT = ("none", "blocks", "dots")
 Block = TypeVar("Block", bound=nnx.Module)
+Some = Float[Array, "*some"]
 
 
 class Compute(NamedTuple):
     """How a tower computes: nothing here changes what it computes."""
 
-    # of matrix products; parameters, softmax and layer normalisation's sums stay float32
-    dtype: jnp.dtype
-    # what the backward pass recomputes: "none", whole "blocks", or all but matrix products ("dots")
-    remat: str
+    dtype: jnp.dtype  # of matrix products; parameters, softmax and normalisations stay float32
+    remat: str  # what is computed again: "none", "blocks", or all but matrix products ("dots")
     unroll: int  # blocks per scan iteration, if nothing is recomputed
     attention: str | None  # jax.nn.dot_product_attention's implementation
     mesh: jax.sharding.Mesh | None  # that parameters and rows are split over
@@ -39,7 +37,7 @@ class Dense(nnx.Module):
         inputs: int | tuple[int, ...],
         outputs: int | tuple[int, ...],
         *,
-        std: float | Float[Array, "*some"],  # a number, or an array that broadcasts to the kernel
+        std: float | Some,  # an array broadcasts to the kernel
         dtype: DTypeLike | None,  # None: that of its input, at least float32
         rngs: nnx.Rngs,
     ) -> None:
@@ -57,18 +55,14 @@ class Dense(nnx.Module):
         return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
 
 
-def normal_param(
-    shape: tuple[int, ...], *, std: float | Float[Array, "*some"], rngs: nnx.Rngs
-) -> nnx.Param:
+def normal_param(shape: tuple[int, ...], *, std: float | Some, rngs: nnx.Rngs) -> nnx.Param:
     """A float32 parameter drawn from a truncated normal."""
     normal = nnx.initializers.truncated_normal(1.0)
     return nnx.Param(std * normal(rngs.params(), shape, jnp.float32))
 
 
 @jax.custom_vjp
-def _product(
-    rows: Float[Array, "rows inputs"], kernel: Float[Array, "inputs outputs"]
-) -> Float[Array, "rows outputs"]:
+def _product(rows: Array, kernel: Array) -> Array:
     """rows @ kernel. On a CPU, XLA's own backward pass transposes an operand, at half the speed."""
     return rows @ kernel
 
@@ -87,19 +81,15 @@ def _product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array
 _product.defvjp(_product_forward, _product_backward)
 
 
-def gelu(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
-    """The exact GELU, by erf as in PyTorch (jax.nn's erfc is slow on a CPU).
-
-    In bfloat16, 1 + erf would lose all digits for negative x, so the upper tail is computed in
-    float32.
-    """
-    if x.dtype == jnp.bfloat16:
+def gelu(x: Some) -> Some:
+    """The exact GELU, by erf as in PyTorch (jax.nn's erfc is slow on a CPU)."""
+    if x.dtype == jnp.bfloat16:  # 1 + erf would lose all digits for negative x
         return _gelu_of_bfloat16(x)
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 @jax.custom_vjp
-def _gelu_of_bfloat16(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
+def _gelu_of_bfloat16(x: Some) -> Some:
     wide, size = x.astype(jnp.float32), jnp.abs(x).astype(jnp.float32)
     root, ratio = _upper_tail(size)
     return (jnp.maximum(wide, 0) - root * (size * ratio * root)).astype(x.dtype)
@@ -112,9 +102,8 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
     size = jnp.abs(x).astype(jnp.float32)
     root, ratio = _upper_tail(size)
-    # at -size; both slopes add up to 1
-    slope = root * ((ratio - size * math.sqrt(0.5 / math.pi)) * root)
-    slope = jnp.where(x < 0, slope, 1 - slope)
+    slope = root * ((ratio - size * math.sqrt(0.5 / math.pi)) * root)  # at -size
+    slope = jnp.where(x < 0, slope, 1 - slope)  # both slopes add up to 1
     return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
@@ -126,7 +115,7 @@ _TAIL_SCALE = 0.31
 _TAIL = (0.12386133, 0.12043419, 0.13345889, 0.015689409, 0.18049944, -0.073945604)
 
 
-def _upper_tail(x: Float[Array, "*some"]) -> tuple[Float[Array, "*some"], Float[Array, "*some"]]:
+def _upper_tail(x: Some) -> tuple[Some, Some]:
     """(root, ratio) with P(normal > x) = ratio root^2 for x >= 0; root^2 may be no float32."""
     t = 1 / (1 + _TAIL_SCALE * x)
     ratio = jnp.zeros_like(x)
@@ -160,9 +149,7 @@ class FeedForward(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
-def dropout(
-    x: Float[Array, "*some"], rate: float, key: Key[Array, ""] | None
-) -> Float[Array, "*some"]:
+def dropout(x: Some, rate: float, key: Key[Array, ""] | None) -> Some:
     """Drops a share `rate` of the entries and scales the rest; without a key it changes nothing."""
     if key is None or rate == 0:
         return x
@@ -178,15 +165,11 @@ def stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Bloc
 def scan(
     blocks: Block,
     apply: Callable[[Block, Array, Key[Array, ""] | None], Array],
-    x: Float[Array, "*some"],
+    x: Some,
     keys: Key[Array, "blocks"] | None,
     compute: Compute,
-) -> Float[Array, "*some"]:
-    """Sends `x` through stacked blocks one after another, each with its key.
-
-    Compile time does not grow with depth, and the memory of the backward pass follows
-    `compute.remat`.
-    """
+) -> Some:
+    """Sends `x` through stacked blocks one after another, each with its key."""
     graph, state = nnx.split(blocks)
 
     def body(x: Array, block: tuple[PyTree, Key[Array, ""] | None]) -> tuple[Array, None]:
@@ -195,17 +178,12 @@ def scan(
         rows = sharding.by_rows(x, compute.mesh)
         return apply(nnx.merge(graph, nnx.State(own)), rows, key), None
 
-    # with both in one iteration, XLA would merge the recomputation with the first computation
-    unroll = 1
-    if compute.remat == "blocks":
-        body = jax.checkpoint(body, prevent_cse=False)
-    elif compute.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    unroll = compute.unroll
+    if compute.remat != "none":
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = dots if compute.remat == "dots" else None
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    elif compute.remat == "none":
-        unroll = compute.unroll
-    else:
-        raise ValueError(f'model.remat="{compute.remat}" is not one of {", ".join(REMAT)}.')
+        unroll = 1  # in one iteration, XLA would merge the recomputation with the computation
     return jax.lax.scan(body, x, (nnx.to_pure_dict(state), keys), unroll=unroll)[0]
 
 

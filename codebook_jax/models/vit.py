@@ -20,6 +20,8 @@ from codebook_jax.models.layers import (
     stack,
 )
 
+Tokens = Float[Array, "images tokens width"]
+
 
 class ImageSpec(NamedTuple):
     """config.model.image."""
@@ -48,9 +50,7 @@ class VisionBlock(nnx.Module):
         self.mlp_norm = LayerNorm(width, eps=eps, **common)
         self.mlp = FeedForward(width, spec.mlp_width, std=std, **common)
 
-    def __call__(
-        self, x: Float[Array, "images tokens width"]
-    ) -> Float[Array, "images tokens width"]:
+    def __call__(self, x: Tokens) -> Tokens:
         x = x + self.attention(self.attention_norm(x), None)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -63,16 +63,13 @@ class VisionTransformer(nnx.Module):
         patches = (spec.size_px // spec.patch_px) ** 2
         self.patch_px, self.compute = spec.patch_px, compute
         self.patches = Dense(spec.patch_px**2 * 3, width, std=spec.init_std, **common)
-        # ViT's, whatever `init_std` is
-        self.cls = normal_param((1, 1, width), std=0.02, rngs=rngs)
+        self.cls = normal_param((1, 1, width), std=0.02, rngs=rngs)  # ViT's, whatever `init_std`
         self.positions = normal_param((1, patches + 1, width), std=spec.position_std, rngs=rngs)
         self.blocks = stack(lambda r: VisionBlock(spec, compute, r), spec.depth, rngs)
         self.norm = LayerNorm(width, eps=spec.layer_norm_eps, **common)
 
     @jax.named_scope("image")
-    def __call__(
-        self, images: Float[Array, "images side side 3"]
-    ) -> Float[Array, "images tokens width"]:
+    def __call__(self, images: Float[Array, "images side side 3"]) -> Tokens:
         x = self.patches(cut_patches(images.astype(self.compute.dtype), self.patch_px))
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)
@@ -85,4 +82,4 @@ def cut_patches(
     """Squares of an image in reading order, each flattened in the order row, column, channel."""
     count, side = images.shape[0], images.shape[1] // patch_px
     squares = images.reshape(count, side, patch_px, side, patch_px, 3).transpose(0, 1, 3, 2, 4, 5)
-    return squares.reshape(count, side * side, patch_px * patch_px * 3)
+    return squares.reshape(count, side * side, -1)

@@ -51,47 +51,35 @@ def _pictures(count=5, side=SIDE):
 
 def _in_pil(picture, operation, sign, magnitude=MAGNITUDE):
     """PIL's version of the operation, with ALBEF's ranges written out independently."""
-    side, amount, enhance = len(picture), sign * magnitude / 10, 0.1 + 1.8 * magnitude / 10
-    whole = Image.fromarray(picture)
-
-    def warped(*coefficients):
-        return _warped_in_pil(picture, coefficients)
-
-    match operation.name:
-        case "IDENTITY":
-            changed = whole
-        case "AUTO_CONTRAST":
-            changed = ImageOps.autocontrast(whole)
-        case "EQUALISE":
-            changed = ImageOps.equalize(whole)
-        case "BRIGHTNESS":
-            changed = ImageEnhance.Brightness(whole).enhance(enhance)
-        case "SHARPNESS":
-            changed = ImageEnhance.Sharpness(whole).enhance(enhance)
-        case "SHEAR_X":
-            changed = warped(1, 0.3 * amount, 0, 0, 1, 0)
-        case "SHEAR_Y":
-            changed = warped(1, 0, 0, 0.3 * amount, 1, 0)
-        case "TRANSLATE_X":
-            changed = warped(1, 0, amount * 10 * side / 256, 0, 1, 0)
-        case "TRANSLATE_Y":
-            changed = warped(1, 0, 0, 0, 1, amount * 10 * side / 256)
-        case "ROTATE":
-            changed = whole.rotate(30 * amount, Image.Resampling.BILINEAR, fillcolor=(FILL,) * 3)
-    return np.asarray(changed).astype(int)
+    amount, enhance = sign * magnitude / 10, 0.1 + 1.8 * magnitude / 10
+    pixels, whole = amount * 10 * len(picture) / 256, Image.fromarray(picture)
+    matrices = {
+        "SHEAR_X": (1, 0.3 * amount, 0, 0, 1, 0),
+        "SHEAR_Y": (1, 0, 0, 0.3 * amount, 1, 0),
+        "TRANSLATE_X": (1, 0, pixels, 0, 1, 0),
+        "TRANSLATE_Y": (1, 0, 0, 0, 1, pixels),
+    }
+    if operation.name in matrices:
+        return _warped_in_pil(picture, matrices[operation.name]).astype(int)
+    others = {
+        "IDENTITY": lambda: whole,
+        "AUTO_CONTRAST": lambda: ImageOps.autocontrast(whole),
+        "EQUALISE": lambda: ImageOps.equalize(whole),
+        "BRIGHTNESS": lambda: ImageEnhance.Brightness(whole).enhance(enhance),
+        "SHARPNESS": lambda: ImageEnhance.Sharpness(whole).enhance(enhance),
+        "ROTATE": lambda: whole.rotate(
+            30 * amount, Image.Resampling.BILINEAR, fillcolor=(FILL,) * 3
+        ),
+    }
+    return np.asarray(others[operation.name]()).astype(int)
 
 
-def _warped_in_pil(picture, coefficients):
-    """In float, then rounded as OpenCV and we do: PIL itself cuts the fraction of uint8
-    images off.
-    """
+def _warped_in_pil(picture, matrix):
+    """In float, then rounded as OpenCV and we do: PIL cuts the fraction of uint8 images off."""
+    affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
     channels = [
         Image.fromarray(channel.astype(np.float32)).transform(
-            channel.shape,
-            Image.Transform.AFFINE,
-            coefficients,
-            Image.Resampling.BILINEAR,
-            fillcolor=FILL,
+            channel.shape, affine, matrix, bilinear, fillcolor=FILL
         )
         for channel in np.moveaxis(picture, -1, 0)
     ]
@@ -99,39 +87,25 @@ def _warped_in_pil(picture, coefficients):
 
 
 def _applied(pictures, operation, sign, magnitude=MAGNITUDE):
-    everywhere = np.ones(len(pictures))
-    changed = _apply(
-        pictures,
-        (operation * everywhere).astype(np.int32),
-        (sign * everywhere).astype(np.float32),
-        magnitude=magnitude,
-    )
-    return np.asarray(changed).astype(int)
+    operations = np.full(len(pictures), operation, np.int32)
+    signs = np.full(len(pictures), sign, np.float32)
+    return np.asarray(_apply(pictures, operations, signs, magnitude=magnitude)).astype(int)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("sign", "magnitude"), [(1, 7), (-1, 7), (-1, 0), (1, 3), (-1, 10)])
 @pytest.mark.parametrize("operation", list(Operation))
-def test_operation_is_that_of_pil(operation, sign):
+def test_operation_is_that_of_pil(operation, sign, magnitude):
     pictures = _pictures()
-    ours = _applied(pictures, operation, sign)
-    theirs = np.stack([_in_pil(picture, operation, sign) for picture in pictures])
+    ours = _applied(pictures, operation, sign, magnitude)
+    theirs = np.stack([_in_pil(picture, operation, sign, magnitude) for picture in pictures])
     difference = abs(ours - theirs)
-    if operation != Operation.IDENTITY:
+    if operation != Operation.IDENTITY and magnitude == 7:
         assert (theirs != pictures).mean() > 0.1, "the pictures do not show this operation"
     assert difference.max() <= (2 if operation >= Operation.SHEAR_X else 1)
     assert difference.mean() <= {
         Operation.AUTO_CONTRAST: 0.006,  # PIL truncates 254.999999 to 254
         Operation.ROTATE: 0.5,  # PIL rotates uint8 images alone, and cuts the fraction off
     }.get(operation, 0.1 if operation >= Operation.SHEAR_X else 0)
-
-
-@pytest.mark.parametrize("magnitude", [0, 3, 10])
-def test_magnitude_moves_every_range_as_in_albef(magnitude):
-    pictures = _pictures()
-    for operation in Operation:
-        ours = _applied(pictures, operation, -1, magnitude)
-        theirs = np.stack([_in_pil(picture, operation, -1, magnitude) for picture in pictures])
-        assert abs(ours - theirs).max() <= 2, operation
 
 
 def test_any_affine_warp_is_that_of_pil():
@@ -147,13 +121,6 @@ def test_any_affine_warp_is_that_of_pil():
     assert (difference > 2).mean() < 1e-3  # a source position on the edge itself
 
 
-def test_translation_of_whole_pixels_is_exact():
-    pictures = _pictures(3)
-    right = _warp(jnp.array(pictures), jnp.tile(jnp.array([[1.0, 0, -4], [0, 1, 0]]), (3, 1, 1)))
-    np.testing.assert_array_equal(right[:, :, 4:], pictures[:, :, :-4])
-    np.testing.assert_array_equal(right[:, :, :4], FILL)
-
-
 @pytest.mark.parametrize("factor", [0.0, 0.1, 1.0, 1.9])
 def test_sharpness_is_that_of_pil_at_every_factor(factor):
     pictures = _pictures()
@@ -161,13 +128,6 @@ def test_sharpness_is_that_of_pil_at_every_factor(factor):
     for mine, picture in zip(ours, pictures, strict=True):
         theirs = ImageEnhance.Sharpness(Image.fromarray(picture)).enhance(factor)
         np.testing.assert_array_equal(mine, np.asarray(theirs))
-
-
-def test_histograms_count_every_pixel():
-    pictures = _pictures()
-    counts = _histograms(jnp.array(pictures))
-    for count, picture in zip(counts, pictures, strict=True):
-        np.testing.assert_array_equal(count.ravel(), Image.fromarray(picture).histogram())
 
 
 def test_equalise_of_a_small_image_stays_in_range_as_in_pil():
@@ -234,7 +194,6 @@ def test_draw_of_an_image_depends_on_its_place_and_key_alone():
     many, few = _draw(jax.random.key(7), 20011, 2), _draw(jax.random.key(7), 32, 2)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:32], b), many, few)
     assert (_draw(jax.random.key(8), 32, 2)[0] != few[0]).any()
-    assert (few[0][:, 0] != few[0][:, 1]).any()
 
 
 def test_sharded_batch_is_the_whole_batch_and_nothing_crosses_devices():

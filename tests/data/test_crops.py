@@ -13,16 +13,11 @@ from codebook_jax.data.images import Picture
 
 def texture(height, width, seed=0):
     """Noise of every scale, as in photographs."""
-    rng = np.random.default_rng(seed)
-    total = np.zeros((height, width, 3))
+    rng, total = np.random.default_rng(seed), np.zeros((height, width, 3))
     for scale in (64, 16, 4, 1):
-        small = rng.integers(
-            0, 256, (max(1, height // scale), max(1, width // scale), 3), dtype=np.uint8
-        )
-        total += (
-            np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
-            * scale**0.5
-        )
+        shape = max(1, height // scale), max(1, width // scale), 3
+        small = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        total += np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) * scale**0.5
     return (255 * (total - total.min()) / np.ptp(total)).astype(np.uint8)
 
 

@@ -4,17 +4,15 @@ tokenizers still work.
 """
 
 import itertools
-import json
 import unicodedata
 
 import numpy as np
 import pytest
 import tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from codebook_jax.data.text import (
     UserError,
-    clean,
     said_unknown,
     tokenizer_for_run,
     train_vocabulary,
@@ -26,16 +24,8 @@ LANGUAGES = {
     "hindi": ("कखगचजतदनपफबमलसह", ("", "ा", "ि", "ी", "ु", "ू", "े", "ै", "ो", "ं", "ँ"), " "),
     "thai": ("กขคงจชดตทนบปพมรลว", ("", "่", "้", "๊", "ิ", "ี", "ึ", "ื", "ุ", "ู", "ั"), ""),
     "japanese": ("かきくけこさしすせそたてと", ("", "\u3099", "ー", "っ", "ん"), ""),
-    "vietnamese": (
-        "bcdghklmnpst",
-        ("a", "à", "á", "ả", "ã", "ạ", "ă", "ắ", "â", "ấ", "ơ", "ờ"),
-        " ",
-    ),
-    "spanish": (
-        "bcdfglmnprst",
-        ("a", "á", "e", "é", "i", "í", "o", "ó", "u", "ú", "ü", "añ", "an"),
-        " ",
-    ),
+    "vietnamese": ("bcdghklmnpst", "a à á ả ã ạ ă ắ â ấ ơ ờ".split(), " "),
+    "spanish": ("bcdfglmnprst", "a á e é i í o ó u ú ü añ an".split(), " "),
     "arabic": ("بتثجحخدذرزسشصضطظ", ("", "َ", "ُ", "ِ", "ّ", "ا", "أ", "إ", "آ"), " "),
 }
 
@@ -77,13 +67,8 @@ def english():
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("फूल", "फल"),
-        ("ข้าว", "ข่าว"),
-        ("bò", "bơ"),
-        ("かぎ", "かき"),
-        ("año", "ano"),
-        ("红", "绿"),
-        ("🙂", "🙁"),
+        *(("फूल", "फल"), ("ข้าว", "ข่าว"), ("bò", "bơ"), ("かぎ", "かき"), ("año", "ano")),
+        *(("红", "绿"), ("🙂", "🙁")),
         ("👩\u200d👩\u200d👧", "👩👩👧"),
         ("🇫🇷", "🇩🇪"),
         ("#\ufe0f\u20e3", "*\ufe0f\u20e3"),
@@ -134,11 +119,6 @@ def test_no_text_is_unknown(english):
     assert not any(unknown in found for found in tokens_of(english, texts))
 
 
-def test_english_captions_have_the_same_tokens_with_and_without_the_clean_up_of_albef(english):
-    captions = ['A man\'s hat; (red), "old"!', "well-known black/white  <person>\n", "3:45 #1 ~ *"]
-    assert tokens_of(english, captions) == tokens_of(english, [*map(clean, captions)])
-
-
 def test_what_was_cut_can_be_put_together_again(english):
     text = "two dogs 走る café 🙂"
     assert english.decode(english.encode(text).ids) == text
@@ -150,17 +130,6 @@ def test_case_and_accents_are_dropped_as_asked():
     assert len(set(tokens_of(cased, ["Ano", "ano", "año"]))) == 3
     plain = train_vocabulary(captions, 8192, strip_accents=True)
     assert len(set(tokens_of(plain, ["Año", "ano", "ANO"]))) == 1
-
-
-def test_a_trained_tokenizer_cleans_captions_for_transformers_too(tmp_path):
-    captions = captions_in("hindi") + ['"A man\'s hat, — red!"'] * 2
-    tokenizer = tokenizer_for_run("", tmp_path, captions, 2000)
-    again = tokenizer_for_run("", tmp_path, None, 0)
-    reference = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    for caption in captions[-10:]:
-        tokens, (length,), _ = tokenizer.encode([caption], 64)
-        assert tokens[0, :length].tolist() == reference(caption)["input_ids"]
-        np.testing.assert_array_equal(again.encode([caption], 64)[0], tokens)
 
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red circle ##s ano हल म ##ा".split()
@@ -187,10 +156,6 @@ def test_a_tokenizer_of_an_earlier_run_gives_the_tokens_that_it_gave(earlier):
     tokens, lengths, _ = tokenizer.encode(captions, 8)
     given = [tokens[row, 1 : length - 1].tolist() for row, length in enumerate(lengths)]
     assert given == [[5, 6, 7, 8], [9, 9], [1, 5], [1, 1], [5, 1, 6], [10, 1]]
-    assert (
-        json.loads((earlier / "tokenizer" / "tokenizer.json").read_text())["model"]["type"]
-        == "WordPiece"
-    )
 
 
 def test_unknown_tokens_are_counted_warned_of_and_named(earlier):

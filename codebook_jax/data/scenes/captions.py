@@ -42,9 +42,8 @@ def training_captions(scene: Scene) -> tuple[str, ...]:
 def evaluation_caption(scene: Scene) -> str:
     """The scene's one caption in evaluation, sometimes in a wording not used in training."""
     draw = random.Random(scene.wording_seed)
-    if draw.random() < _UNSEEN_WORDING:
-        return _caption(scene, draw, _TWO_UNSEEN, _THREE_UNSEEN)
-    return _caption(scene, draw, _TWO, _THREE)
+    unseen = draw.random() < _UNSEEN_WORDING
+    return _caption(scene, draw, *((_TWO_UNSEEN, _THREE_UNSEEN) if unseen else (_TWO, _THREE)))
 
 
 def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Sequence[str]) -> str:
@@ -55,14 +54,10 @@ def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Seque
 
 def two_objects(scene: Scene, first: int, draw: random.Random, wordings: Sequence[str]) -> str:
     """A caption of a scene of two objects in one of the wordings, whose A is object `first`."""
-    mentions = [_mention(thing, draw) for thing in scene.objects]
-    parts = {
-        "A": mentions[first],
-        "B": mentions[1 - first],
-        "r": pick(draw, _RELATION_WORDS[scene.relation(first, 1 - first)]),
-        "a": _short(scene.objects[first], scene),
-        "b": _short(scene.objects[1 - first], scene),
-    }
+    second, mentions = 1 - first, [_mention(thing, draw) for thing in scene.objects]
+    parts = {"A": mentions[first], "B": mentions[second]}
+    parts["r"] = pick(draw, _RELATION_WORDS[scene.relation(first, second)])
+    parts |= {"a": _short(first, scene), "b": _short(second, scene)}
     return _finish(pick(draw, wordings), parts, scene, draw)
 
 
@@ -71,12 +66,12 @@ def _three_objects(scene: Scene, draw: random.Random, wordings: Sequence[str]) -
     third = 3 - first - second
     links = [(other, scene.relation(third, other)) for other in (first, second)]
     other, second_relation = pick(draw, [link for link in links if link[1]])
-    order = (first, second, third)
-    parts = {name: _mention(scene.objects[at], draw) for name, at in zip("ABC", order, strict=True)}
-    parts["r"] = pick(draw, _RELATION_WORDS[relation])
-    parts["s"] = pick(draw, _RELATION_WORDS[second_relation])
-    for name, at in zip("abt", (first, second, other), strict=True):
-        parts[name] = _short(scene.objects[at], scene)
+    order = zip("ABC", (first, second, third), strict=True)
+    parts = {name: _mention(scene.objects[at], draw) for name, at in order}
+    for name, words in (("r", relation), ("s", second_relation)):
+        parts[name] = pick(draw, _RELATION_WORDS[words])
+    for name, at in (("a", first), ("b", second), ("t", other)):
+        parts[name] = _short(at, scene)
     return _finish(pick(draw, wordings), parts, scene, draw)
 
 
@@ -84,8 +79,7 @@ def _finish(wording: str, parts: dict[str, str], scene: Scene, draw: random.Rand
     """The wording filled in and shortened, with an opening and the background where they fit."""
     opening, ending = pick(draw, _OPENINGS), ""
     if draw.random() < _BACKGROUND_WORDS:
-        background = scene.background
-        word = background.texture if draw.random() < 0.7 else background.tone
+        word = scene.background.texture if draw.random() < 0.7 else scene.background.tone
         ending = f"on a {word} background"
     caption = wording.format(**parts)
     while len(caption.split()) > MOST_WORDS:
@@ -114,8 +108,9 @@ def _mention(thing: SceneObject, draw: random.Random) -> str:
     return _with_article(f"{size} {words}" if draw.random() < _SIZE_WORD else words)
 
 
-def _short(thing: SceneObject, scene: Scene) -> str:
-    """The object in the fewest words that distinguish it from the scene's others."""
+def _short(at: int, scene: Scene) -> str:
+    """Object `at` in the fewest words that distinguish it from the scene's others."""
+    thing = scene.objects[at]
     alike = sum(other.shape == thing.shape for other in scene.objects)
     return f"the {thing.shape}" if alike == 1 else f"the {thing.colour} {thing.shape}"
 

@@ -72,14 +72,11 @@ def _paint_object(image: Image.Image, thing: SceneObject) -> None:
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float) -> None:
-    def ellipse(across: float, down: float, radius: float, fill: int) -> None:
-        pen.ellipse((across - radius, down - radius, across + radius, down + radius), fill=fill)
-
     if shape in _CORNERS:
         pen.polygon([(x + r * right, y + r * down) for right, down in _CORNERS[shape]], fill=255)
         return
-    ellipse(x, y, r, 255)  # a circle
+    pen.circle((x, y), r, fill=255)
     if shape == "ring":
-        ellipse(x, y, 0.5 * r, 0)
+        pen.circle((x, y), 0.5 * r, fill=0)
     elif shape == "moon":
-        ellipse(x + 0.5 * r, y - 0.2 * r, 0.8 * r, 0)
+        pen.circle((x + 0.5 * r, y - 0.2 * r), 0.8 * r, fill=0)

@@ -32,8 +32,7 @@ SIZES = {"small": 0.11, "large": 0.165}  # half an object's width, as a share of
 TEXTURES = ("plain", "striped", "checked", "dotted")
 TONES = {"dark": (52, 52, 56), "light": (206, 206, 202)}
 
-# From an object's centre to the picture's edge: crops of 70 % of the area keep nearly every object.
-_MARGIN = 0.2
+_MARGIN = 0.2  # to the picture's edge: crops of 70 % of the area keep nearly every object
 _GAP = 0.05  # between two objects
 _CLEAR = 0.22  # least distance along its axis for a relation to hold
 _SKEW = 0.6  # greatest distance across a relation's axis, as a share of that along it
@@ -93,11 +92,11 @@ class Scene(NamedTuple):
         """Every (first, relation, second) that holds, both ways round."""
         pairs = itertools.permutations(range(len(self.objects)), 2)
         found = [(first, self.relation(first, second), second) for first, second in pairs]
-        return [(first, relation, second) for first, relation, second in found if relation]
+        return [each for each in found if each[1]]
 
 
 def relation_between(first: SceneObject, second: SceneObject) -> str | None:
-    """left, right, above or below, if `first` is clearly there relative to `second`; else None."""
+    """left, right, above or below, if `first` is clearly there relative to `second`."""
     right, down = first.x - second.x, first.y - second.y
     if abs(right) >= _CLEAR and abs(down) <= _SKEW * abs(right):
         return "right" if right > 0 else "left"
@@ -108,10 +107,7 @@ def relation_between(first: SceneObject, second: SceneObject) -> str | None:
 
 @functools.cache
 def held_out(first: Kind, second: Kind) -> str | None:
-    """The only split that shows these two together, in either binding of colours; None: training.
-
-    Depends only on the names, so the data of every seed and length hold out the same pairs.
-    """
+    """The only split that shows these two together, in any binding of colours; None: training."""
     colours, shapes = zip(first, second, strict=True)
     draw = _number(f"held out {'/'.join((*sorted(colours), *sorted(shapes)))}") % 20
     return {0: "validation", 1: "test"}.get(draw)
