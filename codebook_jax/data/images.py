@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _ORIENTATION = 0x0112  # EXIF
@@ -105,21 +105,43 @@ def rgb(image: Image.Image) -> Image.Image:
     image.load()
     with contextlib.suppress(Exception):  # of a broken EXIF block; the pixels are fine
         image = ImageOps.exif_transpose(image)
+    hidden = _hidden(image, raw)
     if image.mode[0] in "IF":
         grey = _eight_bits(np.asarray(image), image.mode, raw)
         image = Image.fromarray(255 - grey if negative else grey)
+    if hidden is not None:
+        return Image.fromarray(np.where(hidden[..., None], np.uint8(255), image.convert("RGB")))
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
+def _hidden(image: Image.Image, raw: str) -> Bool[np.ndarray, "height width"] | None:
+    """The pixels of the one transparent colour; None if transparency is stored otherwise.
+
+    Pillow compares the colour as stored with pixels already converted to eight bits.
+    """
+    colour = image.info.get("transparency")
+    if not isinstance(colour, int | tuple) or image.mode not in ("1", "L", "I", "I;16", "RGB"):
+        return None
+    colour = np.array(colour) * {"L;2": 85, "L;4": 17}.get(raw, 1)
+    if image.mode == "RGB":
+        deep = raw == "RGB;16B" or colour.max() > 255
+        return (np.asarray(image) == (colour >> 8 if deep else colour)).all(axis=-1)
+    return np.asarray(image.convert("L") if image.mode == "1" else image) == colour
+
+
 def _eight_bits(
     values: Shaped[np.ndarray, "height width"], mode: str, raw: str
 ) -> UInt8[np.ndarray, "height width"]:
     """Grey of whole numbers up to 255, 4095 or 65535, or floats up to 1, else raises ValueError."""
-    deep = "16" in mode + raw or values.max() > 255
-    most = 1 if mode == "F" else 4095 if raw == "I;12" else 65535 if deep else 255
+    if mode == "F":
+        most = 1
+    elif raw == "I;12":
+        most = 4095
+    else:
+        most = 65535 if "16" in mode + raw or values.max() > 255 else 255
     if not (values.min() >= 0 and values.max() <= most):  # also catches NaN
         kind = "floats from 0 to 1" if mode == "F" else "whole numbers from 0 to 65535"
         raise ValueError(
