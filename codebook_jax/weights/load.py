@@ -27,14 +27,14 @@ from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models import codis
 from codebook_jax.models.heads import MATCH
 from codebook_jax.parallel import devices
+from codebook_jax.run import checkpoint
 from codebook_jax.run import record as records
-from codebook_jax.run.checkpoint import FOLDER as CHECKPOINTS
-from codebook_jax.run.checkpoint import read_arrays, reason
 from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, pixels_of, text_list
 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
+TASK = "pretrain"  # the config.task whose models can be loaded
 BUCKETS = (1, 4, 16, 64)  # rows that calls are padded to; one compiled program each
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
@@ -49,11 +49,10 @@ class Codes(NamedTuple):
 class Codis:
     """A loaded model, which can be used from several threads.
 
-    Images are one or several (a list, a generator, an array) of file paths, open binary files,
-    contents of files (bytes), PIL images, or uint8 arrays [height, width, 3] or [height, width].
-    They are read as in evaluation: upright, on white, the whole picture resized to the model's
-    square. Texts are one string or several; what is truncated or unknown to the tokenizer gives a
-    warning. An unreadable input raises UserError, which names its position.
+    Images are one or several file paths, open binary files, contents of files (bytes), PIL images,
+    or uint8 arrays [height, width, 3] or [height, width], read as in evaluation: upright, on white,
+    resized to the model's square. Texts are one string or several; what is truncated or unknown to
+    the tokenizer gives a warning. An unreadable input raises UserError, which names its position.
     """
 
     def __init__(
@@ -68,10 +67,9 @@ class Codis:
         self._tokenizer = tokenizer
         self._model = codis.build_model(config, tokenizer.vocabulary.size)
         self._student = jax.device_put(student)
-        self._encoder = "student" if teacher_towers is None else "teacher"
-        self._towers = (
-            self._student["towers"] if teacher_towers is None else jax.device_put(teacher_towers)
-        )
+        self._encoder, self._towers = "student", self._student["towers"]
+        if teacher_towers is not None:
+            self._encoder, self._towers = "teacher", jax.device_put(teacher_towers)
         self._embed_images = jax.jit(own_settings(self._image_features))
         self._embed_texts = jax.jit(own_settings(self._text_features))
         self._match = jax.jit(own_settings(self._match_probability))
@@ -92,16 +90,12 @@ class Codis:
 
     def encode_image(self, images: Pictures) -> Float32[np.ndarray, "images dim"]:
         """Unit features: a dot product with those of texts or images is the cosine similarity."""
-        chunks = self._image_chunks(self._towers, picture_list(images))
-        parts = [np.asarray(features)[:count] for features, _, count in chunks]
-        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
+        return self._joined(self._image_chunks(self._towers, picture_list(images)))
 
     def encode_text(self, texts: Texts) -> Float32[np.ndarray, "texts dim"]:
         """Unit features, in the same space as those of images."""
         tokens, lengths = self._tokenised(text_list(texts))
-        chunks = self._text_chunks(self._towers, tokens, lengths)
-        parts = [np.asarray(features)[:count] for features, _, _, count in chunks]
-        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
+        return self._joined(self._text_chunks(self._towers, tokens, lengths))
 
     def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, "pairs"]:
         """Probability that image i and text i belong together, by the student's fusion encoder.
@@ -118,26 +112,27 @@ class Codis:
             )
         if not pictures or not texts:
             return np.zeros(0, np.float32)
-        towers, (tokens, lengths) = self._student["towers"], self._tokenised(texts)
-        image_chunks = self._image_chunks(towers, pictures)
-        text_chunks = self._text_chunks(towers, tokens, lengths)
+        tokens, lengths = self._tokenised(texts)
+        image_chunks = self._image_chunks(self._student["towers"], pictures)
+        text_chunks = self._text_chunks(self._student["towers"], tokens, lengths)
+        if len(pictures) == 1:
+            image_chunks = itertools.repeat(next(image_chunks))
+        elif len(texts) == 1:
+            text_chunks = itertools.repeat(next(text_chunks))
         parts = []
-        if len(pictures) == 1:  # its keys and values are projected once for the texts of a chunk
-            ((_, image_tokens, _),) = image_chunks
-            for _, states, lengths, count in text_chunks:
-                found = self._match(self._student, image_tokens, states[None], lengths[None])
-                parts.append(np.asarray(found)[0, :count])
-            return np.concatenate(parts)
-        if len(texts) == 1:
-            text_chunks = itertools.cycle(text_chunks)
-        for (_, image_tokens, count), (_, states, lengths, _) in zip(
-            image_chunks, text_chunks, strict=False
-        ):
-            rows = len(image_tokens)
-            states = jnp.broadcast_to(states, (rows, *states.shape[1:]))[:, None]
-            lengths = np.broadcast_to(lengths, rows)[:, None]
-            found = self._match(self._student, image_tokens, states, lengths)
-            parts.append(np.asarray(found)[:count, 0])
+        for image_chunk, text_chunk in zip(image_chunks, text_chunks, strict=False):
+            (_, image_tokens, image_count), (_, states, lengths, text_count) = (
+                image_chunk,
+                text_chunk,
+            )
+            if len(pictures) == 1:  # its keys and values are projected once for a chunk of texts
+                pairs = states[None], lengths[None]
+            else:
+                rows = len(image_tokens)
+                states = jnp.broadcast_to(states, (rows, *states.shape[1:]))
+                pairs = states[:, None], np.broadcast_to(lengths, rows)[:, None]
+            found = np.asarray(self._match(self._student, image_tokens, *pairs))
+            parts.append(found.reshape(-1)[: max(image_count, text_count)])
         return np.concatenate(parts)
 
     def codes(
@@ -180,7 +175,11 @@ class Codis:
         logits = self._model.match_logits(student["matching"], fused[:, :, 0])
         return jax.nn.softmax(logits, axis=-1)[..., MATCH]
 
-    # -- their inputs, padded to a bucket, and how many rows are not padding
+    # -- their outputs for inputs padded to a bucket, and how many rows are not padding
+
+    def _joined(self, chunks: Iterator[tuple]) -> Float32[np.ndarray, "rows dim"]:
+        parts = [np.asarray(features)[:count] for features, *_, count in chunks]
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def _image_chunks(
         self, towers: Any, pictures: list[Picture]
@@ -241,10 +240,16 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     with reading(folder / MANIFEST):
         manifest = parse_json((folder / MANIFEST).read_bytes())
         number, items, step = (manifest[field] for field in ("format", "items", "step"))
+        task = manifest.get("task", TASK)
     if number != FORMAT:
         raise UserError(
             f"{folder} is an export of format {number}, but this codebook_jax reads format "
             f"{FORMAT}: install the version it was written with, or export again"
+        )
+    if task != TASK:
+        raise UserError(
+            f"{folder} is an export of task={task!r}, but codebook_jax.load reads those of "
+            f"{TASK!r}: read its arrays with orbax.checkpoint's StandardCheckpointer().restore"
         )
     if teacher and "teacher" not in items:
         raise UserError(
@@ -284,7 +289,7 @@ def _export_folder(path: Path) -> Path:
     for folder in (path, path / FOLDER):
         if os.path.isfile(folder / MANIFEST):  # False, too, if the name is too long
             return folder
-    if os.path.isfile(path / records.RECORD) and os.path.isdir(path / CHECKPOINTS):
+    if os.path.isfile(path / records.RECORD) and os.path.isdir(path / checkpoint.FOLDER):
         raise UserError(
             f"{path} is a run without an export: make one with python -m codebook_jax.main "
             f"--workdir={path} --mode=export"
@@ -309,16 +314,16 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as failure:
+        why = checkpoint.reason(failure.__cause__ or failure)
         raise UserError(
-            f"{path} cannot be read ({reason(failure.__cause__ or failure)}): export again, or "
-            "give another folder"
+            f"{path} cannot be read ({why}): export again, or give another folder"
         ) from failure
 
 
 def _restored(folder: Path, item: str, expected: Any) -> Any:
     """The arrays of one item as NumPy; raises UserError if they do not match the config."""
     with reading(folder / item):
-        arrays = read_arrays(folder / item)
+        arrays = checkpoint.read_arrays(folder / item)
     expected = traverse_util.flatten_dict(expected, sep="/")
     found, wanted = (
         {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.items()}

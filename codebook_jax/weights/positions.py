@@ -10,22 +10,26 @@ from jaxtyping import Float
 _A = -0.75  # of Keys' cubic kernel, as in PyTorch
 
 
-def resize_positions(
-    positions: Float[np.ndarray, "1 old width"], new: int
-) -> Float[np.ndarray, "1 new width"]:
-    """The embeddings resized to `new` places: [CLS] unchanged, the square of patches bicubic.
+def fitted_positions(
+    positions: Float[np.ndarray, "1 old width"], shape: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "1 new width"], str]:
+    """The embeddings for the patches of `shape`, [1, new, width], and a note if they were resized.
 
-    Like PyTorch's interpolate(mode="bicubic", align_corners=False), which ALBEF and DeiT use: no
-    anti-aliasing, borders repeated. Raises ValueError if a number of patches is not a square.
+    [CLS] is unchanged, the square of patches resized like PyTorch's interpolate(mode="bicubic",
+    align_corners=False), which ALBEF and DeiT use: no anti-aliasing, borders repeated. Raises
+    ValueError if a number of patches is not a square.
     """
-    before, after = math.isqrt(positions.shape[1] - 1), math.isqrt(new - 1)
-    if before**2 != positions.shape[1] - 1 or after**2 != new - 1:
-        raise ValueError(f"{positions.shape[1] - 1} or {new - 1} patches do not form a square")
+    if positions.ndim != 3 or positions.shape[2] != shape[2] or positions.shape[1] == shape[1]:
+        return positions, ""  # a different width is refused by the comparison of shapes
+    before, after = math.isqrt(positions.shape[1] - 1), math.isqrt(shape[1] - 1)
+    if before**2 != positions.shape[1] - 1 or after**2 != shape[1] - 1:
+        raise ValueError(f"{positions.shape[1] - 1} or {shape[1] - 1} patches do not form a square")
     weights = _cubic_weights(before, after)
     square = positions[0, 1:].reshape(before, before, -1).astype(np.float64)
     resized = np.einsum("ir,jc,rcw->ijw", weights, weights, square).reshape(after * after, -1)
     whole = np.concatenate([positions[0, :1].astype(np.float64), resized])
-    return whole[None].astype(positions.dtype)
+    note = f"{before}x{before} to {after}x{after} patches, bicubic"
+    return whole[None].astype(positions.dtype), note
 
 
 def _cubic_weights(before: int, after: int) -> Float[np.ndarray, "after before"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -20,41 +21,34 @@ def report(student: Shapes, filled: Filled) -> str:
     kinds: dict[str, list[str]] = {}
     for key, (_, kind) in filled.ignored.items():
         kinds.setdefault(kind, []).append(key)
-    names = {
-        "loaded": parts_of(loaded, student),
-        "resized": [f"{_short(name)} {filled.resized[name]}" for name in resized],
-        "newly initialised": parts_of(fresh, student),
-        "ignored": [f"{kind} ({_counted(keys)})" for kind, keys in kinds.items()],
+    several = {kind: f"{len(keys)}: {keys[0]}, ..." for kind, keys in kinds.items() if keys[1:]}
+    ignored = [f"{kind} ({several.get(kind, keys[0])})" for kind, keys in kinds.items()]
+    sizes = {name: math.prod(shape) for name, shape in student.items()}
+    sizes |= {key: size for key, (size, _) in filled.ignored.items()}
+    rows = {
+        "loaded": (loaded, parts_of(loaded, student)),
+        "resized": (resized, [f"{_short(name)} {filled.resized[name]}" for name in resized]),
+        "newly initialised": (fresh, parts_of(fresh, student)),
+        "ignored": (filled.ignored, ignored),
     }
-    sizes = [[math.prod(student[name]) for name in group] for group in (loaded, resized, fresh)]
-    sizes.append([size for size, _ in filled.ignored.values()])
     lines = [f"{'':18} {'arrays':>6} {'numbers':>13}"]
-    for (title, listed), counts in zip(names.items(), sizes, strict=True):
-        more = f", and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
-        lines.append(
-            f"{title:18} {len(counts):6,} {sum(counts):13,}  {', '.join(listed[:_MOST])}{more}"
-        )
+    for title, (counted, names) in rows.items():
+        more = f", and {len(names) - _MOST} more" if len(names) > _MOST else ""
+        shown, numbers = f"{', '.join(names[:_MOST])}{more}", sum(sizes[name] for name in counted)
+        lines.append(f"{title:18} {len(counted):6,} {numbers:13,}  {shown}")
     return "\n".join(lines)
 
 
 def parts_of(names: Iterable[str], every: Iterable[str]) -> list[str]:
     """The names, abbreviated to a part if they include everything that `every` has below it."""
-    names, every = set(names), list(every)
+    others = [f"{other}/" for other in every if other not in names]
     found: dict[str, None] = {}
-    for name in (name for name in every if name in names):
-        parts = ["/".join(name.split("/")[: length + 1]) for length in range(name.count("/") + 1)]
-        whole = next(
-            part
-            for part in parts
-            if all(other in names for other in every if f"{other}/".startswith(f"{part}/"))
-        )
-        found[_short(whole)] = None
+    for name in names:
+        parts = itertools.accumulate(name.split("/"), "{}/{}".format)
+        whole = (part for part in parts if not any(o.startswith(f"{part}/") for o in others))
+        found[_short(next(whole))] = None
     return list(found)
 
 
 def _short(name: str) -> str:
     return re.sub(r"^student/(towers/)?", "", name)
-
-
-def _counted(keys: list[str]) -> str:
-    return keys[0] if len(keys) == 1 else f"{len(keys)}: {keys[0]}, ..."

@@ -24,12 +24,11 @@ from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.run.checkpoint import FOLDER, Checkpoints, read_arrays
 from codebook_jax.run.record import RECORD, recorded_config
-from codebook_jax.weights import albef, layouts
+from codebook_jax.weights import layouts
 from codebook_jax.weights.files import WORDS, read_weights
 from codebook_jax.weights.fill import Filled, fill
 from codebook_jax.weights.layouts import Layout
 from codebook_jax.weights.load import MANIFEST, config_of, reading
-from codebook_jax.weights.recognise import recognise, refuse_other_kind
 from codebook_jax.weights.report import report
 
 RANDOM = "random"
@@ -66,10 +65,10 @@ def specs(init: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in init.split(","):
         part, _, spec = item.strip().partition(":")
-        if part not in ("image", "text", "model") or not spec or part in found:
+        if part not in (*_TOWERS, "model") or not spec or part in found:
             raise UserError(f"config.init={init!r} has the invalid part {item.strip()!r}: {FORMS}")
         found[part] = spec
-    if found.keys() not in ({"model"}, {"image", "text"}):
+    if found.keys() not in ({"model"}, set(_TOWERS)):
         raise UserError(f"config.init={init!r} is not a whole model or both towers: {FORMS}")
     return {part: spec for part, spec in found.items() if spec != RANDOM}
 
@@ -94,66 +93,58 @@ def adopted(
 ) -> ml_collections.ConfigDict:
     """The config with the layer norms' epsilon of the weights, or of an existing run's record."""
     stated = {name: value for part in start for name, value in part.stated.items()}
-    if not start and record is not None:
-        before = recorded_config(record)
-        if before.init != RANDOM:
-            stated = _stated(before.model)
+    if not start and record is not None and recorded_config(record).init != RANDOM:
+        stated = _stated(recorded_config(record).model)
     found = {name: value for name, value in stated.items() if name.endswith(".layer_norm_eps")}
     return with_fields(config, found) if found else config
 
 
 def tokenizer_of(config: ml_collections.ConfigDict, start: tuple[Part, ...]) -> str:
     """config.data.tokenizer, else the one beside the weights; raises UserError if it is needed."""
-    texts = [part for part in start if part.part != "image"]
-    if config.data.tokenizer or not texts:
-        return config.data.tokenizer
-    (part,) = texts
-    if not part.tokenizer:
-        raise UserError(
-            f"{part.what} has no tokenizer beside it, and its word embeddings only fit the one "
-            "they were trained with: name it, for example "
-            "--config.data.tokenizer=bert-base-uncased"
-        )
-    return part.tokenizer
+    for part in start:
+        if part.part == "image" or config.data.tokenizer:
+            continue
+        if not part.tokenizer:
+            raise UserError(
+                f"{part.what} has no tokenizer beside it, and its word embeddings only fit the one "
+                "they were trained with: name it, for example "
+                "--config.data.tokenizer=bert-base-uncased"
+            )
+        return part.tokenizer
+    return config.data.tokenizer
 
 
 def initial(
     start: tuple[Part, ...], config: ml_collections.ConfigDict, abstract_state: Any
 ) -> Initial:
-    """Our parameters from the weights; raises UserError if they do not fit the model."""
+    """Our parameters from the weights, the teacher's a copy of the student's where they have none;
+    raises UserError if they do not fit the model.
+    """
     shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
     options = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
-    arrays: dict[str, np.ndarray] = {}
-    resized: dict[str, str] = {}
-    ignored: dict[str, tuple[int, str]] = {}
+    whole = Filled({}, {}, {})
     for part in start:
         filled = fill(part.layout, part.arrays, shapes, what=part.what, **options)
-        if part.layout is layouts.ALBEF and "queue/image" in shapes:
-            filled = albef.with_queues(filled, part.arrays, shapes, part.what)
-        arrays |= filled.arrays
-        resized |= filled.resized
         where = f"{part.part} " if len(start) > 1 else ""
-        ignored |= {where + key: reason for key, reason in filled.ignored.items()}
+        ignored = {where + key: reason for key, reason in filled.ignored.items()}
+        whole = Filled(
+            whole.arrays | filled.arrays, whole.resized | filled.resized, whole.ignored | ignored
+        )
     student = {name: shape for name, shape in shapes.items() if name.startswith("student/")}
-    rows = report(student, Filled(arrays, resized, ignored))
-    rest = []
+    arrays, rest = whole.arrays, []
     if any(name.startswith("teacher/") for name in shapes):
-        arrays, copied = _with_teacher(arrays)
-        rest.append(f"teacher: {copied}")
+        towers = layouts.under(arrays, "student/towers/")
+        copy = {f"teacher/{name}": value for name, value in towers.items()}
+        copied = len(copy.keys() - arrays.keys())
+        partly = f", except {copied} arrays copied from the student" if copied else ""
+        rest.append(
+            f"teacher: {f'loaded{partly}' if copied < len(copy) else 'a copy of the student'}"
+        )
+        arrays = copy | arrays
     if "queue/image" in shapes:
         rest.append(f"queues: {'loaded' if 'queue/image' in arrays else 'empty'}")
-    return Initial(arrays, "\n".join([*map(_heading, start), rows, "; ".join(rest)]))
-
-
-def _with_teacher(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
-    """The arrays with the student's towers as the teacher's where it has none; how it starts."""
-    towers = layouts.under(arrays, "student/towers/")
-    copy = {f"teacher/{name}": value for name, value in towers.items()}
-    copied = len(copy.keys() - arrays.keys())
-    if copied == len(copy):
-        return copy | arrays, "a copy of the student"
-    partly = f", except {copied} arrays copied from the student" if copied else ""
-    return copy | arrays, f"loaded{partly}"
+    table = [*map(_heading, start), report(student, whole), "; ".join(rest)]
+    return Initial(arrays, "\n".join(table))
 
 
 def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -175,16 +166,13 @@ def _read(part: str, spec: str) -> Part:
     is_run = (path / RECORD).is_file() and (path / FOLDER).is_dir()
     if part == "model" and (is_run or (path / MANIFEST).is_file()):
         return _read_own(path, what)
-    try:
-        weights = read_weights(spec, f"config.init names {what}")
-    except UserError as error:
-        raise UserError(f"{error}; --config.init={RANDOM} starts from random weights") from error
-    layout, arrays = recognise(part, weights.arrays, what)
+    weights = read_weights(spec, f"config.init names {what}")
+    layout, arrays = layouts.recognise(part, weights.arrays, what)
     if part == "model":  # as `write_albef` describes it
         both = {"image": weights.config.get("vision"), "text": weights.config.get("text")}
         described = {tower: about for tower, about in both.items() if isinstance(about, dict)}
     else:
-        refuse_other_kind(part, weights.config, what)
+        layouts.refuse_other_kind(part, weights.config, what)
         described = {part: weights.config}
         layout = layouts.in_student(layout)
     has_words = any((weights.folder / name).is_file() for name in WORDS)
@@ -207,8 +195,7 @@ def _read_own(path: Path, what: str) -> Part:
         with reading(folder / item):
             found = read_arrays(folder / item)
         arrays |= {f"{item}/{name}": array for name, array in found.items()}
-    words = path / text.FOLDER
-    tokenizer = str(words) if words.is_dir() else ""
+    tokenizer = str(path / text.FOLDER) if (path / text.FOLDER).is_dir() else ""
     return Part("model", what, title, layouts.OWN, arrays, _stated(config.model), tokenizer)
 
 

@@ -13,8 +13,7 @@ from codebook_jax.models.vit import cut_patches
 from codebook_jax.weights import layouts
 from codebook_jax.weights.files import read_weights
 from codebook_jax.weights.fill import fill
-from codebook_jax.weights.positions import resize_positions
-from codebook_jax.weights.recognise import recognise
+from codebook_jax.weights.positions import fitted_positions
 from configs import base
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
@@ -34,7 +33,7 @@ def outputs_of(name):
 
 def filled(config, name, part):
     """Our towers' parameters from the golden's folder, zeros if missing, and the printed report."""
-    layout, arrays = recognise(part, read_weights(str(GOLDENS / name), name).arrays, name)
+    layout, arrays = layouts.recognise(part, read_weights(str(GOLDENS / name), name).arrays, name)
     abstract = jax.eval_shape(lambda: codis.init_student(config, WORDS, jax.random.key(0)))[
         "towers"
     ]
@@ -137,7 +136,7 @@ def test_the_names_that_transformers_5_has_in_memory_are_known_too():
         for old, new in renamed.items():
             key = key.replace(old, new)
         arrays[key] = value
-    layout, arrays = recognise("image", arrays, "vit")
+    layout, arrays = layouts.recognise("image", arrays, "vit")
     assert layout is layouts.VIT_HF5
     expected, _ = filled(config_of(), "vit", "image")
     shapes = shapes_of({"image": expected["image"]})
@@ -163,7 +162,7 @@ def test_heads_poolers_and_distillation_are_named_as_ignored():
 @pytest.mark.parametrize("side", [3, 7])
 def test_positions_are_resized_as_pytorch_resizes(side):
     positions = read_weights(str(GOLDENS / "vit"), "vit").arrays["embeddings.position_embeddings"]
-    resized = resize_positions(positions, side * side + 1)
+    resized, _ = fitted_positions(positions, (1, side * side + 1, 30))
     expected = outputs_of("vit")[f"positions_{side}"]
     np.testing.assert_array_equal(resized[:, 0], positions[:, 0])
     np.testing.assert_allclose(resized[:, 1:].reshape(expected.shape), expected, rtol=0, atol=1e-6)
@@ -175,7 +174,7 @@ def test_positions_are_resized_as_pytorch_resizes(side):
 )
 def test_an_image_tower_written_back_is_the_file_bit_for_bit(name, layout):
     towers, _ = filled(config_of(name), name, "image")
-    _, arrays = recognise("image", read_weights(str(GOLDENS / name), name).arrays, name)
+    _, arrays = layouts.recognise("image", read_weights(str(GOLDENS / name), name).arrays, name)
     _assert_written_back(
         layout,
         {"image": towers["image"]},
@@ -186,7 +185,9 @@ def test_an_image_tower_written_back_is_the_file_bit_for_bit(name, layout):
 
 def test_a_bert_written_back_is_the_file_bit_for_bit():
     towers, _ = filled(config_of(), "bert", "text")
-    _, arrays = recognise("text", read_weights(str(GOLDENS / "bert"), "bert").arrays, "bert")
+    _, arrays = layouts.recognise(
+        "text", read_weights(str(GOLDENS / "bert"), "bert").arrays, "bert"
+    )
     _assert_written_back(layouts.BERT, towers, arrays, r"pooler|seq_relationship")
 
 
