@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,8 +13,8 @@ from jaxtyping import Float
 from codebook_jax.errors import UserError
 from codebook_jax.weights import layouts
 from codebook_jax.weights.layouts import Arrays, Layout, Shape, Shapes
-from codebook_jax.weights.positions import fitted_positions
 
+_CUBIC = -0.75  # the parameter of Keys' cubic kernel, as in PyTorch
 _WORDS = ("text/words", "masked_words/bias")
 _STRANGE, _PART = "not of this model", "part of an incomplete parameter"
 
@@ -163,3 +164,38 @@ def _refuse_other_shape(name: str, key: str, found: Shape, wanted: Shape, what: 
         f"{what}: {key} has shape {list(found)}, but config.model asks for {list(wanted)} "
         f"({name}): {hint}"
     )
+
+
+def fitted_positions(
+    positions: Float[np.ndarray, "1 old width"], shape: Shape
+) -> tuple[Float[np.ndarray, "1 new width"], str]:
+    """The embeddings for the patches of `shape`, [1, new, width], and a note if they were resized.
+
+    [CLS] is unchanged, the square of patches resized like PyTorch's interpolate(mode="bicubic",
+    align_corners=False), which ALBEF and DeiT use: no anti-aliasing, borders repeated. Raises
+    ValueError if a number of patches is not a square.
+    """
+    if positions.ndim != 3 or positions.shape[2] != shape[2] or positions.shape[1] == shape[1]:
+        return positions, ""  # a different width is refused by the comparison of shapes
+    before, after = math.isqrt(positions.shape[1] - 1), math.isqrt(shape[1] - 1)
+    if before**2 != positions.shape[1] - 1 or after**2 != shape[1] - 1:
+        raise ValueError(f"{positions.shape[1] - 1} or {shape[1] - 1} patches do not form a square")
+    weights = _cubic_weights(before, after)
+    square = positions[0, 1:].reshape(before, before, -1).astype(np.float64)
+    resized = np.einsum("ir,jc,rcw->ijw", weights, weights, square).reshape(after * after, -1)
+    whole = np.concatenate([positions[0, :1].astype(np.float64), resized])
+    note = f"{before}x{before} to {after}x{after} patches, bicubic"
+    return whole[None].astype(positions.dtype), note
+
+
+def _cubic_weights(before: int, after: int) -> Float[np.ndarray, "after before"]:
+    """The weight of each old place in each new one; rows sum to one."""
+    centres = (np.arange(after) + 0.5)[:, None] * before / after - 0.5
+    places = np.floor(centres) + np.arange(-1, 3)
+    distance = np.abs(centres - places)
+    near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
+    far = ((_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC) * distance - 4 * _CUBIC
+    weights = np.zeros((after, before))
+    inside = np.clip(places, 0, before - 1).astype(int)
+    np.add.at(weights, (np.arange(after)[:, None], inside), np.where(distance <= 1, near, far))
+    return weights

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -21,7 +21,6 @@ from codebook_jax.errors import UserError
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]  # by our names, such as image/blocks/mlp/up/kernel
 Arrays = Mapping[str, np.ndarray]
-T = TypeVar("T")
 
 
 class Layout(NamedTuple):
@@ -79,7 +78,7 @@ IGNORED = (  # known keys without a use here, and what they are
 )
 
 
-def _each(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
+def prefixed(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
     """The table with a prefix for the names on each side."""
     return {
         f"{ours}{name}": "|".join(f"{theirs}{part}" for part in value.split("|"))
@@ -92,7 +91,7 @@ def _vit_hf(title: str, blocks: str, block: Mapping[str, str]) -> Layout:
         "image/patches": "embeddings.patch_embeddings.projection",
         "image/cls": "embeddings.cls_token",
         "image/positions": "embeddings.position_embeddings",
-        **_each("image/blocks/", f"{blocks}.{{}}.", block),
+        **prefixed("image/blocks/", f"{blocks}.{{}}.", block),
         "image/norm": "layernorm",
     }
     return Layout(title, names, own=r"^(embeddings|encoder|layers|layernorm)\.")
@@ -106,7 +105,7 @@ VIT_TIMM = Layout(
         "image/patches": "patch_embed.proj",
         "image/cls": "cls_token",
         "image/positions": "pos_embed",
-        **_each("image/blocks/", "blocks.{}.", _TIMM_BLOCK),
+        **prefixed("image/blocks/", "blocks.{}.", _TIMM_BLOCK),
         "image/norm": "norm",
     },
     own=r"^(cls_token|pos_embed|reg_token|patch_embed|blocks|norm|norm_pre|fc_norm)(\.|$)",
@@ -118,8 +117,8 @@ BERT = Layout(
         "text/positions": "bert.embeddings.position_embeddings.weight",
         "text/segment": "bert.embeddings.token_type_embeddings.weight",
         "text/norm": "bert.embeddings.LayerNorm",
-        **_each("text/blocks/", "bert.encoder.layer.{}.", _BERT_BLOCK),
-        **_each("fusion/blocks/", "bert.encoder.layer.{}.", _BERT_BLOCK),
+        **prefixed("text/blocks/", "bert.encoder.layer.{}.", _BERT_BLOCK),
+        **prefixed("fusion/blocks/", "bert.encoder.layer.{}.", _BERT_BLOCK),
         "masked_words/transform": "cls.predictions.transform.dense",
         "masked_words/norm": "cls.predictions.transform.LayerNorm",
         "masked_words/bias": "cls.predictions.bias",
@@ -130,9 +129,9 @@ BERT = Layout(
 
 def _albef(ours: str, copy: str) -> dict[str, str]:
     return {
-        **_each(ours, f"visual_encoder{copy}.", VIT_TIMM.names),
-        **_each(ours, f"text_encoder{copy}.", BERT.names),
-        **_each(f"{ours}fusion/blocks/", f"text_encoder{copy}.bert.encoder.layer.{{}}.", _CROSS),
+        **prefixed(ours, f"visual_encoder{copy}.", VIT_TIMM.names),
+        **prefixed(ours, f"text_encoder{copy}.", BERT.names),
+        **prefixed(f"{ours}fusion/blocks/", f"text_encoder{copy}.bert.encoder.layer.{{}}.", _CROSS),
         f"{ours}image_projection": f"vision_proj{copy}",
         f"{ours}text_projection": f"text_proj{copy}",
     }
@@ -166,15 +165,9 @@ _OLD_NORM = re.compile(r"\.LayerNorm\.(gamma|beta)$")  # TensorFlow's names, in 
 _NORM = {"gamma": ".LayerNorm.weight", "beta": ".LayerNorm.bias"}
 
 
-def in_student(layout: Layout) -> Layout:
-    """The layout of a tower with the names that its parameters have in the train state."""
-    return layout._replace(names=_each("student/towers/", "", layout.names))
-
-
-def under(named: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """The entries below a part of the tree, by their names there."""
-    found = (name for name in named if name.startswith(prefix))
-    return {name.removeprefix(prefix): named[name] for name in found}
+def under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays below a part of the tree, by their names there."""
+    return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
 
 
 class Place(NamedTuple):
@@ -232,15 +225,16 @@ def to_ours(
 
 def to_theirs(
     layout: Layout, arrays: Mapping[str, Shaped[np.ndarray, "*some"]], text_depth: int
-) -> Iterator[tuple[str, Shaped[np.ndarray, "*some"]]]:
-    """(key, array) of each of our parameters that the layout has, in that layout."""
+) -> dict[str, Shaped[np.ndarray, "*some"]]:
+    """Each of our parameters that the layout has, in that layout, by its key."""
+    found = {}
     shapes = {name: array.shape for name, array in arrays.items()}
     for name, place in places(layout, shapes, text_depth).items():
         turned = arrays[name].reshape(place.split).transpose(place.axes)
         parts = turned.reshape(len(place.keys), *place.shape)
-        yield from (
-            (k, np.array(part, order="C")) for k, part in zip(place.keys, parts, strict=True)
-        )
+        for key, part in zip(place.keys, parts, strict=True):
+            found[key] = np.array(part, order="C")
+    return found
 
 
 def recognise(part: str, arrays: Arrays, what: str) -> tuple[Layout, Arrays]:

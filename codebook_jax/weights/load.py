@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from ml_collections import ConfigDict
 
 from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
@@ -56,20 +56,16 @@ class Codis:
     """
 
     def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        tokenizer: Tokenizer,
-        student: dict[str, Any],
-        teacher_towers: dict[str, Any] | None,
-        step: int,
+        self, config: ConfigDict, tokenizer: Tokenizer, items: dict[str, Any], step: int
     ) -> None:
+        """Takes the parameters of the student and, to encode with it, of the teacher."""
         self.config, self.step = config, step
         self._tokenizer = tokenizer
         self._model = codis.build_model(config, tokenizer.vocabulary.size)
-        self._student = jax.device_put(student)
-        self._encoder, self._towers = "student", self._student["towers"]
-        if teacher_towers is not None:
-            self._encoder, self._towers = "teacher", jax.device_put(teacher_towers)
+        items = jax.device_put(items)
+        self._encoder = "teacher" if "teacher" in items else "student"
+        self._student = items["student"]
+        self._towers = items.get("teacher", self._student["towers"])
         self._embed_images = jax.jit(own_settings(self._image_features))
         self._embed_texts = jax.jit(own_settings(self._text_features))
         self._match = jax.jit(own_settings(self._match_probability))
@@ -211,12 +207,9 @@ class Codis:
         """Tokens and lengths; warns about truncated texts and unknown words."""
         most = self.config.model.text.max_tokens
         tokens, lengths, truncated = self._tokenizer.encode(texts, most)
-        worded = np.array([has_words(text) for text in texts], bool)
-        wordless = np.flatnonzero((lengths <= 2) | ~worded)  # [CLS] [SEP]
-        if len(wordless):
-            raise UserError(
-                f"text {wordless[0]}, {texts[wordless[0]]!r}, has no words: leave it out"
-            )
+        for position, text in enumerate(texts):
+            if lengths[position] <= 2 or not has_words(text):  # [CLS] [SEP]
+                raise UserError(f"text {position}, {text!r}, has no words: leave it out")
         if truncated:
             warnings.warn(
                 f"{truncated:,} of {len(texts):,} texts are longer than the {most} tokens that "
@@ -263,9 +256,9 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
             config.model.attention, config.model.remat = "auto", "none"
         student_of = own_settings(codis.init_student)
         expected = jax.eval_shape(lambda: student_of(config, tokenizer.vocabulary.size, key_of(0)))
-    student = _restored(folder, "student", expected)
-    teacher_towers = _restored(folder, "teacher", expected["towers"]) if teacher else None
-    return Codis(config, tokenizer, student, teacher_towers, step)
+    wanted = {"student": expected} | ({"teacher": expected["towers"]} if teacher else {})
+    found = {item: _restored(folder, item, tree) for item, tree in wanted.items()}
+    return Codis(config, tokenizer, found, step)
 
 
 def code_probabilities(
@@ -299,7 +292,7 @@ def _export_folder(path: Path) -> Path:
     )
 
 
-def config_of(folder: Path) -> ml_collections.ConfigDict:
+def config_of(folder: Path) -> ConfigDict:
     """The config of a run or export."""
     with reading(folder / records.RECORD):
         record = records.read_record(folder)
@@ -329,12 +322,13 @@ def _restored(folder: Path, item: str, expected: Any) -> Any:
         {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.items()}
         for tree in (arrays, expected)
     )
-    for name in sorted(found.keys() | wanted.keys()):
-        if (was := found.get(name, "missing")) != (now := wanted.get(name, "missing")):
-            raise UserError(
-                f"{folder / item} does not fit its {records.RECORD}: {name} is {was}, but should "
-                f"be {now}: export again"
-            )
+    if differing := {name for name, _ in found.items() ^ wanted.items()}:
+        name = min(differing)
+        was, should = found.get(name, "missing"), wanted.get(name, "missing")
+        raise UserError(
+            f"{folder / item} does not fit its {records.RECORD}: {name} is {was}, but should be "
+            f"{should}: export again"
+        )
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 

@@ -9,8 +9,11 @@ SPEC is a file, a folder, or a name on the Hugging Face hub (`name@revision` for
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +30,8 @@ from codebook_jax.run.record import RECORD, recorded_config
 from codebook_jax.weights import layouts
 from codebook_jax.weights.files import WORDS, read_weights
 from codebook_jax.weights.fill import Filled, fill
-from codebook_jax.weights.layouts import Layout
+from codebook_jax.weights.layouts import Layout, Shapes
 from codebook_jax.weights.load import MANIFEST, config_of, reading
-from codebook_jax.weights.report import report
 
 RANDOM = "random"
 FORMS = (
@@ -37,6 +39,7 @@ FORMS = (
     "random)"
 )
 _TOWERS = ("image", "text")
+_MOST_NAMES = 12  # in a line of the table
 
 
 class Part(NamedTuple):
@@ -143,7 +146,7 @@ def initial(
         arrays = copy | arrays
     if "queue/image" in shapes:
         rest.append(f"queues: {'loaded' if 'queue/image' in arrays else 'empty'}")
-    table = [*map(_heading, start), report(student, whole), "; ".join(rest)]
+    table = [*map(_heading, start), _table(student, whole), "; ".join(rest)]
     return Initial(arrays, "\n".join(table))
 
 
@@ -174,7 +177,8 @@ def _read(part: str, spec: str) -> Part:
     else:
         layouts.refuse_other_kind(part, weights.config, what)
         described = {part: weights.config}
-        layout = layouts.in_student(layout)
+        names = layouts.prefixed("student/towers/", "", layout.names)
+        layout = layout._replace(names=names)  # as in a train state
     has_words = any((weights.folder / name).is_file() for name in WORDS)
     tokenizer = str(weights.folder) if has_words and part != "image" else ""
     return Part(part, what, layout.title, layout, arrays, _stated(described), tokenizer)
@@ -215,3 +219,45 @@ def _heading(part: Part) -> str:
     silent = " and ".join(name for name in towers if f"model.{name}.heads" not in part.stated)
     unsaid = f"; without a number of heads for its {silent} tower: using config.model's"
     return f"{part.what} ({part.title}{unsaid if silent else ''})"
+
+
+def _table(student: Shapes, filled: Filled) -> str:
+    """The table: arrays and numbers of each category, and names, with whole parts abbreviated."""
+    fresh = [name for name in student if name not in filled.arrays]
+    resized = [name for name in student if name in filled.resized]
+    loaded = [name for name in student if name in filled.arrays and name not in filled.resized]
+    kinds: dict[str, list[str]] = {}
+    for key, (_, kind) in filled.ignored.items():
+        kinds.setdefault(kind, []).append(key)
+    several = {kind: f"{len(keys)}: {keys[0]}, ..." for kind, keys in kinds.items() if keys[1:]}
+    ignored = [f"{kind} ({several.get(kind, keys[0])})" for kind, keys in kinds.items()]
+    sizes = {name: math.prod(shape) for name, shape in student.items()}
+    sizes |= {key: size for key, (size, _) in filled.ignored.items()}
+    rows = {
+        "loaded": (loaded, _parts_of(loaded, student)),
+        "resized": (resized, [f"{_short(name)} {filled.resized[name]}" for name in resized]),
+        "newly initialised": (fresh, _parts_of(fresh, student)),
+        "ignored": (filled.ignored, ignored),
+    }
+    lines = [f"{'':18} {'arrays':>6} {'numbers':>13}"]
+    for title, (counted, names) in rows.items():
+        more = f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        numbers = sum(sizes[name] for name in counted)
+        shown = ", ".join(names[:_MOST_NAMES]) + more
+        lines.append(f"{title:18} {len(counted):6,} {numbers:13,}  {shown}")
+    return "\n".join(lines)
+
+
+def _parts_of(names: Iterable[str], every: Iterable[str]) -> list[str]:
+    """The names, abbreviated to a part if they include everything that `every` has below it."""
+    others = [f"{other}/" for other in every if other not in names]
+    found: dict[str, None] = {}
+    for name in names:
+        parts = itertools.accumulate(name.split("/"), "{}/{}".format)
+        whole = (part for part in parts if not any(o.startswith(f"{part}/") for o in others))
+        found[_short(next(whole))] = None
+    return list(found)
+
+
+def _short(name: str) -> str:
+    return re.sub(r"^student/(towers/)?", "", name)

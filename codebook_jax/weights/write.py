@@ -40,10 +40,10 @@ def write_huggingface(
     depth = config.model.text.depth
     towers = layouts.under(arrays, "student/towers/")
     vit = _vit(config) | {"architectures": ["ViTModel"]}
-    image = dict(layouts.to_theirs(layouts.VIT_HF, towers, depth))
+    image = layouts.to_theirs(layouts.VIT_HF, towers, depth)
     _save(folder / "image", image, vit, side=config.model.image.size_px)
     text = {name: value for name, value in towers.items() if name.startswith("text/")}
-    text = layouts.under(dict(layouts.to_theirs(layouts.BERT, text, depth)), "bert.")
+    text = layouts.under(layouts.to_theirs(layouts.BERT, text, depth), "bert.")
     bert = _bert(config, vocabulary, depth) | {"architectures": ["BertModel"]}
     _save(folder / "text", text, bert)
     shutil.copytree(tokenizer, folder / "text", dirs_exist_ok=True)
@@ -80,7 +80,7 @@ def to_albef(arrays: Arrays, text_depth: int) -> dict[str, np.ndarray]:
 
     Unfilled queue entries are zeros, where ALBEF has random features. The codebook is left out.
     """
-    found = dict(layouts.to_theirs(layouts.ALBEF, arrays, text_depth))
+    found = layouts.to_theirs(layouts.ALBEF, arrays, text_depth)
     for towers, copy in (("student/towers", ""), ("teacher", "_m")):  # duplicates and counters
         head = f"text_encoder{copy}.cls.predictions.decoder"
         found[f"{head}.weight"] = arrays[f"{towers}/text/words"].copy()

@@ -12,8 +12,7 @@ from codebook_jax.models import codis
 from codebook_jax.models.vit import cut_patches
 from codebook_jax.weights import layouts
 from codebook_jax.weights.files import read_weights
-from codebook_jax.weights.fill import fill
-from codebook_jax.weights.positions import fitted_positions
+from codebook_jax.weights.fill import fill, fitted_positions
 from configs import base
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
@@ -199,7 +198,7 @@ def _assert_written_back(layout, towers, arrays, left_out):
         ),
         towers,
     )
-    written = dict(layouts.to_theirs(layout, flat, TEXT["depth"]))
+    written = layouts.to_theirs(layout, flat, TEXT["depth"])
     kept = {key for key in arrays if not any(part in key for part in left_out.split("|"))}
     assert kept <= set(written) and len(kept) > 30
     for key in kept:

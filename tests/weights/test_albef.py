@@ -165,7 +165,7 @@ def test_each_loss_of_the_step_is_albefs(stepped, golden):
 
 def test_every_gradient_has_the_norm_of_albefs(task, stepped, golden):
     gradients = {f"student/{name}": value for name, value in sharding.named(stepped.gradients)}
-    found = dict(layouts.to_theirs(layouts.ALBEF, gradients, task.config.model.text.depth))
+    found = layouts.to_theirs(layouts.ALBEF, gradients, task.config.model.text.depth)
     expected = {name[10:]: value for name, value in golden.items() if name.startswith("grad_norm/")}
     tied = {name for name in expected if "decoder" in name}
     assert set(found) == set(expected) - tied

@@ -23,7 +23,6 @@ from codebook_jax.tools import export
 from codebook_jax.weights import load as inference
 
 TEXTS = ["a red circle above a blue star", "a green ring", "a large moon left of a small cross"]
-LONG = " ".join(["circle"] * 40)
 
 LOAD = """
 import sys
@@ -207,11 +206,12 @@ def test_codes_are_a_softmax_over_all_codewords(model, pictures):
 
 
 def test_a_text_that_is_cut_is_reported(model):
+    long = " ".join(["circle"] * 40)
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than the 24 tokens") as caught:
-        model.encode_text(["a star", LONG])
+        model.encode_text(["a star", long])
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="1 of 1 texts"):
-        model.match(np.zeros((4, 4, 3), np.uint8), LONG)
+        model.match(zeros(4, 4, 3), long)
 
 
 def test_words_that_no_caption_had_have_features_of_their_own(model, recwarn):

@@ -27,7 +27,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from codebook_jax.weights import start
-from codebook_jax.weights.positions import fitted_positions
+from codebook_jax.weights.fill import fitted_positions
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 
