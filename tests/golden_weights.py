@@ -19,16 +19,11 @@ ROOT = Path(__file__).parents[1]
 GOLDENS = Path(__file__).parent / "goldens"
 WORDS = 53
 # Every golden's own sizes; the image towers' text is BERT's, and BERT's image the ViT's.
+IMAGE_FIELDS = ("size_px", "patch_px", "width", "depth", "heads", "mlp_width", "layer_norm_eps")
 IMAGES = {
-    "vit": dict(
-        size_px=28, patch_px=7, width=30, depth=3, heads=5, mlp_width=46, layer_norm_eps=1e-5
-    ),
-    "deit": dict(
-        size_px=32, patch_px=8, width=24, depth=2, heads=3, mlp_width=50, layer_norm_eps=1e-12
-    ),
-    "timm": dict(
-        size_px=30, patch_px=6, width=42, depth=3, heads=3, mlp_width=63, layer_norm_eps=1e-6
-    ),
+    "vit": dict(zip(IMAGE_FIELDS, (28, 7, 30, 3, 5, 46, 1e-5), strict=True)),
+    "deit": dict(zip(IMAGE_FIELDS, (32, 8, 24, 2, 3, 50, 1e-12), strict=True)),
+    "timm": dict(zip(IMAGE_FIELDS, (30, 6, 42, 3, 3, 63, 1e-6), strict=True)),
 }
 TEXT = dict(
     width=36, depth=2, fusion_depth=3, heads=3, mlp_width=70, max_positions=24, max_tokens=11

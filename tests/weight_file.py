@@ -16,10 +16,14 @@ SAVED = ("checkpoint_zip.pth", "checkpoint_stream.pth")
 SMALL = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.steps": np.array(7)}
 
 
+def read(spec):
+    return read_weights(str(spec), WHAT)
+
+
 def refusal(spec):
     """The sentence with which reading `spec` is refused."""
     with pytest.raises(UserError) as refused:
-        read_weights(str(spec), WHAT)
+        read(spec)
     sentence = str(refused.value)
     assert sentence.startswith(f"{WHAT}, but ") and "\n" not in sentence, sentence
     return sentence
@@ -28,7 +32,7 @@ def refusal(spec):
 def assert_same(arrays, expected):
     assert arrays.keys() == expected.keys()
     for name, array in arrays.items():
-        assert array.dtype == expected[name].dtype, name
+        assert array.dtype == expected[name].dtype and array.shape == expected[name].shape, name
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 

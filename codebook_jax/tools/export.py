@@ -17,7 +17,6 @@ import contextlib
 import shutil
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -37,31 +36,19 @@ from codebook_jax.run.ownership import owned
 from codebook_jax.weights.load import FOLDER, FORMAT, MANIFEST
 from codebook_jax.weights.write import write_albef, write_huggingface
 
-
-class Format(NamedTuple):
-    """An export format."""
-
-    folder: str  # in the workdir
-    use: tuple[str, ...]  # lines that show the user how to load it
-
-
-FORMATS = {
-    "codis": Format(FOLDER, ("import codebook_jax; model = codebook_jax.load('{folder}')",)),
-    "huggingface": Format(
+FORMATS = {  # by config.export.format: the folder in the workdir, and how to load it
+    "codis": (FOLDER, "import codebook_jax; model = codebook_jax.load('{folder}')"),
+    "huggingface": (
         f"{FOLDER}_huggingface",
-        (
-            "from transformers import BertModel, ViTModel",
-            "ViTModel.from_pretrained('{folder}/image', add_pooling_layer=False)",
-            "BertModel.from_pretrained('{folder}/text', add_pooling_layer=False)",
-        ),
+        "from transformers import BertModel, ViTModel\n"
+        "ViTModel.from_pretrained('{folder}/image', add_pooling_layer=False)\n"
+        "BertModel.from_pretrained('{folder}/text', add_pooling_layer=False)",
     ),
-    "albef": Format(
+    "albef": (
         f"{FOLDER}_albef",
-        (
-            "from safetensors.torch import load_file",
-            "model.load_state_dict(load_file('{folder}/model.safetensors'))  # ALBEF's own model; "
-            "it has no codebook",
-        ),
+        "from safetensors.torch import load_file\n"
+        "model.load_state_dict(load_file('{folder}/model.safetensors'))  # ALBEF's own model; it "
+        "has no codebook",
     ),
 }
 
@@ -77,53 +64,64 @@ def export(
     """
     workdir = Path(workdir).absolute()
     parts = build.build_trained(config, workdir, flags)
-    name = parts.config.export.format
-    form, items = FORMATS[name], parts.task.export_items(parts.config)
-    folder = workdir / form.folder
-    draft, first = _draft(folder), jax.process_index() == 0
-    with _alone(folder) if first else contextlib.nullcontext():
+    name, use = FORMATS[parts.config.export.format]
+    items = parts.task.export_items(parts.config)
+    folder, first = workdir / name, jax.process_index() == 0
+    draft, replaced = (folder.with_name(f".{name}.{end}") for end in ("draft", "replaced"))
+    with _alone(folder, draft, replaced) if first else contextlib.nullcontext():
         _together("the draft's folder is empty")
         restored = build.restore_trained(parts, workdir, items)
-        if name == "codis":
-            _write(draft, parts, restored, items)
-        else:
-            _write_for_pytorch(draft, name, parts, restored, items)
+        _write(draft, parts, restored, items)
         if first:
-            again = ", replacing the previous export" if _put_in_place(folder) else ""
+            again = ", replacing the previous export" if folder.exists() else ""
+            if folder.exists():
+                folder.rename(replaced)  # a folder cannot be renamed onto one that holds files
+            draft.rename(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
-            for line in form.use:
-                say(line.format(folder=folder))
+            say(use.format(folder=folder))
         _together("the export is in place")
 
 
-def _write_for_pytorch(
-    draft: Path, form: str, parts: build.Parts, restored: Restored, items: tuple[str, ...]
-) -> None:
-    """Gathers the arrays of all processes; the first process writes them."""
-    state = {item: getattr(restored.state, item) for item in items}
-    if jax.process_count() > 1:
-        state = multihost_utils.process_allgather(state, tiled=True)
-    if jax.process_index() != 0:
-        return
-    arrays = {name: np.asarray(leaf) for name, leaf in sharding.named(state)}
-    write = write_albef if form == "albef" else write_huggingface
-    with _writing(draft):
-        write(draft, arrays, parts.config, parts.tokenizer.vocabulary, draft.parent / text.FOLDER)
-
-
 def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str, ...]) -> None:
-    """Every process writes its part of the arrays, the first one everything else."""
-    with _writing(draft), ocp.StandardCheckpointer() as checkpointer:
-        for item in items:
-            checkpointer.save(draft / item, getattr(restored.state, item))
-            checkpointer.wait_until_finished()
-    if jax.process_index() != 0:
+    """Every process writes its part of our own format, the first one everything else."""
+    config, form = parts.config, parts.config.export.format
+    state = {item: getattr(restored.state, item) for item in items}
+    if form != "codis" and jax.process_count() > 1:
+        state = multihost_utils.process_allgather(state, tiled=True)
+    with _writing(draft):
+        if form == "codis":
+            with ocp.StandardCheckpointer() as checkpointer:
+                for item in items:
+                    checkpointer.save(draft / item, state[item])
+                    checkpointer.wait_until_finished()
+        elif jax.process_index() == 0:
+            write = write_albef if form == "albef" else write_huggingface
+            arrays = {name: np.asarray(leaf) for name, leaf in sharding.named(state)}
+            tokenizer = draft.parent / text.FOLDER
+            write(draft, arrays, config, parts.tokenizer.vocabulary, tokenizer)
+    if form != "codis" or jax.process_index() != 0:
         return
-    record = records.read_record(draft.parent) | {"config": parts.config.to_dict()}
+    record = records.read_record(draft.parent) | {"config": config.to_dict()}
     write_json(draft / records.RECORD, record)
     shutil.copytree(draft.parent / text.FOLDER, draft / text.FOLDER)
-    write_json(draft / MANIFEST, _manifest(parts, restored, items))
+    manifest = {
+        "format": FORMAT,
+        "task": config.task,
+        "size": config.size,
+        "step": restored.step,
+        "items": list(items),
+        "parameters": {item: build.parameter_count(state[item]) for item in items},
+        "image_size_px": config.model.image.size_px,
+        "max_tokens": config.model.text.max_tokens,
+        "dim": config.model.dim,
+        "codes": config.codebook.size,
+        "vocabulary": parts.tokenizer.vocabulary.size,
+        "versions": records.package_versions(),
+        "git": records.git_commit(),
+    }
+    write_json(draft / MANIFEST, manifest)
 
 
 @contextlib.contextmanager
@@ -142,70 +140,28 @@ def _writing(draft: Path) -> Iterator[None]:
         ) from failure
 
 
-def _manifest(parts: build.Parts, restored: Restored, items: tuple[str, ...]) -> dict[str, Any]:
-    config = parts.config
-    return {
-        "format": FORMAT,
-        "task": config.task,
-        "size": config.size,
-        "step": restored.step,
-        "items": list(items),
-        "parameters": {
-            item: build.parameter_count(getattr(restored.state, item)) for item in items
-        },
-        "image_size_px": config.model.image.size_px,
-        "max_tokens": config.model.text.max_tokens,
-        "dim": config.model.dim,
-        "codes": config.codebook.size,
-        "vocabulary": parts.tokenizer.vocabulary.size,
-        "versions": records.package_versions(),
-        "git": records.git_commit(),
-    }
-
-
-def _draft(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.draft")
-
-
-def _replaced(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.replaced")
-
-
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, draft: Path, replaced: Path) -> Iterator[None]:
     """An empty draft that no other export writes to; raises UserError if one does, or the folder
     cannot be replaced.
     """
     check_outputs(folder.parent, folders=(folder.name,))
     with owned(folder.parent, f".{folder.name}.running"):
-        if _replaced(folder).exists() and not folder.exists():
-            _replaced(folder).rename(folder)  # left by a killed export
-        for leftover in (_draft(folder), _replaced(folder)):
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)  # left by a killed export
+        for leftover in (draft, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         with refused(folder):
             if folder.exists():
-                folder.rename(_replaced(folder))
-                _replaced(folder).rename(folder)
-            _draft(folder).mkdir()
+                folder.rename(replaced)
+                replaced.rename(folder)
+            draft.mkdir()
         try:
             yield
         finally:
-            shutil.rmtree(_draft(folder), ignore_errors=True)  # frees the space for another attempt
-
-
-def _put_in_place(folder: Path) -> bool:
-    """Makes the complete draft the export; returns whether it replaced one."""
-    there = folder.exists()
-    if there:
-        folder.rename(_replaced(folder))  # a folder cannot be renamed onto one that holds files
-    try:
-        _draft(folder).rename(folder)
-    except OSError:
-        if there:
-            _replaced(folder).rename(folder)
-        raise
-    shutil.rmtree(_replaced(folder), ignore_errors=True)
-    return there
+            if replaced.exists() and not folder.exists():
+                replaced.rename(folder)
+            shutil.rmtree(draft, ignore_errors=True)  # frees the space for another attempt
 
 
 def _together(point: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,57 +42,64 @@ def read_weights(spec: str, what: str) -> Weights:
     Local files take precedence. Of training checkpoints only the model's tensors are read, and no
     code in a file is run. Raises UserError, beginning with `what`, if they cannot be read.
     """
-    path = _local(spec, what)
-    folder = path if path.is_dir() else path.parent
-    config = _read_json(folder / CONFIG, what) if (folder / CONFIG).is_file() else {}
-    with _reading(path, what):
+    try:
+        path = _local(spec)
+        folder = path if path.is_dir() else path.parent
+        config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
         file = _weight_file(path) if path.is_dir() else path
-    arrays = (_read_shards if file.suffix == ".json" else _read_file)(file, what)
+        arrays = _read_shards(file) if file.suffix == ".json" else _read_file(file)
+    except OSError as failure:
+        problem = f"{failure.filename or spec} cannot be read ({failure.strerror or failure})"
+        raise UserError(f"{what}, but {problem}: fix that, or {_GIVE}") from failure
+    except Unreadable as failure:
+        raise UserError(
+            f"{what}, but {failure}; --config.init=random starts from random weights"
+        ) from failure
     if all(name.startswith("module.") for name in arrays):  # DistributedDataParallel's
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
     return Weights(arrays, config, folder)
 
 
-def _local(spec: str, what: str) -> Path:
+def _local(spec: str) -> Path:
     """The local path of the weights, downloaded if necessary."""
     local = os.path.expanduser(spec)
     if spec and os.path.exists(local):
         return Path(local)
     if "://" in spec:
-        raise UserError(f"{what}, but URLs cannot be read: download the file and give its path")
-    name, _, revision = spec.partition("@")
+        raise Unreadable("URLs cannot be read: download the file and give its path")
+    name = spec.partition("@")[0]
     is_file = name.startswith(("/", ".", "~")) or spec.lower().endswith(SUFFIXES)
     if not name or is_file or name.count("/") > 1:
-        raise UserError(f"{what}, but this file or folder does not exist: {_GIVE}")
-    return _downloaded(name, revision or None, what)
+        raise Unreadable(f"this file or folder does not exist: {_GIVE}")
+    return _downloaded(spec.removesuffix("@"))
 
 
-def _downloaded(name: str, revision: str | None, what: str) -> Path:
+def _downloaded(spec: str) -> Path:
     """The folder in the local hub cache with the weights, config.json and the tokenizer."""
     import huggingface_hub  # takes half a second, and local files do not need it
 
-    called = f"{name}@{revision}" if revision else name
+    name, _, revision = spec.partition("@")
     reachable = hub_reachable()
     for patterns in FORMATS:
         try:
             folder = huggingface_hub.snapshot_download(
                 name,
-                revision=revision,
+                revision=revision or None,
                 allow_patterns=[CONFIG, *TOKENIZER, *patterns],
                 local_files_only=not reachable,
             )
         except Exception as failure:  # the library's errors, its HTTP library's, OSError, ...
-            raise UserError(
-                f"{what}, but {called} is not a file or folder here and could not be loaded from "
-                f"the Hugging Face hub ({_hub_reason(failure, reachable)}): give a file or folder, "
-                "or a name on the hub with network access"
+            raise Unreadable(
+                f"{spec} is not a file or folder here and could not be loaded from the Hugging "
+                f"Face hub ({_hub_reason(failure, reachable)}): give a file or folder, or a name "
+                "on the hub with network access"
             ) from failure
         if any(Path(folder, pattern).is_file() for pattern in patterns):
             return Path(folder)
-    raise UserError(
-        f"{what}, but neither model.safetensors nor pytorch_model.bin of {called} was found on the "
-        "Hugging Face hub, or, without network access, in its local cache: give the path of the "
-        "weight file it has"
+    raise Unreadable(
+        f"neither model.safetensors nor pytorch_model.bin of {spec} was found on the Hugging Face "
+        "hub, or, without network access, in its local cache: give the path of the weight file it "
+        "has"
     )
 
 
@@ -123,38 +128,35 @@ def _weight_file(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise Unreadable(f"holds no weight file ({', '.join(SUFFIXES)}): {_GIVE}")
+        raise Unreadable(f"{folder} holds no weight file ({', '.join(SUFFIXES)}): {_GIVE}")
     names = ", ".join(path.name for path in found[:5])
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    raise Unreadable(f"holds several weight files ({names}{more}): give the path of one")
+    raise Unreadable(f"{folder} holds several weight files ({names}{more}): give the path of one")
 
 
-def _read_shards(index: Path, what: str) -> dict[str, np.ndarray]:
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
     """The tensors of all files in an index."""
-    shard_of = _read_json(index, what).get("weight_map")
-    with _reading(index, what):
-        if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
-            raise Unreadable("has no weight_map of tensors to files: download it again")
-        arrays: dict[str, np.ndarray] = {}
-        for shard in sorted(set(shard_of.values())):
-            if shard != Path(shard).name or not (index.parent / shard).is_file():
-                raise Unreadable(f"names {shard}, which is not beside it: download that file too")
-            arrays |= _read_file(index.parent / shard, what)
-        for name, shard in shard_of.items():
-            if name not in arrays:
-                raise Unreadable(f"lists {name}, which is not in {shard}: download both again")
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
+        raise Unreadable(f"{index} has no weight_map of tensors to files: download it again")
+    arrays: dict[str, np.ndarray] = {}
+    for name, shard in sorted(shard_of.items(), key=lambda entry: entry[1]):
+        path = index.parent / shard
+        if shard != path.name or not path.is_file():
+            raise Unreadable(f"{index} names {shard}, which is not beside it: download it too")
+        if name not in arrays:
+            arrays |= _read_file(path)
+        if name not in arrays:
+            raise Unreadable(f"{index} lists {name}, which is not in {shard}: download both again")
     return arrays
 
 
-def _read_file(path: Path, what: str) -> dict[str, np.ndarray]:
-    with _reading(path, what):
-        _refuse_placeholder(path)
-        if path.suffix.lower() not in SUFFIXES:
-            raise Unreadable(f"does not end with {', '.join(SUFFIXES)}: {_GIVE}")
-        return _read_safetensors(path) if path.suffix.lower() == SUFFIXES[0] else read_torch(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    _refuse_placeholder(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise Unreadable(f"{path} does not end with {', '.join(SUFFIXES)}: {_GIVE}")
+    if path.suffix.lower() != ".safetensors":
+        return read_torch(path)
     arrays, kind = {}, ""
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -164,26 +166,23 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 is_half = array.dtype.name in ("float16", "bfloat16")
                 arrays[name] = array.astype(np.float32) if is_half else array
     except AttributeError as failure:  # NumPy has no such type
-        raise Unreadable(
-            f"holds {kind}, which is not supported: convert it to float32"
-        ) from failure
+        raise Unreadable(f"{path} holds {kind}: convert it to float32") from failure
     except Exception as failure:  # the library's own errors derive from Exception alone
         raise Unreadable(
-            f"is damaged or cut short ({first_line(failure)}): download it again"
+            f"{path} is damaged or cut short ({first_line(failure)}): download it again"
         ) from failure
     return arrays
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    with _reading(path, what):
-        _refuse_placeholder(path)
-        try:
-            content = parse_json(path.read_bytes())
-        except ValueError as failure:
-            raise Unreadable(f"is not JSON ({first_line(failure)}): download it again") from failure
-        if not isinstance(content, dict):
-            raise Unreadable("is JSON but not an object: download it again")
-        return content
+def _read_json(path: Path) -> dict[str, Any]:
+    _refuse_placeholder(path)
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError as failure:
+        raise Unreadable(f"{path} is not JSON ({failure}): download it again") from failure
+    if not isinstance(content, dict):
+        raise Unreadable(f"{path} is JSON but not an object: download it again")
+    return content
 
 
 def _refuse_placeholder(path: Path) -> None:
@@ -191,22 +190,8 @@ def _refuse_placeholder(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(512).lstrip().lower()
     if not start:
-        raise Unreadable("is empty: download it again")
+        raise Unreadable(f"{path} is empty: download it again")
     if start.startswith(b"version https://git-lfs"):
-        raise Unreadable("is only a git-lfs pointer: run `git lfs pull` in its folder")
+        raise Unreadable(f"{path} is only a git-lfs pointer: run `git lfs pull` in its folder")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise Unreadable("is a web page: download the file itself")
-
-
-@contextlib.contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turns errors inside into UserError about `path`, beginning with `what`."""
-    try:
-        yield
-    except Unreadable as failure:
-        raise UserError(f"{what}, but {path} {failure}") from failure
-    except OSError as failure:
-        why = failure.strerror or first_line(failure)
-        raise UserError(f"{what}, but {path} cannot be read ({why}): fix that, or {_GIVE}") from (
-            failure
-        )
+        raise Unreadable(f"{path} is a web page: download the file itself")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from codebook_jax.data.images import UnreadableImage, decode, rgb
+from codebook_jax.data.images import decode, rgb
 from codebook_jax.errors import UserError
 
 Picture = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
@@ -22,6 +22,7 @@ Texts = str | Iterable[str]
 _ARRAY = (np.ndarray, jax.Array)
 _ONE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 _UNORDERED = (Mapping, set, frozenset)
+_GIVE = "give a path, an open file, a PIL image or a uint8 array"
 
 
 def picture_list(images: Pictures) -> list[Picture]:
@@ -31,10 +32,7 @@ def picture_list(images: Pictures) -> list[Picture]:
     if isinstance(images, _ONE) or hasattr(images, "read"):
         images = [images]
     if not isinstance(images, Iterable) or isinstance(images, _UNORDERED):
-        raise UserError(
-            f"images={images!r} cannot be read: give a path, an open file, a PIL image or a uint8 "
-            "array, or a list"
-        )
+        raise UserError(f"images={images!r} cannot be read: {_GIVE}, or a list")
     return [_content(picture, position) for position, picture in enumerate(images)]
 
 
@@ -52,20 +50,17 @@ def text_list(texts: Texts) -> list[str]:
 def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height width 3"]:
     """RGB of one picture; raises UserError naming the position and the problem."""
     try:
-        if isinstance(picture, Image.Image):
-            return _rgb_of(picture)
         if isinstance(picture, bytes | bytearray | memoryview):
             return decode(bytes(picture))
         if isinstance(picture, str | os.PathLike):
             return decode(os.path.expanduser(picture))
+        if isinstance(picture, Image.Image):
+            picture = np.asarray(rgb(picture))
         if isinstance(picture, _ARRAY):
             return _rgb_array(np.asarray(picture))
-    except UnreadableImage as failure:
+    except Exception as failure:  # ours, or Pillow's: it opens a file before it reads all of it
         raise UserError(f"image {position}: {failure}") from failure
-    raise UserError(
-        f"image {position} is a {type(picture).__name__}: give a path, an open file, a PIL image "
-        "or a uint8 array"
-    )
+    raise UserError(f"image {position} is a {type(picture).__name__}: {_GIVE}")
 
 
 def _content(picture: Picture, position: int) -> Picture:
@@ -82,28 +77,20 @@ def _content(picture: Picture, position: int) -> Picture:
         raise UserError(f"image {position} cannot be read ({failure})") from failure
 
 
-def _rgb_of(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    try:
-        pixels = np.asarray(rgb(picture))
-    except Exception as failure:  # Pillow opened the file but cannot read all of it
-        raise UnreadableImage(f"the PIL image cannot be read: {failure}") from failure
-    return _rgb_array(pixels)
-
-
 def _rgb_array(array: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
-    """The array as RGB; raises UnreadableImage if its meaning is ambiguous."""
+    """The array as RGB; raises ValueError if its meaning is ambiguous."""
     shown = f"an array of {array.dtype} {list(array.shape)}"
     if array.dtype != np.uint8:
-        raise UnreadableImage(
+        raise ValueError(
             f"{shown} may be in 0..1 or in 0..255: give uint8, for 0..1 (255 * "
             "image).round().astype('uint8')"
         )
     if array.size == 0:
-        raise UnreadableImage(f"{shown} has no pixels")
+        raise ValueError(f"{shown} has no pixels")
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim == 3 and array.shape[2] in (1, 3):
         return np.broadcast_to(array, (*array.shape[:2], 3))
     if array.ndim == 3 and array.shape[0] == 3:
-        raise UnreadableImage(f"{shown} has its channels first: give image.transpose(1, 2, 0)")
-    raise UnreadableImage(f"{shown} is neither [height, width, 3] nor [height, width]")
+        raise ValueError(f"{shown} has its channels first: give image.transpose(1, 2, 0)")
+    raise ValueError(f"{shown} is neither [height, width, 3] nor [height, width]")

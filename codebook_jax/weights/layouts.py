@@ -1,4 +1,4 @@
-"""Tables that map our parameters to the names in public weights, and back.
+"""Tables that map our parameters to the names in public weights, and back, and the table of a file.
 
 A table maps modules: their `weight` and `bias` are our `kernel` or `scale` and `bias`. `{}` is the
 number of the layer; several modules for one of ours ("a|b|c") are joined on their first axis.
@@ -7,16 +7,20 @@ Reading and writing use the same table, so a round trip is bit exact.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeVar
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 
+from codebook_jax.errors import UserError
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]  # by our names, such as image/blocks/mlp/up/kernel
-T = TypeVar("T")
+Arrays = Mapping[str, np.ndarray]
 
 
 class Layout(NamedTuple):
@@ -25,7 +29,6 @@ class Layout(NamedTuple):
     title: str
     names: Mapping[str, str]  # our modules, and our parameters that stand alone, to theirs
     own: str  # pattern of the tower's keys: an unknown one means another architecture
-    is_ours: bool = False  # our own names and shapes: nothing is renamed or transposed
 
 
 _TIMM_BLOCK = {
@@ -75,7 +78,7 @@ IGNORED = (  # known keys without a use here, and what they are
 )
 
 
-def _each(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
+def prefixed(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
     """The table with a prefix for the names on each side."""
     return {
         f"{ours}{name}": "|".join(f"{theirs}{part}" for part in value.split("|"))
@@ -88,7 +91,7 @@ def _vit_hf(title: str, blocks: str, block: Mapping[str, str]) -> Layout:
         "image/patches": "embeddings.patch_embeddings.projection",
         "image/cls": "embeddings.cls_token",
         "image/positions": "embeddings.position_embeddings",
-        **_each("image/blocks/", f"{blocks}.{{}}.", block),
+        **prefixed("image/blocks/", f"{blocks}.{{}}.", block),
         "image/norm": "layernorm",
     }
     return Layout(title, names, own=r"^(embeddings|encoder|layers|layernorm)\.")
@@ -102,7 +105,7 @@ VIT_TIMM = Layout(
         "image/patches": "patch_embed.proj",
         "image/cls": "cls_token",
         "image/positions": "pos_embed",
-        **_each("image/blocks/", "blocks.{}.", _TIMM_BLOCK),
+        **prefixed("image/blocks/", "blocks.{}.", _TIMM_BLOCK),
         "image/norm": "norm",
     },
     own=r"^(cls_token|pos_embed|reg_token|patch_embed|blocks|norm|norm_pre|fc_norm)(\.|$)",
@@ -114,8 +117,8 @@ BERT = Layout(
         "text/positions": "bert.embeddings.position_embeddings.weight",
         "text/segment": "bert.embeddings.token_type_embeddings.weight",
         "text/norm": "bert.embeddings.LayerNorm",
-        **_each("text/blocks/", "bert.encoder.layer.{}.", _BERT_BLOCK),
-        **_each("fusion/blocks/", "bert.encoder.layer.{}.", _BERT_BLOCK),
+        **prefixed("text/blocks/", "bert.encoder.layer.{}.", _BERT_BLOCK),
+        **prefixed("fusion/blocks/", "bert.encoder.layer.{}.", _BERT_BLOCK),
         "masked_words/transform": "cls.predictions.transform.dense",
         "masked_words/norm": "cls.predictions.transform.LayerNorm",
         "masked_words/bias": "cls.predictions.bias",
@@ -126,17 +129,16 @@ BERT = Layout(
 
 def _albef(ours: str, copy: str) -> dict[str, str]:
     return {
-        **_each(ours, f"visual_encoder{copy}.", VIT_TIMM.names),
-        **_each(ours, f"text_encoder{copy}.", BERT.names),
-        **_each(f"{ours}fusion/blocks/", f"text_encoder{copy}.bert.encoder.layer.{{}}.", _CROSS),
+        **prefixed(ours, f"visual_encoder{copy}.", VIT_TIMM.names),
+        **prefixed(ours, f"text_encoder{copy}.", BERT.names),
+        **prefixed(f"{ours}fusion/blocks/", f"text_encoder{copy}.bert.encoder.layer.{{}}.", _CROSS),
         f"{ours}image_projection": f"vision_proj{copy}",
         f"{ours}text_projection": f"text_proj{copy}",
     }
 
 
 # ALBEF's pre-training model (Li et al., NeurIPS 2021), by the names of the train state: timm's ViT,
-# a BERT whose last layers have cross-attention, projections; `_m` marks the momentum copies. For
-# the queues see albef.py.
+# a BERT whose last layers have cross-attention, projections; `_m` marks the momentum copies.
 ALBEF = Layout(
     "ALBEF",
     {
@@ -147,25 +149,34 @@ ALBEF = Layout(
     },
     own=r"^(visual_encoder|text_encoder\.bert\.(embeddings|encoder))\.",
 )
-OWN = Layout("a run or export of this code", {}, own=".", is_ours=True)
+OWN = Layout("a run or export of this code", {}, own=".")  # with our names and shapes
+_READ = {  # by part of config.init: prefixes and layouts of its keys, and its kinds in config.json
+    "model": (("",), (ALBEF,), ()),
+    "image": (
+        ("", "vit.", "deit.", "model.", "visual_encoder."),
+        (VIT_HF, VIT_HF5, VIT_TIMM),
+        ("vit", "deit"),
+    ),
+    "text": (("", "text_encoder."), (BERT,), ("bert",)),
+}
+# A BERT without a head, also within an ALBEF fine-tuned for retrieval, has no `bert.`.
+_BARE = re.compile(r"^((?:text_encoder(?:_m)?\.)?)(?=(?:embeddings|encoder|pooler)\.)")
+_OLD_NORM = re.compile(r"\.LayerNorm\.(gamma|beta)$")  # TensorFlow's names, in the first BERT files
+_NORM = {"gamma": ".LayerNorm.weight", "beta": ".LayerNorm.bias"}
 
 
-def in_student(layout: Layout) -> Layout:
-    """The layout of a tower with the names that its parameters have in the train state."""
-    return layout._replace(names=_each("student/towers/", "", layout.names))
-
-
-def under(named: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """The entries below a part of the tree, by their names there."""
-    found = (name for name in named if name.startswith(prefix))
-    return {name.removeprefix(prefix): named[name] for name in found}
+def under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays below a part of the tree, by their names there."""
+    return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
 
 
 class Place(NamedTuple):
-    """Where a file has one of our parameters."""
+    """Where a file has one of our parameters, and how ours becomes theirs."""
 
-    keys: list[list[str]]  # of each layer, or once: those that are joined on their first axis
+    keys: list[str]  # layer by layer; those of a layer are joined on their first axis
     shape: Shape  # of the tensor of every key
+    split: Shape  # our parameter with this shape,
+    axes: tuple[int, ...]  # and its axes in this order, holds the tensors one after another
 
 
 def places(layout: Layout, shapes: Shapes, text_depth: int) -> dict[str, Place]:
@@ -173,70 +184,93 @@ def places(layout: Layout, shapes: Shapes, text_depth: int) -> dict[str, Place]:
 
     Fusion layers are numbered on from the text encoder's `text_depth`.
     """
-    if layout.is_ours:
-        kept = (name for name in shapes if name.startswith(("student/", "teacher/")))
-        return {name: Place([[name]], shapes[name]) for name in kept}
     found = {}
     for name, shape in shapes.items():
-        if keys := _keys(layout, name):
-            is_stacked = "/blocks/" in name
-            first = text_depth if "fusion/blocks/" in name else 0
-            layers = range(first, first + shape[0]) if is_stacked else (0,)
-            found[name] = Place(
-                [[key.format(layer) for key in keys] for layer in layers],
-                _their_shape(name, shape[1:] if is_stacked else shape, len(keys)),
-            )
+        module, _, leaf = name.rpartition("/")
+        ending = "bias" if leaf == "bias" else "weight"
+        parts = [part for part in layout.names.get(module, "").split("|") if part]
+        keys = [f"{part}.{ending}" for part in parts]
+        if layout is OWN and name.startswith(("student/", "teacher/")):
+            found[name] = Place([name], shape, shape, tuple(range(len(shape))))
+        elif name in layout.names or keys:
+            found[name] = _place(name, shape, keys or [layout.names[name]], text_depth)
     return found
 
 
-def to_ours(
-    layout: Layout, name: str, shape: Shape, layers: list[list[Shaped[np.ndarray, "*some"]]]
-) -> Shaped[np.ndarray, "*some"]:
-    """Our parameter of this name and shape, from each layer's tensors in their layout."""
-    if layout.is_ours:
-        return layers[0][0]
-    if name.endswith(
-        "patches/kernel"
-    ):  # of a convolution: to rows in the order row, column, channel
-        return layers[0][0].transpose(2, 3, 1, 0).reshape(shape)
+def _place(name: str, shape: Shape, keys: list[str], text_depth: int) -> Place:
+    is_stacked = "/blocks/" in name
+    layers, own = (shape[0], shape[1:]) if is_stacked else (1, shape)
+    first = text_depth if "fusion/blocks/" in name else 0
+    every = [key.format(layer) for layer in range(first, first + layers) for key in keys]
+    if name.endswith("patches/kernel"):  # theirs is of a convolution, ours has rows of pixels
+        rows, width = own
+        side = math.isqrt(rows // 3)
+        return Place(every, (width, 3, side, side), (side, side, 3, width), (3, 2, 0, 1))
     if name.endswith("/kernel"):  # [outputs, inputs] to [inputs, outputs]
-        return np.stack([np.concatenate(parts).T for parts in layers]).reshape(shape)
-    return np.stack(layers).reshape(shape)
+        inputs = math.prod(own[: 2 if name.endswith("/out/kernel") else 1])  # heads, and their size
+        outputs = math.prod(own) // inputs
+        return Place(every, (outputs // len(keys), inputs), (layers, inputs, outputs), (0, 2, 1))
+    theirs = (math.prod(own) // len(keys),) if is_stacked else own
+    return Place(every, theirs, shape, tuple(range(len(shape))))
+
+
+def to_ours(
+    place: Place, shape: Shape, tensors: list[Shaped[np.ndarray, "*some"]]
+) -> Shaped[np.ndarray, "*some"]:
+    """Our parameter of this shape, from the tensors of the place's keys."""
+    turned = np.stack(tensors).reshape([place.split[axis] for axis in place.axes])
+    back = [place.axes.index(axis) for axis in range(len(place.axes))]
+    return turned.transpose(back).reshape(shape)
 
 
 def to_theirs(
     layout: Layout, arrays: Mapping[str, Shaped[np.ndarray, "*some"]], text_depth: int
-) -> Iterator[tuple[str, Shaped[np.ndarray, "*some"]]]:
-    """(key, array) of each of our parameters that the layout has, in that layout."""
+) -> dict[str, Shaped[np.ndarray, "*some"]]:
+    """Each of our parameters that the layout has, in that layout, by its key."""
+    found = {}
     shapes = {name: array.shape for name, array in arrays.items()}
-    for name, (keys_of, shape) in places(layout, shapes, text_depth).items():
-        layers = arrays[name] if "/blocks/" in name else arrays[name][None]
-        for keys, layer in zip(keys_of, layers, strict=True):
-            if name.endswith("patches/kernel"):
-                width, channels, side, _ = shape
-                layer = layer.reshape(side, side, channels, width).transpose(3, 2, 0, 1)
-            elif name.endswith("/kernel"):
-                layer = layer.reshape(shape[1], -1).T
-            for key, part in zip(keys, layer.reshape(len(keys), *shape), strict=True):
-                yield key, np.array(part, order="C")
+    for name, place in places(layout, shapes, text_depth).items():
+        turned = arrays[name].reshape(place.split).transpose(place.axes)
+        parts = turned.reshape(len(place.keys), *place.shape)
+        for key, part in zip(place.keys, parts, strict=True):
+            found[key] = np.array(part, order="C")
+    return found
 
 
-def _keys(layout: Layout, name: str) -> list[str]:
-    """Their keys for one of our parameters; empty if the layout has none."""
-    if name in layout.names:
-        return [layout.names[name]]
-    module, _, leaf = name.rpartition("/")
-    ending = "bias" if leaf == "bias" else "weight"
-    return [f"{part}.{ending}" for part in layout.names.get(module, "").split("|") if part]
+def recognise(part: str, arrays: Arrays, what: str) -> tuple[Layout, Arrays]:
+    """The layout of the weights for `part` ("image", "text" or "model"), and the tensors with its
+    names; raises UserError, beginning with `what`, for other files.
+    """
+    if part != "image":
+        arrays = {
+            _OLD_NORM.sub(lambda found: _NORM[found[1]], _BARE.sub(r"\1bert.", key)): value
+            for key, value in arrays.items()
+        }
+    prefixes, layouts, _ = _READ[part]
+    marks = {}  # the key by which a layout is known: the first layer's queries
+    for layout in layouts:
+        queries = next(
+            layout.names[ours] for ours in layout.names if ours.endswith("attention/qkv")
+        )
+        marks[queries.split("|")[0].format(0) + ".weight"] = layout
+    for prefix, mark in itertools.product(prefixes, marks):
+        if prefix + mark in arrays:
+            return marks[mark], {key.removeprefix(prefix): value for key, value in arrays.items()}
+    known = ", ".join(f"{layout.title} ({mark})" for mark, layout in marks.items())
+    other = f", {OWN.title}: for a single tower use image:SPEC or text:SPEC"
+    raise UserError(f"{what} is not {known}{other if part == 'model' else ': give one of those'}")
 
 
-def _their_shape(name: str, own: Shape, parts: int) -> Shape:
-    if name.endswith("patches/kernel"):
-        side = math.isqrt(own[0] // 3)
-        return (own[1], 3, side, side)
-    if name.endswith("/kernel"):
-        inputs = 2 if name.endswith("/out/kernel") else 1  # heads, and features per head
-        return (math.prod(own[inputs:]) // parts, math.prod(own[:inputs]))
-    if "/blocks/" in name:
-        return (math.prod(own) // parts,)
-    return own
+def refuse_other_kind(part: str, config: Mapping[str, Any], what: str) -> None:
+    """Raises UserError if the config.json beside the weights states what this model is not."""
+    for field, known in (
+        ("model_type", _READ[part][2]),
+        ("hidden_act", ("gelu", "gelu_python")),
+        ("position_embedding_type", ("absolute",)),
+    ):
+        value = config.get(field)
+        if value is not None and value not in known:
+            raise UserError(
+                f"{what} has {field}={value!r} in its config.json, but this model needs "
+                f"{' or '.join(known)}: give other weights"
+            )

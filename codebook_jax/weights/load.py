@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from ml_collections import ConfigDict
 
 from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
@@ -27,14 +27,14 @@ from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models import codis
 from codebook_jax.models.heads import MATCH
 from codebook_jax.parallel import devices
+from codebook_jax.run import checkpoint
 from codebook_jax.run import record as records
-from codebook_jax.run.checkpoint import FOLDER as CHECKPOINTS
-from codebook_jax.run.checkpoint import read_arrays, reason
 from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, pixels_of, text_list
 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
+TASK = "pretrain"  # the config.task whose models can be loaded
 BUCKETS = (1, 4, 16, 64)  # rows that calls are padded to; one compiled program each
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
@@ -49,29 +49,23 @@ class Codes(NamedTuple):
 class Codis:
     """A loaded model, which can be used from several threads.
 
-    Images are one or several (a list, a generator, an array) of file paths, open binary files,
-    contents of files (bytes), PIL images, or uint8 arrays [height, width, 3] or [height, width].
-    They are read as in evaluation: upright, on white, the whole picture resized to the model's
-    square. Texts are one string or several; what is truncated or unknown to the tokenizer gives a
-    warning. An unreadable input raises UserError, which names its position.
+    Images are one or several file paths, open binary files, contents of files (bytes), PIL images,
+    or uint8 arrays [height, width, 3] or [height, width], read as in evaluation: upright, on white,
+    resized to the model's square. Texts are one string or several; what is truncated or unknown to
+    the tokenizer gives a warning. An unreadable input raises UserError, which names its position.
     """
 
     def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        tokenizer: Tokenizer,
-        student: dict[str, Any],
-        teacher_towers: dict[str, Any] | None,
-        step: int,
+        self, config: ConfigDict, tokenizer: Tokenizer, items: dict[str, Any], step: int
     ) -> None:
+        """Takes the parameters of the student and, to encode with it, of the teacher."""
         self.config, self.step = config, step
         self._tokenizer = tokenizer
         self._model = codis.build_model(config, tokenizer.vocabulary.size)
-        self._student = jax.device_put(student)
-        self._encoder = "student" if teacher_towers is None else "teacher"
-        self._towers = (
-            self._student["towers"] if teacher_towers is None else jax.device_put(teacher_towers)
-        )
+        items = jax.device_put(items)
+        self._encoder = "teacher" if "teacher" in items else "student"
+        self._student = items["student"]
+        self._towers = items.get("teacher", self._student["towers"])
         self._embed_images = jax.jit(own_settings(self._image_features))
         self._embed_texts = jax.jit(own_settings(self._text_features))
         self._match = jax.jit(own_settings(self._match_probability))
@@ -92,16 +86,12 @@ class Codis:
 
     def encode_image(self, images: Pictures) -> Float32[np.ndarray, "images dim"]:
         """Unit features: a dot product with those of texts or images is the cosine similarity."""
-        chunks = self._image_chunks(self._towers, picture_list(images))
-        parts = [np.asarray(features)[:count] for features, _, count in chunks]
-        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
+        return self._joined(self._image_chunks(self._towers, picture_list(images)))
 
     def encode_text(self, texts: Texts) -> Float32[np.ndarray, "texts dim"]:
         """Unit features, in the same space as those of images."""
         tokens, lengths = self._tokenised(text_list(texts))
-        chunks = self._text_chunks(self._towers, tokens, lengths)
-        parts = [np.asarray(features)[:count] for features, _, _, count in chunks]
-        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
+        return self._joined(self._text_chunks(self._towers, tokens, lengths))
 
     def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, "pairs"]:
         """Probability that image i and text i belong together, by the student's fusion encoder.
@@ -118,26 +108,27 @@ class Codis:
             )
         if not pictures or not texts:
             return np.zeros(0, np.float32)
-        towers, (tokens, lengths) = self._student["towers"], self._tokenised(texts)
-        image_chunks = self._image_chunks(towers, pictures)
-        text_chunks = self._text_chunks(towers, tokens, lengths)
+        tokens, lengths = self._tokenised(texts)
+        image_chunks = self._image_chunks(self._student["towers"], pictures)
+        text_chunks = self._text_chunks(self._student["towers"], tokens, lengths)
+        if len(pictures) == 1:
+            image_chunks = itertools.repeat(next(image_chunks))
+        elif len(texts) == 1:
+            text_chunks = itertools.repeat(next(text_chunks))
         parts = []
-        if len(pictures) == 1:  # its keys and values are projected once for the texts of a chunk
-            ((_, image_tokens, _),) = image_chunks
-            for _, states, lengths, count in text_chunks:
-                found = self._match(self._student, image_tokens, states[None], lengths[None])
-                parts.append(np.asarray(found)[0, :count])
-            return np.concatenate(parts)
-        if len(texts) == 1:
-            text_chunks = itertools.cycle(text_chunks)
-        for (_, image_tokens, count), (_, states, lengths, _) in zip(
-            image_chunks, text_chunks, strict=False
-        ):
-            rows = len(image_tokens)
-            states = jnp.broadcast_to(states, (rows, *states.shape[1:]))[:, None]
-            lengths = np.broadcast_to(lengths, rows)[:, None]
-            found = self._match(self._student, image_tokens, states, lengths)
-            parts.append(np.asarray(found)[:count, 0])
+        for image_chunk, text_chunk in zip(image_chunks, text_chunks, strict=False):
+            (_, image_tokens, image_count), (_, states, lengths, text_count) = (
+                image_chunk,
+                text_chunk,
+            )
+            if len(pictures) == 1:  # its keys and values are projected once for a chunk of texts
+                pairs = states[None], lengths[None]
+            else:
+                rows = len(image_tokens)
+                states = jnp.broadcast_to(states, (rows, *states.shape[1:]))
+                pairs = states[:, None], np.broadcast_to(lengths, rows)[:, None]
+            found = np.asarray(self._match(self._student, image_tokens, *pairs))
+            parts.append(found.reshape(-1)[: max(image_count, text_count)])
         return np.concatenate(parts)
 
     def codes(
@@ -180,7 +171,11 @@ class Codis:
         logits = self._model.match_logits(student["matching"], fused[:, :, 0])
         return jax.nn.softmax(logits, axis=-1)[..., MATCH]
 
-    # -- their inputs, padded to a bucket, and how many rows are not padding
+    # -- their outputs for inputs padded to a bucket, and how many rows are not padding
+
+    def _joined(self, chunks: Iterator[tuple]) -> Float32[np.ndarray, "rows dim"]:
+        parts = [np.asarray(features)[:count] for features, *_, count in chunks]
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def _image_chunks(
         self, towers: Any, pictures: list[Picture]
@@ -212,12 +207,9 @@ class Codis:
         """Tokens and lengths; warns about truncated texts and unknown words."""
         most = self.config.model.text.max_tokens
         tokens, lengths, truncated = self._tokenizer.encode(texts, most)
-        worded = np.array([has_words(text) for text in texts], bool)
-        wordless = np.flatnonzero((lengths <= 2) | ~worded)  # [CLS] [SEP]
-        if len(wordless):
-            raise UserError(
-                f"text {wordless[0]}, {texts[wordless[0]]!r}, has no words: leave it out"
-            )
+        for position, text in enumerate(texts):
+            if lengths[position] <= 2 or not has_words(text):  # [CLS] [SEP]
+                raise UserError(f"text {position}, {text!r}, has no words: leave it out")
         if truncated:
             warnings.warn(
                 f"{truncated:,} of {len(texts):,} texts are longer than the {most} tokens that "
@@ -241,10 +233,16 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     with reading(folder / MANIFEST):
         manifest = parse_json((folder / MANIFEST).read_bytes())
         number, items, step = (manifest[field] for field in ("format", "items", "step"))
+        task = manifest.get("task", TASK)
     if number != FORMAT:
         raise UserError(
             f"{folder} is an export of format {number}, but this codebook_jax reads format "
             f"{FORMAT}: install the version it was written with, or export again"
+        )
+    if task != TASK:
+        raise UserError(
+            f"{folder} is an export of task={task!r}, but codebook_jax.load reads those of "
+            f"{TASK!r}: read its arrays with orbax.checkpoint's StandardCheckpointer().restore"
         )
     if teacher and "teacher" not in items:
         raise UserError(
@@ -258,9 +256,9 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
             config.model.attention, config.model.remat = "auto", "none"
         student_of = own_settings(codis.init_student)
         expected = jax.eval_shape(lambda: student_of(config, tokenizer.vocabulary.size, key_of(0)))
-    student = _restored(folder, "student", expected)
-    teacher_towers = _restored(folder, "teacher", expected["towers"]) if teacher else None
-    return Codis(config, tokenizer, student, teacher_towers, step)
+    wanted = {"student": expected} | ({"teacher": expected["towers"]} if teacher else {})
+    found = {item: _restored(folder, item, tree) for item, tree in wanted.items()}
+    return Codis(config, tokenizer, found, step)
 
 
 def code_probabilities(
@@ -284,7 +282,7 @@ def _export_folder(path: Path) -> Path:
     for folder in (path, path / FOLDER):
         if os.path.isfile(folder / MANIFEST):  # False, too, if the name is too long
             return folder
-    if os.path.isfile(path / records.RECORD) and os.path.isdir(path / CHECKPOINTS):
+    if os.path.isfile(path / records.RECORD) and os.path.isdir(path / checkpoint.FOLDER):
         raise UserError(
             f"{path} is a run without an export: make one with python -m codebook_jax.main "
             f"--workdir={path} --mode=export"
@@ -294,7 +292,7 @@ def _export_folder(path: Path) -> Path:
     )
 
 
-def config_of(folder: Path) -> ml_collections.ConfigDict:
+def config_of(folder: Path) -> ConfigDict:
     """The config of a run or export."""
     with reading(folder / records.RECORD):
         record = records.read_record(folder)
@@ -309,27 +307,28 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as failure:
+        why = checkpoint.reason(failure.__cause__ or failure)
         raise UserError(
-            f"{path} cannot be read ({reason(failure.__cause__ or failure)}): export again, or "
-            "give another folder"
+            f"{path} cannot be read ({why}): export again, or give another folder"
         ) from failure
 
 
 def _restored(folder: Path, item: str, expected: Any) -> Any:
     """The arrays of one item as NumPy; raises UserError if they do not match the config."""
     with reading(folder / item):
-        arrays = read_arrays(folder / item)
+        arrays = checkpoint.read_arrays(folder / item)
     expected = traverse_util.flatten_dict(expected, sep="/")
     found, wanted = (
         {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.items()}
         for tree in (arrays, expected)
     )
-    for name in sorted(found.keys() | wanted.keys()):
-        if (was := found.get(name, "missing")) != (now := wanted.get(name, "missing")):
-            raise UserError(
-                f"{folder / item} does not fit its {records.RECORD}: {name} is {was}, but should "
-                f"be {now}: export again"
-            )
+    if differing := {name for name, _ in found.items() ^ wanted.items()}:
+        name = min(differing)
+        was, should = found.get(name, "missing"), wanted.get(name, "missing")
+        raise UserError(
+            f"{folder / item} does not fit its {records.RECORD}: {name} is {was}, but should be "
+            f"{should}: export again"
+        )
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 

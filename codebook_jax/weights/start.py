@@ -9,8 +9,11 @@ SPEC is a file, a folder, or a name on the Hugging Face hub (`name@revision` for
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +27,11 @@ from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
 from codebook_jax.run.checkpoint import FOLDER, Checkpoints, read_arrays
 from codebook_jax.run.record import RECORD, recorded_config
-from codebook_jax.weights import albef, layouts
+from codebook_jax.weights import layouts
 from codebook_jax.weights.files import WORDS, read_weights
 from codebook_jax.weights.fill import Filled, fill
-from codebook_jax.weights.layouts import Layout
+from codebook_jax.weights.layouts import Layout, Shapes
 from codebook_jax.weights.load import MANIFEST, config_of, reading
-from codebook_jax.weights.recognise import recognise, refuse_other_kind
-from codebook_jax.weights.report import report
 
 RANDOM = "random"
 FORMS = (
@@ -38,6 +39,7 @@ FORMS = (
     "random)"
 )
 _TOWERS = ("image", "text")
+_MOST_NAMES = 12  # in a line of the table
 
 
 class Part(NamedTuple):
@@ -66,10 +68,10 @@ def specs(init: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in init.split(","):
         part, _, spec = item.strip().partition(":")
-        if part not in ("image", "text", "model") or not spec or part in found:
+        if part not in (*_TOWERS, "model") or not spec or part in found:
             raise UserError(f"config.init={init!r} has the invalid part {item.strip()!r}: {FORMS}")
         found[part] = spec
-    if found.keys() not in ({"model"}, {"image", "text"}):
+    if found.keys() not in ({"model"}, set(_TOWERS)):
         raise UserError(f"config.init={init!r} is not a whole model or both towers: {FORMS}")
     return {part: spec for part, spec in found.items() if spec != RANDOM}
 
@@ -94,66 +96,58 @@ def adopted(
 ) -> ml_collections.ConfigDict:
     """The config with the layer norms' epsilon of the weights, or of an existing run's record."""
     stated = {name: value for part in start for name, value in part.stated.items()}
-    if not start and record is not None:
-        before = recorded_config(record)
-        if before.init != RANDOM:
-            stated = _stated(before.model)
+    if not start and record is not None and recorded_config(record).init != RANDOM:
+        stated = _stated(recorded_config(record).model)
     found = {name: value for name, value in stated.items() if name.endswith(".layer_norm_eps")}
     return with_fields(config, found) if found else config
 
 
 def tokenizer_of(config: ml_collections.ConfigDict, start: tuple[Part, ...]) -> str:
     """config.data.tokenizer, else the one beside the weights; raises UserError if it is needed."""
-    texts = [part for part in start if part.part != "image"]
-    if config.data.tokenizer or not texts:
-        return config.data.tokenizer
-    (part,) = texts
-    if not part.tokenizer:
-        raise UserError(
-            f"{part.what} has no tokenizer beside it, and its word embeddings only fit the one "
-            "they were trained with: name it, for example "
-            "--config.data.tokenizer=bert-base-uncased"
-        )
-    return part.tokenizer
+    for part in start:
+        if part.part == "image" or config.data.tokenizer:
+            continue
+        if not part.tokenizer:
+            raise UserError(
+                f"{part.what} has no tokenizer beside it, and its word embeddings only fit the one "
+                "they were trained with: name it, for example "
+                "--config.data.tokenizer=bert-base-uncased"
+            )
+        return part.tokenizer
+    return config.data.tokenizer
 
 
 def initial(
     start: tuple[Part, ...], config: ml_collections.ConfigDict, abstract_state: Any
 ) -> Initial:
-    """Our parameters from the weights; raises UserError if they do not fit the model."""
+    """Our parameters from the weights, the teacher's a copy of the student's where they have none;
+    raises UserError if they do not fit the model.
+    """
     shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
     options = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
-    arrays: dict[str, np.ndarray] = {}
-    resized: dict[str, str] = {}
-    ignored: dict[str, tuple[int, str]] = {}
+    whole = Filled({}, {}, {})
     for part in start:
         filled = fill(part.layout, part.arrays, shapes, what=part.what, **options)
-        if part.layout is layouts.ALBEF and "queue/image" in shapes:
-            filled = albef.with_queues(filled, part.arrays, shapes, part.what)
-        arrays |= filled.arrays
-        resized |= filled.resized
         where = f"{part.part} " if len(start) > 1 else ""
-        ignored |= {where + key: reason for key, reason in filled.ignored.items()}
+        ignored = {where + key: reason for key, reason in filled.ignored.items()}
+        whole = Filled(
+            whole.arrays | filled.arrays, whole.resized | filled.resized, whole.ignored | ignored
+        )
     student = {name: shape for name, shape in shapes.items() if name.startswith("student/")}
-    rows = report(student, Filled(arrays, resized, ignored))
-    rest = []
+    arrays, rest = whole.arrays, []
     if any(name.startswith("teacher/") for name in shapes):
-        arrays, copied = _with_teacher(arrays)
-        rest.append(f"teacher: {copied}")
+        towers = layouts.under(arrays, "student/towers/")
+        copy = {f"teacher/{name}": value for name, value in towers.items()}
+        copied = len(copy.keys() - arrays.keys())
+        partly = f", except {copied} arrays copied from the student" if copied else ""
+        rest.append(
+            f"teacher: {f'loaded{partly}' if copied < len(copy) else 'a copy of the student'}"
+        )
+        arrays = copy | arrays
     if "queue/image" in shapes:
         rest.append(f"queues: {'loaded' if 'queue/image' in arrays else 'empty'}")
-    return Initial(arrays, "\n".join([*map(_heading, start), rows, "; ".join(rest)]))
-
-
-def _with_teacher(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
-    """The arrays with the student's towers as the teacher's where it has none; how it starts."""
-    towers = layouts.under(arrays, "student/towers/")
-    copy = {f"teacher/{name}": value for name, value in towers.items()}
-    copied = len(copy.keys() - arrays.keys())
-    if copied == len(copy):
-        return copy | arrays, "a copy of the student"
-    partly = f", except {copied} arrays copied from the student" if copied else ""
-    return copy | arrays, f"loaded{partly}"
+    table = [*map(_heading, start), _table(student, whole), "; ".join(rest)]
+    return Initial(arrays, "\n".join(table))
 
 
 def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -175,18 +169,16 @@ def _read(part: str, spec: str) -> Part:
     is_run = (path / RECORD).is_file() and (path / FOLDER).is_dir()
     if part == "model" and (is_run or (path / MANIFEST).is_file()):
         return _read_own(path, what)
-    try:
-        weights = read_weights(spec, f"config.init names {what}")
-    except UserError as error:
-        raise UserError(f"{error}; --config.init={RANDOM} starts from random weights") from error
-    layout, arrays = recognise(part, weights.arrays, what)
+    weights = read_weights(spec, f"config.init names {what}")
+    layout, arrays = layouts.recognise(part, weights.arrays, what)
     if part == "model":  # as `write_albef` describes it
         both = {"image": weights.config.get("vision"), "text": weights.config.get("text")}
         described = {tower: about for tower, about in both.items() if isinstance(about, dict)}
     else:
-        refuse_other_kind(part, weights.config, what)
+        layouts.refuse_other_kind(part, weights.config, what)
         described = {part: weights.config}
-        layout = layouts.in_student(layout)
+        names = layouts.prefixed("student/towers/", "", layout.names)
+        layout = layout._replace(names=names)  # as in a train state
     has_words = any((weights.folder / name).is_file() for name in WORDS)
     tokenizer = str(weights.folder) if has_words and part != "image" else ""
     return Part(part, what, layout.title, layout, arrays, _stated(described), tokenizer)
@@ -207,8 +199,7 @@ def _read_own(path: Path, what: str) -> Part:
         with reading(folder / item):
             found = read_arrays(folder / item)
         arrays |= {f"{item}/{name}": array for name, array in found.items()}
-    words = path / text.FOLDER
-    tokenizer = str(words) if words.is_dir() else ""
+    tokenizer = str(path / text.FOLDER) if (path / text.FOLDER).is_dir() else ""
     return Part("model", what, title, layouts.OWN, arrays, _stated(config.model), tokenizer)
 
 
@@ -228,3 +219,45 @@ def _heading(part: Part) -> str:
     silent = " and ".join(name for name in towers if f"model.{name}.heads" not in part.stated)
     unsaid = f"; without a number of heads for its {silent} tower: using config.model's"
     return f"{part.what} ({part.title}{unsaid if silent else ''})"
+
+
+def _table(student: Shapes, filled: Filled) -> str:
+    """The table: arrays and numbers of each category, and names, with whole parts abbreviated."""
+    fresh = [name for name in student if name not in filled.arrays]
+    resized = [name for name in student if name in filled.resized]
+    loaded = [name for name in student if name in filled.arrays and name not in filled.resized]
+    kinds: dict[str, list[str]] = {}
+    for key, (_, kind) in filled.ignored.items():
+        kinds.setdefault(kind, []).append(key)
+    several = {kind: f"{len(keys)}: {keys[0]}, ..." for kind, keys in kinds.items() if keys[1:]}
+    ignored = [f"{kind} ({several.get(kind, keys[0])})" for kind, keys in kinds.items()]
+    sizes = {name: math.prod(shape) for name, shape in student.items()}
+    sizes |= {key: size for key, (size, _) in filled.ignored.items()}
+    rows = {
+        "loaded": (loaded, _parts_of(loaded, student)),
+        "resized": (resized, [f"{_short(name)} {filled.resized[name]}" for name in resized]),
+        "newly initialised": (fresh, _parts_of(fresh, student)),
+        "ignored": (filled.ignored, ignored),
+    }
+    lines = [f"{'':18} {'arrays':>6} {'numbers':>13}"]
+    for title, (counted, names) in rows.items():
+        more = f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        numbers = sum(sizes[name] for name in counted)
+        shown = ", ".join(names[:_MOST_NAMES]) + more
+        lines.append(f"{title:18} {len(counted):6,} {numbers:13,}  {shown}")
+    return "\n".join(lines)
+
+
+def _parts_of(names: Iterable[str], every: Iterable[str]) -> list[str]:
+    """The names, abbreviated to a part if they include everything that `every` has below it."""
+    others = [f"{other}/" for other in every if other not in names]
+    found: dict[str, None] = {}
+    for name in names:
+        parts = itertools.accumulate(name.split("/"), "{}/{}".format)
+        whole = (part for part in parts if not any(o.startswith(f"{part}/") for o in others))
+        found[_short(next(whole))] = None
+    return list(found)
+
+
+def _short(name: str) -> str:
+    return re.sub(r"^student/(towers/)?", "", name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-import shlex
 from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
@@ -23,17 +22,14 @@ _HARMLESS = [  # what training scripts save beside the weights, under its names 
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((PurePath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
 ]
-_CONVERT = (
-    'python -c "import sys, torch, safetensors.torch as s; '
-    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-    "d = d.get('model') or d.get('state_dict') or d.get('module') or d; "
-    "s.save_file({k: v.contiguous().clone() for k, v in d.items() if torch.is_tensor(v)}, "
-    'sys.argv[2])"'
+_ADVICE = (
+    f"pip install 'torch>={LEAST}', or load it where PyTorch is and save its state_dict with "
+    "safetensors.torch.save_file"
 )
 
 
 class Unreadable(Exception):
-    """What is wrong with a file and what to do; completes a sentence that begins with its name."""
+    """What is wrong with weights and what to do: a sentence that begins with the file's name."""
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -51,21 +47,30 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         refused = re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(failure))
         if isinstance(failure, pickle.UnpicklingError) and refused:
             raise Unreadable(
-                f"asks for {refused[1]}, which weights do not need and which could run any code: "
-                "if you trust it, load it with torch and save its state_dict as .safetensors"
+                f"{path} asks for {refused[1]}, which weights do not need and which could run any "
+                "code: if you trust it, load it with torch and save its state_dict as .safetensors"
             ) from failure
         why = first_line(str(failure).rpartition("WeightsUnpickler error: ")[2] or failure)
         raise Unreadable(
-            f"is damaged, or not a state_dict that torch.save wrote ({why}): download it again, or "
-            "save its state_dict as .safetensors"
+            f"{path} is damaged, or not a state_dict that torch.save wrote ({why}): download it "
+            "again, or save its state_dict as .safetensors"
         ) from failure
     tensors = _state_dict(content, torch)
     if tensors is None:
         raise Unreadable(
-            f"holds no dict of tensors, neither at the top nor under {', '.join(NESTED)}: give a "
-            "file with a state_dict"
+            f"{path} holds no dict of tensors, neither at the top nor under {', '.join(NESTED)}: "
+            "give a file with a state_dict"
         )
-    return {name: _array(name, tensor, torch) for name, tensor in tensors.items()}
+    arrays = {}
+    for name, tensor in tensors.items():
+        is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+        try:
+            arrays[name] = (tensor.float() if is_half else tensor).detach().numpy()
+        except (TypeError, RuntimeError) as failure:
+            raise Unreadable(
+                f"{path} holds {name} as {tensor.dtype}: convert it to float32 with torch"
+            ) from failure
+    return arrays
 
 
 def first_line(failure: object) -> str:
@@ -76,19 +81,17 @@ def first_line(failure: object) -> str:
 
 def _torch(path: Path) -> ModuleType:
     """The torch module; raises Unreadable if it is missing or too old to be safe."""
-    convert = f"{_CONVERT} {shlex.quote(str(path))} {shlex.quote(f'{path.stem}.safetensors')}"
-    advice = f"pip install 'torch>={LEAST}', or convert it where PyTorch is ({convert})"
     try:
         import torch  # an extra of its own: other formats do not need it
     except (ImportError, OSError) as failure:  # OSError: one of its libraries is missing
         raise Unreadable(
-            f"needs PyTorch, which cannot be imported ({first_line(failure)}): {advice}"
+            f"{path} needs PyTorch, which cannot be imported ({first_line(failure)}): {_ADVICE}"
         ) from failure
     number = [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]]
     if number < [int(part) for part in LEAST.split(".")]:
         raise Unreadable(
-            f"needs PyTorch {LEAST} or newer, but {torch.__version__} is installed, in which a "
-            f"file can run code (CVE-2025-32434): {advice}"
+            f"{path} needs PyTorch {LEAST} or newer, but {torch.__version__} is installed, in "
+            f"which a file can run code (CVE-2025-32434): {_ADVICE}"
         )
     return torch
 
@@ -102,14 +105,3 @@ def _state_dict(content: Any, torch: ModuleType, levels: int = _MOST_NESTED) -> 
             return found
     named = ((name, value) for name, value in content.items() if isinstance(name, str))
     return {name: value for name, value in named if torch.is_tensor(value)} or None
-
-
-def _array(name: str, tensor: Any, torch: ModuleType) -> np.ndarray:
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    try:
-        return (tensor.float() if half else tensor).detach().numpy()
-    except (TypeError, RuntimeError) as failure:
-        raise Unreadable(
-            f"holds {name} as {tensor.dtype} ({first_line(failure)}): convert it to float32 with "
-            "torch"
-        ) from failure

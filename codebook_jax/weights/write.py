@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from codebook_jax.data.augment import MEAN, STD
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.files import write_json
-from codebook_jax.weights import albef, layouts
+from codebook_jax.weights import layouts
+from codebook_jax.weights.layouts import Arrays
 
-Named = Mapping[str, np.ndarray]
 _PREPROCESSOR = {  # as in evaluation: the whole picture in a square, bicubic, normalised
     "image_processor_type": "ViTImageProcessor",
     "do_resize": True,
@@ -30,11 +30,7 @@ _PREPROCESSOR = {  # as in evaluation: the whole picture in a square, bicubic, n
 
 
 def write_huggingface(
-    folder: Path,
-    arrays: Named,
-    config: ml_collections.ConfigDict,
-    vocabulary: Vocabulary,
-    tokenizer: Path,
+    folder: Path, arrays: Arrays, config: ConfigDict, vocabulary: Vocabulary, tokenizer: Path
 ) -> None:
     """`folder/image`, for ViTModel.from_pretrained, and `folder/text`, for BertModel's.
 
@@ -43,26 +39,22 @@ def write_huggingface(
     """
     depth = config.model.text.depth
     towers = layouts.under(arrays, "student/towers/")
-    image = dict(layouts.to_theirs(layouts.VIT_HF, towers, depth))
-    _save(folder / "image", image, _vit(config) | {"architectures": ["ViTModel"]})
-    _save_preprocessor(folder / "image", config)
+    vit = _vit(config) | {"architectures": ["ViTModel"]}
+    image = layouts.to_theirs(layouts.VIT_HF, towers, depth)
+    _save(folder / "image", image, vit, side=config.model.image.size_px)
     text = {name: value for name, value in towers.items() if name.startswith("text/")}
-    text = layouts.under(dict(layouts.to_theirs(layouts.BERT, text, depth)), "bert.")
+    text = layouts.under(layouts.to_theirs(layouts.BERT, text, depth), "bert.")
     bert = _bert(config, vocabulary, depth) | {"architectures": ["BertModel"]}
     _save(folder / "text", text, bert)
     shutil.copytree(tokenizer, folder / "text", dirs_exist_ok=True)
 
 
 def write_albef(
-    folder: Path,
-    arrays: Named,
-    config: ml_collections.ConfigDict,
-    vocabulary: Vocabulary,
-    tokenizer: Path,
+    folder: Path, arrays: Arrays, config: ConfigDict, vocabulary: Vocabulary, tokenizer: Path
 ) -> None:
     """A state dict of ALBEF's pre-training model, with its sizes and the tokenizer.
 
-    `arrays` are a train state's: student/..., teacher/..., queue/.... The codebook is left out.
+    `arrays` are a train state's, by its names.
     """
     text = config.model.text
     bert = _bert(config, vocabulary, text.depth + text.fusion_depth)
@@ -77,26 +69,45 @@ def write_albef(
         "vision": _vit(config),
         "text": bert,
     }
-    _save(folder, albef.to_albef(arrays, text.depth), sizes)
+    _save(folder, to_albef(arrays, text.depth), sizes, side=config.model.image.size_px)
     write_json(folder / "config_bert.json", bert)
-    _save_preprocessor(folder, config)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
 
 
-def _save(folder: Path, arrays: Named, config: Mapping[str, Any]) -> None:
+def to_albef(arrays: Arrays, text_depth: int) -> dict[str, np.ndarray]:
+    """ALBEF's state dict of a train state's arrays, by its names (student/..., teacher/...,
+    queue/...).
+
+    Unfilled queue entries are zeros, where ALBEF has random features. The codebook is left out.
+    """
+    found = layouts.to_theirs(layouts.ALBEF, arrays, text_depth)
+    for towers, copy in (("student/towers", ""), ("teacher", "_m")):  # duplicates and counters
+        head = f"text_encoder{copy}.cls.predictions.decoder"
+        found[f"{head}.weight"] = arrays[f"{towers}/text/words"].copy()
+        found[f"{head}.bias"] = arrays[f"{towers}/masked_words/bias"].copy()
+        numbers = np.arange(len(arrays[f"{towers}/text/positions"]), dtype=np.int64)[None]
+        found[f"text_encoder{copy}.bert.embeddings.position_ids"] = numbers
+    is_filled = np.arange(len(arrays["queue/image"])) < arrays["queue/filled"]
+    for name in ("image", "text"):
+        found[f"{name}_queue"] = np.where(is_filled, arrays[f"queue/{name}"].T, 0)
+    found["queue_ptr"] = np.asarray(arrays["queue/cursor"], np.int64).reshape(1)
+    return found
+
+
+def _save(
+    folder: Path, arrays: Arrays, config: Mapping[str, Any], *, side: int | None = None
+) -> None:
+    """Writes the weights and their config, and that of a ViT's pictures of `side` pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {key: np.asarray(value, order="C") for key, value in arrays.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config)
+    if side:
+        size = {"size": {"height": side, "width": side}}
+        write_json(folder / "preprocessor_config.json", _PREPROCESSOR | size)
 
 
-def _save_preprocessor(folder: Path, config: ml_collections.ConfigDict) -> None:
-    side = config.model.image.size_px
-    size = {"size": {"height": side, "width": side}}
-    write_json(folder / "preprocessor_config.json", _PREPROCESSOR | size)
-
-
-def _vit(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def _vit(config: ConfigDict) -> dict[str, Any]:
     image = config.model.image
     return {
         "model_type": "vit",
@@ -108,7 +119,7 @@ def _vit(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def _bert(config: ml_collections.ConfigDict, vocabulary: Vocabulary, depth: int) -> dict[str, Any]:
+def _bert(config: ConfigDict, vocabulary: Vocabulary, depth: int) -> dict[str, Any]:
     text = config.model.text
     return {
         "model_type": "bert",
@@ -120,7 +131,7 @@ def _bert(config: ml_collections.ConfigDict, vocabulary: Vocabulary, depth: int)
     }
 
 
-def _encoder(model: ml_collections.ConfigDict, depth: int, *, dropout: float) -> dict[str, Any]:
+def _encoder(model: ConfigDict, depth: int, *, dropout: float) -> dict[str, Any]:
     return {
         "hidden_size": model.width,
         "num_hidden_layers": depth,

@@ -12,9 +12,7 @@ from codebook_jax.models import codis
 from codebook_jax.models.vit import cut_patches
 from codebook_jax.weights import layouts
 from codebook_jax.weights.files import read_weights
-from codebook_jax.weights.fill import fill
-from codebook_jax.weights.positions import resize_positions
-from codebook_jax.weights.recognise import recognise
+from codebook_jax.weights.fill import fill, fitted_positions
 from configs import base
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
@@ -34,7 +32,7 @@ def outputs_of(name):
 
 def filled(config, name, part):
     """Our towers' parameters from the golden's folder, zeros if missing, and the printed report."""
-    layout, arrays = recognise(part, read_weights(str(GOLDENS / name), name).arrays, name)
+    layout, arrays = layouts.recognise(part, read_weights(str(GOLDENS / name), name).arrays, name)
     abstract = jax.eval_shape(lambda: codis.init_student(config, WORDS, jax.random.key(0)))
     fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract["towers"])
     shapes = shapes_of(fresh)
@@ -130,7 +128,7 @@ def test_the_names_that_transformers_5_has_in_memory_are_known_too():
         for old, new in renamed.items():
             key = key.replace(old, new)
         arrays[key] = value
-    layout, arrays = recognise("image", arrays, "vit")
+    layout, arrays = layouts.recognise("image", arrays, "vit")
     assert layout is layouts.VIT_HF5
     expected, _ = filled(config_of(), "vit", "image")
     shapes = shapes_of({"image": expected["image"]})
@@ -155,7 +153,7 @@ def test_heads_poolers_and_distillation_are_named_as_ignored():
 @pytest.mark.parametrize("side", [3, 7])
 def test_positions_are_resized_as_pytorch_resizes(side):
     positions = read_weights(str(GOLDENS / "vit"), "vit").arrays["embeddings.position_embeddings"]
-    resized = resize_positions(positions, side * side + 1)
+    resized, _ = fitted_positions(positions, (1, side * side + 1, 30))
     expected = outputs_of("vit")[f"positions_{side}"]
     np.testing.assert_array_equal(resized[:, 0], positions[:, 0])
     np.testing.assert_allclose(resized[:, 1:].reshape(expected.shape), expected, rtol=0, atol=1e-6)
@@ -175,8 +173,8 @@ def test_a_tower_written_back_is_the_file_bit_for_bit(part, name, layout):
     towers, _ = filled(config, name, part)
     if part == "image":
         towers = {"image": towers["image"]}
-    _, arrays = recognise(part, read_weights(str(GOLDENS / name), name).arrays, name)
-    written = dict(layouts.to_theirs(layout, leaves_of(towers), TEXT["depth"]))
+    _, arrays = layouts.recognise(part, read_weights(str(GOLDENS / name), name).arrays, name)
+    written = layouts.to_theirs(layout, leaves_of(towers), TEXT["depth"])
     left_out = "pooler", "classifier", "head", "distillation", "position_emb", "seq_relationship"
     left_out = [each for each in left_out if part == "image" or not each.startswith("position")]
     kept = {key for key in arrays if not any(each in key for each in left_out)}

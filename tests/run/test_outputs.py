@@ -38,7 +38,8 @@ def nothing_is_loaded(monkeypatch):
     def load(*_, **__):
         raise AssertionError("too late to refuse")
 
-    trained = SimpleNamespace(config=config_of())  # made without reading weights
+    config = config_of()  # made without reading weights
+    trained = SimpleNamespace(config=config, task=build.task_class(config))
     monkeypatch.setattr(build, "build_trained", lambda *_: trained)
     for module, name in (
         (build, "build_training"),

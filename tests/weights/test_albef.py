@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import ALBEF, ALPHA_STEPS, albef_config, one_mesh
+from weight_file import assert_same
 
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
@@ -20,15 +21,15 @@ from codebook_jax.method.pair import Pair
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.draws import Inputs
-from codebook_jax.weights import albef, layouts
+from codebook_jax.weights import layouts, start
 from codebook_jax.weights.fill import fill
+from codebook_jax.weights.write import to_albef
 
-WHAT = "model:albef_pretrain.npz"
 
-
-def fill_albef(arrays, shapes, depth):
-    filled = fill(layouts.ALBEF, arrays, shapes, text_depth=depth, what=WHAT, allow_partial=False)
-    return albef.with_queues(filled, arrays, shapes, WHAT)
+def filled(arrays, named, depth):
+    shapes = {name: leaf.shape for name, leaf in named.items()}
+    options = dict(text_depth=depth, what="model:it", allow_partial=False)
+    return fill(layouts.ALBEF, arrays, shapes, **options).arrays
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +56,14 @@ def task(golden):
 @pytest.fixture(scope="module")
 def state(task, weights):
     """The train state filled from the checkpoint; what ALBEF lacks is fresh."""
-    fresh = jax.device_get(task.init_state(0))
-    shapes = {name: leaf.shape for name, leaf in sharding.named(fresh)}
-    depth = task.config.model.text.depth
-    filled = fill_albef(weights, shapes, depth)
-    left = [name for name in shapes if name not in filled.arrays and not name.startswith("moments")]
-    assert left == [
-        "step",
-        "student/codebook/codes",
-        "usage/winners",
-        "usage/cursor",
-        "bad_in_row",
-        "bad_total",
-    ]
-    named = iter(sharding.named(fresh))
-    return jax.tree.map(lambda leaf: filled.arrays.get(next(named)[0], leaf), fresh)
+    fresh = task.init_state(0)
+    found = filled(weights, dict(sharding.named(fresh)), task.config.model.text.depth)
+    left = {name for name, _ in sharding.named(fresh)} - found.keys()
+    counters = {"step", "usage/winners", "usage/cursor", "bad_in_row", "bad_total"}
+    assert {name for name in left if not name.startswith("moments")} == (
+        {"student/codebook/codes"} | counters
+    )
+    return jax.device_get(start.placed(fresh, found))
 
 
 @pytest.fixture(scope="module")
@@ -96,20 +90,9 @@ def inputs(golden):
     image = golden["in/image"].transpose(0, 2, 3, 1)
     allowed = ~np.eye(5, dtype=bool)
     weight = np.full((5, 3), 1 / 15, np.float32)
-    every = Inputs(
-        image,
-        image,
-        tokens,
-        lengths.astype(np.int32),
-        masked,
-        used / used.sum(),
-        Pair(*decided),
-        allowed,
-        weight,
-    )
-    return jax.tree.map(
-        lambda x: jnp.asarray(x, None if x.dtype != np.float64 else jnp.float32), every
-    )
+    lengths, share = lengths.astype(np.int32), used / used.sum()
+    drawn = Inputs(image, image, tokens, lengths, masked, share, Pair(*decided), allowed, weight)
+    return jax.tree.map(jnp.asarray, drawn)
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +103,8 @@ def stepped(task, averaged, inputs):
         patch.setattr(pretrain, "draw_inputs", lambda *_: inputs)
         patch.setattr(task, "learn", lambda state, gradients: state.replace(moments=gradients))
         ids = np.arange(5, dtype=np.int32)
-        batch = Batch(
-            inputs.image,
-            inputs.image,
-            ids > 9,
-            inputs.tokens,
-            inputs.text_length,
-            ids,
-            ids,
-            0 * ids,
-        )
+        images = (inputs.image, inputs.image, ids > 9)
+        batch = Batch(*images, inputs.tokens, inputs.text_length, ids, ids, 0 * ids)
         after, scalars = jax.device_get(jax.jit(task.update)(before, batch))
     return SimpleNamespace(gradients=after.moments, queue=after.queue, scalars=scalars)
 
@@ -171,45 +146,26 @@ def embedded(task, averaged, inputs):
     return jax.device_get(student | {f"{name}_teacher": value for name, value in found.items()})
 
 
-@pytest.mark.parametrize(
-    "name", ["image_feat", "text_feat", "image_feat_teacher", "text_feat_teacher"]
-)
-def test_features_are_albefs(name, embedded, golden):
-    np.testing.assert_allclose(embedded[name], golden[f"out/{name}"], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        f"{name}{of}"
-        for of in ("", "_teacher")
-        for name in ("image_embeds", "text_embeds", "fusion_masked")
-    ]
-    + ["fusion_positive", "fusion_negative"],
-)
-def test_hidden_states_are_albefs(name, embedded, golden):
-    expected = golden[f"out/{name}"]
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(embedded[name] / scale, expected / scale, rtol=0, atol=2e-5)
-
-
-def test_matching_logits_are_albefs(embedded, golden):
+def test_features_hidden_states_and_matching_logits_are_albefs(embedded, golden):
+    both = ("image_feat", "text_feat", "image_embeds", "text_embeds", "fusion_masked")
+    names = [*both, *(f"{name}_teacher" for name in both), "fusion_positive", "fusion_negative"]
+    for name in names:
+        expected = golden[f"out/{name}"]
+        bound = 1e-5 if "feat" in name else 2e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(embedded[name], expected, rtol=0, atol=bound, err_msg=name)
     np.testing.assert_allclose(embedded["itm_logits"], golden["out/itm_logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"), [("alignment", "ita"), ("matching", "itm"), ("masked_lm", "mlm")]
-)
-def test_each_loss_of_the_step_is_albefs(ours, theirs, stepped, golden):
-    np.testing.assert_allclose(
-        stepped.scalars[f"loss/{ours}"], golden[f"out/loss_{theirs}"], rtol=0, atol=1e-4
-    )
+def test_each_loss_of_the_step_is_albefs(stepped, golden):
+    for ours, theirs in (("alignment", "ita"), ("matching", "itm"), ("masked_lm", "mlm")):
+        found, expected = stepped.scalars[f"loss/{ours}"], golden[f"out/loss_{theirs}"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=ours)
     assert "loss/codebook" not in stepped.scalars and stepped.scalars["alpha"] == golden["in/alpha"]
 
 
 def test_every_gradient_has_the_norm_of_albefs(task, stepped, golden):
     gradients = {f"student/{name}": value for name, value in sharding.named(stepped.gradients)}
-    found = dict(layouts.to_theirs(layouts.ALBEF, gradients, task.config.model.text.depth))
+    found = layouts.to_theirs(layouts.ALBEF, gradients, task.config.model.text.depth)
     expected = {name[10:]: value for name, value in golden.items() if name.startswith("grad_norm/")}
     tied = {name for name in expected if "decoder" in name}
     assert set(found) == set(expected) - tied
@@ -252,11 +208,7 @@ def test_negatives_are_drawn_with_albefs_probabilities(query, candidate, of, gol
     for row in range(5):
         share = np.bincount(drawn[:, row], minlength=5) / draws
         deviation = np.sqrt(weights[row] * (1 - weights[row]) / draws)
-        assert (np.abs(share - weights[row]) <= 4.5 * deviation + 1e-6).all(), (
-            row,
-            share,
-            weights[row],
-        )
+        assert (np.abs(share - weights[row]) <= 4.5 * deviation + 1e-6).all(), (row, share)
 
 
 def test_a_checkpoint_written_in_albefs_layout_is_the_one_that_was_read_bit_for_bit(
@@ -264,17 +216,10 @@ def test_a_checkpoint_written_in_albefs_layout_is_the_one_that_was_read_bit_for_
 ):
     named = dict(sharding.named(state))
     depth = task.config.model.text.depth
-    written = albef.to_albef(named, depth)
-    assert set(written) == set(weights)
-    for name, array in weights.items():
-        assert written[name].dtype == array.dtype and written[name].shape == array.shape, name
-        np.testing.assert_array_equal(written[name], array, err_msg=name)
-    young = albef.to_albef(
-        named | {"queue/cursor": np.int32(10), "queue/filled": np.int32(10)}, depth
-    )
+    assert_same(to_albef(named, depth), weights)
+    young = to_albef(named | {"queue/cursor": np.int32(10), "queue/filled": np.int32(10)}, depth)
     assert young["queue_ptr"] == [10]  # unfilled entries are zero
     np.testing.assert_array_equal(young["text_queue"][:, :10], weights["text_queue"][:, :10])
     assert (young["text_queue"][:, 10:] == 0).all()
-    shapes = {name: leaf.shape for name, leaf in named.items()}
-    again = fill_albef(young, shapes, depth).arrays
+    again = filled(young, named, depth)
     assert again["queue/cursor"] == again["queue/filled"] == 10

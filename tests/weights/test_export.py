@@ -23,7 +23,6 @@ from codebook_jax.tools import export
 from codebook_jax.weights import load as inference
 
 TEXTS = ["a red circle above a blue star", "a green ring", "a large moon left of a small cross"]
-LONG = " ".join(["circle"] * 40)
 
 LOAD = """
 import sys
@@ -48,6 +47,13 @@ np.savez(
 """
 
 
+def output_of(command, environment, folder):
+    command = list(map(str, command))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def exported(straight, one_device_environment, tmp_path_factory):
     """The export of a copy of the straight run, by the command, with its output; the run is renamed
@@ -58,14 +64,11 @@ def exported(straight, one_device_environment, tmp_path_factory):
     fields = [f"--config.{name}={value}" for name, value in SMALL.items()]
     command = [sys.executable, "-m", "codebook_jax.main", f"--config={ROOT}/configs/base.py:tiny"]
     command += [f"--workdir={workdir}", "--mode=export", *fields, "--config.export.teacher=true"]
-    done = subprocess.run(
-        command, env=one_device_environment, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = output_of(command, one_device_environment, ROOT)
     folder = workdir.parent / "elsewhere"
     (workdir / "export").rename(folder)
     moved = workdir.rename(workdir.parent / "moved")
-    return SimpleNamespace(folder=folder, run=moved, said=done.stdout, workdir=workdir)
+    return SimpleNamespace(folder=folder, run=moved, said=said, workdir=workdir)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +78,8 @@ def model(exported):
 
 @pytest.fixture(scope="module")
 def pictures():
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (3, 4, 5, 3), np.uint8)
-    return [
-        np.asarray(Image.fromarray(image).resize((50, 40), Image.Resampling.NEAREST))
-        for image in coarse
-    ]
+    coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), np.uint8)
+    return list(coarse.repeat(10, axis=1).repeat(10, axis=2))
 
 
 def test_an_export_alone_in_a_fresh_process_computes_what_the_checkpoint_computes(
@@ -102,16 +101,9 @@ def test_an_export_alone_in_a_fresh_process_computes_what_the_checkpoint_compute
     directions = codes / np.linalg.norm(codes, axis=1, keepdims=True)
 
     np.savez(tmp_path / "in.npz", pictures=np.stack(pictures), texts=TEXTS)
-    arguments = [exported.folder, tmp_path / "in.npz", tmp_path / "out.npz"]
+    command = [sys.executable, "-c", LOAD, exported.folder, tmp_path / "in.npz"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, arguments)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    output_of([*command, tmp_path / "out.npz"], environment, tmp_path)
     found = np.load(tmp_path / "out.npz")
     best = json.loads((exported.run / "best.json").read_text())["step"]
     assert found["step"] == restored.step == best
@@ -205,11 +197,8 @@ def test_codes_are_a_softmax_over_all_codewords(model, pictures):
     expected = scipy.special.softmax(features @ model.codewords.T / 0.1, axis=1)
     everything = model.codes(images=pictures, top_k=16)
     assert everything.indices.dtype == np.int32
-    np.testing.assert_allclose(
-        np.take_along_axis(expected, everything.indices, axis=1),
-        everything.probabilities,
-        atol=1e-5,
-    )
+    likely = np.take_along_axis(expected, everything.indices, axis=1)
+    np.testing.assert_allclose(likely, everything.probabilities, atol=1e-5)
     np.testing.assert_allclose(everything.probabilities.sum(axis=1), 1, atol=1e-6)
     assert (np.diff(everything.probabilities, axis=1) <= 0).all()
     few = model.codes(images=pictures, top_k=2)
@@ -217,11 +206,12 @@ def test_codes_are_a_softmax_over_all_codewords(model, pictures):
 
 
 def test_a_text_that_is_cut_is_reported(model):
+    long = " ".join(["circle"] * 40)
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than the 24 tokens") as caught:
-        model.encode_text(["a star", LONG])
+        model.encode_text(["a star", long])
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="1 of 1 texts"):
-        model.match(np.zeros((4, 4, 3), np.uint8), LONG)
+        model.match(zeros(4, 4, 3), long)
 
 
 def test_words_that_no_caption_had_have_features_of_their_own(model, recwarn):
@@ -234,9 +224,7 @@ def test_words_that_a_tokenizer_does_not_know_are_named(exported, tmp_path):
     fresh = codebook_jax.load(exported.folder)
     given = tmp_path / "given"
     given.mkdir()
-    (given / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "star"])
-    )
+    (given / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nstar")
     (given / "config.json").write_text('{"model_type": "bert"}')
     fresh._tokenizer = tokenizer_for_run(str(given), tmp_path / "run", None, 0)
     with pytest.warns(UserWarning, match="'xylophone', '红'") as caught:
@@ -245,23 +233,18 @@ def test_words_that_a_tokenizer_does_not_know_are_named(exported, tmp_path):
     np.testing.assert_allclose(features[0], features[2], atol=1e-6)
 
 
+def zeros(*shape):
+    return np.zeros(shape, np.uint8)
+
+
 @pytest.mark.parametrize(
     "call, sentence",
     [
-        (
-            lambda m: m.encode_image(np.zeros((8, 8, 3))),
-            "image 0: an array of float64 .* may be in 0..1 or",
-        ),
-        (lambda m: m.encode_image(np.zeros((3, 8, 8), np.uint8)), "image 0: .*transpose"),
-        (
-            lambda m: m.encode_image(np.zeros((8, 8, 4), np.uint8)),
-            r"image 0: .*\[8, 8, 4\] is neither",
-        ),
+        (lambda m: m.encode_image(np.zeros((8, 8, 3))), "image 0: .* float64 .* may be in 0..1"),
+        (lambda m: m.encode_image(zeros(3, 8, 8)), "image 0: .*transpose"),
+        (lambda m: m.encode_image(zeros(8, 8, 4)), r"image 0: .*\[8, 8, 4\] is neither"),
         (lambda m: m.encode_image(["no/such.png"]), "image 0: no/such.png: .*file"),
-        (
-            lambda m: m.encode_image([np.zeros((8, 8), np.uint8), b"x"]),
-            "image 1: 1 bytes: not a picture",
-        ),
+        (lambda m: m.encode_image([zeros(8, 8), b"x"]), "image 1: 1 bytes: not a picture"),
         (lambda m: m.encode_image([3]), "image 0 is a int: give"),
         (lambda m: m.encode_image(3), "images=3 cannot be read"),
         (lambda m: m.encode_text(["a", None]), "text 1 is a NoneType"),
@@ -271,12 +254,8 @@ def test_words_that_a_tokenizer_does_not_know_are_named(exported, tmp_path):
         (lambda m: m.match([b""] * 2, ["a"] * 3), "2 images and 3 texts "),
         (lambda m: m.codes(), "either images=... or texts=..."),
         (lambda m: m.codes(texts="a", top_k=None), "top_k=None is not"),
-        (lambda m: m.codes(texts="a", top_k="3"), "top_k='3' is not"),
         (lambda m: m.codes(texts="a", top_k=2.0), "top_k=2.0 is not"),
-        (
-            lambda m: m.codes(texts="a", top_k=17),
-            "top_k=17 is not .* between 1 and the 16 codewords",
-        ),
+        (lambda m: m.codes(texts="a", top_k=17), "top_k=17 is not .* 1 and the 16 codewords"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_its_place(model, call, sentence):
@@ -284,9 +263,10 @@ def test_what_cannot_be_read_is_refused_by_its_place(model, call, sentence):
         call(model)
 
 
-def test_what_is_no_export_is_refused(exported, straight, tmp_path):
+def test_what_is_no_export_is_refused(exported, straight, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for path, sentence in (
-        (tmp_path / "nothing", "nothing is not a folder with an export.json"),
+        ("~/nothing", f"{tmp_path}/nothing is not a folder with an export.json"),
         (straight.workdir / "config.json", "config.json is not a folder with an export.json"),
         (tmp_path, "is not a folder with an export.json"),
         (exported.run, "is a run without an export: make one with .*--mode=export"),
@@ -308,24 +288,21 @@ def test_a_damaged_export_is_refused(exported, tmp_path):
 
         return edit
 
+    def config(change):
+        return edited("config.json", lambda content: change(content["config"]))
+
     damages = {
         "student cannot be read": truncated,
         "config.json cannot be read .*missing": lambda f: (f / "config.json").unlink(),
         "config.json cannot be read .*tuple": edited("config.json", lambda c: c.update(config=[])),
-        "config.json cannot be read .*model": edited(
-            "config.json", lambda c: c["config"].pop("model")
-        ),
-        "config.json cannot be read .*zero": edited(
-            "config.json", lambda c: c["config"]["model"]["image"].update(heads=0)
-        ),
-        "config.json cannot be read .*'x'": edited(
-            "config.json", lambda c: c["config"]["model"]["text"].update(width="x")
-        ),
+        "config.json cannot be read .*model": config(lambda c: c.pop("model")),
+        "config.json cannot be read .*zero": config(lambda c: c["model"]["image"].update(heads=0)),
         "tokenizer is missing": lambda f: shutil.rmtree(f / "tokenizer"),
         "export.json cannot be read": lambda f: (f / "export.json").write_text("{"),
         "format 2, .* reads format 1": edited("export.json", lambda c: c.update(format=2)),
-        r"codebook/codes .*float32\[16, 16\], .*float32\[17, 16\]": edited(
-            "config.json", lambda c: c["config"]["codebook"].update(size=17)
+        "task='probe', .*'pretrain'": edited("export.json", lambda c: c.update(task="probe")),
+        r"codebook/codes .*float32\[16, 16\], .*float32\[17, 16\]": config(
+            lambda c: c["codebook"].update(size=17)
         ),
     }
     for number, (sentence, damage) in enumerate(damages.items()):
@@ -342,7 +319,11 @@ def test_an_export_that_fails_leaves_the_one_before(
     workdir = tmp_path / "run"
     shutil.copytree(straight.workdir, workdir)
     export.export(None, workdir)
-    before = sorted((path, path.stat().st_mtime_ns) for path in (workdir / "export").rglob("*"))
+
+    def exported():
+        return sorted((path, path.stat().st_mtime_ns) for path in (workdir / "export").rglob("*"))
+
+    before = exported()
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -359,11 +340,8 @@ def test_an_export_that_fails_leaves_the_one_before(
         with pytest.raises(UserError, match="could not be written to .*No space left on device"):
             export.export(None, workdir)
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
-    after = sorted((path, path.stat().st_mtime_ns) for path in (workdir / "export").rglob("*"))
-    assert after == before
-    with pytest.raises(
-        UserError, match="has no teacher: export again with --config.export.teacher"
-    ):
+    assert exported() == before
+    with pytest.raises(UserError, match="has no teacher: .*--config.export.teacher"):
         codebook_jax.load(workdir, teacher=True)
 
     (workdir / "export").rename(workdir / ".export.replaced")  # killed between the two renames
@@ -378,6 +356,5 @@ def test_a_probability_is_that_of_scipy():
     rng = np.random.default_rng(0)
     features, codes = rng.normal(size=(5, 7)), rng.normal(size=(11, 7))
     found = inference.code_probabilities(features, codes, temperature=0.01)
-    np.testing.assert_allclose(
-        found, scipy.special.softmax(features @ codes.T / 0.01, axis=1), atol=1e-4
-    )
+    expected = scipy.special.softmax(features @ codes.T / 0.01, axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 torch = pytest.importorskip("torch")
 
 import transformers
+from flax import traverse_util
 from small_run import config_of
 
 from codebook_jax import build
@@ -42,16 +43,13 @@ def close(found, expected):
 
 def test_transformers_loads_our_export_whole_and_computes_our_states(exported):
     parts, student, folder = exported
-    towers = codis.build_model(parts.config, parts.tokenizer.vocabulary.size).towers(
-        student["towers"]
-    )
+    towers = parts.task.model.towers(student["towers"])
     loaded = dict(add_pooling_layer=False, output_loading_info=True)
     vit, about_vit = transformers.ViTModel.from_pretrained(folder / "image", **loaded)
     bert, about_bert = transformers.BertModel.from_pretrained(folder / "text", **loaded)
     for about in (about_vit, about_bert):
-        assert not any(
-            about[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        )
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        assert not any(about[kind] for kind in kinds)
     pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     processor = transformers.ViTImageProcessor.from_pretrained(folder / "image")
     pixels = processor(list(pictures), return_tensors="pt")
@@ -60,9 +58,8 @@ def test_transformers_loads_our_export_whole_and_computes_our_states(exported):
     _, tokens = jax.jit(towers.embed_images)(parts.task.programs.pixels(pictures))
     close(tokens, expected)
     texts = ["a red circle", "a green star above a large blue square"]
-    words = transformers.AutoTokenizer.from_pretrained(folder / "text")(
-        texts, padding=True, return_tensors="pt"
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "text")
+    words = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         expected = bert(**words).last_hidden_state.numpy()
     ids, lengths, _ = parts.tokenizer.encode(texts, 24)
@@ -73,17 +70,13 @@ def test_transformers_loads_our_export_whole_and_computes_our_states(exported):
 
 
 def written(model, folder, half):
-    """The model's folder: a .bin of torch, or safetensors in half precision, with the model rounded
-    alike.
-    """
+    """The model's folder: a .bin of torch, or safetensors in half precision, rounded alike."""
     folder.mkdir()
     model.config.save_pretrained(folder)
     if half:
         model.half()
-        save_file(
-            {key: value.numpy() for key, value in model.state_dict().items()},
-            folder / "model.safetensors",
-        )
+        arrays = {key: value.numpy() for key, value in model.state_dict().items()}
+        save_file(arrays, folder / "model.safetensors")
         model.float()
     else:
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -104,36 +97,25 @@ def test_bert_base_and_vit_base_of_transformers_are_ours(tmp_path):
     words = Vocabulary(30_522, 0, 101, 102, 103, (0, 100, 101, 102, 103))
     task = pretrain.Pretraining(config, words, sharding.make_mesh(-1, 1, 1))
     first = start.initial(start.read_start(config), config, task.abstract_state()).arrays
-    fresh = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), task.abstract_state().student["towers"]
-    )
-    towers = jax.tree.map(
-        lambda named, leaf: jnp.asarray(first.get(f"student/towers/{named}", leaf)),
-        jax.tree_util.tree_map_with_path(
-            lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), fresh
-        ),
-        fresh,
-    )
+    named = sharding.named(task.abstract_state().student["towers"])
+    flat = {
+        name: jnp.asarray(first.get(f"student/towers/{name}", np.zeros(leaf.shape, leaf.dtype)))
+        for name, leaf in named
+    }
+    towers = traverse_util.unflatten_dict(flat, sep="/")
     rng = np.random.default_rng(0)
     images = rng.normal(size=(2, 224, 224, 3)).astype(np.float32)
     with torch.no_grad():
         expected = vit(torch.tensor(images.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
     close(jax.jit(codis.build_model(config, 30_522).towers(towers).image)(images), expected)
     # The upper layers without their cross-attention, after the lower ones.
-    upper = {
-        name: leaf
-        for name, leaf in towers["fusion"]["blocks"].items()
-        if not name.startswith("cross")
-    }
+    upper = {n: leaf for n, leaf in towers["fusion"]["blocks"].items() if not n.startswith("cross")}
     blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), towers["text"]["blocks"], upper)
     config.model.text.depth = 12
-    ours = codis.build_model(config, 30_522).towers(
-        towers | {"text": towers["text"] | {"blocks": blocks}}
-    )
-    tokens, lengths = (
-        rng.integers(0, 30_522, (2, 30)).astype(np.int32),
-        np.array([30, 12], np.int32),
-    )
+    towers |= {"text": towers["text"] | {"blocks": blocks}}
+    ours = codis.build_model(config, 30_522).towers(towers)
+    tokens = rng.integers(0, 30_522, (2, 30)).astype(np.int32)
+    lengths = np.array([30, 12], np.int32)
     mask = (np.arange(30) < lengths[:, None]).astype(np.int64)
     with torch.no_grad():
         expected = bert(torch.tensor(tokens.astype(np.int64)), attention_mask=torch.tensor(mask))
