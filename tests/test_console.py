@@ -233,14 +233,14 @@ def parts_of(config, count, workdir):
 
 
 def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(capsys, tmp_path):
-    def summary(count):
+    def announced(count):
         config = config_of(**{"data.global_batch": 8})
         summary.announce(parts_of(config, count, tmp_path / str(count)))
         return capsys.readouterr().out
 
-    small = summary(5)
+    small = announced(5)
     assert "global_batch=8" in small and " 5 training pairs" in small and "=5 or less" in small
-    assert "warning" not in summary(8)
+    assert "warning" not in announced(8)
 
 
 def test_the_summary_of_a_run_is_short_and_names_what_validation_leaves_out(capsys, tmp_path):

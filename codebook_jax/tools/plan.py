@@ -23,7 +23,7 @@ from codebook_jax.config import with_fields
 from codebook_jax.console import say
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
-from codebook_jax.files import check_outputs, write_json
+from codebook_jax.files import check_outputs, refused, write_json
 from codebook_jax.parallel import axes
 from codebook_jax.parallel.collectives import axes_of, collectives
 from codebook_jax.parallel.memory import Compiled, Memory, size_of
@@ -42,8 +42,10 @@ def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, A
     chips.environment(options) before importing it.
     """
     if options.json:
-        path = Path(options.json).expanduser()
-        if not path.absolute().parent.is_dir():
+        path = Path(options.json)
+        with refused(path):
+            is_there = path.absolute().parent.is_dir()
+        if not is_there:
             raise UserError(f"--plan.json={options.json}: there is no folder {path.parent}")
         check_outputs(path.parent, (path.name,))
     if jax.device_count() != options.devices:

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from codebook_jax.method.transport import transport_plan
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_run import SMALL
 
 from codebook_jax import build
 from codebook_jax.data.text import Vocabulary
+from codebook_jax.method.codebook import sinkhorn, transport_plan
 from codebook_jax.models.bert import gather_in_groups
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.collectives import axes_of, collectives

@@ -219,7 +219,7 @@ def test_a_weight_that_is_not_finite_stops_the_run_with_its_losses_and_saves_not
 
     monkeypatch.setattr(Checkpoints, "restore_newest", poisoned)
     with pytest.raises(
-        UserError, match="3 steps in a row were not finite .*loss/codebook.*step 15 is untouched"
+        UserError, match="3 steps in a row were not finite .*loss/codebook.*step 15 "
     ):
         train.fit(config_of(**{"optimizer.max_bad_steps": 3}), workdir)
     assert "step 16 was skipped: " in capsys.readouterr().out

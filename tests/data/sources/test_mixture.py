@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from list_files import check_source, ids, open_it, refusal, write
 
-from codebook_jax.build import amount
 from codebook_jax.data.sources import Record
 from codebook_jax.data.sources.mixture import Mixture, training_order
+from codebook_jax.summary import amount
 
 SIZES = (400, 300, 97)
 
