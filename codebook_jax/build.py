@@ -25,12 +25,13 @@ from codebook_jax.data.text import (
     tokenizer_for_run,
 )
 from codebook_jax.errors import UserError
+from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.parallel import axes, memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import FOLDER, Checkpoints, Restored
 from codebook_jax.tasks import pretrain
-from codebook_jax.tasks.task import Evaluation, Progress, Task, missing_methods
+from codebook_jax.tasks.task import Evaluation, Task, missing_methods
 from codebook_jax.weights.start import (
     Initial,
     Part,

@@ -69,6 +69,7 @@ def sinkhorn(*, epsilon: float, iterations: int) -> Assign:
     """
 
     def assign(cost: Array, here: Array) -> Array:
+        """The plan of the rows that are here."""
         # A row that is not here has marginal zero, so ott leaves it without mass. A fixed count
         # (threshold < 0) costs the same every step and never waits for the host;
         # inner_iterations must divide it, or ott silently runs fewer.
@@ -97,6 +98,7 @@ def ipot(*, beta: float, iterations: int) -> Assign:
     """
 
     def assign(cost: Array, here: Array) -> Array:
+        """The plan of the rows that are here."""
         log_rows = _log_marginal(here, cost.dtype)
         log_columns = -jnp.log(jnp.asarray(cost.shape[1], cost.dtype))
 

@@ -124,22 +124,6 @@ def check_batch(mesh: Mesh, global_batch: int, accumulation: int) -> None:
         )
 
 
-def check_groups(mesh: Mesh, global_batch: int, accumulation: int, groups: int) -> None:
-    """Raises UserError if a group of negatives would span several passes or hold a single pair."""
-    shards = data_shards(mesh)
-    if accumulation > 1 and groups % (shards * accumulation):
-        raise UserError(
-            f"config.optimizer.accumulation={accumulation} on {shards} data shards needs "
-            f"config.itm.groups to be a multiple of {shards * accumulation}, but it is {groups}: a "
-            "group of negatives must lie in one pass"
-        )
-    if global_batch // groups < 2:
-        raise UserError(
-            f"config.itm.groups={groups} of config.data.global_batch={global_batch} leaves one "
-            "pair per group and so no negatives: choose a larger batch or fewer groups"
-        )
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the batch axes, everything else whole."""
     return NamedSharding(mesh, P(BATCH))

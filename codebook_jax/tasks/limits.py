@@ -67,13 +67,13 @@ def resolve(
     batch, passes = config.data.global_batch, config.optimizer.accumulation
     if groups == 0:
         groups = before.itm.groups if before is not None else shards * passes
-    _check_groups(batch, passes, shards, groups)
+    check_groups(batch, passes, shards, groups)
     if alpha_steps < 0:
         alpha_steps = max(1, examples // batch)
     return with_fields(config, {"itm.groups": groups, "teacher.alpha_steps": alpha_steps})
 
 
-def _check_groups(batch: int, passes: int, shards: int, groups: int) -> None:
+def check_groups(batch: int, passes: int, shards: int, groups: int) -> None:
     """Raises UserError if the batch cannot be split into these groups of negatives."""
     if groups < 1 or batch % groups:
         raise UserError(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
+from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.method import alignment, codebook, matching, teacher
 from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.numerics import key_of
@@ -33,7 +34,7 @@ from codebook_jax.tasks import limits, optimizer
 from codebook_jax.tasks.assignments import ASSIGNMENTS
 from codebook_jax.tasks.draws import Inputs, draw_inputs
 from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
-from codebook_jax.tasks.task import Evaluation, Items, OverMesh, Progress
+from codebook_jax.tasks.task import Evaluation, Items, OverMesh
 from codebook_jax.tasks.towers import TowerPrograms
 
 

@@ -6,9 +6,10 @@ memory, evaluation and export use this protocol and name no field of a task's st
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -23,12 +24,12 @@ from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.errors import UserError
+from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.parallel import sharding
 
 State = Any  # a struct whose fields its task alone knows
 Scalars = Mapping[str, Array]
-Progress = Callable[[str, int, int], None]  # what is being done, how many are done, out of how many
 
 
 class Items(NamedTuple):
@@ -124,15 +125,16 @@ class Task(Protocol):
 
 
 def missing_methods(task: type) -> list[str]:
-    """What the protocol asks for and a class neither defines nor declares."""
+    """What the protocol, or a base, asks for and a class neither defines nor declares."""
     declared = {
         name for base in task.__mro__ for name in (*vars(base), *inspect.get_annotations(base))
     }
     wanted = [name for name in vars(Task) if not name.startswith("_")]
-    return [name for name in wanted if name not in declared]
+    abstract = sorted(getattr(task, "__abstractmethods__", ()))
+    return [name for name in wanted if name not in declared] + abstract
 
 
-class OverMesh:
+class OverMesh(abc.ABC):
     """The parts of a task that follow from `fresh` and `update`: its state and its step on a mesh.
 
     `fresh(key)` makes a state, `update(state, batch)` is a step; both are written for the global
@@ -182,13 +184,13 @@ class OverMesh:
             )
         return (cls.checkpoint_items().trained,)
 
+    @abc.abstractmethod
     def fresh(self, key: Key[Array, ""]) -> State:
         """A state with random parameters."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def update(self, state: State, batch: Batch) -> tuple[State, Scalars]:
         """The state after one step, and its scalars."""
-        raise NotImplementedError
 
     def abstract_state(self) -> State:
         """Shapes, types and shardings of the state."""

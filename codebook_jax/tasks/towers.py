@@ -15,10 +15,11 @@ from codebook_jax.data import augment
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation import retrieval
+from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.method.numerics import own_settings
 from codebook_jax.models.codis import Model
 from codebook_jax.models.heads import MATCH
-from codebook_jax.tasks.task import Evaluation, Progress
+from codebook_jax.tasks.task import Evaluation
 
 
 class TowerPrograms:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import sharding
-from codebook_jax.tasks import pretrain
+from codebook_jax.tasks import limits, pretrain
 from configs import base
 
 BERT = Vocabulary(30_522, 0, 101, 102, 103, (0, 100, 101, 102, 103))
@@ -169,14 +169,14 @@ def test_a_batch_that_does_not_split_is_refused_with_its_numbers(
     mesh = sharding.make_mesh(8, 1, 1)
     with pytest.raises(UserError, match=words):
         sharding.check_batch(mesh, batch, accumulation)
-        sharding.check_groups(mesh, batch, accumulation, groups)
+        limits.check_groups(batch, accumulation, sharding.data_shards(mesh), groups)
 
 
 def test_batches_that_split_are_accepted():
     mesh = sharding.make_mesh(2, 2, 2)
     for batch, accumulation, groups in [(16, 1, 1), (16, 1, 8), (16, 2, 8), (48, 3, 12)]:
         sharding.check_batch(mesh, batch, accumulation)
-        sharding.check_groups(mesh, batch, accumulation, groups)
+        limits.check_groups(batch, accumulation, sharding.data_shards(mesh), groups)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])

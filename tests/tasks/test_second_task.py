@@ -9,13 +9,14 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from probe import Probe
 from small_run import ROOT, SMALL
 
 from codebook_jax import build
 from codebook_jax.errors import UserError
 from codebook_jax.run.checkpoint import read_arrays
 from codebook_jax.run.metrics import read_rows
-from codebook_jax.tasks.task import Task
+from codebook_jax.tasks.task import OverMesh, Task
 from configs import base
 
 STEPS = 40
@@ -98,3 +99,14 @@ def test_a_task_without_a_method_of_the_protocol_is_refused_at_the_start(monkeyp
         config.task = "other"
         with pytest.raises(UserError, match=f"config.task='other' lacks {missing} "):
             build.check(config)
+
+
+def test_a_task_over_a_mesh_without_its_step_is_refused_by_that_name(monkeypatch):
+    class Unfinished(Probe):
+        update = OverMesh.update
+
+    monkeypatch.setitem(build.TASKS, "other", Unfinished)
+    config = base.get_config("tiny")
+    config.task = "other"
+    with pytest.raises(UserError, match="config.task='other' lacks update "):
+        build.check(config)
