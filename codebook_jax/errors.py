@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 UNREACHABLE = (errno.EROFS, errno.ESTALE, errno.EIO, errno.ETIMEDOUT)  # of a folder that is gone
@@ -13,6 +13,14 @@ class UserError(Exception):
     """A user error in one sentence: what was given, what is wrong, what to do. `main` prints it and
     exits with 2.
     """
+
+
+def first_few(
+    things: Sequence[object], most: int, *, between: str = ", ", last: str = " and"
+) -> str:
+    """The first `most` of these for a sentence, and how many more there are."""
+    more = f"{last} {len(things) - most:,} more" if len(things) > most else ""
+    return between.join(map(str, things[:most])) + more
 
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:

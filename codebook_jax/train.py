@@ -20,7 +20,7 @@ from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import check_outputs
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.processes import peers
@@ -227,11 +227,9 @@ class Run:
     def report_bad(self, step: int, terms: str, examples: list[int]) -> None:
         """Prints which step was not finite; raises UserError after too many in a row."""
         most = self.config.optimizer.max_bad_steps
-        some = ", ".join(str(example) for example in examples[:8])
-        more = f" and {len(examples) - 8} more" if len(examples) > 8 else ""
         say(
             f"step {step:,} was skipped: {terms} not finite; {self.bad_in_row} in a row, the run "
-            f"stops at {most}; its examples: {some}{more} (all in metrics.jsonl)"
+            f"stops at {most}; its examples: {first_few(examples, 8)} (all in metrics.jsonl)"
         )
         if self.bad_in_row >= most:
             self.checkpoints.wait()

@@ -11,6 +11,16 @@ import ml_collections
 
 from codebook_jax.errors import did_you_mean
 
+# What the sizes of the paper and above share.
+PAPER = dict(
+    dtype="bfloat16",
+    learning_rate=1e-4,
+    learning_rate_ends=1e-5,
+    warmup_steps=2000,
+    dropout=0.1,
+    momentum=0.995,
+    momentum_ramp=False,
+)
 # Encoders: ViT-B/L/H and BERT-base/large above `small`; the two smallest sizes are ours.
 SIZES = {
     "tiny": dict(
@@ -56,13 +66,7 @@ SIZES = {
         batch=512,
         steps=58_590,
         examples=1_000_000,
-        dtype="bfloat16",
-        learning_rate=1e-4,
-        learning_rate_ends=1e-5,
-        warmup_steps=2000,
-        dropout=0.1,
-        momentum=0.995,
-        momentum_ramp=False,
+        **PAPER,
     ),
     "large": dict(
         image=dict(size_px=256, patch_px=16, width=1024, depth=24, heads=16),
@@ -75,13 +79,7 @@ SIZES = {
         batch=1024,
         steps=29_295,
         examples=1_000_000,
-        dtype="bfloat16",
-        learning_rate=1e-4,
-        learning_rate_ends=1e-5,
-        warmup_steps=2000,
-        dropout=0.1,
-        momentum=0.995,
-        momentum_ramp=False,
+        **PAPER,
     ),
     "huge": dict(
         image=dict(size_px=224, patch_px=14, width=1280, depth=32, heads=16),
@@ -94,13 +92,7 @@ SIZES = {
         batch=2048,
         steps=14_648,
         examples=1_000_000,
-        dtype="bfloat16",
-        learning_rate=1e-4,
-        learning_rate_ends=1e-5,
-        warmup_steps=2000,
-        dropout=0.1,
-        momentum=0.995,
-        momentum_ramp=False,
+        **PAPER,
     ),
 }
 

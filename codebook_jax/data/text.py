@@ -19,7 +19,7 @@ from jaxtyping import Int32
 
 from codebook_jax.data.network import hub_reachable
 from codebook_jax.data.vocabulary import CLS, MASK, PAD, SEP, UNKNOWN, train_vocabulary, whole
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,8 +136,7 @@ def has_words(caption: str) -> bool:
 
 def few_words(words: Sequence[str]) -> str:
     """The first of these words in quotes, and the number of the others."""
-    more = f" and {len(words) - _NAMED:,} more" if len(words) > _NAMED else ""
-    return ", ".join(map(repr, words[:_NAMED])) + more
+    return first_few([repr(word) for word in words], _NAMED)
 
 
 def clean(caption: str) -> str:

@@ -1,12 +1,13 @@
 """Which fsdp a run gets: how many devices share one copy of the parameters.
 
 With config.mesh.fsdp=0 it is the smallest divisor of the data shards whose state fits half of a
-device's memory and whose compiled step fits it (memory.fit): a larger one stores less per device
-but communicates more. Divisors inside one slice (slices.py) come before those that would gather
-parameters over the slower network. A restarted run keeps its own fsdp as long as it fits the number
-of devices, however much memory is free at that moment: the order in which gradients are summed, and
-so the last bits of the weights, depend on it. A given number is never changed, and tensor is never
-chosen: it costs communication in every layer, and no count of memory tells whether that pays.
+device's memory and whose compiled step fits it (memory.first_fit): a larger one stores less per
+device but communicates more. Divisors inside one slice (slices.py) come before those that would
+gather parameters over the slower network. A restarted run keeps its own fsdp as long as it fits the
+number of devices, however much memory is free at that moment: the order in which gradients are
+summed, and so the last bits of the weights, depend on it. A given number is never changed, and
+tensor is never chosen: it costs communication in every layer, and no count of memory tells whether
+that pays.
 """
 
 from __future__ import annotations

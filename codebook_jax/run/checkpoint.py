@@ -19,7 +19,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 
 from codebook_jax.console import say
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import parse_json, write_json, write_probe
 from codebook_jax.parallel.processes import peers
 
@@ -243,11 +243,10 @@ class Checkpoints:
                 if old != new:
                     differences.append(f"{name}/{leaf} is {old} in the checkpoint and {new} now")
         if differences:
-            more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+            shown = first_few(differences, 3, between="; ", last=", and")
             raise UserError(
                 f"the checkpoint of step {step:,} in {self._folder} does not fit this config: "
-                f"{'; '.join(differences[:3])}{more}; give the config it was trained with, or "
-                "another --workdir"
+                f"{shown}; give the config it was trained with, or another --workdir"
             )
 
     def _set_aside(self, step: int, failure: str) -> None:

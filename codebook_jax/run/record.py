@@ -28,7 +28,7 @@ from codebook_jax.config import (
     with_fields,
 )
 from codebook_jax.console import say
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import parse_json, refused, write_json
 
 RECORD = "config.json"
@@ -62,10 +62,9 @@ def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> 
         )
     foreign = [name for name in names if not (name.startswith(".") or is_own(name))]
     if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
-            f"--workdir={workdir} holds other files ({foreign[0]}{more}): give an empty folder "
-            f"{purpose}"
+            f"--workdir={workdir} holds other files ({first_few(foreign, 1)}): give an empty "
+            f"folder {purpose}"
         )
     return names
 
@@ -119,7 +118,7 @@ def trained_config(
     ]
     if other:
         raise UserError(
-            f"--workdir={workdir} holds another model: {_first_few(other)}: give the old values, "
+            f"--workdir={workdir} holds another model: {_listed(other)}: give the old values, "
             "or leave out --config to use the run's own"
         )
     uses = {}
@@ -163,7 +162,7 @@ def check_restart(
     if refused:
         raise UserError(
             f"--workdir={workdir} holds a run that was started with other settings: "
-            f"{_first_few(refused)}: give the old values to continue it, or another --workdir"
+            f"{_listed(refused)}: give the old values to continue it, or another --workdir"
         )
     versions = changed_fields({"versions": record["versions"]}, {"versions": package_versions()})
     accepted += [f"{_change(name, *pair)}: results may differ" for name, pair in versions.items()]
@@ -228,9 +227,8 @@ def _change(name: str, old: Any, new: Any) -> str:
     return f"{name}={json.dumps(old)}, now {json.dumps(new)}"
 
 
-def _first_few(changes: list[str]) -> str:
-    more = f", and {len(changes) - 8} more" if len(changes) > 8 else ""
-    return f"{'; '.join(changes[:8])}{more}"
+def _listed(changes: list[str]) -> str:
+    return first_few(changes, 8, between="; ", last=", and")
 
 
 def _with_tuples(value: Any) -> Any:

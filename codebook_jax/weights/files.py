@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 
 from codebook_jax.data.network import hub_reachable
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import parse_json
 from codebook_jax.weights.torch_files import Unreadable, first_line, read_torch
 
@@ -129,9 +129,8 @@ def _weight_file(folder: Path) -> Path:
         return found[0]
     if not found:
         raise Unreadable(f"{folder} holds no weight file ({', '.join(SUFFIXES)}): {_GIVE}")
-    names = ", ".join(path.name for path in found[:5])
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    raise Unreadable(f"{folder} holds several weight files ({names}{more}): give the path of one")
+    names = first_few([path.name for path in found], 5)
+    raise Unreadable(f"{folder} holds several weight files ({names}): give the path of one")
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.weights import layouts
 from codebook_jax.weights.layouts import Arrays, Layout, Shape, Shapes
 
@@ -76,16 +76,24 @@ def fill(
     missing = [key for place in wanted.values() for key in place.keys if key not in arrays]
     strange = [key for key, (_, kind) in ignored.items() if kind == _STRANGE]
     strange = [key for key in strange if re.search(layout.own, key)]
-    if (missing or strange) and not allow_partial:
-        lacks = [f"lacks {_few(missing)} ({len(missing)} of {len(every)} tensors)"] * bool(missing)
-        has = [f"has {_few(strange)}, which this model does not have"] * bool(strange)
-        raise UserError(
-            f"{what} {' and '.join(lacks + has)}: give weights of this architecture, or use "
-            "--config.init_allow_partial=true to initialise what is missing and leave out the rest"
-        )
+    if not allow_partial:
+        _refuse_misfits(missing, strange, len(every), what)
     filled = Filled(found, resized, ignored)
     has_queues = layout is layouts.ALBEF and "queue/image" in shapes
     return _with_queues(filled, arrays, shapes, what) if has_queues else filled
+
+
+def _refuse_misfits(missing: list[str], strange: list[str], count: int, what: str) -> None:
+    faults = []
+    if missing:
+        faults.append(f"lacks {first_few(missing, 2)} ({len(missing)} of {count} tensors)")
+    if strange:
+        faults.append(f"has {first_few(strange, 2)}, which this model does not have")
+    if faults:
+        raise UserError(
+            f"{what} {' and '.join(faults)}: give weights of this architecture, or use "
+            "--config.init_allow_partial=true to initialise what is missing and leave out the rest"
+        )
 
 
 def _with_queues(filled: Filled, arrays: Arrays, shapes: Shapes, what: str) -> Filled:
@@ -125,10 +133,6 @@ def as_float32(array: np.ndarray, key: str, what: str) -> Float[np.ndarray, "*so
     if not np.isfinite(array).all():
         raise UserError(f"{what}: {key} holds values that are not finite: give an intact file")
     return array
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _refuse_other_depth(

@@ -23,7 +23,7 @@ import numpy as np
 
 from codebook_jax.config import with_fields
 from codebook_jax.data import text
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.parallel import sharding
 from codebook_jax.run.checkpoint import FOLDER, Checkpoints, read_arrays
 from codebook_jax.run.record import RECORD, recorded_config
@@ -241,9 +241,8 @@ def _table(student: Shapes, filled: Filled) -> str:
     }
     lines = [f"{'':18} {'arrays':>6} {'numbers':>13}"]
     for title, (counted, names) in rows.items():
-        more = f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         numbers = sum(sizes[name] for name in counted)
-        shown = ", ".join(names[:_MOST_NAMES]) + more
+        shown = first_few(names, _MOST_NAMES, last=", and")
         lines.append(f"{title:18} {len(counted):6,} {numbers:13,}  {shown}")
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.parallel.processes import channel
 from codebook_jax.parallel.processes.joining import HEARTBEAT_S, end
 
@@ -70,11 +70,11 @@ class Peers:
         for process, own in enumerate(everyone):
             names = [name for name in first if own.get(name) != first[name]]
             if names:
-                shown = "; ".join(
-                    f"{name}={own.get(name)!r}, on process 0 {first[name]!r}" for name in names[:4]
-                )
-                more = f", and {len(names) - 4} more" if len(names) > 4 else ""
-                raise UserError(f"{self.name(process)} differs in {shown}{more}: {advice}")
+                differences = [
+                    f"{name}={own.get(name)!r}, on process 0 {first[name]!r}" for name in names
+                ]
+                shown = first_few(differences, 4, between="; ", last=", and")
+                raise UserError(f"{self.name(process)} differs in {shown}: {advice}")
 
     def exchange(self, check: str, facts: Any) -> list[Any]:
         """The facts of every process at this check, in order; raises UserError naming processes
