@@ -34,11 +34,14 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         {"data.global_batch": 256, "queue.size": 256, "optimizer.accumulation": 4},
     ),
     "small, 8 pairs": ("small", {"data.global_batch": 8}),
+    "small, 16 pairs": ("small", {"data.global_batch": 16}),
     "small, 32 pairs": ("small", {"data.global_batch": 32}),
     "small, 32 pairs, remat": ("small", {"data.global_batch": 32, "model.remat": "blocks"}),
     "small, 32 pairs, 4 passes": ("small", {"data.global_batch": 32, "optimizer.accumulation": 4}),
+    "base, 2 pairs": ("base", {"data.global_batch": 2}),
     "base, 4 pairs": ("base", {"data.global_batch": 4}),
     "base, 8 pairs": ("base", {"data.global_batch": 8}),
+    "base, 8 pairs, remat": ("base", {"data.global_batch": 8, "model.remat": "blocks"}),
     "base, 8 pairs, 2 passes": ("base", {"data.global_batch": 8, "optimizer.accumulation": 2}),
 }
 
