@@ -25,8 +25,13 @@ from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
-from codebook_jax.tools.check_data.captions import read_captions
-from codebook_jax.tools.check_data.findings import earlier_twin, find, find_leak, first_match
+from codebook_jax.tools.check_data.findings import (
+    earlier_twin,
+    find,
+    find_leak,
+    first_match,
+    read_captions,
+)
 from codebook_jax.tools.check_data.inspection import Status, inspect
 from codebook_jax.tools.prepare import prepare
 from configs import base
@@ -62,12 +67,12 @@ def opened(path):
     return open_source(f"json:{path}", role="train", size_px=32, scenes_examples=1, seed=0)
 
 
-def found_in(path, workdir, *, decode=True, label="training"):
+def found_in(path, workdir, *, decode=True, max_tokens=32):
     """The findings on the pairs of a JSON file."""
     source = opened(path)
     images = inspect(source, processes=1, decode=decode, least_side_px=32)
     captions = read_captions(source, tokenizer_for_run("", workdir, sample_captions(source), 300))
-    return find(label, source, images, captions, bits=3, max_tokens=32)
+    return find("training", source, images, captions, bits=3, max_tokens=max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +161,17 @@ def test_the_page_is_whole_and_shows_captions_as_text(checked, tmp_path):
 
 def test_captions_are_counted_by_tokens_and_by_the_pictures_that_share_them(data, tmp_path):
     part = found_in(data / "train.json", tmp_path, decode=False)
-    counts = part.counts()
+    counts = part.counts
     assert counts["captions"] == 2 * 60 + 8 + 3 + 2
     assert counts["repeated"] == 8 == part.most_repeated[0]["images"]
     assert part.most_repeated[0]["caption"] == "a picture <script>alert1< script>"
     tokenizer = tokenizer_of(part.source, tmp_path, 300)
     _, lengths, _ = tokenizer.encode(["number 1", SCRIPT], 100)
     assert (part.captions["tokens"] == lengths[1]).sum() == 8
-    longer = [part._replace(max_tokens=length).counts()["truncated"] for length in lengths]
+    longer = [(part.captions["tokens"] > length).sum() for length in lengths]
     assert longer[0] >= longer[1] + 8 and counts["truncated"] == 0
+    shorter = found_in(data / "train.json", tmp_path, decode=False, max_tokens=lengths[0])
+    assert shorter.counts["truncated"] == longer[0]
     assert counts["unknown_tokens"] == 0 < counts["tokens"]
 
 
@@ -230,7 +237,7 @@ def test_large_pictures_cut_short_are_found_though_they_are_decoded_small(tmp_pa
     assert images.usable.tolist() == [True, True, False, False, False, False]
     assert (images.found["status"][2:] == Status.UNDECODABLE).all()
     for at, words in enumerate(bad.values(), 2):
-        assert words in images.reasons[at]
+        assert words in images.found["reason"][at]
 
 
 def test_pictures_that_the_list_itself_calls_the_same_are_no_copies(tmp_path):
@@ -244,13 +251,14 @@ def test_pictures_that_the_list_itself_calls_the_same_are_no_copies(tmp_path):
 
 def test_names_count_where_they_are_no_running_numbers(tmp_path):
     parts = []
-    for label, folder in (("training", "train2014"), ("test", "val2014")):
+    for folder in ("train2014", "val2014"):
         names = [f"COCO_val2014_{number * 997:012}" for number in range(30)]
         names += [f"{number:09}" for number in range(30)] + ["2333071", "0001"]
         write_pairs(tmp_path, [(f"{folder}/{name}.jpg", "one") for name in names])
-        parts.append(found_in(tmp_path / "pairs.json", tmp_path, decode=False, label=label))
+        parts.append(found_in(tmp_path / "pairs.json", tmp_path, decode=False))
     found = find_leak(parts[1], parts[0], near_bits=3, decoded=False)
-    assert found.leaked.tolist() == [True] * 30 + [False] * 30 + [True, False]
+    assert (found.matches["name"] >= 0).tolist() == [True] * 30 + [False] * 30 + [True, False]
+    assert found.found["leaked"] == 31
 
 
 def test_a_mixture_is_checked_as_a_whole_and_source_by_source(tmp_path):

@@ -13,21 +13,25 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.texts import short_hash
-from codebook_jax.tools.check_data.captions import repeated_captions
+from codebook_jax.data.text import LONGEST, Tokenizer, clean
 from codebook_jax.tools.check_data.inspection import Images, Status
 
-EVIDENCE = ("content", "look", "name")  # the strongest first
+_AT_ONCE = 1024  # records whose captions are read
+_EXAMPLES = 10  # repeated captions that are named
 _HASH_BITS = 64
 _LEAST_STEM, _LEAST_DIGITS = 8, 6  # characters
 _LEAST_SERIES, _NEXT = 20, 2
 _NUMBER = re.compile(r"(\d+)\D*$")
+# per caption: the hash of its text, its record, its tokens with [CLS] and [SEP], unknown ones
+_CAPTION = np.dtype([("key", "u8"), ("record", "i4"), ("tokens", "i2"), ("unknown", "i2")])
 
 
 class Part(NamedTuple):
@@ -37,10 +41,11 @@ class Part(NamedTuple):
     source: Source
     images: Images
     captions: np.ndarray  # as `read_captions` returns them
-    repeated: int  # captions that more than one picture has
-    most_repeated: list[dict[str, Any]]  # {"caption", "images"}
+    usable: np.ndarray  # bool [records]
     copies: np.ndarray  # int64 [images], the first earlier picture with the same content; -1: none
     twins: np.ndarray  # the same for one that looks the same but is not a copy
+    numbers: dict[str, tuple[str, int]]  # name in check.json: (label in the tables, number)
+    most_repeated: list[dict[str, Any]]  # {"caption", "images"}
     max_tokens: int  # that the model reads
 
     def name(self, image: int) -> str:
@@ -48,60 +53,9 @@ class Part(NamedTuple):
         return self.source.name(int(self.images.first[image]))
 
     @property
-    def silent(self) -> np.ndarray:
-        """bool [records]: no caption gives a token."""
-        return np.bincount(self.captions["record"], minlength=len(self.source)) == 0
-
-    @property
-    def usable_records(self) -> np.ndarray:
-        """bool [records]"""
-        return self.images.usable[self.images.which] & ~self.silent
-
     def counts(self) -> dict[str, int]:
-        """{name in COUNTS: number}"""
-        return {name: int(count(self)) for name, (_, count) in COUNTS.items()}
-
-
-def _with_status(status: Status) -> Callable[[Part], int]:
-    return lambda part: (part.images.found["status"] == status).sum()
-
-
-COUNTS: dict[str, tuple[str, Callable[[Part], int]]] = {  # name in check.json: (label, number)
-    "listed": ("listed records", lambda part: part.source.listed),
-    "without_caption": (
-        "without a picture or caption",
-        lambda part: len(part.source.left_out) + part.silent.sum(),
-    ),
-    "usable": ("usable", lambda part: part.usable_records.sum()),
-    "images": ("distinct pictures", lambda part: len(part.images.first)),
-    "missing": ("missing", _with_status(Status.MISSING)),
-    "empty": ("empty files", _with_status(Status.EMPTY)),
-    "undecodable": ("cannot be decoded", _with_status(Status.UNDECODABLE)),
-    "tiny": ("tiny", _with_status(Status.TINY)),
-    "copies": ("same as another", lambda part: (part.copies >= 0).sum()),
-    "near_duplicates": ("look like another", lambda part: (part.twins >= 0).sum()),
-    "captions": ("captions", lambda part: len(part.captions)),
-    "truncated": (
-        "longer than the limit",
-        lambda part: (part.captions["tokens"] > part.max_tokens).sum(),
-    ),
-    "repeated": ("shared by several pictures", lambda part: part.repeated),
-    "tokens": ("tokens", lambda part: (part.captions["tokens"] - 2).sum()),
-    "unknown_tokens": ("unknown tokens", lambda part: part.captions["unknown"].sum()),
-}
-
-
-def find(
-    label: str, source: Source, images: Images, captions: np.ndarray, bits: int, max_tokens: int
-) -> Part:
-    """Copies and repeated captions among what was read of a source; `bits` is near_bits."""
-    repeated = repeated_captions(captions, source, images.which)
-    copies, look = (
-        earlier_twin(_one_per_id(images.found[name], images.found["image_id"]), most)
-        for name, most in (("content", 0), ("look", bits))
-    )
-    twins = np.where(copies >= 0, -1, look)
-    return Part(label, source, images, captions, *repeated, copies, twins, max_tokens)
+        """The numbers of check.json, by name."""
+        return {name: number for name, (_, number) in self.numbers.items()}
 
 
 class Leak(NamedTuple):
@@ -109,55 +63,128 @@ class Leak(NamedTuple):
 
     evaluation: Part
     training: Part
-    evidence: np.ndarray  # int8 [images of the evaluation], the strongest of EVIDENCE; -1: none
-    match: np.ndarray  # int64 [images of the evaluation], the picture in training
+    matches: dict[str, np.ndarray]  # by evidence, int64 [images]: the picture in training; -1: none
+    found: dict[str, Any]  # the entry of check.json
     decoded: bool
 
-    def shown_by(self, name: str) -> np.ndarray:
-        """bool [images]: matched, and this is the strongest evidence."""
-        return self.evidence == EVIDENCE.index(name)
 
-    @property
-    def leaked(self) -> np.ndarray:
-        """bool [images]: same content or look; without decoding, also the same name."""
-        return (self.evidence >= 0) & ~(self.decoded & self.shown_by("name"))
+def read_captions(source: Source, tokenizer: Tokenizer) -> np.ndarray:
+    """_CAPTION of every caption that gives a token."""
+    unknown = -1 if tokenizer.unknown_id is None else tokenizer.unknown_id
+    columns = [np.empty(0, _CAPTION)]
+    with Progress("read captions of", "records", len(source)) as progress:
+        for start in range(0, len(source), _AT_ONCE):
+            records = range(start, min(start + _AT_ONCE, len(source)))
+            pairs = [(caption, record) for record in records for caption in source.captions(record)]
+            readable = set(tokenizer.readable([caption for caption, _ in pairs]))
+            pairs = [(caption, record) for caption, record in pairs if caption in readable]
+            texts = [caption for caption, _ in pairs]
+            read = np.empty(len(pairs), _CAPTION)
+            read["key"] = [short_hash(clean(text)) for text in texts]
+            read["record"] = [record for _, record in pairs]
+            tokens, read["tokens"], _ = tokenizer.encode(texts, LONGEST)
+            read["unknown"] = (tokens == unknown).sum(axis=1)
+            columns.append(read)
+            progress.advance(len(records))
+    return np.concatenate(columns)
 
-    def counts(self) -> dict[str, Any]:
-        """The numbers of check.json, by name."""
-        same = {"same_content": "content", "same_look": "look", "same_name_alone": "name"}
-        return {
-            "evaluation": self.evaluation.label,
-            "images": len(self.match),
-            "leaked": int(self.leaked.sum()),
-            **{key: int(self.shown_by(name).sum()) for key, name in same.items()},
-        }
 
-    def pictures(self) -> list[dict[str, str]]:
-        """{"name", "training", "evidence"} of every match."""
-        return [
-            {
-                "name": self.evaluation.name(image),
-                "training": self.training.name(int(self.match[image])),
-                "evidence": EVIDENCE[self.evidence[image]],
-            }
-            for image in np.flatnonzero(self.evidence >= 0).tolist()
-        ]
+def find(
+    label: str, source: Source, images: Images, captions: np.ndarray, bits: int, max_tokens: int
+) -> Part:
+    """What the pictures and captions that were read of a source show; `bits` is near_bits."""
+    silent = np.bincount(captions["record"], minlength=len(source)) == 0
+    usable = images.usable[images.which] & ~silent
+    copies, look = (
+        earlier_twin(_one_per_id(images.found[name], images.found["image_id"]), most)
+        for name, most in (("content", 0), ("look", bits))
+    )
+    twins = np.where(copies >= 0, -1, look)
+    repeated, most_repeated = _repeated_captions(captions, source, images.which)
+    statuses = np.bincount(images.found["status"], minlength=len(Status))
+    tokens = captions["tokens"]
+    numbers = {
+        "listed": ("listed records", source.listed),
+        "without_caption": ("without a picture or caption", len(source.left_out) + silent.sum()),
+        "usable": ("usable", usable.sum()),
+        "images": ("distinct pictures", len(images.first)),
+        "missing": ("missing", statuses[Status.MISSING]),
+        "empty": ("empty files", statuses[Status.EMPTY]),
+        "undecodable": ("cannot be decoded", statuses[Status.UNDECODABLE]),
+        "tiny": ("tiny", statuses[Status.TINY]),
+        "copies": ("same as another", (copies >= 0).sum()),
+        "near_duplicates": ("look like another", (twins >= 0).sum()),
+        "captions": ("captions", len(captions)),
+        "truncated": ("longer than the limit", (tokens > max_tokens).sum()),
+        "repeated": ("shared by several pictures", repeated),
+        "tokens": ("tokens", (tokens - 2).sum()),
+        "unknown_tokens": ("unknown tokens", captions["unknown"].sum()),
+    }
+    numbers = {name: (text, int(number)) for name, (text, number) in numbers.items()}
+    facts = images, captions, usable, copies, twins, numbers, most_repeated, max_tokens
+    return Part(label, source, *facts)
+
+
+def _repeated_captions(
+    captions: np.ndarray, source: Source, which: np.ndarray
+) -> tuple[int, list[dict[str, Any]]]:
+    """(how many captions more than one picture has, {"caption", "images"} of the most repeated).
+
+    `which` [records] is the picture of each record: a caption repeated for one does not count.
+    """
+    images = which[captions["record"]]
+    order = np.lexsort((images, captions["key"]))
+    keys, images = captions["key"][order], images[order]
+    new = np.append(True, (np.diff(keys) != 0) | (np.diff(images) != 0))[: len(keys)]
+    texts, counts = np.unique(keys[new], return_counts=True)
+    repeated = int(np.isin(captions["key"], texts[counts > 1]).sum())
+    examples = []
+    for at in np.argsort(-counts, kind="stable")[: min(_EXAMPLES, (counts > 1).sum())].tolist():
+        first = np.argmax(captions["key"] == texts[at])
+        cleaned = map(clean, source.captions(int(captions["record"][first])))
+        caption = next(text for text in cleaned if short_hash(text) == texts[at])
+        examples.append({"caption": caption, "images": int(counts[at])})
+    return repeated, examples
 
 
 def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool) -> Leak:
-    """The pictures of the evaluation that are also in training."""
+    """The pictures of the evaluation that are also in training, each by its strongest evidence.
+
+    A name counts as a leak only without decoding.
+    """
     ours, theirs = evaluation.images.found, training.images.found
-    compared = (
-        (ours["content"], theirs["content"], 0),
-        (ours["look"], theirs["look"], near_bits),
-        (_telling_names(evaluation), _telling_names(training), 0),
+    compared = {  # the strongest first
+        "content": (ours["content"], theirs["content"], 0),
+        "look": (ours["look"], theirs["look"], near_bits),
+        "name": (_telling_names(evaluation), _telling_names(training), 0),
+    }
+    matches, matched = {}, np.zeros(len(ours), bool)
+    for evidence, hashes in compared.items():
+        matches[evidence] = np.where(matched, -1, first_match(*hashes))
+        matched |= matches[evidence] >= 0
+    pairs = sorted(
+        (image, evidence)
+        for evidence, match in matches.items()
+        for image in np.flatnonzero(match >= 0).tolist()
     )
-    evidence, match = np.full(len(ours), -1, np.int8), np.full(len(ours), -1)
-    for number, (queries, base, bits) in enumerate(compared):
-        found = first_match(queries, base, bits)
-        new = (found >= 0) & (match < 0)
-        evidence[new], match[new] = number, found[new]
-    return Leak(evaluation, training, evidence, match, decoded)
+    same = Counter(evidence for _, evidence in pairs)
+    found = {
+        "evaluation": evaluation.label,
+        "images": len(ours),
+        "leaked": len(pairs) - decoded * same["name"],
+        "same_content": same["content"],
+        "same_look": same["look"],
+        "same_name_alone": same["name"],
+    }
+    found["pictures"] = [
+        {
+            "name": evaluation.name(image),
+            "training": training.name(int(matches[evidence][image])),
+            "evidence": evidence,
+        }
+        for image, evidence in pairs
+    ]
+    return Leak(evaluation, training, matches, found, decoded)
 
 
 def _one_per_id(hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:
