@@ -19,7 +19,7 @@ from codebook_jax.evaluation.encoding import Features, Gallery
 from codebook_jax.models.codis import unit
 from codebook_jax.report import charts, run
 from codebook_jax.report.curves import curves
-from codebook_jax.report.gallery import answers_of, codewords_of, words_of
+from codebook_jax.report.gallery import answers_of, explore_codebook, words_of
 from codebook_jax.report.page import Pictures, write_page
 
 EVIL = (
@@ -79,9 +79,9 @@ def page_with(path, *, images, codes):
     lengths = np.full(2 * images, 5)
     gallery = Gallery(ids, ids.repeat(2), lengths, captions, ids, features, 0, 0)
     codewords = np.asarray(unit(rng.normal(size=(codes, 8))))
-    encoded = run.Encoded(40, "made up", Colours(captions[::2]), gallery, codewords)
     pictures = Pictures()
-    seen = run.what_is_seen(encoded, config_of(), pictures)
+    seen = run.what_is_seen(gallery, Colours(captions[::2]), codewords, config_of(), pictures)
+    seen |= {"step": 40, "data": "made up"}
     return page_of(path, rows_of(50), seen=seen, pictures=pictures)
 
 
@@ -299,9 +299,6 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
     assert "<strong>42.0 %</strong>" in page
     path.write_text('{"other/task": {"accuracy": 1}}')
     assert run.result(path, rows) is None and run.result(tmp_path / "none", rows_of(2)) is None
-    path.write_text("[1")
-    with pytest.raises(UserError, match=r"eval\.json .*--mode=eval"):
-        run.result(path, rows)
 
 
 def test_every_file_of_the_page_is_installed():
@@ -327,11 +324,21 @@ def test_answers_are_the_best_and_the_right_one_keeps_its_place():
 
 
 def test_codewords_are_ordered_by_use_and_their_users_by_probability():
-    image = np.array([[0.6, 0.4, 0], [0.9, 0.1, 0], [0.2, 0.8, 0]])
-    text = np.array([[0.7, 0.3, 0], [0.6, 0.4, 0]])
-    first, second = codewords_of(image, text, np.array([0, 2]))  # the third is used by none
-    assert first == {"code": 0, "images": [1, 0], "texts": [0, 1], "agreeing": 1, "pairs": 2}
-    assert second == {"code": 1, "images": [2], "texts": [], "agreeing": 0, "pairs": 1}
+    image = np.array([[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
+    text = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]])
+    features = {"student": Features(np.log(image), np.log(text), None, None)}
+    ids, captions = np.arange(3), ["one", "two"]
+    gallery = Gallery(ids, np.array([0, 2]), np.full(2, 5), captions, ids, features, 0, 0)
+    found = explore_codebook(gallery, np.eye(3), temperature=1.0)
+    first, second = found["codewords"]  # the third is used by none
+    shared = {"agreeing": 1, "pairs": 2, "words": []}
+    assert first == {"code": 0, "images": 2, "captions": 2, "pictures": [1, 0], "texts": [0, 1]} | (
+        shared
+    )
+    lone = {"code": 1, "images": 1, "captions": 0, "pictures": [2], "texts": [], "words": []}
+    assert second == lone | {"agreeing": 0, "pairs": 1}
+    assert (found["totals"]["used"], found["totals"]["shared"]) == (2, 1)
+    assert found["totals"]["agreement"] == 0.5
 
 
 def test_the_words_of_a_codeword_are_those_it_has_more_often():
