@@ -70,9 +70,9 @@ def opened(path):
 def found_in(path, workdir, *, decode=True, max_tokens=32):
     """The findings on the pairs of a JSON file."""
     source = opened(path)
-    images = inspect(source, processes=1, decode=decode, least_side_px=32)
+    found = inspect(source, processes=1, decode=decode, least_side_px=32)
     captions = read_captions(source, tokenizer_for_run("", workdir, sample_captions(source), 300))
-    return find("training", source, images, captions, bits=3, max_tokens=max_tokens)
+    return find("training", source, found, captions, bits=3, max_tokens=max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +176,9 @@ def test_captions_are_counted_by_tokens_and_by_the_pictures_that_share_them(data
 
 
 def test_without_decoding_files_are_only_looked_for(data, tmp_path):
-    images = inspect(opened(data / "train.json"), processes=1, decode=False, least_side_px=32)
+    found = inspect(opened(data / "train.json"), processes=1, decode=False, least_side_px=32)
     bad = (Status.MISSING, Status.EMPTY, Status.UNDECODABLE)  # the last is the folder
-    assert [int((images.found["status"] == status).sum()) for status in bad] == [1, 1, 1]
+    assert [int((found["status"] == status).sum()) for status in bad] == [1, 1, 1]
     options = {"check.decode": False, "check.max_bad_share": 0.1}
     code, found = check(data, tmp_path / "out", **options)
     (leak,) = found["leaks"]
@@ -233,11 +233,10 @@ def test_large_pictures_cut_short_are_found_though_they_are_decoded_small(tmp_pa
     bad = {"plain_cut.jpg": "truncated", "progressive_cut.jpg": "truncated"}
     bad |= {"huge.ppm": "pixels", "pipe.jpg": "regular file"}
     write_pairs(tmp_path, [(name, "one") for name in ("plain.jpg", "progressive.jpg", *bad)])
-    images = inspect(opened(tmp_path / "pairs.json"), processes=1, decode=True, least_side_px=32)
-    assert images.usable.tolist() == [True, True, False, False, False, False]
-    assert (images.found["status"][2:] == Status.UNDECODABLE).all()
+    found = inspect(opened(tmp_path / "pairs.json"), processes=1, decode=True, least_side_px=32)
+    assert found["status"].tolist() == [Status.USABLE] * 2 + [Status.UNDECODABLE] * 4
     for at, words in enumerate(bad.values(), 2):
-        assert words in images.found["reason"][at]
+        assert words in found["reason"][at]
 
 
 def test_pictures_that_the_list_itself_calls_the_same_are_no_copies(tmp_path):

@@ -231,18 +231,16 @@ def test_a_finished_folder_is_verified_and_what_is_damaged_is_made_again(tmp_pat
     assert content(workdir) == whole
 
 
-def test_a_repacked_shard_whose_pictures_changed_is_reported(tmp_path, capsys):
+def test_a_damaged_shard_is_packed_from_the_pictures_of_now(tmp_path, capsys):
     path, workdir = write_many(tmp_path / "pictures", 12), tmp_path / "packed"
     assert pack(path, workdir) == 0
     whole = content(workdir)
     shard = "pairs-00001-of-00003.array_record"
     (workdir / shard).write_bytes(whole[shard][:1000])
     (tmp_path / "pictures" / "5.jpg").unlink()
-    capsys.readouterr()
     assert pack(path, workdir) == 0
     said = capsys.readouterr().out
     assert f"{shard} has 1,000 bytes instead of {len(whole[shard]):,}: remade" in said
-    assert f"{shard} holds 3 pairs, 4 before" in said
     made = content(workdir)
     touched = {name for name in made if made[name] != whole[name]}
     index = shard.replace(".array_record", ".jsonl")

@@ -96,15 +96,16 @@ def _parts(
     settings = config.check
     print(f"checking {label}: {source!r}", flush=True)
     options = {name: settings[name] for name in ("processes", "decode", "least_side_px")}
-    images, captions = inspect(source, **options), read_captions(source, tokenizer)
+    found, captions = inspect(source, **options), read_captions(source, tokenizer)
     limits = settings.near_bits, config.model.text.max_tokens
-    yield find(label, source, images, captions, *limits)
+    yield find(label, source, found, captions, *limits)
     for number, piece in enumerate(source.sources if isinstance(source, Mixture) else ()):
         start, stop = source.starts[number : number + 2].tolist()
         own = captions[slice(*np.searchsorted(captions["record"], (start, stop)))].copy()
+        own_found = found[start:stop].copy()
         own["record"] -= start
-        own_images = images.of_records(start, stop)
-        yield find(f"{label} {number + 1}", piece, own_images, own, *limits)
+        own_found["first"] -= start
+        yield find(f"{label} {number + 1}", piece, own_found, own, *limits)
 
 
 def _verdicts(

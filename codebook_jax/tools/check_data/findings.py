@@ -22,7 +22,7 @@ from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.texts import short_hash
 from codebook_jax.data.text import LONGEST, Tokenizer, clean
-from codebook_jax.tools.check_data.inspection import Images, Status
+from codebook_jax.tools.check_data.inspection import Status
 
 _AT_ONCE = 1024  # records whose captions are read
 _EXAMPLES = 10  # repeated captions that are named
@@ -39,18 +39,14 @@ class Part(NamedTuple):
 
     label: str  # "training", "training 1" of a mixture, "validation", "test"
     source: Source
-    images: Images
+    found: np.ndarray  # [records] as `inspect` returns it
     captions: np.ndarray  # as `read_captions` returns them
     usable: np.ndarray  # bool [records]
-    copies: np.ndarray  # int64 [images], the first earlier picture with the same content; -1: none
+    copies: np.ndarray  # int64 [records], the first earlier one with the same content; -1: none
     twins: np.ndarray  # the same for one that looks the same but is not a copy
     numbers: dict[str, tuple[str, int]]  # name in check.json: (label in the tables, number)
     most_repeated: list[dict[str, Any]]  # {"caption", "images"}
     max_tokens: int  # that the model reads
-
-    def name(self, image: int) -> str:
-        """The source's name for a picture."""
-        return self.source.name(int(self.images.first[image]))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -63,7 +59,7 @@ class Leak(NamedTuple):
 
     evaluation: Part
     training: Part
-    matches: dict[str, np.ndarray]  # by evidence, int64 [images]: the picture in training; -1: none
+    matches: dict[str, np.ndarray]  # by evidence, int64 [records]: the one in training; -1: none
     found: dict[str, Any]  # the entry of check.json
     decoded: bool
 
@@ -90,24 +86,24 @@ def read_captions(source: Source, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def find(
-    label: str, source: Source, images: Images, captions: np.ndarray, bits: int, max_tokens: int
+    label: str, source: Source, found: np.ndarray, captions: np.ndarray, bits: int, max_tokens: int
 ) -> Part:
     """What the pictures and captions that were read of a source show; `bits` is near_bits."""
     silent = np.bincount(captions["record"], minlength=len(source)) == 0
-    usable = images.usable[images.which] & ~silent
+    usable = (found["status"] == Status.USABLE) & ~silent
     copies, look = (
-        earlier_twin(_one_per_id(images.found[name], images.found["image_id"]), most)
+        earlier_twin(_one_per_id(found[name], found["image_id"]), most)
         for name, most in (("content", 0), ("look", bits))
     )
     twins = np.where(copies >= 0, -1, look)
-    repeated, most_repeated = _repeated_captions(captions, source, images.which)
-    statuses = np.bincount(images.found["status"], minlength=len(Status))
-    tokens = captions["tokens"]
+    repeated, most_repeated = _repeated_captions(captions, source, found["first"])
+    pictures, tokens = pictures_of(found), captions["tokens"]
+    statuses = np.bincount(found["status"][pictures], minlength=len(Status))
     numbers = {
         "listed": ("listed records", source.listed),
         "without_caption": ("without a picture or caption", len(source.left_out) + silent.sum()),
         "usable": ("usable", usable.sum()),
-        "images": ("distinct pictures", len(images.first)),
+        "images": ("distinct pictures", len(pictures)),
         "missing": ("missing", statuses[Status.MISSING]),
         "empty": ("empty files", statuses[Status.EMPTY]),
         "undecodable": ("cannot be decoded", statuses[Status.UNDECODABLE]),
@@ -121,27 +117,29 @@ def find(
         "unknown_tokens": ("unknown tokens", captions["unknown"].sum()),
     }
     numbers = {name: (text, int(number)) for name, (text, number) in numbers.items()}
-    facts = images, captions, usable, copies, twins, numbers, most_repeated, max_tokens
-    return Part(label, source, *facts)
+    facts = copies, twins, numbers, most_repeated, max_tokens
+    return Part(label, source, found, captions, usable, *facts)
+
+
+def pictures_of(found: np.ndarray) -> np.ndarray:
+    """int64 [pictures]: the first record of each."""
+    return np.flatnonzero(found["first"] == np.arange(len(found)))
 
 
 def _repeated_captions(
-    captions: np.ndarray, source: Source, which: np.ndarray
+    captions: np.ndarray, source: Source, first: np.ndarray
 ) -> tuple[int, list[dict[str, Any]]]:
     """(how many captions more than one picture has, {"caption", "images"} of the most repeated).
 
-    `which` [records] is the picture of each record: a caption repeated for one does not count.
+    `first` [records] tells pictures apart: a caption repeated for one does not count.
     """
-    images = which[captions["record"]]
-    order = np.lexsort((images, captions["key"]))
-    keys, images = captions["key"][order], images[order]
-    new = np.append(True, (np.diff(keys) != 0) | (np.diff(images) != 0))[: len(keys)]
-    texts, counts = np.unique(keys[new], return_counts=True)
+    pairs = np.stack([captions["key"], first[captions["record"]].astype(np.uint64)])
+    texts, counts = np.unique(np.unique(pairs, axis=1)[0], return_counts=True)
     repeated = int(np.isin(captions["key"], texts[counts > 1]).sum())
     examples = []
     for at in np.argsort(-counts, kind="stable")[: min(_EXAMPLES, (counts > 1).sum())].tolist():
-        first = np.argmax(captions["key"] == texts[at])
-        cleaned = map(clean, source.captions(int(captions["record"][first])))
+        place = np.argmax(captions["key"] == texts[at])
+        cleaned = map(clean, source.captions(int(captions["record"][place])))
         caption = next(text for text in cleaned if short_hash(text) == texts[at])
         examples.append({"caption": caption, "images": int(counts[at])})
     return repeated, examples
@@ -152,7 +150,7 @@ def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool
 
     A name counts as a leak only without decoding.
     """
-    ours, theirs = evaluation.images.found, training.images.found
+    ours, theirs = evaluation.found, training.found
     compared = {  # the strongest first
         "content": (ours["content"], theirs["content"], 0),
         "look": (ours["look"], theirs["look"], near_bits),
@@ -163,14 +161,14 @@ def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool
         matches[evidence] = np.where(matched, -1, first_match(*hashes))
         matched |= matches[evidence] >= 0
     pairs = sorted(
-        (image, evidence)
+        (record, evidence)
         for evidence, match in matches.items()
-        for image in np.flatnonzero(match >= 0).tolist()
+        for record in np.flatnonzero(match >= 0).tolist()
     )
     same = Counter(evidence for _, evidence in pairs)
     found = {
         "evaluation": evaluation.label,
-        "images": len(ours),
+        "images": len(pictures_of(ours)),
         "leaked": len(pairs) - decoded * same["name"],
         "same_content": same["content"],
         "same_look": same["look"],
@@ -178,11 +176,11 @@ def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool
     }
     found["pictures"] = [
         {
-            "name": evaluation.name(image),
-            "training": training.name(int(matches[evidence][image])),
+            "name": evaluation.source.name(record),
+            "training": training.source.name(int(matches[evidence][record])),
             "evidence": evidence,
         }
-        for image, evidence in pairs
+        for record, evidence in pairs
     ]
     return Leak(evaluation, training, matches, found, decoded)
 
@@ -191,26 +189,24 @@ def _one_per_id(hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """The known hashes, only the first of each image id: equal ids are known to be one image."""
     known = np.flatnonzero(hashes)
     first = known[np.unique(ids[known], return_index=True)[1]]
-    result = np.zeros_like(hashes)
-    result[first] = hashes[first]
-    return result
+    return np.where(np.isin(np.arange(len(hashes)), first), hashes, np.uint64(0))
 
 
 def _telling_names(part: Part) -> np.ndarray:
-    """uint64 [images]: hashes of the names without folder and ending; 0: it is not telling."""
-    count = len(part.images.first)
-    stems, series = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
-    numbers = np.zeros(count, np.int64)
-    for image in range(count):
-        stem = re.sub(r"\.\w{1,5}$", "", os.path.basename(part.name(image)))
+    """uint64 [records]: hashes of the names without folder and ending; 0: it is not telling, or
+    that of an earlier record.
+    """
+    stems, series, numbers = np.zeros((3, len(part.found)), np.uint64)
+    for record in pictures_of(part.found).tolist():
+        stem = re.sub(r"\.\w{1,5}$", "", os.path.basename(part.source.name(record)))
         if len(stem) < (_LEAST_DIGITS if stem.isdecimal() else _LEAST_STEM):
             continue
-        stems[image] = short_hash(stem)
+        stems[record] = short_hash(stem)
         if number := _NUMBER.search(stem):
             digits = number.group(1)
             padded = len(digits) * (digits[0] == "0")  # 000000012 and 2333071 are not one series
             alike = f"{stem[: number.start(1)]}/{padded}/{stem[number.end(1) :]}"
-            series[image], numbers[image] = short_hash(alike), int(digits[-18:])
+            series[record], numbers[record] = short_hash(alike), int(digits[-18:])
     kinds, which, counts = np.unique(series, return_inverse=True, return_counts=True)
     order = np.lexsort((numbers, which))
     follows = (np.diff(which[order]) == 0) & (np.diff(numbers[order]) <= _NEXT)

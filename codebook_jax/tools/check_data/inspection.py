@@ -20,7 +20,7 @@ from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import WithoutCaption
-from codebook_jax.data.sources.texts import numbered, short_hash
+from codebook_jax.data.sources.texts import short_hash
 from codebook_jax.tools.workers import Tell, spread
 
 _PER_TASK = 128  # pictures
@@ -31,7 +31,7 @@ Status = enum.IntEnum("Status", "USABLE MISSING EMPTY UNDECODABLE TINY", start=0
 
 
 class Finding(NamedTuple):
-    """What is found about one picture; a hash of 0 means that it cannot be compared."""
+    """What is found about the picture of a record; a hash of 0 means that it is not compared."""
 
     status: Status = Status.USABLE
     image_id: int = -1
@@ -40,34 +40,17 @@ class Finding(NamedTuple):
     height: int = 0
     width: int = 0
     reason: str = ""  # why it cannot be used
+    first: int = -1  # the first record with this picture
 
 
 _COLUMNS = np.dtype(
-    list(zip(Finding._fields, ("u1", "i8", "u8", "u8", "i4", "i4", "O"), strict=True))
+    list(zip(Finding._fields, ("u1", "i8", "u8", "u8", "i4", "i4", "O", "i8"), strict=True))
 )
 
 
-class Images(NamedTuple):
-    """The inspected pictures of a source, each once; equal names are the same picture."""
-
-    first: np.ndarray  # int64 [images], the first record of each
-    which: np.ndarray  # int32 [records], the picture of each record
-    found: np.ndarray  # [images] with the fields of Finding
-
-    def of_records(self, start: int, stop: int) -> Images:
-        """The pictures of one source of a mixture, whose records are `start` to `stop`."""
-        low, high = np.searchsorted(self.first, (start, stop)).tolist()
-        which, first = self.which[start:stop] - low, self.first[low:high] - start
-        return Images(first, which, self.found[low:high])
-
-    @property
-    def usable(self) -> np.ndarray:
-        """bool [images]"""
-        return self.found["status"] == Status.USABLE
-
-
-def inspect(source: Source, *, processes: int, decode: bool, least_side_px: int) -> Images:
-    """Inspects every picture once; raises UserError if a process is killed.
+def inspect(source: Source, *, processes: int, decode: bool, least_side_px: int) -> np.ndarray:
+    """The Finding of every record, as columns; equal names are the same picture, which is inspected
+    once and compared as that of its first record. Raises UserError if a process is killed.
 
     Without `decode`, only checks that files exist; pictures that are not files count as usable.
     """
@@ -77,18 +60,23 @@ def inspect(source: Source, *, processes: int, decode: bool, least_side_px: int)
         for number, piece in enumerate(pieces)
         for record in range(len(piece))
     )
-    first, which = numbered(np.fromiter(names, np.uint64, len(source)))
-    found = np.zeros(len(first), _COLUMNS)
+    names = np.fromiter(names, np.uint64, len(source))
+    _, first, which = np.unique(names, return_index=True, return_inverse=True)
     looked_at = np.repeat([decode or has_files(piece) for piece in pieces], [*map(len, pieces)])
-    chosen = np.flatnonzero(looked_at[first])
-    parts = (first[chosen[at : at + _PER_TASK]] for at in range(0, len(chosen), _PER_TASK))
+    pictures = np.sort(first[looked_at[first]])
+    parts = (pictures[at : at + _PER_TASK] for at in range(0, len(pictures), _PER_TASK))
     work = functools.partial(_inspect_some, decode=decode, least_side_px=least_side_px)
     with Progress("looked at", "pictures", len(source)) as progress:
-        progress.advance(len(first) - len(chosen))
+        progress.advance(len(first) - len(pictures))
         options = {"processes": processes, "field": "check.processes", "tell": progress.advance}
         results = spread(work, source, [part.tolist() for part in parts], **options)
-    found[chosen] = np.concatenate([found[:0], *results])
-    return Images(first, which, found)
+    found = np.zeros(len(source), _COLUMNS)
+    found[pictures] = np.concatenate([found[:0], *results])
+    found = found[first[which]]
+    found["first"] = first[which]
+    again = found["first"] < np.arange(len(source))
+    found["content"][again] = found["look"][again] = 0
+    return found
 
 
 def pieces_of(source: Source) -> Sequence[Source]:
@@ -107,7 +95,7 @@ def has_files(source: Source) -> bool:
 def _inspect_some(
     source: Source, records: Sequence[int], tell: Tell, *, decode: bool, least_side_px: int
 ) -> np.ndarray:
-    """The findings on the pictures of these records, as in `Images.found`."""
+    """The findings on the pictures of these records."""
     found = [_inspect_one(source, record, decode, least_side_px) for record in records]
     tell(len(found), sum(bool(one.reason) for one in found))
     return np.array(found, _COLUMNS)

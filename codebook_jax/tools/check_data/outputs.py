@@ -20,8 +20,8 @@ from codebook_jax.files import write_json, written_whole
 from codebook_jax.report.charts import histogram
 from codebook_jax.report.page import FILE as PAGE
 from codebook_jax.report.page import Pictures, write_page
-from codebook_jax.tools.check_data.findings import Leak, Part
-from codebook_jax.tools.check_data.inspection import has_files, pieces_of
+from codebook_jax.tools.check_data.findings import Leak, Part, pictures_of
+from codebook_jax.tools.check_data.inspection import Status, has_files, pieces_of
 
 SKIPPED = "skipped.tsv"
 FILES = (CHECK, USABLE, SKIPPED, PAGE)
@@ -43,17 +43,6 @@ def write(
     root = _image_root(training)
     _write_usable(workdir / USABLE, training, root)
     _write_skipped(workdir / SKIPPED, parts)
-    pictures = Pictures()
-    sections = [_section(part, pictures) for part in parts]
-    leaked = [
-        {"label": leak.evaluation.label, "evidence": evidence, "decoded": leak.decoded}
-        | _pairs(leak.evaluation, leak.training, match, pictures)
-        for leak in leaks
-        for evidence, match in leak.matches.items()
-        if (match >= 0).any()
-    ]
-    values = {"title": "The data", "rows": rows, "verdicts": verdicts}
-    write_page(workdir / PAGE, "check.html", pictures, **values, parts=sections, leaks=leaked)
     content = {
         "listed": training.counts["listed"],
         "usable": training.counts["usable"],
@@ -67,6 +56,18 @@ def write(
         "leaks": [leak.found for leak in leaks],
         "verdicts": verdicts,
     }
+    pictures = Pictures()
+    sources = zip(content["sources"], parts, strict=True)
+    sections = [source | _section(part, pictures) for source, part in sources]
+    leaked = [
+        {"label": leak.evaluation.label, "evidence": evidence, "decoded": leak.decoded}
+        | _pairs(leak.evaluation, leak.training, match, pictures)
+        for leak in leaks
+        for evidence, match in leak.matches.items()
+        if (match >= 0).any()
+    ]
+    values = {"title": "The data", "rows": rows, "verdicts": verdicts}
+    write_page(workdir / PAGE, "check.html", pictures, **values, parts=sections, leaks=leaked)
     write_json(workdir / CHECK, content)
     return root
 
@@ -90,10 +91,10 @@ def _print(rows: Sequence[Sequence[str]], leaks: Sequence[Leak], verdicts: Seque
 
 def _image_root(training: Part) -> str | None:
     """The folder that holds all usable pictures; None without any, or if they are not files."""
-    source, images = training.source, training.images
+    source, pictures = training.source, pictures_of(training.found)
     if not all(map(has_files, pieces_of(source))):
         return None
-    usable = images.first[images.usable].tolist()
+    usable = pictures[training.found["status"][pictures] == Status.USABLE].tolist()
     folders = {os.path.dirname(source[record].image) for record in usable}
     return os.path.commonpath(folders) if folders else None
 
@@ -122,38 +123,34 @@ def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
             rows = list(part.source.left_out)
             for record in np.flatnonzero(~part.usable).tolist():
                 name = part.source.name(record)
-                reason = part.images.found["reason"][part.images.which[record]]
-                rows.append((name, reason or f"{name} {NO_CAPTION}"))
+                rows.append((name, part.found["reason"][record] or f"{name} {NO_CAPTION}"))
             for row in rows:
                 fields = (" ".join(field.split()) for field in (part.label, *row))
                 file.write("\t".join(fields) + "\n")
 
 
 def _section(part: Part, pictures: Pictures) -> dict[str, Any]:
-    """What the page shows of a source."""
-    usable = np.flatnonzero(part.images.usable)
+    """What the page shows of a source, besides its entry in check.json."""
+    found = part.found[pictures_of(part.found)]
+    usable = found["first"][found["status"] == Status.USABLE]
     sample = np.random.default_rng(0).permutation(usable)[:_SAMPLES]  # the same one each time
     lengths = np.bincount(part.captions["tokens"], minlength=1)
-    note = (
+    labels = {"title": "Length of the captions", "x": "tokens", "y": "captions"}
+    labels["note"] = (
         f"{part.counts['truncated']:,} of {part.counts['captions']:,} are longer than the "
         f"{part.max_tokens} tokens that the model reads."
     )
-    labels = {"title": "Length of the captions", "x": "tokens", "y": "captions", "note": note}
     charts = [histogram(lengths, **labels, mark=part.max_tokens)]
-    sides = np.sort([part.images.found[side] for side in ("height", "width")], axis=0)
+    sides = np.sort([found[side] for side in ("height", "width")], axis=0)
     for name, side in zip(("Shorter", "Longer"), sides, strict=True):
         if side.any():
             labels = {"title": f"{name} side of a picture", "x": "pixels", "y": "pictures"}
             charts.append(histogram(np.bincount(side[side > 0]), **labels))
     return {
-        "label": part.label,
-        "source": repr(part.source),
         "charts": charts,
-        "sample": [_figure(part, image, pictures) for image in sorted(sample.tolist())],
+        "sample": [_figure(part, record, pictures) for record in sorted(sample.tolist())],
         "copies": _pairs(part, part, part.copies, pictures),
         "twins": _pairs(part, part, part.twins, pictures),
-        "repeated": [("caption", "pictures")]
-        + [(one["caption"], f"{one['images']:,}") for one in part.most_repeated],
     }
 
 
@@ -161,17 +158,16 @@ def _pairs(part: Part, other: Part, matches: np.ndarray, pictures: Pictures) -> 
     """The first pictures next to their matches, and how many there are."""
     matched = np.flatnonzero(matches >= 0)
     shown = [
-        (_figure(part, image, pictures), _figure(other, int(matches[image]), pictures))
-        for image in matched[:_EXAMPLES].tolist()
+        (_figure(part, record, pictures), _figure(other, int(matches[record]), pictures))
+        for record in matched[:_EXAMPLES].tolist()
     ]
     return {"count": len(matched), "shown": shown}
 
 
-def _figure(part: Part, image: int, pictures: Pictures) -> dict[str, Any]:
-    """A picture of a source with its captions, or why it cannot be shown."""
-    record = int(part.images.first[image])
-    caption = " · ".join(part.source.captions(record)[:2])
-    figure = {"picture": f"{part.label}/{image}", "name": part.name(image), "caption": caption}
+def _figure(part: Part, record: int, pictures: Pictures) -> dict[str, Any]:
+    """The picture of a record with its captions, or why it cannot be shown."""
+    name, caption = part.source.name(record), " · ".join(part.source.captions(record)[:2])
+    figure = {"picture": f"{part.label}/{record}", "name": name, "caption": caption}
     try:
         pictures.add(figure["picture"], decode(part.source[record].image), caption)
     except UnreadableImage as error:

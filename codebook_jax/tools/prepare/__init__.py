@@ -66,11 +66,11 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     plan = {"source": described, "options": {"role": settings.role, **packing._asdict()}}
     place = {name: config.data[name] for name in ("train", "image_root", "path_map")}
     place["source"] = settings.source
-    before, damaged = folder.begin(workdir, plan, place, shards)
-    if before is not None and not damaged:
-        print(f"already complete, all files verified: {_summary(workdir, before)}", flush=True)
+    finished, damaged = folder.begin(workdir, plan, place, shards)
+    if finished is not None:
+        print(f"already complete, all files verified: {_summary(workdir, finished)}", flush=True)
         return
-    _pack_missing(settings, workdir, source, packing, folder.receipts(workdir, shards))
+    _pack_missing(settings, workdir, source, packing, shards)
     receipts = folder.receipts(workdir, shards)
     if len(receipts) < shards:
         raise UserError(
@@ -89,14 +89,8 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     counts = {"listed": source.listed, "left_out": source.left_out}
     manifest = write_manifest(workdir, **plan, **counts, receipts=list(receipts.values()))
     shutil.rmtree(workdir / PROGRESS)
-    for _, why in damaged:
+    for why in damaged:
         print(f"{why}: remade")
-    for old, new in zip(before.shards, manifest.shards, strict=True) if before else ():
-        if old != new:
-            print(
-                f"{new.file} holds {new.records:,} pairs, {old.records:,} before: its pictures "
-                "have changed"
-            )
     print(_summary(workdir, manifest), flush=True)
 
 
@@ -105,10 +99,10 @@ def _pack_missing(
     workdir: Path,
     source: Source,
     packing: Packing,
-    receipts: dict[int, Receipt],
+    shards: int,
 ) -> None:
     """Packs the shards that have no receipt; `settings` are those of config.prepare."""
-    shards = shard_count(len(source), packing.shard_records)
+    receipts = folder.receipts(workdir, shards)
     missing = [shard for shard in range(shards) if shard not in receipts]
     count = process_count(settings.processes, len(missing))
     by = settings.beam_runner or f"{count} process{'es' * (count != 1)}"
@@ -121,7 +115,7 @@ def _pack_missing(
     if receipts:
         print(f"{len(receipts):,} of {shards:,} shards are packed already", flush=True)
     pack_shard = functools.partial(_pack_shard, workdir.absolute(), packing)
-    if settings.beam_runner and missing:
+    if settings.beam_runner:
         options = {"runner": settings.beam_runner, "options": settings.beam_options}
         beam.pack(pack_shard, source, missing, workdir.absolute() / PROGRESS, **options)
         return
@@ -137,8 +131,7 @@ def _pack_shard(
 ) -> None:
     """Packs a shard and saves its receipt; raises UserError if the disk is full."""
     with full_disk_named(workdir):
-        receipt = write_shard(source, shard, workdir, packing, tell)
-        folder.save_receipt(workdir, shard, receipt)
+        folder.save_receipt(workdir, shard, write_shard(source, shard, workdir, packing, tell))
 
 
 def _summary(workdir: Path, manifest: Manifest) -> str:

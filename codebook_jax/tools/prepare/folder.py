@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from codebook_jax.config import changed_fields
 from codebook_jax.data import manifest as manifests
 from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Receipt
 from codebook_jax.data.progress import Progress
@@ -49,13 +50,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 def begin(
     folder: Path, plan: Mapping[str, Any], place: Mapping[str, str], shards: int
-) -> tuple[Manifest | None, list[tuple[str, str]]]:
-    """(manifest, [(damaged file, why)]) of a finished folder, else (None, []); no stale receipts.
+) -> tuple[Manifest | None, list[str]]:
+    """(the manifest of a finished folder without damage, or None; what is damaged and how).
 
     `plan` says what is packed, `place` where the pictures are, which may change. Raises UserError,
     naming the differences, if the folder was begun with another plan.
     """
-    progress, manifest, damaged = folder / PROGRESS, None, []
+    progress, damaged = folder / PROGRESS, []
     if (folder / MANIFEST).exists():
         manifest = manifests.read_manifest(folder)
         _refuse_another(folder, manifest._asdict(), plan)
@@ -67,18 +68,14 @@ def begin(
         if not damaged:
             return manifest, []
         _keep_sound(folder, manifest, {file for file, _ in damaged})
-    else:
-        try:
-            begun = parse_json((progress / _PLAN).read_bytes())
-        except (OSError, ValueError):  # receipts without a plan
-            shutil.rmtree(progress, ignore_errors=True)
-        else:
-            _refuse_another(folder, begun, plan)
-            for shard, receipt in receipts(folder, shards).items():
-                if begun["place"] != place and receipt.skipped:  # they may be there now
-                    _receipt_file(folder, shard).unlink()
+    elif (progress / _PLAN).exists():
+        begun = parse_json((progress / _PLAN).read_bytes())
+        _refuse_another(folder, begun, plan)
+        for shard, receipt in receipts(folder, shards).items():
+            if begun["place"] != place and receipt.skipped:  # they may be there now
+                _receipt_file(folder, shard).unlink()
     write_json(progress / _PLAN, {"version": manifests.VERSION, **plan, "place": place})
-    return manifest, damaged
+    return None, [why for _, why in damaged]
 
 
 def save_receipt(folder: Path, shard: int, receipt: Receipt) -> None:
@@ -110,11 +107,10 @@ def _remove_drafts(folder: Path) -> None:
 
 def _refuse_another(folder: Path, begun: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Raises UserError if the source and options of what was begun are not those planned."""
-    options, old, new = begun["options"], begun["source"], plan["source"]
+    old, new = begun["source"], plan["source"]
     differ = [
-        f"config.prepare.{name}={json.dumps(options.get(name))}, now {json.dumps(value)}"
-        for name, value in plan["options"].items()
-        if options.get(name) != value
+        f"config.prepare.{name}={json.dumps(before)}, now {json.dumps(after)}"
+        for name, (before, after) in changed_fields(begun["options"], plan["options"]).items()
     ]
     if old["fingerprint"] != new["fingerprint"]:
         differ.append(f"the source {old['repr']}, now {new['repr']} with other content")
@@ -127,8 +123,7 @@ def _refuse_another(folder: Path, begun: Mapping[str, Any], plan: Mapping[str, A
 
 def _keep_sound(folder: Path, manifest: Manifest, damaged: set[str]) -> None:
     """Saves receipts of the undamaged shards of a finished folder."""
-    lines = [] if SKIPPED in damaged else manifests.read_skipped(folder)
-    rows = itertools.islice(lines, manifest.left_out, None)
+    rows = iter(() if SKIPPED in damaged else manifests.read_skipped(folder)[manifest.left_out :])
     for number, shard in enumerate(manifest.shards):
         skipped = tuple(itertools.islice(rows, shard.skipped))
         if len(skipped) == shard.skipped and not damaged & {name for name, _, _ in shard.files}:
