@@ -6,8 +6,6 @@ both. Prints a table, and writes check.json, usable.jsonl, skipped.tsv and repor
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,8 +17,9 @@ import numpy as np
 from codebook_jax.data.manifest import verify
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.sources.opening import split_specs
+from codebook_jax.data.sources.records import Records
 from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.scenes import Scenes
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError
@@ -28,14 +27,10 @@ from codebook_jax.files import check_outputs
 from codebook_jax.run.record import check_folder
 from codebook_jax.tools.check_data import outputs
 from codebook_jax.tools.check_data.findings import Leak, Part, find, find_leak, read_captions
-from codebook_jax.tools.check_data.inspection import inspect
+from codebook_jax.tools.check_data.inspection import inspect, pieces_of
 from codebook_jax.tools.check_data.outputs import CHECK, FILES, PAGE, SKIPPED, USABLE
 
-_SOURCES = (  # label, field of config.data, role
-    ("training", "train", "train"),
-    ("validation", "eval", "validation"),
-    ("test", "test", "test"),
-)
+_FIELDS = {"training": "train", "validation": "eval", "test": "test"}  # of config.data
 
 
 def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
@@ -68,11 +63,14 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
 def _find(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[Part], list[Leak]]:
     """The findings on each source, training first, and the pictures that are also in training."""
     data, sources = config.data, {}
-    for label, field, role in _SOURCES:
-        if data[field] and (_is_built_in(data.train) or not _is_built_in(data[field])):
+    for label, field in _FIELDS.items():
+        if data[field]:
+            role = "train" if label == "training" else label
             sources[label] = source_of(config, data[field], role)
-        elif data[field]:
-            print(f"{label} data are the built-in scenes: not checked", flush=True)
+    drawn = [label for label in sources if _pieces(sources[label], Scenes)]
+    for label in drawn if "training" not in drawn else ():
+        print(f"{label} data are the built-in scenes: not checked", flush=True)
+        del sources[label]
     sample, size = sample_captions(sources["training"]), data.tokenizer_vocabulary
     tokenizer, _ = open_tokenizer(data.tokenizer, workdir, sample, size, **spelling(data))
     parts = [part for named in sources.items() for part in _parts(config, *named, tokenizer)]
@@ -85,8 +83,9 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[Part],
     return parts, leaks
 
 
-def _is_built_in(spec: str) -> bool:
-    return any(re.match(r"scenes\b", part) for part in split_specs(spec))
+def _pieces(source: Source, kind: type[Source]) -> list[Source]:
+    """The sources of one kind in a source."""
+    return [piece for piece in pieces_of(source) if isinstance(piece, kind)]
 
 
 def _parts(
@@ -114,9 +113,8 @@ def _verdicts(
     """A sentence on each packed folder with damaged files, and each share above the limit."""
     limit = config.check.max_bad_share
     over = f"more than config.check.max_bad_share={limit:g}"
-    specs = split_specs(",".join(config.data[field] for _, field, _ in _SOURCES))
-    packed = [spec.removeprefix("records:") for spec in specs if spec.startswith("records:")]
-    for folder in dict.fromkeys(os.path.expanduser(spec.partition("?")[0]) for spec in packed):
+    packed = [piece for part in parts for piece in _pieces(part.source, Records)]
+    for folder in dict.fromkeys(piece.place for piece in packed):
         if config.check.decode and (damaged := verify(folder)):
             yield (
                 f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its "
