@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,12 +90,9 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
 
 def columns_of(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """{name: values [rows]} of everything with a number in some row; NaN where a row has none."""
+    rows = [{name: x for name, x in row.items() if not isinstance(x, str)} for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
-    values = {
-        name: [math.nan if isinstance(row.get(name), str | None) else row[name] for row in rows]
-        for name in names
-    }
-    columns = {name: np.array(column, float) for name, column in values.items()}
+    columns = {name: np.array([row.get(name) for row in rows], float) for name in names}
     return {name: column for name, column in columns.items() if not np.isnan(column).all()}
 
 

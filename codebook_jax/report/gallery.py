@@ -50,12 +50,10 @@ def answers_of(
 def explore_codebook(
     gallery: Gallery, codewords: Float[np.ndarray, "codes dim"], *, temperature: float
 ) -> dict[str, Any]:
-    """`totals`, a `chart` of the codebook's use, the `captions` that are shown, and the `codewords`
-    that some picture or caption uses, first those that many of both use.
-
-    A codeword has the counts of its `images` and `captions`, those whose likeliest codeword it is,
-    its `words`, the surest `pictures` and `texts`, and how many captions are `agreeing` with their
-    picture, of the `pairs` with either.
+    """`totals`, a `chart` of the codebook's use, the `captions` shown, and the `codewords` in use,
+    first those that many pictures and captions share: how many `images` and `captions` choose it,
+    the surest of them, and how many captions are `agreeing` with their picture, of the `pairs` with
+    either.
     """
     tables = [
         code_probabilities(part, codewords, temperature=temperature)

@@ -160,28 +160,25 @@ def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool
     for evidence, hashes in compared.items():
         matches[evidence] = np.where(matched, -1, first_match(*hashes))
         matched |= matches[evidence] >= 0
-    pairs = sorted(
-        (record, evidence)
+    pictures = [
+        {
+            "name": evaluation.source.name(record),
+            "training": training.source.name(int(match[record])),
+            "evidence": evidence,
+        }
         for evidence, match in matches.items()
         for record in np.flatnonzero(match >= 0).tolist()
-    )
-    same = Counter(evidence for _, evidence in pairs)
+    ]
+    same = Counter(one["evidence"] for one in pictures)
     found = {
         "evaluation": evaluation.label,
         "images": len(pictures_of(ours)),
-        "leaked": len(pairs) - decoded * same["name"],
+        "leaked": len(pictures) - decoded * same["name"],
         "same_content": same["content"],
         "same_look": same["look"],
         "same_name_alone": same["name"],
+        "pictures": pictures,
     }
-    found["pictures"] = [
-        {
-            "name": evaluation.source.name(record),
-            "training": training.source.name(int(matches[evidence][record])),
-            "evidence": evidence,
-        }
-        for record, evidence in pairs
-    ]
     return Leak(evaluation, training, matches, found, decoded)
 
 

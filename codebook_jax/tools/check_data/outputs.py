@@ -171,5 +171,5 @@ def _figure(part: Part, record: int, pictures: Pictures) -> dict[str, Any]:
     try:
         pictures.add(figure["picture"], decode(part.source[record].image), caption)
     except UnreadableImage as error:
-        return figure | {"failure": str(error)}
-    return figure | {"failure": None}
+        figure["failure"] = str(error)
+    return figure
