@@ -257,7 +257,7 @@ def test_names_count_where_they_are_no_running_numbers(tmp_path):
         parts.append(found_in(tmp_path / "pairs.json", tmp_path, decode=False))
     found = find_leak(parts[1], parts[0], near_bits=3, decoded=False)
     assert (found.matches["name"] >= 0).tolist() == [True] * 30 + [False] * 30 + [True, False]
-    assert found.found["leaked"] == 31
+    assert found.leak["leaked"] == 31
 
 
 def test_a_mixture_is_checked_as_a_whole_and_source_by_source(tmp_path):

@@ -26,7 +26,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs
 from codebook_jax.run.record import check_folder
 from codebook_jax.tools.check_data import outputs
-from codebook_jax.tools.check_data.findings import Leak, Part, find, find_leak, read_captions
+from codebook_jax.tools.check_data.findings import Part, find, find_leak, read_captions
 from codebook_jax.tools.check_data.inspection import inspect, pieces_of
 from codebook_jax.tools.check_data.outputs import CHECK, FILES, PAGE, SKIPPED, USABLE
 
@@ -49,9 +49,9 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     try:
         with stoppable(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # of broken EXIF blocks
-            parts, leaks = _find(config, workdir)
-            verdicts = list(_verdicts(config, parts, leaks))
-            root = outputs.write(workdir, parts, leaks, verdicts)
+            parts = _find(config, workdir)
+            verdicts = list(_verdicts(config, parts))
+            root = outputs.write(workdir, parts, verdicts, decoded=config.check.decode)
     except Stopped as stop:
         print(f"stopped by {stop}: nothing was written", file=sys.stderr, flush=True)
         return 128 + stop.number
@@ -60,8 +60,8 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     return 1 if verdicts else 0
 
 
-def _find(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[Part], list[Leak]]:
-    """The findings on each source, training first, and the pictures that are also in training."""
+def _find(config: ml_collections.ConfigDict, workdir: Path) -> list[Part]:
+    """The findings on each source, training first."""
     data, sources = config.data, {}
     for label, field in _FIELDS.items():
         if data[field]:
@@ -75,12 +75,10 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> tuple[list[Part],
     tokenizer, _ = open_tokenizer(data.tokenizer, workdir, sample, size, **spelling(data))
     parts = [part for named in sources.items() for part in _parts(config, *named, tokenizer)]
     options = {"near_bits": config.check.near_bits, "decoded": config.check.decode}
-    leaks = [
-        find_leak(part, parts[0], **options)
-        for part in parts
-        if not part.label.startswith("training") and not isinstance(part.source, Mixture)
-    ]
-    return parts, leaks
+    for at, part in enumerate(parts):
+        if not (part.label.startswith("training") or isinstance(part.source, Mixture)):
+            parts[at] = find_leak(part, parts[0], **options)
+    return parts
 
 
 def _pieces(source: Source, kind: type[Source]) -> list[Source]:
@@ -107,9 +105,7 @@ def _parts(
         yield find(f"{label} {number + 1}", piece, own_found, own, *limits)
 
 
-def _verdicts(
-    config: ml_collections.ConfigDict, parts: list[Part], leaks: list[Leak]
-) -> Iterator[str]:
+def _verdicts(config: ml_collections.ConfigDict, parts: list[Part]) -> Iterator[str]:
     """A sentence on each packed folder with damaged files, and each share above the limit."""
     limit = config.check.max_bad_share
     over = f"more than config.check.max_bad_share={limit:g}"
@@ -129,7 +125,7 @@ def _verdicts(
                 f"({bad / listed:.1%}), {over}: {SKIPPED} names those in this list; "
                 f"train on {USABLE}, or fix them"
             )
-    for found in (leak.found for leak in leaks):
+    for found in filter(None, (part.leak for part in parts)):
         leaked, images = found["leaked"], found["images"]
         if leaked > limit * images:
             yield (

@@ -47,21 +47,13 @@ class Part(NamedTuple):
     numbers: dict[str, tuple[str, int]]  # name in check.json: (label in the tables, number)
     most_repeated: list[dict[str, Any]]  # {"caption", "images"}
     max_tokens: int  # that the model reads
+    matches: dict[str, np.ndarray]  # by evidence, int64 [records]: the one in training; -1: none
+    leak: dict[str, Any] | None  # of evaluation data: the entry of check.json
 
     @property
     def counts(self) -> dict[str, int]:
         """The numbers of check.json, by name."""
         return {name: number for name, (_, number) in self.numbers.items()}
-
-
-class Leak(NamedTuple):
-    """Pictures of an evaluation source that are also in training."""
-
-    evaluation: Part
-    training: Part
-    matches: dict[str, np.ndarray]  # by evidence, int64 [records]: the one in training; -1: none
-    found: dict[str, Any]  # the entry of check.json
-    decoded: bool
 
 
 def read_captions(source: Source, tokenizer: Tokenizer) -> np.ndarray:
@@ -117,7 +109,7 @@ def find(
         "unknown_tokens": ("unknown tokens", captions["unknown"].sum()),
     }
     numbers = {name: (text, int(number)) for name, (text, number) in numbers.items()}
-    facts = copies, twins, numbers, most_repeated, max_tokens
+    facts = copies, twins, numbers, most_repeated, max_tokens, {}, None
     return Part(label, source, found, captions, usable, *facts)
 
 
@@ -145,8 +137,8 @@ def _repeated_captions(
     return repeated, examples
 
 
-def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool) -> Leak:
-    """The pictures of the evaluation that are also in training, each by its strongest evidence.
+def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool) -> Part:
+    """The evaluation, with its pictures that are also in training, by their strongest evidence.
 
     A name counts as a leak only without decoding.
     """
@@ -170,7 +162,7 @@ def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool
         for record in np.flatnonzero(match >= 0).tolist()
     ]
     same = Counter(one["evidence"] for one in pictures)
-    found = {
+    leak = {
         "evaluation": evaluation.label,
         "images": len(pictures_of(ours)),
         "leaked": len(pictures) - decoded * same["name"],
@@ -179,7 +171,7 @@ def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool
         "same_name_alone": same["name"],
         "pictures": pictures,
     }
-    return Leak(evaluation, training, matches, found, decoded)
+    return evaluation._replace(matches=matches, leak=leak)
 
 
 def _one_per_id(hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:

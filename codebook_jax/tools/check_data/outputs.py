@@ -20,7 +20,7 @@ from codebook_jax.files import write_json, written_whole
 from codebook_jax.report.charts import histogram
 from codebook_jax.report.page import FILE as PAGE
 from codebook_jax.report.page import Pictures, write_page
-from codebook_jax.tools.check_data.findings import Leak, Part, pictures_of
+from codebook_jax.tools.check_data.findings import Part, pictures_of
 from codebook_jax.tools.check_data.inspection import Status, has_files, pieces_of
 
 SKIPPED = "skipped.tsv"
@@ -30,7 +30,7 @@ _ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 
 
 def write(
-    workdir: Path, parts: Sequence[Part], leaks: Sequence[Leak], verdicts: Sequence[str]
+    workdir: Path, parts: Sequence[Part], verdicts: Sequence[str], *, decoded: bool
 ) -> str | None:
     """Prints the table, writes the files, and returns `_image_root`; `parts` begin with all
     training data, and of a mixture have first the whole, then each source.
@@ -39,7 +39,7 @@ def write(
     rows = [["", *(part.label for part in parts)]]
     for name, (label, _) in training.numbers.items():
         rows.append([label, *(f"{part.numbers[name][1]:,}" for part in parts)])
-    _print(rows, leaks, verdicts)
+    _print(rows, parts, verdicts)
     root = _image_root(training)
     _write_usable(workdir / USABLE, training, root)
     _write_skipped(workdir / SKIPPED, parts)
@@ -53,32 +53,31 @@ def write(
             | {"most_repeated": part.most_repeated}
             for part in parts
         ],
-        "leaks": [leak.found for leak in leaks],
+        "leaks": [part.leak for part in parts if part.leak],
         "verdicts": verdicts,
     }
     pictures = Pictures()
     sources = zip(content["sources"], parts, strict=True)
     sections = [source | _section(part, pictures) for source, part in sources]
     leaked = [
-        {"label": leak.evaluation.label, "evidence": evidence, "decoded": leak.decoded}
-        | _pairs(leak.evaluation, leak.training, match, pictures)
-        for leak in leaks
-        for evidence, match in leak.matches.items()
+        {"label": part.label, "evidence": evidence} | _pairs(part, training, match, pictures)
+        for part in parts
+        for evidence, match in part.matches.items()
         if (match >= 0).any()
     ]
-    values = {"title": "The data", "rows": rows, "verdicts": verdicts}
+    values = {"title": "The data", "rows": rows, "verdicts": verdicts, "decoded": decoded}
     write_page(workdir / PAGE, "check.html", pictures, **values, parts=sections, leaks=leaked)
     write_json(workdir / CHECK, content)
     return root
 
 
-def _print(rows: Sequence[Sequence[str]], leaks: Sequence[Leak], verdicts: Sequence[str]) -> None:
+def _print(rows: Sequence[Sequence[str]], parts: Sequence[Part], verdicts: Sequence[str]) -> None:
     table = Table("", *(Column(label, justify="right") for label in rows[0][1:]))
     for row in rows[1:]:
         table.add_row(*row)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(table)
-    for found in (leak.found for leak in leaks):
+    for found in filter(None, (part.leak for part in parts)):
         console.print(
             f"{found['leaked']:,} of {found['images']:,} pictures of {found['evaluation']} are in "
             f"training, or look like one there ({found['same_content']:,} the same file, "
