@@ -23,9 +23,10 @@ from codebook_jax.report.gallery import answers_of, explore_codebook, words_of
 from codebook_jax.report.page import Pictures, write_page
 
 EVIL = (
-    "a red ring </script><script>window.hacked = 1</script>"
+    "a\0 red\x1b ring \ud83d \\ud83d </script><script>window.hacked = 1</script>"
     "<img src=x onerror='window.hacked = 2'> \u2028 & more"
 )
+SHOWN = EVIL.replace("\0", "").replace("\x1b", "").replace("\ud83d", "?")
 RECORD = {
     "config": {
         "size": "tiny",
@@ -148,7 +149,7 @@ def test_a_browser_draws_the_page_shows_values_and_filters_codewords(tmp_path):
     assert found["all"] > 200 and found["before"] == 40 and found["extended"] == found["all"]
     assert 0 < len(found["texts"]) < found["all"]
     assert all("red" in text and "ring" in text for text in found["texts"])
-    assert any(EVIL in text for text in found["evil"]) and found["hacked"] is None
+    assert any(SHOWN in text for text in found["evil"]) and found["hacked"] is None
     assert found["none"] == 0 and found["counted"].startswith("0 of")
     assert found["numbers"] == sorted(found["numbers"]) and len(found["numbers"]) == 40
 
@@ -156,24 +157,13 @@ def test_a_browser_draws_the_page_shows_values_and_filters_codewords(tmp_path):
 def test_a_page_holds_data_as_text_and_asks_the_network_for_nothing(tmp_path):
     page = page_with(tmp_path / "report.html", images=30, codes=500).read_text()
     assert "<script>window" not in page and "<img src=x" not in page
-    assert EVIL in embedded(page, "codebook")["captions"].values()
+    assert SHOWN in embedded(page, "codebook")["captions"].values()
+    assert not re.search("[\\x00-\\x08\\x0b-\\x1f]", page)  # they end a browser
     assert set(embedded(page, "pictures")) == set(map(str, range(30)))
     asks = r"""(src|href|action)\s*=\s*["']?(https?:)?//|url\(|@import|\bfetch\(|XMLHttp|<link"""
     assert not re.search(asks, page) and "default-src 'none'" in page
     scripts = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
     assert not any("\u2028" in script or "<" in script for script in scripts)
-
-
-def test_a_page_has_no_characters_that_end_a_browser(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "EVIL", "a\0 red\x1b \ud83d ring \U0001f600 \\ud83d")
-    page = page_with(tmp_path / "report.html", images=30, codes=50)
-    text = page.read_text()
-    assert not re.search("[\\x00-\\x08\\x0b-\\x1f]", text)
-    assert "a red ? ring \U0001f600 \\ud83d" in embedded(text, "codebook")["captions"].values()
-    assert text.count("a red ? ring \U0001f600 \\ud83d") >= 2  # the settings
-    read = "JSON.parse(document.getElementById('codebook').textContent)"
-    found = browser.look(page, f"found.captions = Object.values({read}.captions)", tmp_path)
-    assert any("red ?" in caption for caption in found["captions"])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -331,12 +321,10 @@ def test_codewords_are_ordered_by_use_and_their_users_by_probability():
     gallery = Gallery(ids, np.array([0, 2]), np.full(2, 5), captions, ids, features, 0, 0)
     found = explore_codebook(gallery, np.eye(3), temperature=1.0)
     first, second = found["codewords"]  # the third is used by none
-    shared = {"agreeing": 1, "pairs": 2, "words": []}
-    assert first == {"code": 0, "images": 2, "captions": 2, "pictures": [1, 0], "texts": [0, 1]} | (
-        shared
-    )
-    lone = {"code": 1, "images": 1, "captions": 0, "pictures": [2], "texts": [], "words": []}
-    assert second == lone | {"agreeing": 0, "pairs": 1}
+    assert (first["code"], first["pictures"], first["texts"]) == (0, [1, 0], [0, 1])
+    assert (first["agreeing"], first["pairs"], first["captions"]) == (1, 2, 2)
+    assert (second["code"], second["pictures"], second["texts"]) == (1, [2], [])
+    assert (second["agreeing"], second["pairs"], second["captions"]) == (0, 1, 0)
     assert (found["totals"]["used"], found["totals"]["shared"]) == (2, 1)
     assert found["totals"]["agreement"] == 0.5
 
