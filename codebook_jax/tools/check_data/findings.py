@@ -47,8 +47,9 @@ class Part(NamedTuple):
     numbers: dict[str, tuple[str, int]]  # name in check.json: (label in the tables, number)
     most_repeated: list[dict[str, Any]]  # {"caption", "images"}
     max_tokens: int  # that the model reads
-    matches: dict[str, np.ndarray]  # by evidence, int64 [records]: the one in training; -1: none
-    leak: dict[str, Any] | None  # of evaluation data: the entry of check.json
+    # of evaluation data, by evidence: int64 [records], the same picture's in training; -1: none
+    matches: dict[str, np.ndarray] | None = None
+    leak: dict[str, Any] | None = None  # its entry in check.json
 
     @property
     def counts(self) -> dict[str, int]:
@@ -109,8 +110,9 @@ def find(
         "unknown_tokens": ("unknown tokens", captions["unknown"].sum()),
     }
     numbers = {name: (text, int(number)) for name, (text, number) in numbers.items()}
-    facts = copies, twins, numbers, most_repeated, max_tokens, {}, None
-    return Part(label, source, found, captions, usable, *facts)
+    return Part(
+        label, source, found, captions, usable, copies, twins, numbers, most_repeated, max_tokens
+    )
 
 
 def pictures_of(found: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def write(
     leaked = [
         {"label": part.label, "evidence": evidence} | _pairs(part, training, match, pictures)
         for part in parts
-        for evidence, match in part.matches.items()
+        for evidence, match in (part.matches or {}).items()
         if (match >= 0).any()
     ]
     values = {"title": "The data", "rows": rows, "verdicts": verdicts, "decoded": decoded}
