@@ -33,16 +33,12 @@ def lines(
     """
     values = np.stack(list(curves.values()), axis=1)
     xs, values = thinned(xs, np.where(values > 0, values, np.nan) if log else values)
-    series = [
-        {
-            "label": label,
-            "values": [None if math.isnan(y) else float(f"{y:.5g}") for y in column.tolist()],
-            "dash": label in dashed,
-        }
-        for label, column in zip(curves, values.T, strict=True)
-    ]
-    chart = {"note": "", **labels, "kind": "lines", "log": log}
-    return chart | {"xs": xs.astype(int).tolist(), "series": series}
+    series = []
+    for label, column in zip(curves, values.T.tolist(), strict=True):
+        rounded = [None if math.isnan(y) else float(f"{y:.5g}") for y in column]
+        series.append({"label": label, "values": rounded, "dash": label in dashed})
+    places = {"xs": xs.astype(int).tolist(), "series": series}
+    return {"note": "", **labels, "kind": "lines", "log": log, **places}
 
 
 def histogram(
@@ -60,28 +56,23 @@ def histogram(
     which = np.minimum((np.arange(len(counts)) - start) // step, bars - 1)
     held = np.bincount(which, counts, bars).astype(int).tolist()
     series = [{"label": labels["y"], "values": held, "dash": False}]
-    chart = {"note": "", **labels, "kind": "bars", "log": False, "series": series}
-    xs = (start + np.arange(bars) * step).tolist()
-    return chart | {"xs": xs, "step": step, "mark": mark}
+    places = {"xs": (start + np.arange(bars) * step).tolist(), "step": step, "mark": mark}
+    return {"note": "", **labels, "kind": "bars", "log": False, **places, "series": series}
 
 
 def thinned(
     steps: Shaped[np.ndarray, "rows"], values: Float[np.ndarray, "rows curves"]
 ) -> tuple[np.ndarray, np.ndarray]:
     """At most MOST_POINTS of the rows: each curve's lowest and highest value in each bucket of
-    rows, in their order; a bucket that is all NaN gives NaN.
+    rows, the higher first where the curve falls; a bucket that is all NaN gives NaN.
     """
     rows = len(steps)
     if rows <= MOST_POINTS:
         return steps, values
     size = -(-rows // (MOST_POINTS // 2))
-    buckets = -(-rows // size)
-    padded = np.full((buckets * size, values.shape[1]), np.nan)
-    padded[:rows] = values
-    padded = padded.reshape(buckets, size, -1)
-    lowest = np.where(np.isnan(padded), np.inf, padded).argmin(axis=1)
-    highest = np.where(np.isnan(padded), -np.inf, padded).argmax(axis=1)
-    places = np.sort(np.stack([lowest, highest], axis=1), axis=1)
-    extremes = np.take_along_axis(padded, places, axis=1).reshape(2 * buckets, -1)
-    starts = np.arange(buckets)[:, None] * size + np.array([0, size // 2])
-    return steps[starts.ravel().clip(max=rows - 1)], extremes
+    starts = np.arange(0, rows, size)
+    lowest, highest = (extreme.reduceat(values, starts) for extreme in (np.fmin, np.fmax))
+    falls = values[starts] > values[np.minimum(starts + size, rows) - 1]
+    pairs = [np.where(falls, highest, lowest), np.where(falls, lowest, highest)]
+    places = np.stack([starts, np.minimum(starts + size // 2, rows - 1)], axis=1)
+    return steps[places.ravel()], np.stack(pairs, axis=1).reshape(-1, values.shape[1])

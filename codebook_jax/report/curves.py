@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +28,6 @@ class _Plot(NamedTuple):
 
 
 _CORRECT = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
-_ACCURACY = _Plot("Accuracy in training", "share correct", _CORRECT)
 _PERPLEXITY = {
     "codebook/perplexity": "mean of both",
     "codebook/perplexity_image": "images",
@@ -54,6 +52,7 @@ _SINGLE = "0: each feature is assigned to a single codeword."
 _MARGINALS = "How far the plan's marginals are from uniform."
 _COMPILES = "The first step after every start includes compilation."
 _WAITING = {"time/data_wait_share": "waiting for data"}
+_FIND = "R@k: the share of queries with a right answer among the first k."
 _SECTIONS = {  # after the losses
     "Codebook": (
         _Plot("Perplexity of the codebook", "codewords", _PERPLEXITY, _IN_USE),
@@ -74,9 +73,9 @@ _IN_TABLES = re.compile(r"^step$|_r\d+$|/(images|texts|left_out|truncated|rerank
 
 def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     """{section: charts} of the rows of a metrics.jsonl: every number except the counts of eval/."""
-    training = _columns([row for row in rows if not is_evaluation(row)])
-    evaluations = _columns([row for row in rows if is_evaluation(row)])
-    sections = {"Loss and accuracy": (*_losses(training), _ACCURACY)} | _SECTIONS
+    training = columns_of([row for row in rows if not is_evaluation(row)])
+    evaluations = columns_of([row for row in rows if is_evaluation(row)])
+    sections = {"Loss and accuracy": _losses(training), **_SECTIONS}
     drawn = {"step", *(name for plots in sections.values() for p in plots for name in p.curves)}
     rest = {name: training for name in training if name not in drawn}
     rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}
@@ -89,9 +88,12 @@ def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     return {section: found for section, found in charts.items() if found}
 
 
-def number(value: Any) -> float:
-    """A logged value as a float; NaN for null and text."""
-    return math.nan if value is None or isinstance(value, str) else float(value)
+def columns_of(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """{name: values [rows]} of everything with a number in some row; NaN where a row has none."""
+    rows = [{name: x for name, x in row.items() if not isinstance(x, str)} for row in rows]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: np.array([row.get(name) for row in rows], float) for name in names}
+    return {name: column for name, column in columns.items() if not np.isnan(column).all()}
 
 
 def _losses(names: Iterable[str]) -> list[_Plot]:
@@ -104,7 +106,7 @@ def _losses(names: Iterable[str]) -> list[_Plot]:
     for whole, found in parts.items():
         curves = {f"loss/{part}": part.removeprefix(f"{whole}_") for part in found}
         plots.append(_Plot(f"Parts of the {whole} loss", "nats", curves))
-    return plots
+    return [*plots, _Plot("Accuracy in training", "share correct", _CORRECT)]
 
 
 def _recalls() -> list[_Plot]:
@@ -114,9 +116,8 @@ def _recalls() -> list[_Plot]:
         student = {f"eval/{prefix}_r{k}": f"R@{k}" for k in RANKS}
         others = {f"eval/teacher_{prefix}_r{k}": f"R@{k} teacher" for k in RANKS}
         others[f"eval/{prefix}_chance_r{RANKS[-1]}"] = f"R@{RANKS[-1]} chance"
-        note = "R@k: the share of queries with a right answer among the first k."
         dashed = tuple(others.values())
-        plots.append(_Plot(title, "recall, %", student | others, note, dashed=dashed))
+        plots.append(_Plot(title, "recall, %", student | others, _FIND, dashed=dashed))
     return plots
 
 
@@ -124,16 +125,12 @@ def _charts(plots: Iterable[_Plot], columns: Mapping[str, np.ndarray]) -> list[d
     """The charts of the plots that have at least one curve among the columns."""
     charts = []
     for title, unit, curves, note, log, dashed in plots:
-        shown = {name: label.replace("_", " ") for name, label in curves.items() if name in columns}
+        shown = {
+            label.replace("_", " "): columns[name]
+            for name, label in curves.items()
+            if name in columns
+        }
         if shown:
-            found = {label: columns[name] for name, label in shown.items()}
             labels = {"title": title, "x": "step", "y": unit, "note": note}
-            charts.append(lines(columns["step"], found, log=log, dashed=dashed, **labels))
+            charts.append(lines(columns["step"], shown, log=log, dashed=dashed, **labels))
     return charts
-
-
-def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """{name: values [rows]} of everything with a number in some row; NaN where a row has none."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: np.array([number(row.get(name)) for row in rows]) for name in names}
-    return {name: values for name, values in columns.items() if not np.isnan(values).all()}

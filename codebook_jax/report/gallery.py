@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from codebook_jax.data.text import clean
 from codebook_jax.evaluation.encoding import Gallery
@@ -50,27 +50,38 @@ def answers_of(
 def explore_codebook(
     gallery: Gallery, codewords: Float[np.ndarray, "codes dim"], *, temperature: float
 ) -> dict[str, Any]:
-    """`totals`, a `chart` of the codebook's use, the `codewords`, the `captions` that they name."""
-    image, text = (
+    """`totals`, a `chart` of the codebook's use, the `captions` shown, and the `codewords` in use,
+    first those that many pictures and captions share: how many `images` and `captions` choose it,
+    the surest of them, and how many captions are `agreeing` with their picture, of the `pairs` with
+    either.
+    """
+    tables = [
         code_probabilities(part, codewords, temperature=temperature)
         for part in gallery.features["student"][:2]
-    )
+    ]
+    winners = [table.argmax(axis=1) for table in tables]
+    counts = np.stack([np.bincount(best, minlength=len(codewords)) for best in winners], axis=1)
+    used = int((counts.sum(axis=1) > 0).sum())
+    order = np.lexsort((-counts.sum(axis=1), -counts.min(axis=1)))[:used]
     own_image = (gallery.text_image_ids[:, None] == gallery.image_ids).argmax(axis=1)
-    everywhere, total = _words_in(gallery.captions), len(gallery.captions)
+    everywhere = _words_in(gallery.captions)
     entries = []
-    for code in codewords_of(image, text, own_image):
-        images, texts = code["images"], code["texts"]
-        words = words_of([gallery.captions[text] for text in texts], everywhere, total)[:WORDS]
-        entries.append(
-            code
-            | {"images": len(images), "captions": len(texts)}
-            | {"words": [[word, round(share, 3)] for word, share in words]}
-            | {"pictures": images[:PICTURES], "texts": texts[:CAPTIONS]}
+    for code in order.tolist():
+        images, texts = (
+            sorted(np.flatnonzero(best == code).tolist(), key=lambda row: -table[row, code])
+            for table, best in zip(tables, winners, strict=True)
         )
-    counts = np.array([[entry["images"], entry["captions"]] for entry in entries], float)
-    shares = -100 * np.sort(-counts, axis=0) / (len(gallery.image_ids), total)
+        here, there = winners[0][own_image] == code, winners[1] == code
+        captions = [gallery.captions[text] for text in texts]
+        words = words_of(captions, everywhere, len(gallery.captions))[:WORDS]
+        entry = {"code": code, "images": len(images), "captions": len(texts)}
+        entry |= {"agreeing": int((here & there).sum()), "pairs": int((here | there).sum())}
+        entry["words"] = [[word, round(share, 3)] for word, share in words]
+        entries.append(entry | {"pictures": images[:PICTURES], "texts": texts[:CAPTIONS]})
+    total = np.array([len(gallery.image_ids), len(gallery.captions)])
+    shares = 100 * -np.sort(-counts[order], axis=0) / total
     chart = lines(
-        np.arange(1, len(entries) + 1),
+        np.arange(1, used + 1),
         {"of the pictures": shares[:, 0], "of the captions": shares[:, 1]},
         title="Use of the codewords",
         x="rank of the codeword, the most used first",
@@ -79,43 +90,14 @@ def explore_codebook(
     )
     totals = {
         "size": len(codewords),
-        "used": len(entries),
+        "used": used,
         "shared": int((counts.min(axis=1) > 0).sum()),
-        "agreement": sum(entry["agreeing"] for entry in entries) / total,
+        "agreement": float((winners[0][own_image] == winners[1]).mean()),
         "images": len(gallery.image_ids),
-        "captions": total,
+        "captions": len(gallery.captions),
     }
     shown = {text: gallery.captions[text] for entry in entries for text in entry["texts"]}
     return {"totals": totals, "chart": chart, "codewords": entries, "captions": shown}
-
-
-def codewords_of(
-    image_probabilities: Float[np.ndarray, "images codes"],
-    text_probabilities: Float[np.ndarray, "texts codes"],
-    own_image: Int[np.ndarray, "texts"],
-) -> list[dict[str, Any]]:
-    """Every codeword that some image or caption uses, first those that many of both use.
-
-    `code`, the `images` and `texts` whose likeliest codeword it is (the most certain first), how
-    many captions are `agreeing` with their image, of the `pairs` with either. `own_image` is the
-    row of each caption's image.
-    """
-    tables = image_probabilities, text_probabilities
-    winners = [table.argmax(axis=1) for table in tables]
-    counts = np.stack([np.bincount(best, minlength=tables[0].shape[1]) for best in winners])
-    used = counts.sum(axis=0)
-    found = []
-    for code in np.lexsort((-used, -counts.min(axis=0)))[: np.count_nonzero(used)].tolist():
-        images, texts = (
-            sorted(np.flatnonzero(best == code).tolist(), key=lambda row: -table[row, code])
-            for table, best in zip(tables, winners, strict=True)
-        )
-        here, there = winners[0][own_image] == code, winners[1] == code
-        agreeing, pairs = int((here & there).sum()), int((here | there).sum())
-        found.append(
-            {"code": code, "images": images, "texts": texts, "agreeing": agreeing, "pairs": pairs}
-        )
-    return found
 
 
 def words_of(

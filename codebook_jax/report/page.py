@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 import re
@@ -53,14 +52,6 @@ class Pictures:
 
 def write_page(path: Path | str, template: str, pictures: Pictures, **values: Any) -> None:
     """Writes the page: the template filled with `values`, plain dicts, lists and texts."""
-    values |= {"pictures": pictures.files, "left_out": len(pictures.left_out)}
-    text = _environment().get_template(template).render(**_shown(values))
-    with written_whole(path) as file:
-        file.write(text)
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER / "templates"),
         autoescape=True,  # captions are shown as text, whatever they hold
@@ -75,7 +66,9 @@ def _environment() -> jinja2.Environment:
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u00a0%"
     # a setting: a non-empty text as it is, everything else as JSON
     environment.filters["plain"] = lambda v: v if v and isinstance(v, str) else json.dumps(v)
-    return environment
+    values |= {"pictures": pictures.files, "left_out": len(pictures.left_out)}
+    with written_whole(path) as file:
+        file.write(environment.get_template(template).render(_shown(values)))
 
 
 def _shown(value: Any) -> Any:

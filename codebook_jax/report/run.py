@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from jaxtyping import Float
 
 from codebook_jax import build
 from codebook_jax.config import changed_fields, flat
 from codebook_jax.console import say
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
-from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Gallery, GallerySpec, encode_source
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.files import check_outputs, parse_json
 from codebook_jax.models.codis import unit
-from codebook_jax.report.curves import Row, curves, number
+from codebook_jax.report.curves import Row, columns_of, curves
 from codebook_jax.report.gallery import PICTURES, examples, explore_codebook
 from codebook_jax.report.page import FILE, Pictures, write_page
 from codebook_jax.run import metrics
@@ -29,16 +29,6 @@ from codebook_jax.run.checkpoint import Checkpoints
 
 MOST_IMAGES = 1000  # of the test data
 _PROTOCOLS = {"student/dual": "", "teacher/dual": "teacher_", "student/reranked": "reranked_"}
-
-
-class Encoded(NamedTuple):
-    """The test data encoded by a checkpoint."""
-
-    step: int
-    spec: str
-    source: Source
-    gallery: Gallery
-    codewords: np.ndarray | None  # float [codes, dim]; None: trained without the codebook loss
 
 
 def write_report(
@@ -54,27 +44,27 @@ def write_report(
     check_outputs(workdir, (FILE,))
     parts = build.build_trained(config, workdir, flags)
     record = records.read_record(workdir)
-    encoded = _encode(parts, workdir)
+    pictures = Pictures()
+    seen = _see_test_data(parts, workdir, pictures)
     if jax.process_index() != 0:
         return
     path = workdir / metrics.FILE
     rows = metrics.read_rows(path) if path.exists() else []
-    pictures = Pictures()
     write_page(
         workdir / FILE,
         "run.html",
         pictures,
         title=workdir.name,
         facts=facts(rows, build.trained_parameters(parts.task)),
-        result=result(workdir / "eval.json", rows),
+        result=result(workdir / metrics.RESULTS, rows),
         charts=curves(rows),
-        seen=None if encoded is None else what_is_seen(encoded, parts.config, pictures),
+        seen=seen,
         record=record,
         settings=flat(record["config"]),
         differs=changed_fields(config.to_dict(), record["config"]) if config else {},
         compared=config is not None,
     )
-    if encoded is None:
+    if seen is None:
         say("there is no checkpoint yet: the page shows only the curves")
     say(f"report: {workdir / FILE}")
 
@@ -82,13 +72,14 @@ def write_report(
 def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
     """Figures of the training for the first paragraph, beyond those in the run's record."""
     training = [row for row in rows if not metrics.is_evaluation(row)]
-    steps = np.array([0, *(row["step"] for row in training)])
-    pace = np.array([number(row.get("time/step_s")) for row in training])
+    columns = columns_of(training)
+    steps = np.append(0, columns.get("step", ()))
+    pace = columns.get("time/step_s")
     return {
         "parameters": parameters,
         "step": int(steps[-1]),
-        "seconds": float(np.nansum(pace * np.diff(steps))),
-        "pace": float(np.nanmedian(pace)) if np.isfinite(pace).any() else None,
+        "seconds": None if pace is None else float(np.nansum(pace * np.diff(steps))),
+        "pace": None if pace is None else float(np.nanmedian(pace)),
         "not_finite": sum(row.get("loss") is None for row in training),
         "logged": len(training),
     }
@@ -99,13 +90,7 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
     step, protocols = None, {}
     if path.exists():
-        try:
-            protocols = dict(parse_json(path.read_bytes()))
-        except (IsADirectoryError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} was not written by --mode=eval ({error}): run --mode=eval again, or "
-                "delete it"
-            ) from error
+        protocols = parse_json(path.read_bytes())
     elif evaluations:
         step = evaluations[-1]["step"]
         values = {name.removeprefix("eval/"): value for name, value in evaluations[-1].items()}
@@ -118,12 +103,16 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def what_is_seen(
-    encoded: Encoded, config: ml_collections.ConfigDict, pictures: Pictures
+    gallery: Gallery,
+    source: Source,
+    codewords: Float[np.ndarray, "codes dim"] | None,
+    config: ml_collections.ConfigDict,
+    pictures: Pictures,
 ) -> dict[str, Any]:
-    """Examples of retrieval and the codebook; adds the pictures that they show, the most important
-    first: of the queries, then of every codeword.
+    """Examples of retrieval and the codebook, if there are codewords; adds the pictures that they
+    show, the most important first: of the queries, then of every codeword.
     """
-    gallery, codebook = encoded.gallery, None
+    codebook = None
     features = gallery.features["student"]
     similarity = features.image @ features.text.T
     queries = examples(gallery, similarity, seed=config.seed)
@@ -131,19 +120,16 @@ def what_is_seen(
     for query in queries["captions"]:
         images += [query["right"], *(answer["at"] for answer in query["answers"])]
     images += [query["query"] for query in queries["pictures"]]
-    if encoded.codewords is not None:
-        temperature = config.codebook.temperature
-        codebook = explore_codebook(gallery, encoded.codewords, temperature=temperature)
+    if codewords is not None:
+        codebook = explore_codebook(gallery, codewords, temperature=config.codebook.temperature)
         for place in range(PICTURES):
             for code in codebook["codewords"]:
                 images += code["pictures"][place : place + 1]
     for image in dict.fromkeys(images):
-        record = encoded.source[int(gallery.positions[image])]
+        record = source[int(gallery.positions[image])]
         pictures.add(str(image), decode(record.image), record.captions[0])
     return {
-        "step": encoded.step,
-        "data": encoded.spec,
-        "listed": len(encoded.source),
+        "listed": len(source),
         "images": len(gallery.image_ids),
         "captions": gallery.captions,
         "seed": config.seed,
@@ -153,9 +139,9 @@ def what_is_seen(
     }
 
 
-def _encode(parts: build.Parts, workdir: Path) -> Encoded | None:
-    """The test data encoded by the checkpoint best in validation; None before the first, and for a
-    task without towers.
+def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dict[str, Any] | None:
+    """What the checkpoint best in validation sees in the test data; None before the first, and for
+    a task without towers.
     """
     config, programs = parts.config, getattr(parts.task, "programs", None)
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
@@ -167,14 +153,13 @@ def _encode(parts: build.Parts, workdir: Path) -> Encoded | None:
     source = source_of(config, spec, "test")
     images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)
     say(f"test data {spec}: {images:,} of {len(source):,} images")
-    towers, reading = (
-        {"student": student["towers"]},
-        GallerySpec.from_config(config, parts.mesh, images),
-    )
+    reading = GallerySpec.from_config(config, parts.mesh, images)
+    towers = {"student": student["towers"]}
     gallery = encode_source(programs, towers, source, parts.tokenizer, reading)
     codewords = None
     if config.losses.codebook:
         everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
         codes = jax.jit(unit, out_shardings=everywhere)(student["codebook"]["codes"])
         codewords = np.asarray(codes)
-    return Encoded(restored.step, spec, source, gallery, codewords)
+    seen = what_is_seen(gallery, source, codewords, config, pictures)
+    return seen | {"step": restored.step, "data": spec}

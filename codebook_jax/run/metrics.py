@@ -18,7 +18,7 @@ from codebook_jax.data.progress import Bar, duration
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, written_whole
 
-FILE = "metrics.jsonl"
+FILE, RESULTS = "metrics.jsonl", "eval.json"
 Scalar = int | float | str | None
 
 

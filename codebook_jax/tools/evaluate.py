@@ -13,8 +13,7 @@ from codebook_jax.console import say
 from codebook_jax.data.progress import Stages
 from codebook_jax.data.sources import source_of
 from codebook_jax.files import check_outputs, write_json
-
-FILE = "eval.json"
+from codebook_jax.run.metrics import RESULTS
 
 
 def evaluate(
@@ -29,7 +28,7 @@ def evaluate(
     value is for validation during training.
     """
     workdir = Path(workdir).absolute()
-    check_outputs(workdir, (FILE,))
+    check_outputs(workdir, (RESULTS,))
     images = max(0, config.evaluation.images) if config is not None else 0
     parts = build.build_trained(config, workdir, flags)
     config = parts.config
@@ -45,4 +44,4 @@ def evaluate(
         )
     say(found.table)
     if jax.process_index() == 0:
-        write_json(workdir / FILE, found.results)
+        write_json(workdir / RESULTS, found.results)

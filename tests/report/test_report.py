@@ -19,13 +19,14 @@ from codebook_jax.evaluation.encoding import Features, Gallery
 from codebook_jax.models.codis import unit
 from codebook_jax.report import charts, run
 from codebook_jax.report.curves import curves
-from codebook_jax.report.gallery import answers_of, codewords_of, words_of
+from codebook_jax.report.gallery import answers_of, explore_codebook, words_of
 from codebook_jax.report.page import Pictures, write_page
 
 EVIL = (
-    "a red ring </script><script>window.hacked = 1</script>"
+    "a\0 red\x1b ring \ud83d \\ud83d </script><script>window.hacked = 1</script>"
     "<img src=x onerror='window.hacked = 2'> \u2028 & more"
 )
+SHOWN = EVIL.replace("\0", "").replace("\x1b", "").replace("\ud83d", "?")
 RECORD = {
     "config": {
         "size": "tiny",
@@ -79,9 +80,9 @@ def page_with(path, *, images, codes):
     lengths = np.full(2 * images, 5)
     gallery = Gallery(ids, ids.repeat(2), lengths, captions, ids, features, 0, 0)
     codewords = np.asarray(unit(rng.normal(size=(codes, 8))))
-    encoded = run.Encoded(40, "made up", Colours(captions[::2]), gallery, codewords)
     pictures = Pictures()
-    seen = run.what_is_seen(encoded, config_of(), pictures)
+    seen = run.what_is_seen(gallery, Colours(captions[::2]), codewords, config_of(), pictures)
+    seen |= {"step": 40, "data": "made up"}
     return page_of(path, rows_of(50), seen=seen, pictures=pictures)
 
 
@@ -148,7 +149,7 @@ def test_a_browser_draws_the_page_shows_values_and_filters_codewords(tmp_path):
     assert found["all"] > 200 and found["before"] == 40 and found["extended"] == found["all"]
     assert 0 < len(found["texts"]) < found["all"]
     assert all("red" in text and "ring" in text for text in found["texts"])
-    assert any(EVIL in text for text in found["evil"]) and found["hacked"] is None
+    assert any(SHOWN in text for text in found["evil"]) and found["hacked"] is None
     assert found["none"] == 0 and found["counted"].startswith("0 of")
     assert found["numbers"] == sorted(found["numbers"]) and len(found["numbers"]) == 40
 
@@ -156,24 +157,13 @@ def test_a_browser_draws_the_page_shows_values_and_filters_codewords(tmp_path):
 def test_a_page_holds_data_as_text_and_asks_the_network_for_nothing(tmp_path):
     page = page_with(tmp_path / "report.html", images=30, codes=500).read_text()
     assert "<script>window" not in page and "<img src=x" not in page
-    assert EVIL in embedded(page, "codebook")["captions"].values()
+    assert SHOWN in embedded(page, "codebook")["captions"].values()
+    assert not re.search("[\\x00-\\x08\\x0b-\\x1f]", page)  # they end a browser
     assert set(embedded(page, "pictures")) == set(map(str, range(30)))
     asks = r"""(src|href|action)\s*=\s*["']?(https?:)?//|url\(|@import|\bfetch\(|XMLHttp|<link"""
     assert not re.search(asks, page) and "default-src 'none'" in page
     scripts = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
     assert not any("\u2028" in script or "<" in script for script in scripts)
-
-
-def test_a_page_has_no_characters_that_end_a_browser(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "EVIL", "a\0 red\x1b \ud83d ring \U0001f600 \\ud83d")
-    page = page_with(tmp_path / "report.html", images=30, codes=50)
-    text = page.read_text()
-    assert not re.search("[\\x00-\\x08\\x0b-\\x1f]", text)
-    assert "a red ? ring \U0001f600 \\ud83d" in embedded(text, "codebook")["captions"].values()
-    assert text.count("a red ? ring \U0001f600 \\ud83d") >= 2  # the settings
-    read = "JSON.parse(document.getElementById('codebook').textContent)"
-    found = browser.look(page, f"found.captions = Object.values({read}.captions)", tmp_path)
-    assert any("red ?" in caption for caption in found["captions"])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -299,9 +289,6 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
     assert "<strong>42.0 %</strong>" in page
     path.write_text('{"other/task": {"accuracy": 1}}')
     assert run.result(path, rows) is None and run.result(tmp_path / "none", rows_of(2)) is None
-    path.write_text("[1")
-    with pytest.raises(UserError, match=r"eval\.json .*--mode=eval"):
-        run.result(path, rows)
 
 
 def test_every_file_of_the_page_is_installed():
@@ -327,11 +314,19 @@ def test_answers_are_the_best_and_the_right_one_keeps_its_place():
 
 
 def test_codewords_are_ordered_by_use_and_their_users_by_probability():
-    image = np.array([[0.6, 0.4, 0], [0.9, 0.1, 0], [0.2, 0.8, 0]])
-    text = np.array([[0.7, 0.3, 0], [0.6, 0.4, 0]])
-    first, second = codewords_of(image, text, np.array([0, 2]))  # the third is used by none
-    assert first == {"code": 0, "images": [1, 0], "texts": [0, 1], "agreeing": 1, "pairs": 2}
-    assert second == {"code": 1, "images": [2], "texts": [], "agreeing": 0, "pairs": 1}
+    image = np.array([[0.6, 0.3, 0.1], [0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
+    text = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]])
+    features = {"student": Features(np.log(image), np.log(text), None, None)}
+    ids, captions = np.arange(3), ["one", "two"]
+    gallery = Gallery(ids, np.array([0, 2]), np.full(2, 5), captions, ids, features, 0, 0)
+    found = explore_codebook(gallery, np.eye(3), temperature=1.0)
+    first, second = found["codewords"]  # the third is used by none
+    assert (first["code"], first["pictures"], first["texts"]) == (0, [1, 0], [0, 1])
+    assert (first["agreeing"], first["pairs"], first["captions"]) == (1, 2, 2)
+    assert (second["code"], second["pictures"], second["texts"]) == (1, [2], [])
+    assert (second["agreeing"], second["pairs"], second["captions"]) == (0, 1, 0)
+    assert (found["totals"]["used"], found["totals"]["shared"]) == (2, 1)
+    assert found["totals"]["agreement"] == 0.5
 
 
 def test_the_words_of_a_codeword_are_those_it_has_more_often():

@@ -25,8 +25,13 @@ from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
-from codebook_jax.tools.check_data.captions import read_captions
-from codebook_jax.tools.check_data.findings import earlier_twin, find, find_leak, first_match
+from codebook_jax.tools.check_data.findings import (
+    earlier_twin,
+    find,
+    find_leak,
+    first_match,
+    read_captions,
+)
 from codebook_jax.tools.check_data.inspection import Status, inspect
 from codebook_jax.tools.prepare import prepare
 from configs import base
@@ -62,12 +67,12 @@ def opened(path):
     return open_source(f"json:{path}", role="train", size_px=32, scenes_examples=1, seed=0)
 
 
-def found_in(path, workdir, *, decode=True, label="training"):
+def found_in(path, workdir, *, decode=True, max_tokens=32):
     """The findings on the pairs of a JSON file."""
     source = opened(path)
-    images = inspect(source, processes=1, decode=decode, least_side_px=32)
+    found = inspect(source, processes=1, decode=decode, least_side_px=32)
     captions = read_captions(source, tokenizer_for_run("", workdir, sample_captions(source), 300))
-    return find(label, source, images, captions, bits=3, max_tokens=32)
+    return find("training", source, found, captions, bits=3, max_tokens=max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -156,22 +161,24 @@ def test_the_page_is_whole_and_shows_captions_as_text(checked, tmp_path):
 
 def test_captions_are_counted_by_tokens_and_by_the_pictures_that_share_them(data, tmp_path):
     part = found_in(data / "train.json", tmp_path, decode=False)
-    counts = part.counts()
+    counts = part.counts
     assert counts["captions"] == 2 * 60 + 8 + 3 + 2
     assert counts["repeated"] == 8 == part.most_repeated[0]["images"]
     assert part.most_repeated[0]["caption"] == "a picture <script>alert1< script>"
     tokenizer = tokenizer_of(part.source, tmp_path, 300)
     _, lengths, _ = tokenizer.encode(["number 1", SCRIPT], 100)
     assert (part.captions["tokens"] == lengths[1]).sum() == 8
-    longer = [part._replace(max_tokens=length).counts()["truncated"] for length in lengths]
-    assert longer[0] >= longer[1] + 8 and counts["truncated"] == 0
+    limit = int(lengths[1]) - 1
+    cut = found_in(data / "train.json", tmp_path, decode=False, max_tokens=limit).counts
+    assert cut["truncated"] == (part.captions["tokens"] > limit).sum() >= 8
+    assert counts["truncated"] == 0
     assert counts["unknown_tokens"] == 0 < counts["tokens"]
 
 
 def test_without_decoding_files_are_only_looked_for(data, tmp_path):
-    images = inspect(opened(data / "train.json"), processes=1, decode=False, least_side_px=32)
+    found = inspect(opened(data / "train.json"), processes=1, decode=False, least_side_px=32)
     bad = (Status.MISSING, Status.EMPTY, Status.UNDECODABLE)  # the last is the folder
-    assert [int((images.found["status"] == status).sum()) for status in bad] == [1, 1, 1]
+    assert [int((found["status"] == status).sum()) for status in bad] == [1, 1, 1]
     options = {"check.decode": False, "check.max_bad_share": 0.1}
     code, found = check(data, tmp_path / "out", **options)
     (leak,) = found["leaks"]
@@ -226,11 +233,10 @@ def test_large_pictures_cut_short_are_found_though_they_are_decoded_small(tmp_pa
     bad = {"plain_cut.jpg": "truncated", "progressive_cut.jpg": "truncated"}
     bad |= {"huge.ppm": "pixels", "pipe.jpg": "regular file"}
     write_pairs(tmp_path, [(name, "one") for name in ("plain.jpg", "progressive.jpg", *bad)])
-    images = inspect(opened(tmp_path / "pairs.json"), processes=1, decode=True, least_side_px=32)
-    assert images.usable.tolist() == [True, True, False, False, False, False]
-    assert (images.found["status"][2:] == Status.UNDECODABLE).all()
+    found = inspect(opened(tmp_path / "pairs.json"), processes=1, decode=True, least_side_px=32)
+    assert found["status"].tolist() == [Status.USABLE] * 2 + [Status.UNDECODABLE] * 4
     for at, words in enumerate(bad.values(), 2):
-        assert words in images.reasons[at]
+        assert words in found["reason"][at]
 
 
 def test_pictures_that_the_list_itself_calls_the_same_are_no_copies(tmp_path):
@@ -244,13 +250,14 @@ def test_pictures_that_the_list_itself_calls_the_same_are_no_copies(tmp_path):
 
 def test_names_count_where_they_are_no_running_numbers(tmp_path):
     parts = []
-    for label, folder in (("training", "train2014"), ("test", "val2014")):
+    for folder in ("train2014", "val2014"):
         names = [f"COCO_val2014_{number * 997:012}" for number in range(30)]
         names += [f"{number:09}" for number in range(30)] + ["2333071", "0001"]
         write_pairs(tmp_path, [(f"{folder}/{name}.jpg", "one") for name in names])
-        parts.append(found_in(tmp_path / "pairs.json", tmp_path, decode=False, label=label))
+        parts.append(found_in(tmp_path / "pairs.json", tmp_path, decode=False))
     found = find_leak(parts[1], parts[0], near_bits=3, decoded=False)
-    assert found.leaked.tolist() == [True] * 30 + [False] * 30 + [True, False]
+    assert (found.matches["name"] >= 0).tolist() == [True] * 30 + [False] * 30 + [True, False]
+    assert found.leak["leaked"] == 31
 
 
 def test_a_mixture_is_checked_as_a_whole_and_source_by_source(tmp_path):
@@ -331,12 +338,9 @@ def eventually(what, timeout=20):
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("config.json", "a training run"), ("notes.txt", "other files")]
-)
-def test_a_folder_with_other_things_is_left_alone(name, words, data, tmp_path):
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=words):
+def test_a_folder_with_other_files_and_no_data_to_check_are_refused(data, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="other files"):
         check_data(config_of(data), tmp_path)
     with pytest.raises(UserError, match="data.train is empty"):
         check_data(config_of(data, **{"data.train": ""}), tmp_path)

@@ -6,9 +6,6 @@ both. Prints a table, and writes check.json, usable.jsonl, skipped.tsv and repor
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,27 +15,22 @@ import ml_collections
 import numpy as np
 
 from codebook_jax.data.manifest import verify
-from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.sources.opening import split_specs
+from codebook_jax.data.sources.records import Records
 from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.scenes import Scenes
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs
 from codebook_jax.run.record import check_folder
 from codebook_jax.tools.check_data import outputs
-from codebook_jax.tools.check_data.captions import read_captions
-from codebook_jax.tools.check_data.findings import Leak, Part, find, find_leak
-from codebook_jax.tools.check_data.inspection import inspect
+from codebook_jax.tools.check_data.findings import Part, find, find_leak, read_captions
+from codebook_jax.tools.check_data.inspection import inspect, pieces_of
 from codebook_jax.tools.check_data.outputs import CHECK, FILES, PAGE, SKIPPED, USABLE
 
-_SOURCES = (  # label, field of config.data, role
-    ("training", "train", "train"),
-    ("validation", "eval", "validation"),
-    ("test", "test", "test"),
-)
+_FIELDS = {"training": "train", "validation": "eval", "test": "test"}  # of config.data
 
 
 def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
@@ -57,8 +49,9 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     try:
         with stoppable(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # of broken EXIF blocks
-            parts, leaks, verdicts = _find(config, workdir)
-            root = outputs.write(workdir, parts, leaks, verdicts)
+            parts = _find(config, workdir)
+            verdicts = list(_verdicts(config, parts))
+            root = outputs.write(workdir, parts, verdicts, decoded=config.check.decode)
     except Stopped as stop:
         print(f"stopped by {stop}: nothing was written", file=sys.stderr, flush=True)
         return 128 + stop.number
@@ -67,46 +60,30 @@ def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
     return 1 if verdicts else 0
 
 
-def _find(
-    config: ml_collections.ConfigDict, workdir: Path
-) -> tuple[list[Part], list[Leak], list[str]]:
-    """(the findings on each source, the pictures also in training, what is above the limit)."""
-    data, decode = config.data, config.check.decode
-    sources = {}
-    for label, field, role in _SOURCES:
-        if data[field] and (_is_built_in(data.train) or not _is_built_in(data[field])):
+def _find(config: ml_collections.ConfigDict, workdir: Path) -> list[Part]:
+    """The findings on each source, training first."""
+    data, sources = config.data, {}
+    for label, field in _FIELDS.items():
+        if data[field]:
+            role = "train" if label == "training" else label
             sources[label] = source_of(config, data[field], role)
-        elif data[field]:
-            print(f"{label} data are the built-in scenes: not checked", flush=True)
-    verdicts = list(_damaged_folders(config)) if decode else []
+    drawn = [label for label in sources if _pieces(sources[label], Scenes)]
+    for label in drawn if "training" not in drawn else ():
+        print(f"{label} data are the built-in scenes: not checked", flush=True)
+        del sources[label]
     sample, size = sample_captions(sources["training"]), data.tokenizer_vocabulary
     tokenizer, _ = open_tokenizer(data.tokenizer, workdir, sample, size, **spelling(data))
-    training, *others = (list(_parts(config, *named, tokenizer)) for named in sources.items())
-    others = list(itertools.chain(*others))
-    leaks = [
-        find_leak(part, training[0], near_bits=config.check.near_bits, decoded=decode)
-        for part in others
-        if not isinstance(part.source, Mixture)
-    ]
-    verdicts += _verdicts(config.check.max_bad_share, [training[0], *others], leaks)
-    return [*training, *others], leaks, verdicts
+    parts = [part for named in sources.items() for part in _parts(config, *named, tokenizer)]
+    options = {"near_bits": config.check.near_bits, "decoded": config.check.decode}
+    for at, part in enumerate(parts):
+        if not (part.label.startswith("training") or isinstance(part.source, Mixture)):
+            parts[at] = find_leak(part, parts[0], **options)
+    return parts
 
 
-def _is_built_in(spec: str) -> bool:
-    return any(re.match(r"scenes\b", part) for part in split_specs(spec))
-
-
-def _damaged_folders(config: ml_collections.ConfigDict) -> Iterator[str]:
-    """A sentence on each packed folder with damaged files."""
-    specs = split_specs(",".join(config.data[field] for _, field, _ in _SOURCES))
-    packed = [spec.removeprefix("records:") for spec in specs if spec.startswith("records:")]
-    for folder in dict.fromkeys(os.path.expanduser(spec.partition("?")[0]) for spec in packed):
-        damaged = verify(folder)
-        if damaged:
-            yield (
-                f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its "
-                "--mode=prepare command again, which repacks them"
-            )
+def _pieces(source: Source, kind: type[Source]) -> list[Source]:
+    """The sources of one kind in a source."""
+    return [piece for piece in pieces_of(source) if isinstance(piece, kind)]
 
 
 def _parts(
@@ -115,39 +92,44 @@ def _parts(
     """The findings on a source; for a mixture, on all of it and then on each source."""
     settings = config.check
     print(f"checking {label}: {source!r}", flush=True)
-    with Progress("looked at", "pictures", len(source)) as progress:
-        options = {name: settings[name] for name in ("processes", "decode", "least_side_px")}
-        images = inspect(source, **options, tell=progress.advance)
-    with Progress("read captions of", "records", len(source)) as progress:
-        captions = read_captions(source, tokenizer, progress.advance)
+    options = {name: settings[name] for name in ("processes", "decode", "least_side_px")}
+    found, captions = inspect(source, **options), read_captions(source, tokenizer)
     limits = settings.near_bits, config.model.text.max_tokens
-    yield find(label, source, images, captions, *limits)
-    if isinstance(source, Mixture):
-        for number, piece in enumerate(source.sources, 1):
-            start, stop = source.starts[number - 1 : number + 1].tolist()
-            own = captions[slice(*np.searchsorted(captions["record"], (start, stop)))].copy()
-            own["record"] -= start
-            name = f"{label} {number}"
-            yield find(name, piece, images.of_records(start, stop), own, *limits)
+    yield find(label, source, found, captions, *limits)
+    for number, piece in enumerate(source.sources if isinstance(source, Mixture) else ()):
+        start, stop = source.starts[number : number + 2].tolist()
+        own = captions[slice(*np.searchsorted(captions["record"], (start, stop)))].copy()
+        own_found = found[start:stop].copy()
+        own["record"] -= start
+        own_found["first"] -= start
+        yield find(f"{label} {number + 1}", piece, own_found, own, *limits)
 
 
-def _verdicts(limit: float, parts: list[Part], leaks: list[Leak]) -> Iterator[str]:
-    """A sentence on each share above the limit."""
+def _verdicts(config: ml_collections.ConfigDict, parts: list[Part]) -> Iterator[str]:
+    """A sentence on each packed folder with damaged files, and each share above the limit."""
+    limit = config.check.max_bad_share
     over = f"more than config.check.max_bad_share={limit:g}"
+    packed = [piece for part in parts for piece in _pieces(part.source, Records)]
+    for folder in dict.fromkeys(piece.place for piece in packed):
+        if config.check.decode and (damaged := verify(folder)):
+            yield (
+                f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its "
+                "--mode=prepare command again, which repacks them"
+            )
     for part in parts:
-        listed = part.source.listed
-        bad = listed - int(part.usable_records.sum())
-        if bad > limit * listed:
+        listed = part.counts["listed"]
+        bad = listed - part.counts["usable"]
+        if bad > limit * listed and not part.label.startswith("training "):  # of a mixture
             yield (
                 f"{bad:,} of {listed:,} listed records of {part.label} are unusable "
                 f"({bad / listed:.1%}), {over}: {SKIPPED} names those in this list; "
                 f"train on {USABLE}, or fix them"
             )
-    for count in (leak.counts() for leak in leaks):
-        leaked, images = count["leaked"], count["images"]
+    for found in filter(None, (part.leak for part in parts)):
+        leaked, images = found["leaked"], found["images"]
         if leaked > limit * images:
             yield (
-                f"{leaked:,} of {images:,} pictures of {count['evaluation']} are also in training "
+                f"{leaked:,} of {images:,} pictures of {found['evaluation']} are also in training "
                 f"({leaked / images:.1%}), {over}: remove them from one of the two; {CHECK} names "
                 "them"
             )
@@ -155,7 +137,7 @@ def _verdicts(limit: float, parts: list[Part], leaks: list[Leak]) -> Iterator[st
 
 def _advice(workdir: Path, training: Part, root: str | None) -> Iterator[str]:
     """What to do next."""
-    counts = training.counts()
+    counts = training.counts
     usable, listed = counts["usable"], counts["listed"]
     unknown = Unknown(counts["unknown_tokens"], counts["tokens"])
     yield f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})"

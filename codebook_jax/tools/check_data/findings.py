@@ -13,21 +13,25 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.texts import short_hash
-from codebook_jax.tools.check_data.captions import repeated_captions
-from codebook_jax.tools.check_data.inspection import Images, Status
+from codebook_jax.data.text import LONGEST, Tokenizer, clean
+from codebook_jax.tools.check_data.inspection import Status
 
-EVIDENCE = ("content", "look", "name")  # the strongest first
+_AT_ONCE = 1024  # records whose captions are read
+_EXAMPLES = 10  # repeated captions that are named
 _HASH_BITS = 64
 _LEAST_STEM, _LEAST_DIGITS = 8, 6  # characters
 _LEAST_SERIES, _NEXT = 20, 2
 _NUMBER = re.compile(r"(\d+)\D*$")
+# per caption: the hash of its text, its record, its tokens with [CLS] and [SEP], unknown ones
+_CAPTION = np.dtype([("key", "u8"), ("record", "i4"), ("tokens", "i2"), ("unknown", "i2")])
 
 
 class Part(NamedTuple):
@@ -35,155 +39,165 @@ class Part(NamedTuple):
 
     label: str  # "training", "training 1" of a mixture, "validation", "test"
     source: Source
-    images: Images
+    found: np.ndarray  # [records] as `inspect` returns it
     captions: np.ndarray  # as `read_captions` returns them
-    repeated: int  # captions that more than one picture has
-    most_repeated: list[dict[str, Any]]  # {"caption", "images"}
-    copies: np.ndarray  # int64 [images], the first earlier picture with the same content; -1: none
+    usable: np.ndarray  # bool [records]
+    copies: np.ndarray  # int64 [records], the first earlier one with the same content; -1: none
     twins: np.ndarray  # the same for one that looks the same but is not a copy
+    numbers: dict[str, tuple[str, int]]  # name in check.json: (label in the tables, number)
+    most_repeated: list[dict[str, Any]]  # {"caption", "images"}
     max_tokens: int  # that the model reads
-
-    def name(self, image: int) -> str:
-        """The source's name for a picture."""
-        return self.source.name(int(self.images.first[image]))
-
-    @property
-    def silent(self) -> np.ndarray:
-        """bool [records]: no caption gives a token."""
-        return np.bincount(self.captions["record"], minlength=len(self.source)) == 0
+    # of evaluation data, by evidence: int64 [records], the same picture's in training; -1: none
+    matches: dict[str, np.ndarray] | None = None
+    leak: dict[str, Any] | None = None  # its entry in check.json
 
     @property
-    def usable_records(self) -> np.ndarray:
-        """bool [records]"""
-        return self.images.usable[self.images.which] & ~self.silent
-
     def counts(self) -> dict[str, int]:
-        """{name in COUNTS: number}"""
-        return {name: int(count(self)) for name, (_, count) in COUNTS.items()}
+        """The numbers of check.json, by name."""
+        return {name: number for name, (_, number) in self.numbers.items()}
 
 
-def _with_status(status: Status) -> Callable[[Part], int]:
-    return lambda part: (part.images.found["status"] == status).sum()
-
-
-COUNTS: dict[str, tuple[str, Callable[[Part], int]]] = {  # name in check.json: (label, number)
-    "listed": ("listed records", lambda part: part.source.listed),
-    "without_caption": (
-        "without a picture or caption",
-        lambda part: len(part.source.left_out) + part.silent.sum(),
-    ),
-    "usable": ("usable", lambda part: part.usable_records.sum()),
-    "images": ("distinct pictures", lambda part: len(part.images.first)),
-    "missing": ("missing", _with_status(Status.MISSING)),
-    "empty": ("empty files", _with_status(Status.EMPTY)),
-    "undecodable": ("cannot be decoded", _with_status(Status.UNDECODABLE)),
-    "tiny": ("tiny", _with_status(Status.TINY)),
-    "copies": ("same as another", lambda part: (part.copies >= 0).sum()),
-    "near_duplicates": ("look like another", lambda part: (part.twins >= 0).sum()),
-    "captions": ("captions", lambda part: len(part.captions)),
-    "truncated": (
-        "longer than the limit",
-        lambda part: (part.captions["tokens"] > part.max_tokens).sum(),
-    ),
-    "repeated": ("shared by several pictures", lambda part: part.repeated),
-    "tokens": ("tokens", lambda part: (part.captions["tokens"] - 2).sum()),
-    "unknown_tokens": ("unknown tokens", lambda part: part.captions["unknown"].sum()),
-}
+def read_captions(source: Source, tokenizer: Tokenizer) -> np.ndarray:
+    """_CAPTION of every caption that gives a token."""
+    unknown = -1 if tokenizer.unknown_id is None else tokenizer.unknown_id
+    columns = [np.empty(0, _CAPTION)]
+    with Progress("read captions of", "records", len(source)) as progress:
+        for start in range(0, len(source), _AT_ONCE):
+            records = range(start, min(start + _AT_ONCE, len(source)))
+            pairs = [(caption, record) for record in records for caption in source.captions(record)]
+            readable = set(tokenizer.readable([caption for caption, _ in pairs]))
+            pairs = [(caption, record) for caption, record in pairs if caption in readable]
+            texts = [caption for caption, _ in pairs]
+            read = np.empty(len(pairs), _CAPTION)
+            read["key"] = [short_hash(clean(text)) for text in texts]
+            read["record"] = [record for _, record in pairs]
+            tokens, read["tokens"], _ = tokenizer.encode(texts, LONGEST)
+            read["unknown"] = (tokens == unknown).sum(axis=1)
+            columns.append(read)
+            progress.advance(len(records))
+    return np.concatenate(columns)
 
 
 def find(
-    label: str, source: Source, images: Images, captions: np.ndarray, bits: int, max_tokens: int
+    label: str, source: Source, found: np.ndarray, captions: np.ndarray, bits: int, max_tokens: int
 ) -> Part:
-    """Copies and repeated captions among what was read of a source; `bits` is near_bits."""
-    repeated = repeated_captions(captions, source, images.which)
+    """What the pictures and captions that were read of a source show; `bits` is near_bits."""
+    silent = np.bincount(captions["record"], minlength=len(source)) == 0
+    usable = (found["status"] == Status.USABLE) & ~silent
     copies, look = (
-        earlier_twin(_one_per_id(images.found[name], images.found["image_id"]), most)
+        earlier_twin(_one_per_id(found[name], found["image_id"]), most)
         for name, most in (("content", 0), ("look", bits))
     )
     twins = np.where(copies >= 0, -1, look)
-    return Part(label, source, images, captions, *repeated, copies, twins, max_tokens)
-
-
-class Leak(NamedTuple):
-    """Pictures of an evaluation source that are also in training."""
-
-    evaluation: Part
-    training: Part
-    evidence: np.ndarray  # int8 [images of the evaluation], the strongest of EVIDENCE; -1: none
-    match: np.ndarray  # int64 [images of the evaluation], the picture in training
-    decoded: bool
-
-    def shown_by(self, name: str) -> np.ndarray:
-        """bool [images]: matched, and this is the strongest evidence."""
-        return self.evidence == EVIDENCE.index(name)
-
-    @property
-    def leaked(self) -> np.ndarray:
-        """bool [images]: same content or look; without decoding, also the same name."""
-        return (self.evidence >= 0) & ~(self.decoded & self.shown_by("name"))
-
-    def counts(self) -> dict[str, Any]:
-        """The numbers of check.json, by name."""
-        same = {"same_content": "content", "same_look": "look", "same_name_alone": "name"}
-        return {
-            "evaluation": self.evaluation.label,
-            "images": len(self.match),
-            "leaked": int(self.leaked.sum()),
-            **{key: int(self.shown_by(name).sum()) for key, name in same.items()},
-        }
-
-    def pictures(self) -> list[dict[str, str]]:
-        """{"name", "training", "evidence"} of every match."""
-        return [
-            {
-                "name": self.evaluation.name(image),
-                "training": self.training.name(int(self.match[image])),
-                "evidence": EVIDENCE[self.evidence[image]],
-            }
-            for image in np.flatnonzero(self.evidence >= 0).tolist()
-        ]
-
-
-def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool) -> Leak:
-    """The pictures of the evaluation that are also in training."""
-    ours, theirs = evaluation.images.found, training.images.found
-    compared = (
-        (ours["content"], theirs["content"], 0),
-        (ours["look"], theirs["look"], near_bits),
-        (_telling_names(evaluation), _telling_names(training), 0),
+    repeated, most_repeated = _repeated_captions(captions, source, found["first"])
+    pictures, tokens = pictures_of(found), captions["tokens"]
+    statuses = np.bincount(found["status"][pictures], minlength=len(Status))
+    numbers = {
+        "listed": ("listed records", source.listed),
+        "without_caption": ("without a picture or caption", len(source.left_out) + silent.sum()),
+        "usable": ("usable", usable.sum()),
+        "images": ("distinct pictures", len(pictures)),
+        "missing": ("missing", statuses[Status.MISSING]),
+        "empty": ("empty files", statuses[Status.EMPTY]),
+        "undecodable": ("cannot be decoded", statuses[Status.UNDECODABLE]),
+        "tiny": ("tiny", statuses[Status.TINY]),
+        "copies": ("same as another", (copies >= 0).sum()),
+        "near_duplicates": ("look like another", (twins >= 0).sum()),
+        "captions": ("captions", len(captions)),
+        "truncated": ("longer than the limit", (tokens > max_tokens).sum()),
+        "repeated": ("shared by several pictures", repeated),
+        "tokens": ("tokens", (tokens - 2).sum()),
+        "unknown_tokens": ("unknown tokens", captions["unknown"].sum()),
+    }
+    numbers = {name: (text, int(number)) for name, (text, number) in numbers.items()}
+    return Part(
+        label, source, found, captions, usable, copies, twins, numbers, most_repeated, max_tokens
     )
-    evidence, match = np.full(len(ours), -1, np.int8), np.full(len(ours), -1)
-    for number, (queries, base, bits) in enumerate(compared):
-        found = first_match(queries, base, bits)
-        new = (found >= 0) & (match < 0)
-        evidence[new], match[new] = number, found[new]
-    return Leak(evaluation, training, evidence, match, decoded)
+
+
+def pictures_of(found: np.ndarray) -> np.ndarray:
+    """int64 [pictures]: the first record of each."""
+    return np.flatnonzero(found["first"] == np.arange(len(found)))
+
+
+def _repeated_captions(
+    captions: np.ndarray, source: Source, first: np.ndarray
+) -> tuple[int, list[dict[str, Any]]]:
+    """(how many captions more than one picture has, {"caption", "images"} of the most repeated).
+
+    `first` [records] tells pictures apart: a caption repeated for one does not count.
+    """
+    pairs = np.stack([captions["key"], first[captions["record"]].astype(np.uint64)])
+    texts, counts = np.unique(np.unique(pairs, axis=1)[0], return_counts=True)
+    repeated = int(np.isin(captions["key"], texts[counts > 1]).sum())
+    examples = []
+    for at in np.argsort(-counts, kind="stable")[: min(_EXAMPLES, (counts > 1).sum())].tolist():
+        place = np.argmax(captions["key"] == texts[at])
+        cleaned = map(clean, source.captions(int(captions["record"][place])))
+        caption = next(text for text in cleaned if short_hash(text) == texts[at])
+        examples.append({"caption": caption, "images": int(counts[at])})
+    return repeated, examples
+
+
+def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool) -> Part:
+    """The evaluation, with its pictures that are also in training, by their strongest evidence.
+
+    A name counts as a leak only without decoding.
+    """
+    ours, theirs = evaluation.found, training.found
+    compared = {  # the strongest first
+        "content": (ours["content"], theirs["content"], 0),
+        "look": (ours["look"], theirs["look"], near_bits),
+        "name": (_telling_names(evaluation), _telling_names(training), 0),
+    }
+    matches, matched = {}, np.zeros(len(ours), bool)
+    for evidence, hashes in compared.items():
+        matches[evidence] = np.where(matched, -1, first_match(*hashes))
+        matched |= matches[evidence] >= 0
+    pictures = [
+        {
+            "name": evaluation.source.name(record),
+            "training": training.source.name(int(match[record])),
+            "evidence": evidence,
+        }
+        for evidence, match in matches.items()
+        for record in np.flatnonzero(match >= 0).tolist()
+    ]
+    same = Counter(one["evidence"] for one in pictures)
+    leak = {
+        "evaluation": evaluation.label,
+        "images": len(pictures_of(ours)),
+        "leaked": len(pictures) - decoded * same["name"],
+        "same_content": same["content"],
+        "same_look": same["look"],
+        "same_name_alone": same["name"],
+        "pictures": pictures,
+    }
+    return evaluation._replace(matches=matches, leak=leak)
 
 
 def _one_per_id(hashes: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """The known hashes, only the first of each image id: equal ids are known to be one image."""
     known = np.flatnonzero(hashes)
     first = known[np.unique(ids[known], return_index=True)[1]]
-    result = np.zeros_like(hashes)
-    result[first] = hashes[first]
-    return result
+    return np.where(np.isin(np.arange(len(hashes)), first), hashes, np.uint64(0))
 
 
 def _telling_names(part: Part) -> np.ndarray:
-    """uint64 [images]: hashes of the names without folder and ending; 0: it is not telling."""
-    count = len(part.images.first)
-    stems, series = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
-    numbers = np.zeros(count, np.int64)
-    for image in range(count):
-        stem = re.sub(r"\.\w{1,5}$", "", os.path.basename(part.name(image)))
+    """uint64 [records]: hashes of the names without folder and ending; 0: it is not telling, or
+    that of an earlier record.
+    """
+    stems, series, numbers = np.zeros((3, len(part.found)), np.uint64)
+    for record in pictures_of(part.found).tolist():
+        stem = re.sub(r"\.\w{1,5}$", "", os.path.basename(part.source.name(record)))
         if len(stem) < (_LEAST_DIGITS if stem.isdecimal() else _LEAST_STEM):
             continue
-        stems[image] = short_hash(stem)
+        stems[record] = short_hash(stem)
         if number := _NUMBER.search(stem):
             digits = number.group(1)
             padded = len(digits) * (digits[0] == "0")  # 000000012 and 2333071 are not one series
             alike = f"{stem[: number.start(1)]}/{padded}/{stem[number.end(1) :]}"
-            series[image], numbers[image] = short_hash(alike), int(digits[-18:])
+            series[record], numbers[record] = short_hash(alike), int(digits[-18:])
     kinds, which, counts = np.unique(series, return_inverse=True, return_counts=True)
     order = np.lexsort((numbers, which))
     follows = (np.diff(which[order]) == 0) & (np.diff(numbers[order]) <= _NEXT)

@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
+from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import WithoutCaption
-from codebook_jax.data.sources.texts import numbered, short_hash
+from codebook_jax.data.sources.texts import short_hash
 from codebook_jax.tools.workers import Tell, spread
 
 _PER_TASK = 128  # pictures
@@ -30,7 +31,7 @@ Status = enum.IntEnum("Status", "USABLE MISSING EMPTY UNDECODABLE TINY", start=0
 
 
 class Finding(NamedTuple):
-    """What is found about one picture; a hash of 0 means that it cannot be compared."""
+    """What is found about the picture of a record; a hash of 0 means that it is not compared."""
 
     status: Status = Status.USABLE
     image_id: int = -1
@@ -38,67 +39,44 @@ class Finding(NamedTuple):
     look: int = 0  # the perceptual hash
     height: int = 0
     width: int = 0
-    reason: str = ""
+    reason: str = ""  # why it cannot be used
+    first: int = -1  # the first record with this picture
 
 
-_COLUMNS = np.dtype(list(zip(Finding._fields, ("u1", "i8", "u8", "u8", "i4", "i4"), strict=False)))
+_COLUMNS = np.dtype(
+    list(zip(Finding._fields, ("u1", "i8", "u8", "u8", "i4", "i4", "O", "i8"), strict=True))
+)
 
 
-class Images(NamedTuple):
-    """The inspected pictures of a source, each once; equal names are the same picture."""
-
-    first: np.ndarray  # int64 [images], the first record of each
-    which: np.ndarray  # int32 [records], the picture of each record
-    found: np.ndarray  # _COLUMNS [images]: the fields of Finding but its reason
-    reasons: dict[int, str]  # picture -> why it cannot be used
-
-    def of_records(self, start: int, stop: int) -> Images:
-        """The pictures of one source of a mixture, whose records are `start` to `stop`."""
-        low, high = np.searchsorted(self.first, (start, stop)).tolist()
-        reasons = {at - low: why for at, why in self.reasons.items() if low <= at < high}
-        which, first = self.which[start:stop] - low, self.first[low:high] - start
-        return Images(first, which, self.found[low:high], reasons)
-
-    @property
-    def usable(self) -> np.ndarray:
-        """bool [images]"""
-        return self.found["status"] == Status.USABLE
-
-
-def inspect(
-    source: Source,
-    *,
-    processes: int,
-    decode: bool,
-    least_side_px: int,
-    tell: Tell = lambda count, bad: None,
-) -> Images:
-    """Inspects every picture once; raises UserError if a process is killed.
+def inspect(source: Source, *, processes: int, decode: bool, least_side_px: int) -> np.ndarray:
+    """The Finding of every record, as columns; equal names are the same picture, which is inspected
+    once and compared as that of its first record. Raises UserError if a process is killed.
 
     Without `decode`, only checks that files exist; pictures that are not files count as usable.
     """
+    pieces = pieces_of(source)
     names = (
         short_hash(f"{number}:{piece.name(record)}")  # sources may use one name for two pictures
-        for number, piece in enumerate(pieces_of(source))
+        for number, piece in enumerate(pieces)
         for record in range(len(piece))
     )
-    first, which = numbered(np.fromiter(names, np.uint64, len(source)))
-    images = Images(first, which, np.zeros(len(first), _COLUMNS), {})
-    tasks, start = [], 0
-    for piece in pieces_of(source):
-        low, high = np.searchsorted(first, (start, start + len(piece))).tolist()
-        start += len(piece)
-        if decode or has_files(piece):
-            edges = range(low, high, _PER_TASK)
-            tasks += [(at, first[at : min(at + _PER_TASK, high)].tolist()) for at in edges]
-        else:
-            tell(high - low, 0)
+    names = np.fromiter(names, np.uint64, len(source))
+    _, first, which = np.unique(names, return_index=True, return_inverse=True)
+    looked_at = np.repeat([decode or has_files(piece) for piece in pieces], [*map(len, pieces)])
+    pictures = np.sort(first[looked_at[first]])
+    parts = (pictures[at : at + _PER_TASK] for at in range(0, len(pictures), _PER_TASK))
     work = functools.partial(_inspect_some, decode=decode, least_side_px=least_side_px)
-    results = spread(work, source, tasks, processes=processes, field="check.processes", tell=tell)
-    for (at, _), (found, reasons) in zip(tasks, results, strict=True):
-        images.found[at : at + len(found)] = found
-        images.reasons.update(reasons)
-    return images
+    with Progress("looked at", "pictures", len(source)) as progress:
+        progress.advance(len(first) - len(pictures))
+        options = {"processes": processes, "field": "check.processes", "tell": progress.advance}
+        results = spread(work, source, [part.tolist() for part in parts], **options)
+    found = np.zeros(len(source), _COLUMNS)
+    found[pictures] = np.concatenate([found[:0], *results])
+    found = found[first[which]]
+    found["first"] = first[which]
+    again = found["first"] < np.arange(len(source))
+    found["content"][again] = found["look"][again] = 0
+    return found
 
 
 def pieces_of(source: Source) -> Sequence[Source]:
@@ -115,31 +93,30 @@ def has_files(source: Source) -> bool:
 
 
 def _inspect_some(
-    source: Source, task: tuple[int, list[int]], tell: Tell, *, decode: bool, least_side_px: int
-) -> tuple[np.ndarray, dict[int, str]]:
-    start, records = task
-    findings = [_inspect_one(source, record, decode, least_side_px) for record in records]
-    reasons = {image: one.reason for image, one in enumerate(findings, start) if one.reason}
-    tell(len(findings), len(reasons))
-    return np.array([finding[:-1] for finding in findings], _COLUMNS), reasons
+    source: Source, records: Sequence[int], tell: Tell, *, decode: bool, least_side_px: int
+) -> np.ndarray:
+    """The findings on the pictures of these records."""
+    found = [_inspect_one(source, record, decode, least_side_px) for record in records]
+    tell(len(found), sum(bool(one.reason) for one in found))
+    return np.array(found, _COLUMNS)
 
 
 def _inspect_one(source: Source, record: int, decode: bool, least_side_px: int) -> Finding:
+    status, image_id = Status.UNDECODABLE, -1
     try:
         image, _, image_id = source[record]
+        if isinstance(image, str):
+            status, why = _file_problem(image)
+            if why:
+                raise UnreadableImage(f"{image}: {why}")
+        if not decode:
+            return Finding(image_id=image_id, content=short_hash(os.path.abspath(image)))
+        empty = isinstance(image, bytes) and not image
+        status = Status.EMPTY if empty else Status.UNDECODABLE
+        return _look_at(image, least_side_px)._replace(image_id=image_id)
     except WithoutCaption:  # counted by `read_captions`
         return Finding()
     except UnreadableImage as failure:
-        return Finding(Status.UNDECODABLE, reason=str(failure))
-    status, why = _file_problem(image) if isinstance(image, str) else (Status.USABLE, "")
-    if why:
-        return Finding(status, image_id, reason=f"{image}: {why}")
-    if not decode:
-        return Finding(image_id=image_id, content=short_hash(os.path.abspath(image)))
-    try:
-        return _look_at(image, least_side_px)._replace(image_id=image_id)
-    except UnreadableImage as failure:
-        status = Status.EMPTY if isinstance(image, bytes) and not image else Status.UNDECODABLE
         return Finding(status, image_id, reason=str(failure))
 
 
@@ -162,7 +139,7 @@ def _look_at(image: np.ndarray | bytes | str, least_side_px: int) -> Finding:
     name = image if isinstance(image, str) else "the picture"
     picture = Picture(image, name)
     height, width = picture.height, picture.width
-    short, status, reason = min(height, width), Status.USABLE, ""
+    short = min(height, width)
     if not short:
         raise UnreadableImage(f"{name}: it has no pixels ({width} x {height})")
     shrink = max(by for by in picture.shrinks if by == 1 or short >= by * _HASHED_PX)
@@ -171,7 +148,9 @@ def _look_at(image: np.ndarray | bytes | str, least_side_px: int) -> Finding:
     if np.asarray(grey).std() >= _FLAT:
         look = int(np.packbits(imagehash.phash(grey).hash.ravel()).view(">u8")[0])
     sha256 = hashlib.sha256(memoryview(picture.content).tobytes()).digest()
-    if short < least_side_px:
-        status, limit = Status.TINY, f"config.check.least_side_px={least_side_px}"
-        reason = f"{name}: {width} x {height} pixels, fewer than {limit}"
-    return Finding(status, -1, int.from_bytes(sha256[:8], "little"), look, height, width, reason)
+    found = Finding(Status.USABLE, -1, int.from_bytes(sha256[:8], "little"), look, height, width)
+    if short >= least_side_px:
+        return found
+    limit = f"config.check.least_side_px={least_side_px}"
+    reason = f"{name}: {width} x {height} pixels, fewer than {limit}"
+    return found._replace(status=Status.TINY, reason=reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from codebook_jax.files import write_json, written_whole
 from codebook_jax.report.charts import histogram
 from codebook_jax.report.page import FILE as PAGE
 from codebook_jax.report.page import Pictures, write_page
-from codebook_jax.tools.check_data.findings import COUNTS, Leak, Part
-from codebook_jax.tools.check_data.inspection import has_files, pieces_of
+from codebook_jax.tools.check_data.findings import Part, pictures_of
+from codebook_jax.tools.check_data.inspection import Status, has_files, pieces_of
 
 SKIPPED = "skipped.tsv"
 FILES = (CHECK, USABLE, SKIPPED, PAGE)
@@ -30,52 +30,58 @@ _ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 
 
 def write(
-    workdir: Path, parts: Sequence[Part], leaks: Sequence[Leak], verdicts: Sequence[str]
+    workdir: Path, parts: Sequence[Part], verdicts: Sequence[str], *, decoded: bool
 ) -> str | None:
     """Prints the table, writes the files, and returns `_image_root`; `parts` begin with all
     training data, and of a mixture have first the whole, then each source.
     """
-    counts = [part.counts() for part in parts]
+    training = parts[0]
     rows = [["", *(part.label for part in parts)]]
-    rows += [[label, *(f"{c[name]:,}" for c in counts)] for name, (label, _) in COUNTS.items()]
-    _print(rows, leaks, verdicts)
-    root = _image_root(parts[0])
-    _write_usable(workdir / USABLE, parts[0], root)
+    for name, (label, _) in training.numbers.items():
+        rows.append([label, *(f"{part.numbers[name][1]:,}" for part in parts)])
+    _print(rows, parts, verdicts)
+    root = _image_root(training)
+    _write_usable(workdir / USABLE, training, root)
     _write_skipped(workdir / SKIPPED, parts)
-    pictures = Pictures()
-    sections = [_section(part, pictures) for part in parts]
-    leaked = [pairs for leak in leaks for pairs in _leaked(leak, pictures) if pairs["shown"]]
-    values = {"title": "The data", "rows": rows, "verdicts": verdicts}
-    write_page(workdir / PAGE, "check.html", pictures, **values, parts=sections, leaks=leaked)
-    sources = [
-        {"label": part.label, "source": repr(part.source), **count}
-        | {"most_repeated": part.most_repeated}
-        for part, count in zip(parts, counts, strict=True)
-    ]
     content = {
-        "listed": counts[0]["listed"],
-        "usable": counts[0]["usable"],
+        "listed": training.counts["listed"],
+        "usable": training.counts["usable"],
         "image_root": root,
-        "max_tokens": parts[0].max_tokens,
-        "sources": sources,
-        "leaks": [leak.counts() | {"pictures": leak.pictures()} for leak in leaks],
+        "max_tokens": training.max_tokens,
+        "sources": [
+            {"label": part.label, "source": repr(part.source), **part.counts}
+            | {"most_repeated": part.most_repeated}
+            for part in parts
+        ],
+        "leaks": [part.leak for part in parts if part.leak],
         "verdicts": verdicts,
     }
+    pictures = Pictures()
+    sources = zip(content["sources"], parts, strict=True)
+    sections = [source | _section(part, pictures) for source, part in sources]
+    leaked = [
+        {"label": part.label, "evidence": evidence} | _pairs(part, training, match, pictures)
+        for part in parts
+        for evidence, match in (part.matches or {}).items()
+        if (match >= 0).any()
+    ]
+    values = {"title": "The data", "rows": rows, "verdicts": verdicts, "decoded": decoded}
+    write_page(workdir / PAGE, "check.html", pictures, **values, parts=sections, leaks=leaked)
     write_json(workdir / CHECK, content)
     return root
 
 
-def _print(rows: Sequence[Sequence[str]], leaks: Sequence[Leak], verdicts: Sequence[str]) -> None:
+def _print(rows: Sequence[Sequence[str]], parts: Sequence[Part], verdicts: Sequence[str]) -> None:
     table = Table("", *(Column(label, justify="right") for label in rows[0][1:]))
     for row in rows[1:]:
         table.add_row(*row)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(table)
-    for count in (leak.counts() for leak in leaks):
+    for found in filter(None, (part.leak for part in parts)):
         console.print(
-            f"{count['leaked']:,} of {count['images']:,} pictures of {count['evaluation']} are in "
-            f"training, or look like one there ({count['same_content']:,} the same file, "
-            f"{count['same_look']:,} look the same; {count['same_name_alone']:,} more have only "
+            f"{found['leaked']:,} of {found['images']:,} pictures of {found['evaluation']} are in "
+            f"training, or look like one there ({found['same_content']:,} the same file, "
+            f"{found['same_look']:,} look the same; {found['same_name_alone']:,} more have only "
             "the same name)"
         )
     for sentence in verdicts:
@@ -84,10 +90,10 @@ def _print(rows: Sequence[Sequence[str]], leaks: Sequence[Leak], verdicts: Seque
 
 def _image_root(training: Part) -> str | None:
     """The folder that holds all usable pictures; None without any, or if they are not files."""
-    source, images = training.source, training.images
+    source, pictures = training.source, pictures_of(training.found)
     if not all(map(has_files, pieces_of(source))):
         return None
-    usable = images.first[images.usable].tolist()
+    usable = pictures[training.found["status"][pictures] == Status.USABLE].tolist()
     folders = {os.path.dirname(source[record].image) for record in usable}
     return os.path.commonpath(folders) if folders else None
 
@@ -96,7 +102,7 @@ def _write_usable(path: Path, part: Part, root: str | None) -> None:
     """One usable record per line: for `json:` if pictures are files, else its position."""
     source = part.source
     with written_whole(path, errors=_ERRORS) as file:
-        for record in np.flatnonzero(part.usable_records).tolist():
+        for record in np.flatnonzero(part.usable).tolist():
             if root is not None:
                 image, captions, image_id = source[record]
                 entry = {"image": os.path.relpath(image, root), "caption": captions}
@@ -114,78 +120,55 @@ def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
     with written_whole(path, errors=_ERRORS) as file:
         for part in (part for part in parts if not isinstance(part.source, Mixture)):
             rows = list(part.source.left_out)
-            for record in np.flatnonzero(~part.usable_records).tolist():
+            for record in np.flatnonzero(~part.usable).tolist():
                 name = part.source.name(record)
-                reason = part.images.reasons.get(int(part.images.which[record]))
-                rows.append((name, reason or f"{name} {NO_CAPTION}"))
+                rows.append((name, part.found["reason"][record] or f"{name} {NO_CAPTION}"))
             for row in rows:
                 fields = (" ".join(field.split()) for field in (part.label, *row))
                 file.write("\t".join(fields) + "\n")
 
 
 def _section(part: Part, pictures: Pictures) -> dict[str, Any]:
-    usable = np.flatnonzero(part.images.usable)
+    """What the page shows of a source, besides its entry in check.json."""
+    found = part.found[pictures_of(part.found)]
+    usable = found["first"][found["status"] == Status.USABLE]
     sample = np.random.default_rng(0).permutation(usable)[:_SAMPLES]  # the same one each time
+    lengths = np.bincount(part.captions["tokens"], minlength=1)
+    labels = {"title": "Length of the captions", "x": "tokens", "y": "captions"}
+    labels["note"] = (
+        f"{part.counts['truncated']:,} of {part.counts['captions']:,} are longer than the "
+        f"{part.max_tokens} tokens that the model reads."
+    )
+    charts = [histogram(lengths, **labels, mark=part.max_tokens)]
+    sides = np.sort([found[side] for side in ("height", "width")], axis=0)
+    for name, side in zip(("Shorter", "Longer"), sides, strict=True):
+        if side.any():
+            labels = {"title": f"{name} side of a picture", "x": "pixels", "y": "pictures"}
+            charts.append(histogram(np.bincount(side[side > 0]), **labels))
     return {
-        "label": part.label,
-        "source": repr(part.source),
-        "charts": _charts(part),
-        "sample": [_figure(part, image, pictures) for image in sorted(sample.tolist())],
-        "pairs": [
-            _pairs("Copies of another picture", part, part, part.copies, pictures),
-            _pairs("Pictures that look like another", part, part, part.twins, pictures),
-        ],
-        "repeated": [("caption", "pictures")]
-        + [(one["caption"], f"{one['images']:,}") for one in part.most_repeated],
+        "charts": charts,
+        "sample": [_figure(part, record, pictures) for record in sorted(sample.tolist())],
+        "copies": _pairs(part, part, part.copies, pictures),
+        "twins": _pairs(part, part, part.twins, pictures),
     }
 
 
-def _charts(part: Part) -> list[dict[str, Any]]:
-    counts, limit = part.counts(), part.max_tokens
-    titles = {"title": "Length of the captions", "x": "tokens", "y": "captions"}
-    titles["note"] = (
-        f"{counts['truncated']:,} of {counts['captions']:,} are longer than the {limit} tokens "
-        "that the model reads."
-    )
-    lengths = np.bincount(part.captions["tokens"], minlength=1)
-    charts = [histogram(lengths, **titles, mark=limit)]
-    found = part.images.found
-    sides = np.stack([found["height"], found["width"]])[:, found["height"] > 0]
-    if sides.size:
-        for name, side in (("Shorter", sides.min(axis=0)), ("Longer", sides.max(axis=0))):
-            title = f"{name} side of a picture"
-            charts.append(histogram(np.bincount(side), title=title, x="pixels", y="pictures"))
-    return charts
-
-
-def _leaked(leak: Leak, pictures: Pictures) -> Iterator[dict[str, Any]]:
-    same = "The same file" if leak.decoded else "The same path"
-    titles = {"content": same, "look": "The same look", "name": "Only the same name"}
-    for evidence, title in titles.items():
-        title = f"{title}: {leak.evaluation.label} and training"
-        matches = np.where(leak.shown_by(evidence), leak.match, -1)
-        yield _pairs(title, leak.evaluation, leak.training, matches, pictures)
-
-
-def _pairs(
-    title: str, part: Part, other: Part, matches: np.ndarray, pictures: Pictures
-) -> dict[str, Any]:
-    """Pictures next to their matches."""
+def _pairs(part: Part, other: Part, matches: np.ndarray, pictures: Pictures) -> dict[str, Any]:
+    """The first pictures next to their matches, and how many there are."""
     matched = np.flatnonzero(matches >= 0)
     shown = [
-        (_figure(part, image, pictures), _figure(other, int(matches[image]), pictures))
-        for image in matched[:_EXAMPLES].tolist()
+        (_figure(part, record, pictures), _figure(other, int(matches[record]), pictures))
+        for record in matched[:_EXAMPLES].tolist()
     ]
-    return {"title": title, "count": len(matched), "shown": shown}
+    return {"count": len(matched), "shown": shown}
 
 
-def _figure(part: Part, image: int, pictures: Pictures) -> dict[str, Any]:
-    """A picture of a source with its captions, or why it cannot be shown."""
-    record = int(part.images.first[image])
-    caption = " · ".join(part.source.captions(record)[:2])
-    figure = {"picture": f"{part.label}/{image}", "name": part.name(image), "caption": caption}
+def _figure(part: Part, record: int, pictures: Pictures) -> dict[str, Any]:
+    """The picture of a record with its captions, or why it cannot be shown."""
+    name, caption = part.source.name(record), " · ".join(part.source.captions(record)[:2])
+    figure = {"picture": f"{part.label}/{record}", "name": name, "caption": caption}
     try:
         pictures.add(figure["picture"], decode(part.source[record].image), caption)
     except UnreadableImage as error:
-        return figure | {"failure": str(error)}
-    return figure | {"failure": None}
+        figure["failure"] = str(error)
+    return figure

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from codebook_jax.data.packing import full_disk_named
 from codebook_jax.data.sources import Source
 from codebook_jax.errors import UserError
 
@@ -34,9 +35,7 @@ def pack(
     file.write_bytes(pickle.dumps(source, protocol=pickle.HIGHEST_PROTOCOL))
 
     class PackShard(apache_beam.DoFn):
-        """Packs a shard; the source is opened once per worker."""
-
-        def setup(self) -> None:
+        def setup(self) -> None:  # once per worker
             self._source = pickle.loads(file.read_bytes())
 
         def process(self, shard: int) -> Iterator[int]:
@@ -45,7 +44,10 @@ def pack(
 
     try:
         pipeline_options = PipelineOptions(shlex.split(options), runner=runner)
-        with apache_beam.Pipeline(options=pipeline_options) as pipeline:
+        with (
+            full_disk_named(folder.parent),
+            apache_beam.Pipeline(options=pipeline_options) as pipeline,
+        ):
             numbers = pipeline | apache_beam.Create(list(shards)) | apache_beam.Reshuffle()
             numbers | apache_beam.ParDo(PackShard())
     except UserError:
