@@ -25,16 +25,14 @@ from codebook_jax.data.text import (
     tokenizer_for_run,
 )
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.parallel import axes, memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
-from codebook_jax.run.checkpoint import FOLDER, Checkpoints, Restored
+from codebook_jax.run.checkpoint import Checkpoints, Restored
 from codebook_jax.tasks import pretrain
-from codebook_jax.tasks.task import Evaluation, Task, missing_methods
+from codebook_jax.tasks.task import Task, missing_methods
 from codebook_jax.weights.start import (
     Initial,
-    Part,
     adopted,
     initial,
     placed,
@@ -83,12 +81,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 def build_training(
     config: ml_collections.ConfigDict, workdir: Path, *, steps_saved: list[int], learns: bool = True
 ) -> Parts:
-    """The parts of a training run in `workdir`; writes its record.
+    """The parts of a training run in `workdir`, for a checked config; writes its record.
 
     `learns=False`, for a run that only keeps its weights, compiles no step. Raises UserError if the
     config cannot be trained.
     """
-    check(config)
     record, saved = records.read_record(workdir), bool(steps_saved)
     if record is None and saved:
         raise UserError(
@@ -103,11 +100,14 @@ def build_training(
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
     start = () if saved else read_start(config)
-    asked = _adopt(config, start, record)
-    shards, size = sharding.data_shards(mesh), len(source)
+    asked = adopted(config, start, record)
+    for name, (old, new) in changed_fields(config.to_dict(), asked.to_dict()).items():
+        say(f"config.{name}={new} (from the {'weights' if start else 'run'}) instead of {old}")
+    shards, size, fingerprint = sharding.data_shards(mesh), len(source), source.fingerprint()
     config = task_class(config).resolve(asked, before, shards=shards, examples=size)
-    fingerprint = source.fingerprint()
-    changes = _changes(workdir, record, config, fingerprint, has_checkpoint=saved)
+    changes = {}
+    if record is not None:
+        changes = records.check_restart(workdir, record, config, fingerprint, has_checkpoint=saved)
     tokenizer, keep = open_tokenizer(
         tokenizer_of(config, start),
         workdir,
@@ -120,41 +120,30 @@ def build_training(
     facts = {"training data": fingerprint, "pairs": size, "vocabulary": words.size}
     peers.connected().compare("data", facts, "every host must read the same files")
     make = task_maker(asked, words, before=before, examples=size, has_checkpoint=saved)
-    device, compiled = _fitted(make, config.mesh) if learns else (None, None)
-    # Without learning, the choice of fsdp is left to the start that trains, for its devices.
-    task = compiled.task if learns else make({"mesh.fsdp": axes.choices(config.mesh)[-1]})
-    config = task.config if learns else config
+    device, compiled, choices = None, None, axes.choices(config.mesh)
+    if learns:
+        compiled = memory.Memory(make, memory.device_memory()).first_fit(choices)
+        device = memory.Memory(make, memory.device_memory())  # compiling took some of a host's
+        device.check(compiled)
+        task, config = compiled.task, compiled.task.config
+    else:  # the choice of fsdp is left to the start that trains, for its devices
+        task = make({"mesh.fsdp": choices[-1]})
     if "mesh.fsdp" in changes:
         changes["mesh.fsdp"][1] = config.mesh.fsdp
     first = initial(start, config, task.abstract_state()) if start else None
     if jax.process_index() == 0:
         keep()  # the first write: all checks have passed
-        data = {"train": repr(source), "examples": size, "fingerprint": fingerprint}
+        kind, count = task.mesh.devices.flat[0].device_kind, task.mesh.devices.size
         records.write_record(
             workdir,
             record,
             config,
-            data=data,
-            devices=_devices(task.mesh),
+            data={"train": repr(source), "examples": size, "fingerprint": fingerprint},
+            devices={"kind": kind, "count": count, "processes": jax.process_count()},
             changes=changes,
             step=max(steps_saved, default=0),
         )
     return Parts(config, task.mesh, source, validation, tokenizer, task, device, compiled, first)
-
-
-def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    kind = mesh.devices.flat[0].device_kind
-    return {"kind": kind, "count": mesh.devices.size, "processes": jax.process_count()}
-
-
-def _fitted(
-    make: memory.Make, mesh: ml_collections.ConfigDict
-) -> tuple[memory.Memory, memory.Compiled]:
-    """The memory of a device, and the step compiled for it; UserError if it does not fit."""
-    compiled = memory.Memory(make, memory.device_memory()).first_fit(axes.choices(mesh))
-    device = memory.Memory(make, memory.device_memory())  # compiling took some of a host's memory
-    device.check(compiled)
-    return device, compiled
 
 
 def task_maker(
@@ -186,27 +175,6 @@ def task_maker(
     return make
 
 
-def _changes(
-    workdir: Path,
-    record: dict[str, Any] | None,
-    config: ml_collections.ConfigDict,
-    fingerprint: str,
-    *,
-    has_checkpoint: bool,
-) -> dict[str, list[Any]]:
-    """Prints and returns what changed since the last start, {name: [old, new]}; raises UserError if
-    it may not change.
-    """
-    if record is None:
-        return {}
-    changes, sentences = records.check_restart(
-        workdir, record, config, fingerprint, has_checkpoint=has_checkpoint
-    )
-    for sentence in sentences:
-        say(f"changed since the last start: {sentence}")
-    return changes
-
-
 def first_state(parts: Parts) -> Any:
     """The state that a run starts with: fresh, or with the parameters that config.init names;
     prints which were read.
@@ -216,19 +184,6 @@ def first_state(parts: Parts) -> Any:
         return state
     say(parts.start.report)
     return placed(state, parts.start.arrays)
-
-
-def _adopt(
-    config: ml_collections.ConfigDict, start: tuple[Part, ...], record: dict[str, Any] | None
-) -> ml_collections.ConfigDict:
-    """The config with the fields that the weights, or the run, were made with; prints each
-    change.
-    """
-    resolved = adopted(config, start, record)
-    whose = "from the weights" if start else "from the run"
-    for name, (old, new) in changed_fields(config.to_dict(), resolved.to_dict()).items():
-        say(f"config.{name}={new} ({whose}) instead of {old}")
-    return resolved
 
 
 def build_trained(
@@ -270,14 +225,11 @@ def restore_trained(parts: Parts, workdir: Path, items: Sequence[str]) -> Restor
         except UserError:
             raise
         except Exception as failure:
-            advice = (
-                "start training again, which sets it aside and continues from the newest good one"
-            )
-            if not (workdir / FOLDER / str(step)).exists():
-                advice = "a run that is training here has deleted it, start the same command again"
             raise UserError(
                 f"the checkpoint of step {step:,} in {workdir} cannot be read "
-                f"({type(failure).__name__}): {advice}"
+                f"({type(failure).__name__}): start the same command again if a run that is "
+                "training here has just replaced it; else train again, which sets it aside and "
+                "continues from the newest good one"
             ) from failure
 
 
@@ -285,16 +237,6 @@ def batches(parts: Parts, *, start_step: int, workers: int | None = None) -> Bat
     """This process's rows of every batch from `start_step` on; `workers` None: as configured."""
     workers = parts.config.data.workers if workers is None else workers
     return parts.task.batches(parts.source, parts.tokenizer, start_step=start_step, workers=workers)
-
-
-def validate(
-    parts: Parts, state: Any, *, last: bool, progress: Progress | None = None
-) -> Evaluation:
-    """The evaluation on the validation data."""
-    images = validation_images(parts.config)
-    return parts.task.evaluate(
-        state, parts.validation, parts.tokenizer, images=images, final=last, progress=progress
-    )
 
 
 def validation_images(config: ml_collections.ConfigDict) -> int:

@@ -111,23 +111,21 @@ def trained_config(
     changes = changed_fields(trained.to_dict(), config.to_dict())
     if trained.init != "random":  # its layer norms came with the weights
         changes = {name: pair for name, pair in changes.items() if "layer_norm_eps" not in name}
-    other = [
-        _change(name, *pair)
-        for name, pair in changes.items()
-        if restart_of(name) == FIXED and any(fnmatch.fnmatch(name, shape) for shape in SHAPES)
-    ]
+    named = changes if flags is None else flags
+    other, uses = [], {}
+    for name, (old, new) in changes.items():
+        restart = restart_of(name)
+        if restart == FIXED and any(fnmatch.fnmatch(name, shape) for shape in SHAPES):
+            other.append(_change(name, old, new))
+        elif restart == FREE and name.startswith("data.") and name not in named:
+            say(f"config.{name}={old}, the run's own: name it by a flag to change it")
+        elif restart == FREE:
+            uses[name] = new
     if other:
         raise UserError(
             f"--workdir={workdir} holds another model: {_listed(other)}: give the old values, "
             "or leave out --config to use the run's own"
         )
-    uses = {}
-    for name, (old, new) in changes.items():
-        if restart_of(name) == FREE:
-            if flags is None or name in flags or not name.startswith("data."):
-                uses[name] = new
-            else:
-                say(f"config.{name}={old}, the run's own: name it by a flag to change it")
     return with_fields(trained, uses)
 
 
@@ -138,9 +136,10 @@ def check_restart(
     fingerprint: str,
     *,
     has_checkpoint: bool,
-) -> tuple[dict[str, Any], list[str]]:
-    """The fields that changed since the last start ({name: [old, new]}) and a sentence on each;
-    raises UserError for those that fit neither the checkpoints nor, before them, the tokenizer.
+) -> dict[str, list[Any]]:
+    """The fields that changed since the last start, {name: [old, new]}; prints them.
+
+    Raises UserError for those that fit neither the checkpoints nor, before them, the tokenizer.
     """
     changes = changed_fields(recorded_config(record).to_dict(), config.to_dict())
     same_data = record["data"]["fingerprint"] == fingerprint
@@ -151,10 +150,9 @@ def check_restart(
             accepted.append(f"{change}: the same data by its fingerprint")
         elif restart == TOKENIZER or (restart == FIXED and has_checkpoint):
             refused.append(change)
-        elif restart == LEARNED and has_checkpoint:
-            accepted.append(f"{change}: changes what is learned from here on")
         else:
-            accepted.append(change)
+            learned = ": changes what is learned from here on"
+            accepted.append(change + learned * (restart == LEARNED and has_checkpoint))
     if not same_data and not any(change.startswith("data.") for change in refused):
         refused.append(
             f"the training data {config.data.train}, whose content is no longer the same"
@@ -166,7 +164,9 @@ def check_restart(
         )
     versions = changed_fields({"versions": record["versions"]}, {"versions": package_versions()})
     accepted += [f"{_change(name, *pair)}: results may differ" for name, pair in versions.items()]
-    return changes | versions, accepted
+    for sentence in accepted:
+        say(f"changed since the last start: {sentence}")
+    return changes | versions
 
 
 def write_record(

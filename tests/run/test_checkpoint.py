@@ -235,7 +235,7 @@ def heavy(seed: int) -> TrainState:
 
 def test_a_full_disk_is_said_and_leaves_the_newest_complete_checkpoint(small_disk):
     with pytest.raises(
-        UserError, match=r"step 2 could not be written .*No space left.* step 1 is the newest"
+        UserError, match=r"step 2 could not be written .*No space left.* step 1 is saved"
     ):
         with Checkpoints(small_disk, ITEMS, keep=1) as checkpoints:
             checkpoints.save(1, heavy(1), {})
