@@ -15,31 +15,17 @@ import numpy as np
 
 from codebook_jax.config import FREE, changed_fields, check_fields, restart_of, with_fields
 from codebook_jax.console import say
+from codebook_jax.data import text
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.sample import sample_captions
-from codebook_jax.data.text import (
-    Tokenizer,
-    Vocabulary,
-    open_tokenizer,
-    spelling,
-    tokenizer_for_run,
-)
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import axes, memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
-from codebook_jax.run.checkpoint import Checkpoints, Restored
+from codebook_jax.run.checkpoint import Checkpoints, Restored, reason
 from codebook_jax.tasks import pretrain
-from codebook_jax.tasks.task import Task, missing_methods
-from codebook_jax.weights.start import (
-    Initial,
-    adopted,
-    initial,
-    placed,
-    read_start,
-    specs,
-    tokenizer_of,
-)
+from codebook_jax.tasks.task import Task
+from codebook_jax.weights import start as weights
 
 Batches = AbstractContextManager[Iterator[NamedTuple]]
 TASKS: dict[str, type[Task]] = {"pretrain": pretrain.Pretraining}  # by config.task
@@ -52,30 +38,24 @@ class Parts(NamedTuple):
     mesh: jax.sharding.Mesh
     source: Source | None  # the training data; None if nothing is trained
     validation: Source | None
-    tokenizer: Tokenizer
+    tokenizer: text.Tokenizer
     task: Task
     device: memory.Memory | None = None  # of a device, and how else the task can be made
     compiled: memory.Compiled | None = None  # the step to run; None if nothing is trained
-    start: Initial | None = None  # parameters to start from; None: fresh ones, or the run's own
+    start: weights.Initial | None = None  # to start from; None: fresh, or the run's own
 
 
 def task_class(config: ml_collections.ConfigDict) -> type[Task]:
-    """The task that `config.task` names; raises UserError for an unknown or incomplete one."""
+    """The task that `config.task` names; raises UserError for an unknown one."""
     if config.task not in TASKS:
         raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
-    task = TASKS[config.task]
-    if missing := missing_methods(task):
-        raise UserError(
-            f"config.task={config.task!r} lacks {', '.join(missing)} of the protocol of a task: "
-            f"add them to {task.__module__}.{task.__qualname__}"
-        )
-    return task
+    return TASKS[config.task]
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, naming the field and its value, if no run can start with this config."""
     task_class(config).check(config)
-    specs(config.init)
+    weights.specs(config.init)
 
 
 def build_training(
@@ -86,12 +66,8 @@ def build_training(
     `learns=False`, for a run that only keeps its weights, compiles no step. Raises UserError if the
     config cannot be trained.
     """
-    record, saved = records.read_record(workdir), bool(steps_saved)
-    if record is None and saved:
-        raise UserError(
-            f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config "
-            "with: put the file back, or give another --workdir"
-        )
+    saved = bool(steps_saved)
+    record = records.read_record(workdir, has_checkpoint=saved)
     before = None if record is None else records.recorded_config(record)
     if before is not None:
         config = with_fields(config, {"mesh.fsdp": axes.inherited(config.mesh, before.mesh.fsdp)})
@@ -99,8 +75,8 @@ def build_training(
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
-    start = () if saved else read_start(config)
-    asked = adopted(config, start, record)
+    start = () if saved else weights.read_start(config)
+    asked = weights.adopted(config, start, record)
     for name, (old, new) in changed_fields(config.to_dict(), asked.to_dict()).items():
         say(f"config.{name}={new} (from the {'weights' if start else 'run'}) instead of {old}")
     shards, size, fingerprint = sharding.data_shards(mesh), len(source), source.fingerprint()
@@ -108,47 +84,51 @@ def build_training(
     changes = {}
     if record is not None:
         changes = records.check_restart(workdir, record, config, fingerprint, has_checkpoint=saved)
-    tokenizer, keep = open_tokenizer(
-        tokenizer_of(config, start),
+    tokenizer, keep = text.open_tokenizer(
+        weights.tokenizer_of(config, start),
         workdir,
         # None: its words came with the weights
-        None if saved and specs(config.init) else sample_captions(source),
+        None if saved and weights.specs(config.init) else sample_captions(source),
         config.data.tokenizer_vocabulary,
-        **spelling(config.data),
+        **text.spelling(config.data),
     )
     words = tokenizer.vocabulary
     facts = {"training data": fingerprint, "pairs": size, "vocabulary": words.size}
     peers.connected().compare("data", facts, "every host must read the same files")
     make = task_maker(asked, words, before=before, examples=size, has_checkpoint=saved)
-    device, compiled, choices = None, None, axes.choices(config.mesh)
-    if learns:
-        compiled = memory.Memory(make, memory.device_memory()).first_fit(choices)
-        device = memory.Memory(make, memory.device_memory())  # compiling took some of a host's
-        device.check(compiled)
-        task, config = compiled.task, compiled.task.config
-    else:  # the choice of fsdp is left to the start that trains, for its devices
-        task = make({"mesh.fsdp": choices[-1]})
+    device, compiled = _fitted(make, config.mesh) if learns else (None, None)
+    # Without learning, the choice of fsdp is left to the start that trains, for its devices.
+    task = compiled.task if learns else make({"mesh.fsdp": axes.choices(config.mesh)[-1]})
+    config = task.config if learns else config
     if "mesh.fsdp" in changes:
         changes["mesh.fsdp"][1] = config.mesh.fsdp
-    first = initial(start, config, task.abstract_state()) if start else None
+    first = weights.initial(start, config, task.abstract_state()) if start else None
     if jax.process_index() == 0:
         keep()  # the first write: all checks have passed
         kind, count = task.mesh.devices.flat[0].device_kind, task.mesh.devices.size
-        records.write_record(
-            workdir,
-            record,
-            config,
-            data={"train": repr(source), "examples": size, "fingerprint": fingerprint},
-            devices={"kind": kind, "count": count, "processes": jax.process_count()},
-            changes=changes,
-            step=max(steps_saved, default=0),
-        )
+        facts = {
+            "config": config.to_dict(),
+            "data": {"train": repr(source), "examples": size, "fingerprint": fingerprint},
+            "devices": {"kind": kind, "count": count, "processes": jax.process_count()},
+        }
+        step = max(steps_saved, default=0)
+        records.write_record(workdir, record, facts, changes=changes, step=step)
     return Parts(config, task.mesh, source, validation, tokenizer, task, device, compiled, first)
+
+
+def _fitted(
+    make: memory.Make, mesh: ml_collections.ConfigDict
+) -> tuple[memory.Memory, memory.Compiled]:
+    """The memory of a device, and the step compiled for it; UserError if it does not fit."""
+    compiled = memory.Memory(make, memory.device_memory()).first_fit(axes.choices(mesh))
+    device = memory.Memory(make, memory.device_memory())  # compiling took some of a host's memory
+    device.check(compiled)
+    return device, compiled
 
 
 def task_maker(
     config: ml_collections.ConfigDict,
-    vocabulary: Vocabulary,
+    vocabulary: text.Vocabulary,
     *,
     before: ml_collections.ConfigDict | None = None,
     examples: int = 1,
@@ -183,7 +163,7 @@ def first_state(parts: Parts) -> Any:
     if parts.start is None:
         return state
     say(parts.start.report)
-    return placed(state, parts.start.arrays)
+    return weights.placed(state, parts.start.arrays)
 
 
 def build_trained(
@@ -204,7 +184,7 @@ def build_trained(
     trained = axes.of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=not own)
     config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)
-    tokenizer = tokenizer_for_run(
+    tokenizer = text.tokenizer_for_run(
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
     )
     task = task_class(config)(config, tokenizer.vocabulary, mesh)
@@ -222,14 +202,11 @@ def restore_trained(parts: Parts, workdir: Path, items: Sequence[str]) -> Restor
         say(f"the checkpoint of step {step:,} ({which})")
         try:
             return checkpoints.restore(step, parts.task.abstract_state(), items)
-        except UserError:
-            raise
         except Exception as failure:
             raise UserError(
-                f"the checkpoint of step {step:,} in {workdir} cannot be read "
-                f"({type(failure).__name__}): start the same command again if a run that is "
-                "training here has just replaced it; else train again, which sets it aside and "
-                "continues from the newest good one"
+                f"the checkpoint of step {step:,} in {workdir} cannot be read ({reason(failure)}): "
+                "start the same command again if a run that is training here has just replaced it; "
+                "else train again, which continues from the newest good one"
             ) from failure
 
 

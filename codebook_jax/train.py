@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -85,15 +85,6 @@ class Interrupted(Exception):
     """A process was asked to stop during an evaluation."""
 
 
-class Pending(NamedTuple):
-    """A step whose scalars are still on the device."""
-
-    step: int
-    scalars: dict[str, jax.Array]
-    examples: jax.Array  # numbers of the batch's records
-    tally: Tally
-
-
 @dataclass
 class Run:
     """A run in progress: its parts, its state, and the step that the state has reached."""
@@ -108,6 +99,8 @@ class Run:
     state: Any
     step: int
     agreed: bool = False  # some process was asked to stop, and all of them know
+    # The step before, while it runs: its number, scalars, records and tally.
+    pending: tuple[int, dict[str, jax.Array], jax.Array, Tally] | None = None
     bad_in_row: int = 0
     warned_input_bound: bool = False
 
@@ -124,17 +117,13 @@ class Run:
         """Trains until the last step or a signal; then saves and evaluates the newest state."""
         steps = self.config.train.steps
         if self.step >= steps:
-            say(
-                f"step {self.step:,} of {steps:,} is already reached: raise config.train.steps to "
-                "continue"
-            )
-        elif self.step and self.evaluation_due() and self.step not in self.checkpoints.scores:
-            self.evaluate()  # its first evaluation was cut short
+            say(f"step {self.step:,} of {steps:,} is reached: raise config.train.steps to go on")
+        if self.step and self.evaluation_due():
+            self.evaluate()  # unless the last start did
         self.loop()
         self.agreed |= self.agreement.any(self.stop.requested)
         self.save_newest()
-        if self.step not in self.checkpoints.scores:
-            self.evaluate()
+        self.evaluate()
         self.checkpoints.wait()
         if self.stopping:
             saved = self.checkpoints.steps()
@@ -147,16 +136,13 @@ class Run:
         Scalars are read one step late, so that the next batch and its step are already queued while
         the previous step runs.
         """
-        compiled, pending = self.parts.compiled, None
+        compiled = self.parts.compiled
         train_step = compiled.program if compiled else self.parts.task.step
         with contextlib.ExitStack() as streams:
             batches = streams.enter_context(build.batches(self.parts, start_step=self.step))
             while self.step < self.config.train.steps and not self.stopping:
                 batch = self.next_batch(batches)
-                if batch is None and self.agreement.alone:
-                    break
-                if batch is None:
-                    # The other processes will run this step: read the same stream without workers.
+                if batch is None:  # others may run this step still: read on without workers
                     alike = build.batches(self.parts, start_step=self.step, workers=0)
                     batches = streams.enter_context(alike)
                     continue
@@ -164,16 +150,15 @@ class Run:
                 tally = self.agreement.tally(self.stop.requested, batch, placed)
                 self.state, scalars = train_step(self.state, placed)
                 self.step += 1
-                self.settle(pending)
-                pending = Pending(self.step, scalars, placed.example, tally)
-                evaluate = self.evaluation_due()
-                if evaluate or self.step % self.config.checkpoint.every_steps == 0:
-                    self.settle(pending)
-                    pending = None
+                self.settle()
+                self.pending = self.step, scalars, placed.example, tally
+                due = self.evaluation_due()
+                if due or self.step % self.config.checkpoint.every_steps == 0:
+                    self.settle()
                     self.save()
-                if evaluate and self.step < self.config.train.steps:
+                if due:
                     self.evaluate()
-            self.settle(pending)
+            self.settle()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None if the signal that stops this run killed its worker processes.
@@ -207,23 +192,24 @@ class Run:
         peers.connected().fail(sentence)
         end(sentence, 1)
 
-    def settle(self, pending: Pending | None) -> None:
-        """Reads a step's scalars, logs if due; raises UserError if the run must stop."""
-        if pending is None:
+    def settle(self) -> None:
+        """Reads the pending step's scalars, logs if due; raises UserError if the run must stop."""
+        if self.pending is None:
             return
-        self.agreed |= bool(pending.tally.stop)
-        batch, step = self.config.data.global_batch, pending.step
-        self.bad_rate.add(unreadable=int(pending.tally.unreadable), read=batch)
+        (step, scalars, examples, tally), self.pending = self.pending, None
+        self.agreed |= bool(tally.stop)
+        read = self.config.data.global_batch
+        self.bad_rate.add(unreadable=int(tally.unreadable), read=read)
         self.pace.advance(step)
-        bad = bool(pending.scalars["bad_step"])
+        bad = bool(scalars["bad_step"])
         self.bad_in_row = self.bad_in_row + 1 if bad else 0
         logged = step % self.config.log_every_steps == 0 or step == 1
         if not (bad or logged):
             return
-        row = {name: value.item() for name, value in jax.device_get(pending.scalars).items()}
+        row = {name: value.item() for name, value in jax.device_get(scalars).items()}
         row["data/skipped"] = self.bad_rate.unreadable
         if bad:
-            examples = sharding.to_host(pending.examples).tolist()
+            examples = sharding.to_host(examples).tolist()
             row |= {"bad/terms": ", ".join(broken_terms(row)), "bad/examples": str(examples)}
         if logged:
             row |= self.pace.report(step, row["loss"])
@@ -266,9 +252,7 @@ class Run:
     def save(self) -> None:
         """Saves the state unless its last steps were bad: it never replaces a good checkpoint."""
         if self.bad_in_row:
-            say(
-                f"step {self.step:,} is not saved: the last {self.bad_in_row} steps were not finite"
-            )
+            say(f"step {self.step:,} is not saved: {self.bad_in_row} steps were not finite")
             return
         meta = meta_of(self.parts, self.step, unreadable=self.bad_rate.unreadable)
         with self.pace.paused():
@@ -282,8 +266,8 @@ class Run:
             self.save()
 
     def evaluate(self) -> None:
-        """Evaluates on the validation data; after an interruption the next start repeats it."""
-        if self.bad_in_row or self.stopping:
+        """Evaluates a step once on validation data; the next start repeats what is interrupted."""
+        if self.bad_in_row or self.stopping or self.step in self.checkpoints.scores:
             return
         began = time.monotonic()
         try:

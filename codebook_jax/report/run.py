@@ -57,8 +57,7 @@ def write_report(
     encoded = _encode(parts, workdir)
     if jax.process_index() != 0:
         return
-    path = workdir / metrics.FILE
-    rows = metrics.read_rows(path) if path.exists() else []
+    rows = metrics.read_rows(workdir / metrics.FILE)
     pictures = Pictures()
     write_page(
         workdir / FILE,

@@ -1,6 +1,4 @@
-"""Checkpoints of a run: saved in the background, restored onto any mesh, the newest and the best
-kept.
-"""
+"""Checkpoints of a run: saved in the background, restored onto any mesh."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ import itertools
 import math
 import os
 import shutil
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 
 from codebook_jax.console import say
-from codebook_jax.errors import UserError, first_few
+from codebook_jax.errors import FULL_DISK, UserError
 from codebook_jax.files import parse_json, write_json, write_probe
 from codebook_jax.parallel.processes import peers
 
@@ -42,12 +41,11 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The folder `checkpoints/` of a run, one folder per step, each complete or absent.
 
     `alone` names the fields of the state that can be restored alone; the others are stored
-    together. Every process calls every method. Use it in a `with`: leaving waits for the save in
-    progress.
+    together. Every process calls every method; leaving the `with` waits for the save in progress.
     """
 
     def __init__(
@@ -64,8 +62,7 @@ class Checkpoints:
             create=create, cleanup_tmp_directories=create, preservation_policy=self
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
-        # After reading, the manager's own reader waits for all processes, forever if one of them
-        # failed.
+        # The manager's own reader waits for all processes, forever if reading failed in one.
         own = jax.process_index()
         one = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
         composite = ocp.CompositeOptions(multiprocessing_options=one)
@@ -73,9 +70,6 @@ class Checkpoints:
             ocp.CompositeCheckpointHandler(composite_options=composite, **handlers),
             multiprocessing_options=one,
         )
-
-    def __enter__(self) -> Checkpoints:
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         try:
@@ -147,10 +141,7 @@ class Checkpoints:
         self._saving = None
 
     def _check_room(self, size: int) -> None:
-        """Raises OSError if this process cannot write, or if all of them would run out of room.
-
-        Otherwise Orbax would wait many minutes for a process that failed while writing.
-        """
+        """Raises OSError if a save would fail: Orbax would wait for that process for minutes."""
         write_probe(self._folder)
         free = shutil.disk_usage(self._folder).free
         if free < size * LEAST_ROOM:
@@ -159,9 +150,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self, step: int | None) -> Iterator[None]:
-        """Raises UserError if the checkpoint of `step` cannot be written, unless a process that is
-        gone is the cause.
-        """
+        """Raises UserError for a checkpoint that cannot be written, not for a lost process."""
         try:
             yield
         except Exception as failure:
@@ -180,15 +169,14 @@ class Checkpoints:
         is none.
 
         Damaged newer ones are renamed, never deleted, once an older one has been read. Raises
-        UserError if shapes differ from `abstract_state`, or if there are checkpoints but none can
-        be read.
+        UserError if none of several can be read, such as those of another model.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             restored, own = None, ""
             try:
                 restored = self.restore(step, abstract_state)
-            except (UserError, jax.errors.JaxRuntimeError):  # the latter is of the device
+            except jax.errors.JaxRuntimeError:  # of the device, not of the file
                 raise
             except Exception as failure:
                 own = reason(failure)
@@ -206,7 +194,8 @@ class Checkpoints:
             step, why = next(iter(damaged.items()))
             raise UserError(
                 f"none of the {len(damaged)} checkpoints in {self._folder} can be read (step "
-                f"{step:,}: {why}): repair them, or start again in another --workdir"
+                f"{step:,}: {why}): repair them, give the config they were trained with, or start "
+                "again in another --workdir"
             )
         return None
 
@@ -215,16 +204,14 @@ class Checkpoints:
     ) -> Restored:
         """The checkpoint of `step`, each array placed as `abstract_state` says.
 
-        Fields that are not in `items` (None: all) are None. Raises UserError if a name, shape or
-        type differs from `abstract_state`, and whatever reading raises if the files are damaged. No
-        process waits for another.
+        Fields that are not in `items` (None: all) are None. Raises what Orbax raises if the files
+        are damaged, or names or shapes differ from `abstract_state`. No process waits for another.
         """
         wanted = {
             name: tree
             for name, tree in _items(abstract_state, self._alone).items()
             if items is None or name in items
         }
-        self._compare(step, wanted)
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         arguments[META] = ocp.args.JsonRestore()
         stored = self._reader.restore(
@@ -232,25 +219,6 @@ class Checkpoints:
         )
         trees = {name: stored[name] for name in wanted}
         return Restored(step, _state(abstract_state, trees, self._alone), stored[META])
-
-    def _compare(self, step: int, wanted: dict[str, Any]) -> None:
-        """Raises UserError if arrays differ: Orbax would pad or cut them."""
-        stored = self._manager.item_metadata(step)
-        if missing := [name for name in wanted if name not in stored or stored[name] is None]:
-            raise FileNotFoundError(f"{missing[0]} is missing")
-        before = _described({name: dict(stored[name].tree) for name in wanted})
-        now = _described(wanted)
-        differences = [
-            f"{leaf} is {before.get(leaf, 'missing')} in the checkpoint and "
-            f"{now.get(leaf, 'missing')} now"
-            for leaf in sorted({leaf for leaf, _ in before.items() ^ now.items()})
-        ]
-        if differences:
-            shown = first_few(differences, 3, between="; ", last=", and")
-            raise UserError(
-                f"the checkpoint of step {step:,} in {self._folder} does not fit this config: "
-                f"{shown}; give the config it was trained with, or another --workdir"
-            )
 
     def _set_aside(self, step: int, why: str) -> None:
         names = (f"damaged-{step}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
@@ -273,8 +241,8 @@ def _read_scores(path: Path) -> dict[int, float]:
         return {int(step): math.nan if one is None else float(one) for step, one in scores.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is not the record of a run's best step ({type(error).__name__}: {error}): put "
-            "the original back, or remove it to choose the best among future evaluations"
+            f"{path} is not the record of a run's best step ({type(error).__name__}: {error}): "
+            "put the original back, or remove it"
         ) from error
 
 
@@ -291,7 +259,8 @@ def read_arrays(item: Path) -> dict[str, np.ndarray]:
 
 def _items(state: PyTree, alone: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The state as named items, each a nested dict with string keys, whatever it is built of."""
-    rest = _nested(state)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    rest = traverse_util.unflatten_dict({_names(path): leaf for path, leaf in leaves})
     return {name: rest.pop(name, {}) for name in alone} | {REST: rest}
 
 
@@ -305,27 +274,15 @@ def _state(like: PyTree, trees: dict[str, Any], alone: Sequence[str]) -> PyTree:
     )
 
 
-def _nested(tree: PyTree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return traverse_util.unflatten_dict({_names(path): leaf for path, leaf in leaves})
-
-
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def _described(tree: PyTree) -> dict[str, str]:
-    leaves = traverse_util.flatten_dict(tree, sep="/")
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
 def reason(failure: Exception) -> str:
     """The first line of an error, short; a full disk by its name."""
     text = str(failure).strip()
-    if "No space left on device" in text:
-        return "No space left on device"
-    if "Disk quota exceeded" in text:
-        return "Disk quota exceeded"
-    line = text.splitlines()[0].partition(" See full TensorStore details")[0] if text else ""
-    line = line if len(line) <= 160 else f"{line[:157]}..."
-    return f"{type(failure).__name__}: {line}"
+    for full in map(os.strerror, FULL_DISK):
+        if full in text:
+            return full
+    line = text.partition("\n")[0].partition(" See full TensorStore details")[0]
+    return f"{type(failure).__name__}: {textwrap.shorten(line, 160, placeholder='...')}"

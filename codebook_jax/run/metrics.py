@@ -21,7 +21,7 @@ from codebook_jax.files import parse_json, written_whole
 FILE = "metrics.jsonl"
 
 
-class Metrics:
+class Metrics(contextlib.AbstractContextManager):
     """The rows of `metrics.jsonl`, also written to TensorBoard; only process 0 writes.
 
     Opened at `step`, it removes the rows that a killed run wrote after the checkpoint of that step
@@ -32,14 +32,14 @@ class Metrics:
         self._file, self._events = None, None
         if jax.process_index() == 0:
             path = Path(workdir) / FILE
-            if path.exists():
-                _cut(path, step, redo_evaluation)
+            rows = [row for row in read_rows(path) if row["step"] <= step]
+            if redo_evaluation:
+                rows = [row for row in rows if row["step"] < step or not is_evaluation(row)]
+            with written_whole(path) as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
             self._file = open(path, "a", encoding="utf-8")
             purged = step + 1 if step else None
             self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=purged)
-
-    def __enter__(self) -> Metrics:
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         if self._file is not None:
@@ -65,9 +65,9 @@ class Metrics:
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without what a killed run wrote half."""
-    rows = []
-    for line in Path(path).read_bytes().split(b"\n"):
+    """The rows of a metrics.jsonl, without what a killed run wrote half; none if it is missing."""
+    path, rows = Path(path), []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
             row = parse_json(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -145,15 +145,6 @@ class Pace:
             "time/pairs_per_s": pairs_per_s,
             "time/data_wait_share": waited,
         }
-
-
-def _cut(path: Path, step: int, redo_evaluation: bool) -> None:
-    """Removes the rows after `step`, and half-written ones, from a file."""
-    rows = [row for row in read_rows(path) if row["step"] <= step]
-    if redo_evaluation:
-        rows = [row for row in rows if row["step"] < step or not is_evaluation(row)]
-    with written_whole(path) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _value(scalar: Any) -> int | float | str | None:

@@ -29,9 +29,7 @@ from codebook_jax.parallel.processes.joining import end
 
 FILE = ".running"
 BEAT_S = 5.0
-# an owner without a beat for this long is gone; parsing a long JSON, which blocks all threads, is
-# shorter
-WATCH_S = 30.0
+WATCH_S = 30.0  # an owner without a beat for this long is gone; nothing blocks all threads as long
 CLAIM_S = 2.0  # the most that a process needs between reading the file and writing its own name
 
 
@@ -89,15 +87,12 @@ def _claim(path: Path, own: Owner) -> None:
         owner = _read(path)
         if owner is None:
             time.sleep(CLAIM_S)  # it may be writing its name just now, or have left
-            owner = _read(path)
-            if owner is None and not os.path.lexists(path):
-                continue
-        if owner is not None and _is_alive(path, owner):
+        elif _is_alive(path, owner):
             raise UserError(
                 f"--workdir={path.parent} is in use by {owner} since {owner.since}: wait for it, "
                 "end it, or give another folder"
             )
-        if _is(_read(path), owner):
+        if os.path.lexists(path) and _is(_read(path), owner):
             with written_whole(path) as file:
                 file.write(json.dumps(own._asdict()))
             time.sleep(CLAIM_S)  # of several that take over, the last to write wins
@@ -123,16 +118,11 @@ def _beat(path: Path, own: Owner, left: threading.Event) -> None:
 
 
 def _is_alive(path: Path, owner: Owner) -> bool:
-    """Whether the owner is a running process of this machine, or shows elsewhere that it is alive;
-    meanwhile it may leave, or another process may take its place.
-    """
+    """Whether the owner is a running process of this machine, or its beat moves elsewhere."""
     if owner.machine == _this_process().machine:
         return _runs(owner)
-    print(
-        f"--workdir={path.parent} was in use by {owner}, which has not released it: watching for "
-        f"{WATCH_S:.0f} s whether it is still alive",
-        flush=True,
-    )
+    watching = f"watching for {WATCH_S:.0f} s whether it is still alive"
+    print(f"--workdir={path.parent} was in use by {owner}: {watching}", flush=True)
     last = time.monotonic() + WATCH_S
     while time.monotonic() < last:
         time.sleep(min(0.5, WATCH_S / 10))

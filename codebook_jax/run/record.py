@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import hashlib
 import importlib.metadata
 import json
@@ -16,24 +15,15 @@ from typing import Any
 
 import ml_collections
 
-from codebook_jax.config import (
-    FIELDS,
-    FIXED,
-    FREE,
-    LEARNED,
-    TOKENIZER,
-    changed_fields,
-    flat,
-    restart_of,
-    with_fields,
-)
+from codebook_jax import config as fields
+from codebook_jax.config import changed_fields, restart_of, with_fields
 from codebook_jax.console import say
 from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import parse_json, refused, write_json
 
 RECORD = "config.json"
 PACKAGE = Path(__file__).parent.parent
-SHAPES = ("task", "model.*", "codebook.size")  # fields that make another model
+SHAPES = ("task", "model.", "codebook.size")  # beginnings of fields that make another model
 COMPUTES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
     *("grain", "ott-jax", "numpy", "transformers"),
@@ -53,27 +43,24 @@ def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> 
     pack into"; raises UserError if it holds other files that are not hidden.
     """
     with refused(workdir):
-        if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"--workdir={workdir} is a file: give a folder {purpose}")
         names = sorted(os.listdir(workdir)) if workdir.exists() else []
-    if RECORD in names:
-        raise UserError(
-            f"--workdir={workdir} holds a training run ({RECORD}): give another folder {purpose}"
-        )
     foreign = [name for name in names if not (name.startswith(".") or is_own(name))]
     if foreign:
-        raise UserError(
-            f"--workdir={workdir} holds other files ({first_few(foreign, 1)}): give an empty "
-            f"folder {purpose}"
-        )
+        holds = f"a training run ({RECORD})" if RECORD in names else f"other files ({foreign[0]})"
+        raise UserError(f"--workdir={workdir} holds {holds}: give an empty folder {purpose}")
     return names
 
 
-def read_record(workdir: Path | str) -> dict[str, Any] | None:
+def read_record(workdir: Path | str, *, has_checkpoint: bool = False) -> dict[str, Any] | None:
     """`config.json` of a workdir, see `write_record`; None before the first start."""
     path = Path(workdir) / RECORD
     if not path.exists():
-        return None
+        if not has_checkpoint:
+            return None
+        raise UserError(
+            f"--workdir={workdir} holds checkpoints but no {RECORD}: put the file back, or give "
+            "another --workdir"
+        )
     try:
         record = parse_json(path.read_bytes())
         record["config"], record["data"]["fingerprint"]
@@ -88,8 +75,8 @@ def read_record(workdir: Path | str) -> dict[str, Any] | None:
 def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config a run was last started with; what an older run lacks is set to what it did."""
     config = ml_collections.ConfigDict(_with_tuples(record["config"]))
-    known = flat(record["config"])
-    missing = {name: field.older for name, field in FIELDS.items() if name not in known}
+    known = fields.flat(record["config"])
+    missing = {name: field.older for name, field in fields.FIELDS.items() if name not in known}
     return with_fields(config, {name: old for name, old in missing.items() if old is not None})
 
 
@@ -115,11 +102,11 @@ def trained_config(
     other, uses = [], {}
     for name, (old, new) in changes.items():
         restart = restart_of(name)
-        if restart == FIXED and any(fnmatch.fnmatch(name, shape) for shape in SHAPES):
+        if restart == fields.FIXED and name.startswith(SHAPES):
             other.append(_change(name, old, new))
-        elif restart == FREE and name.startswith("data.") and name not in named:
+        elif restart == fields.FREE and name.startswith("data.") and name not in named:
             say(f"config.{name}={old}, the run's own: name it by a flag to change it")
-        elif restart == FREE:
+        elif restart == fields.FREE:
             uses[name] = new
     if other:
         raise UserError(
@@ -148,11 +135,11 @@ def check_restart(
         change, restart = _change(name, *changes[name]), restart_of(name)
         if name == "data.train" and same_data:  # under another path
             accepted.append(f"{change}: the same data by its fingerprint")
-        elif restart == TOKENIZER or (restart == FIXED and has_checkpoint):
+        elif restart == fields.TOKENIZER or (restart == fields.FIXED and has_checkpoint):
             refused.append(change)
         else:
             learned = ": changes what is learned from here on"
-            accepted.append(change + learned * (restart == LEARNED and has_checkpoint))
+            accepted.append(change + learned * (restart == fields.LEARNED and has_checkpoint))
     if not same_data and not any(change.startswith("data.") for change in refused):
         refused.append(
             f"the training data {config.data.train}, whose content is no longer the same"
@@ -172,28 +159,18 @@ def check_restart(
 def write_record(
     workdir: Path | str,
     previous: dict[str, Any] | None,
-    config: ml_collections.ConfigDict,
+    facts: dict[str, Any],
     *,
-    data: dict[str, Any],
-    devices: dict[str, Any],
     changes: dict[str, Any],
     step: int,
 ) -> None:
-    """Writes `config.json`.
-
-    `data` is {"train", "examples", "fingerprint"}, `devices` {"kind", "count", "processes"}.
+    """Writes `config.json`: `facts` are its config, data and devices, `changes` those of a restart
+    at `step`.
     """
-    record = {
-        "config": config.to_dict(),
-        "data": data,
-        "devices": devices,
-        "git": git_commit(),
-        "versions": package_versions(),
-        "changes": [] if previous is None else list(previous["changes"]),
-    }
-    if changes:
-        record["changes"].append({"step": step, "fields": changes})
-    write_json(Path(workdir) / RECORD, record)
+    former = [] if previous is None else previous["changes"]
+    latest = [{"step": step, "fields": changes}] if changes else []
+    about = {"git": git_commit(), "versions": package_versions(), "changes": [*former, *latest]}
+    write_json(Path(workdir) / RECORD, facts | about)
 
 
 def package_versions() -> dict[str, str]:
