@@ -1,6 +1,4 @@
-"""From a config to the parts of a run: mesh, data, tokenizer, task. Raises UserError for settings
-that do not fit.
-"""
+"""From a config to the parts of a run: mesh, data, tokenizer, task; refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -135,10 +133,8 @@ def task_maker(
     has_checkpoint: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> memory.Make:
-    """A function from changes of the config, by dotted name, to the task with them.
-
-    It raises UserError if they do not fit together, or if the run may not change them. `before` is
-    the config of the run that is continued, `examples` the number of training examples.
+    """A function from changes of the config, by dotted name, to the task with them; it raises
+    UserError for what does not fit together, or what the run, whose config was `before`, must keep.
     """
 
     def make(changes: Mapping[str, Any]) -> Task:
@@ -156,9 +152,7 @@ def task_maker(
 
 
 def first_state(parts: Parts) -> Any:
-    """The state that a run starts with: fresh, or with the parameters that config.init names;
-    prints which were read.
-    """
+    """The state of a new run: fresh, or with the parameters that config.init names, printed."""
     state = parts.task.init_state(parts.config.seed)
     if parts.start is None:
         return state
@@ -177,11 +171,11 @@ def build_trained(
         raise UserError(
             f"--workdir={workdir} holds no trained run (no {records.RECORD}): train one there first"
         )
-    if config is not None:
+    asked = config is not None
+    if asked:
         check_fields(config)
-    own = config is None
     config = records.trained_config(workdir, record, config, flags)
-    trained = axes.of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=not own)
+    trained = axes.of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=asked)
     config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)
     tokenizer = text.tokenizer_for_run(
@@ -217,9 +211,8 @@ def batches(parts: Parts, *, start_step: int, workers: int | None = None) -> Bat
 
 
 def validation_images(config: ml_collections.ConfigDict) -> int:
-    """How many images to validate on during training (0: all): `evaluation.images`.
-
-    -1 means 1,000, but 32 for a model above `tiny` on a CPU, where more would take an hour.
+    """How many images to validate on during training (0: all); evaluation.images=-1 means 1,000,
+    but 32 for a model above `tiny` on a CPU, where more would take an hour.
     """
     if config.evaluation.images >= 0:
         return config.evaluation.images

@@ -1,6 +1,4 @@
-"""A run from start to end: build, restore, loop, log, evaluate, save. Knows nothing about
-losses.
-"""
+"""A run from start to end: build, restore, loop, log, evaluate, save; nothing about losses."""
 
 from __future__ import annotations
 
@@ -38,9 +36,8 @@ INPUT_BOUND_SHARE = 0.3
 
 
 def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
-    """Trains as `config` says, continuing from the newest checkpoint of `workdir` if it has one.
-
-    Returns False if a signal stopped it before its last step.
+    """Trains as `config` says, continuing from the newest checkpoint of `workdir` if it has one;
+    False if a signal stopped it before its last step.
     """
     workdir = Path(workdir).absolute()
     build.check(config)
@@ -126,9 +123,9 @@ class Run:
         self.evaluate()
         self.checkpoints.wait()
         if self.stopping:
-            saved = self.checkpoints.steps()
-            newest = f"saved step {saved[-1]:,}" if saved else "nothing to save"
-            say(f"{newest} on {self.stop.name or 'a signal to another process'}")
+            saved = [f"saved step {step:,}" for step in self.checkpoints.steps()]
+            why = self.stop.name or "a signal to another process"
+            say(f"{saved[-1] if saved else 'nothing to save'} on {why}")
 
     def loop(self) -> None:
         """Runs the steps; the step number is the position in the data.
@@ -171,12 +168,10 @@ class Run:
                 batch = next(batches)
         except Stuck as stuck:
             self.give_up(stuck)
-        except UserError:
-            raise
-        except Exception:
-            if self.stop.arrives_within(seconds=2.0):
-                return None
-            raise
+        except Exception as error:
+            if isinstance(error, UserError) or not self.stop.arrives_within(seconds=2.0):
+                raise
+            return None
         self.pace.waited(time.monotonic() - began)
         return batch
 
@@ -198,8 +193,7 @@ class Run:
             return
         (step, scalars, examples, tally), self.pending = self.pending, None
         self.agreed |= bool(tally.stop)
-        read = self.config.data.global_batch
-        self.bad_rate.add(unreadable=int(tally.unreadable), read=read)
+        self.bad_rate.add(unreadable=int(tally.unreadable), read=self.config.data.global_batch)
         self.pace.advance(step)
         bad = bool(scalars["bad_step"])
         self.bad_in_row = self.bad_in_row + 1 if bad else 0
@@ -237,8 +231,7 @@ class Run:
         """Warns once if the device waits for data."""
         if share < INPUT_BOUND_SHARE or self.warned_input_bound or self.step < 2:
             return
-        self.warned_input_bound = True
-        data = self.config.data
+        self.warned_input_bound, data = True, self.config.data
         say(
             f"input-bound: {share:.0%} of the step time is spent waiting for data; raise "
             f"config.data.threads (now {data.threads}) or config.data.workers (now "

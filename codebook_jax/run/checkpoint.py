@@ -90,9 +90,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         steps = self.steps()
         return f"step {steps[-1]:,} is saved" if steps else "nothing is saved"
 
-    def best_step(self) -> int | None:
-        """The saved step that scored highest in validation; None when none was scored."""
-        return self._best_of(self.steps())
+    def best_step(self, steps: list[int] | None = None) -> int | None:
+        """The saved step, or that of `steps`, that scored highest in validation; None without."""
+        steps = self.steps() if steps is None else steps
+        scored = [step for step in steps if not math.isnan(self.scores.get(step, math.nan))]
+        return max(scored, key=self.scores.__getitem__, default=None)  # the earliest of equals
 
     def step_to_use(self) -> int | None:
         """The best step in validation, the newest if none was scored; None if none is saved."""
@@ -102,12 +104,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Tells Orbax to keep the newest checkpoints and the best."""
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        kept = {*steps[-self._keep :], self._best_of(steps)}
+        kept = {*steps[-self._keep :], self.best_step(steps)}
         return [checkpoint.step in kept for checkpoint in checkpoints]
-
-    def _best_of(self, steps: list[int]) -> int | None:
-        scored = [step for step in steps if not math.isnan(self.scores.get(step, math.nan))]
-        return max(scored, key=self.scores.__getitem__, default=None)  # the earliest of equals
 
     def record_score(self, step: int, score: float, metric: str) -> None:
         """Records the validation score of the saved `step`; NaN is never the best."""

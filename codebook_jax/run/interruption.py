@@ -1,6 +1,4 @@
-"""Signals that end a run: the step in progress is finished and saved, then the program exits with
-0.
-"""
+"""Signals that end a run once the step in progress is saved, and waiting that gives up."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ class Stuck(Exception):
 
 @contextlib.contextmanager
 def patience(limit_s: float, what: str) -> Iterator[None]:
-    """Inside, prints on stderr every tenth of `limit_s` that it still waits for `what`, and raises
-    Stuck after `limit_s`; for the main thread, which alone gets signals.
-    """
+    """Prints every tenth of `limit_s` that it waits for `what`, then raises Stuck; main thread."""
     began = time.monotonic()
 
     def ring(number: int, frame: object) -> None:

@@ -81,9 +81,7 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
 
 
 class Pace:
-    """Where the time of the steps goes. Process 0 shows it: on a terminal as a bar with the time
-    left, elsewhere as a line per report.
-    """
+    """Where the time of the steps goes; process 0 shows it, in a bar or as a line per report."""
 
     def __init__(self, *, start: int, steps: int, global_batch: int) -> None:
         self._start, self._steps, self._global_batch = start, steps, global_batch
@@ -120,9 +118,7 @@ class Pace:
             self._bar.update(step)
 
     def report(self, step: int, loss: float | None) -> dict[str, float]:
-        """The `time/...` scalars of the steps since the last report, shown with the loss and the
-        time left.
-        """
+        """The `time/...` scalars since the last report; shows them, the loss and the time left."""
         spent = max(time.monotonic() - self._since - self._paused, 1e-9)
         step_s, waited = spent / max(self._count, 1), min(self._waited / spent, 1.0)
         pairs_per_s = self._global_batch / step_s

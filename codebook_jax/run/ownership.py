@@ -106,11 +106,8 @@ def _beat(path: Path, own: Owner, left: threading.Event) -> None:
             return
         owner = _read(path)
         if owner is not None and not _is(owner, own) and not left.is_set():
-            end(
-                f"{owner} has taken over --workdir={path.parent}, since this one stood still for "
-                f"{WATCH_S:.0f} s: the run continues there",
-                1,
-            )
+            why = f"since this one stood still for {WATCH_S:.0f} s: the run continues there"
+            end(f"{owner} has taken over --workdir={path.parent}, {why}", 1)
         # Opened by its name: a mounted bucket loses what is written to a renamed file. Whoever
         # writes the results reports a disk that is full or gone.
         with contextlib.suppress(OSError), open(path, "r+b") as file:

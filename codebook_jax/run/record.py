@@ -24,10 +24,7 @@ from codebook_jax.files import parse_json, refused, write_json
 RECORD = "config.json"
 PACKAGE = Path(__file__).parent.parent
 SHAPES = ("task", "model.", "codebook.size")  # beginnings of fields that make another model
-COMPUTES = (
-    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
-    *("grain", "ott-jax", "numpy", "transformers"),
-)
+COMPUTES = "jax jaxlib flax optax orbax-checkpoint grain ott-jax numpy transformers".split()
 
 
 def code_digest() -> str:
@@ -52,19 +49,16 @@ def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> 
 
 
 def read_record(workdir: Path | str, *, has_checkpoint: bool = False) -> dict[str, Any] | None:
-    """`config.json` of a workdir, see `write_record`; None before the first start."""
+    """`config.json` of a workdir, see `write_record`; None before the first start. Raises UserError
+    if it is no record, or missing though the workdir has a checkpoint.
+    """
     path = Path(workdir) / RECORD
-    if not path.exists():
-        if not has_checkpoint:
-            return None
-        raise UserError(
-            f"--workdir={workdir} holds checkpoints but no {RECORD}: put the file back, or give "
-            "another --workdir"
-        )
+    if not path.exists() and not has_checkpoint:
+        return None
     try:
         record = parse_json(path.read_bytes())
         record["config"], record["data"]["fingerprint"]
-    except (IsADirectoryError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} is not the record of a run ({type(error).__name__}: {error}): put the "
             "original back, or give another --workdir"
@@ -87,10 +81,8 @@ def trained_config(
     flags: Container[str] | None = None,
 ) -> ml_collections.ConfigDict:
     """The run's own config, except where `config` changes how a trained run is used; raises
-    UserError if it asks for another model.
-
-    A config file names data of its own, such as the built-in scenes: if `flags`, the fields set by
-    flags, are given, the run's data settings stay unless they are among them.
+    UserError if it asks for another model. A config file names data of its own: if `flags`, the
+    fields set by flags, are given, the run's data settings stay unless they are among them.
     """
     trained = recorded_config(record)
     if config is None:
@@ -194,10 +186,8 @@ def git_commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(PACKAGE), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=20
-    ).stdout.strip()
+    command, quiet = ["git", "-C", str(PACKAGE), *arguments], subprocess.DEVNULL
+    return subprocess.check_output(command, stderr=quiet, text=True, timeout=20).strip()
 
 
 def _change(name: str, old: Any, new: Any) -> str:
