@@ -1,6 +1,4 @@
-"""From a config to the parts of a run: mesh, data, tokenizer, task. Raises UserError for settings
-that do not fit.
-"""
+"""From a config to the parts of a run: mesh, data, tokenizer, task; refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -15,33 +13,17 @@ import numpy as np
 
 from codebook_jax.config import FREE, changed_fields, check_fields, restart_of, with_fields
 from codebook_jax.console import say
+from codebook_jax.data import text
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.sample import sample_captions
-from codebook_jax.data.text import (
-    Tokenizer,
-    Vocabulary,
-    open_tokenizer,
-    spelling,
-    tokenizer_for_run,
-)
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.parallel import axes, memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
-from codebook_jax.run.checkpoint import FOLDER, Checkpoints, Restored
+from codebook_jax.run.checkpoint import Checkpoints, Restored, reason
 from codebook_jax.tasks import pretrain
-from codebook_jax.tasks.task import Evaluation, Task, missing_methods
-from codebook_jax.weights.start import (
-    Initial,
-    Part,
-    adopted,
-    initial,
-    placed,
-    read_start,
-    specs,
-    tokenizer_of,
-)
+from codebook_jax.tasks.task import Task
+from codebook_jax.weights import start as weights
 
 Batches = AbstractContextManager[Iterator[NamedTuple]]
 TASKS: dict[str, type[Task]] = {"pretrain": pretrain.Pretraining}  # by config.task
@@ -54,47 +36,36 @@ class Parts(NamedTuple):
     mesh: jax.sharding.Mesh
     source: Source | None  # the training data; None if nothing is trained
     validation: Source | None
-    tokenizer: Tokenizer
+    tokenizer: text.Tokenizer
     task: Task
     device: memory.Memory | None = None  # of a device, and how else the task can be made
     compiled: memory.Compiled | None = None  # the step to run; None if nothing is trained
-    start: Initial | None = None  # parameters to start from; None: fresh ones, or the run's own
+    start: weights.Initial | None = None  # to start from; None: fresh, or the run's own
 
 
 def task_class(config: ml_collections.ConfigDict) -> type[Task]:
-    """The task that `config.task` names; raises UserError for an unknown or incomplete one."""
+    """The task that `config.task` names; raises UserError for an unknown one."""
     if config.task not in TASKS:
         raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
-    task = TASKS[config.task]
-    if missing := missing_methods(task):
-        raise UserError(
-            f"config.task={config.task!r} lacks {', '.join(missing)} of the protocol of a task: "
-            f"add them to {task.__module__}.{task.__qualname__}"
-        )
-    return task
+    return TASKS[config.task]
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, naming the field and its value, if no run can start with this config."""
     task_class(config).check(config)
-    specs(config.init)
+    weights.specs(config.init)
 
 
 def build_training(
     config: ml_collections.ConfigDict, workdir: Path, *, steps_saved: list[int], learns: bool = True
 ) -> Parts:
-    """The parts of a training run in `workdir`; writes its record.
+    """The parts of a training run in `workdir`, for a checked config; writes its record.
 
     `learns=False`, for a run that only keeps its weights, compiles no step. Raises UserError if the
     config cannot be trained.
     """
-    check(config)
-    record, saved = records.read_record(workdir), bool(steps_saved)
-    if record is None and saved:
-        raise UserError(
-            f"--workdir={workdir} holds checkpoints but no {records.RECORD} to compare this config "
-            "with: put the file back, or give another --workdir"
-        )
+    saved = bool(steps_saved)
+    record = records.read_record(workdir, has_checkpoint=saved)
     before = None if record is None else records.recorded_config(record)
     if before is not None:
         config = with_fields(config, {"mesh.fsdp": axes.inherited(config.mesh, before.mesh.fsdp)})
@@ -102,19 +73,22 @@ def build_training(
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
     source = source_of(config, config.data.train, "train")
     validation = source_of(config, config.data.eval, "validation")
-    start = () if saved else read_start(config)
-    asked = _adopt(config, start, record)
-    shards, size = sharding.data_shards(mesh), len(source)
+    start = () if saved else weights.read_start(config)
+    asked = weights.adopted(config, start, record)
+    for name, (old, new) in changed_fields(config.to_dict(), asked.to_dict()).items():
+        say(f"config.{name}={new} (from the {'weights' if start else 'run'}) instead of {old}")
+    shards, size, fingerprint = sharding.data_shards(mesh), len(source), source.fingerprint()
     config = task_class(config).resolve(asked, before, shards=shards, examples=size)
-    fingerprint = source.fingerprint()
-    changes = _changes(workdir, record, config, fingerprint, has_checkpoint=saved)
-    tokenizer, keep = open_tokenizer(
-        tokenizer_of(config, start),
+    changes = {}
+    if record is not None:
+        changes = records.check_restart(workdir, record, config, fingerprint, has_checkpoint=saved)
+    tokenizer, keep = text.open_tokenizer(
+        weights.tokenizer_of(config, start),
         workdir,
         # None: its words came with the weights
-        None if saved and specs(config.init) else sample_captions(source),
+        None if saved and weights.specs(config.init) else sample_captions(source),
         config.data.tokenizer_vocabulary,
-        **spelling(config.data),
+        **text.spelling(config.data),
     )
     words = tokenizer.vocabulary
     facts = {"training data": fingerprint, "pairs": size, "vocabulary": words.size}
@@ -126,25 +100,18 @@ def build_training(
     config = task.config if learns else config
     if "mesh.fsdp" in changes:
         changes["mesh.fsdp"][1] = config.mesh.fsdp
-    first = initial(start, config, task.abstract_state()) if start else None
+    first = weights.initial(start, config, task.abstract_state()) if start else None
     if jax.process_index() == 0:
         keep()  # the first write: all checks have passed
-        data = {"train": repr(source), "examples": size, "fingerprint": fingerprint}
-        records.write_record(
-            workdir,
-            record,
-            config,
-            data=data,
-            devices=_devices(task.mesh),
-            changes=changes,
-            step=max(steps_saved, default=0),
-        )
+        kind, count = task.mesh.devices.flat[0].device_kind, task.mesh.devices.size
+        facts = {
+            "config": config.to_dict(),
+            "data": {"train": repr(source), "examples": size, "fingerprint": fingerprint},
+            "devices": {"kind": kind, "count": count, "processes": jax.process_count()},
+        }
+        step = max(steps_saved, default=0)
+        records.write_record(workdir, record, facts, changes=changes, step=step)
     return Parts(config, task.mesh, source, validation, tokenizer, task, device, compiled, first)
-
-
-def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    kind = mesh.devices.flat[0].device_kind
-    return {"kind": kind, "count": mesh.devices.size, "processes": jax.process_count()}
 
 
 def _fitted(
@@ -159,17 +126,15 @@ def _fitted(
 
 def task_maker(
     config: ml_collections.ConfigDict,
-    vocabulary: Vocabulary,
+    vocabulary: text.Vocabulary,
     *,
     before: ml_collections.ConfigDict | None = None,
     examples: int = 1,
     has_checkpoint: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> memory.Make:
-    """A function from changes of the config, by dotted name, to the task with them.
-
-    It raises UserError if they do not fit together, or if the run may not change them. `before` is
-    the config of the run that is continued, `examples` the number of training examples.
+    """A function from changes of the config, by dotted name, to the task with them; it raises
+    UserError for what does not fit together, or what the run, whose config was `before`, must keep.
     """
 
     def make(changes: Mapping[str, Any]) -> Task:
@@ -186,49 +151,13 @@ def task_maker(
     return make
 
 
-def _changes(
-    workdir: Path,
-    record: dict[str, Any] | None,
-    config: ml_collections.ConfigDict,
-    fingerprint: str,
-    *,
-    has_checkpoint: bool,
-) -> dict[str, list[Any]]:
-    """Prints and returns what changed since the last start, {name: [old, new]}; raises UserError if
-    it may not change.
-    """
-    if record is None:
-        return {}
-    changes, sentences = records.check_restart(
-        workdir, record, config, fingerprint, has_checkpoint=has_checkpoint
-    )
-    for sentence in sentences:
-        say(f"changed since the last start: {sentence}")
-    return changes
-
-
 def first_state(parts: Parts) -> Any:
-    """The state that a run starts with: fresh, or with the parameters that config.init names;
-    prints which were read.
-    """
+    """The state of a new run: fresh, or with the parameters that config.init names, printed."""
     state = parts.task.init_state(parts.config.seed)
     if parts.start is None:
         return state
     say(parts.start.report)
-    return placed(state, parts.start.arrays)
-
-
-def _adopt(
-    config: ml_collections.ConfigDict, start: tuple[Part, ...], record: dict[str, Any] | None
-) -> ml_collections.ConfigDict:
-    """The config with the fields that the weights, or the run, were made with; prints each
-    change.
-    """
-    resolved = adopted(config, start, record)
-    whose = "from the weights" if start else "from the run"
-    for name, (old, new) in changed_fields(config.to_dict(), resolved.to_dict()).items():
-        say(f"config.{name}={new} ({whose}) instead of {old}")
-    return resolved
+    return weights.placed(state, parts.start.arrays)
 
 
 def build_trained(
@@ -242,14 +171,14 @@ def build_trained(
         raise UserError(
             f"--workdir={workdir} holds no trained run (no {records.RECORD}): train one there first"
         )
-    if config is not None:
+    asked = config is not None
+    if asked:
         check_fields(config)
-    own = config is None
     config = records.trained_config(workdir, record, config, flags)
-    trained = axes.of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=not own)
+    trained = axes.of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=asked)
     config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)
-    tokenizer = tokenizer_for_run(
+    tokenizer = text.tokenizer_for_run(
         config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
     )
     task = task_class(config)(config, tokenizer.vocabulary, mesh)
@@ -267,17 +196,11 @@ def restore_trained(parts: Parts, workdir: Path, items: Sequence[str]) -> Restor
         say(f"the checkpoint of step {step:,} ({which})")
         try:
             return checkpoints.restore(step, parts.task.abstract_state(), items)
-        except UserError:
-            raise
         except Exception as failure:
-            advice = (
-                "start training again, which sets it aside and continues from the newest good one"
-            )
-            if not (workdir / FOLDER / str(step)).exists():
-                advice = "a run that is training here has deleted it, start the same command again"
             raise UserError(
-                f"the checkpoint of step {step:,} in {workdir} cannot be read "
-                f"({type(failure).__name__}): {advice}"
+                f"the checkpoint of step {step:,} in {workdir} cannot be read ({reason(failure)}): "
+                "start the same command again if a run that is training here has just replaced it; "
+                "else train again, which continues from the newest good one"
             ) from failure
 
 
@@ -287,20 +210,9 @@ def batches(parts: Parts, *, start_step: int, workers: int | None = None) -> Bat
     return parts.task.batches(parts.source, parts.tokenizer, start_step=start_step, workers=workers)
 
 
-def validate(
-    parts: Parts, state: Any, *, last: bool, progress: Progress | None = None
-) -> Evaluation:
-    """The evaluation on the validation data."""
-    images = validation_images(parts.config)
-    return parts.task.evaluate(
-        state, parts.validation, parts.tokenizer, images=images, final=last, progress=progress
-    )
-
-
 def validation_images(config: ml_collections.ConfigDict) -> int:
-    """How many images to validate on during training (0: all): `evaluation.images`.
-
-    -1 means 1,000, but 32 for a model above `tiny` on a CPU, where more would take an hour.
+    """How many images to validate on during training (0: all); evaluation.images=-1 means 1,000,
+    but 32 for a model above `tiny` on a CPU, where more would take an hour.
     """
     if config.evaluation.images >= 0:
         return config.evaluation.images

@@ -39,9 +39,8 @@ def announce(parts: build.Parts) -> None:
     say(f"validation  {_validation(config, len(parts.validation))}")
     if len(parts.source) < batch:
         say(
-            f"warning: config.data.global_batch={batch} is more than the {len(parts.source):,} "
-            "training pairs, so a step contains the same pair several times: set "
-            f"--config.data.global_batch={len(parts.source)} or less, or give more data"
+            f"warning: config.data.global_batch={batch} is more than the {len(parts.source)} "
+            "training pairs, so a step repeats pairs: set it to that or less, or give more data"
         )
     if devices > 1:
         say(f"mesh {axes.describe(mesh, config.mesh.slices)}")
@@ -64,30 +63,25 @@ def next_steps(step: int, workdir: Path) -> str:
     """What a trained run can be used for, with the command for each."""
     uses = [name for name, mode in modes.MODES.items() if mode.group in modes.USES]
     width = max(map(len, uses))
-    lines = [f"  {name:{width}}  {modes.command_line(name, workdir)}" for name in uses]
-    first = f"{workdir} holds the model of step {step:,}; what you can do with it:"
-    return "\n".join([first, *lines])
+    lines = [f"\n  {name:{width}}  {modes.command_line(name, workdir)}" for name in uses]
+    return f"{workdir} holds the model of step {step:,}; what you can do with it:{''.join(lines)}"
 
 
 def amount(source: Source, global_batch: int, steps: int) -> list[str]:
     """Sentences on how many of the listed pairs are used and how long an epoch is."""
     pairs, listed = len(source), source.listed
-    used = f"{pairs:,} pairs"
-    if listed > pairs:
-        used = f"{pairs:,} of {listed:,} listed pairs ({pairs / listed:.1%})"
+    share = f" of {listed:,} listed pairs ({pairs / listed:.1%})" if listed > pairs else " pairs"
     epochs = f"{steps * global_batch / pairs:.3g}"
     sentences = [
-        f"{used}; an epoch is {pairs / global_batch:,.1f} steps, {steps:,} steps are {epochs} "
-        f"epoch{'s' * (epochs != '1')}"
+        f"{pairs:,}{share}; an epoch is {pairs / global_batch:,.1f} steps, {steps:,} steps are "
+        f"{epochs} epoch{'s' * (epochs != '1')}"
     ]
     if isinstance(source, Mixture):
         weights = source.weights or [len(part) for part in source.sources]
         for part, weight in zip(source.sources, weights, strict=True):
-            share = weight / sum(weights)
-            sentences.append(
-                f"{share:.1%} of every epoch from {part!r}: each of its pairs "
-                f"{share * pairs / len(part):.3g} times"
-            )
+            own = weight / sum(weights)
+            times = f"each of its pairs {own * pairs / len(part):.3g} times"
+            sentences.append(f"{own:.1%} of every epoch from {part!r}: {times}")
     return sentences
 
 
@@ -101,8 +95,7 @@ def _validation(config: ml_collections.ConfigDict, listed: int) -> str:
     images = build.validation_images(config)
     if not images or images >= listed:
         return f"all {listed:,} images of {spec}, {when}"
-    why = ", since this is a CPU" if config.evaluation.images == -1 and images < 1000 else ""
-    return f"{images:,} of {listed:,} images of {spec}{why} (config.evaluation.images), {when}"
+    return f"{images:,} of {listed:,} images of {spec} (config.evaluation.images), {when}"
 
 
 def _named(spec: str) -> str:

@@ -1,14 +1,12 @@
-"""A run from start to end: build, restore, loop, log, evaluate, save. Knows nothing about
-losses.
-"""
+"""A run from start to end: build, restore, loop, log, evaluate, save; nothing about losses."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +18,7 @@ from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
+from codebook_jax.data.progress import duration
 from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import check_outputs
 from codebook_jax.parallel import sharding
@@ -28,19 +27,17 @@ from codebook_jax.parallel.processes.agreement import Agreement, Tally
 from codebook_jax.parallel.processes.joining import end
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import BEST, FOLDER, Checkpoints, Restored
-from codebook_jax.run.interruption import Interrupted, Interruption, Stuck, patience
-from codebook_jax.run.metrics import FILE, Clock, Metrics, ProgressReport
+from codebook_jax.run.interruption import Interruption, Stuck, patience
+from codebook_jax.run.metrics import FILE, Metrics, Pace
 from codebook_jax.run.ownership import owned
 
-INPUT_BOUND_SHARE = (
-    0.3  # of a step's time; prefetching keeps it near zero until the data cannot keep up
-)
+# Of a step's time; prefetching keeps it near zero until the data cannot keep up.
+INPUT_BOUND_SHARE = 0.3
 
 
 def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
-    """Trains as `config` says, continuing from the newest checkpoint of `workdir` if it has one.
-
-    Returns False if a signal stopped it before its last step.
+    """Trains as `config` says, continuing from the newest checkpoint of `workdir` if it has one;
+    False if a signal stopped it before its last step.
     """
     workdir = Path(workdir).absolute()
     build.check(config)
@@ -53,53 +50,60 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
         summary.announce(parts)
         say(summary.whereabouts(config, workdir))
         restored = checkpoints.restore_newest(parts.task.abstract_state())
+        steps, batch = config.train.steps, config.data.global_batch
         if restored is None:
             restored = Restored(0, build.first_state(parts), {"unreadable": 0})
         else:
-            say(resumption(restored, config.data.global_batch))
+            age = duration(time.time() - restored.meta["saved_at"])
+            place = f"checkpoint {age} old, data position {restored.step * batch:,}"
+            say(f"resuming at step {restored.step:,} ({place})")
         parts = parts._replace(start=None)  # gigabytes, now part of the state
-        step = restored.step
-        redo = step not in checkpoints.scores
+        step, state, meta = restored
         with (
-            Metrics(workdir, step=step, redo_evaluation=redo) as metrics,
-            ProgressReport(start=step, steps=config.train.steps) as progress,
+            Metrics(workdir, step=step, redo_evaluation=step not in checkpoints.scores) as metrics,
+            Pace(start=step, steps=steps, global_batch=batch) as pace,
             parts.device.explaining(parts.compiled) if parts.compiled else contextlib.nullcontext(),
         ):
-            run = Run(parts, checkpoints, metrics, progress, stop, restored)
+            bad_rate = BadRate(config.data.max_bad_rate, meta["unreadable"])
+            agreement = Agreement(parts.mesh)
+            run = Run(parts, checkpoints, metrics, pace, stop, agreement, bad_rate, state, step)
             try:
                 run.finish()
             except Exception as error:
                 peers.connected().end_all(error, checkpoints.wait)
                 raise
-            done = run.step >= config.train.steps
-    if done:
-        say(summary.next_steps(run.step, workdir))
-    return done
+    if run.step < steps:
+        return False
+    say(summary.next_steps(run.step, workdir))
+    return True
 
 
+class Interrupted(Exception):
+    """A process was asked to stop during an evaluation."""
+
+
+@dataclass
 class Run:
     """A run in progress: its parts, its state, and the step that the state has reached."""
 
-    def __init__(
-        self,
-        parts: build.Parts,
-        checkpoints: Checkpoints,
-        metrics: Metrics,
-        progress: ProgressReport,
-        stop: Interruption,
-        start: Restored,
-    ) -> None:
-        self.parts, self.config = parts, parts.config
-        self.train_step = parts.compiled.program if parts.compiled else parts.task.step
-        self.checkpoints, self.metrics = checkpoints, metrics
-        self.progress, self.stop = progress, stop
-        self.state, self.step = start.state, start.step
-        self.agreement = Agreement(parts.mesh)
-        self.agreed = False  # some process was asked to stop, and all of them know
-        self.bad_in_row = 0
-        self.warned_input_bound = False
-        self.clock = Clock()
-        self.bad_rate = BadRate(self.config.data.max_bad_rate, start.meta["unreadable"])
+    parts: build.Parts
+    checkpoints: Checkpoints
+    metrics: Metrics
+    pace: Pace
+    stop: Interruption
+    agreement: Agreement
+    bad_rate: BadRate
+    state: Any
+    step: int
+    agreed: bool = False  # some process was asked to stop, and all of them know
+    # The step before, while it runs: its number, scalars, records and tally.
+    pending: tuple[int, dict[str, jax.Array], jax.Array, Tally] | None = None
+    bad_in_row: int = 0
+    warned_input_bound: bool = False
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        return self.parts.config
 
     @property
     def stopping(self) -> bool:
@@ -110,24 +114,18 @@ class Run:
         """Trains until the last step or a signal; then saves and evaluates the newest state."""
         steps = self.config.train.steps
         if self.step >= steps:
-            say(
-                f"step {self.step:,} of {steps:,} is already reached: raise config.train.steps to "
-                "continue"
-            )
-        elif self.step and self.evaluation_due() and self.step not in self.checkpoints.scores:
-            self.evaluate()  # its first evaluation was cut short
+            say(f"step {self.step:,} of {steps:,} is reached: raise config.train.steps to go on")
+        if self.step and self.evaluation_due():
+            self.evaluate()  # unless the last start did
         self.loop()
         self.agreed |= self.agreement.any(self.stop.requested)
-        self.checkpoints.wait()
-        if self.step and self.step not in self.checkpoints.steps():
-            self.save()
-        if not self.stopping and self.step not in self.checkpoints.scores:
-            self.evaluate()
+        self.save_newest()
+        self.evaluate()
         self.checkpoints.wait()
         if self.stopping:
-            saved = self.checkpoints.steps()
-            newest = f"saved step {saved[-1]:,}" if saved else "nothing to save"
-            say(f"{newest} on {self.stop.name or 'a signal to another process'}")
+            saved = [f"saved step {step:,}" for step in self.checkpoints.steps()]
+            why = self.stop.name or "a signal to another process"
+            say(f"{saved[-1] if saved else 'nothing to save'} on {why}")
 
     def loop(self) -> None:
         """Runs the steps; the step number is the position in the data.
@@ -135,33 +133,29 @@ class Run:
         Scalars are read one step late, so that the next batch and its step are already queued while
         the previous step runs.
         """
-        pending = None
+        compiled = self.parts.compiled
+        train_step = compiled.program if compiled else self.parts.task.step
         with contextlib.ExitStack() as streams:
             batches = streams.enter_context(build.batches(self.parts, start_step=self.step))
             while self.step < self.config.train.steps and not self.stopping:
                 batch = self.next_batch(batches)
-                if batch is None and self.agreement.alone:
-                    break
-                if (
-                    batch is None
-                ):  # the other processes will run this step: read the same stream without workers
+                if batch is None:  # others may run this step still: read on without workers
                     alike = build.batches(self.parts, start_step=self.step, workers=0)
                     batches = streams.enter_context(alike)
                     continue
                 placed = sharding.put_batch(batch, self.parts.mesh)
                 tally = self.agreement.tally(self.stop.requested, batch, placed)
-                self.state, scalars = self.train_step(self.state, placed)
+                self.state, scalars = train_step(self.state, placed)
                 self.step += 1
-                self.settle(pending)
-                pending = _Pending(self.step, scalars, placed.example, tally)
-                evaluate = self.evaluation_due()
-                if evaluate or self.step % self.config.checkpoint.every_steps == 0:
-                    self.settle(pending)
-                    pending = None
+                self.settle()
+                self.pending = self.step, scalars, placed.example, tally
+                due = self.evaluation_due()
+                if due or self.step % self.config.checkpoint.every_steps == 0:
+                    self.settle()
                     self.save()
-                if evaluate and self.step < self.config.train.steps:
+                if due:
                     self.evaluate()
-            self.settle(pending)
+            self.settle()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None if the signal that stops this run killed its worker processes.
@@ -174,55 +168,49 @@ class Run:
                 batch = next(batches)
         except Stuck as stuck:
             self.give_up(stuck)
-        except UserError:
-            raise
-        except Exception:
-            if self.stop.arrives_within(seconds=2.0):
-                return None
-            raise
-        self.clock.waited(time.monotonic() - began)
+        except Exception as error:
+            if isinstance(error, UserError) or not self.stop.arrives_within(seconds=2.0):
+                raise
+            return None
+        self.pace.waited(time.monotonic() - began)
         return batch
 
     def give_up(self, stuck: Stuck) -> NoReturn:
         """Saves what can be saved without the other processes, and exits."""
-        if self.agreement.alone and self.step not in self.checkpoints.steps():
-            self.save()
         if self.agreement.alone:
+            self.save_newest()
             self.checkpoints.wait()
-        saved = self.checkpoints.steps()
-        kept = f"step {saved[-1]:,} is saved" if saved else "nothing is saved"
         sentence = (
-            f"{stuck}; {kept}: see whether the place of the training data answers, and start again"
+            f"{stuck}; {self.checkpoints.kept()}: see whether the place of the training data "
+            "answers, and start again"
         )
         peers.connected().fail(sentence)
         end(sentence, 1)
 
-    def settle(self, pending: _Pending | None) -> None:
-        """Reads a step's scalars, logs if due; raises UserError if the run must stop."""
-        if pending is None:
+    def settle(self) -> None:
+        """Reads the pending step's scalars, logs if due; raises UserError if the run must stop."""
+        if self.pending is None:
             return
-        self.agreed |= bool(pending.tally.stop)
-        self.bad_rate.add(
-            unreadable=int(pending.tally.unreadable), read=self.config.data.global_batch
-        )
-        self.progress.advance(pending.step)
-        bad = bool(pending.scalars["bad_step"])
+        (step, scalars, examples, tally), self.pending = self.pending, None
+        self.agreed |= bool(tally.stop)
+        self.bad_rate.add(unreadable=int(tally.unreadable), read=self.config.data.global_batch)
+        self.pace.advance(step)
+        bad = bool(scalars["bad_step"])
         self.bad_in_row = self.bad_in_row + 1 if bad else 0
-        logged = pending.step % self.config.log_every_steps == 0 or pending.step == 1
+        logged = step % self.config.log_every_steps == 0 or step == 1
         if not (bad or logged):
             return
-        row = {name: value.item() for name, value in jax.device_get(pending.scalars).items()}
+        row = {name: value.item() for name, value in jax.device_get(scalars).items()}
         row["data/skipped"] = self.bad_rate.unreadable
         if bad:
-            examples = sharding.to_host(pending.examples).tolist()
+            examples = sharding.to_host(examples).tolist()
             row |= {"bad/terms": ", ".join(broken_terms(row)), "bad/examples": str(examples)}
         if logged:
-            row |= self.clock.report(self.config.data.global_batch)
-            self.progress.report(pending.step, row)
-            self.warn_if_input_bound(row)
-        self.metrics.write(pending.step, row)
+            row |= self.pace.report(step, row["loss"])
+            self.warn_if_input_bound(row["time/data_wait_share"])
+        self.metrics.write(step, row)
         if bad:
-            self.report_bad(pending.step, row["bad/terms"], examples)
+            self.report_bad(step, row["bad/terms"], examples)
 
     def report_bad(self, step: int, terms: str, examples: list[int]) -> None:
         """Prints which step was not finite; raises UserError after too many in a row."""
@@ -233,21 +221,17 @@ class Run:
         )
         if self.bad_in_row >= most:
             self.checkpoints.wait()
-            saved = self.checkpoints.steps()
-            newest = f"step {saved[-1]:,} is saved and untouched" if saved else "nothing was saved"
             raise UserError(
                 f"stopped at step {step:,}: {most} steps in a row were not finite ({terms}); "
-                f"{newest}: try a lower config.optimizer.learning_rate, "
+                f"{self.checkpoints.kept()}: try a lower config.optimizer.learning_rate, "
                 "config.optimizer.clip_norm=1, or config.model.dtype=float32"
             )
 
-    def warn_if_input_bound(self, row: Mapping[str, Any]) -> None:
+    def warn_if_input_bound(self, share: float) -> None:
         """Warns once if the device waits for data."""
-        share = row["time/data_wait_share"]
         if share < INPUT_BOUND_SHARE or self.warned_input_bound or self.step < 2:
             return
-        self.warned_input_bound = True
-        data = self.config.data
+        self.warned_input_bound, data = True, self.config.data
         say(
             f"input-bound: {share:.0%} of the step time is spent waiting for data; raise "
             f"config.data.threads (now {data.threads}) or config.data.workers (now "
@@ -261,32 +245,37 @@ class Run:
     def save(self) -> None:
         """Saves the state unless its last steps were bad: it never replaces a good checkpoint."""
         if self.bad_in_row:
-            say(
-                f"step {self.step:,} is not saved: the last {self.bad_in_row} steps were not finite"
-            )
+            say(f"step {self.step:,} is not saved: {self.bad_in_row} steps were not finite")
             return
-        began = time.monotonic()
-        self.metrics.flush()
         meta = meta_of(self.parts, self.step, unreadable=self.bad_rate.unreadable)
-        self.checkpoints.save(self.step, self.state, meta)
-        self.clock.paused(time.monotonic() - began)
+        with self.pace.paused():
+            self.metrics.flush()
+            self.checkpoints.save(self.step, self.state, meta)
+
+    def save_newest(self) -> None:
+        """Saves the state if its step is neither saved nor being saved."""
+        self.checkpoints.wait()
+        if self.step and self.step not in self.checkpoints.steps():
+            self.save()
 
     def evaluate(self) -> None:
-        """Evaluates on the validation data; after an interruption the next start repeats it."""
-        if self.bad_in_row:
+        """Evaluates a step once on validation data; the next start repeats what is interrupted."""
+        if self.bad_in_row or self.stopping or self.step in self.checkpoints.scores:
             return
         began = time.monotonic()
         try:
-            last = self.step >= self.config.train.steps
-            if self.agreement.alone:
-                with self.stop.may_interrupt():
-                    found = build.validate(self.parts, self.state, last=last)
-            else:
-                found = build.validate(self.parts, self.state, last=last, progress=self.interrupt)
+            with self.pace.paused():
+                found = self.parts.task.evaluate(
+                    self.state,
+                    self.parts.validation,
+                    self.parts.tokenizer,
+                    images=build.validation_images(self.config),
+                    final=self.step >= self.config.train.steps,
+                    progress=self.interrupt,
+                )
         except Interrupted:
             return
         seconds = time.monotonic() - began
-        self.clock.paused(seconds)
         self.metrics.write(self.step, {**found.scalars, "time/evaluation_s": seconds})
         self.checkpoints.record_score(self.step, found.score, found.metric)
         best = self.checkpoints.best_step()
@@ -298,16 +287,6 @@ class Run:
         self.agreed |= self.agreement.any(self.stop.requested)
         if self.agreed:
             raise Interrupted
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A step whose scalars are still on the device."""
-
-    step: int
-    scalars: dict[str, jax.Array]
-    examples: jax.Array  # numbers of the batch's records
-    tally: Tally
 
 
 @contextlib.contextmanager
@@ -330,16 +309,6 @@ def meta_of(parts: build.Parts, step: int, *, unreadable: int) -> dict[str, Any]
         "unreadable": unreadable,
         "versions": records.package_versions(),
     }
-
-
-def resumption(restored: Restored, global_batch: int) -> str:
-    """The sentence printed when a run resumes."""
-    minutes = (time.time() - restored.meta["saved_at"]) / 60
-    age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
-    return (
-        f"resuming at step {restored.step:,} (checkpoint {age} old, data position "
-        f"{restored.step * global_batch:,})"
-    )
 
 
 def broken_terms(row: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,7 @@ class OneWeight:
 
     def evaluate(self, state, source, tokenizer, *, images, final, progress=None):
         self.world.during_evaluation()
+        progress("images", 1, 1)
         step = int(state.step)
         self.world.evaluated.append((step, final))
         score = self.world.score(step)

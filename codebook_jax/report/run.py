@@ -48,8 +48,7 @@ def write_report(
     seen = _see_test_data(parts, workdir, pictures)
     if jax.process_index() != 0:
         return
-    path = workdir / metrics.FILE
-    rows = metrics.read_rows(path) if path.exists() else []
+    rows = metrics.read_rows(workdir / metrics.FILE)
     write_page(
         workdir / FILE,
         "run.html",

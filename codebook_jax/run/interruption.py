@@ -1,22 +1,15 @@
-"""Signals that end a run: the step in progress is finished and saved, then the program exits with
-0.
-"""
+"""Signals that end a run once the step in progress is saved, and waiting that gives up."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 
 from codebook_jax.console import write_now
 from codebook_jax.data.stop import SIGNALS
-
-
-class Interrupted(Exception):
-    """A signal arrived inside `Interruption.may_interrupt`."""
 
 
 class Stuck(Exception):
@@ -25,12 +18,7 @@ class Stuck(Exception):
 
 @contextlib.contextmanager
 def patience(limit_s: float, what: str) -> Iterator[None]:
-    """Inside, prints on stderr every tenth of `limit_s` that it still waits for `what`, and raises
-    Stuck after `limit_s`; outside the main thread, which alone gets signals, it does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Prints every tenth of `limit_s` that it waits for `what`, then raises Stuck; main thread."""
     began = time.monotonic()
 
     def ring(number: int, frame: object) -> None:
@@ -51,20 +39,15 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
 class Interruption:
     """Remembers the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP; a second SIGINT exits at once.
 
-    Use it in a `with`, in the main thread, which alone gets signals. An ignored SIGHUP, as under
-    nohup, stays ignored.
+    Use it in a `with`, in the main thread. An ignored SIGHUP, as under nohup, stays ignored.
     """
 
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._before: dict[int, object] = {}
-        self._raises = False
+    name: str | None = None
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            caught = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
-            self._before = {number: signal.signal(number, self._receive) for number in caught}
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        caught = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+        self._before = {number: signal.signal(number, self._receive) for number in caught}
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -82,17 +65,6 @@ class Interruption:
             time.sleep(0.05)
         return self.requested
 
-    @contextlib.contextmanager
-    def may_interrupt(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted: for long work that changes nothing."""
-        self._raises = True
-        try:
-            if self.requested:
-                raise Interrupted
-            yield
-        finally:
-            self._raises = False
-
     def _receive(self, number: int, frame: object) -> None:
         if self.requested and number == signal.SIGINT:
             os._exit(128 + number)
@@ -102,6 +74,3 @@ class Interruption:
                 f"\n{self.name}: ending once the steps so far are saved (Ctrl-C exits at once "
                 "without saving)\n"
             )
-        if self._raises:
-            self._raises = False
-            raise Interrupted

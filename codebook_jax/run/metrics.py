@@ -1,13 +1,14 @@
-"""What a run reports, from process 0: metrics.jsonl, TensorBoard and progress."""
+"""What a run reports, from process 0: metrics.jsonl, TensorBoard and its pace."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,12 @@ import jax
 import tensorboardX
 
 from codebook_jax.data.progress import Bar, duration
-from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, written_whole
 
 FILE, RESULTS = "metrics.jsonl", "eval.json"
-Scalar = int | float | str | None
 
 
-class Metrics:
+class Metrics(contextlib.AbstractContextManager):
     """The rows of `metrics.jsonl`, also written to TensorBoard; only process 0 writes.
 
     Opened at `step`, it removes the rows that a killed run wrote after the checkpoint of that step
@@ -33,14 +32,14 @@ class Metrics:
         self._file, self._events = None, None
         if jax.process_index() == 0:
             path = Path(workdir) / FILE
-            if path.exists():
-                _cut(path, step, redo_evaluation)
+            rows = [row for row in read_rows(path) if row["step"] <= step]
+            if redo_evaluation:
+                rows = [row for row in rows if row["step"] < step or not is_evaluation(row)]
+            with written_whole(path) as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
             self._file = open(path, "a", encoding="utf-8")
             purged = step + 1 if step else None
             self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=purged)
-
-    def __enter__(self) -> Metrics:
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         if self._file is not None:
@@ -66,21 +65,13 @@ class Metrics:
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without those and the values that `Metrics` cannot have written;
-    raises UserError if it is a folder.
-    """
-    rows = []
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder, not the rows of a run: move it away") from error
-    for line in lines:
-        try:
+    """The rows of a metrics.jsonl, without what a killed run wrote half; none if it is missing."""
+    path, rows = Path(path), []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
             row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**63:
-            rows.append({name: value for name, value in row.items() if _is_scalar(value)})
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
@@ -89,47 +80,20 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in row)
 
 
-class Clock:
-    """Where the time of the steps since the last report went, in seconds."""
+class Pace:
+    """Where the time of the steps goes; process 0 shows it, in a bar or as a line per report."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, start: int, steps: int, global_batch: int) -> None:
+        self._start, self._steps, self._global_batch = start, steps, global_batch
+        self._lately: float | None = None  # seconds per step
+        self._bar: Bar | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._waited, self._paused, self._steps = time.monotonic(), 0.0, 0.0, 0
+        self._since, self._waited, self._paused, self._count = time.monotonic(), 0.0, 0.0, 0
 
-    def waited(self, seconds: float) -> None:
-        """Adds one step's wait for its batch."""
-        self._waited += seconds
-        self._steps += 1
-
-    def paused(self, seconds: float) -> None:
-        """Adds time that is not spent on training: saving, evaluating."""
-        self._paused += seconds
-
-    def report(self, global_batch: int) -> dict[str, float]:
-        """The `time/...` scalars of the steps since the last report; then starts again."""
-        spent = max(time.monotonic() - self._start - self._paused, 1e-9)
-        steps, waited = max(self._steps, 1), self._waited
-        self._reset()
-        return {
-            "time/step_s": spent / steps,
-            "time/pairs_per_s": global_batch * steps / spent,
-            "time/data_wait_share": min(waited / spent, 1.0),
-        }
-
-
-class ProgressReport:
-    """On a terminal a bar with the time left, elsewhere a line per report; on process 0 alone."""
-
-    def __init__(self, *, start: int, steps: int) -> None:
-        self._steps, self._start = steps, start
-        self._silent = jax.process_index() != 0
-        self._bar: Bar | None = None
-        self._pace: float | None = None  # seconds per step, lately
-
-    def __enter__(self) -> ProgressReport:
-        if not self._silent and sys.stderr.isatty():
+    def __enter__(self) -> Pace:
+        if jax.process_index() == 0 and sys.stderr.isatty():
             self._bar = Bar(self._steps, self._start, "compiling")
         return self
 
@@ -137,46 +101,49 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.stop()
 
+    def waited(self, seconds: float) -> None:
+        """Adds one step's wait for its batch."""
+        self._waited += seconds
+        self._count += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time inside, which is not spent on training: saving, evaluating."""
+        began = time.monotonic()
+        yield
+        self._paused += time.monotonic() - began
+
     def advance(self, step: int) -> None:
         if self._bar is not None:
             self._bar.update(step)
 
-    def report(self, step: int, row: Mapping[str, Scalar]) -> None:
-        """Shows a logged row: loss, pace, share of the time spent waiting for data, time left."""
-        if self._silent:
-            return
-        step_s, loss = float(row["time/step_s"]), row["loss"]
+    def report(self, step: int, loss: float | None) -> dict[str, float]:
+        """The `time/...` scalars since the last report; shows them, the loss and the time left."""
+        spent = max(time.monotonic() - self._since - self._paused, 1e-9)
+        step_s, waited = spent / max(self._count, 1), min(self._waited / spent, 1.0)
+        pairs_per_s = self._global_batch / step_s
+        self._reset()
+        left = ""
         if step > self._start + 1:  # the first step compiles
-            self._pace = step_s if self._pace is None else 0.7 * self._pace + 0.3 * step_s
-        left = "" if self._pace is None else f"  {duration((self._steps - step) * self._pace)} left"
-        known = loss is not None and math.isfinite(loss)
+            self._lately = step_s if self._lately is None else 0.7 * self._lately + 0.3 * step_s
+            left = f"  {duration((self._steps - step) * self._lately)} left"
+        known = f"{loss:.4g}" if loss is not None and math.isfinite(loss) else "not finite"
         text = (
-            f"loss {f'{loss:.4g}' if known else 'not finite'}  {step_s:.3g} s/step  "
-            f"{row['time/pairs_per_s']:.3g} pairs/s  "
-            f"data wait {row['time/data_wait_share']:.0%}{left}"
+            f"loss {known}  {step_s:.3g} s/step  {pairs_per_s:.3g} pairs/s  "
+            f"data wait {waited:.0%}{left}"
         )
         if self._bar is not None:
             self._bar.update(step, text)
-        else:
+        elif jax.process_index() == 0:
             print(f"step {step:,}/{self._steps:,}  {text}", file=sys.stderr, flush=True)
+        return {
+            "time/step_s": step_s,
+            "time/pairs_per_s": pairs_per_s,
+            "time/data_wait_share": waited,
+        }
 
 
-def _cut(path: Path, step: int, redo_evaluation: bool) -> None:
-    """Removes the rows after `step`, and half-written ones, from a file."""
-    rows = [row for row in read_rows(path) if row["step"] <= step]
-    if redo_evaluation:
-        rows = [row for row in rows if row["step"] < step or not is_evaluation(row)]
-    with written_whole(path) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _is_scalar(value: Any) -> bool:
-    if isinstance(value, int):
-        return abs(value) < 2**63  # larger ones are no floats
-    return isinstance(value, str | float | None)
-
-
-def _value(scalar: Any) -> Scalar:
+def _value(scalar: Any) -> int | float | str | None:
     if isinstance(scalar, str | None):
         return scalar
     number = scalar.item() if hasattr(scalar, "item") else scalar

@@ -8,6 +8,7 @@ are compared, and the file system need not have locks.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -23,14 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from codebook_jax.errors import UNREACHABLE, UserError
-from codebook_jax.files import parse_json, refused
+from codebook_jax.files import parse_json, refused, written_whole
 from codebook_jax.parallel.processes.joining import end
 
 FILE = ".running"
 BEAT_S = 5.0
-# an owner without a beat for this long is gone; parsing a long JSON, which blocks all threads, is
-# shorter
-WATCH_S = 30.0
+WATCH_S = 30.0  # an owner without a beat for this long is gone; nothing blocks all threads as long
 CLAIM_S = 2.0  # the most that a process needs between reading the file and writing its own name
 
 
@@ -46,6 +45,13 @@ class Owner(NamedTuple):
     started: str  # since the boot; differs for another process with the same number
     token: str
     beat: str = "0" * 9  # of fixed length, so that no reader sees a partial file
+
+    @property
+    def machine(self) -> tuple[str, ...]:
+        return self.host, self.boot, self.pid_namespace
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
 
 @contextlib.contextmanager
@@ -81,28 +87,17 @@ def _claim(path: Path, own: Owner) -> None:
         owner = _read(path)
         if owner is None:
             time.sleep(CLAIM_S)  # it may be writing its name just now, or have left
-            owner = _read(path)
-            if owner is None and not os.path.lexists(path):
-                continue
-        if owner is not None and _is_alive(path, owner):
+        elif _is_alive(path, owner):
             raise UserError(
-                f"--workdir={path.parent} is in use by process {owner.pid} on {owner.host} "
-                f"since {owner.since}: wait for it, end it, or give another folder"
+                f"--workdir={path.parent} is in use by {owner} since {owner.since}: wait for it, "
+                "end it, or give another folder"
             )
-        if _is(_read(path), owner):
-            _replace(path, own)
+        if os.path.lexists(path) and _is(_read(path), owner):
+            with written_whole(path) as file:
+                file.write(json.dumps(own._asdict()))
             time.sleep(CLAIM_S)  # of several that take over, the last to write wins
             if _is(_read(path), own):
                 return
-
-
-def _replace(path: Path, own: Owner) -> None:
-    draft = path.with_name(f"{path.name}.{own.token}")
-    try:
-        draft.write_text(json.dumps(own._asdict()))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _beat(path: Path, own: Owner, left: threading.Event) -> None:
@@ -111,11 +106,8 @@ def _beat(path: Path, own: Owner, left: threading.Event) -> None:
             return
         owner = _read(path)
         if owner is not None and not _is(owner, own) and not left.is_set():
-            end(
-                f"process {owner.pid} on {owner.host} has taken over --workdir={path.parent}, "
-                f"since this one stood still for {WATCH_S:.0f} s: the run continues there",
-                1,
-            )
+            why = f"since this one stood still for {WATCH_S:.0f} s: the run continues there"
+            end(f"{owner} has taken over --workdir={path.parent}, {why}", 1)
         # Opened by its name: a mounted bucket loses what is written to a renamed file. Whoever
         # writes the results reports a disk that is full or gone.
         with contextlib.suppress(OSError), open(path, "r+b") as file:
@@ -123,17 +115,11 @@ def _beat(path: Path, own: Owner, left: threading.Event) -> None:
 
 
 def _is_alive(path: Path, owner: Owner) -> bool:
-    """Whether the owner is a running process of this machine, or shows elsewhere that it is alive;
-    meanwhile it may leave, or another process may take its place.
-    """
-    here = _this_process()
-    if owner[:1] + owner[4:6] == here[:1] + here[4:6]:  # host, kernel, container
+    """Whether the owner is a running process of this machine, or its beat moves elsewhere."""
+    if owner.machine == _this_process().machine:
         return _runs(owner)
-    print(
-        f"--workdir={path.parent} was in use by process {owner.pid} on {owner.host}, which has "
-        f"not released it: watching for {WATCH_S:.0f} s whether it is still alive",
-        flush=True,
-    )
+    watching = f"watching for {WATCH_S:.0f} s whether it is still alive"
+    print(f"--workdir={path.parent} was in use by {owner}: {watching}", flush=True)
     last = time.monotonic() + WATCH_S
     while time.monotonic() < last:
         time.sleep(min(0.5, WATCH_S / 10))
@@ -155,11 +141,15 @@ def _runs(owner: Owner) -> bool:
         return state not in "ZX" and started == owner.started
     try:
         os.kill(owner.pid, 0)
-    except PermissionError:  # another user's
-        return True
-    except ProcessLookupError:
-        return False
+    except OSError as error:
+        return error.errno == errno.EPERM  # another user's, which /proc may hide
     return True
+
+
+def _status(pid: int) -> tuple[str, str]:
+    """(state, start in ticks since the boot) of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]
 
 
 def _this_process() -> Owner:
@@ -167,7 +157,7 @@ def _this_process() -> Owner:
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
-        started = _status(os.getpid())[1]
+        _, started = _status(os.getpid())
     return Owner(
         host=platform.node(),
         pid=os.getpid(),
@@ -180,12 +170,6 @@ def _this_process() -> Owner:
     )
 
 
-def _status(pid: int) -> tuple[str, str]:
-    """(state, start in ticks since the boot) of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return fields[0], fields[19]
-
-
 def _is(one: Owner | None, other: Owner | None) -> bool:
     return (one and one.token) == (other and other.token)
 
@@ -193,11 +177,9 @@ def _is(one: Owner | None, other: Owner | None) -> bool:
 def _read(path: Path) -> Owner | None:
     """The contents of the file; None if it is missing or unusable."""
     try:
-        owner = Owner(**parse_json(path.read_bytes()))
+        return Owner(**parse_json(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
-    is_process = type(owner.pid) is int and 0 < owner.pid < 2**31
-    return owner if is_process and all(isinstance(x, str) for x in owner._replace(pid="")) else None
 
 
 def _write(descriptor: int, owner: Owner) -> None:

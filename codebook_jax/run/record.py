@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import hashlib
 import importlib.metadata
 import json
@@ -16,28 +15,16 @@ from typing import Any
 
 import ml_collections
 
-from codebook_jax.config import (
-    FIELDS,
-    FIXED,
-    FREE,
-    LEARNED,
-    TOKENIZER,
-    changed_fields,
-    flat,
-    restart_of,
-    with_fields,
-)
+from codebook_jax import config as fields
+from codebook_jax.config import changed_fields, restart_of, with_fields
 from codebook_jax.console import say
 from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import parse_json, refused, write_json
 
 RECORD = "config.json"
 PACKAGE = Path(__file__).parent.parent
-SHAPES = ("task", "model.*", "codebook.size")  # fields that make another model
-COMPUTES = (
-    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
-    *("grain", "ott-jax", "numpy", "transformers"),
-)
+SHAPES = ("task", "model.", "codebook.size")  # beginnings of fields that make another model
+COMPUTES = "jax jaxlib flax optax orbax-checkpoint grain ott-jax numpy transformers".split()
 
 
 def code_digest() -> str:
@@ -53,31 +40,25 @@ def check_folder(workdir: Path, is_own: Callable[[str], bool], purpose: str) -> 
     pack into"; raises UserError if it holds other files that are not hidden.
     """
     with refused(workdir):
-        if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"--workdir={workdir} is a file: give a folder {purpose}")
         names = sorted(os.listdir(workdir)) if workdir.exists() else []
-    if RECORD in names:
-        raise UserError(
-            f"--workdir={workdir} holds a training run ({RECORD}): give another folder {purpose}"
-        )
     foreign = [name for name in names if not (name.startswith(".") or is_own(name))]
     if foreign:
-        raise UserError(
-            f"--workdir={workdir} holds other files ({first_few(foreign, 1)}): give an empty "
-            f"folder {purpose}"
-        )
+        holds = f"a training run ({RECORD})" if RECORD in names else f"other files ({foreign[0]})"
+        raise UserError(f"--workdir={workdir} holds {holds}: give an empty folder {purpose}")
     return names
 
 
-def read_record(workdir: Path | str) -> dict[str, Any] | None:
-    """`config.json` of a workdir, see `write_record`; None before the first start."""
+def read_record(workdir: Path | str, *, has_checkpoint: bool = False) -> dict[str, Any] | None:
+    """`config.json` of a workdir, see `write_record`; None before the first start. Raises UserError
+    if it is no record, or missing though the workdir has a checkpoint.
+    """
     path = Path(workdir) / RECORD
-    if not path.exists():
+    if not path.exists() and not has_checkpoint:
         return None
     try:
         record = parse_json(path.read_bytes())
         record["config"], record["data"]["fingerprint"]
-    except (IsADirectoryError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} is not the record of a run ({type(error).__name__}: {error}): put the "
             "original back, or give another --workdir"
@@ -88,8 +69,8 @@ def read_record(workdir: Path | str) -> dict[str, Any] | None:
 def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
     """The config a run was last started with; what an older run lacks is set to what it did."""
     config = ml_collections.ConfigDict(_with_tuples(record["config"]))
-    known = flat(record["config"])
-    missing = {name: field.older for name, field in FIELDS.items() if name not in known}
+    known = fields.flat(record["config"])
+    missing = {name: field.older for name, field in fields.FIELDS.items() if name not in known}
     return with_fields(config, {name: old for name, old in missing.items() if old is not None})
 
 
@@ -100,10 +81,8 @@ def trained_config(
     flags: Container[str] | None = None,
 ) -> ml_collections.ConfigDict:
     """The run's own config, except where `config` changes how a trained run is used; raises
-    UserError if it asks for another model.
-
-    A config file names data of its own, such as the built-in scenes: if `flags`, the fields set by
-    flags, are given, the run's data settings stay unless they are among them.
+    UserError if it asks for another model. A config file names data of its own: if `flags`, the
+    fields set by flags, are given, the run's data settings stay unless they are among them.
     """
     trained = recorded_config(record)
     if config is None:
@@ -111,23 +90,21 @@ def trained_config(
     changes = changed_fields(trained.to_dict(), config.to_dict())
     if trained.init != "random":  # its layer norms came with the weights
         changes = {name: pair for name, pair in changes.items() if "layer_norm_eps" not in name}
-    other = [
-        _change(name, *pair)
-        for name, pair in changes.items()
-        if restart_of(name) == FIXED and any(fnmatch.fnmatch(name, shape) for shape in SHAPES)
-    ]
+    named = changes if flags is None else flags
+    other, uses = [], {}
+    for name, (old, new) in changes.items():
+        restart = restart_of(name)
+        if restart == fields.FIXED and name.startswith(SHAPES):
+            other.append(_change(name, old, new))
+        elif restart == fields.FREE and name.startswith("data.") and name not in named:
+            say(f"config.{name}={old}, the run's own: name it by a flag to change it")
+        elif restart == fields.FREE:
+            uses[name] = new
     if other:
         raise UserError(
             f"--workdir={workdir} holds another model: {_listed(other)}: give the old values, "
             "or leave out --config to use the run's own"
         )
-    uses = {}
-    for name, (old, new) in changes.items():
-        if restart_of(name) == FREE:
-            if flags is None or name in flags or not name.startswith("data."):
-                uses[name] = new
-            else:
-                say(f"config.{name}={old}, the run's own: name it by a flag to change it")
     return with_fields(trained, uses)
 
 
@@ -138,9 +115,10 @@ def check_restart(
     fingerprint: str,
     *,
     has_checkpoint: bool,
-) -> tuple[dict[str, Any], list[str]]:
-    """The fields that changed since the last start ({name: [old, new]}) and a sentence on each;
-    raises UserError for those that fit neither the checkpoints nor, before them, the tokenizer.
+) -> dict[str, list[Any]]:
+    """The fields that changed since the last start, {name: [old, new]}; prints them.
+
+    Raises UserError for those that fit neither the checkpoints nor, before them, the tokenizer.
     """
     changes = changed_fields(recorded_config(record).to_dict(), config.to_dict())
     same_data = record["data"]["fingerprint"] == fingerprint
@@ -149,12 +127,11 @@ def check_restart(
         change, restart = _change(name, *changes[name]), restart_of(name)
         if name == "data.train" and same_data:  # under another path
             accepted.append(f"{change}: the same data by its fingerprint")
-        elif restart == TOKENIZER or (restart == FIXED and has_checkpoint):
+        elif restart == fields.TOKENIZER or (restart == fields.FIXED and has_checkpoint):
             refused.append(change)
-        elif restart == LEARNED and has_checkpoint:
-            accepted.append(f"{change}: changes what is learned from here on")
         else:
-            accepted.append(change)
+            learned = ": changes what is learned from here on"
+            accepted.append(change + learned * (restart == fields.LEARNED and has_checkpoint))
     if not same_data and not any(change.startswith("data.") for change in refused):
         refused.append(
             f"the training data {config.data.train}, whose content is no longer the same"
@@ -166,34 +143,26 @@ def check_restart(
         )
     versions = changed_fields({"versions": record["versions"]}, {"versions": package_versions()})
     accepted += [f"{_change(name, *pair)}: results may differ" for name, pair in versions.items()]
-    return changes | versions, accepted
+    for sentence in accepted:
+        say(f"changed since the last start: {sentence}")
+    return changes | versions
 
 
 def write_record(
     workdir: Path | str,
     previous: dict[str, Any] | None,
-    config: ml_collections.ConfigDict,
+    facts: dict[str, Any],
     *,
-    data: dict[str, Any],
-    devices: dict[str, Any],
     changes: dict[str, Any],
     step: int,
 ) -> None:
-    """Writes `config.json`.
-
-    `data` is {"train", "examples", "fingerprint"}, `devices` {"kind", "count", "processes"}.
+    """Writes `config.json`: `facts` are its config, data and devices, `changes` those of a restart
+    at `step`.
     """
-    record = {
-        "config": config.to_dict(),
-        "data": data,
-        "devices": devices,
-        "git": git_commit(),
-        "versions": package_versions(),
-        "changes": [] if previous is None else list(previous["changes"]),
-    }
-    if changes:
-        record["changes"].append({"step": step, "fields": changes})
-    write_json(Path(workdir) / RECORD, record)
+    former = [] if previous is None else previous["changes"]
+    latest = [{"step": step, "fields": changes}] if changes else []
+    about = {"git": git_commit(), "versions": package_versions(), "changes": [*former, *latest]}
+    write_json(Path(workdir) / RECORD, facts | about)
 
 
 def package_versions() -> dict[str, str]:
@@ -217,10 +186,8 @@ def git_commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(PACKAGE), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=20
-    ).stdout.strip()
+    command, quiet = ["git", "-C", str(PACKAGE), *arguments], subprocess.DEVNULL
+    return subprocess.check_output(command, stderr=quiet, text=True, timeout=20).strip()
 
 
 def _change(name: str, old: Any, new: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -122,16 +121,6 @@ class Task(Protocol):
         `state` may lack what `checkpoint_items` does not list as evaluated. `final` is False for
         the evaluations during training, which may leave out what takes long.
         """
-
-
-def missing_methods(task: type) -> list[str]:
-    """What the protocol, or a base, asks for and a class neither defines nor declares."""
-    declared = {
-        name for base in task.__mro__ for name in (*vars(base), *inspect.get_annotations(base))
-    }
-    wanted = [name for name in vars(Task) if not name.startswith("_")]
-    abstract = sorted(getattr(task, "__abstractmethods__", ()))
-    return [name for name in wanted if name not in declared] + abstract
 
 
 class OverMesh(abc.ABC):

@@ -85,9 +85,7 @@ def test_a_straight_run_says_what_it_does_and_learns(straight):
     assert all(np.isfinite(row["loss"]) for row in rows) and rows[-1]["loss"] < rows[0]["loss"]
     evaluations = [row for row in rows_of(straight.workdir) if "eval/txt_r1" in row]
     assert [row["step"] for row in evaluations] == [10, 20]
-    assert (
-        "eval/reranked_txt_r1" in evaluations[-1] and "eval/reranked_txt_r1" not in evaluations[0]
-    )
+    assert ["eval/reranked_txt_r1" in row for row in evaluations] == [False, True]
     record = json.loads((straight.workdir / "config.json").read_text())
     assert record["config"]["itm"]["groups"] == 1 and record["data"]["examples"] == 64
 
@@ -168,20 +166,10 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
 
 def test_a_changed_config_is_refused_by_name_before_anything_is_touched(straight):
     before = sorted((path, path.stat().st_mtime_ns) for path in straight.workdir.rglob("*"))
-    changes = {
-        "data.global_batch": 4,
-        "seed": 1,
-        "model.image.depth": 2,
-        "data.scenes_examples": 65,
-    }
+    changes = {"data.global_batch": 4, "seed": 1, "data.scenes_examples": 65}
     with pytest.raises(UserError) as refusal:
         train.fit(config_of(**changes), straight.workdir)
-    for words in (
-        "data.global_batch=8, now 4",
-        "seed=0, now 1",
-        "model.image.depth=1, now 2",
-        "=64, now 65",
-    ):
+    for words in ("data.global_batch=8, now 4", "seed=0, now 1", "=64, now 65"):
         assert words in str(refusal.value)
     assert sorted((path, path.stat().st_mtime_ns) for path in straight.workdir.rglob("*")) == before
 
@@ -192,10 +180,8 @@ def test_a_longer_run_goes_on_from_the_last_step_and_the_change_is_recorded(
     workdir = copy_of(straight, tmp_path / "run", newest=20)
     train.fit(config_of(**{"train.steps": 22}), workdir)
     said = capsys.readouterr().out
-    assert (
-        "train.steps=20, now 22: changes what is learned" in said
-        and "resuming at step 20 (" in said
-    )
+    assert "train.steps=20, now 22: changes what is learned" in said
+    assert "resuming at step 20 (" in said
     rows = rows_of(workdir)
     assert rows[: len(rows_of(straight.workdir))] == rows_of(straight.workdir)
     assert rows[-2]["step"] == rows[-1]["step"] == 22
@@ -227,39 +213,28 @@ def test_a_weight_that_is_not_finite_stops_the_run_with_its_losses_and_saves_not
 
 
 def test_the_best_checkpoint_is_evaluated_on_the_test_data(straight, capsys):
-    assert (
-        json.loads((straight.workdir / "config.json").read_text())["config"]["evaluation"]["images"]
-        == 8
-    )  # of its validation
     evaluate.evaluate(None, straight.workdir)
     said = capsys.readouterr().out
     best = json.loads((straight.workdir / "best.json").read_text())["step"]
     assert f"the checkpoint of step {best} (the best in validation)" in said
     results = json.loads((straight.workdir / "eval.json").read_text())
     assert results.keys() == {"student/dual", "teacher/dual", "student/reranked"}
-    assert {"txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "chance_r1"} <= results[
-        "student/dual"
-    ].keys()
-    assert {(values["images"], values["images_listed"]) for values in results.values()} == {
-        (1000, 1000)
-    }
+    assert {"txt_r1", "img_r10", "chance_r1"} <= results["student/dual"].keys()
+    counted = {(values["images"], values["images_listed"]) for values in results.values()}
+    assert counted == {(1000, 1000)}
 
 
 def test_an_evaluation_that_its_config_cuts_says_so_where_its_figures_are(
     straight, tmp_path, capsys
 ):
-    workdir = tmp_path / "run"
-    shutil.copytree(straight.workdir, workdir)
+    workdir = shutil.copytree(straight.workdir, tmp_path / "run")
+    with pytest.raises(UserError, match="holds no trained run"):
+        evaluate.evaluate(None, tmp_path)
     evaluate.evaluate(config_of(), workdir)
     (head,) = [line for line in capsys.readouterr().out.splitlines() if " texts" in line]
     assert "8 of 1,000 images" in head
     results = json.loads((workdir / "eval.json").read_text())["student/dual"]
     assert (results["images"], results["images_listed"]) == (8, 1000)
-
-
-def test_a_folder_without_a_run_cannot_be_evaluated(tmp_path):
-    with pytest.raises(UserError, match="holds no trained run"):
-        evaluate.evaluate(None, tmp_path)
 
 
 def test_a_config_given_to_evaluate_a_run_keeps_the_runs_own_data_unless_a_flag_names_others(
