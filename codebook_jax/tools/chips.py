@@ -46,9 +46,7 @@ CHIPS = {
 
 
 class PlanOptions(NamedTuple):
-    """The hardware to plan for: `devices` chips of a kind, in `slices` equal parts joined only by
-    the network.
-    """
+    """The hardware to plan for: chips of a kind, in equal slices joined only by the network."""
 
     chip: str = "h200"  # a name in CHIPS
     devices: int = 8
@@ -58,30 +56,21 @@ class PlanOptions(NamedTuple):
 
 
 def environment(options: PlanOptions) -> dict[str, str]:
-    """Variables that give JAX, imported after they are set, `options.devices` virtual CPU devices.
-
-    Raises UserError for options that no machine has, or a missing libtpu.
-    """
+    """Variables, set before JAX is imported, that give it `options.devices` virtual devices."""
     chip, devices, slices, compiler, _ = options
-    if chip not in CHIPS:
-        hint = did_you_mean(chip, CHIPS)
-        raise UserError(f"--plan.chip={chip} is not one of {', '.join(CHIPS)}{hint}")
+    for flag, name, known in (("chip", chip, CHIPS), ("compiler", compiler, COMPILERS)):
+        if name not in known:
+            names = f"{', '.join(known)}{did_you_mean(name, known)}"
+            raise UserError(f"--plan.{flag}={name} is not one of {names}")
     if devices < 1 or slices < 1 or devices % slices:
         raise UserError(
             f"--plan.slices={slices} does not split --plan.devices={devices} into equal parts: "
             "give 1 or more chips and a divisor of their number"
         )
-    if compiler not in COMPILERS:
-        raise UserError(f"--plan.compiler={compiler} is not one of {', '.join(COMPILERS)}")
-    if compiler == "tpu" and not CHIPS[chip].torus:
+    if compiler == "tpu" and (not CHIPS[chip].torus or slices > 1):
         raise UserError(
-            f"--plan.compiler=tpu compiles for TPUs, but --plan.chip={chip} is not one: leave the "
-            "flag out"
-        )
-    if compiler == "tpu" and slices > 1:
-        raise UserError(
-            f"--plan.compiler=tpu plans for one slice, but --plan.slices={slices} is given: leave "
-            "out one of the two flags"
+            f"--plan.compiler=tpu plans for one slice of TPUs, but --plan.chip={chip} and "
+            f"--plan.slices={slices} are given: leave out --plan.compiler"
         )
     if compiler == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise UserError(

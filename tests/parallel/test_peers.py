@@ -9,7 +9,7 @@ import time
 import pytest
 
 from codebook_jax.errors import UserError
-from codebook_jax.parallel.processes import channel, peers, shared_folder
+from codebook_jax.parallel.processes import peers
 from codebook_jax.parallel.processes.peers import Peers
 
 
@@ -18,7 +18,7 @@ class Process:
 
     def __init__(self, offer, own, count):
         self.ends = queue.SimpleQueue()
-        self.connection = channel.reach(offer, own)
+        self.connection = peers.reach(offer, own)
         self.others = Peers(
             self.connection,
             count=count,
@@ -32,7 +32,7 @@ class Process:
 
 
 def processes(count):
-    offer, made = channel.open_channel(count, None), [None] * count
+    offer, made = peers.open_channel(count, None), [None] * count
 
     def make(own):
         made[own] = Process(offer, own, count)
@@ -67,7 +67,7 @@ def together(count, act):
 def quick(monkeypatch):
     monkeypatch.setattr(peers, "GRACE_S", 0.5)
     monkeypatch.setattr(peers, "LINGER_S", 0.2)
-    monkeypatch.setattr(shared_folder, "SEEN_S", 0.5)
+    monkeypatch.setattr(peers, "SEEN_S", 0.5)
 
 
 def test_processes_that_agree_pass_as_often_as_they_compare():
@@ -106,7 +106,7 @@ def test_a_process_that_does_not_come_is_named(monkeypatch):
 
 
 def test_one_folder_for_all_is_accepted_and_left_as_it_was(tmp_path):
-    assert together(3, lambda others: shared_folder.check(others, tmp_path / "run")) == [None] * 3
+    assert together(3, lambda others: others.check_folder(tmp_path / "run")) == [None] * 3
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -116,7 +116,7 @@ def test_a_folder_of_its_own_or_that_cannot_be_written_is_named_with_its_process
         (("run", "other"), "process 1 on host1 does not see the file that process 0 wrote"),
         (("file/run", "file/run"), "process 0 on host0 cannot write there (Not a directory)"),
     ):
-        check = lambda others: shared_folder.check(others, tmp_path / places[others.own])  # noqa: B023, E731
+        check = lambda others: others.check_folder(tmp_path / places[others.own])  # noqa: B023, E731
         for error in together(2, check):
             assert sentence in str(error)
 
@@ -158,16 +158,16 @@ def test_a_process_that_is_done_is_not_taken_for_lost():
 
 
 def test_only_processes_with_the_token_are_let_in():
-    offer = channel.open_channel(1, None)
+    offer = peers.open_channel(1, None)
     with pytest.raises(UserError, match="process 0 on .* no answer from process 0 at .*127.0.0.1"):
-        channel.reach(offer[:-4] + 'abc"]', 0)
-    channel.reach(offer, 0)
+        peers.reach(offer[:-4] + 'abc"]', 0)
+    peers.reach(offer, 0)
 
 
 def test_a_process_alone_compares_with_nobody(tmp_path):
     alone = Peers()
     alone.compare("start", {"a": 1}, "advice")
-    shared_folder.check(alone, tmp_path / "run")
+    alone.check_folder(tmp_path / "run")
     alone.fail("nobody hears it")
     alone.leave()
     assert alone.exchange("start", 5) == [5] and not (tmp_path / "run").exists()

@@ -1,6 +1,4 @@
-"""What all processes must agree on in every step: whether one was asked to stop, and how much was
-unreadable.
-"""
+"""What processes agree on in every step: whether to stop, and how much was unreadable."""
 
 from __future__ import annotations
 
@@ -24,36 +22,28 @@ class Tally(NamedTuple):
 
 
 class Agreement:
-    """Sums over the processes that do not wait for the previous step, so that all go by the first
-    step whose tally says stop.
-
-    A single process agrees with itself at once, without a device.
-    """
+    """Sums over the processes that no step waits for; all go by the first tally that says stop."""
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
-        self.alone = jax.process_count() == 1
-        if self.alone:
-            return
-        self._mesh = mesh
-        self._tally = jax.jit(
-            lambda stop, skipped: Tally(stop.any(), skipped.sum()),
-            out_shardings=NamedSharding(mesh, P()),
-        )
+        self.alone, self._mesh = jax.process_count() == 1, mesh
+        if not self.alone:
+            self._sums = jax.jit(
+                lambda stop, skipped: Tally(stop.any(), skipped.sum()),
+                out_shardings=NamedSharding(mesh, P()),
+            )
 
     def tally(self, stop: bool, own: Batch, placed: Batch) -> Tally:
-        """The tally of a step, from this process's rows of the batch and the batch placed on the
-        devices.
-        """
+        """The tally of a step; `own` are this process's rows of the batch that is `placed`."""
         if self.alone:
             return Tally(stop, int(np.sum(own.skipped)))
-        return self._tally(self._flags(stop), placed.skipped)
+        return self._sums(self._flags(stop), placed.skipped)
 
     def any(self, stop: bool) -> bool:
         """Whether `stop` is true on any process; waits for all of them."""
         if self.alone:
             return stop
         flags = self._flags(stop)
-        return bool(self._tally(flags, flags).stop)
+        return bool(self._sums(flags, flags).stop)
 
     def _flags(self, stop: bool) -> Bool[jax.Array, "shards"]:
         """This process's flag, in the places of its own devices."""
