@@ -77,15 +77,14 @@ class Passes(NamedTuple):
         if self.count == 1:
             return jax.value_and_grad(one_pass, has_aux=True)(student)
         keys = jax.random.split(key, self.count)
-        split = lambda rows: sharding.split_rows(rows, self.count, self.mesh)  # noqa: E731
-        rows = split(inputs)
-        features = jax.lax.map(lambda at: embed(student, *at).features, (rows, keys))
+        rows = sharding.split_rows((inputs, taught), self.count, self.mesh)
+        features = jax.lax.map(lambda at: embed(student, *at).features, (rows[0], keys))
         (shared, scalars), (pull, own) = jax.value_and_grad(
             batch_loss, argnums=(0, 1), has_aux=True
         )(sharding.join_rows(features, self.mesh), {name: student[name] for name in direct})
-        gradient, found = jax.lax.scan(
-            share, jax.tree.map(jnp.zeros_like, student), (rows, split(taught), split(pull), keys)
-        )
+        pull = sharding.split_rows(pull, self.count, self.mesh)
+        nothing = jax.tree.map(jnp.zeros_like, student)
+        gradient, found = jax.lax.scan(share, nothing, (*rows, pull, keys))
         loss, more = jax.tree.map(lambda shares: shares.sum(axis=0), found)
         gradient |= jax.tree.map(jnp.add, {name: gradient[name] for name in direct}, own)
         return (shared + loss, scalars | more), gradient

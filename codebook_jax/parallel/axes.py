@@ -1,8 +1,7 @@
 """Which fsdp a run gets: how many devices share one copy of the parameters.
 
-docs/scale.md has the rule. A restarted run keeps its own fsdp as long as it fits the number of
-devices, however much memory is free at that moment: the order in which gradients are summed, and so
-the last bits of the weights, depend on it.
+docs/scale.md has the rule. A restarted run keeps its own: the order in which gradients are summed,
+and so the last bits of the weights, depend on it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What a compiled program sends between devices, read from its text (`compiled.as_text()`).
 
-A collective in a loop counts once per iteration, and of a conditional only the branch that sends
-most counts. A TPU's program repeats an asynchronous collective, with its channel, in every fusion
-that overlaps with it: it counts once. A TPU also writes a reduce-scatter as a fusion of a sum and a
-slice.
+A collective in a loop counts once per iteration; of branches, the one that sends most counts. A
+TPU's program repeats an asynchronous collective, with its channel, in every fusion that overlaps
+with it: it counts once. A TPU also writes a reduce-scatter as a fusion of a sum and a slice.
 """
 
 from __future__ import annotations

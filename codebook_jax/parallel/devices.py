@@ -19,10 +19,8 @@ def check_platforms() -> None:
             raise
         why = str(failure).partition(" (set JAX_PLATFORMS")[0].partition("\n")[0]
         problem = f"JAX finds no such device ({why})"
-        for name in asked.lower().split(","):
-            if name not in PLATFORMS:
-                hint = did_you_mean(name, PLATFORMS)
-                problem = f"{name} is not one of {', '.join(PLATFORMS)}{hint}"
+        for name in set(asked.lower().split(",")).difference(PLATFORMS):
+            problem = f"{name} is not one of {', '.join(PLATFORMS)}{did_you_mean(name, PLATFORMS)}"
         jax.config.update("jax_platforms", "")
         try:
             here = ", ".join(sorted({device.platform for device in jax.devices()}))

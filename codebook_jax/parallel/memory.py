@@ -42,8 +42,7 @@ class Task(Protocol):
     def abstract_batch(self) -> PyTree[jax.ShapeDtypeStruct]: ...
 
 
-# From changes of the config, by dotted name, to the task with them; raises UserError if they do not
-# fit together.
+# From changes of the config, by dotted name, to the task with them; UserError if they do not fit.
 Make = Callable[[Mapping[str, Any]], Task]
 
 
@@ -168,8 +167,8 @@ class Memory:
         passes, rows = config.optimizer.accumulation, config.data.global_batch
         fewer = (times, 2 * times, 4 * times)
         larger = [n for n in sharding.possible_fsdp(mesh) if n > mesh.shape["fsdp"]]
-        on_cpu = mesh.devices.flat[0].platform == "cpu"  # which computes bfloat16 in float32
-        narrow = config.model.dtype == "float32" and not on_cpu
+        # a CPU computes bfloat16 in float32
+        narrow = config.model.dtype == "float32" and mesh.devices.flat[0].platform != "cpu"
         ways = [
             {},
             *[{"model.dtype": "bfloat16"}] * narrow,
@@ -191,10 +190,10 @@ class Memory:
         except jax.errors.JaxRuntimeError as error:
             if (reason := out_of_memory(error)) is None:
                 raise
-            more = 2 * compiled.task.config.optimizer.accumulation
+            passes = compiled.task.config.optimizer.accumulation
             raise UserError(
                 f"a device ran out of memory ({reason}); the step needs {compiled} of {self}: try "
-                f"--config.model.remat=blocks or --config.optimizer.accumulation={more}"
+                f"--config.model.remat=blocks or --config.optimizer.accumulation={2 * passes}"
             ) from error
 
     def __str__(self) -> str:
@@ -217,26 +216,19 @@ def out_of_memory(error: Exception) -> str | None:
 
 def device_memory() -> float:
     """Bytes that this run can use on every process's devices; math.inf if unknown."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        found = _host_memory() / jax.local_device_count()
-    else:
-        found = (device.memory_stats() or {}).get("bytes_limit", math.inf)
-    return min(peers.connected().exchange("memory", found))  # all must reach the same answer
-
-
-def _host_memory() -> float:
-    """Free memory of the host, or what its container may still use if that is less."""
-    found, group = [math.inf], Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, AttributeError):
-        free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-        found.append(1024 * int(free[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
-        limit = int((group / "memory.max").read_text())
-        cached = re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())
-        used = int((group / "memory.current").read_text()) - int(cached[1] if cached else 0)
-        found.append(limit - used)
-    return max(min(found), 0)
+    device, found, group = jax.local_devices()[0], [math.inf], Path("/sys/fs/cgroup")
+    if device.platform != "cpu":
+        found.append((device.memory_stats() or {}).get("bytes_limit", math.inf))
+    else:  # a share of what is free on the host, or what its container may still use
+        with contextlib.suppress(OSError, TypeError):
+            free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+            found.append(1024 * int(free[1]) / jax.local_device_count())
+        with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
+            limit = int((group / "memory.max").read_text())
+            cached = re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())
+            used = int((group / "memory.current").read_text()) - int(cached[1] if cached else 0)
+            found.append(max(limit - used, 0) / jax.local_device_count())
+    return min(peers.connected().exchange("memory", min(found)))  # all must reach the same answer
 
 
 def size_of(count: float) -> str:

@@ -22,36 +22,30 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the batch is split over both together
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
-# Name in the printed table, pattern, axes. First match wins; student, teacher and optimizer moments
-# have the same names, so one table shards them alike. The first axis of everything in `blocks`
-# counts the layers. An axis that does not divide evenly is not split.
-TABLE: tuple[tuple[str, str, P], ...] = (
-    ("attention", r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor", None)),
-    ("attention", r"blocks/.*(qkv|key_value)/bias$", P(None, None, "tensor", None)),
-    ("attention", r"blocks/.*query/kernel$", P(None, "fsdp", "tensor", None)),
-    ("attention", r"blocks/.*query/bias$", P(None, "tensor", None)),
-    ("attention", r"blocks/.*out/kernel$", P(None, "tensor", None, "fsdp")),
-    ("feed-forward", r"blocks/.*up/kernel$", P(None, "fsdp", "tensor")),
-    ("feed-forward", r"blocks/.*up/bias$", P(None, "tensor")),
-    ("feed-forward", r"blocks/.*down/kernel$", P(None, "tensor", "fsdp")),
+# Pattern of a name, axes. First match wins; all copies of a parameter have its name. The first axis
+# of everything in `blocks` counts the layers. An axis that does not divide evenly is not split.
+TABLE: tuple[tuple[str, P], ...] = (
+    (r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks/.*(qkv|key_value)/bias$", P(None, None, "tensor", None)),
+    (r"blocks/.*query/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"blocks/.*query/bias$", P(None, "tensor", None)),
+    (r"blocks/.*out/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"blocks/.*up/kernel$", P(None, "fsdp", "tensor")),
+    (r"blocks/.*up/bias$", P(None, "tensor")),
+    (r"blocks/.*down/kernel$", P(None, "tensor", "fsdp")),
     # Over fsdp alone: split over tensor too, XLA (jax 0.10) gets the gradient of L_mlm wrong on
     # mesh data 2, fsdp 2, tensor 2.
-    ("word embeddings", r"text/words$", P(None, "fsdp")),
-    ("masked-word head", r"masked_words/transform/kernel$", P("fsdp", "tensor")),
-    ("patches, projections", r"(patches|(image|text)_projection)/kernel$", P("fsdp", None)),
-    ("codebook", r"codebook/codes$", P("tensor", None)),
-    ("queues", r"queue/(image|text)$", P("tensor", None)),
-    ("all else", r".*", P()),
+    (r"text/words$", P(None, "fsdp")),
+    (r"masked_words/transform/kernel$", P("fsdp", "tensor")),
+    (r"(patches|(image|text)_projection)/kernel$", P("fsdp", None)),
+    (r"codebook/codes$", P("tensor", None)),
+    (r"queue/(image|text)$", P("tensor", None)),
+    (r".*", P()),
 )
 
 
 def make_mesh(
-    data: int,
-    fsdp: int,
-    tensor: int,
-    *,
-    slices: int = 0,
-    devices: Sequence[jax.Device] | None = None,
+    data: int, fsdp: int, tensor: int, *, slices: int = 0, devices: list[jax.Device] | None = None
 ) -> Mesh:
     """The mesh over all devices, or those given; one of the sizes may be -1: what the others leave.
 
@@ -75,7 +69,7 @@ def make_mesh(
     return Mesh(placed, AXES, axis_types=types)
 
 
-def mesh_of(axes: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh_of(axes: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh that `config.mesh` describes, over all devices or those given."""
     return make_mesh(axes.data, axes.fsdp, axes.tensor, slices=axes.slices, devices=devices)
 
@@ -92,16 +86,14 @@ def slice_groups(devices: Sequence[Any], slices: int = 0) -> list[list[Any]]:
     if len(set(counts)) > 1:
         raise UserError(
             f"config.mesh.slices={slices} means slices of {', '.join(map(str, counts))} devices, "
-            "but a mesh needs slices of equal size: give a divisor of the number of devices, such "
-            "as 1 to take all as one slice"
+            "but a mesh needs slices of equal size: give a divisor of their number, such as 1"
         )
     return groups
 
 
 def slices_over(sizes: Sequence[int], slices: int) -> tuple[int, int, int]:
-    """How many slices each axis of a mesh spans. First data, which sends least: it sums the
-    gradients once per step; then fsdp, which gathers the parameters of every block; never tensor,
-    which sums in every layer: UserError if it would have to.
+    """How many slices each axis of a mesh spans: first data, which sends least; then fsdp; never
+    tensor, which sums in every layer: UserError if it would have to.
     """
     data, fsdp, tensor = sizes
     over_data = math.gcd(data, slices)
@@ -126,15 +118,13 @@ def arranged(sizes: Sequence[int], devices: Sequence[Any], slices: int = 0) -> n
         return mesh_utils.create_hybrid_device_mesh(
             inside, between, devices, allow_split_physical_axes=True
         )
-    # Slice by slice along each axis, and within a slice in order: [over, inside] of every axis
-    # becomes one.
+    # Slice by slice along each axis, within a slice in order: each [over, inside] becomes one axis.
     blocks = np.array(groups).reshape(*between, *inside)
     return blocks.transpose(0, 3, 1, 4, 2, 5).reshape(sizes)
 
 
 def _slice_index(device: Any) -> int:
-    # libtpu describes the devices of a single slice without one
-    return getattr(device, "slice_index", None) or 0
+    return getattr(device, "slice_index", None) or 0  # libtpu leaves it out for a single slice
 
 
 def data_shards(mesh: Mesh) -> int:
@@ -168,8 +158,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def process_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
     """The rows of the global batch that this process's devices hold, ascending."""
     held = batch_sharding(mesh).addressable_devices_indices_map((global_batch,)).values()
-    rows = np.arange(global_batch)
-    return np.unique(np.concatenate([rows[index] for index in held]))
+    return np.unique([np.arange(global_batch)[index] for index in held])
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
@@ -193,13 +182,9 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The table's axes for a parameter, without those that do not divide its shape."""
-    axes = zip(_rule(name)[1], shape, strict=False)
+    spec = next(spec for pattern, spec in TABLE if re.search(pattern, name))
+    axes = zip(spec, shape, strict=False)
     return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in axes))
-
-
-def _rule(name: str) -> tuple[str, P]:
-    """The table's name and axes for a parameter."""
-    return next((group, spec) for group, pattern, spec in TABLE if re.search(pattern, name))
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -219,8 +204,7 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
 def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> Any:
     """Parameters as a layer uses them: whole over fsdp. Else XLA may gather the batch's rows.
 
-    In a tree of towers, everything in `blocks` is left alone: each block is gathered when it runs
-    (`in_blocks`), without its axis over the layers.
+    Of a tree of towers, each block is gathered when it runs (`in_blocks`), without its first axis.
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return parameters
@@ -270,24 +254,19 @@ def join_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def describe(abstract_state: Any, mesh: Mesh) -> str:
-    """A table of the arrays of a state, most bytes first: how each group of TABLE is split, and
-    megabytes per device with their sum. Arrays that are not split form one row.
-    """
-    groups: dict[tuple[str, frozenset[str]], list[tuple[int, str, str, int]]] = defaultdict(list)
+    """A table of how the arrays of a state are split, with their megabytes on each device."""
+    rows: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for name, leaf in named(abstract_state):
         spec = spec_of(name, leaf.shape, mesh)
-        split = [axis if axis is not None and mesh.shape[axis] > 1 else "-" for axis in spec]
-        axes = frozenset(split) - {"-"}
-        group = _rule(name)[0] if axes else "whole on every device"
-        shape = " x ".join(map(str, leaf.shape)) or "1"
+        axes = [axis if axis and mesh.shape[axis] > 1 else "-" for axis in spec]
+        split = " x ".join(axes) if set(axes) - {"-"} else "whole on every device"
         size = math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        row = math.prod(leaf.shape), shape, " x ".join(split) if axes else "", size
-        groups[group, axes].append(row)
-    lines = []
-    for (group, _), arrays in groups.items():
-        _, shape, split, _ = max(arrays)
-        lines.append((group, len(arrays), shape, split, sum(array[-1] for array in arrays) / 1e6))
-    lines.sort(key=lambda line: -line[-1])
-    lines.append(("sum", sum(line[1] for line in lines), "", "", sum(line[-1] for line in lines)))
-    head = f"{'on each device':22}{'arrays':>7}  {'largest':25}{'split over':26}{'MB':>10}"
-    return "\n".join([head, *("{:22}{:7}  {:25}{:26}{:10,.2f}".format(*line) for line in lines)])
+        rows[split].append((size, f"{name} {' x '.join(map(str, leaf.shape))}"))
+    lines = [
+        (sum(size for size, _ in arrays) / 1e6, len(arrays), split, max(arrays)[1])
+        for split, arrays in rows.items()
+    ]
+    lines.sort(reverse=True)
+    lines.append((sum(line[0] for line in lines), sum(line[1] for line in lines), "sum", ""))
+    head = f"{'split over':28}{'arrays':>7}{'MB':>11}  the largest"
+    return "\n".join([head, *("{2:28}{1:7}{0:11,.2f}  {3}".format(*line) for line in lines)])

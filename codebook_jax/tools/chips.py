@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from codebook_jax.errors import UserError, did_you_mean
 
-GIB = 2**30
 VIRTUAL = "--xla_force_host_platform_device_count"
 COMPILERS = ("cpu", "tpu")
 # libtpu can describe and compile for any slice; without these it first looks for the one that it
@@ -38,7 +37,7 @@ CHIPS = {
     "h200": Chip(989e12, 141e9),
     "h100": Chip(989e12, 80e9),
     "a100": Chip(312e12, 80e9),
-    "v4": Chip(275e12, 32 * GIB, 3),
+    "v4": Chip(275e12, 32 * 2**30, 3),
     "v5e": Chip(197e12, 16e9, 2),
     "v5p": Chip(459e12, 95e9, 3),
     "v6e": Chip(918e12, 32e9, 2),
@@ -67,14 +66,11 @@ def environment(options: PlanOptions) -> dict[str, str]:
             f"--plan.slices={slices} does not split --plan.devices={devices} into equal parts: "
             "give 1 or more chips and a divisor of their number"
         )
-    if compiler == "tpu" and (not CHIPS[chip].torus or slices > 1):
+    has_libtpu = importlib.util.find_spec("libtpu") is not None
+    if compiler == "tpu" and not (CHIPS[chip].torus and slices == 1 and has_libtpu):
         raise UserError(
-            f"--plan.compiler=tpu plans for one slice of TPUs, but --plan.chip={chip} and "
-            f"--plan.slices={slices} are given: leave out --plan.compiler"
-        )
-    if compiler == "tpu" and importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "--plan.compiler=tpu needs libtpu, which is not installed: pip install -e .[tpu]"
+            f"--plan.compiler=tpu needs a TPU (--plan.chip={chip} is given), one slice "
+            f"(--plan.slices={slices} is given) and libtpu (pip install -e .[tpu])"
         )
     others = re.sub(rf"{VIRTUAL}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     own = {"XLA_FLAGS": f"{others} {VIRTUAL}={devices}".strip(), "JAX_PLATFORMS": "cpu"}

@@ -129,8 +129,7 @@ def described_tpus(options: PlanOptions) -> list[jax.Device]:
     """The chips of a slice, to build a mesh from and compile for; nothing can run on them."""
     count, sizes = options.devices, torus(options.devices, CHIPS[options.chip].torus)
     name = f"{options.chip}:{'x'.join(map(str, sizes))}"
-    host = sizes if count < ON_A_HOST else (2, 2)
-    bounds = (*host, 1, 1)[:3]
+    bounds = (*(sizes if count < ON_A_HOST else (2, 2)), 1, 1)[:3]
     try:
         found = topologies.get_topology_desc(name, "tpu", chips_per_host_bounds=bounds).devices
         if len(found) != count:

@@ -12,6 +12,8 @@ from codebook_jax.errors import UserError
 from codebook_jax.parallel.processes import peers
 from codebook_jax.parallel.processes.peers import Peers
 
+HOST = socket.gethostname()
+
 
 class Process:
     """One of `count` processes; what it would have ended with is in `ends`."""
@@ -20,11 +22,7 @@ class Process:
         self.ends = queue.SimpleQueue()
         self.connection = peers.reach(offer, own)
         self.others = Peers(
-            self.connection,
-            count=count,
-            own=own,
-            host=f"host{own}",
-            give_up=lambda *ending: self.ends.put(ending),
+            self.connection, count=count, own=own, give_up=lambda *ending: self.ends.put(ending)
         )
 
     def dies(self):
@@ -88,7 +86,7 @@ def test_a_difference_is_named_with_its_process_host_and_both_values():
 
     for error in together(3, act):
         assert isinstance(error, UserError)
-        assert "process 2 on host2 differs in config.seed=7, on process 0 0: start" in str(error)
+        assert f"process 2 on {HOST} differs in config.seed=7, on process 0 0: start" in str(error)
 
 
 def test_a_process_that_does_not_come_is_named(monkeypatch):
@@ -102,7 +100,7 @@ def test_a_process_that_does_not_come_is_named(monkeypatch):
     first, missing, third = together(3, act)
     assert missing is None
     for error in (first, third):
-        assert "the check 'workdir' waited 1 s for process 1 on host1" in str(error)
+        assert f"the check 'workdir' waited 1 s for process 1 on {HOST}" in str(error)
 
 
 def test_one_folder_for_all_is_accepted_and_left_as_it_was(tmp_path):
@@ -113,8 +111,8 @@ def test_one_folder_for_all_is_accepted_and_left_as_it_was(tmp_path):
 def test_a_folder_of_its_own_or_that_cannot_be_written_is_named_with_its_process(tmp_path):
     (tmp_path / "file").touch()
     for places, sentence in (
-        (("run", "other"), "process 1 on host1 does not see the file that process 0 wrote"),
-        (("file/run", "file/run"), "process 0 on host0 cannot write there (Not a directory)"),
+        (("run", "other"), f"process 1 on {HOST} does not see the file that process 0 wrote"),
+        (("file/run", "file/run"), f"process 0 on {HOST} cannot write there (Not a directory)"),
     ):
         check = lambda others: others.check_folder(tmp_path / places[others.own])  # noqa: B023, E731
         for error in together(2, check):
@@ -126,7 +124,7 @@ def test_a_process_that_is_killed_ends_the_others_with_its_name():
     lost.dies()
     for survivor in (first, third):
         sentence, code = survivor.ends.get(timeout=20)
-        assert code == 1 and "ends: process 1 on host1 is lost" in sentence
+        assert code == 1 and f"ends: process 1 on {HOST} is lost" in sentence
         assert "goes on from the newest checkpoint" in sentence
 
 
@@ -137,7 +135,7 @@ def test_why_one_failed_reaches_the_others(code):
     failing.dies()
     for survivor in (first, third):
         sentence, own_code = survivor.ends.get(timeout=20)
-        assert "ends: process 1 on host1: the disk is full" in sentence and own_code == code
+        assert f"ends: process 1 on {HOST}: the disk is full" in sentence and own_code == code
         assert ("goes on" in sentence) == (code == 1)
     assert failing.ends.empty()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
 from codebook_jax.data.batch import Batch
@@ -26,25 +25,25 @@ class Agreement:
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
         self.alone, self._mesh = jax.process_count() == 1, mesh
-        if not self.alone:
-            self._sums = jax.jit(
-                lambda stop, skipped: Tally(stop.any(), skipped.sum()),
-                out_shardings=NamedSharding(mesh, P()),
-            )
 
     def tally(self, stop: bool, own: Batch, placed: Batch) -> Tally:
         """The tally of a step; `own` are this process's rows of the batch that is `placed`."""
         if self.alone:
             return Tally(stop, int(np.sum(own.skipped)))
-        return self._sums(self._flags(stop), placed.skipped)
+        return _sums(self._flags(stop), placed.skipped, self._mesh)
 
     def any(self, stop: bool) -> bool:
         """Whether `stop` is true on any process; waits for all of them."""
         if self.alone:
             return stop
         flags = self._flags(stop)
-        return bool(self._sums(flags, flags).stop)
+        return bool(_sums(flags, flags, self._mesh).stop)
 
     def _flags(self, stop: bool) -> Bool[jax.Array, "shards"]:
         """This process's flag, in the places of its own devices."""
         return sharding.to_device(np.full(sharding.data_shards(self._mesh), stop), self._mesh)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sums(stop: jax.Array, skipped: jax.Array, mesh: jax.sharding.Mesh) -> Tally:
+    return sharding.whole(Tally(stop.any(), skipped.sum()), mesh)

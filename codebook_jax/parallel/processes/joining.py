@@ -95,7 +95,16 @@ def join(joining: Joining, *, timeout_s: int) -> bool:
     this = f"{number} on {socket.gethostname()} ({joining.way})"
 
     def give_up() -> None:
-        end(f"{this} did not find the others in {timeout_s} s: {_why(joining.coordinator)}", 1)
+        why = f"have all processes started, are the ports between the hosts open? Or {ALL_THREE}"
+        if joining.coordinator is not None:
+            host, _, port = joining.coordinator.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+                why = "answers, but not all processes have come: look at the logs of the others"
+            except OSError as error:
+                why = f"cannot be reached ({error}): has process 0 started there, is the port open?"
+            why = f"the coordinator {joining.coordinator} {why}"
+        end(f"{this} did not find the others in {timeout_s} s: {why}", 1)
 
     timer = threading.Timer(timeout_s, give_up)
     timer.daemon = True
@@ -170,16 +179,3 @@ def _own_devices(environment: Mapping[str, str], local: int, count: int) -> tupl
     ):
         return tuple(range(visible)) or None
     return (0,) if visible == 1 else (local,)
-
-
-def _why(coordinator: str | None) -> str:
-    """What this process can tell about the coordinator."""
-    if coordinator is None:
-        return f"have all processes started, are the ports between the hosts open? Or {ALL_THREE}"
-    host, _, port = coordinator.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        state = "answers, but not all processes have come: look at the logs of the others"
-    except OSError as error:
-        state = f"cannot be reached ({error}): has process 0 started there, is the port open?"
-    return f"the coordinator {coordinator} {state}"

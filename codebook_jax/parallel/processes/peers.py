@@ -1,9 +1,8 @@
 """What the processes of one run tell each other outside the devices: what must be the same, and why
 the run ends.
 
-Each has a TCP connection to process 0, which sends every message to all in one order. So it works
-while a collective hangs, and a process that dies closes its connection: all get `(process, "gone")`
-at once. With a single process nothing here does anything.
+Each has a TCP connection to process 0, which sends every message to all in one order, also while a
+collective hangs. A process that dies closes its connection: all get `(process, "gone")` at once.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ class Peers:
         *,
         count: int = 1,
         own: int = 0,
-        host: str = "",
         give_up: Callable[[str, int], None] = end,
     ) -> None:
         self.count, self.own = count, own
@@ -58,7 +56,7 @@ class Peers:
         self._left, self._gone = set[int](), set[int]()
         if connection is not None:
             threading.Thread(target=self._listen, daemon=True).start()
-            self._tell("host", host or socket.gethostname())
+            self._tell("host", socket.gethostname())
 
     def compare(self, check: str, facts: Mapping[str, Any], advice: str) -> None:
         """Raises UserError naming the process and the first facts that differ from process 0's."""
@@ -129,9 +127,8 @@ class Peers:
         self._wait_for_others()
 
     def end_all(self, error: Exception, first: Callable[[], object] | None = None) -> None:
-        """Ends the whole run because of an error here; returns only if this process is alone.
-
-        After a user error, which all processes may share, `first` gets FINISH_S to run.
+        """Ends the whole run because of an error here; returns only if this process is alone. After
+        a user error, which all processes may share, `first` gets FINISH_S to run.
         """
         import jax
 
@@ -221,8 +218,9 @@ def connect(coordinator: str | None) -> Peers:
     count, own = jax.process_count(), jax.process_index()
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
-        numbers = ", ".join(str(devices[process]) for process in range(count))
-        raise UserError(f"the processes have {numbers} devices: give each the same number")
+        raise UserError(
+            f"the processes have {[*devices.values()]} devices: give all the same number"
+        )
     offer = open_channel(count, coordinator) if own == 0 else ""
     padded = np.frombuffer(offer.encode().ljust(OFFER_BYTES), np.uint8)
     offer = bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
