@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from codebook_jax import console, modes
 from codebook_jax.config import COMMON, check_fields, flat
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
-from codebook_jax.parallel.processes import joining, peers, shared_folder
+from codebook_jax.parallel.processes import joining, peers
 from codebook_jax.tools.chips import PlanOptions, environment
 
 DATA_MODES = ("prepare", "check-data")  # need no devices
@@ -228,7 +228,7 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
         "start", _facts(mode, config), "start all with the same command, code and versions"
     )
     if mode in WRITES_A_RUN:
-        shared_folder.check(others, workdir)
+        others.check_folder(workdir)
 
 
 def _facts(mode: str, config: ConfigDict | None) -> dict[str, Any]:

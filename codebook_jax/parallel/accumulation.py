@@ -3,14 +3,8 @@
 The features of the whole batch meet in one loss, so its gradient is not a sum over passes. Several
 passes therefore first embed everything without a gradient, take the gradient with respect to the
 features, and then give each pass its share as the cotangent of its features (GradCache; Gao et al.
-2021). Losses of pairs inside a pass are added there.
-
-So all four losses give the result of one pass, up to rounding, with two exceptions. Dropout draws
-its masks per pass. And matching draws its negatives inside groups that must lie in one pass
-(`itm.groups`), since it needs image tokens and
-text states, which are not kept: with the same number of groups the result is equal too; with the
-default, data shards x passes, a pair's candidates are those of its shard in its pass, so more
-passes leave fewer. Alignment and codebook always batch_loss with the whole batch.
+2021). Losses of pairs inside a pass are added there. The result is that of one pass up to rounding,
+except for what is drawn per pass: see docs/scale.md.
 """
 
 from __future__ import annotations
@@ -48,7 +42,8 @@ class Passes(NamedTuple):
         """Calls `apply` on each pass's rows and joins the results in the order of the batch."""
         if self.count == 1:
             return apply(rows)
-        return self._join(jax.lax.map(apply, self._split(rows)))
+        done = jax.lax.map(apply, sharding.split_rows(rows, self.count, self.mesh))
+        return sharding.join_rows(done, self.mesh)
 
     def gradients(
         self,
@@ -60,14 +55,12 @@ class Passes(NamedTuple):
     ) -> tuple[tuple[Array, Scalars], PyTree]:
         """((loss, scalars), gradient with respect to the student) of an objective."""
         embed, batch_loss, pass_loss, direct = objective
-        if self.count == 1:
-            return _one_pass(objective, student, inputs, taught, key)
-        keys = jax.random.split(key, self.count)
-        inputs, taught = self._split(inputs), self._split(taught)
-        features = jax.lax.map(lambda at: embed(student, *at).features, (inputs, keys))
-        (shared, scalars), (pull, own) = jax.value_and_grad(
-            batch_loss, argnums=(0, 1), has_aux=True
-        )(self._join(features), {name: student[name] for name in direct})
+
+        def one_pass(student: PyTree) -> tuple[Array, Scalars]:
+            outputs = embed(student, inputs, key)
+            shared, scalars = batch_loss(outputs.features, student)
+            loss, more = pass_loss(student, outputs, inputs, taught, key)
+            return shared + loss, scalars | more
 
         def share(total: PyTree, rows: PyTree) -> tuple[PyTree, tuple[Array, Scalars]]:
             inputs, taught, pull, key = rows
@@ -81,26 +74,17 @@ class Passes(NamedTuple):
             gradient, found = jax.grad(of_pass, has_aux=True)(student)
             return jax.tree.map(jnp.add, total, gradient), found
 
+        if self.count == 1:
+            return jax.value_and_grad(one_pass, has_aux=True)(student)
+        keys = jax.random.split(key, self.count)
+        rows = sharding.split_rows((inputs, taught), self.count, self.mesh)
+        features = jax.lax.map(lambda at: embed(student, *at).features, (rows[0], keys))
+        (shared, scalars), (pull, own) = jax.value_and_grad(
+            batch_loss, argnums=(0, 1), has_aux=True
+        )(sharding.join_rows(features, self.mesh), {name: student[name] for name in direct})
+        pull = sharding.split_rows(pull, self.count, self.mesh)
         nothing = jax.tree.map(jnp.zeros_like, student)
-        gradient, found = jax.lax.scan(share, nothing, (inputs, taught, self._split(pull), keys))
+        gradient, found = jax.lax.scan(share, nothing, (*rows, pull, keys))
         loss, more = jax.tree.map(lambda shares: shares.sum(axis=0), found)
         gradient |= jax.tree.map(jnp.add, {name: gradient[name] for name in direct}, own)
         return (shared + loss, scalars | more), gradient
-
-    def _split(self, rows: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: sharding.split_rows(x, self.count, self.mesh), rows)
-
-    def _join(self, parts: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: sharding.join_rows(x, self.mesh), parts)
-
-
-def _one_pass(
-    objective: Objective, student: PyTree, inputs: PyTree, taught: PyTree, key: Key[Array, ""]
-) -> tuple[tuple[Array, Scalars], PyTree]:
-    def whole(student: PyTree) -> tuple[Array, Scalars]:
-        outputs = objective.embed(student, inputs, key)
-        shared, scalars = objective.batch_loss(outputs.features, student)
-        loss, more = objective.pass_loss(student, outputs, inputs, taught, key)
-        return shared + loss, scalars | more
-
-    return jax.value_and_grad(whole, has_aux=True)(student)

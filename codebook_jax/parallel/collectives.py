@@ -1,9 +1,8 @@
 """What a compiled program sends between devices, read from its text (`compiled.as_text()`).
 
-A collective in a loop counts once per iteration, and of a conditional only the branch that sends
-most counts. A TPU's program repeats an asynchronous collective, with its channel, in every fusion
-that overlaps with it: it counts once. A TPU also writes a reduce-scatter as a fusion of a sum and a
-slice.
+A collective in a loop counts once per iteration; of branches, the one that sends most counts. A
+TPU's program repeats an asynchronous collective, with its channel, in every fusion that overlaps
+with it: it counts once. A TPU also writes a reduce-scatter as a fusion of a sum and a slice.
 """
 
 from __future__ import annotations
@@ -15,18 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
+# Each with the bytes that a device sends in a ring of n, the minimum, as a multiple of its result.
+KINDS = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-broadcast": lambda n: min(n - 1, 1),
+    "collective-permute": lambda n: 1,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+}
 _CALLS = ("while", "conditional", "call", "fusion", "async-start")
 _INSTRUCTION = re.compile(
-    rf" = (.*?) ({'|'.join((*(f'{k}(?:-start)?' for k in KINDS), *_CALLS))})\("
+    rf" = (.*?) ({'|'.join((*(f'{kind}(?:-start)?' for kind in KINDS), *_CALLS))})\("
 )
 _HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([^\s(]+)\s*(\(.*)?\{\s*$")
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -36,25 +36,13 @@ _CALLED = re.compile(
 )
 
 
-class Array(NamedTuple):
-    """The type of an array on one device."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)  # f32, bf16, s8, f8e4m3fn, ...; pred has none
-        return math.ceil(math.prod(self.shape) * (int(bits.group()) if bits else 8) / 8)
-
-
 class Collective(NamedTuple):
     """One collective of a program; sizes are per device."""
 
     kind: str
-    results: tuple[Array, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of its results
     devices: tuple[int, ...]  # of one group that takes part together, by their place in the mesh
-    sent: float  # bytes that a device sends each time, in a ring: the minimum
+    sent: float  # bytes that a device sends each time
     times: int  # how often a step runs it
     where: str  # the operation it belongs to, as JAX names it
     channel: str  # its number in the program, if XLA gives it one
@@ -66,12 +54,12 @@ def collectives(text: str) -> list[Collective]:
     entry, own = "", []
     for line in text.splitlines():
         if head := None if line.startswith("HloModule") else _HEAD.match(line):
-            own = computations.setdefault(head.group(2), [])
-            entry = head.group(2) if head.group(1) else entry
+            own = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
         elif " = " in line:
             own.append(re.sub(r"/\*.*?\*/", "", line))
-    count = re.search(r"num_partitions=(\d+)", text)
-    return list(_walk(computations, entry, 1, int(count.group(1)) if count else 1))
+    count = int(_first(r"num_partitions=(\d+)", text) or 1)
+    return list(_walk(computations, entry, 1, count))
 
 
 def axes_of(devices: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[str, ...]:
@@ -93,9 +81,7 @@ def _walk(
             yield _read(line, types, opcode, times, count)
             continue
         turns = times * _turns(computations, line) if opcode == "while" else times
-        names = [
-            part for group in _CALLED.findall(line) for part in re.findall(r"[^\s,{}%]+", group)
-        ]
+        names = re.findall(r"[^\s,{}%]+", " ".join(_CALLED.findall(line)))
         called = {name: list(_walk(computations, name, turns, count)) for name in names}
         if opcode == "conditional":
             yield from max(called.values(), key=lambda own: sum(c.sent * c.times for c in own))
@@ -112,51 +98,50 @@ def _walk(
 
 
 def _read(line: str, types: str, opcode: str, times: int, count: int) -> Collective:
-    arrays = tuple(
-        Array(dtype, tuple(int(size) for size in sizes.split(",") if size))
-        for dtype, sizes in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", types))
-    )
+    arrays = _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", types))
     kind = opcode.removesuffix("-start")
     if kind != opcode and kind != "all-reduce":  # (operands, results, the runtime's own numbers)
-        arrays = tuple(array for array in arrays if array.shape)
+        arrays = [(dtype, sizes) for dtype, sizes in arrays if sizes]
         arrays = arrays[len(arrays) // 2 :]
+    shapes = tuple(tuple(map(int, re.findall(r"\d+", sizes))) for _, sizes in arrays)
+    # f32, bf16, s8, f8e4m3fn, ...; pred has no number
+    bits = [int(_first(r"(\d+)", dtype) or 8) for dtype, _ in arrays]
+    size = sum(math.ceil(math.prod(shape) * n / 8) for shape, n in zip(shapes, bits, strict=True))
     devices = _devices(line, count)
-    n, size = 2 if kind == "collective-permute" else len(devices), sum(a.bytes for a in arrays)
-    share = (n - 1) / n
-    if kind in ("collective-permute", "collective-broadcast"):
-        share = 1 if n > 1 else 0
-    sent = size * share * {"all-reduce": 2, "reduce-scatter": n}.get(kind, 1)
-    operation = re.search(r'op_name="([^"]*)"', line)
-    channel = re.search(r"\bchannel_id=(\d+)", line)
-    where, number = (found.group(1) if found else "" for found in (operation, channel))
-    return Collective(kind, arrays, devices, sent, times, where, number)
+    where, channel = _first(r'op_name="([^"]*)"', line), _first(r"\bchannel_id=(\d+)", line)
+    sent = size * KINDS[kind](len(devices))
+    return Collective(kind, shapes, devices, sent, times, where, channel)
+
+
+def _first(pattern: str, text: str) -> str:
+    """What the pattern's group first matches; empty for nothing."""
+    found = re.search(pattern, text)
+    return found[1] if found else ""
 
 
 def _turns(computations: Mapping[str, list[str]], line: str) -> int:
     """How often a loop runs, as XLA states it, or else from the bound in its condition."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-        return int(known.group(1))
-    condition = re.search(r"condition=%?([^\s,)]+)", line).group(1)
-    bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition]))
+    if known := _first(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known)
+    condition = computations[_first(r"condition=%?([^\s,)]+)", line)]
+    bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
     if len(bounds) != 1:
         raise ValueError(f"a loop does not say how often it runs: {line.strip()[:200]}")
     return int(bounds[0])
 
 
 def _devices(line: str, count: int) -> tuple[int, ...]:
-    """The first group that takes part together: of explicit lists, an iota, or axes of a mesh; all
-    devices of a permutation, or if none are named.
-    """
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
-        return tuple(sorted(set(map(int, re.findall(r"\d+", pairs.group(1))))))
+    """The first group that takes part together; all of a permutation, or if none are named."""
+    if pairs := _first(r"source_target_pairs=\{(\{.*?\})\}", line):
+        return tuple(sorted(set(map(int, re.findall(r"\d+", pairs)))))
+    if lists := _first(r"replica_groups=\{\{([\d,]+)\}", line):
+        return tuple(map(int, lists.split(",")))
+    if iota := _first(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", line):
+        return tuple(_iota(iota)[0].tolist())
     if named := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\)?)\))?\s*\{([^}]*)\}", line
     ):
         return _of_axes(*named.groups())
-    if iota := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", line):
-        return tuple(_iota(iota.group(1))[0].tolist())
-    if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return tuple(map(int, lists.group(1).split(",")))
     return tuple(range(count))
 
 

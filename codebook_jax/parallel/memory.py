@@ -1,18 +1,13 @@
 """Whether a training step fits into a device's memory, by XLA's own count.
 
 The step is compiled before anything is allocated, and the loop then calls the compiled program, so
-this costs no time. `memory_analysis` counts what the program is given (state and batch), results
-that do not replace arguments, and what it holds while it computes. To that comes the next batch,
-which is placed while a step runs. On a CPU the device's memory is the host's, so what the host
-holds counts too: batches read ahead, one and a half states while a save is written, PROCESS_BYTES.
-A compiler that runs out of memory counts as "does not fit".
+this costs no time. docs/scale.md says what is counted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,8 +42,7 @@ class Task(Protocol):
     def abstract_batch(self) -> PyTree[jax.ShapeDtypeStruct]: ...
 
 
-# From changes of the config, by dotted name, to the task with them; raises UserError if they do not
-# fit together.
+# From changes of the config, by dotted name, to the task with them; UserError if they do not fit.
 Make = Callable[[Mapping[str, Any]], Task]
 
 
@@ -86,7 +80,7 @@ class Memory:
     """The memory of a device, and the tasks that may have to fit into it."""
 
     make: Make
-    has: int | None  # bytes; None: unknown
+    has: float  # bytes; math.inf: unknown
     planned: bool = False  # the device is only described, and nothing will run here
 
     def compile(self, task: Task) -> Compiled:
@@ -100,31 +94,36 @@ class Memory:
             if (refusal := out_of_memory(error)) is None:
                 raise
             return Compiled(task, None, None, refusal)
-        return Compiled(task, program, need_of(task, program, on_host=on_cpu and not self.planned))
+        found, batch = program.memory_analysis(), held(task.abstract_batch())
+        own = found.output_size_in_bytes - found.alias_size_in_bytes
+        state = found.argument_size_in_bytes - batch + own
+        step = found.temp_size_in_bytes + found.generated_code_size_in_bytes
+        host = 0
+        if on_cpu and not self.planned:  # a device's memory is the host's
+            saving = state + state // 2  # a copy, and what is being encoded of it
+            ahead = task.config.data.prefetch * batch
+            host = saving + ahead + PROCESS_BYTES // jax.local_device_count()
+        return Compiled(task, program, Need(state, 2 * batch, step, host))
 
     def fits(self, compiled: Compiled) -> bool:
         """Whether it fits with MARGIN left."""
-        need = compiled.need
-        return need is not None and (self.has is None or need.total <= self.has * (1 - MARGIN))
+        return compiled.need is not None and compiled.need.total <= self.has * (1 - MARGIN)
 
     def first_fit(self, sizes: Sequence[int]) -> Compiled:
-        """The task with the first fsdp of `sizes` whose compiled step fits, else with the last;
-        prints the choice if there was one.
+        """The task with the first fsdp of `sizes` whose compiled step fits, else with the last.
 
-        Sizes whose state alone takes more than half of the device are not compiled, except the
-        last.
+        Those whose state alone takes more than half of the device are not compiled.
         """
         passed = []
         for size in sizes:
             task = self.make({"mesh.fsdp": size})
             state = held(task.abstract_state())
-            if size != sizes[-1] and self.has is not None and state > self.has / 2:
+            if size != sizes[-1] and state > self.has / 2:
                 passed.append(f"{size} would need {size_of(state)} for the state alone")
-                continue
-            compiled = self.compile(task)
-            if self.fits(compiled):
+            elif self.fits(compiled := self.compile(task)):
                 break
-            passed.append(f"{size} would need {compiled}")
+            else:
+                passed.append(f"{size} would need {compiled}")
         if len(sizes) > 1:
             others = f" (fsdp {', '.join(passed)})" if passed else ""
             say(f"config.mesh.fsdp={size}, chosen: needs {compiled} of {self}{others}")
@@ -132,9 +131,7 @@ class Memory:
 
     def check(self, compiled: Compiled) -> None:
         """Prints the memory that a device needs and has; raises UserError, with settings that fit,
-        if it needs too much.
-
-        If `config.train.memory_check` is False it only prints, unless the compiler itself refused.
+        if it needs too much and `config.train.memory_check` is on, or if the compiler refused.
         """
         need = compiled.need
         if self.fits(compiled) or (need and not compiled.task.config.train.memory_check):
@@ -149,33 +146,29 @@ class Memory:
 
     def advice(self, compiled: Compiled) -> str:
         """Flags with which the compiled step fits, as part of a sentence."""
-        times, need = 2, compiled.need
-        if need and self.has:  # how many times smaller the step's own share has to be
+        times, need, tries = 2, compiled.need, 0
+        if need:  # how many times smaller the step's own share has to be
             spare = self.has * (1 - MARGIN) - (need.total - need.step)
             times = 2 ** math.ceil(math.log2(max(need.step / max(spare, 1), 2)))
-        tries = 0
-        for changes, task in self.savings(compiled.task, times):
-            if tries == MOST_TRIES or (self.has and held(task.abstract_state()) > self.has):
-                continue
-            tries += 1
-            say(f"too large: compiling the step with {_flags(changes)}")
-            if self.fits(found := self.compile(task)):
-                return f"what fits is {_flags(changes)} ({found})"
+        for flags, task in self.savings(compiled.task, times):
+            if tries < MOST_TRIES and held(task.abstract_state()) <= self.has:
+                tries += 1
+                say(f"too large: compiling the step with {flags}")
+                if self.fits(found := self.compile(task)):
+                    return f"what fits is {flags} ({found})"
         return (
             f"none of {tries} other settings of remat, dtype, accumulation, fsdp and batch size "
             "fits: use a smaller model or more devices"
         )
 
-    def savings(self, task: Task, times: int) -> Iterator[tuple[dict[str, Any], Task]]:
-        """Possible changes of the config that save memory, mildest first, each with its task; the
-        rows of a pass or batch become at least `times` fewer.
-        """
+    def savings(self, task: Task, times: int) -> Iterator[tuple[str, Task]]:
+        """Flags that save memory, mildest first, with their tasks; rows are divided by `times`."""
         config, mesh = task.config, task.mesh
         passes, rows = config.optimizer.accumulation, config.data.global_batch
         fewer = (times, 2 * times, 4 * times)
         larger = [n for n in sharding.possible_fsdp(mesh) if n > mesh.shape["fsdp"]]
-        on_cpu = mesh.devices.flat[0].platform == "cpu"  # which computes bfloat16 in float32
-        narrow = config.model.dtype == "float32" and not on_cpu
+        # a CPU computes bfloat16 in float32
+        narrow = config.model.dtype == "float32" and mesh.devices.flat[0].platform != "cpu"
         ways = [
             {},
             *[{"model.dtype": "bfloat16"}] * narrow,
@@ -186,42 +179,25 @@ class Memory:
         remat = {"model.remat": "blocks"} if config.model.remat == "none" else {}
         for changes in filter(None, (remat | way for way in ways)):
             with contextlib.suppress(UserError):
-                yield changes, self.make(changes)
+                flags = (f"--config.{name}={value}" for name, value in changes.items())
+                yield " ".join(flags), self.make(changes)
 
     @contextlib.contextmanager
     def explaining(self, compiled: Compiled) -> Iterator[None]:
-        """Inside, a device that runs out of memory raises UserError with settings that need
-        less.
-        """
+        """Inside, a device out of memory raises UserError with settings that need less."""
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
             if (reason := out_of_memory(error)) is None:
                 raise
-            ways = itertools.islice(self.savings(compiled.task, 2), 3)
+            passes = compiled.task.config.optimizer.accumulation
             raise UserError(
                 f"a device ran out of memory ({reason}); the step needs {compiled} of {self}: try "
-                f"{' or '.join(_flags(way) for way, _ in ways) or 'a smaller model'}"
+                f"--config.model.remat=blocks or --config.optimizer.accumulation={2 * passes}"
             ) from error
 
     def __str__(self) -> str:
-        return "an unknown amount" if self.has is None else size_of(self.has)
-
-
-def need_of(task: Task, program: jax.stages.Compiled, *, on_host: bool) -> Need:
-    """What a device needs to run a compiled step again and again; `on_host`: its memory is the
-    host's.
-    """
-    found, batch = program.memory_analysis(), held(task.abstract_batch())
-    own = found.output_size_in_bytes - found.alias_size_in_bytes
-    state = found.argument_size_in_bytes - batch + own
-    step = found.temp_size_in_bytes + found.generated_code_size_in_bytes
-    host = 0
-    if on_host:
-        saving = state + state // 2  # a copy, and what is being encoded of it
-        ahead = task.config.data.prefetch * batch
-        host = saving + ahead + PROCESS_BYTES // jax.local_device_count()
-    return Need(state, 2 * batch, step, host)
+        return "an unknown amount" if self.has == math.inf else size_of(self.has)
 
 
 def held(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
@@ -233,51 +209,26 @@ def held(tree: PyTree[jax.ShapeDtypeStruct]) -> int:
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What a device, or a compiler for TPUs, reports about needed and available memory; None for
-    another error.
-    """
+    """What a device or a compiler says of the memory that it lacks; None for another error."""
     _, exhausted, report = str(error).partition("RESOURCE_EXHAUSTED:")
-    if not exhausted:
-        return None
-    by_libtpu = re.search(
-        r"[Uu]sed \S+ of \S+ hbm|[\w ]+\(\S+\) exceeds available HBM \(\S+?\)", report
-    )
-    return by_libtpu.group(0).strip() if by_libtpu else report.strip().split("\n")[0].rstrip(".")
+    return report.strip().split("\n")[0].rstrip(".") if exhausted else None
 
 
-def device_memory() -> int | None:
-    """Bytes that this run can use on a device, the smallest over all processes; None if unknown.
-
-    On a CPU: the host's free memory, divided among its devices.
-    """
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        free = _host_memory()
-        found = None if free is None else free // jax.local_device_count()
-    else:
-        found = (device.memory_stats() or {}).get("bytes_limit")
-    everyone = peers.connected().exchange("memory", found)  # all must reach the same answer
-    return min((each for each in everyone if each is not None), default=None)
-
-
-def _host_memory() -> int | None:
-    """Free memory of the host, or what its container may still use if that is less."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(line for line in lines if line.startswith("MemAvailable"))
-        found.append(1024 * int(free.split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
-        found.append(limit - used)
-    return max(min(found), 0) if found else None
-
-
-def _flags(changes: Mapping[str, Any]) -> str:
-    return " ".join(f"--config.{name}={value}" for name, value in changes.items())
+def device_memory() -> float:
+    """Bytes that this run can use on every process's devices; math.inf if unknown."""
+    device, found, group = jax.local_devices()[0], [math.inf], Path("/sys/fs/cgroup")
+    if device.platform != "cpu":
+        found.append((device.memory_stats() or {}).get("bytes_limit", math.inf))
+    else:  # a share of what is free on the host, or what its container may still use
+        with contextlib.suppress(OSError, TypeError):
+            free = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+            found.append(1024 * int(free[1]) / jax.local_device_count())
+        with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
+            limit = int((group / "memory.max").read_text())
+            cached = re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())
+            used = int((group / "memory.current").read_text()) - int(cached[1] if cached else 0)
+            found.append(max(limit - used, 0) / jax.local_device_count())
+    return min(peers.connected().exchange("memory", min(found)))  # all must reach the same answer
 
 
 def size_of(count: float) -> str:

@@ -1,95 +1,130 @@
-"""Where everything lives: the mesh, the rows of the batch, and one ordered table from parameter
-name to axes.
-"""
+"""Where everything lives: the mesh, a batch's rows, one ordered table from parameter to axes."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from codebook_jax.errors import UserError
-from codebook_jax.parallel import slices as device_slices
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the batch is split over both together
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
-# Name in the printed table, pattern, axes. First match wins; student, teacher and optimizer moments
-# have the same names, so one table shards them alike. The first axis of everything in `blocks`
-# counts the layers. An axis that does not divide evenly is not split.
-TABLE: tuple[tuple[str, str, P], ...] = (
-    ("attention", r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor", None)),
-    ("attention", r"blocks/.*(qkv|key_value)/bias$", P(None, None, "tensor", None)),
-    ("attention", r"blocks/.*query/kernel$", P(None, "fsdp", "tensor", None)),
-    ("attention", r"blocks/.*query/bias$", P(None, "tensor", None)),
-    ("attention", r"blocks/.*out/kernel$", P(None, "tensor", None, "fsdp")),
-    ("feed-forward", r"blocks/.*up/kernel$", P(None, "fsdp", "tensor")),
-    ("feed-forward", r"blocks/.*up/bias$", P(None, "tensor")),
-    ("feed-forward", r"blocks/.*down/kernel$", P(None, "tensor", "fsdp")),
+# Pattern of a name, axes. First match wins; all copies of a parameter have its name. The first axis
+# of everything in `blocks` counts the layers. An axis that does not divide evenly is not split.
+TABLE: tuple[tuple[str, P], ...] = (
+    (r"blocks/.*(qkv|key_value)/kernel$", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks/.*(qkv|key_value)/bias$", P(None, None, "tensor", None)),
+    (r"blocks/.*query/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"blocks/.*query/bias$", P(None, "tensor", None)),
+    (r"blocks/.*out/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"blocks/.*up/kernel$", P(None, "fsdp", "tensor")),
+    (r"blocks/.*up/bias$", P(None, "tensor")),
+    (r"blocks/.*down/kernel$", P(None, "tensor", "fsdp")),
     # Over fsdp alone: split over tensor too, XLA (jax 0.10) gets the gradient of L_mlm wrong on
     # mesh data 2, fsdp 2, tensor 2.
-    ("word embeddings", r"text/words$", P(None, "fsdp")),
-    ("masked-word head", r"masked_words/transform/kernel$", P("fsdp", "tensor")),
-    ("patches, projections", r"(patches|(image|text)_projection)/kernel$", P("fsdp", None)),
-    ("codebook", r"codebook/codes$", P("tensor", None)),
-    ("queues", r"queue/(image|text)$", P("tensor", None)),
-    ("all else", r".*", P()),
+    (r"text/words$", P(None, "fsdp")),
+    (r"masked_words/transform/kernel$", P("fsdp", "tensor")),
+    (r"(patches|(image|text)_projection)/kernel$", P("fsdp", None)),
+    (r"codebook/codes$", P("tensor", None)),
+    (r"queue/(image|text)$", P("tensor", None)),
+    (r".*", P()),
 )
 
 
 def make_mesh(
-    data: int,
-    fsdp: int,
-    tensor: int,
-    *,
-    slices: int = 0,
-    devices: Sequence[jax.Device] | None = None,
+    data: int, fsdp: int, tensor: int, *, slices: int = 0, devices: list[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh over all devices, or those given; one of the three sizes may be -1 and takes what
-    the others leave.
+    """The mesh over all devices, or those given; one of the sizes may be -1: what the others leave.
 
     fsdp 0 means not chosen yet (axes.py does that): 1, or what the others leave if both are given.
-    `slices`: see slices.py. Raises UserError, with the numbers, if the sizes do not fit the
-    devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     devices = jax.devices() if devices is None else devices
-    given = ", ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items())
-    if fsdp == 0:
-        sizes["fsdp"] = 1 if -1 in (data, tensor) else -1
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    chosen = fsdp or (1 if -1 in (data, tensor) else -1)
+    try:
+        sizes = np.empty(len(devices)).reshape(data, chosen, tensor).shape
+    except ValueError as error:
         raise UserError(
-            f"{given}: give whole numbers from 1; at most one may be -1, and only fsdp may be 0"
-        )
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-        sizes[free[0]] = max(len(devices) // fixed, 1)
-    if math.prod(sizes.values()) != len(devices):
-        plural = "s" * (len(devices) != 1)
-        raise UserError(
-            f"{given} does not fit {len(devices)} device{plural}: their product must be that number"
-        )
-    shape = tuple(sizes.values())
+            f"config.mesh.data={data}, config.mesh.fsdp={fsdp}, config.mesh.tensor={tensor} does "
+            f"not fit {len(devices)} device{'s' * (len(devices) != 1)}: their product must be that "
+            "number; at most one may be -1, and only fsdp may be 0"
+        ) from error
     # Auto axes: the partitioner places gathers and reshapes of the batch.
     types = (AxisType.Auto,) * len(AXES)
-    placed = device_slices.arranged(shape, devices, slices)
+    placed = arranged(sizes, devices, slices)
     if placed is None:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     return Mesh(placed, AXES, axis_types=types)
 
 
-def mesh_of(axes: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh_of(axes: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh that `config.mesh` describes, over all devices or those given."""
     return make_mesh(axes.data, axes.fsdp, axes.tensor, slices=axes.slices, devices=devices)
+
+
+def slice_groups(devices: Sequence[Any], slices: int = 0) -> list[list[Any]]:
+    """The devices of each slice (of a TPU pod, or GPU hosts), which a slower network joins: by
+    their `slice_index`, or in order if another number of `slices` than they report is given.
+    """
+    reported = sorted(set(map(_slice_index, devices)))
+    groups = [[each for each in devices if _slice_index(each) == index] for index in reported]
+    if slices not in (0, len(groups)):
+        groups = [group.tolist() for group in np.array_split(np.array(devices), slices)]
+    counts = [len(group) for group in groups]
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"config.mesh.slices={slices} means slices of {', '.join(map(str, counts))} devices, "
+            "but a mesh needs slices of equal size: give a divisor of their number, such as 1"
+        )
+    return groups
+
+
+def slices_over(sizes: Sequence[int], slices: int) -> tuple[int, int, int]:
+    """How many slices each axis of a mesh spans: first data, which sends least; then fsdp; never
+    tensor, which sums in every layer: UserError if it would have to.
+    """
+    data, fsdp, tensor = sizes
+    over_data = math.gcd(data, slices)
+    if fsdp % (slices // over_data):
+        own = math.prod(sizes) // slices
+        raise UserError(
+            f"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not a multiple of the {slices} "
+            f"slices of {own} devices, and config.mesh.tensor={tensor} must stay inside one: give "
+            f"a tensor that divides {own}, or --config.mesh.slices=1"
+        )
+    return over_data, slices // over_data, 1
+
+
+def arranged(sizes: Sequence[int], devices: Sequence[Any], slices: int = 0) -> np.ndarray | None:
+    """The devices as an array of these sizes; None for one slice, whose order JAX chooses."""
+    groups, reported = slice_groups(devices, slices), len(set(map(_slice_index, devices)))
+    if len(groups) == reported == 1:
+        return None
+    between = slices_over(sizes, len(groups))
+    inside = tuple(size // count for size, count in zip(sizes, between, strict=True))
+    if reported == len(groups):
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, between, devices, allow_split_physical_axes=True
+        )
+    # Slice by slice along each axis, within a slice in order: each [over, inside] becomes one axis.
+    blocks = np.array(groups).reshape(*between, *inside)
+    return blocks.transpose(0, 3, 1, 4, 2, 5).reshape(sizes)
+
+
+def _slice_index(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0  # libtpu leaves it out for a single slice
 
 
 def data_shards(mesh: Mesh) -> int:
@@ -103,24 +138,15 @@ def possible_fsdp(mesh: Mesh) -> list[int]:
     return [size for size in range(1, shards + 1) if shards % size == 0]
 
 
-def fits(data: int, fsdp: int, tensor: int, *, slices: int = 0) -> bool:
-    """Whether the available devices can form a mesh of these sizes."""
-    try:
-        make_mesh(data, fsdp, tensor, slices=slices)
-    except UserError:
-        return False
-    return True
-
-
 def check_batch(mesh: Mesh, global_batch: int, accumulation: int) -> None:
     """Raises UserError if the batch does not split evenly over the mesh and the passes."""
     shards = data_shards(mesh)
-    if global_batch % (shards * accumulation):
-        nearest = max(1, round(global_batch / (shards * accumulation))) * shards * accumulation
-        passes = f" x {accumulation} passes" if accumulation > 1 else ""
+    parts = shards * accumulation
+    if global_batch % parts:
         raise UserError(
             f"config.data.global_batch={global_batch} does not split over {shards} data shards "
-            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}){passes}: {nearest} would"
+            f"(config.mesh.data x config.mesh.fsdp) x config.optimizer.accumulation={accumulation}:"
+            f" {max(1, round(global_batch / parts)) * parts} would"
         )
 
 
@@ -132,16 +158,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def process_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
     """The rows of the global batch that this process's devices hold, ascending."""
     held = batch_sharding(mesh).addressable_devices_indices_map((global_batch,)).values()
-    rows = np.arange(global_batch)
-    return np.unique(np.concatenate([rows[index] for index in held]))
+    return np.unique([np.arange(global_batch)[index] for index in held])
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of every field as global arrays."""
-    placement = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(placement, np.asarray(rows)), batch
-    )
+    place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return jax.tree.map(lambda rows: place(np.asarray(rows)), batch)
 
 
 def to_device(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
@@ -159,27 +182,15 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The table's axes for a parameter, without those that do not divide its shape."""
-    spec = _rule(name)[1]
-    axes = [
-        axis if axis is not None and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(spec, shape, strict=False)
-    ]
-    return P(*axes)
-
-
-def _rule(name: str) -> tuple[str, P]:
-    """The table's name and axes for a parameter."""
-    return next((group, spec) for group, pattern, spec in TABLE if re.search(pattern, name))
+    spec = next(spec for pattern, spec in TABLE if re.search(pattern, name))
+    axes = zip(spec, shape, strict=False)
+    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in axes))
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
     """Every leaf of a tree with its name, such as student/towers/image/cls."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield _name(path), leaf
-
-
-def _name(path: Sequence[Any]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
@@ -191,26 +202,20 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
 
 
 def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> Any:
-    """Parameters as a layer uses them: whole over fsdp, which splits what is stored, not what is
-    computed.
+    """Parameters as a layer uses them: whole over fsdp. Else XLA may gather the batch's rows.
 
-    In a tree of towers, everything in `blocks` is left alone: each block is gathered when it runs
-    (`in_blocks`), without its axis over the layers. Without this, XLA may gather the rows of the
-    batch instead.
+    Of a tree of towers, each block is gathered when it runs (`in_blocks`), without its first axis.
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return parameters
 
     def gather(path: Any, leaf: jax.Array) -> jax.Array:
-        name = _name(path)
-        if in_blocks:
-            spec = spec_of(f"blocks/{name}", (1, *leaf.shape), mesh)[1:]
-        elif "blocks/" in name:
+        if "blocks/" in (name := _name(path)):
             return leaf
-        else:
-            spec = spec_of(name, leaf.shape, mesh)
-        whole = P(*(None if axis == "fsdp" else axis for axis in spec))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+        folder, layers = ("blocks/", (1,)) if in_blocks else ("", ())
+        spec = spec_of(folder + name, layers + leaf.shape, mesh)[len(layers) :]
+        used = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, used))
 
     return jax.tree_util.tree_map_with_path(gather, parameters)
 
@@ -224,64 +229,44 @@ def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 def whole(tree: Any, mesh: Mesh) -> Any:
     """`tree` with every array whole on every device."""
-    place = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place), tree)
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
-def split_rows(x: jax.Array, parts: int, mesh: Mesh) -> jax.Array:
+def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
     """[rows, ...] as [parts, rows / parts, ...]; each part has equally many rows of every shard."""
-    shards = data_shards(mesh)
-    chunks = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
-    rows = chunks.reshape(parts, -1, *x.shape[1:])
-    return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, P(None, BATCH)))
+
+    def split(x: jax.Array) -> jax.Array:
+        chunks = x.reshape(data_shards(mesh), parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        return chunks.reshape(parts, -1, *x.shape[1:])
+
+    place = NamedSharding(mesh, P(None, BATCH))
+    return jax.lax.with_sharding_constraint(jax.tree.map(split, tree), place)
 
 
-def join_rows(parts: jax.Array, mesh: Mesh) -> jax.Array:
+def join_rows(tree: Any, mesh: Mesh) -> Any:
     """The inverse of `split_rows`."""
-    shards = data_shards(mesh)
-    count, _, *rest = parts.shape
-    chunks = parts.reshape(count, shards, -1, *rest).swapaxes(0, 1)
-    return jax.lax.with_sharding_constraint(chunks.reshape(-1, *rest), batch_sharding(mesh))
 
+    def join(x: jax.Array) -> jax.Array:
+        chunks = x.reshape(x.shape[0], data_shards(mesh), -1, *x.shape[2:]).swapaxes(0, 1)
+        return chunks.reshape(-1, *x.shape[2:])
 
-class Row(NamedTuple):
-    """A line of the printed table: arrays of a state with the same group in TABLE and split."""
-
-    group: str
-    arrays: int
-    largest: tuple[int, ...]  # shape of the largest of them
-    spec: P  # its axes
-    bytes: int  # per device
-
-
-def table(abstract_state: Any, mesh: Mesh) -> list[Row]:
-    """Where the arrays of a state are, most bytes first; those that are not split form one row."""
-    rows: dict[tuple[str, frozenset[str]], Row] = {}
-    for name, leaf in named(abstract_state):
-        spec = spec_of(name, leaf.shape, mesh)
-        axes = frozenset(axis for axis in spec if axis is not None and mesh.shape[axis] > 1)
-        group = _rule(name)[0] if axes else "whole on every device"
-        own = NamedSharding(mesh, spec).shard_shape(leaf.shape)
-        row = rows.get((group, axes), Row(group, 0, (), P(), 0))
-        if math.prod(leaf.shape) >= math.prod(row.largest):
-            row = row._replace(largest=leaf.shape, spec=spec)
-        size = row.bytes + math.prod(own) * leaf.dtype.itemsize
-        rows[group, axes] = row._replace(arrays=row.arrays + 1, bytes=size)
-    return sorted(rows.values(), key=lambda row: -row.bytes)
+    return jax.lax.with_sharding_constraint(jax.tree.map(join, tree), batch_sharding(mesh))
 
 
 def describe(abstract_state: Any, mesh: Mesh) -> str:
-    """The table as text: how each group is split, and megabytes per device with their sum."""
-    rows = table(abstract_state, mesh)
-    lines = [("on each device", "arrays", "largest", "split over", "MB")]
-    for row in rows:
-        axes = [axis if axis is not None and mesh.shape[axis] > 1 else "-" for axis in row.spec]
-        split = " x ".join(axes) if set(axes) - {"-"} else ""
-        shape = " x ".join(map(str, row.largest)) or "1"
-        lines.append((row.group, str(row.arrays), shape, split, f"{row.bytes / 1e6:,.2f}"))
-    arrays, size = sum(row.arrays for row in rows), sum(row.bytes for row in rows)
-    lines.append(("sum", str(arrays), "", "", f"{size / 1e6:,.2f}"))
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    sides = "<><<>"  # left, right
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-    return "\n".join(form.format(*line).rstrip() for line in lines)
+    """A table of how the arrays of a state are split, with their megabytes on each device."""
+    rows: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for name, leaf in named(abstract_state):
+        spec = spec_of(name, leaf.shape, mesh)
+        axes = [axis if axis and mesh.shape[axis] > 1 else "-" for axis in spec]
+        split = " x ".join(axes) if set(axes) - {"-"} else "whole on every device"
+        size = math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        rows[split].append((size, f"{name} {' x '.join(map(str, leaf.shape))}"))
+    lines = [
+        (sum(size for size, _ in arrays) / 1e6, len(arrays), split, max(arrays)[1])
+        for split, arrays in rows.items()
+    ]
+    lines.sort(reverse=True)
+    lines.append((sum(line[0] for line in lines), sum(line[1] for line in lines), "sum", ""))
+    head = f"{'split over':28}{'arrays':>7}{'MB':>11}  the largest"
+    return "\n".join([head, *("{2:28}{1:7}{0:11,.2f}  {3}".format(*line) for line in lines)])

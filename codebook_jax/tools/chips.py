@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from codebook_jax.errors import UserError, did_you_mean
 
-GIB = 2**30
 VIRTUAL = "--xla_force_host_platform_device_count"
 COMPILERS = ("cpu", "tpu")
 # libtpu can describe and compile for any slice; without these it first looks for the one that it
@@ -38,7 +37,7 @@ CHIPS = {
     "h200": Chip(989e12, 141e9),
     "h100": Chip(989e12, 80e9),
     "a100": Chip(312e12, 80e9),
-    "v4": Chip(275e12, 32 * GIB, 3),
+    "v4": Chip(275e12, 32 * 2**30, 3),
     "v5e": Chip(197e12, 16e9, 2),
     "v5p": Chip(459e12, 95e9, 3),
     "v6e": Chip(918e12, 32e9, 2),
@@ -46,9 +45,7 @@ CHIPS = {
 
 
 class PlanOptions(NamedTuple):
-    """The hardware to plan for: `devices` chips of a kind, in `slices` equal parts joined only by
-    the network.
-    """
+    """The hardware to plan for: chips of a kind, in equal slices joined only by the network."""
 
     chip: str = "h200"  # a name in CHIPS
     devices: int = 8
@@ -58,34 +55,22 @@ class PlanOptions(NamedTuple):
 
 
 def environment(options: PlanOptions) -> dict[str, str]:
-    """Variables that give JAX, imported after they are set, `options.devices` virtual CPU devices.
-
-    Raises UserError for options that no machine has, or a missing libtpu.
-    """
+    """Variables, set before JAX is imported, that give it `options.devices` virtual devices."""
     chip, devices, slices, compiler, _ = options
-    if chip not in CHIPS:
-        hint = did_you_mean(chip, CHIPS)
-        raise UserError(f"--plan.chip={chip} is not one of {', '.join(CHIPS)}{hint}")
+    for flag, name, known in (("chip", chip, CHIPS), ("compiler", compiler, COMPILERS)):
+        if name not in known:
+            names = f"{', '.join(known)}{did_you_mean(name, known)}"
+            raise UserError(f"--plan.{flag}={name} is not one of {names}")
     if devices < 1 or slices < 1 or devices % slices:
         raise UserError(
             f"--plan.slices={slices} does not split --plan.devices={devices} into equal parts: "
             "give 1 or more chips and a divisor of their number"
         )
-    if compiler not in COMPILERS:
-        raise UserError(f"--plan.compiler={compiler} is not one of {', '.join(COMPILERS)}")
-    if compiler == "tpu" and not CHIPS[chip].torus:
+    has_libtpu = importlib.util.find_spec("libtpu") is not None
+    if compiler == "tpu" and not (CHIPS[chip].torus and slices == 1 and has_libtpu):
         raise UserError(
-            f"--plan.compiler=tpu compiles for TPUs, but --plan.chip={chip} is not one: leave the "
-            "flag out"
-        )
-    if compiler == "tpu" and slices > 1:
-        raise UserError(
-            f"--plan.compiler=tpu plans for one slice, but --plan.slices={slices} is given: leave "
-            "out one of the two flags"
-        )
-    if compiler == "tpu" and importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "--plan.compiler=tpu needs libtpu, which is not installed: pip install -e .[tpu]"
+            f"--plan.compiler=tpu needs a TPU (--plan.chip={chip} is given), one slice "
+            f"(--plan.slices={slices} is given) and libtpu (pip install -e .[tpu])"
         )
     others = re.sub(rf"{VIRTUAL}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     own = {"XLA_FLAGS": f"{others} {VIRTUAL}={devices}".strip(), "JAX_PLATFORMS": "cpu"}

@@ -1,9 +1,8 @@
 """`--mode=plan`: what training needs on a machine that is only described.
 
 The real step is compiled for that many virtual CPU devices, or by libtpu for the TPUs themselves,
-as training would compile it. XLA's own `cost_analysis` counts the body of a loop once, and the
-layers are a loop; so the operations are those of the matrix products in the traced step, times the
-turns of their loops (checked against `cost_analysis` of a step without loops in the tests).
+as training would compile it. XLA's own count takes the body of a loop once, and the layers are a
+loop; so the operations are those of the matrix products in the traced step.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from codebook_jax.config import with_fields
 from codebook_jax.console import say
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
-from codebook_jax.files import check_outputs, refused, write_json
+from codebook_jax.files import check_outputs, write_json
 from codebook_jax.parallel import axes
 from codebook_jax.parallel.collectives import axes_of, collectives
 from codebook_jax.parallel.memory import Compiled, Memory, size_of
@@ -36,17 +35,12 @@ ON_A_HOST = 4  # chips per host of a slice of TPUs; a smaller slice is part of a
 
 
 def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, Any]:
-    """Prints what training with `config` on `options.devices` chips needs, and returns the figures.
+    """Prints what training with `config` on these chips needs, and returns the figures.
 
-    Raises UserError for settings that do not fit together. JAX must have that many devices: set
-    chips.environment(options) before importing it.
+    JAX must have that many devices: set chips.environment(options) before importing it.
     """
+    path = Path(options.json)
     if options.json:
-        path = Path(options.json)
-        with refused(path):
-            is_there = path.absolute().parent.is_dir()
-        if not is_there:
-            raise UserError(f"--plan.json={options.json}: there is no folder {path.parent}")
         check_outputs(path.parent, (path.name,))
     if jax.device_count() != options.devices:
         raise UserError(
@@ -65,15 +59,16 @@ def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, A
     memory = Memory(make, int(CHIPS[options.chip].memory), planned=True)
     began = time.perf_counter()
     compiled = memory.first_fit(axes.choices(config.mesh))
+    compile_s = round(time.perf_counter() - began, 1)
+    fits = memory.fits(compiled)
+    advice = "" if fits else memory.advice(compiled)
     if compiled.program is None:
         raise UserError(
             f"the compiler for {options.chip} reports that the step does not fit "
-            f"({compiled.refusal}): {memory.advice(compiled)}"
+            f"({compiled.refusal}): {advice}"
         )
-    figures = figures_of(compiled, options) | {"compile_s": round(time.perf_counter() - began, 1)}
-    fits = memory.fits(compiled)
-    figures["memory"] |= {"has": memory.has, "fits": fits}
-    figures["memory"]["what_fits"] = "" if fits else memory.advice(compiled)
+    figures = figures_of(compiled, options) | {"compile_s": compile_s}
+    figures["memory"] |= {"has": memory.has, "fits": fits, "what_fits": advice}
     say(text(figures))
     if options.json:
         write_json(path, figures)
@@ -83,10 +78,10 @@ def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, A
 def figures_of(compiled: Compiled, options: PlanOptions) -> dict[str, Any]:
     """What a step and a training need, from the compiled step."""
     task, program, need, _ = compiled
-    config, mesh = task.config, dict(task.mesh.shape)
+    config, mesh, peak = task.config, dict(task.mesh.shape), CHIPS[options.chip].peak
     traced = task.step.trace(task.abstract_state(), task.abstract_batch())
     operations = products(traced.jaxpr.jaxpr)
-    rate = options.devices * UTILISATION * CHIPS[options.chip].peak
+    step_s = operations / (options.devices * UTILISATION * peak)
     sent: dict[tuple[str, str], dict[str, Any]] = {}
     for each in collectives(program.as_text()):
         key = each.kind, ", ".join(axes_of(each.devices, mesh))
@@ -94,11 +89,8 @@ def figures_of(compiled: Compiled, options: PlanOptions) -> dict[str, Any]:
         row["count"] += each.times
         row["bytes"] += each.times * each.sent
     return {
-        "chip": options.chip,
-        "peak": CHIPS[options.chip].peak,
-        "devices": options.devices,
-        "slices": options.slices,
-        "compiler": options.compiler,
+        **{name: value for name, value in options._asdict().items() if name != "json"},
+        "peak": peak,
         "mesh": mesh,
         "batch": config.data.global_batch,
         "accumulation": config.optimizer.accumulation,
@@ -106,9 +98,9 @@ def figures_of(compiled: Compiled, options: PlanOptions) -> dict[str, Any]:
         "memory": {**need._asdict(), "total": need.total},
         "operations": operations,
         "sent": sorted(sent.values(), key=lambda row: -row["bytes"]),
-        "step_s": operations / rate,
-        "images_per_s": config.data.global_batch * rate / operations,
-        "chip_hours": config.train.steps * operations / rate / 3600 * options.devices,
+        "step_s": step_s,
+        "images_per_s": config.data.global_batch / step_s,
+        "chip_hours": config.train.steps * step_s / 3600 * options.devices,
     }
 
 
@@ -118,82 +110,70 @@ def products(jaxpr: core.Jaxpr) -> int:
     """
     total = 0
     for eqn in jaxpr.eqns:
-        bodies = [products(body) for body in core.jaxprs_in_params(eqn.params)]
-        if eqn.primitive.name == "cond":
+        name, bodies = eqn.primitive.name, list(map(products, core.jaxprs_in_params(eqn.params)))
+        if name == "cond":
             total += max(bodies)
         elif bodies:
             total += eqn.params.get("length", 1) * sum(bodies)
-        elif eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            depth = math.prod(shape[axis] for axis in contracted)
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * depth
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            depth = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * depth
+        elif name in ("dot_general", "conv_general_dilated"):
+            numbers, (left, right, *_) = eqn.params["dimension_numbers"], eqn.invars
+            if name == "dot_general":
+                depth = math.prod(left.aval.shape[axis] for axis in numbers[0][0])
+            else:
+                depth = right.aval.size // right.aval.shape[numbers.rhs_spec[0]]
+            total += 2 * eqn.outvars[0].aval.size * depth
     return total
 
 
 def described_tpus(options: PlanOptions) -> list[jax.Device]:
     """The chips of a slice, to build a mesh from and compile for; nothing can run on them."""
-    count, axes_of_torus = options.devices, CHIPS[options.chip].torus
-    sizes = torus(count, axes_of_torus)
-    host = sizes if count < ON_A_HOST else (2, 2)
+    count, sizes = options.devices, torus(options.devices, CHIPS[options.chip].torus)
     name = f"{options.chip}:{'x'.join(map(str, sizes))}"
-    bounds = (*host, *(1,) * (3 - len(host)))
+    bounds = (*(sizes if count < ON_A_HOST else (2, 2)), 1, 1)[:3]
     try:
         found = topologies.get_topology_desc(name, "tpu", chips_per_host_bounds=bounds).devices
-    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        if len(found) != count:
+            raise RuntimeError(f"it has {len(found)} devices instead of {count} chips")
+    except RuntimeError as error:
         raise UserError(
-            f"libtpu cannot describe the slice {name}: {str(error).splitlines()[0]}"
-        ) from error
-    if len(found) != count:
-        raise UserError(
-            f"libtpu describes {name} as {len(found)} devices instead of {count} chips: leave out "
+            f"libtpu cannot describe the slice {name} ({str(error).splitlines()[0]}): leave out "
             "--plan.compiler=tpu, or plan for v5e, v5p or v6e"
-        )
+        ) from error
     return found
 
 
 def torus(chips: int, axes: int) -> tuple[int, ...]:
-    """The most even sizes of a torus of this many chips, largest first: 256 on three axes are 8 x 8
-    x 4.
-    """
+    """The most even sizes of a torus of this many chips, largest first: 8, 8, 4 for 256 and 3."""
     if axes == 1:
         return (chips,)
-    most = math.floor(chips ** (1 / axes) + 1e-9)
-    least = max(n for n in range(1, most + 1) if chips % n == 0)
+    least = max(n for n in range(1, chips + 1) if chips % n == 0 and n**axes <= chips)
     return (*torus(chips // least, axes - 1), least)
 
 
 def text(figures: dict[str, Any]) -> str:
     """The plan for people, one fact per line."""
-    memory, mesh, rate = figures["memory"], figures["mesh"], f"{UTILISATION:.0%} of the peak"
+    memory, mesh, sent = figures["memory"], figures["mesh"], figures["sent"]
     own = figures["batch"] // (mesh["data"] * mesh["fsdp"])
     slices = f" in {figures['slices']} slices" if figures["slices"] > 1 else ""
     parts = ", ".join(f"{name} {size_of(memory[name])}" for name in ("state", "batches", "step"))
     by = "libtpu" if figures["compiler"] == "tpu" else "XLA for a CPU (bfloat16 in four bytes)"
     fits = "fits" if memory["fits"] else f"DOES NOT FIT: {memory['what_fits']}"
-    lines = [
-        f"plan for {figures['devices']} x {figures['chip']}{slices}: "
-        f"{figures['peak'] / 1e12:,.0f} TFLOP/s in bfloat16, {size_of(memory['has'])}",
-        f"mesh        {', '.join(f'{axis} {size}' for axis, size in mesh.items())}",
-        f"batch       {figures['batch']:,} pairs, {own} a data shard, accumulation "
-        f"{figures['accumulation']}",
-        f"memory      {size_of(memory['total'])} of {size_of(memory['has'])} a chip: {fits}",
-        f"            {parts}; as assigned by {by}",
-        f"operations  {figures['operations'] / 1e12:,.2f} TFLOP a step in matrix products",
-        f"sent        {size_of(sum(row['bytes'] for row in figures['sent']))} a step by each chip",
-        *(
-            f"            {size_of(row['bytes']):>9}  {row['kind']} over {row['axes']}, "
-            f"{row['count']} times"
-            for row in figures["sent"]
-            if row["bytes"]
-        ),
-        f"time        {1e3 * figures['step_s']:,.1f} ms a step at {rate} (an assumption; nothing "
-        f"else counted): {figures['images_per_s']:,.0f} images/s",
-        f"            {figures['train_steps']:,} steps are {figures['chip_hours']:,.1f} chip-hours "
-        "without start-up, saving and evaluation",
-    ]
-    return "\n".join(lines)
+    kinds = "".join(
+        f"\n            {size_of(row['bytes']):>9}  {row['kind']} over {row['axes']}, "
+        f"{row['count']} times"
+        for row in sent
+        if row["bytes"]
+    )
+    return f"""\
+plan for {figures["devices"]} x {figures["chip"]}{slices}: \
+{figures["peak"] / 1e12:,.0f} TFLOP/s in bfloat16, {size_of(memory["has"])}
+mesh        {", ".join(f"{axis} {size}" for axis, size in mesh.items())}
+batch       {figures["batch"]:,} pairs, {own} a data shard, accumulation {figures["accumulation"]}
+memory      {size_of(memory["total"])} of {size_of(memory["has"])} a chip: {fits}
+            {parts}; as assigned by {by}
+operations  {figures["operations"] / 1e12:,.2f} TFLOP a step in matrix products
+sent        {size_of(sum(row["bytes"] for row in sent))} a step by each chip{kinds}
+time        {1e3 * figures["step_s"]:,.1f} ms a step at {UTILISATION:.0%} of the peak (an \
+assumption; nothing else counted): {figures["images_per_s"]:,.0f} images/s
+            {figures["train_steps"]:,} steps are {figures["chip_hours"]:,.1f} chip-hours without \
+start-up, saving and evaluation"""

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from codebook_jax.parallel import sharding
-from codebook_jax.parallel.collectives import Array, axes_of, collectives
+from codebook_jax.parallel.collectives import axes_of, collectives
 
 
 def program(instructions, others=""):
@@ -70,9 +70,9 @@ def test_what_is_started_and_awaited_counts_once():
         "b = f32[6,10]{1,0} all-reduce-done(%a)",
     ]
     found = collectives(program(lines))
-    assert [(c.kind, c.results, c.times) for c in found] == [
-        ("all-gather", (Array("f32", (24, 10)),), 1),
-        ("all-reduce", (Array("f32", (6, 10)),), 1),
+    assert [(c.kind, c.shapes, c.times) for c in found] == [
+        ("all-gather", ((24, 10),), 1),
+        ("all-reduce", ((6, 10),), 1),
     ]
 
 

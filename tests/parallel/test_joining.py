@@ -82,13 +82,17 @@ def test_a_process_finds_the_others_by_flags_before_launchers_and_by_any_of_thes
 @pytest.mark.parametrize(
     ("environment", "flags", "words"),
     [
-        (JAX | {"JAX_PROCESS_ID": "x"}, {}, "set all three, or none"),
-        (JAX | {"JAX_NUM_PROCESSES": ""}, {}, "set all three, or none"),
+        (JAX | {"JAX_PROCESS_ID": "x"}, {}, "set all of them, or none"),
+        (JAX | {"JAX_NUM_PROCESSES": ""}, {}, "set all of them, or none"),
         (MPI, {}, "give --coordinator=HOST:PORT"),
-        ({}, {"coordinator": "b:2"}, "without --processes=N and --process=I"),
-        ({}, {"count": 2}, "need --coordinator"),
-        ({}, {"coordinator": "b", "count": 2, "own": 0}, "'b' is not HOST:PORT"),
-        ({}, {"coordinator": "b:2", "count": 2, "own": 2}, "process 2 of 2: .*0 to 1"),
+        ({}, {"coordinator": "b:2"}, "--coordinator=b:2 .*give .*--processes=N"),
+        ({}, {"count": 2}, "--processes=2 .*give --coordinator"),
+        (
+            {},
+            {"coordinator": "b", "count": 2, "own": 0},
+            "process 0 of 2, coordinator 'b': give HOST:PORT",
+        ),
+        ({}, {"coordinator": "b:2", "count": 2, "own": 2}, "process 2 of 2, .*0 to 1"),
     ],
 )
 def test_half_of_what_is_needed_is_refused(environment, flags, words):

@@ -9,8 +9,10 @@ import time
 import pytest
 
 from codebook_jax.errors import UserError
-from codebook_jax.parallel.processes import channel, peers, shared_folder
+from codebook_jax.parallel.processes import peers
 from codebook_jax.parallel.processes.peers import Peers
+
+HOST = socket.gethostname()
 
 
 class Process:
@@ -18,13 +20,9 @@ class Process:
 
     def __init__(self, offer, own, count):
         self.ends = queue.SimpleQueue()
-        self.connection = channel.reach(offer, own)
+        self.connection = peers.reach(offer, own)
         self.others = Peers(
-            self.connection,
-            count=count,
-            own=own,
-            host=f"host{own}",
-            give_up=lambda *ending: self.ends.put(ending),
+            self.connection, count=count, own=own, give_up=lambda *ending: self.ends.put(ending)
         )
 
     def dies(self):
@@ -32,7 +30,7 @@ class Process:
 
 
 def processes(count):
-    offer, made = channel.open_channel(count, None), [None] * count
+    offer, made = peers.open_channel(count, None), [None] * count
 
     def make(own):
         made[own] = Process(offer, own, count)
@@ -67,7 +65,7 @@ def together(count, act):
 def quick(monkeypatch):
     monkeypatch.setattr(peers, "GRACE_S", 0.5)
     monkeypatch.setattr(peers, "LINGER_S", 0.2)
-    monkeypatch.setattr(shared_folder, "SEEN_S", 0.5)
+    monkeypatch.setattr(peers, "SEEN_S", 0.5)
 
 
 def test_processes_that_agree_pass_as_often_as_they_compare():
@@ -88,7 +86,7 @@ def test_a_difference_is_named_with_its_process_host_and_both_values():
 
     for error in together(3, act):
         assert isinstance(error, UserError)
-        assert "process 2 on host2 differs in config.seed=7, on process 0 0: start" in str(error)
+        assert f"process 2 on {HOST} differs in config.seed=7, on process 0 0: start" in str(error)
 
 
 def test_a_process_that_does_not_come_is_named(monkeypatch):
@@ -102,21 +100,21 @@ def test_a_process_that_does_not_come_is_named(monkeypatch):
     first, missing, third = together(3, act)
     assert missing is None
     for error in (first, third):
-        assert "the check 'workdir' waited 1 s for process 1 on host1" in str(error)
+        assert f"the check 'workdir' waited 1 s for process 1 on {HOST}" in str(error)
 
 
 def test_one_folder_for_all_is_accepted_and_left_as_it_was(tmp_path):
-    assert together(3, lambda others: shared_folder.check(others, tmp_path / "run")) == [None] * 3
+    assert together(3, lambda others: others.check_folder(tmp_path / "run")) == [None] * 3
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_folder_of_its_own_or_that_cannot_be_written_is_named_with_its_process(tmp_path):
     (tmp_path / "file").touch()
     for places, sentence in (
-        (("run", "other"), "process 1 on host1 does not see the file that process 0 wrote"),
-        (("file/run", "file/run"), "process 0 on host0 cannot write there (Not a directory)"),
+        (("run", "other"), f"process 1 on {HOST} does not see the file that process 0 wrote"),
+        (("file/run", "file/run"), f"process 0 on {HOST} cannot write there (Not a directory)"),
     ):
-        check = lambda others: shared_folder.check(others, tmp_path / places[others.own])  # noqa: B023, E731
+        check = lambda others: others.check_folder(tmp_path / places[others.own])  # noqa: B023, E731
         for error in together(2, check):
             assert sentence in str(error)
 
@@ -126,7 +124,7 @@ def test_a_process_that_is_killed_ends_the_others_with_its_name():
     lost.dies()
     for survivor in (first, third):
         sentence, code = survivor.ends.get(timeout=20)
-        assert code == 1 and "ends: process 1 on host1 is lost" in sentence
+        assert code == 1 and f"ends: process 1 on {HOST} is lost" in sentence
         assert "goes on from the newest checkpoint" in sentence
 
 
@@ -137,7 +135,7 @@ def test_why_one_failed_reaches_the_others(code):
     failing.dies()
     for survivor in (first, third):
         sentence, own_code = survivor.ends.get(timeout=20)
-        assert "ends: process 1 on host1: the disk is full" in sentence and own_code == code
+        assert f"ends: process 1 on {HOST}: the disk is full" in sentence and own_code == code
         assert ("goes on" in sentence) == (code == 1)
     assert failing.ends.empty()
 
@@ -158,16 +156,16 @@ def test_a_process_that_is_done_is_not_taken_for_lost():
 
 
 def test_only_processes_with_the_token_are_let_in():
-    offer = channel.open_channel(1, None)
+    offer = peers.open_channel(1, None)
     with pytest.raises(UserError, match="process 0 on .* no answer from process 0 at .*127.0.0.1"):
-        channel.reach(offer[:-4] + 'abc"]', 0)
-    channel.reach(offer, 0)
+        peers.reach(offer[:-4] + 'abc"]', 0)
+    peers.reach(offer, 0)
 
 
 def test_a_process_alone_compares_with_nobody(tmp_path):
     alone = Peers()
     alone.compare("start", {"a": 1}, "advice")
-    shared_folder.check(alone, tmp_path / "run")
+    alone.check_folder(tmp_path / "run")
     alone.fail("nobody hears it")
     alone.leave()
     assert alone.exchange("start", 5) == [5] and not (tmp_path / "run").exists()

@@ -1,15 +1,12 @@
-"""What all processes must agree on in every step: whether one was asked to stop, and how much was
-unreadable.
-"""
+"""What processes agree on in every step: whether to stop, and how much was unreadable."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
 from codebook_jax.data.batch import Batch
@@ -24,37 +21,29 @@ class Tally(NamedTuple):
 
 
 class Agreement:
-    """Sums over the processes that do not wait for the previous step, so that all go by the first
-    step whose tally says stop.
-
-    A single process agrees with itself at once, without a device.
-    """
+    """Sums over the processes that no step waits for; all go by the first tally that says stop."""
 
     def __init__(self, mesh: jax.sharding.Mesh) -> None:
-        self.alone = jax.process_count() == 1
-        if self.alone:
-            return
-        self._mesh = mesh
-        self._tally = jax.jit(
-            lambda stop, skipped: Tally(stop.any(), skipped.sum()),
-            out_shardings=NamedSharding(mesh, P()),
-        )
+        self.alone, self._mesh = jax.process_count() == 1, mesh
 
     def tally(self, stop: bool, own: Batch, placed: Batch) -> Tally:
-        """The tally of a step, from this process's rows of the batch and the batch placed on the
-        devices.
-        """
+        """The tally of a step; `own` are this process's rows of the batch that is `placed`."""
         if self.alone:
             return Tally(stop, int(np.sum(own.skipped)))
-        return self._tally(self._flags(stop), placed.skipped)
+        return _sums(self._flags(stop), placed.skipped, self._mesh)
 
     def any(self, stop: bool) -> bool:
         """Whether `stop` is true on any process; waits for all of them."""
         if self.alone:
             return stop
         flags = self._flags(stop)
-        return bool(self._tally(flags, flags).stop)
+        return bool(_sums(flags, flags, self._mesh).stop)
 
     def _flags(self, stop: bool) -> Bool[jax.Array, "shards"]:
         """This process's flag, in the places of its own devices."""
         return sharding.to_device(np.full(sharding.data_shards(self._mesh), stop), self._mesh)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sums(stop: jax.Array, skipped: jax.Array, mesh: jax.sharding.Mesh) -> Tally:
+    return sharding.whole(Tally(stop.any(), skipped.sum()), mesh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,7 +18,6 @@ from codebook_jax.errors import UserError
 HEARTBEAT_S = 30  # without one for this long, JAX ends all processes by SIGABRT
 SHUTDOWN_S = 60
 SLOWER_S = 60  # by which JAX's time-out is later than ours: it would end the process silently
-SKYPILOT, SKYPILOT_PORT = "SkyPilot", 8476  # the port of its coordinator is ours to choose
 ALL_THREE = "give --coordinator=HOST:PORT --processes=N --process=I"
 
 
@@ -28,8 +28,7 @@ class Joining(NamedTuple):
     coordinator: str | None = None
     count: int | None = None
     own: int | None = None
-    # local accelerators of this process; None: all, or JAX's choice
-    devices: tuple[int, ...] | None = None
+    devices: tuple[int, ...] | None = None  # accelerators of its own; None: all, or JAX's choice
     detection: str | None = "deactivate"
 
 
@@ -38,16 +37,11 @@ _OMPI = "OMPI_COMM_WORLD"
 # coordinator if JAX has no detection); the count, the own number, that on this node; the detection.
 LAUNCHERS = {
     "JAX": ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "", "deactivate"),
-    "Open MPI": (
-        f"{_OMPI}_LOCAL_SIZE",
-        f"{_OMPI}_SIZE",
-        f"{_OMPI}_RANK",
-        f"{_OMPI}_LOCAL_RANK",
-        "ompi",
-    ),
+    "Open MPI": (f"{_OMPI}_SIZE", f"{_OMPI}_SIZE", f"{_OMPI}_RANK", f"{_OMPI}_LOCAL_RANK", "ompi"),
     "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "slurm"),
-    SKYPILOT: ("SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "", "deactivate"),
+    "SkyPilot": ("SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "", "deactivate"),
 }
+SKYPILOT_PORT = 8476  # of its coordinator; ours to choose
 
 
 def find(
@@ -59,28 +53,28 @@ def find(
     on_a_tpu: bool = False,
     has_kubernetes: bool = False,
 ) -> Joining | None:
-    """How to join, from the flags (`coordinator`, `count`, `own`; a launcher may give the last two)
-    or the environment; None: this process is alone. Raises UserError if only part is given.
-    """
-    if coordinator is None and (count is not None or own is not None):
-        raise UserError("--processes and --process need --coordinator=HOST:PORT of process 0")
+    """How to join, from the flags or else the environment; None: this process is alone."""
     if None not in (coordinator, count, own):
-        return _checked(Joining("--coordinator", coordinator, count, own))
-    launched = _launched(environment, on_a_tpu)
-    if coordinator is not None:
-        if launched is None:
+        found = Joining("--coordinator", coordinator, count, own)
+    elif (found := _launched(environment, on_a_tpu)) and coordinator is not None:
+        found = found._replace(coordinator=coordinator, detection="deactivate")
+    elif (coordinator, count, own) != (None, None, None) or (
+        # Open MPI does not name its first host from version 5 on
+        found and found.detection == "ompi" and "OMPI_MCA_orte_hnp_uri" not in environment
+    ):
+        raise UserError(
+            f"--coordinator={coordinator} --processes={count} --process={own}: {ALL_THREE}; under "
+            "a launcher that numbers the processes (srun, mpirun), --coordinator alone"
+        )
+    if found is not None:
+        is_place = found.coordinator is None or re.fullmatch(r".+:\d+", found.coordinator)
+        if not is_place or not 0 <= found.own < found.count:
             raise UserError(
-                f"--coordinator={coordinator} is given without --processes=N and --process=I, and "
-                "no launcher (srun, mpirun) provides them: give all three"
+                f"process {found.own} of {found.count}, coordinator {found.coordinator!r}: give "
+                "HOST:PORT of process 0 with a free port there, and number the processes from 0 to "
+                f"{found.count - 1}"
             )
-        return _checked(launched._replace(coordinator=coordinator, detection="deactivate"))
-    if launched is not None:
-        if launched.detection == "ompi" and "OMPI_MCA_orte_hnp_uri" not in environment:
-            raise UserError(  # as from version 5 on
-                "this Open MPI does not name its first host: give --coordinator=HOST:PORT of "
-                "process 0 too"
-            )
-        return launched
+        return found
     if has_kubernetes and {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
         return Joining("Kubernetes", detection="k8s")
     return Joining("Cloud TPU", detection=None) if on_a_tpu else None
@@ -94,26 +88,30 @@ def on_a_tpu() -> bool:
 
 
 def join(joining: Joining, *, timeout_s: int) -> bool:
-    """Connects to the other processes, or exits with 1 and the reason after `timeout_s`; False on a
-    TPU machine whose environment names no others.
-    """
+    """Connects to the others, or exits with the reason after `timeout_s`; False: there are none."""
     import jax
 
     number = "a process" if joining.own is None else f"process {joining.own} of {joining.count}"
     this = f"{number} on {socket.gethostname()} ({joining.way})"
 
     def give_up() -> None:
-        end(f"{this} did not find the others in {timeout_s} s: {_why(joining.coordinator)}", 1)
+        why = f"have all processes started, are the ports between the hosts open? Or {ALL_THREE}"
+        if joining.coordinator is not None:
+            host, _, port = joining.coordinator.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+                why = "answers, but not all processes have come: look at the logs of the others"
+            except OSError as error:
+                why = f"cannot be reached ({error}): has process 0 started there, is the port open?"
+            why = f"the coordinator {joining.coordinator} {why}"
+        end(f"{this} did not find the others in {timeout_s} s: {why}", 1)
 
     timer = threading.Timer(timeout_s, give_up)
     timer.daemon = True
     timer.start()
     try:
         jax.distributed.initialize(
-            joining.coordinator,
-            joining.count,
-            joining.own,
-            joining.devices,
+            *joining[1:5],
             cluster_detection_method=joining.detection,
             initialization_timeout=timeout_s + SLOWER_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
@@ -151,24 +149,22 @@ def end(sentence: str, code: int) -> None:
 
 
 def _launched(environment: Mapping[str, str], on_a_tpu: bool) -> Joining | None:
-    for way, (sign, *names, local, detection) in LAUNCHERS.items():
-        if not environment.get(sign) or (on_a_tpu and way == SKYPILOT):  # JAX knows its slice
+    for way, (sign, *names, detection) in LAUNCHERS.items():
+        if not environment.get(sign) or (on_a_tpu and way == "SkyPilot"):  # JAX knows its slice
             continue
         try:
-            count, own = (int(environment[name]) for name in names)
+            count, own, *local = (int(environment[name]) for name in names if name)
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"{sign} is set, but {' and '.join(names)} are not both numbers: set all three, or "
-                "none"
+                f"{sign} is set, but {' and '.join(filter(None, names))} are not all numbers: set "
+                "all of them, or none"
             ) from error
-        if count < 2:
-            continue
-        if detection != "deactivate":
-            devices = _own_devices(environment, int(environment[local]), count)
+        if count > 1 and local:
+            devices = _own_devices(environment, *local, count)
             return Joining(way, None, count, own, devices, detection)
-        coordinator = environment[sign].split()[0]
-        port = f":{SKYPILOT_PORT}" if way == SKYPILOT else ""
-        return _checked(Joining(way, f"{coordinator}{port}", count, own))
+        if count > 1:
+            port = f":{SKYPILOT_PORT}" if way == "SkyPilot" else ""
+            return Joining(way, environment[sign].split()[0] + port, count, own)
     return None
 
 
@@ -179,35 +175,7 @@ def _own_devices(environment: Mapping[str, str], local: int, count: int) -> tupl
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")
     visible = len(shown.split(",")) if shown else int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     if environment.get("SLURM_STEP_NUM_NODES") == str(count) or (
-        environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+        environment.get(f"{_OMPI}_LOCAL_SIZE") == "1"
     ):
         return tuple(range(visible)) or None
     return (0,) if visible == 1 else (local,)
-
-
-def _checked(joining: Joining) -> Joining:
-    host, _, port = joining.coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(
-            f"the coordinator {joining.coordinator!r} is not HOST:PORT: give the host of process 0 "
-            "and a free port there"
-        )
-    if not 0 <= joining.own < joining.count:
-        raise UserError(
-            f"process {joining.own} of {joining.count}: processes are numbered from 0 to "
-            f"{joining.count - 1}"
-        )
-    return joining
-
-
-def _why(coordinator: str | None) -> str:
-    """What this process can tell about the coordinator."""
-    if coordinator is None:
-        return f"have all processes started, are the ports between the hosts open? Or {ALL_THREE}"
-    host, _, port = coordinator.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        state = "answers, but not all processes have come: look at the logs of the others"
-    except OSError as error:
-        state = f"cannot be reached ({error}): has process 0 started there, is the port open?"
-    return f"the coordinator {coordinator} {state}"

@@ -1,14 +1,15 @@
 """What the processes of one run tell each other outside the devices: what must be the same, and why
 the run ends.
 
-With a single process nothing here does anything.
+Each has a TCP connection to process 0, which sends every message to all in one order, also while a
+collective hangs. A process that dies closes its connection: all get `(process, "gone")` at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import secrets
 import socket
 import sys
 import threading
@@ -16,14 +17,17 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
+from concurrent import futures
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from codebook_jax.errors import UserError, first_few
-from codebook_jax.parallel.processes import channel
 from codebook_jax.parallel.processes.joining import HEARTBEAT_S, end
 
+ANSWER_S = 10.0  # for a host to answer
 CHECK_S = 600.0  # how far the slowest process may be behind the first at a check
+SEEN_S = 15.0  # how long a network file system may take to show a new file
 FINISH_S = 20.0  # how long an error waits for a save in progress before it ends all processes
 GRACE_S = 2.0  # for a process to end with its own message, if it fails as another did
 LINGER_S = 10.0  # how long process 0 waits for the others to end; JAX aborts them with it
@@ -32,7 +36,7 @@ LOST_PEER = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination",
 
 
 class Peers:
-    """The other processes, through a connection to the channel; without one there are none."""
+    """The other processes, through the connection of `reach`; without one there are none."""
 
     def __init__(
         self,
@@ -40,55 +44,45 @@ class Peers:
         *,
         count: int = 1,
         own: int = 0,
-        host: str = "",
         give_up: Callable[[str, int], None] = end,
     ) -> None:
         self.count, self.own = count, own
+        self.names = [f"process {n}" for n in range(count)]  # each with its host, once it is known
         self._connection, self._give_up = connection, give_up
-        self._hosts: dict[int, str] = {}
         self._rounds: Counter[str] = Counter()  # how often each check was done
         self._facts: dict[str, dict[int, Any]] = defaultdict(dict)  # of each process at a check
         self._arrived, self._sending = threading.Condition(), threading.Lock()
-        self._has_failed = threading.Event()
+        self._has_failed, self._is_ending = threading.Event(), False
         self._left, self._gone = set[int](), set[int]()
-        self._is_ending = False
         if connection is not None:
             threading.Thread(target=self._listen, daemon=True).start()
-            self._tell("host", host or socket.gethostname())
+            self._tell("host", socket.gethostname())
 
     def compare(self, check: str, facts: Mapping[str, Any], advice: str) -> None:
-        """Raises UserError naming the process, its host and the first facts in which it differs
-        from process 0.
-
-        Every process calls it with the same `check`. Facts must be JSON values.
-        """
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        if len(set(self.exchange(check, digest))) == 1:  # they may be long, and the processes many
-            return
-        everyone = self.exchange(f"{check}, what differs", dict(facts))
-        first = everyone[0]
-        for process, own in enumerate(everyone):
-            names = [name for name in first if own.get(name) != first[name]]
-            if names:
-                differences = [
-                    f"{name}={own.get(name)!r}, on process 0 {first[name]!r}" for name in names
-                ]
+        """Raises UserError naming the process and the first facts that differ from process 0's."""
+        first = self.exchange(check, None if self.own else facts)[0]
+        own = [
+            f"{name}={facts.get(name)!r}, on process 0 {value!r}"
+            for name, value in first.items()
+            if facts.get(name) != value
+        ]
+        everyone = self.exchange(f"{check}, what differs", own)
+        for name, differences in zip(self.names, everyone, strict=True):
+            if differences:
                 shown = first_few(differences, 4, between="; ", last=", and")
-                raise UserError(f"{self.name(process)} differs in {shown}: {advice}")
+                raise UserError(f"{name} differs in {shown}: {advice}")
 
     def exchange(self, check: str, facts: Any) -> list[Any]:
-        """The facts of every process at this check, in order; raises UserError naming processes
-        that did not arrive within CHECK_S.
-        """
+        """The facts of every process; raises UserError naming those that are CHECK_S late."""
         if self._connection is None:
             return [facts]
         self._rounds[check] += 1
         place = f"{check} {self._rounds[check]}"
-        self._tell("facts", place, facts)
+        self._tell("facts", (place, facts))
         with self._arrived:
             everyone = self._facts[place]
             if not self._arrived.wait_for(lambda: len(everyone) == self.count, CHECK_S):
-                missing = [self.name(n) for n in range(self.count) if n not in everyone]
+                missing = [name for n, name in enumerate(self.names) if n not in everyone]
                 raise UserError(
                     f"the check {check!r} waited {CHECK_S:.0f} s for {', '.join(missing)}: look at "
                     "its log; all processes must be started together"
@@ -96,18 +90,45 @@ class Peers:
             del self._facts[place]
         return [everyone[process] for process in range(self.count)]
 
+    def check_folder(self, folder: Path) -> None:
+        """Raises UserError naming the process that cannot write the folder or see others' files."""
+        if self.count == 1:
+            return
+        token = self.exchange("workdir token", secrets.token_hex(8))[0]
+        first, own = (folder / f".start-{token}-{process}" for process in (0, self.own))
+        problem, until = "", time.monotonic() + SEEN_S
+        try:
+            # A pattern lists the folder, which makes NFS ask its server.
+            while self.own and not any(folder.glob(f"{first.name}*")):
+                if time.monotonic() > until:
+                    problem = "does not see the file that process 0 wrote"
+                    break
+                time.sleep(0.2)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                own.touch()
+        except OSError as error:
+            problem = f"cannot write there ({error.strerror})"
+        problems = self.exchange("workdir", problem)
+        with contextlib.suppress(OSError):
+            own.unlink()
+        for name, problem in zip(self.names, problems, strict=True):
+            if problem:
+                raise UserError(
+                    f"--workdir={folder} is not one folder for all processes: {name} {problem}: "
+                    "give a folder that every host mounts and can write to, such as NFS, Lustre or "
+                    "a mounted bucket"
+                )
+
     def fail(self, sentence: str, code: int = 1) -> None:
         """Tells the others why the run ends, so that they exit too; the caller then exits."""
-        if self._connection is not None:
-            self._has_failed.set()
-            self._tell("end", sentence, code)
-            self._wait_for_others()
+        self._has_failed.set()
+        self._tell("end", (sentence, code))
+        self._wait_for_others()
 
     def end_all(self, error: Exception, first: Callable[[], object] | None = None) -> None:
-        """Ends the whole run because of an error here; returns only if this process is alone.
-
-        A normal Python exit would wait for the others. After a user error, which all processes may
-        share, `first` gets FINISH_S to run.
+        """Ends the whole run because of an error here; returns only if this process is alone. After
+        a user error, which all processes may share, `first` gets FINISH_S to run.
         """
         import jax
 
@@ -122,9 +143,8 @@ class Peers:
             traceback.print_exception(error)
         elif first is not None:
             self._has_failed.set()  # others that fail of the same do not end it meanwhile
-            finishing = threading.Thread(target=_try, args=(first,), daemon=True)
-            finishing.start()
-            finishing.join(FINISH_S)
+            # what it raises is dropped: the earlier error is the one to report
+            futures.wait([futures.ThreadPoolExecutor().submit(first)], FINISH_S)
         self.fail(sentence, code)
         self._give_up(sentence, code)
 
@@ -136,25 +156,21 @@ class Peers:
             self._tell("left")
             jax.distributed.shutdown()
 
-    def name(self, process: int) -> str:
-        """A process and its host, for a sentence."""
-        host = self._hosts.get(process)
-        return f"process {process}" + (f" on {host}" if host else "")
-
-    def _tell(self, *message: Any) -> None:
+    def _tell(self, kind: str, content: Any = None) -> None:
         """Sends a message to all processes, this one included; nothing if process 0 is gone."""
-        with self._sending, contextlib.suppress(OSError):
-            self._connection.send((self.own, *message))
+        if self._connection is not None:
+            with self._sending, contextlib.suppress(OSError):
+                self._connection.send((self.own, kind, content))
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError, EOFError):
             while True:
                 self._receive(*self._connection.recv())
-        self._receive(0, "gone")
+        self._receive(0, "gone", None)
 
-    def _receive(self, process: int, kind: str, *content: Any) -> None:
+    def _receive(self, process: int, kind: str, content: Any) -> None:
         if kind == "host":
-            (self._hosts[process],) = content
+            self.names[process] = f"process {process} on {content}"
         elif kind == "facts":
             place, facts = content
             with self._arrived:
@@ -165,18 +181,20 @@ class Peers:
         elif kind == "gone":
             self._gone.add(process)
             if process not in self._left:
-                why = f"{self.name(process)} is lost: it was killed, or its host is gone"
-                self._end(why, 1, after_s=0)
-        elif kind == "end" and process != self.own:
+                why = f"{self.names[process]} is lost: it was killed, or its host is gone"
+                self._end(0, why, 1)
+        elif process != self.own:
             sentence, code = content
-            self._end(f"{self.name(process)}: {sentence}", code, after_s=GRACE_S)
+            self._end(GRACE_S, f"{self.names[process]}: {sentence}", code)
 
-    def _end(self, why: str, code: int, *, after_s: float) -> None:
+    def _end(self, after_s: float, why: str, code: int) -> None:
+        """Ends this process, unless it fails by itself before; the first reason stands."""
+
         def end_unless_failed() -> None:
             if not self._has_failed.is_set():
                 self._wait_for_others()
                 again = "; the same command goes on from the newest checkpoint" if code == 1 else ""
-                self._give_up(f"{self.name(self.own)} ends: {why}{again}", code)
+                self._give_up(f"{self.names[self.own]} ends: {why}{again}", code)
 
         if not self._is_ending:
             self._is_ending = True
@@ -188,14 +206,11 @@ class Peers:
             time.sleep(0.05)
 
 
-_alone = Peers()
-_others: list[Peers] = []
+_connected = [Peers()]
 
 
 def connect(coordinator: str | None) -> Peers:
-    """Connects this process to the others of the run it has joined; `coordinator` is the address of
-    process 0 if it is known. Raises UserError if their numbers of devices differ.
-    """
+    """Connects to the others of the run, by the `coordinator`'s address if it is known."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -204,19 +219,18 @@ def connect(coordinator: str | None) -> Peers:
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
         raise UserError(
-            f"processes 0 to {count - 1} have {', '.join(str(devices[n]) for n in range(count))} "
-            "devices: give each the same number"
+            f"the processes have {[*devices.values()]} devices: give all the same number"
         )
-    offer = channel.open_channel(count, coordinator) if own == 0 else ""
+    offer = open_channel(count, coordinator) if own == 0 else ""
     padded = np.frombuffer(offer.encode().ljust(OFFER_BYTES), np.uint8)
     offer = bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
-    _others.append(Peers(channel.reach(offer, own), count=count, own=own))
+    _connected.append(Peers(reach(offer, own), count=count, own=own))
     return connected()
 
 
 def connected() -> Peers:
     """The other processes of the run, if it has some."""
-    return _others[0] if _others else _alone
+    return _connected[-1]
 
 
 def of_a_peer(failure: Exception) -> bool:
@@ -227,6 +241,58 @@ def of_a_peer(failure: Exception) -> bool:
     return is_of_jax or any(sign in str(failure) for sign in LOST_PEER)
 
 
-def _try(act: Callable[[], object]) -> None:
-    with contextlib.suppress(Exception):  # the earlier error is the one to report
-        act()
+def open_channel(count: int, coordinator: str | None) -> str:
+    """Starts process 0's sending of what each process says to all; returns what `reach` needs:
+    addresses, port, and a token without which nobody is let in.
+    """
+    ipv6 = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    server = socket.create_server(("", 0), family=family, backlog=count, dualstack_ipv6=ipv6)
+    addresses = [coordinator.rpartition(":")[0].strip("[]")] if coordinator else []
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing, but chooses the address to send from
+        addresses.append(probe.getsockname()[0])
+    addresses += [socket.gethostname(), "127.0.0.1"]
+    token = secrets.token_hex(16)
+    threading.Thread(target=_serve, args=(server, count, token), daemon=True).start()
+    return json.dumps([addresses, server.getsockname()[1], token])
+
+
+def reach(offer: str, process: int) -> Connection:
+    """A connection to process 0; raises UserError if none of its addresses answers."""
+    addresses, port, token = json.loads(offer)
+    for address in addresses:
+        with contextlib.suppress(OSError, EOFError):
+            reached = socket.create_connection((address, port), timeout=ANSWER_S)
+            reached.settimeout(None)
+            connection = Connection(reached.detach())
+            connection.send_bytes(f"{token} {process}".encode())
+            if connection.poll(6 * ANSWER_S) and connection.recv_bytes(100) == token.encode():
+                return connection
+    raise UserError(
+        f"process {process} on {socket.gethostname()} gets no answer from process 0 at "
+        f"{', '.join(addresses)}, port {port}: open the ports between the hosts, or give "
+        "--coordinator=HOST:PORT of an address that all can reach"
+    )
+
+
+def _serve(server: socket.socket, count: int, token: str) -> None:
+    processes: dict[Connection, int] = {}
+    while len(processes) < count:
+        connection = Connection(server.accept()[0].detach())
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            said = connection.recv_bytes(100).decode() if connection.poll(ANSWER_S) else ""
+            if said.startswith(token):
+                processes[connection] = int(said.removeprefix(token))
+                connection.send_bytes(token.encode())
+                continue
+        connection.close()
+    while processes:
+        for connection in wait(list(processes)):
+            try:
+                message = connection.recv()
+            except (OSError, EOFError):
+                message = processes.pop(connection), "gone", None
+            for other in processes:
+                with contextlib.suppress(OSError):  # it is gone too
+                    other.send(message)
