@@ -1,34 +1,98 @@
-"""Shared by the data sets of other libraries: NAME:SPLIT, and the parts of an example."""
+"""Shared by the data sets of other libraries: NAME:SPLIT, and rows read by index as records."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from codebook_jax.data.sources.listed import keys_of
-from codebook_jax.data.sources.record import Request
-from codebook_jax.data.text import has_words
+from codebook_jax.data.images import UnreadableImage
+from codebook_jax.data.sources.parts import Parts, names_in, texts_in
+from codebook_jax.data.sources.record import (
+    NO_CAPTION,
+    PARTS,
+    Record,
+    Request,
+    Source,
+    WithoutCaption,
+    checked,
+    required,
+)
 from codebook_jax.errors import UserError
 
 USUAL = {  # names of parts, first match wins; not ids, which often number examples, not images
     "image": ("image", "img", "jpg", "jpeg", "png", "webp"),
     "caption": ("caption", "captions", "text", "texts", "sentences", "sentence", "txt"),
 }
-_TEXTS = ("text", "caption", "raw", "sentence")  # keys of the text in captions stored as objects
 _PART = r"[A-Za-z_][\w.-]*(?:\[[^\]]*\])?"  # for example train, train[:50%]
 _SPLIT = re.compile(rf":({_PART}(?:\+{_PART})*)$")
 
 
-class Parts(NamedTuple):
-    """The names of the parts of an example, or of a table's columns."""
+class Rows(Source):
+    """The rows of a data set, by default each a record and an image of its own.
 
-    image: str
-    caption: str
-    id: str | None
+    Record i is `rows[first[i]:first[i + 1]]`: the image of the first, the captions of all.
+    """
+
+    called = "{}[{}]"  # the name of a row of a data set
+
+    def __init__(self, what: str, parts: Parts, data: Sequence[Mapping[str, Any]]) -> None:
+        self.form, _, self.place = what.partition(":")
+        self._what, self._parts, self.listed, self.left_out = what, parts, len(data), ()
+        self._data = dict.fromkeys(PARTS, data)  # where to read each part, the image with a caption
+        self._rows = self._first = self._ids = np.arange(self.listed + 1)
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def __getitem__(self, index: int) -> Record:
+        rows = self._members(index)
+        row = self._read("image", rows[0])
+        image = row[self._parts.image]
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
+        if image is None or not len(image):
+            raise UnreadableImage(f"{self._place(rows[0])}: the image is empty")
+        captions = self._texts([row, *(self._read("caption", other) for other in rows[1:])])
+        if not captions:
+            raise WithoutCaption(f"{self._place(rows[0])} {NO_CAPTION}")
+        return Record(image, captions, int(self._ids[index]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        with required():
+            return self._texts([self._read("caption", row) for row in self._members(index)])
+
+    def name(self, index: int) -> str:
+        return self._named(self._members(index)[0])
+
+    def _members(self, index: int) -> list[int]:
+        first, stop = self._first[checked(index, len(self)) :][:2]
+        return self._rows[first:stop].tolist()
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        return texts_in([row[self._parts.caption] for row in rows])
+
+    def _place(self, row: int) -> str:
+        return self.called.format(self._what, row)
+
+    def _named(self, row: int) -> str:
+        """The id of a row, or its place if it has none."""
+        key = None
+        with contextlib.suppress(UnreadableImage):
+            key = self._parts.id and self._read("id", row)[self._parts.id]
+        if key is None:
+            return self._place(row)
+        return key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)
+
+    def _read(self, part: str, row: int) -> Mapping[str, Any]:
+        try:
+            return self._data[part][row]
+        except Exception as failure:  # OSError, RuntimeError, Arrow's own, any parsing error
+            raise UnreadableImage(f"{self._place(row)}: {first_line(failure)}") from failure
 
 
 def place_of(request: Request) -> tuple[str, str, str | None]:
@@ -40,8 +104,7 @@ def place_of(request: Request) -> tuple[str, str, str | None]:
     place, split = (place, None) if found is None else (place[: found.start()], found[1])
     what = f"{request.scheme}:{place}"
     if place.startswith(("/", ".", "~")) and not os.path.exists(place):
-        cure = "give a folder, or a data set's name"
-        raise UserError(f"{what}: the folder does not exist: {cure}")
+        raise UserError(f"{what}: the folder does not exist: give a folder, or a data set's name")
     return what, place, split
 
 
@@ -50,50 +113,15 @@ def only_split(what: str, splits: Sequence[str]) -> str:
     if len(splits) == 1:
         return splits[0]
     example = f"{what}:{splits[0] if splits else 'train'}"
-    raise UserError(f"{what} has the splits {keys_of(splits)}: name one, for example {example}")
-
-
-def parts_of(what: str, request: Request, names: Sequence[str]) -> Parts:
-    """The parts that the options name, else those with usual names."""
-    held, parts = f"it has {keys_of(names)}", {}
-    for part, key in request.keys.items():
-        if key is not None and key not in names:
-            raise UserError(f"{what} has no {key!r} for ?{part}_key ({held}): name one of them")
-        usual = USUAL.get(part, ())
-        parts[part] = key or next((name for name in usual if name in names), None)
-        if parts[part] is None and usual:
-            raise UserError(
-                f"{what} has no {part} under a usual name ({', '.join(usual)}; {held}): name it "
-                f"with ?{part}_key=NAME"
-            )
-    return Parts(**parts)
-
-
-def texts_in(value: Any) -> tuple[str, ...]:
-    """The texts with words in a text, a list of texts, or lists of objects with a text."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError:  # as anything else that is not a text
-            return ()
-    if isinstance(value, str):
-        return (value.strip(),) if has_words(value) else ()
-    if isinstance(value, Mapping):
-        return texts_in(next((value[name] for name in _TEXTS if name in value), None))
-    if isinstance(value, list | tuple | np.ndarray):
-        return tuple(text for part in value for text in texts_in(part))
-    return ()
+    raise UserError(f"{what} has the splits {names_in(splits)}: name one, for example {example}")
 
 
 def nothing_in(what: str, part: str, name: str, feature: object) -> UserError:
     """The refusal of a part that holds no images, or no captions."""
-    others = (
-        "; paths are read with json: or csv:, and URLs are downloaded with img2dataset and read "
-        "with webdataset:"
-    )
     return UserError(
         f"{what}: {name!r} is {first_line(feature)} and holds no {part}s: name another part with "
-        f"?{part}_key=NAME{others * (part == 'image')}"
+        f"?{part}_key=NAME; paths of images are read with json: or csv:, and URLs are downloaded "
+        "with img2dataset and read with webdataset:"
     )
 
 

@@ -34,8 +34,11 @@ class Record(NamedTuple):
 class Source(Protocol):
     """Records by index. It can be pickled and read from several threads."""
 
+    form: str  # the scheme and place that name it
+    place: str
     listed: int  # records, including those left out
     left_out: Sequence[tuple[str, str]]  # (name or place, why) of records that this source left out
+    _fingerprint: str
 
     def __len__(self) -> int: ...
 
@@ -52,22 +55,10 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""
-
-    def __repr__(self) -> str:
-        """A description of the source, without memory addresses; packed folders compare it."""
-
-
-class NamedSource(Source):
-    """A source that keeps the scheme and place that name it, and its fingerprint."""
-
-    form: str
-    place: str
-    _fingerprint: str
-
-    def fingerprint(self) -> str:
         return self._fingerprint
 
     def __repr__(self) -> str:
+        """A description of the source, without memory addresses; packed folders compare it."""
         return f"{self.form}({self.place!r}, images={len(self)})"
 
 
@@ -118,9 +109,8 @@ class Request(NamedTuple):
         """The value of an option, by default the first choice; raises UserError for another."""
         value = self.options.get(option, choices[0])
         if value not in choices:
-            usable = " or ".join(f"{option}={choice}" for choice in choices)
             where = f"{self.scheme}:{self.place}"
-            raise UserError(f"{where}: {option}={value} is not valid: use {usable}")
+            raise UserError(f"{where}: {option}={value} is not one of {', '.join(choices)}")
         return value
 
 

@@ -19,10 +19,10 @@ from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.manifest import Manifest, Shard, index_name, misfits, read_manifest
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
-    NamedSource,
     Recent,
     Record,
     Request,
+    Source,
     WithoutCaption,
     checked,
     digest,
@@ -37,11 +37,9 @@ if TYPE_CHECKING:
     from array_record.python.array_record_module import ArrayRecordReader
 
 _INDEXES_HELD = 8
-_READER_OPTIONS = "readahead_buffer_size:0"  # records are read singly, in random order
-_READER_BUFFER_BYTES = 1 << 15
 
 
-class Records(NamedSource):
+class Records(Source):
     """The records of a packed folder; files are opened on first use.
 
     For evaluation, records of one image id with the same picture are one, with all captions.
@@ -63,10 +61,10 @@ class Records(NamedSource):
         return int(self._starts[-1]) if self._images is None else len(self._images[1]) - 1
 
     def __getitem__(self, index: int) -> Record:
-        shard, place = self._place(self._members(index)[0])
-        where = f"{self.place}/{shard.file}, record {place}"
+        which, place = part_of(self._starts, self._members(index)[0])
+        where = f"{self.place}/{self._shards[which].file}, record {place}"
         try:
-            packed = self._readers.open(shard.file).read([place])[0]
+            packed = self._readers.open(self._shards[which].file).read([place])[0]
             content = msgpack.unpackb(packed, unicode_errors="surrogatepass")
         except Exception as failure:  # of ArrayRecord and msgpack, many kinds
             why = (str(failure).split(";")[0].splitlines() or [repr(failure)])[0]
@@ -79,35 +77,30 @@ class Records(NamedSource):
         return Record(content["image"], captions, content["image_id"])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        texts = (text for own in self._members(index) for text in self._entry(own)["captions"])
-        texts = texts if self._images is None else dict.fromkeys(texts)
-        return tuple(filter(has_words, texts))
+        texts = [text for own in self._members(index) for text in self._entry(own)["captions"]]
+        return tuple(filter(has_words, texts if self._images is None else dict.fromkeys(texts)))
 
     def name(self, index: int) -> str:
         return self._entry(self._members(index)[0])["name"]
 
     def _members(self, index: int) -> Sequence[int]:
+        """The records of the shards that make up a record of the source."""
         checked(index, len(self))
         if self._images is None:
             return (index,)
         members, first = self._images
         return members[first[index] : first[index + 1]]
 
-    def _place(self, own: int) -> tuple[Shard, int]:
-        """(shard, place within it) of a record of the shards."""
-        which, place = part_of(self._starts, own)
-        return self._shards[which], place
-
     def _entry(self, own: int) -> dict[str, Any]:
-        """A line of an index."""
-        shard, place = self._place(own)
+        """A record's line of an index."""
+        which, place = part_of(self._starts, own)
+        file = self._shards[which].file
         try:
-            return parse_json(self._indexes.open(shard.file)[place])
+            return parse_json(self._indexes.open(file)[place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
-                f"{self.place}/{index_name(shard.file)}, line {place + 1} cannot be read "
-                f"({failure}): run the same --mode=prepare command again; it repacks damaged "
-                "shards"
+                f"{self.place}/{index_name(file)}, line {place + 1} cannot be read ({failure}): "
+                "run the same --mode=prepare command again; it repacks damaged shards"
             ) from failure
 
     def _merged(self) -> tuple[np.ndarray, np.ndarray]:
@@ -123,10 +116,9 @@ def _sound(folder: str, manifest: Manifest, damaged: str) -> tuple[list[Shard], 
     wrong = dict(misfits(folder, manifest.shards))
     sound = [shard for number, shard in enumerate(manifest.shards) if number not in wrong]
     if (wrong and damaged == "refuse") or not any(shard.records for shard in sound):
-        why = next(iter(wrong.values()), "it has no records")
-        held = f"{len(wrong)} of {len(manifest.shards)} shards are damaged"
         raise UserError(
-            f"{folder}: {why} ({held}): run the same --mode=prepare command "
+            f"{folder}: {next(iter(wrong.values()), 'it has no records')} ({len(wrong)} of "
+            f"{len(manifest.shards)} shards are damaged): run the same --mode=prepare command "
             "again, it repacks damaged shards; or leave them out with "
             "--config.data.damaged_shards=skip"
         )
@@ -139,8 +131,8 @@ def _reader(folder: str, name: str) -> ArrayRecordReader:
 
     return array_record_module.ArrayRecordReader(
         os.path.join(folder, name),
-        options=_READER_OPTIONS,
-        file_reader_buffer_size=_READER_BUFFER_BYTES,
+        options="readahead_buffer_size:0",  # records are read singly, in random order
+        file_reader_buffer_size=1 << 15,
     )
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import itertools
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -20,24 +20,25 @@ import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.record import (
-    NamedSource,
     Recent,
     Record,
     Request,
+    Source,
     digest,
     part_of,
     required,
 )
 from codebook_jax.data.sources.tar_index import Index, captions_of, index_shard
-from codebook_jax.errors import UserError
+from codebook_jax.data.sources.texts import Texts
+from codebook_jax.errors import UserError, first_few
 
 _INDEXING_THREADS = 4  # they mostly wait for the disk; more are slower
+_INDEXED_AT_ONCE = 64  # shards: indexes are large until they are packed into arrays
 _MOST_OPEN = 128
 _CHANGED = "the shard is not what it was at start"
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-class Shards(NamedSource):
+class Shards(Source):
     """The samples of tar shards, in the order of the shards; files are opened on first use.
 
     The id of an image is the number of the record: the format has none. Samples without an image or
@@ -46,25 +47,28 @@ class Shards(NamedSource):
     """
 
     def __init__(self, request: Request) -> None:
-        self.form, self.place, self._caption_key = (
-            "webdataset",
-            request.place,
-            request.keys["caption"],
-        )
+        self.form, self.place = request.scheme, request.place
+        self._caption_key = request.keys["caption"]
         self._paths = shard_paths(self.place)
-        self._indexes = _indexed(self._paths, self._caption_key, request.settings.damaged_shards)
-        self._starts = np.cumsum([0, *(len(index.keys) for index in self._indexes)])
-        self.left_out: list[tuple[str, str]] = []
-        contents = ["webdataset 1", str(self._caption_key)]
-        for path, index in zip(self._paths, self._indexes, strict=True):
+        self._keys, self.left_out, counts = Texts(), [], [0]
+        contents, places, in_json = ["webdataset 1", str(self._caption_key)], [], []
+        for path, index in _indexed(
+            self._paths, self._caption_key, request.settings.damaged_shards
+        ):
             shard, damage = os.path.basename(path), ""
-            self.left_out += [
-                (f"{shard}/{key}", f"{shard}/{key} {why}") for key, why in index.left_out
-            ]
+            counts.append(len(index.keys))
+            places.append(np.array(index.places, np.int64).reshape(-1, 4))
+            in_json.append(np.array(index.in_json, bool))
+            for key in index.keys:
+                self._keys.append(key)
+            for key, why in index.left_out:
+                self.left_out.append((f"{shard}/{key}", f"{shard}/{key} {why}"))
             if index.damage:
                 self.left_out.append((shard, f"{path} {index.damage}: the rest is left out"))
                 damage = f"damaged at {index.damaged_at}"
-            contents.append(f"{shard} {index.fingerprint} {damage}")
+            content = hashlib.sha256("\n".join(index.keys).encode())
+            content.update(places[-1][:, 1::2].astype("<i8").tobytes() + in_json[-1].tobytes())
+            contents.append(f"{shard} {content.hexdigest()} {damage}")
         if not len(self):
             first = f" (first left out: {self.left_out[0][1]})" if self.left_out else ""
             raise UserError(
@@ -72,12 +76,14 @@ class Shards(NamedSource):
                 "shards of KEY.jpg and KEY.txt, or name the caption's key in KEY.json: "
                 "?caption_key=NAME"
             )
+        self._starts, self._places = np.cumsum(counts), np.concatenate(places)
+        self._in_json = np.concatenate(in_json)
         self.listed = len(self) + len(self.left_out)
         self._fingerprint = digest(contents)
         self._files = Recent(partial(open, mode="rb", buffering=0), _MOST_OPEN)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._keys)
 
     def __getitem__(self, index: int) -> Record:
         return Record(self._read(index, 0), self._captions(index), int(index))
@@ -87,13 +93,12 @@ class Shards(NamedSource):
             return self._captions(index)
 
     def name(self, index: int) -> str:
-        which, own = part_of(self._starts, index)
-        return f"{os.path.basename(self._paths[which])}/{self._indexes[which].keys[own]}"
+        which, _ = part_of(self._starts, index)
+        return f"{os.path.basename(self._paths[which])}/{self._keys[index]}"
 
     def _captions(self, index: int) -> tuple[str, ...]:
-        which, own = part_of(self._starts, index)
         content, captions = self._read(index, 2), ()
-        key = (self._caption_key or "caption") if self._indexes[which].in_json[own] else None
+        key = (self._caption_key or "caption") if self._in_json[index] else None
         with contextlib.suppress(ValueError):
             captions = captions_of(content, key)
         if not captions:
@@ -102,8 +107,8 @@ class Shards(NamedSource):
 
     def _read(self, index: int, part: int) -> bytes:
         """The image (`part` 0) or the caption (2) of a record."""
-        which, own = part_of(self._starts, index)
-        start, size = self._indexes[which].places[own, part : part + 2].tolist()
+        which, _ = part_of(self._starts, index)
+        start, size = self._places[index, part : part + 2].tolist()
         try:
             file = self._files.open(self._paths[which])
             content = os.pread(file.fileno(), size, start)  # as several threads may
@@ -116,57 +121,52 @@ class Shards(NamedSource):
 
 def shard_paths(place: str) -> list[str]:
     """The shards that a place names, sorted for a pattern or a folder. Those named in full, also by
-    ranges in braces, need not exist. Compressed ones not unpacked are refused when indexed.
+    ranges in braces, need not exist; compressed ones not unpacked are refused when indexed.
     """
-    what = f"webdataset:{place}"
-    if "://" in place or place.startswith("pipe:"):
-        raise UserError(f"{what} is no path: download the shards and give their path")
-    paths, is_folder = [], os.path.isdir(place)
-    for path in [os.path.join(glob.escape(place), "*.tar")] if is_folder else _unfolded(place):
-        pattern = path if glob.has_magic(path) else glob.escape(path)
-        found = [path] if os.path.exists(path) else sorted(glob.glob(pattern, recursive=True))
-        if (is_folder or not found) and path.endswith(".tar"):
-            compressed = f"{pattern}.*", f"{pattern[:-2]}[gbxz][zs]*"
-            packed = sorted(path for each in compressed for path in glob.glob(each, recursive=True))
-            found += [path for path in packed if f"{path[: path.rindex('.t')]}.tar" not in found]
-        paths += found or ([] if glob.has_magic(path) else [path])
+    paths, folder = [], os.path.join(glob.escape(place), "*.tar")
+    for path in [folder] if os.path.isdir(place) else _expanded(place):
+        if os.path.exists(path) or not glob.has_magic(path):
+            paths.append(path)
+            continue
+        found = set(glob.glob(path, recursive=True))
+        packed = glob.glob(f"{path}.*", recursive=True) if path.endswith(".tar") else ()
+        paths += sorted(found | {each for each in packed if os.path.splitext(each)[0] not in found})
     if not paths:
         cure = "a tar file, a folder of them, or a pattern: data/*.tar or data/{00000..00331}.tar"
-        raise UserError(f"{what} names no .tar file: give the path of {cure}")
+        raise UserError(f"webdataset:{place} names no .tar file: give the path of {cure}")
     return paths
 
 
-def _unfolded(place: str) -> list[str]:
+def _expanded(place: str) -> list[str]:
     """The paths that ranges {00..12} and lists {a,b} in braces expand to, as in a shell."""
-    if os.path.exists(place):
+    braces = re.search(r"\{([^{}]*)\}", place)
+    if braces is None or os.path.exists(place):
         return [place]
-    choices = []
-    for number, part in enumerate(re.split(r"\{([^{}]*)\}", place)):
-        bounds = _RANGE.fullmatch(part)
-        if number % 2 == 0:
-            choices.append([part])
-        elif bounds:
-            first, last = bounds.groups()
-            width = max(map(len, bounds.groups())) if "0" in (first[0], last[0]) else 0
-            choices.append([f"{n:0{width}d}" for n in range(int(first), int(last) + 1)])
-        else:
-            choices.append(part.split(","))
-    return ["".join(parts) for parts in itertools.product(*choices)]
+    choices, bounds = braces[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    if bounds:
+        first, last = bounds.groups()
+        width = max(len(first), len(last)) if first != "0" and first[0] == "0" else 0
+        choices = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    before, after = place[: braces.start()], place[braces.end() :]
+    return [path for choice in choices for path in _expanded(f"{before}{choice}{after}")]
 
 
-def _indexed(paths: Sequence[str], caption_key: str | None, damaged: str) -> list[Index]:
-    """The index of each shard; raises UserError for the first damaged one if asked to refuse."""
-    indexes, skip = [], "with --config.data.damaged_shards=skip"
+def _indexed(
+    paths: Sequence[str], caption_key: str | None, damaged: str
+) -> Iterator[tuple[str, Index]]:
+    """Each shard with its index; raises UserError for the first damaged one if asked to refuse."""
     with ThreadPoolExecutor(_INDEXING_THREADS) as pool:
-        found = pool.map(partial(index_shard, caption_key=caption_key), paths)
-        for path, index in zip(paths, found, strict=True):
-            if (index.damage or index.faults) and damaged == "refuse":
-                pool.shutdown(cancel_futures=True)
-                wrong, cure = f"{path} {index.damage}", ""
-                if not index.damage.startswith("is compressed"):
-                    cure = f": download or pack the shard again, or leave this part out {skip}"
-                if not index.damage:
-                    wrong = f"{path}: {index.faults[0]} ({len(index.faults):,} such faults)"
-                raise UserError(wrong + cure)
-            indexes.append(index)
-    return indexes
+        for start in range(0, len(paths), _INDEXED_AT_ONCE):
+            some = paths[start : start + _INDEXED_AT_ONCE]
+            found = pool.map(partial(index_shard, caption_key=caption_key), some)
+            for path, index in zip(some, found, strict=True):
+                wrong = index.damage
+                if index.faults:
+                    wrong = wrong or f"has damaged samples: {first_few(index.faults, 1)}"
+                if wrong and damaged == "refuse":
+                    pool.shutdown(cancel_futures=True)
+                    raise UserError(
+                        f"{path} {wrong}: download or pack the shard again, or leave this part out "
+                        "with --config.data.damaged_shards=skip"
+                    )
+                yield path, index

@@ -7,7 +7,6 @@ cache, and used again while the shard has the same size and modification time.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -16,13 +15,11 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
-from codebook_jax.data.sources.record import digest
-from codebook_jax.data.sources.texts import Texts, not_utf8
-from codebook_jax.data.text import has_words
+from codebook_jax.data.sources.parts import texts_in
+from codebook_jax.data.sources.record import NO_CAPTION, digest
+from codebook_jax.data.sources.texts import not_utf8
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, written_whole
 
@@ -32,16 +29,16 @@ _FORM = 1  # of the kept index; a new number where what counts as a sample or a 
 _SETTLED_NS = 2_000_000_000  # a shard changed more recently may be changed again in the same tick
 _BLOCK = tarfile.BLOCKSIZE
 _MATTERS = re.compile(b"path=|size=|GNU.sparse")  # in an extended header
+_OWNER = re.compile(r"(?:.*/)?[^./]*", re.DOTALL)  # WebDataset's key, up to the first dot
 _Member = tuple[str, int, int]  # (suffix, start, size); size -1 for a link or a sparse file
 
 
 class Index(NamedTuple):
-    """The samples of a shard that have an image and a caption."""
+    """The samples of a shard that have an image and a caption, as kept in JSON."""
 
-    keys: Texts
-    places: np.ndarray  # int64 [samples, 4]: start and size of the image, of the caption
-    in_json: np.ndarray  # bool [samples]: whether the caption is in a JSON file
-    fingerprint: str  # of names and sizes
+    keys: Sequence[str] = ()
+    places: Sequence[Sequence[int]] = ()  # start and size of each image, and of its caption
+    in_json: Sequence[bool] = ()  # whether the caption is in a JSON file
     left_out: Sequence[tuple[str, str]] = ()  # (key, why) of the other samples
     faults: Sequence[str] = ()  # duplicate members, or texts not in UTF-8; these samples are out
     damage: str = ""  # how the shard is truncated or damaged; empty if it is not
@@ -53,7 +50,7 @@ class _DamagedError(Exception):
 
 
 class _NoPairError(Exception):
-    """(why a sample is no pair, the fault in it, if that is the reason)"""
+    """(why a sample is no pair, whether that is a fault of the shard)"""
 
 
 def index_shard(path: str, caption_key: str | None) -> Index:
@@ -77,16 +74,16 @@ def index_shard(path: str, caption_key: str | None) -> Index:
                 with contextlib.suppress(Exception):  # there is none, or something else
                     kept = parse_json(place.read_text(encoding="utf-8"))
                     if kept["version"] == version:
-                        return _index_of(**kept["index"])
-            content = _read_shard(file, caption_key)
+                        return Index(*(kept["index"][name] for name in Index._fields))
+            index = _read_shard(file, caption_key)
     except OSError as failure:
-        return _index_of(damage=f"cannot be read ({failure.strerror})")
-    if not content["damage"] and time.time_ns() - state.st_mtime_ns > _SETTLED_NS:
+        return Index(damage=f"cannot be read ({failure.strerror})")
+    if not index.damage and time.time_ns() - state.st_mtime_ns > _SETTLED_NS:
         for place in places:
             with contextlib.suppress(OSError, UserError), written_whole(place) as file:
-                file.write(json.dumps({"version": version, "index": content}))
+                file.write(json.dumps({"version": version, "index": index._asdict()}))
                 break
-    return _index_of(**content)
+    return index
 
 
 def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
@@ -94,28 +91,13 @@ def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
     ValueError if the text is not UTF-8, or not JSON.
     """
     if key is None:
-        texts = [content.decode("utf-8-sig")]
-    else:
-        held = parse_json(content, of_data=True)
-        value = held.get(key) if isinstance(held, dict) else None
-        texts = value if isinstance(value, list) else [value]
-    stripped = (text.strip() for text in texts if isinstance(text, str))
-    return tuple(filter(has_words, stripped))
+        return texts_in(content.decode("utf-8-sig"))
+    held = parse_json(content, of_data=True)
+    return texts_in(held.get(key)) if isinstance(held, dict) else ()
 
 
-def _index_of(
-    keys: Sequence[str] = (), places: Sequence = (), in_json: Sequence[bool] = (), **others: Any
-) -> Index:
-    """An index from its JSON form."""
-    others.pop("further", None)  # older versions kept it
-    table, flags = np.array(places, np.int64).reshape(-1, 4), np.array(in_json, bool)
-    content = hashlib.sha256("\n".join(keys).encode("utf-8"))
-    content.update(table[:, 1::2].astype("<i8").tobytes() + flags.tobytes())
-    return Index(Texts(keys), table, flags, content.hexdigest(), **others)
-
-
-def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:
-    """The index of a shard in its JSON form, from the headers and the captions."""
+def _read_shard(file: BinaryIO, caption_key: str | None) -> Index:
+    """The index of a shard, from the headers and the captions."""
     samples: dict[str, list[_Member]] = {}
     stem, damage, damaged_at = "", "", 0
     try:
@@ -131,10 +113,8 @@ def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:
         try:
             place, is_json = _pair(file, members, caption_key)
         except _NoPairError as failure:
-            lacking[key], fault = failure.args
-            if fault:
-                faults.append(f"{_printable(key)}.{fault}")
-                lacking[key] = f"cannot be used: {faults[-1]}"
+            lacking[key], is_fault = failure.args
+            faults += [f"{_printable(key)} {lacking[key]}"] if is_fault else []
             continue
         keys.append(_printable(key))
         places.append(place)
@@ -142,10 +122,9 @@ def _read_shard(file: BinaryIO, caption_key: str | None) -> dict[str, Any]:
     left_out = [
         (_printable(key), why)
         for key, why in lacking.items()
-        if (owner := _owner(key)) not in samples or owner in lacking
+        if (owner := _OWNER.match(key)[0]) not in samples or owner in lacking
     ]
-    index = {"keys": keys, "places": places, "in_json": in_json, "left_out": left_out}
-    return index | {"faults": faults, "damage": damage, "damaged_at": damaged_at}
+    return Index(keys, places, in_json, left_out, faults, damage, damaged_at)
 
 
 def _pair(
@@ -159,35 +138,25 @@ def _pair(
     suffixes = [suffix for suffix, _, _ in (*images, *texts, *jsons)]
     for suffix in suffixes:
         if suffixes.count(suffix) > 1:
-            raise _NoPairError("", f"{suffix} occurs more than once")
-    why = f"has no image ({', '.join(IMAGES)})"
-    fault = ""
-    for suffix, start, size in texts if images else ():
+            raise _NoPairError(f"has {suffix} more than once", True)
+    json_key = caption_key or "caption"
+    why = f"{NO_CAPTION} in a .txt, nor under {json_key!r} in a .json"
+    if not images:
+        why = f"has no image ({', '.join(IMAGES)})"
+    for suffix, start, size in (*texts, *jsons) if images else ():
+        is_json = suffix.lower() == "json"
         file.seek(start)
         try:
-            if captions_of(file.read(size), None):
-                return [*images[0][1:], start, size], False
-        except UnicodeDecodeError as failure:
-            fault = fault or f"{suffix} {not_utf8(failure)}"
-    if images:
-        why = f"has no caption: no {'.json' if caption_key else 'text in a .txt, and no .json'}"
-    for _, start, size in jsons[:1] if images and not fault else ():
-        file.seek(start)
-        why = f"has no caption: no text under {caption_key or 'caption'!r} in its .json"
-        try:
-            if captions_of(file.read(size), caption_key or "caption"):
-                return [*images[0][1:], start, size], True
+            if captions_of(file.read(size), json_key if is_json else None):
+                return [*images[0][1:], start, size], is_json
         except ValueError as failure:
-            why = f"has no caption: its .json cannot be read ({failure})"
+            if not is_json:
+                why = f"cannot be used: its {suffix} {not_utf8(failure)}"
+                raise _NoPairError(why, True) from failure
+            why = f"{NO_CAPTION}: its .json cannot be read ({failure})"
     if any(size < 0 for _, _, size in members):
         why += ", only a link or a sparse file, whose content is not in the shard"
-    raise _NoPairError(why, fault)
-
-
-def _owner(key: str) -> str:
-    """WebDataset's key of a member: its path up to the first dot of the name."""
-    folder = key.rfind("/") + 1
-    return key[:folder] + key[folder:].partition(".")[0]
+    raise _NoPairError(why, False)
 
 
 def _printable(name: str) -> str:
@@ -195,7 +164,7 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode(errors="replace")
 
 
-def _files_in(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+def _files_in(file: BinaryIO) -> Iterator[_Member]:
     """(name, start, size) of every file, with size -1 for a link or a sparse file.
 
     Plain headers are read here, the others by the standard library, which takes ten times as long.
@@ -220,7 +189,7 @@ def _files_in(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
             name = head[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
         else:
             file.seek(here)
-            member = _standard_member(tar, here, end)
+            member = _standard_member(tar, here)
             if member is None:
                 return
             name, start, size, following = member.name, member.offset_data, member.size, tar.offset
@@ -233,9 +202,9 @@ def _files_in(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         yield name, start, size
 
 
-def _standard_member(tar: tarfile.TarFile, here: int, end: int) -> tarfile.TarInfo | None:
+def _standard_member(tar: tarfile.TarFile, here: int) -> tarfile.TarInfo | None:
     """The member whose header is `here`, or None at the end mark; raises _DamagedError."""
-    why = f"is no tar file from byte {here:,} on"
+    why = f"is cut short, damaged or no tar file: no header or end mark at byte {here:,}"
     try:
         member = tarfile.TarInfo.fromtarfile(tar)
         if member.size >= 0:
@@ -247,14 +216,10 @@ def _standard_member(tar: tarfile.TarFile, here: int, end: int) -> tarfile.TarIn
             f"goes on behind the end mark of an archive at byte {here:,}, as where cat has joined "
             "several (tar -A joins them whole)"
         )
-    except (tarfile.TarError, ValueError) as failure:
-        truncated = (tarfile.TruncatedHeaderError, tarfile.SubsequentHeaderError)
-        if here + _BLOCK > end or isinstance(failure, truncated):
-            why = "ends without the end mark of an archive"
-    tar.fileobj.seek(0)
-    start = tar.fileobj.read(6)
-    for magic, tool in _UNPACKS.items():
-        if start.startswith(magic) and not here:
-            unpack = f"unpack it with `{tool} -dc FILE > NAME.tar`"
-            why = f"is compressed: {unpack}, for images are read in no order"
+    except (tarfile.TarError, ValueError):
+        tar.fileobj.seek(0)
+        first = tar.fileobj.read(6)
+        for tool in [tool for magic, tool in _UNPACKS.items() if first.startswith(magic)]:
+            if not here:
+                why = f"is compressed (`{tool} -dc FILE > NAME.tar` unpacks it)"
     raise _DamagedError(why, here)

@@ -203,14 +203,14 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
     (
         "coco",
         lambda c: c["annotations"].insert(0, {"image_id": 42, "bbox": [0, 0, 1, 1]}),
-        r'annotations\[0\] has no key "caption" .*captions_train2014.json, not one of boxes',
+        r'annotations\[0\] has no key "caption" .*captions_train2014.json',
     ),
     ("coco", lambda c: c.pop("annotations"), 'no key "annotations".*karpathy:'),
     ("coco", lambda c: c["images"][1].pop("file_name"), r'images\[1\] has no key "file_name"'),
     ("coco", lambda c: c["images"][1].update(id=42), r"images\[1\] .*id 42 .*images\[0\]"),
     ("coco", lambda c: c["annotations"][0].update(caption=3), r'annotations\[0\], key "caption"'),
-    ("coco", lambda c: c["images"].insert(0, 3), r"images\[0\] is 3, not an object"),
-    ("coco", "\n{", "is not JSON .*line 2"),
+    ("coco", lambda c: c["images"].insert(0, 3), r'images\[0\] has no key "id" \(it is 3\)'),
+    ("coco", "\n{", "JSON .*line 2"),
     (
         "karpathy",
         lambda c: c["images"][0]["sentences"][1].pop("raw"),
@@ -220,13 +220,8 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
     ("karpathy", lambda c: c.pop("images"), "its keys: dataset.*dataset_coco"),
     ("vg", lambda c: c[0]["regions"][0].pop("phrase"), r'\[0\] regions\[0\] has no key "phrase"'),
     ("vg", lambda c: c[0].pop("id"), r'\[0\] has no key "image_id"'),
-    ("vg", '[{"id": 1, "regions": []},\n {"id"', "is not JSON .*line 2"),
-    (
-        "vg",
-        '[{"id": 1, "regions": []}\n {"id": 2}]',
-        "is not JSON .expecting ',' delimiter, line 2",
-    ),
-    ("vg", "[]\n[]", "is not JSON .extra data, line 2"),
+    ("vg", '[{"id": 1, "regions": []},\n {"id"', "JSON .*line 2"),
+    ("vg", "[]\n[]", "JSON .Extra data: line 2"),
     ("vg", '[{"id": 1, "regions": []},' + DEEP, r"\[1\] cannot be read .*nested"),
 ]
 
@@ -245,13 +240,13 @@ def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
     paths = {name: write(tmp_path / f"{name}.json", held) for name, held in CONTENTS.items()}
     pretty = write(tmp_path / "pretty.json", json.dumps(COCO, indent=1))
     pairs = write(tmp_path / "pairs.json", [{"image": "a.jpg", "caption": "one"}])
-    for path, scheme in ((pretty, "coco"), *((path, name) for name, path in paths.items())):
-        assert f"is read with {scheme}:" in refusal(f"json:{path}")
-    assert f"karpathy:{paths['karpathy']} reads" in refusal(f"coco:{paths['karpathy']}")
-    assert f"coco:{paths['coco']} reads" in refusal(f"karpathy:{paths['coco']}")
+    for path in (pretty, *paths.values()):
+        assert re.search("coco:.* karpathy:.* vg:", refusal(f"json:{path}"))
+    assert "karpathy: reads" in refusal(f"coco:{paths['karpathy']}")
+    assert "coco: reads" in refusal(f"karpathy:{paths['coco']}")
     for scheme in ("coco", "karpathy"):
         said = refusal(f"{scheme}:{pairs}")
         assert "object" in said and f"json:{pairs}" in said
     assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
-    assert "vg: reads" in refusal(f"vg:{paths['coco']}")
+    assert "which vg: reads" in refusal(f"vg:{paths['coco']}")
     assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")

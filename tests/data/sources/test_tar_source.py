@@ -102,8 +102,8 @@ def test_samples_without_an_image_or_a_caption_are_left_out_and_counted(tmp_path
         "silent": ({}, "has no caption"),
         "empty": ({"txt": ""}, "has no caption"),
         "blank": ({"txt": "\ufeff \n\u3000"}, "has no caption"),
-        "key": ({"json": '{"alt": "x"}'}, "no text under 'caption'"),
-        "number": ({"json": '{"caption": [3, null]}'}, "no text under 'caption'"),
+        "key": ({"json": '{"alt": "x"}'}, "under 'caption'"),
+        "number": ({"json": '{"caption": [3, null]}'}, "under 'caption'"),
         "broken": ({"json": '{"caption": "x"'}, ".json cannot be read"),
         "deep": ({"json": "[" * 100_000}, ".json cannot be read"),
     }
