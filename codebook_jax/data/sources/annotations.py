@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from codebook_jax.data.sources.json_files import read_json, read_object
 from codebook_jax.data.sources.listed import Entry, Listed
-from codebook_jax.data.sources.parts import captions_in, field
 from codebook_jax.data.sources.record import Request
+from codebook_jax.data.sources.rows import captions_in, field
 from codebook_jax.errors import UserError
 
 IMAGE_DATA = "image_data.json"

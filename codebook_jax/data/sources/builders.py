@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codebook_jax.data.sources import library_datasets as library
-from codebook_jax.data.sources.parts import Parts, parts_of
-from codebook_jax.data.sources.record import Request, required
+from codebook_jax.data.sources.record import Request
+from codebook_jax.data.sources.rows import Parts, Rows, first_line, parts_of, required
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _NAMES = ("image/filename", "image_name", "filename", "image/id", "image_id", "i
 _LOOKED_AT = 16  # examples hashed and checked on opening
 
 
-class Examples(library.Rows):
+class Examples(Rows):
     """The examples of a split, each an image with all its captions and its number as id.
 
     One without a caption is found only when it is read: else all must be read first.
@@ -42,7 +42,10 @@ class Examples(library.Rows):
         split: str,
     ) -> None:
         key = parts.id or next((name for name in _NAMES if name in info.features), None)
-        super().__init__(what, parts._replace(id=key), data)
+        self.form, _, self.place = what.partition(":")
+        self._parts, self._data = parts._replace(id=key), data
+        self.listed = self._count = len(data)
+        self.left_out = ()
         files = [
             (os.path.basename(part.filename), part.skip, part.take, part.examples_in_shard)
             for part in info.splits[split].file_instructions
@@ -52,13 +55,19 @@ class Examples(library.Rows):
         content, captions = hashlib.sha256(repr(summary).encode()), ()
         for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int).tolist():
             with required():
-                example = self._read("image", index)
+                example = self._row(index, "image")
             captions += self._texts([example])
             content.update(repr((example[parts.image], example[parts.caption])).encode())
         if not captions:
             feature = info.features[parts.caption]
             raise library.nothing_in(what, "caption", parts.caption, feature)
         self._fingerprint = content.hexdigest()
+
+    def _read(self, row: int, part: str) -> Mapping[str, Any]:
+        return self._data[row]
+
+    def _place(self, row: int) -> str:
+        return f"{self.form}:{self.place}[{row}]"
 
 
 def open_tfds(request: Request) -> Examples:
@@ -87,7 +96,7 @@ def open_tfds(request: Request) -> Examples:
         data = builder.as_data_source(split=split, decoders=decoders)
     except (ValueError, KeyError, OSError, RuntimeError) as failure:  # of splits, files, formats
         raise UserError(
-            f"{what} cannot be read ({library.first_line(failure)}): its splits are "
+            f"{what} cannot be read ({first_line(failure)}): its splits are "
             f"{', '.join(info.splits) or 'none'}, and it is prepared as {info.file_format.value}; "
             f"`tfds build {builder.name} --file_format=array_record` prepares it to be read"
         ) from failure
@@ -109,6 +118,6 @@ def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> D
     except Exception as failure:  # DatasetNotFoundError, ValueError, errors of parsing names, ...
         where = data_dir or "~/tensorflow_datasets (name another folder as ?data_dir=FOLDER)"
         raise UserError(
-            f"{what} is not prepared in {where} ({library.first_line(failure)}): run `tfds build "
+            f"{what} is not prepared in {where} ({first_line(failure)}): run `tfds build "
             f"{place} --file_format=array_record`, which downloads it; a run downloads nothing"
         ) from failure

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codebook_jax.data.sources import library_datasets as library
-from codebook_jax.data.sources.parts import Parts, parts_of
 from codebook_jax.data.sources.record import NO_CAPTION, PARTS, Request
+from codebook_jax.data.sources.rows import Parts, Rows, first_line, parts_of, texts_in
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.errors import UserError
 
@@ -26,44 +26,52 @@ _SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk writes
 _ROWS_AT_ONCE = 10_000
 
 
-class TableRows(library.Rows):
+class TableRows(Rows):
     """The rows of a table as a source; those without an image or a caption are left out.
 
     Rows with the same id are the same image, and with `merge` one record. Without ids, each row is
     an image. All captions are read at start, but no image.
     """
 
-    called = "{} row {}"
-
     def __init__(self, what: str, table: Dataset, parts: Parts, *, merge: bool) -> None:
-        super().__init__(what, parts, table)
+        self.form, _, self.place = what.partition(":")
+        self.listed, self._parts = len(table), parts
         columns = [parts.image, parts.caption], [parts.caption], [parts.id or parts.caption]
-        self._data = dict(zip(PARTS, map(table.select_columns, columns), strict=True))
+        self._tables = dict(zip(PARTS, map(table.select_columns, columns), strict=True))
         content = hashlib.sha256(repr(("hf 1", *parts)).encode())
         silent, imageless, hashes = _scan(table, parts, content)
-        self._rows = np.flatnonzero(~(silent | imageless))
-        if not len(self._rows):
+        rows = np.flatnonzero(~(silent | imageless))
+        if not len(rows):
             part = "caption" if silent.all() else "image"
             column = getattr(parts, part)
             raise library.nothing_in(what, part, column, table.features[column])
         content.update(np.packbits(imageless).tobytes())
-        self._first = self._ids = np.arange(len(self._rows) + 1)
+        first = self._ids = np.arange(len(rows) + 1)
         if parts.id is not None:
-            self._ids = numbered(hashes[self._rows])[1]
+            self._ids = numbered(hashes[rows])[1]
             content.update(self._ids.astype("<i4").tobytes())
         if merge and parts.id is not None:
-            order, self._first = grouped(self._ids)
-            self._rows = self._rows[order]
-            self._ids = np.arange(len(self._first))  # each an image, in order of first appearance
-        self._fingerprint = content.hexdigest()
+            order, first = grouped(self._ids)
+            rows = rows[order]
+            self._ids = np.arange(len(first))  # each an image, in order of first appearance
+        self._groups, self._fingerprint = (rows, first), content.hexdigest()
         whys = np.where(silent, NO_CAPTION, "has no image").tolist()
         self.left_out = [
             (self._named(row), f"{self._place(row)} {whys[row]}")
             for row in np.flatnonzero(silent | imageless).tolist()
         ]
 
+    def _read(self, row: int, part: str) -> Mapping[str, Any]:
+        return self._tables[part][row]
+
+    def _place(self, row: int) -> str:
+        return f"{self.form}:{self.place} row {row}"
+
     def _texts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(super()._texts(rows)))
+
+    def _image_id(self, index: int, row: Mapping[str, Any]) -> int:
+        return int(self._ids[index])
 
 
 def open_hugging_face(request: Request) -> TableRows:
@@ -105,7 +113,7 @@ def _loaded(
         saved = datasets.load_from_disk(place)
     except Exception as failure:  # the library's, its HTTP library's, Arrow's, OSError, ...
         raise UserError(
-            f"{what} cannot be read ({library.first_line(failure.__cause__ or failure)}): give a "
+            f"{what} cannot be read ({first_line(failure.__cause__ or failure)}): give a "
             "folder of Parquet files, one that save_to_disk wrote, or a name on the Hugging Face "
             "hub, with network access or the data in its cache"
         ) from failure
@@ -124,7 +132,7 @@ def _scan(
     silent, imageless, hashes = [], [], array("Q")
     wanted = table.select_columns(list(dict.fromkeys(filter(None, parts)))).with_format("arrow")
     for batch in wanted.iter(batch_size=_ROWS_AT_ONCE):
-        captions = [library.texts_in(value) for value in batch[parts.caption].to_pylist()]
+        captions = [texts_in(value) for value in batch[parts.caption].to_pylist()]
         content.update(repr(captions).encode("utf-8", "surrogatepass"))
         silent.append([not found for found in captions])
         fields = [part.is_null().to_numpy() for part in batch[parts.image].flatten()]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from codebook_jax.data.sources.listed import Listed, open_text
-from codebook_jax.data.sources.parts import Parts, pair_in, shown
 from codebook_jax.data.sources.record import Request
+from codebook_jax.data.sources.rows import Parts, pair_in, shown
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 

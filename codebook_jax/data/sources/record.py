@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -60,15 +59,6 @@ class Source(Protocol):
     def __repr__(self) -> str:
         """A description of the source, without memory addresses; packed folders compare it."""
         return f"{self.form}({self.place!r}, images={len(self)})"
-
-
-@contextlib.contextmanager
-def required() -> Iterator[None]:
-    """Raises UserError where a record must be readable, as when captions are read at start."""
-    try:
-        yield
-    except UnreadableImage as failure:
-        raise UserError(f"{failure}: see that the files are there, then start again") from failure
 
 
 class Settings(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import resource
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +15,9 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import numpy as np
 
-from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.manifest import Manifest, Shard, index_name, misfits, read_manifest
-from codebook_jax.data.sources.record import (
-    NO_CAPTION,
-    Recent,
-    Record,
-    Request,
-    Source,
-    WithoutCaption,
-    checked,
-    digest,
-    part_of,
-)
+from codebook_jax.data.sources.record import Recent, Request, digest, part_of
+from codebook_jax.data.sources.rows import Parts, Rows
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
@@ -39,11 +29,13 @@ if TYPE_CHECKING:
 _INDEXES_HELD = 8
 
 
-class Records(Source):
+class Records(Rows):
     """The records of a packed folder; files are opened on first use.
 
     For evaluation, records of one image id with the same picture are one, with all captions.
     """
+
+    _parts = Parts("image", "captions", "name")
 
     def __init__(self, request: Request) -> None:
         """Raises UserError if a shard is missing or has another size, and is not to be skipped."""
@@ -51,50 +43,22 @@ class Records(Source):
         manifest = read_manifest(self.place)
         self._shards, self.left_out = _sound(self.place, manifest, request.settings.damaged_shards)
         self._starts = np.cumsum([0, *(shard.records for shard in self._shards)])
-        self.listed = manifest.listed
+        self.listed, self._count = manifest.listed, int(self._starts[-1])
         self._fingerprint = digest([f"records 1 {merge}", *(s.sha256 for s in self._shards)])
         self._readers = Recent(partial(_reader, self.place), _most_readers())
         self._indexes = Recent(partial(_index, self.place), _INDEXES_HELD)
-        self._images = self._merged() if merge else None
+        self._groups = self._merged() if merge else None
 
-    def __len__(self) -> int:
-        return int(self._starts[-1]) if self._images is None else len(self._images[1]) - 1
+    def _place(self, row: int) -> str:
+        which, place = part_of(self._starts, row)
+        return f"{self.place}/{self._shards[which].file}, record {place}"
 
-    def __getitem__(self, index: int) -> Record:
-        which, place = part_of(self._starts, self._members(index)[0])
-        where = f"{self.place}/{self._shards[which].file}, record {place}"
-        try:
-            packed = self._readers.open(self._shards[which].file).read([place])[0]
-            content = msgpack.unpackb(packed, unicode_errors="surrogatepass")
-        except Exception as failure:  # of ArrayRecord and msgpack, many kinds
-            why = (str(failure).split(";")[0].splitlines() or [repr(failure)])[0]
-            raise UnreadableImage(f"{where}: {why}") from failure
-        captions = tuple(filter(has_words, content["captions"]))
-        if self._images is not None:
-            captions = self.captions(index)
-        if not captions:  # packed by an older version, which kept them
-            raise WithoutCaption(f"{where} {NO_CAPTION}")
-        return Record(content["image"], captions, content["image_id"])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        texts = [text for own in self._members(index) for text in self._entry(own)["captions"]]
-        return tuple(filter(has_words, texts if self._images is None else dict.fromkeys(texts)))
-
-    def name(self, index: int) -> str:
-        return self._entry(self._members(index)[0])["name"]
-
-    def _members(self, index: int) -> Sequence[int]:
-        """The records of the shards that make up a record of the source."""
-        checked(index, len(self))
-        if self._images is None:
-            return (index,)
-        members, first = self._images
-        return members[first[index] : first[index + 1]]
-
-    def _entry(self, own: int) -> dict[str, Any]:
-        """A record's line of an index."""
-        which, place = part_of(self._starts, own)
+    def _read(self, row: int, part: str) -> Mapping[str, Any]:
+        which, place = part_of(self._starts, row)
         file = self._shards[which].file
+        if part == "image":
+            packed = self._readers.open(file).read([place])[0]
+            return msgpack.unpackb(packed, unicode_errors="surrogatepass")
         try:
             return parse_json(self._indexes.open(file)[place])
         except (OSError, ValueError, IndexError) as failure:
@@ -103,9 +67,17 @@ class Records(Source):
                 "run the same --mode=prepare command again; it repacks damaged shards"
             ) from failure
 
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        texts = [text for row in rows for text in row["captions"]]
+        texts = texts if self._groups is None else dict.fromkeys(texts)
+        return tuple(filter(has_words, texts))  # older versions packed captions without words
+
+    def _image_id(self, index: int, row: Mapping[str, Any]) -> int:
+        return row["image_id"]
+
     def _merged(self) -> tuple[np.ndarray, np.ndarray]:
         """The records of the shards grouped by image; reads all indexes."""
-        entries = map(self._entry, range(int(self._starts[-1])))
+        entries = (self._read(row, "id") for row in range(self._count))
         keys = (repr((entry["image_id"], entry["sha256"])) for entry in entries)
         hashes = np.frombuffer(array("Q", map(short_hash, keys)), np.uint64)
         return grouped(numbered(hashes)[1])

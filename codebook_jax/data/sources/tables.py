@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Iterator
 
 from codebook_jax.data.sources.listed import Entry, Listed, open_text
-from codebook_jax.data.sources.parts import Parts, pair_in, parts_of
 from codebook_jax.data.sources.record import PARTS, Request
+from codebook_jax.data.sources.rows import Parts, pair_in, parts_of
 from codebook_jax.errors import UserError
 
 SEPARATORS = {"csv": ",;\t", "tsv": "\t"}  # allowed in each form, the usual one first

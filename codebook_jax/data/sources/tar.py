@@ -7,27 +7,19 @@ when the source is opened (`tar_index`).
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources.record import (
-    Recent,
-    Record,
-    Request,
-    Source,
-    digest,
-    part_of,
-    required,
-)
+from codebook_jax.data.sources.record import Recent, Request, digest, part_of
+from codebook_jax.data.sources.rows import Parts, Rows
 from codebook_jax.data.sources.tar_index import Index, captions_of, index_shard
 from codebook_jax.data.sources.texts import Texts
 from codebook_jax.errors import UserError, first_few
@@ -35,16 +27,17 @@ from codebook_jax.errors import UserError, first_few
 _INDEXING_THREADS = 4  # they mostly wait for the disk; more are slower
 _INDEXED_AT_ONCE = 64  # shards: indexes are large until they are packed into arrays
 _MOST_OPEN = 128
-_CHANGED = "the shard is not what it was at start"
 
 
-class Shards(Source):
+class Shards(Rows):
     """The samples of tar shards, in the order of the shards; files are opened on first use.
 
     The id of an image is the number of the record: the format has none. Samples without an image or
     a caption are left out and counted; damaged shards and samples with a duplicate member or a text
     not in UTF-8 are refused with UserError, or left out by damaged_shards="skip".
     """
+
+    _parts = Parts("image", "caption", None)
 
     def __init__(self, request: Request) -> None:
         self.form, self.place = request.scheme, request.place
@@ -69,7 +62,8 @@ class Shards(Source):
             content = hashlib.sha256("\n".join(index.keys).encode())
             content.update(places[-1][:, 1::2].astype("<i8").tobytes() + in_json[-1].tobytes())
             contents.append(f"{shard} {content.hexdigest()} {damage}")
-        if not len(self):
+        self._count = len(self._keys)
+        if not self._count:
             first = f" (first left out: {self.left_out[0][1]})" if self.left_out else ""
             raise UserError(
                 f"webdataset:{self.place} has no sample with an image and a caption{first}: give "
@@ -78,44 +72,25 @@ class Shards(Source):
             )
         self._starts, self._places = np.cumsum(counts), np.concatenate(places)
         self._in_json = np.concatenate(in_json)
-        self.listed = len(self) + len(self.left_out)
+        self.listed = self._count + len(self.left_out)
         self._fingerprint = digest(contents)
         self._files = Recent(partial(open, mode="rb", buffering=0), _MOST_OPEN)
 
-    def __len__(self) -> int:
-        return len(self._keys)
+    def _place(self, row: int) -> str:
+        which, _ = part_of(self._starts, row)
+        return f"{os.path.basename(self._paths[which])}/{self._keys[row]}"
 
-    def __getitem__(self, index: int) -> Record:
-        return Record(self._read(index, 0), self._captions(index), int(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        with required():
-            return self._captions(index)
-
-    def name(self, index: int) -> str:
-        which, _ = part_of(self._starts, index)
-        return f"{os.path.basename(self._paths[which])}/{self._keys[index]}"
-
-    def _captions(self, index: int) -> tuple[str, ...]:
-        content, captions = self._read(index, 2), ()
-        key = (self._caption_key or "caption") if self._in_json[index] else None
-        with contextlib.suppress(ValueError):
-            captions = captions_of(content, key)
-        if not captions:
-            raise UnreadableImage(f"{self.name(index)}: {_CHANGED}")
-        return captions
-
-    def _read(self, index: int, part: int) -> bytes:
-        """The image (`part` 0) or the caption (2) of a record."""
-        which, _ = part_of(self._starts, index)
-        start, size = self._places[index, part : part + 2].tolist()
-        try:
-            file = self._files.open(self._paths[which])
-            content = os.pread(file.fileno(), size, start)  # as several threads may
-        except OSError as failure:
-            raise UnreadableImage(f"{self.name(index)}: {failure.strerror}") from failure
-        if len(content) < size:
-            raise UnreadableImage(f"{self.name(index)}: {_CHANGED}")
+    def _read(self, row: int, part: str) -> Mapping[str, Any]:
+        which, _ = part_of(self._starts, row)
+        file = self._files.open(self._paths[which])
+        image, image_size, text, text_size = self._places[row].tolist()
+        # pread, since several threads may read the file
+        key = (self._caption_key or "caption") if self._in_json[row] else None
+        content = {"caption": captions_of(os.pread(file.fileno(), text_size, text), key)}
+        if part == "image":
+            content["image"] = os.pread(file.fileno(), image_size, image)
+        if not content["caption"] or (part == "image" and len(content["image"]) < image_size):
+            raise ValueError("the shard is not what it was at start")
         return content
 
 

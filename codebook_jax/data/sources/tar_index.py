@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from codebook_jax.data.sources.parts import texts_in
 from codebook_jax.data.sources.record import NO_CAPTION, digest
+from codebook_jax.data.sources.rows import texts_in
 from codebook_jax.data.sources.texts import not_utf8
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, written_whole

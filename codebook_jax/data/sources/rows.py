@@ -1,23 +1,114 @@
-"""The parts of a pair (image, caption, id) in a row of a list, a table or a data set: their names
-and their values.
+"""Rows of lists, tables, data sets and shards: the names of their parts (image, caption, id), the
+values, and the records made of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.listed import Entry
-from codebook_jax.data.sources.record import Request
+from codebook_jax.data.sources.record import (
+    NO_CAPTION,
+    Record,
+    Request,
+    Source,
+    WithoutCaption,
+    checked,
+)
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError, first_few
 
 KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
 _TEXTS = ("text", "caption", "raw", "sentence")  # keys of the text in captions stored as objects
 _MOST_NAMES, _LONGEST_NAME = 10, 40  # in a message
+
+
+class Rows(Source):
+    """Records made of rows that a subclass reads by index.
+
+    `groups` holds, for records of several rows, the rows record by record and where each record
+    begins: it has the image of its first row and the captions of all. None: each row is a record.
+    """
+
+    _parts: Parts
+    _count: int  # rows
+    _groups: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self._count if self._groups is None else len(self._groups[1]) - 1
+
+    def _read(self, row: int, part: str) -> Mapping[str, Any]:
+        """A row with at least this part: the "image", with the caption, the "caption" or the "id";
+        any error but UserError is one of the picture.
+        """
+
+    def _place(self, row: int) -> str:
+        """Where a row is, for messages."""
+
+    def __getitem__(self, index: int) -> Record:
+        rows = self._members(index)
+        row = self._row(rows[0], "image")
+        image = row[self._parts.image]
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
+        if image is None or not len(image):
+            raise UnreadableImage(f"{self._place(rows[0])}: the image is empty")
+        captions = self._texts([row, *(self._row(other, "caption") for other in rows[1:])])
+        if not captions:
+            raise WithoutCaption(f"{self._place(rows[0])} {NO_CAPTION}")
+        return Record(image, captions, self._image_id(index, row))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        with required():
+            return self._texts([self._row(row, "caption") for row in self._members(index)])
+
+    def name(self, index: int) -> str:
+        return self._named(self._members(index)[0])
+
+    def _members(self, index: int) -> Sequence[int]:
+        index = int(checked(index, len(self)))
+        if self._groups is None:
+            return (index,)
+        rows, first = self._groups
+        return rows[first[index] : first[index + 1]].tolist()
+
+    def _row(self, row: int, part: str) -> Mapping[str, Any]:
+        try:
+            return self._read(row, part)
+        except UserError:
+            raise
+        except Exception as failure:  # OSError, RuntimeError, Arrow's own, any parsing error
+            raise UnreadableImage(f"{self._place(row)}: {first_line(failure)}") from failure
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        return texts_in([row[self._parts.caption] for row in rows])
+
+    def _image_id(self, index: int, row: Mapping[str, Any]) -> int:
+        return int(index)
+
+    def _named(self, row: int) -> str:
+        """The id of a row, or its place if it has none."""
+        key = None
+        with contextlib.suppress(UnreadableImage):
+            key = self._parts.id and self._row(row, "id")[self._parts.id]
+        if key is None:
+            return self._place(row)
+        return key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)
+
+
+@contextlib.contextmanager
+def required() -> Iterator[None]:
+    """Raises UserError where a record must be readable, as when captions are read at start."""
+    try:
+        yield
+    except UnreadableImage as failure:
+        raise UserError(f"{failure}: see that the files are there, then start again") from failure
 
 
 class Parts(NamedTuple):
@@ -119,3 +210,9 @@ def shown(value: Any) -> str:
     """A value as JSON, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def first_line(message: object) -> str:
+    """The first line of a library's error message or description."""
+    lines = str(message).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(message).__name__
