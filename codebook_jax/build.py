@@ -16,7 +16,7 @@ import numpy as np
 from codebook_jax.config import FREE, changed_fields, check_fields, restart_of, with_fields
 from codebook_jax.console import say
 from codebook_jax.data.sources import Source, source_of
-from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.text import (
     Tokenizer,
     Vocabulary,

@@ -102,7 +102,7 @@ def packed_before(tmp_path, monkeypatch):
     spec = write_json(tmp_path, ["a dog", "two cats", "???"])
     for at in range(3):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{at}.jpg")
-    monkeypatch.setattr("codebook_jax.data.sources.rows.has_words", bool)
+    monkeypatch.setattr("codebook_jax.data.sources.listed.has_words", bool)
     prepare(config_of(**{"prepare.source": spec, "prepare.processes": 1}), tmp_path / "packed")
     return f"records:{tmp_path / 'packed'}"
 

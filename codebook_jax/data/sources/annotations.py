@@ -9,10 +9,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
-from codebook_jax.data.sources.json_files import read_json, read_object
-from codebook_jax.data.sources.listed import Entry, Listed
+from codebook_jax.data.sources.json_files import read_json, read_whole
+from codebook_jax.data.sources.listed import Entry, Listed, captions_in, field
 from codebook_jax.data.sources.record import Request
-from codebook_jax.data.sources.rows import captions_in, field
 from codebook_jax.errors import UserError
 
 IMAGE_DATA = "image_data.json"
@@ -35,13 +34,10 @@ def open_annotations(request: Request) -> Listed:
 
 def _coco_images(request: Request) -> Iterator[Entry]:
     """{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}"""
-    cure = "give a COCO caption file, captions_train2014.json; karpathy: reads Karpathy's splits"
-    path, content = request.place, read_object(request.place, "coco")
-    listed, annotations = (
-        field(path, content, name, "a list", cure) for name in ("images", "annotations")
-    )
+    path, content = request.place, read_whole(request.place)
+    annotations = field(path, content, "annotations", "a list")
     images: dict[str, Entry] = {}  # an id may be a number here, a text there
-    for number, image in enumerate(listed):
+    for number, image in enumerate(field(path, content, "images", "a list")):
         where = f"{path} images[{number}]"
         key = field(where, image, "id", "an id")
         if str(key) in images:
@@ -51,12 +47,12 @@ def _coco_images(request: Request) -> Iterator[Entry]:
     captions: dict[str, list[str]] = {key: [] for key in images}
     for number, annotation in enumerate(annotations):
         where = f"{path} annotations[{number}]"
-        texts = captions_in(where, annotation, "caption", cure)
+        texts = captions_in(where, annotation, "caption")
         key = str(field(where, annotation, "image_id", "an id"))
         if key not in captions:
             raise UserError(f"{where} names image {key}, which the file does not list: remove it")
         captions[key] += texts
-    del content, listed, annotations  # about 100 MB, no longer needed
+    del content, annotations  # about 100 MB, no longer needed
     for key, entry in images.items():
         yield entry._replace(captions=tuple(captions[key]))
 
@@ -66,10 +62,9 @@ def _karpathy_images(request: Request) -> Iterator[Entry]:
     `?split=` names, by default those of the role.
     """
     path = request.place
-    cure = "give dataset_coco.json or dataset_flickr30k.json; coco: reads COCO's caption files"
-    images = field(path, read_object(path, "karpathy"), "images", "a list", cure)
+    images = field(path, read_whole(path), "images", "a list")
     numbered = [(f"{path} images[{number}]", image) for number, image in enumerate(images)]
-    sizes = Counter(field(where, image, "split", "a text", cure) for where, image in numbered)
+    sizes = Counter(field(where, image, "split", "a text") for where, image in numbered)
     usual = SPLITS[request.role]
     wanted = [split for split in usual if split in sizes] or usual
     if "split" in request.options:
@@ -98,8 +93,8 @@ def _karpathy_images(request: Request) -> Iterator[Entry]:
 def _genome_images(request: Request) -> Iterator[Entry]:
     """[{"id", "regions": [{"phrase"}]}]"""
     path, paths = request.place, {}
-    for where, image in read_json(path, "vg"):
-        regions = field(where, image, "regions", "a list", "give region_descriptions.json")
+    for where, image in read_json(path):
+        regions = field(where, image, "regions", "a list")
         key = field(where, image, "id" if "id" in image else "image_id", "an id")
         phrases: dict[str, None] = {}
         for number, region in enumerate(regions):
@@ -117,7 +112,7 @@ def _paths(path: str, root: str) -> dict[str, str]:
     """{image id: path below the root}, from image_data.json beside the file, or the folders."""
     beside, found = os.path.join(os.path.dirname(path), IMAGE_DATA), {}
     if os.path.exists(beside):
-        for where, image in read_json(beside, "vg"):
+        for where, image in read_json(beside):
             key = field(where, image, "image_id" if "image_id" in image else "id", "an id")
             url = field(where, image, "url", "a text")
             found[str(key)] = "/".join(url.split("/")[-2:])

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from codebook_jax.data.sources import library_datasets as library
+from codebook_jax.data.sources import rows
 from codebook_jax.data.sources.record import Request
-from codebook_jax.data.sources.rows import Parts, Rows, first_line, parts_of, required
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,19 +26,14 @@ _NAMES = ("image/filename", "image_name", "filename", "image/id", "image_id", "i
 _LOOKED_AT = 16  # examples hashed and checked on opening
 
 
-class Examples(Rows):
+class Examples(rows.Rows):
     """The examples of a split, each an image with all its captions and its number as id.
 
     One without a caption is found only when it is read: else all must be read first.
     """
 
     def __init__(
-        self,
-        what: str,
-        parts: Parts,
-        data: Sequence[Mapping[str, Any]],
-        info: DatasetInfo,
-        split: str,
+        self, what: str, parts: rows.Parts, data: Sequence[dict], info: DatasetInfo, split: str
     ) -> None:
         key = parts.id or next((name for name in _NAMES if name in info.features), None)
         self.form, _, self.place = what.partition(":")
@@ -54,13 +48,12 @@ class Examples(Rows):
         summary = ("tfds 1", info.full_name, sizes, files, (parts.image, parts.caption))
         content, captions = hashlib.sha256(repr(summary).encode()), ()
         for index in np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int).tolist():
-            with required():
-                example = self._row(index, "image")
+            example = self._row(index, "image", is_needed=True)
             captions += self._texts([example])
             content.update(repr((example[parts.image], example[parts.caption])).encode())
         if not captions:
             feature = info.features[parts.caption]
-            raise library.nothing_in(what, "caption", parts.caption, feature)
+            raise rows.nothing_in(what, "caption", parts.caption, feature)
         self._fingerprint = content.hexdigest()
 
     def _read(self, row: int, part: str) -> Mapping[str, Any]:
@@ -77,26 +70,26 @@ def open_tfds(request: Request) -> Examples:
     except ImportError as failure:
         cure = 'pip install "codebook_jax[tfds]"'
         raise UserError(f"tfds: sources need TensorFlow Datasets: {cure}") from failure
-    what, place, split = library.place_of(request)
+    what, place, split = rows.place_of(request)
     builder = _builder(tfds, what, place, request.options.get("data_dir"))
     info = builder.info
-    split = split or library.only_split(what, list(info.splits))
+    split = split or rows.only_split(what, list(info.splits))
     what = f"{what}:{split}"
-    parts = parts_of(what, request, list(info.features), library.USUAL)
+    parts = rows.parts_of(what, request, list(info.features), rows.USUAL)
     feature, decoders = info.features[parts.image], {}
     if isinstance(feature, tfds.features.Image):
         decoders = {parts.image: tfds.decode.SkipDecoding()}
     elif not isinstance(feature, tfds.features.Tensor) or (
         len(feature.shape) != 3 or feature.np_dtype != np.uint8
     ):
-        raise library.nothing_in(what, "image", parts.image, feature)
+        raise rows.nothing_in(what, "image", parts.image, feature)
     try:
         if not info.splits[split].num_examples:
             raise UserError(f"{what} has no examples: name another split or slice")
         data = builder.as_data_source(split=split, decoders=decoders)
     except (ValueError, KeyError, OSError, RuntimeError) as failure:  # of splits, files, formats
         raise UserError(
-            f"{what} cannot be read ({first_line(failure)}): its splits are "
+            f"{what} cannot be read ({rows.first_line(failure)}): its splits are "
             f"{', '.join(info.splits) or 'none'}, and it is prepared as {info.file_format.value}; "
             f"`tfds build {builder.name} --file_format=array_record` prepares it to be read"
         ) from failure
@@ -118,6 +111,6 @@ def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> D
     except Exception as failure:  # DatasetNotFoundError, ValueError, errors of parsing names, ...
         where = data_dir or "~/tensorflow_datasets (name another folder as ?data_dir=FOLDER)"
         raise UserError(
-            f"{what} is not prepared in {where} ({first_line(failure)}): run `tfds build "
+            f"{what} is not prepared in {where} ({rows.first_line(failure)}): run `tfds build "
             f"{place} --file_format=array_record`, which downloads it; a run downloads nothing"
         ) from failure

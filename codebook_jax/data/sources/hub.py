@@ -13,48 +13,47 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from codebook_jax.data.sources import library_datasets as library
+from codebook_jax.data.sources import rows
 from codebook_jax.data.sources.record import NO_CAPTION, PARTS, Request
-from codebook_jax.data.sources.rows import Parts, Rows, first_line, parts_of, texts_in
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 _SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk writes
 _ROWS_AT_ONCE = 10_000
 
 
-class TableRows(Rows):
+class TableRows(rows.Rows):
     """The rows of a table as a source; those without an image or a caption are left out.
 
     Rows with the same id are the same image, and with `merge` one record. Without ids, each row is
     an image. All captions are read at start, but no image.
     """
 
-    def __init__(self, what: str, table: Dataset, parts: Parts, *, merge: bool) -> None:
+    def __init__(self, what: str, table: Dataset, parts: rows.Parts, *, merge: bool) -> None:
         self.form, _, self.place = what.partition(":")
         self.listed, self._parts = len(table), parts
         columns = [parts.image, parts.caption], [parts.caption], [parts.id or parts.caption]
         self._tables = dict(zip(PARTS, map(table.select_columns, columns), strict=True))
         content = hashlib.sha256(repr(("hf 1", *parts)).encode())
         silent, imageless, hashes = _scan(table, parts, content)
-        rows = np.flatnonzero(~(silent | imageless))
-        if not len(rows):
+        usable = np.flatnonzero(~(silent | imageless))
+        if not len(usable):
             part = "caption" if silent.all() else "image"
             column = getattr(parts, part)
-            raise library.nothing_in(what, part, column, table.features[column])
+            raise rows.nothing_in(what, part, column, table.features[column])
         content.update(np.packbits(imageless).tobytes())
-        first = self._ids = np.arange(len(rows) + 1)
+        first = self._ids = np.arange(len(usable) + 1)
         if parts.id is not None:
-            self._ids = numbered(hashes[rows])[1]
+            self._ids = numbered(hashes[usable])[1]
             content.update(self._ids.astype("<i4").tobytes())
         if merge and parts.id is not None:
             order, first = grouped(self._ids)
-            rows = rows[order]
+            usable = usable[order]
             self._ids = np.arange(len(first))  # each an image, in order of first appearance
-        self._groups, self._fingerprint = (rows, first), content.hexdigest()
+        self._groups, self._fingerprint = (usable, first), content.hexdigest()
         whys = np.where(silent, NO_CAPTION, "has no image").tolist()
         self.left_out = [
             (self._named(row), f"{self._place(row)} {whys[row]}")
@@ -67,11 +66,8 @@ class TableRows(Rows):
     def _place(self, row: int) -> str:
         return f"{self.form}:{self.place} row {row}"
 
-    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(super()._texts(rows)))
-
-    def _image_id(self, index: int, row: Mapping[str, Any]) -> int:
-        return int(self._ids[index])
+    def _texts(self, found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(super()._texts(found)))
 
 
 def open_hugging_face(request: Request) -> TableRows:
@@ -81,27 +77,25 @@ def open_hugging_face(request: Request) -> TableRows:
     except ImportError as failure:
         cure = 'pip install "codebook_jax[hf]"'
         raise UserError(f"hf: sources need Hugging Face's datasets: {cure}") from failure
-    what, place, split = library.place_of(request)
+    what, place, split = rows.place_of(request)
     table = _loaded(datasets, what, place, split)
     if isinstance(table, dict):
-        split = split or library.only_split(what, list(table))
+        split = split or rows.only_split(what, list(table))
         if split not in table:
             raise UserError(f"{what} has no split {split!r}: its splits are {', '.join(table)}")
         table = table[split]
     what = f"{what}:{split}" if split else what
-    parts = parts_of(what, request, table.column_names, library.USUAL)
+    parts = rows.parts_of(what, request, table.column_names, rows.USUAL)
     feature = table.features[parts.image]
     if isinstance(feature, datasets.Image):  # as the bytes or paths of files
         table = table.cast_column(parts.image, datasets.Image(decode=False))
     elif not (isinstance(feature, dict) and "bytes" in feature):
         if getattr(feature, "dtype", "") not in ("binary", "large_binary"):
-            raise library.nothing_in(what, "image", parts.image, feature)
+            raise rows.nothing_in(what, "image", parts.image, feature)
     return TableRows(what, table, parts, merge=request.merge)
 
 
-def _loaded(
-    datasets: ModuleType, what: str, place: str, split: str | None
-) -> Dataset | DatasetDict:
+def _loaded(datasets: ModuleType, what: str, place: str, split: str | None) -> Dataset | dict:
     """The table of a split, or {split: table}; raises UserError if it cannot be loaded."""
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
@@ -113,7 +107,7 @@ def _loaded(
         saved = datasets.load_from_disk(place)
     except Exception as failure:  # the library's, its HTTP library's, Arrow's, OSError, ...
         raise UserError(
-            f"{what} cannot be read ({first_line(failure.__cause__ or failure)}): give a "
+            f"{what} cannot be read ({rows.first_line(failure.__cause__ or failure)}): give a "
             "folder of Parquet files, one that save_to_disk wrote, or a name on the Hugging Face "
             "hub, with network access or the data in its cache"
         ) from failure
@@ -123,23 +117,19 @@ def _loaded(
 
 
 def _scan(
-    table: Dataset, parts: Parts, content: hashlib._Hash
+    table: Dataset, parts: rows.Parts, content: hashlib._Hash
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each row: whether it has no caption, whether it has no picture (by Arrow's null flags
-    alone), and a hash of its id (its own if it has none). Updates the hash `content` with all
-    captions.
+    """For each row: whether it has no caption, whether no picture (by Arrow's null flags alone), and
+    a hash of its id (its own if it has none). Updates the hash `content` with all captions.
     """
-    silent, imageless, hashes = [], [], array("Q")
+    silent, imageless, hashes = [np.zeros(0, bool)], [np.zeros(0, bool)], array("Q")
     wanted = table.select_columns(list(dict.fromkeys(filter(None, parts)))).with_format("arrow")
     for batch in wanted.iter(batch_size=_ROWS_AT_ONCE):
-        captions = [texts_in(value) for value in batch[parts.caption].to_pylist()]
+        captions = [rows.texts_in(value) for value in batch[parts.caption].to_pylist()]
         content.update(repr(captions).encode("utf-8", "surrogatepass"))
         silent.append([not found for found in captions])
         fields = [part.is_null().to_numpy() for part in batch[parts.image].flatten()]
         imageless.append(np.all(fields, axis=0))
         for key in batch[parts.id].to_pylist() if parts.id else ():
             hashes.append(short_hash(repr(key if key is not None else (len(hashes),))))
-    silent, imageless = (
-        np.concatenate([np.zeros(0, bool), *found]) for found in (silent, imageless)
-    )
-    return silent, imageless, np.frombuffer(hashes, np.uint64)
+    return np.concatenate(silent), np.concatenate(imageless), np.frombuffer(hashes, np.uint64)

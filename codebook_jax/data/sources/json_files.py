@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from codebook_jax.data.sources.listed import Listed, open_text
+from codebook_jax.data.sources.listed import Listed, open_text, pair_in
 from codebook_jax.data.sources.record import Request
-from codebook_jax.data.sources.rows import Parts, pair_in, shown
+from codebook_jax.data.sources.rows import Parts
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
@@ -48,19 +48,16 @@ def _checked(path: str) -> tuple[int, str]:
     return 0, ""
 
 
-def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
-    """("file[3]", entry) of a JSON list, or for json: ("file line 3", entry) of one entry after the
-    other. Raises UserError, naming what `scheme` reads, for any other file.
+def read_json(path: str) -> Iterator[tuple[str, Any]]:
+    """("file[3]", entry) of a JSON list, or ("file line 3", entry) of one entry after the other;
+    raises UserError where it is no JSON.
 
     Entries are parsed one at a time: parsed at once, they take many times the memory of the text.
     """
-    with open_text(path, f"the path of a JSON file after {scheme}:") as file:
+    with open_text(path) as file:
         text = file.read()
     first = _SPACE.match(text).end()
     in_list = text.startswith("[", first)
-    if not in_list and scheme != "json":
-        wrong = f"{path} holds no JSON list, which {scheme}: reads"
-        raise UserError(f"{wrong}: give the published file, or read a list of pairs with json:")
     last, place = "]" if in_list else "", _SPACE.match(text, first + in_list).end()
     number, line, where = 0, 1 + text.count("\n", 0, place), path
     try:
@@ -77,14 +74,10 @@ def read_json(path: str, scheme: str = "json") -> Iterator[tuple[str, Any]]:
         raise UserError(f"{where} cannot be read as JSON ({failure}): correct it") from failure
 
 
-def read_object(path: str, scheme: str) -> dict[str, Any]:
-    """The JSON object of a whole file; raises UserError, naming `scheme`, for another."""
-    with open_text(path, f"the path of a JSON file after {scheme}:") as file:
+def read_whole(path: str) -> Any:
+    """The content of a JSON file; raises UserError if it is none."""
+    with open_text(path) as file:
         try:
-            content = parse_json(file.read(), of_data=True)
+            return parse_json(file.read(), of_data=True)
         except ValueError as failure:
             raise UserError(f"{path} cannot be read as JSON ({failure}): correct it") from failure
-    if not isinstance(content, dict):
-        held = f"{path} holds {shown(content)}, but {scheme}: reads a JSON object"
-        raise UserError(f"{held}: a list of pairs is read with json:{path}")
-    return content

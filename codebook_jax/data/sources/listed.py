@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from codebook_jax.data.sources.record import NO_CAPTION, Record, Request, Source, checked
+from codebook_jax.data.sources.rows import Parts, names_in
 from codebook_jax.data.sources.texts import Texts, not_utf8, numbered, short_hash
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
+
+_KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
+_CURE = (
+    "correct it, name other keys with ?image_key=, ?caption_key= and ?id_key=, or read COCO's "
+    "caption files with coco:, Karpathy's splits with karpathy:, Visual Genome with vg:"
+)
 
 
 class Entry(NamedTuple):
@@ -91,6 +100,41 @@ def _merged(entries: Iterable[Entry]) -> Iterable[Entry]:
     return merged.values()
 
 
+def pair_in(where: str, row: Any, parts: Parts) -> Entry:
+    """The pair in a row of a list; raises UserError, naming the row at `where`, if it is none."""
+    image = field(where, row, parts.image, "the path of an image")
+    captions, key = captions_in(where, row, parts.caption), None
+    if row.get(parts.id) not in (None, ""):
+        key = field(where, row, parts.id, "an id")
+    return Entry(where, image, captions, key)
+
+
+def field(where: str, row: Any, key: str, kind: str = "") -> Any:
+    """The value at a key of a row; raises UserError if there is none of this kind in _KINDS."""
+    if not isinstance(row, dict) or key not in row:
+        held = f"its keys: {names_in(row)}" if isinstance(row, dict) else f"it is {shown(row)}"
+        raise UserError(f'{where} has no key "{key}" ({held}): {_CURE}')
+    value = row[key]
+    if kind and (isinstance(value, bool) or value == "" or not isinstance(value, _KINDS[kind])):
+        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {_CURE}')
+    return value
+
+
+def captions_in(where: str, row: Any, key: str) -> tuple[str, ...]:
+    """The texts with words in the text, or list of texts, at a key of a row, or UserError."""
+    captions = field(where, row, key)
+    texts = [captions] if isinstance(captions, str) else captions or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        value = f'{where}, key "{key}": {shown(captions)}'
+        raise UserError(f"{value} is neither a text nor a list of texts: {_CURE}")
+    return tuple(filter(has_words, texts))
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, shortened."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:60]
+
+
 class Folders:
     """Where the images of a list are: below the image root, by default the folder of the list, or
     where the rules "OLD=NEW,OLD=NEW" lead: the longest OLD wins; an empty NEW is the image root.
@@ -146,12 +190,13 @@ class Folders:
 
 
 @contextlib.contextmanager
-def open_text(path: str, wanted: str, newline: str | None = None) -> Iterator[TextIO]:
-    """A UTF-8 file; if it cannot be read, raises UserError with `wanted`, what to give instead."""
+def open_text(path: str, newline: str | None = None) -> Iterator[TextIO]:
+    """A file in UTF-8; raises UserError if it cannot be read."""
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as failure:
-        raise UserError(f"{path} {not_utf8(failure)}: give {wanted}, saved as UTF-8") from failure
+        raise UserError(f"{path} {not_utf8(failure)}: save it as UTF-8") from failure
     except OSError as failure:
-        raise UserError(f"{path} cannot be read ({failure.strerror}): give {wanted}") from failure
+        why = f"{path} cannot be read ({failure.strerror})"
+        raise UserError(f"{why}: give the path of a text file after the colon") from failure

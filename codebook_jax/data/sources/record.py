@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from codebook_jax.data.images import UnreadableImage
 from codebook_jax.errors import UserError
 
 NO_CAPTION = "has no caption with words"
+VOCABULARY_CAPTIONS = 200_000  # at most so many are read to train a vocabulary
 ROLES = ("train", "validation", "test")
 PARTS = ("image", "caption", "id")  # of a pair; `?image_key=` names the field that holds one
 
@@ -59,6 +60,13 @@ class Source(Protocol):
     def __repr__(self) -> str:
         """A description of the source, without memory addresses; packed folders compare it."""
         return f"{self.form}({self.place!r}, images={len(self)})"
+
+
+def sample_captions(source: Source, most: int = VOCABULARY_CAPTIONS) -> Iterator[str]:
+    """At most `most` captions, of records spread evenly over the source."""
+    records = min(len(source), max(1, most // max(1, len(source.captions(0)))))
+    spread = (record * len(source) // records for record in range(records))
+    yield from itertools.islice(itertools.chain.from_iterable(map(source.captions, spread)), most)
 
 
 class Settings(NamedTuple):
@@ -120,14 +128,3 @@ def part_of(starts: np.ndarray, index: int) -> tuple[int, int]:
 def digest(parts: Sequence[str]) -> str:
     """A hash of these texts, for fingerprints."""
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-class Recent:
-    """The last opened files by name, for several threads; another process opens its own."""
-
-    def __init__(self, opens: Callable[[str], object], most: int) -> None:
-        self._arguments = opens, most
-        self.open = functools.lru_cache(most)(opens)  # closes when the last thread is done with it
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return Recent, self._arguments

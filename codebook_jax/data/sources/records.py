@@ -4,11 +4,10 @@ folder.
 
 from __future__ import annotations
 
-import os
+import functools
 import resource
 from array import array
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import msgpack
 import numpy as np
 
 from codebook_jax.data.manifest import Manifest, Shard, index_name, misfits, read_manifest
-from codebook_jax.data.sources.record import Recent, Request, digest, part_of
+from codebook_jax.data.sources.record import Request, digest, part_of
 from codebook_jax.data.sources.rows import Parts, Rows
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.data.text import has_words
@@ -25,8 +24,6 @@ from codebook_jax.files import parse_json
 
 if TYPE_CHECKING:
     from array_record.python.array_record_module import ArrayRecordReader
-
-_INDEXES_HELD = 8
 
 
 class Records(Rows):
@@ -45,8 +42,6 @@ class Records(Rows):
         self._starts = np.cumsum([0, *(shard.records for shard in self._shards)])
         self.listed, self._count = manifest.listed, int(self._starts[-1])
         self._fingerprint = digest([f"records 1 {merge}", *(s.sha256 for s in self._shards)])
-        self._readers = Recent(partial(_reader, self.place), _most_readers())
-        self._indexes = Recent(partial(_index, self.place), _INDEXES_HELD)
         self._groups = self._merged() if merge else None
 
     def _place(self, row: int) -> str:
@@ -57,10 +52,10 @@ class Records(Rows):
         which, place = part_of(self._starts, row)
         file = self._shards[which].file
         if part == "image":
-            packed = self._readers.open(file).read([place])[0]
+            packed = _reader(f"{self.place}/{file}", self._fingerprint).read([place])[0]
             return msgpack.unpackb(packed, unicode_errors="surrogatepass")
         try:
-            return parse_json(self._indexes.open(file)[place])
+            return parse_json(_index(f"{self.place}/{index_name(file)}", self._fingerprint)[place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
                 f"{self.place}/{index_name(file)}, line {place + 1} cannot be read ({failure}): "
@@ -98,21 +93,19 @@ def _sound(folder: str, manifest: Manifest, damaged: str) -> tuple[list[Shard], 
     return sound, [(s.file, f"{why}: {s.records:,} records left out") for s, why in lost]
 
 
-def _reader(folder: str, name: str) -> ArrayRecordReader:
+@functools.lru_cache(max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)))
+def _reader(path: str, source: str) -> ArrayRecordReader:
+    """The reader of a shard of a source with this fingerprint; several threads may use it."""
     from array_record.python import array_record_module
 
     return array_record_module.ArrayRecordReader(
-        os.path.join(folder, name),
+        path,
         options="readahead_buffer_size:0",  # records are read singly, in random order
         file_reader_buffer_size=1 << 15,
     )
 
 
-def _index(folder: str, name: str) -> list[bytes]:
-    """The lines of a shard's index."""
-    return Path(folder, index_name(name)).read_bytes().split(b"\n")
-
-
-def _most_readers() -> int:
-    """Shards kept open: a quarter of the process's limit, since a mixture has several sources."""
-    return max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+@functools.lru_cache(8)
+def _index(path: str, source: str) -> list[bytes]:
+    """The lines of the index of a shard of a source with this fingerprint."""
+    return Path(path).read_bytes().split(b"\n")

@@ -1,18 +1,18 @@
-"""Rows of lists, tables, data sets and shards: the names of their parts (image, caption, id), the
-values, and the records made of them.
+"""Rows of tables, data sets and shards: the names of their parts (image, caption, id), and the
+records made of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources.listed import Entry
 from codebook_jax.data.sources.record import (
     NO_CAPTION,
     Record,
@@ -24,9 +24,15 @@ from codebook_jax.data.sources.record import (
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError, first_few
 
-KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
 _TEXTS = ("text", "caption", "raw", "sentence")  # keys of the text in captions stored as objects
 _MOST_NAMES, _LONGEST_NAME = 10, 40  # in a message
+USUAL = {  # names of parts, first match wins; not ids, which often number examples, not images
+    "image": ("image", "img", "jpg", "jpeg", "png", "webp"),
+    "caption": ("caption", "captions", "text", "texts", "sentences", "sentence", "txt"),
+    "id": (),
+}
+_PART = r"[A-Za-z_][\w.-]*(?:\[[^\]]*\])?"  # for example train, train[:50%]
+_SPLIT = re.compile(rf":({_PART}(?:\+{_PART})*)$")
 
 
 class Rows(Source):
@@ -39,6 +45,7 @@ class Rows(Source):
     _parts: Parts
     _count: int  # rows
     _groups: tuple[np.ndarray, np.ndarray] | None = None
+    _ids: np.ndarray | None = None  # of the records' images; None: each record has its own
 
     def __len__(self) -> int:
         return self._count if self._groups is None else len(self._groups[1]) - 1
@@ -65,8 +72,8 @@ class Rows(Source):
         return Record(image, captions, self._image_id(index, row))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        with required():
-            return self._texts([self._row(row, "caption") for row in self._members(index)])
+        rows = self._members(index)
+        return self._texts([self._row(row, "caption", is_needed=True) for row in rows])
 
     def name(self, index: int) -> str:
         return self._named(self._members(index)[0])
@@ -78,19 +85,23 @@ class Rows(Source):
         rows, first = self._groups
         return rows[first[index] : first[index + 1]].tolist()
 
-    def _row(self, row: int, part: str) -> Mapping[str, Any]:
+    def _row(self, row: int, part: str, *, is_needed: bool = False) -> Mapping[str, Any]:
+        """What `_read` returns; raises UserError if the run cannot go on without."""
         try:
             return self._read(row, part)
         except UserError:
             raise
         except Exception as failure:  # OSError, RuntimeError, Arrow's own, any parsing error
-            raise UnreadableImage(f"{self._place(row)}: {first_line(failure)}") from failure
+            wrong = f"{self._place(row)}: {first_line(failure)}"
+            if is_needed:
+                raise UserError(f"{wrong}: see that the files are there, then restart") from failure
+            raise UnreadableImage(wrong) from failure
 
     def _texts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         return texts_in([row[self._parts.caption] for row in rows])
 
     def _image_id(self, index: int, row: Mapping[str, Any]) -> int:
-        return int(index)
+        return int(index if self._ids is None else self._ids[index])
 
     def _named(self, row: int) -> str:
         """The id of a row, or its place if it has none."""
@@ -102,15 +113,6 @@ class Rows(Source):
         return key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)
 
 
-@contextlib.contextmanager
-def required() -> Iterator[None]:
-    """Raises UserError where a record must be readable, as when captions are read at start."""
-    try:
-        yield
-    except UnreadableImage as failure:
-        raise UserError(f"{failure}: see that the files are there, then start again") from failure
-
-
 class Parts(NamedTuple):
     """The names of the parts in a row."""
 
@@ -120,11 +122,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(
-    what: str,
-    request: Request,
-    names: Sequence[str],
-    usual: Mapping[str, Sequence[str]],
-    hint: str = "",
+    what: str, request: Request, names: Sequence[str], usual: Mapping[str, Sequence], hint: str = ""
 ) -> Parts:
     """The parts that the options name, else the first of the `usual` names, in any case; raises
     UserError, which ends with `hint`, if `names` lack one.
@@ -134,8 +132,8 @@ def parts_of(
         wanted = f"{key!r} for ?{part}_key"
         found = key if key in names else None
         if key is None:
-            wanted = f"{part} under a usual name ({', '.join(usual.get(part, ()))})"
-            found = next((known[name] for name in usual.get(part, ()) if name in known), None)
+            wanted = f"{part} under a usual name ({', '.join(usual[part])})"
+            found = next((known[name] for name in usual[part] if name in known), None)
         if found is None and (key is not None or part != "id"):
             raise UserError(
                 f"{what} has no {wanted}, it has {names_in(names)}: name one of these with "
@@ -145,53 +143,11 @@ def parts_of(
     return Parts(**parts)
 
 
-def pair_in(where: str, row: Any, parts: Parts) -> Entry:
-    """The pair in a row of a list; raises UserError, naming the row at `where`, if it is none."""
-    cure = (
-        "name the key of paths with ?image_key=NAME; COCO's caption files are read with coco:, "
-        "Karpathy's splits with karpathy:, Visual Genome with vg:"
-    )
-    image = field(where, row, parts.image, "the path of an image", cure)
-    cure = "name the key of captions with ?caption_key=NAME"
-    captions, key = captions_in(where, row, parts.caption, cure), None
-    if row.get(parts.id) not in (None, ""):
-        key = field(where, row, parts.id, "an id", "use a whole number or a text")
-    return Entry(where, image, captions, key)
-
-
-def field(where: str, row: Any, key: str, kind: str = "", cure: str = "correct it") -> Any:
-    """The value at a key of a row; raises UserError if there is none of this kind in KINDS."""
-    if not isinstance(row, dict) or key not in row:
-        held = f"its keys: {names_in(row)}" if isinstance(row, dict) else f"it is {shown(row)}"
-        raise UserError(f'{where} has no key "{key}" ({held}): {cure}')
-    value = row[key]
-    wrong = isinstance(value, bool) or value == "" or not isinstance(value, KINDS.get(kind, object))
-    if kind and wrong:
-        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {cure}')
-    return value
-
-
-def captions_in(
-    where: str, row: Any, key: str, cure: str = "give a text, or a list of texts"
-) -> tuple[str, ...]:
-    """The texts with words in the text, or list of texts, at a key of a row; raises UserError for
-    anything else.
-    """
-    captions = field(where, row, key, cure=cure)
-    texts = [captions] if isinstance(captions, str) else captions or []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        value = f'{where}, key "{key}": {shown(captions)}'
-        raise UserError(f"{value} is neither a text nor a list of texts: {cure}")
-    return tuple(filter(has_words, texts))
-
-
 def texts_in(value: Any) -> tuple[str, ...]:
     """The texts with words in a text, a list of texts, or lists of objects with a text."""
     if isinstance(value, bytes):
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             value = value.decode()
-        except UnicodeDecodeError:  # as anything else that is not a text
-            return ()
     if isinstance(value, str):
         return (value.strip(),) if has_words(value) else ()
     if isinstance(value, Mapping):
@@ -206,13 +162,31 @@ def names_in(row: Iterable[str]) -> str:
     return first_few([str(name)[:_LONGEST_NAME] for name in row], _MOST_NAMES) or "none"
 
 
-def shown(value: Any) -> str:
-    """A value as JSON, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def first_line(message: object) -> str:
     """The first line of a library's error message or description."""
     lines = str(message).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(message).__name__
+
+
+def place_of(request: Request) -> tuple[str, str, str | None]:
+    """(SCHEME:NAME, NAME, SPLIT) of a request for NAME:SPLIT; SPLIT is None if not given."""
+    place = request.place
+    found = None if os.path.isdir(place) else _SPLIT.search(place)
+    place, split = (place, None) if found is None else (place[: found.start()], found[1])
+    return f"{request.scheme}:{place}", place, split
+
+
+def only_split(what: str, splits: Sequence[str]) -> str:
+    """The only split of a data set; raises UserError if it has several."""
+    if len(splits) != 1:
+        raise UserError(f"{what} has the splits {names_in(splits)}: name one as {what}:SPLIT")
+    return splits[0]
+
+
+def nothing_in(what: str, part: str, name: str, feature: object) -> UserError:
+    """The refusal of a part that holds no images, or no captions."""
+    return UserError(
+        f"{what}: {name!r} is {first_line(feature)} and holds no {part}s: name another part with "
+        f"?{part}_key=NAME; paths of images are read with json: or csv:, and URLs are downloaded "
+        "with img2dataset and read with webdataset:"
+    )

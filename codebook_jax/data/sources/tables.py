@@ -8,9 +8,9 @@ import csv
 import itertools
 from collections.abc import Iterator
 
-from codebook_jax.data.sources.listed import Entry, Listed, open_text
+from codebook_jax.data.sources.listed import Entry, Listed, open_text, pair_in
 from codebook_jax.data.sources.record import PARTS, Request
-from codebook_jax.data.sources.rows import Parts, pair_in, parts_of
+from codebook_jax.data.sources.rows import Parts, parts_of
 from codebook_jax.errors import UserError
 
 SEPARATORS = {"csv": ",;\t", "tsv": "\t"}  # allowed in each form, the usual one first
@@ -65,7 +65,7 @@ def _rows(request: Request, separator: str) -> Iterator[tuple[int, list[str]]]:
     path = request.place
     plain = request.choice("quotes", ("csv", "none")) == "none"
     quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    with open_text(path, f"the path of a table after {request.scheme}:", newline="") as file:
+    with open_text(path, newline="") as file:
         # Strict: otherwise a stray quote would swallow the rows up to the next one.
         reader, line = csv.reader(file, delimiter=separator, quoting=quoting, strict=True), 1
         try:

@@ -22,7 +22,7 @@ from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.opening import split_specs
-from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError

@@ -27,10 +27,7 @@ def folder(tmp_path):
             [("a.jpg", "A"), ("a.txt", "a"), ("a.jpg", "B")],
             r"s\.tar .* a has jpg more than once.*=skip",
         ),
-        (
-            [("a.jpg", "A"), ("a.txt", b"a caf\xe9")],
-            r"txt is not UTF-8 .*byte e9 after 'a caf'",
-        ),
+        ([("a.jpg", "A"), ("a.txt", b"a caf\xe9")], r"txt is not UTF-8 .*byte e9 after 'a caf'"),
     ],
 )
 def test_a_duplicate_member_or_a_caption_not_in_utf8_is_refused_or_left_out(
@@ -90,9 +87,7 @@ def test_a_shard_cut_short_is_named_and_gives_its_whole_samples_if_asked(tmp_pat
     place, found = f"{tmp_path}/{{00000..00001}}.tar", set()
     for length in [*range(0, mark + 1, 331), ends[3] - 1, ends[3], ends[-1] - 1, ends[-1], mark]:
         (tmp_path / "00000.tar").write_bytes(whole[:length])
-        assert re.search(
-            r"00000\.tar (is cut|ends inside).*damaged_shards=skip", refusal(place)
-        )
+        assert re.search(r"00000\.tar (is cut|ends inside).*damaged_shards=skip", refusal(place))
         source = open_it(place, damaged_shards="skip")
         # Samples followed by a complete image; otherwise the last may lack a member.
         numbers = [*range(sum(end <= length for end in ends[3::3])), 7, 8]
