@@ -119,8 +119,8 @@ def _loaded(datasets: ModuleType, what: str, place: str, split: str | None) -> D
 def _scan(
     table: Dataset, parts: rows.Parts, content: hashlib._Hash
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each row: whether it has no caption, whether no picture (by Arrow's null flags alone), and
-    a hash of its id (its own if it has none). Updates the hash `content` with all captions.
+    """For each row: whether it has no caption, whether no picture (by Arrow's null flags), and a
+    hash of its id (its own if it has none). Updates the hash `content` with all captions.
     """
     silent, imageless, hashes = [np.zeros(0, bool)], [np.zeros(0, bool)], array("Q")
     wanted = table.select_columns(list(dict.fromkeys(filter(None, parts)))).with_format("arrow")

@@ -177,7 +177,7 @@ def test_what_cannot_be_read_is_refused_with_a_cure(datasets, tmp_path):
     (tmp_path / "empty").mkdir()
     for place, words in {
         "t:test": "hf:.*/t .*split 'test'",
-        "splits": "the splits train, val: .*hf:.*splits:train",
+        "splits": "the splits train, val: .*hf:.*splits:SPLIT",
         "splits:test": "has no split 'test': its splits are train, val",
         "odd:train": "no image .*.image, .*it has picture, title, n: .*[?]image_key=NAME",
         "odd:train?image_key=picture": "no caption .*[?]caption_key=NAME",

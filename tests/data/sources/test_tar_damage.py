@@ -12,7 +12,7 @@ import pytest
 from list_files import captions, picture, records
 from tar_files import open_it, pairs, refusal, samples, write, write_three
 
-from codebook_jax.data.sources import tar_index
+from codebook_jax.data.sources import tar
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def folder(tmp_path):
     [
         (
             [("a.jpg", "A"), ("a.txt", "a"), ("a.jpg", "B")],
-            r"s\.tar .* a has jpg more than once.*=skip",
+            r"s\.tar: a has jpg more than once.*=skip",
         ),
         ([("a.jpg", "A"), ("a.txt", b"a caf\xe9")], r"txt is not UTF-8 .*byte e9 after 'a caf'"),
     ],
@@ -43,7 +43,7 @@ def test_a_duplicate_member_or_a_caption_not_in_utf8_is_refused_or_left_out(
 def test_what_is_behind_the_end_mark_of_an_archive_is_not_lost_in_silence(tmp_path):
     parts = [write(tmp_path / f"{n}.tar", samples(n, 2)).read_bytes() for n in (0, 2)]
     (tmp_path / "joined.tar").write_bytes(b"".join(parts))
-    assert "joined.tar goes on behind the end mark" in refusal(tmp_path / "joined.tar")
+    assert "joined.tar: goes on behind the end mark" in refusal(tmp_path / "joined.tar")
     (tmp_path / "padded.tar").write_bytes(parts[0] + bytes(100_000))
     assert len(open_it(tmp_path / "padded.tar")) == 2
 
@@ -70,7 +70,7 @@ def test_compressed_shards_are_refused_with_what_unpacks_them(
     (folder / f"00000.tar.{suffix}").write_bytes(content)  # beside its unpacked version
     assert len(open_it(folder)) == 15
     (folder / f"00009.tar.{suffix}").write_bytes(content)
-    assert f"00009.tar.{suffix} is compressed" in refusal(folder)
+    assert f"00009.tar.{suffix}: is compressed" in refusal(folder)
 
 
 def ends_of(path):
@@ -87,7 +87,7 @@ def test_a_shard_cut_short_is_named_and_gives_its_whole_samples_if_asked(tmp_pat
     place, found = f"{tmp_path}/{{00000..00001}}.tar", set()
     for length in [*range(0, mark + 1, 331), ends[3] - 1, ends[3], ends[-1] - 1, ends[-1], mark]:
         (tmp_path / "00000.tar").write_bytes(whole[:length])
-        assert re.search(r"00000\.tar (is cut|ends inside).*damaged_shards=skip", refusal(place))
+        assert re.search(r"00000\.tar: (is cut|ends inside).*damaged_shards=skip", refusal(place))
         source = open_it(place, damaged_shards="skip")
         # Samples followed by a complete image; otherwise the last may lack a member.
         numbers = [*range(sum(end <= length for end in ends[3::3])), 7, 8]
@@ -140,11 +140,11 @@ def test_what_is_no_shard_is_refused_with_a_cure(folder, tmp_path_factory):
         f"{other}/text.tar": "no tar file: no header .* at byte 0",
         f"{other}/bare.tar": "has no sample .*KEY.jpg",
         f"{other}/none": "names no .tar file",
-        f"{other}/gone.tar": r"gone\.tar cannot be read \(No such file",
+        f"{other}/gone.tar": r"gone\.tar: cannot be read \(No such file",
         f"{other}/x*.tar": "names no .tar file",
         f"{other}/{{5..3}}.tar": "names no .tar file",
-        "https://host/{00000..00331}.tar": "https://host/00000.tar cannot be read",
-        f"{folder}/{{00000..00004}}.tar": r"00003\.tar cannot be read",
+        "https://host/{00000..00331}.tar": "https://host/00000.tar: cannot be read",
+        f"{folder}/{{00000..00004}}.tar": r"00003\.tar: cannot be read",
     }.items():
         assert re.search(words, refusal(place)), place
     source = open_it(f"{folder}/{{00000..00004}}.tar", damaged_shards="skip")
@@ -166,9 +166,9 @@ def settled(folder):
 @pytest.fixture
 def headers_read(monkeypatch):
     """The shards whose headers were read, as they are."""
-    read, real = [], tar_index._read_shard
+    read, real = [], tar._read_shard
     monkeypatch.setattr(
-        tar_index, "_read_shard", lambda file, key: read.append(file.name) or real(file, key)
+        tar, "_read_shard", lambda file, key: read.append(file.name) or real(file, key)
     )
     return read
 
@@ -186,7 +186,7 @@ def test_headers_are_read_once_and_again_where_a_shard_has_changed(settled, head
     write(settled / "00002.tar", samples(0, 1))
     assert len(open_it(settled)) == 10
     (settled / "00000.tar").unlink()
-    assert "00000.tar cannot be read" in refusal(f"{settled}/{{00000..00001}}.tar")
+    assert "00000.tar: cannot be read" in refusal(f"{settled}/{{00000..00001}}.tar")
 
 
 def test_an_index_that_is_none_is_made_again(settled, headers_read):

@@ -1,5 +1,6 @@
 """Tar shards as img2dataset writes them: their samples, in every form of tar."""
 
+import functools
 import io
 import json
 import os
@@ -186,7 +187,7 @@ def test_a_fingerprint_is_of_what_the_shards_hold_and_of_no_path(folder, tmp_pat
 
 
 def test_threads_share_few_open_files(folder, monkeypatch):
-    monkeypatch.setattr(tar, "_MOST_OPEN", 2)
+    monkeypatch.setattr(tar, "_opened", functools.lru_cache(2)(tar._opened.__wrapped__))
     for number in range(3, 9):
         write(folder / f"{number:05d}.tar", samples(0, 3))
     source = open_it(folder)
@@ -210,5 +211,5 @@ def test_a_shard_that_is_cut_or_goes_after_it_was_opened_does_not_stop_training(
     with pytest.raises(UserError, match="not what it was at start"):
         source.captions(8)
     (folder / "00002.tar").unlink()
-    with pytest.raises(UnreadableImage, match="00002.tar/000000000: No such file"):
+    with pytest.raises(UnreadableImage, match="00002.tar/000000000: .*No such file"):
         source[9]
