@@ -1,6 +1,5 @@
-"""COCO's caption files, Karpathy's splits of COCO and Flickr30K, and Visual Genome's phrases.
-
-A record is an image with all its captions, or with `?per=caption` an image with one of them.
+"""COCO's caption files, Karpathy's splits of COCO and Flickr30K, and Visual Genome's phrases: images
+with all their captions, or with `?per=caption` with one each.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
-from codebook_jax.data.sources.json_files import read_json, read_whole
+from codebook_jax.data.sources.json_files import read_json, read_object
 from codebook_jax.data.sources.listed import Entry, Listed, captions_in, field
 from codebook_jax.data.sources.record import Request
 from codebook_jax.errors import UserError
@@ -34,15 +33,14 @@ def open_annotations(request: Request) -> Listed:
 
 def _coco_images(request: Request) -> Iterator[Entry]:
     """{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}"""
-    path, content = request.place, read_whole(request.place)
+    path, content = request.place, read_object(request.place)
     annotations = field(path, content, "annotations", "a list")
     images: dict[str, Entry] = {}  # an id may be a number here, a text there
     for number, image in enumerate(field(path, content, "images", "a list")):
         where = f"{path} images[{number}]"
         key = field(where, image, "id", "an id")
         if str(key) in images:
-            twin = images[str(key)].where
-            raise UserError(f"{where} has the same id {key} as {twin}: give each image its own id")
+            raise UserError(f"{where} has the id {key} of {images[str(key)].where}: correct one")
         images[str(key)] = Entry(where, field(where, image, "file_name", "a text"), (), key)
     captions: dict[str, list[str]] = {key: [] for key in images}
     for number, annotation in enumerate(annotations):
@@ -62,7 +60,7 @@ def _karpathy_images(request: Request) -> Iterator[Entry]:
     `?split=` names, by default those of the role.
     """
     path = request.place
-    images = field(path, read_whole(path), "images", "a list")
+    images = field(path, read_object(path), "images", "a list")
     numbered = [(f"{path} images[{number}]", image) for number, image in enumerate(images)]
     sizes = Counter(field(where, image, "split", "a text") for where, image in numbered)
     usual = SPLITS[request.role]
@@ -93,17 +91,19 @@ def _karpathy_images(request: Request) -> Iterator[Entry]:
 def _genome_images(request: Request) -> Iterator[Entry]:
     """[{"id", "regions": [{"phrase"}]}]"""
     path, paths = request.place, {}
+    root = request.image_root or os.path.dirname(path)
     for where, image in read_json(path):
         regions = field(where, image, "regions", "a list")
         key = field(where, image, "id" if "id" in image else "image_id", "an id")
         phrases: dict[str, None] = {}
         for number, region in enumerate(regions):
             phrases |= dict.fromkeys(captions_in(f"{where} regions[{number}]", region, "phrase"))
-        paths = paths or _paths(path, request.image_root or os.path.dirname(path))
+        paths = paths or _paths(path, root)
         if str(key) not in paths:
             raise UserError(
-                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in "
-                f"{' or '.join(FOLDERS)}: put the published {IMAGE_DATA} beside {path}"
+                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in the folders "
+                f"{' and '.join(FOLDERS)} of {root or '.'}: put the published {IMAGE_DATA} beside "
+                f"{path}, or set config.data.image_root to the folder that holds both"
             )
         yield Entry(where, paths[str(key)], tuple(phrases), key)
 
@@ -117,7 +117,7 @@ def _paths(path: str, root: str) -> dict[str, str]:
             url = field(where, image, "url", "a text")
             found[str(key)] = "/".join(url.split("/")[-2:])
             if not found[str(key)].startswith(FOLDERS):
-                wrong = f'{where}, key "url": it does not end in VG_100K/NAME.jpg'
+                wrong = f"{where} has the url {url}, not of VG_100K/NAME.jpg"
                 raise UserError(f"{wrong}: give the published {IMAGE_DATA}")
         return found
     for folder in FOLDERS:
@@ -126,10 +126,4 @@ def _paths(path: str, root: str) -> dict[str, str]:
             stem, suffix = os.path.splitext(name)
             if stem.isdecimal() and suffix.lower() == ".jpg":
                 found[stem] = f"{folder}/{name}"
-    if not found:
-        raise UserError(
-            f"cannot tell which of {' and '.join(FOLDERS)} holds the images of {path}: put the "
-            f"published {IMAGE_DATA} beside it, or set config.data.image_root to the folder that "
-            f"holds both (now {root or '.'})"
-        )
     return found

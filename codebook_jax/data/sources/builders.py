@@ -39,7 +39,6 @@ class Examples(rows.Rows):
         self.form, _, self.place = what.partition(":")
         self._parts, self._data = parts._replace(id=key), data
         self.listed = self._count = len(data)
-        self.left_out = ()
         files = [
             (os.path.basename(part.filename), part.skip, part.take, part.examples_in_shard)
             for part in info.splits[split].file_instructions
@@ -52,8 +51,7 @@ class Examples(rows.Rows):
             captions += self._texts([example])
             content.update(repr((example[parts.image], example[parts.caption])).encode())
         if not captions:
-            feature = info.features[parts.caption]
-            raise rows.nothing_in(what, "caption", parts.caption, feature)
+            raise rows.nothing_in(what, "caption", parts.caption, info.features[parts.caption])
         self._fingerprint = content.hexdigest()
 
     def _read(self, row: int, part: str) -> Mapping[str, Any]:

@@ -26,10 +26,8 @@ _ROWS_AT_ONCE = 10_000
 
 
 class TableRows(rows.Rows):
-    """The rows of a table as a source; those without an image or a caption are left out.
-
-    Rows with the same id are the same image, and with `merge` one record. Without ids, each row is
-    an image. All captions are read at start, but no image.
+    """The rows of a table; those without an image or a caption are left out. Rows with the same id
+    are the same image, and with `merge` one record. All captions are read at start, but no image.
     """
 
     def __init__(self, what: str, table: Dataset, parts: rows.Parts, *, merge: bool) -> None:

@@ -1,8 +1,5 @@
-"""Pairs in ALBEF's JSON format, a JSON list or one JSON object per line; and how the other JSON
-formats are read.
-
-An entry is {"image": path below the image root, "caption": text or list of texts, "image_id":
-optional int or text}; other keys are ignored. The keys may have other names.
+"""Pairs in ALBEF's JSON format, a list or one object per line: {"image": path below the image root,
+"caption": text or list of texts, "image_id": optional int or text}. The keys may have other names.
 """
 
 from __future__ import annotations
@@ -74,10 +71,7 @@ def read_json(path: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{where} cannot be read as JSON ({failure}): correct it") from failure
 
 
-def read_whole(path: str) -> Any:
-    """The content of a JSON file; raises UserError if it is none."""
-    with open_text(path) as file:
-        try:
-            return parse_json(file.read(), of_data=True)
-        except ValueError as failure:
-            raise UserError(f"{path} cannot be read as JSON ({failure}): correct it") from failure
+def read_object(path: str) -> Any:
+    """The only entry of a JSON file, or the list of all if there are several."""
+    entries = [entry for _, entry in read_json(path)]
+    return entries[0] if len(entries) == 1 else entries

@@ -56,11 +56,9 @@ class Listed(Source):
                 self._captions.append(caption)
             self._first.append(len(self._captions))
         if not len(self):
-            first = f" (the first: {self.left_out[0][1]})" if self.left_out else ""
-            raise UserError(
-                f"{self.place} lists no pairs with a caption, and {len(self.left_out):,} without"
-                f"{first}: give a file of pairs, or name the key or column of captions"
-            )
+            without = f" ({self.left_out[0][1]}, ...)" if self.left_out else ""
+            cure = "give a file of pairs, or name the key or column of captions"
+            raise UserError(f"{self.place} lists no pairs with a caption{without}: {cure}")
         self._ids = numbered(np.frombuffer(keys, np.uint64))[1]
         self._fingerprint = content.hexdigest()
         self.listed = len(self) + len(self.left_out)
@@ -198,5 +196,4 @@ def open_text(path: str, newline: str | None = None) -> Iterator[TextIO]:
     except UnicodeDecodeError as failure:
         raise UserError(f"{path} {not_utf8(failure)}: save it as UTF-8") from failure
     except OSError as failure:
-        why = f"{path} cannot be read ({failure.strerror})"
-        raise UserError(f"{why}: give the path of a text file after the colon") from failure
+        raise UserError(f"{path} cannot be read ({failure.strerror}): give a file") from failure

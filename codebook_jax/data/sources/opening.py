@@ -1,7 +1,5 @@
-"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, or several.
-
-A new source is a function of a Request that returns a Source, and a line of `SCHEMES` with its
-options. A format that lists image files returns `Listed(request, entries)`.
+"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, or several. A new
+source is a function of a Request that returns a Source, and a line of `SCHEMES` with its options.
 """
 
 from __future__ import annotations
@@ -61,26 +59,18 @@ def open_source(spec: str, *, role: str, **settings: str | int) -> Source:
         return opened[0][0]
     sources, weights = zip(*opened, strict=True)
     weighted = sum(weight is not None for weight in weights)
-    if weighted not in (0, len(weights)):
-        how_many = f"{weighted} of {len(weights)} sources have a weight"
-        raise UserError(f"{spec!r}: {how_many}: give ?weight= to each, or to none")
-    if weighted and role != "train":
-        raise UserError(f"{spec!r}: weights only apply to training: leave them out for evaluation")
+    if weighted and (weighted < len(weights) or role != "train"):
+        how_many = f"{weighted} of {len(weights)} {role} sources have a weight"
+        raise UserError(f"{spec!r}: {how_many}: give ?weight= to all of training, or to none")
     return Mixture(sources, weights if weighted else None)
 
 
 def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source:
     """The source that `spec` names, for `role`, with the fields of `config`."""
-    return open_source(
-        spec,
-        role=role,
-        size_px=config.model.image.size_px,
-        scenes_examples=config.data.scenes_examples,
-        seed=config.seed,
-        image_root=config.data.image_root,
-        path_map=config.data.path_map,
-        damaged_shards=config.data.damaged_shards,
-    )
+    names = ("scenes_examples", "image_root", "path_map", "damaged_shards")
+    settings = {name: config.data[name] for name in names}
+    settings |= {"size_px": config.model.image.size_px, "seed": config.seed}
+    return open_source(spec, role=role, **settings)
 
 
 def split_specs(spec: str) -> list[str]:

@@ -37,7 +37,7 @@ class Source(Protocol):
     form: str  # the scheme and place that name it
     place: str
     listed: int  # records, including those left out
-    left_out: Sequence[tuple[str, str]]  # (name or place, why) of records that this source left out
+    left_out: Sequence[tuple[str, str]] = ()  # (name or place, why) of records that it left out
     _fingerprint: str
 
     def __len__(self) -> int: ...
@@ -107,8 +107,8 @@ class Request(NamedTuple):
         """The value of an option, by default the first choice; raises UserError for another."""
         value = self.options.get(option, choices[0])
         if value not in choices:
-            where = f"{self.scheme}:{self.place}"
-            raise UserError(f"{where}: {option}={value} is not one of {', '.join(choices)}")
+            use = f"use {' or '.join(choices)}"
+            raise UserError(f"{self.scheme}:{self.place}: {option}={value} is not valid: {use}")
         return value
 
 

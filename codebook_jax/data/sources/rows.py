@@ -36,14 +36,13 @@ _SPLIT = re.compile(rf":({_PART}(?:\+{_PART})*)$")
 
 
 class Rows(Source):
-    """Records made of rows that a subclass reads by index.
-
-    `groups` holds, for records of several rows, the rows record by record and where each record
-    begins: it has the image of its first row and the captions of all. None: each row is a record.
+    """Records made of rows that a subclass reads by index: the image of a record's first row, with
+    the captions of all its rows.
     """
 
     _parts: Parts
     _count: int  # rows
+    # The rows record by record, and where each record begins; None: each row is a record.
     _groups: tuple[np.ndarray, np.ndarray] | None = None
     _ids: np.ndarray | None = None  # of the records' images; None: each record has its own
 
@@ -129,8 +128,7 @@ def parts_of(
     """
     known, parts = {name.strip().lower(): name for name in reversed(names)}, {}
     for part, key in request.keys.items():
-        wanted = f"{key!r} for ?{part}_key"
-        found = key if key in names else None
+        wanted, found = f"{key!r} for ?{part}_key", key if key in names else None
         if key is None:
             wanted = f"{part} under a usual name ({', '.join(usual[part])})"
             found = next((known[name] for name in usual[part] if name in known), None)
@@ -164,8 +162,8 @@ def names_in(row: Iterable[str]) -> str:
 
 def first_line(message: object) -> str:
     """The first line of a library's error message or description."""
-    lines = str(message).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(message).__name__
+    line = str(message).strip().partition("\n")[0]
+    return line.rstrip(".") or type(message).__name__
 
 
 def place_of(request: Request) -> tuple[str, str, str | None]:

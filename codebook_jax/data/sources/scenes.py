@@ -15,12 +15,10 @@ class Scenes(Source):
     def __init__(self, request: Request) -> None:
         self._settings, role, hard = request.settings, request.role, request.place == "hard"
         if request.place and (not hard or role == "train"):
-            raise UserError(
-                f"scenes:{request.place} is no source for {role} data: use scenes, or for "
-                "config.data.eval and .test scenes or scenes:hard"
-            )
-        self._chosen, self.left_out = None, ()
-        seed, self.listed = self._settings.seed, self._settings.scenes_examples
+            cure = "use scenes or, for config.data.eval and .test, scenes:hard"
+            raise UserError(f"scenes:{request.place} is no source for {role} data: {cure}")
+        self._chosen, seed = None, self._settings.seed
+        self.listed = self._settings.scenes_examples
         self._repr = f"scenes(train, seed={seed}, examples={self.listed})"
         self._called, content = f"scene {seed}/", f"train {seed} {self.listed}"
         if role != "train":

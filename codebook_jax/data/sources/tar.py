@@ -173,10 +173,6 @@ class Index(NamedTuple):
     damaged_at: int = 0  # the byte from which it cannot be read
 
 
-class _DamagedError(Exception):
-    """(how a shard is truncated or damaged, at which byte)"""
-
-
 class _NoPairError(Exception):
     """(why a sample is no pair, whether that is a fault of the shard)"""
 
@@ -233,7 +229,7 @@ def _read_shard(file: BinaryIO, caption_key: str | None) -> Index:
             if name.find(".", name.rfind("/") + 1) > name.rfind("/") + 1:  # neither bare nor hidden
                 stem, _, suffix = name.rpartition(".")
                 samples.setdefault(stem, []).append((suffix, start, size))
-    except _DamagedError as failure:
+    except tarfile.ReadError as failure:
         damage, damaged_at = failure.args
         samples.pop(stem, None)  # its other members may be cut off, so it is not counted
     keys, places, in_json, lacking, faults = [], [], [], {}, []
@@ -293,7 +289,8 @@ def _printable(name: str) -> str:
 
 
 def _files_in(file: BinaryIO) -> Iterator[_Member]:
-    """(name, start, size) of every file, with size -1 for a link or a sparse file.
+    """(name, start, size) of every file, with size -1 for a link or a sparse file; raises
+    tarfile.ReadError(how the shard is damaged, at which byte).
 
     Plain headers are read here, the others by the standard library, which takes ten times as long.
     """
@@ -326,12 +323,12 @@ def _files_in(file: BinaryIO) -> Iterator[_Member]:
             elif not member.isreg():
                 continue
         if start + size > end:
-            raise _DamagedError(f"ends inside {_printable(name)}", here)
+            raise tarfile.ReadError(f"ends inside {_printable(name)}", here)
         yield name, start, size
 
 
 def _standard_member(tar: tarfile.TarFile, here: int) -> tarfile.TarInfo | None:
-    """The member whose header is `here`, or None at the end mark; raises _DamagedError."""
+    """The member whose header is `here`, or None at the end mark."""
     why = f"is cut short, damaged or no tar file: no header or end mark at byte {here:,}"
     try:
         member = tarfile.TarInfo.fromtarfile(tar)
@@ -350,4 +347,4 @@ def _standard_member(tar: tarfile.TarFile, here: int) -> tarfile.TarInfo | None:
         for tool in [tool for magic, tool in _UNPACKS.items() if first.startswith(magic)]:
             if not here:
                 why = f"is compressed (`{tool} -dc FILE > NAME.tar` unpacks it)"
-    raise _DamagedError(why, here)
+    raise tarfile.ReadError(why, here)

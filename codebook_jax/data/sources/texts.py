@@ -27,9 +27,7 @@ class Texts:
 
 
 def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [kinds]: where each key first appears, int32 [keys]: its number), from 0 in order of
-    first appearance.
-    """
+    """(int64 [kinds]: where each key first appears, int32 [keys]: its number in that order)"""
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(first)
     places = np.empty(len(first), np.int32)

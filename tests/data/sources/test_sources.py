@@ -122,13 +122,13 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         ("scene", "train", "use scenes, .*json:"),
         ("json:", "test", "use scenes"),
         ("", "train", "'' .*train.*scenes, .*json:"),
-        ("scenes:easy", "test", "scenes:easy .*scenes or scenes:hard"),
+        ("scenes:easy", "test", "scenes:easy .*scenes:hard"),
         ("scenes:hard", "train", "scenes:hard .*config.data.eval"),
         ("scenes?wieght=2", "train", "did you mean weight"),
         ("scenes?weight=0", "train", "weight=0 is not a number above 0"),
         ("json:a.json?root=/b", "train", "use NAME=VALUE with weight, image_root"),
-        ("scenes?weight=2, scenes", "train", "1 of 2 sources have a weight"),
-        ("scenes?weight=2, scenes:hard?weight=1", "test", "scenes:hard.weight=1.*weights"),
+        ("scenes?weight=2, scenes", "train", "1 of 2 train sources have a weight"),
+        ("scenes?weight=2, scenes:hard?weight=1", "test", "2 of 2 test sources have a weight"),
     ],
 )
 def test_a_spec_that_names_nothing_is_refused_with_what_was_meant(spec, role, words):
