@@ -245,7 +245,7 @@ def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
     assert "karpathy:" in refusal(f"coco:{paths['karpathy']}")
     assert "coco:" in refusal(f"karpathy:{paths['coco']}")
     for scheme in ("coco", "karpathy"):
-        assert 'it is [{"image"' in refusal(f"{scheme}:{pairs}")
+        assert "its keys: image, caption" in refusal(f"{scheme}:{pairs}")
     assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
     assert 'no key "regions"' in refusal(f"vg:{paths['coco']}")
     assert "gone.json cannot be read" in refusal(f"coco:{tmp_path}/gone.json")
