@@ -1,5 +1,5 @@
-"""COCO's caption files, Karpathy's splits of COCO and Flickr30K, Visual Genome's phrases: images with
-all their captions, or with `?per=caption` with one each.
+"""COCO's caption files, Karpathy's splits of COCO and Flickr30K, Visual Genome's phrases: images
+with all their captions, or with `?per=caption` with one each.
 """
 
 from __future__ import annotations

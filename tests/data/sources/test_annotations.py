@@ -167,7 +167,7 @@ def test_visual_genome_with_its_images_elsewhere(tmp_path):
     (tmp_path / "images" / "VG_100K" / "10.jpg").unlink()
     assert "[2] names image 10, " in refusal(f"vg:{path}", image_root=f"{tmp_path}/images")
     write(tmp_path / "lists" / "image_data.json", [{"image_id": 1, "url": "https://a.org/1.jpg"}])
-    assert 'image_data.json[0] has the url https' in refusal(f"vg:{path}")
+    assert "image_data.json[0] has the url https" in refusal(f"vg:{path}")
 
 
 def test_a_long_list_is_parsed_an_image_at_a_time(tmp_path):
