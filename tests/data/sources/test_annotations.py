@@ -191,38 +191,27 @@ def test_a_long_list_is_parsed_an_image_at_a_time(tmp_path):
 # Mistakes
 
 CONTENTS = {"coco": COCO, "karpathy": karpathy(("train", "train")), "vg": REGIONS}
-LONG, DEEP = "9" * 5000, "[" * 100_000
+LONG = f'{{"images": [{{"id": {"9" * 5000}, "file_name": "a"}}], "annotations": []}}'
 BROKEN = [  # (scheme, a change or another content, the refusal)
-    (
-        "coco",
-        f'{{"images": [{{"id": {LONG}, "file_name": "a"}}], "annotations": []}}',
-        r'images\[0\], key "id": .*5,000 digits',
-    ),
-    ("coco", '{"images": [], "images": []}', "cannot be read .*'images' twice"),
+    ("coco", LONG, r'images\[0\], key "id": .*5,000 digits'),
     ("coco", lambda c: c["annotations"][1].update(image_id=9), r"annotations\[1\] .*image 9\b"),
-    (
-        "coco",
-        lambda c: c["annotations"].insert(0, {"image_id": 42, "bbox": [0, 0, 1, 1]}),
-        r'annotations\[0\] has no key "caption" .*',
-    ),
-    ("coco", lambda c: c.pop("annotations"), 'no key "annotations".*karpathy:'),
-    ("coco", lambda c: c["images"][1].pop("file_name"), r'images\[1\] has no key "file_name"'),
+    ("coco", lambda c: c["annotations"][1].pop("caption"), r'\[1\] has no key "caption" .*coco:'),
     ("coco", lambda c: c["images"][1].update(id=42), r"images\[1\] .*id 42 .*images\[0\]"),
     ("coco", lambda c: c["annotations"][0].update(caption=3), r'annotations\[0\], key "caption"'),
     ("coco", lambda c: c["images"].insert(0, 3), r'images\[0\] has no key "id" \(it is 3\)'),
-    ("coco", "\n{", "JSON .*line 2"),
+    ("coco", CONTENTS["karpathy"], 'no key "annotations" .*karpathy:'),
+    ("karpathy", COCO, r'images\[0\] has no key "split" .*coco:'),
+    ("karpathy", [{"image": "a", "caption": "b"}] * 2, r'no key "images" \(it is \[{'),
     (
         "karpathy",
         lambda c: c["images"][0]["sentences"][1].pop("raw"),
         r'images\[0\] sentences\[1\] has no key "raw"',
     ),
     ("karpathy", lambda c: c["images"][0].update(filepath=3), 'key "filepath": 3 '),
-    ("karpathy", lambda c: c.pop("images"), "its keys: dataset"),
     ("vg", lambda c: c[0]["regions"][0].pop("phrase"), r'\[0\] regions\[0\] has no key "phrase"'),
     ("vg", lambda c: c[0].pop("id"), r'\[0\] has no key "image_id"'),
     ("vg", '[{"id": 1, "regions": []},\n {"id"', "JSON .*line 2"),
-    ("vg", "[]\n[]", "JSON .Extra data: line 2"),
-    ("vg", '[{"id": 1, "regions": []},' + DEEP, r"\[1\] cannot be read .*nested"),
+    ("json", json.dumps(COCO, indent=1), "coco:.* karpathy:.* vg:"),
 ]
 
 
@@ -231,21 +220,6 @@ def test_a_file_that_does_not_fit_together_is_refused_with_the_place(
     tmp_path, scheme, change, words
 ):
     write(tmp_path / "image_data.json", IMAGE_DATA)
-    path = write(tmp_path / f"{scheme}.json", changed(CONTENTS[scheme], change))
+    path = write(tmp_path / f"{scheme}.json", changed(CONTENTS.get(scheme), change))
     said = refusal(f"{scheme}:{path}")
     assert re.search(words, said) and str(path) in said
-
-
-def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
-    paths = {name: write(tmp_path / f"{name}.json", held) for name, held in CONTENTS.items()}
-    pretty = write(tmp_path / "pretty.json", json.dumps(COCO, indent=1))
-    pairs = write(tmp_path / "pairs.json", [{"image": "a.jpg", "caption": "one"}])
-    for path in (pretty, *paths.values()):
-        assert re.search("coco:.* karpathy:.* vg:", refusal(f"json:{path}"))
-    assert "karpathy:" in refusal(f"coco:{paths['karpathy']}")
-    assert "coco:" in refusal(f"karpathy:{paths['coco']}")
-    for scheme in ("coco", "karpathy"):
-        assert "its keys: image, caption" in refusal(f"{scheme}:{pairs}")
-    assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
-    assert 'no key "regions"' in refusal(f"vg:{paths['coco']}")
-    assert "gone.json cannot be read" in refusal(f"coco:{tmp_path}/gone.json")

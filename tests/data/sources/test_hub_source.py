@@ -2,10 +2,10 @@
 incomplete rows.
 """
 
-import builtins
 import pickle
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import list_files
@@ -200,12 +200,5 @@ def test_what_cannot_be_read_is_refused_with_a_cure(datasets, tmp_path):
     [("datasets", "hf:someone/pairs:train", "hf"), ("tensorflow_datasets", "tfds:x:train", "tfds")],
 )
 def test_without_the_library_the_extra_that_brings_it_is_named(monkeypatch, library, spec, extra):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == library:
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, library, None)
     assert f'pip install "codebook_jax[{extra}]"' in list_files.refusal(spec)
