@@ -64,8 +64,8 @@ class TableRows(rows.Rows):
     def _place(self, row: int) -> str:
         return f"{self.form}:{self.place} row {row}"
 
-    def _texts(self, found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(super()._texts(found)))
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(super()._texts(rows)))
 
 
 def open_hugging_face(request: Request) -> TableRows:

@@ -51,21 +51,19 @@ def test_what_is_behind_the_end_mark_of_an_archive_is_not_lost_in_silence(tmp_pa
 @pytest.mark.parametrize(
     ("compress", "suffix", "tool"),
     [
-        (gzip.compress, "gz", "gzip -dc"),
-        (bz2.compress, "bz2", "bzip2 -dc"),
-        (lzma.compress, "xz", "xz -dc"),
-        (lambda _: b"\x28\xb5\x2f\xfd" + bytes(600), "zst", "zstd -dc"),
+        (gzip.compress, "gz", "gzip"),
+        (bz2.compress, "bz2", "bzip2"),
+        (lzma.compress, "xz", "xz"),
+        (lambda _: b"\x28\xb5\x2f\xfd" + bytes(600), "zst", "zstd"),
     ],
 )
-def test_compressed_shards_are_refused_with_what_unpacks_them(
-    tmp_path, folder, compress, suffix, tool
-):
-    content, other = compress((folder / "00000.tar").read_bytes()), tmp_path / "other"
+def test_compressed_shards_are_refused_with_what_unpacks_them(folder, compress, suffix, tool):
+    content, other = compress((folder / "00000.tar").read_bytes()), folder / "other"
     other.mkdir()
     for name in ("named.tar", f"00003.tar.{suffix}"):
         (other / name).write_bytes(content)
         for ending in ("", "/*", f"/{name}", "/*.tar"):
-            assert re.search(f"is compressed .*{tool}", refusal(f"{other}{ending}"))
+            assert re.search(f"is compressed .*{tool} -dc", refusal(f"{other}{ending}"))
         (other / name).unlink()
     (folder / f"00000.tar.{suffix}").write_bytes(content)  # beside its unpacked version
     assert len(open_it(folder)) == 15
@@ -113,12 +111,8 @@ def test_a_shard_with_garbage_inside_is_damaged_from_there(tmp_path):
 def test_sizes_that_a_header_cannot_hold_are_read_from_beside_it(tmp_path):
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w") as shard:
-        for name, content in (
-            ("a.jpg", b"A" * 600),
-            ("a.txt", b"1"),
-            ("b.jpg", b"B"),
-            ("b.txt", b"2"),
-        ):
+        contents = {"a.jpg": b"A" * 600, "a.txt": b"1", "b.jpg": b"B", "b.txt": b"2"}
+        for name, content in contents.items():
             member = tarfile.TarInfo(name)
             member.size, member.pax_headers = len(content), {"size": str(len(content))}
             shard.addfile(member, io.BytesIO(content))

@@ -111,10 +111,8 @@ def test_samples_without_an_image_or_a_caption_are_left_out_and_counted(tmp_path
     members = [("good.jpg", "G"), ("good.txt", "a caption"), ("nothing.txt", "a caption")]
     for key, (held, _) in lacking.items():
         if held is not None:
-            members += [
-                (f"{key}.jpg", "?"),
-                *((f"{key}.{end}", text) for end, text in held.items()),
-            ]
+            held = {"jpg": "?"} | held
+            members += [(f"{key}.{end}", text) for end, text in held.items()]
     members += [("fine.jpg", "F"), ("fine.txt", "\ufeffcafé \n")]
     source = open_it(write(tmp_path / "s.tar", members))
     assert pairs(source) == [("G", "a caption"), ("F", "café")]
