@@ -15,7 +15,7 @@ from codebook_jax.config import FREE, changed_fields, check_fields, restart_of, 
 from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.data.sources import Source, source_of
-from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import axes, memory, sharding
 from codebook_jax.parallel.processes import peers

@@ -12,7 +12,7 @@ from codebook_jax import build, modes
 from codebook_jax.console import say
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.text import SAMPLED, said_unknown, unknown_in
 from codebook_jax.parallel import axes, sharding
 

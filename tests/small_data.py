@@ -2,7 +2,7 @@
 
 from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
 from codebook_jax.data.sources import open_source
-from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.text import tokenizer_for_run
 
 BATCH = 8

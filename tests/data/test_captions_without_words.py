@@ -14,7 +14,7 @@ from small_run import config_of
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources import Record
-from codebook_jax.data.sources.library_datasets import texts_in
+from codebook_jax.data.sources.rows import texts_in
 from codebook_jax.data.text import UNREAD, has_words, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
@@ -102,7 +102,7 @@ def packed_before(tmp_path, monkeypatch):
     spec = write_json(tmp_path, ["a dog", "two cats", "???"])
     for at in range(3):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{at}.jpg")
-    monkeypatch.setattr("codebook_jax.data.sources.json_files.has_words", bool)
+    monkeypatch.setattr("codebook_jax.data.sources.listed.has_words", bool)
     prepare(config_of(**{"prepare.source": spec, "prepare.processes": 1}), tmp_path / "packed")
     return f"records:{tmp_path / 'packed'}"
 

@@ -14,7 +14,7 @@ import tokenizers
 from small_data import scenes_source, tokenizer_of
 
 from codebook_jax.data import scenes
-from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.text import clean, tokenizer_for_run, train_vocabulary
 from codebook_jax.errors import UserError
 

@@ -21,7 +21,7 @@ from small_run import ROOT
 from codebook_jax import files
 from codebook_jax.data.images import Picture
 from codebook_jax.data.sources import open_source
-from codebook_jax.data.sources.sample import sample_captions
+from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data

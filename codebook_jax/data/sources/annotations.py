@@ -1,6 +1,5 @@
-"""COCO's caption files, Karpathy's splits of COCO and Flickr30K, and Visual Genome's phrases.
-
-A record is an image with all its captions, or with `?per=caption` an image with one of them.
+"""COCO's caption files, Karpathy's splits of COCO and Flickr30K, Visual Genome's phrases: images
+with all their captions, or with `?per=caption` with one each.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
-from codebook_jax.data.sources.json_files import captions_in, field, read_json, read_object
-from codebook_jax.data.sources.listed import Entry, Listed
+from codebook_jax.data.sources.json_files import read_json, read_object
+from codebook_jax.data.sources.listed import Entry, Listed, captions_in, field
 from codebook_jax.data.sources.record import Request
 from codebook_jax.errors import UserError
 
@@ -19,24 +18,10 @@ FOLDERS = ("VG_100K", "VG_100K_2")
 SPLITS = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}  # for each role
 
 
-def open_coco(request: Request) -> Listed:
-    """`coco:PATH`: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
-    return _images(request, _coco_entries(request.place))
-
-
-def open_karpathy(request: Request) -> Listed:
-    """`karpathy:PATH`: {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}."""
-    return _images(request, _karpathy_entries(request))
-
-
-def open_visual_genome(request: Request) -> Listed:
-    """`vg:PATH`: [{"id", "regions": [{"phrase"}]}]."""
-    root = request.image_root or os.path.dirname(request.place)
-    return _images(request, _region_entries(request.place, root))
-
-
-def _images(request: Request, entries: Iterator[Entry]) -> Listed:
-    """A source of these images with all their captions, or as `?per=` asks."""
+def open_annotations(request: Request) -> Listed:
+    """`coco:PATH`, `karpathy:PATH` and `vg:PATH`."""
+    readers = {"coco": _coco_images, "karpathy": _karpathy_images, "vg": _genome_images}
+    entries = readers[request.scheme](request)
     if request.choice("per", ("image", "caption")) == "caption":
         entries = (
             entry._replace(captions=captions)
@@ -46,54 +31,49 @@ def _images(request: Request, entries: Iterator[Entry]) -> Listed:
     return Listed(request, entries)
 
 
-def _coco_entries(path: str) -> Iterator[Entry]:
-    """The images of a caption file, in its order."""
-    content, cure = read_object(path, "coco"), "give a COCO caption file, captions_train2014.json"
-    listed_images = field(path, content, "images", "a list", cure)
-    other = f"karpathy:{path} reads Karpathy's splits; otherwise {cure}"
-    annotations = field(path, content, "annotations", "a list", other)
-    images: dict[str, tuple[str, str, int | str]] = {}  # an id may be a number here, a text there
-    for number, image in enumerate(listed_images):
+def _coco_images(request: Request) -> Iterator[Entry]:
+    """{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}"""
+    path, content = request.place, read_object(request.place)
+    annotations = field(path, content, "annotations", "a list")
+    images: dict[str, Entry] = {}  # an id may be a number here, a text there
+    for number, image in enumerate(field(path, content, "images", "a list")):
         where = f"{path} images[{number}]"
         key = field(where, image, "id", "an id")
         if str(key) in images:
-            twin = images[str(key)][0]
-            raise UserError(f"{where} has the same id {key} as {twin}: give each image its own id")
-        images[str(key)] = where, field(where, image, "file_name", "a text"), key
+            raise UserError(f"{where} has the id {key} of {images[str(key)].where}: correct one")
+        images[str(key)] = Entry(where, field(where, image, "file_name", "a text"), (), key)
     captions: dict[str, list[str]] = {key: [] for key in images}
     for number, annotation in enumerate(annotations):
         where = f"{path} annotations[{number}]"
-        texts = captions_in(where, annotation, "caption", f"{cure}, not one of boxes")
+        texts = captions_in(where, annotation, "caption")
         key = str(field(where, annotation, "image_id", "an id"))
         if key not in captions:
             raise UserError(f"{where} names image {key}, which the file does not list: remove it")
         captions[key] += texts
-    del content, listed_images, annotations  # about 100 MB, no longer needed
-    for named, (where, file_name, key) in images.items():
-        yield Entry(where, file_name, tuple(captions[named]), key)
+    del content, annotations  # about 100 MB, no longer needed
+    for key, entry in images.items():
+        yield entry._replace(captions=tuple(captions[key]))
 
 
-def _karpathy_entries(request: Request) -> Iterator[Entry]:
-    """The images of the splits that `?split=` names, by default those of the role."""
-    path, cure = request.place, "give dataset_coco.json or dataset_flickr30k.json"
-    content = read_object(path, "karpathy")
-    if "annotations" in content:
-        cure = f"coco:{path} reads COCO caption files; otherwise {cure}"
-    images = field(path, content, "images", "a list", cure)
+def _karpathy_images(request: Request) -> Iterator[Entry]:
+    """{"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}, of the splits that
+    `?split=` names, by default those of the role.
+    """
+    path = request.place
+    images = field(path, read_object(path), "images", "a list")
     numbered = [(f"{path} images[{number}]", image) for number, image in enumerate(images)]
-    sizes = Counter(field(where, image, "split", "a text", cure) for where, image in numbered)
-    wanted = SPLITS[request.role]
+    sizes = Counter(field(where, image, "split", "a text") for where, image in numbered)
+    usual = SPLITS[request.role]
+    wanted = [split for split in usual if split in sizes] or usual
     if "split" in request.options:
         wanted = request.options["split"].replace("+", ",").split(",")
-    else:
-        wanted = [split for split in wanted if split in sizes] or wanted
-    absent = [split for split in wanted if split not in sizes]
-    if absent:
-        held = ", ".join(f"{count:,} of {name}" for name, count in sizes.items())
-        raise UserError(
-            f"{path} has no split {absent[0]!r} (it has {held or 'no images'}): name its splits, "
-            "for example ?split=train+restval"
-        )
+    for split in wanted:
+        if split not in sizes:
+            held = ", ".join(f"{count:,} of {name}" for name, count in sizes.items())
+            raise UserError(
+                f"{path} has no split {split!r} (it has {held or 'no images'}): name its splits, "
+                "for example ?split=train+restval"
+            )
     for where, image in numbered:
         if image["split"] not in wanted:
             continue
@@ -108,20 +88,22 @@ def _karpathy_entries(request: Request) -> Iterator[Entry]:
         yield Entry(where, name, tuple(captions), key)
 
 
-def _region_entries(path: str, root: str) -> Iterator[Entry]:
-    paths: dict[str, str] = {}
-    for where, image in read_json(path, "vg"):
-        regions = field(where, image, "regions", "a list", "give region_descriptions.json")
+def _genome_images(request: Request) -> Iterator[Entry]:
+    """[{"id", "regions": [{"phrase"}]}]"""
+    path, paths = request.place, {}
+    root = request.image_root or os.path.dirname(path)
+    for where, image in read_json(path):
+        regions = field(where, image, "regions", "a list")
         key = field(where, image, "id" if "id" in image else "image_id", "an id")
         phrases: dict[str, None] = {}
         for number, region in enumerate(regions):
-            texts = captions_in(f"{where} regions[{number}]", region, "phrase")
-            phrases |= dict.fromkeys(texts)
+            phrases |= dict.fromkeys(captions_in(f"{where} regions[{number}]", region, "phrase"))
         paths = paths or _paths(path, root)
         if str(key) not in paths:
             raise UserError(
-                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in "
-                f"{' or '.join(FOLDERS)}: put the published {IMAGE_DATA} beside {path}"
+                f"{where} names image {key}, which is neither in {IMAGE_DATA} nor in the folders "
+                f"{' and '.join(FOLDERS)} of {root or '.'}: put the published {IMAGE_DATA} beside "
+                f"{path}, or set config.data.image_root to the folder that holds both"
             )
         yield Entry(where, paths[str(key)], tuple(phrases), key)
 
@@ -129,23 +111,19 @@ def _region_entries(path: str, root: str) -> Iterator[Entry]:
 def _paths(path: str, root: str) -> dict[str, str]:
     """{image id: path below the root}, from image_data.json beside the file, or the folders."""
     beside, found = os.path.join(os.path.dirname(path), IMAGE_DATA), {}
-    for where, image in read_json(beside, "vg") if os.path.exists(beside) else ():
-        parts = field(where, image, "url", "a text").split("/")
-        key = field(where, image, "image_id" if "image_id" in image else "id", "an id")
-        if len(parts) < 2 or parts[-2] not in FOLDERS:
-            wrong = f'{where}, key "url": it does not end in VG_100K/NAME.jpg'
-            raise UserError(f"{wrong}: give the published {IMAGE_DATA}")
-        found[str(key)] = "/".join(parts[-2:])
-    for folder in () if os.path.exists(beside) else FOLDERS:
+    if os.path.exists(beside):
+        for where, image in read_json(beside):
+            key = field(where, image, "image_id" if "image_id" in image else "id", "an id")
+            url = field(where, image, "url", "a text")
+            found[str(key)] = "/".join(url.split("/")[-2:])
+            if not found[str(key)].startswith(FOLDERS):
+                wrong = f"{where} has the url {url}, not of VG_100K/NAME.jpg"
+                raise UserError(f"{wrong}: give the published {IMAGE_DATA}")
+        return found
+    for folder in FOLDERS:
         place = os.path.join(root, folder)
         for name in os.listdir(place) if os.path.isdir(place) else ():
-            stem, _, suffix = name.partition(".")
-            if stem.isdecimal() and suffix.lower() == "jpg":
+            stem, suffix = os.path.splitext(name)
+            if stem.isdecimal() and suffix.lower() == ".jpg":
                 found[stem] = f"{folder}/{name}"
-    if not found:
-        raise UserError(
-            f"cannot tell which of {' and '.join(FOLDERS)} holds the images of {path}: put the "
-            f"published {IMAGE_DATA} beside it, or set config.data.image_root to the folder that "
-            f"holds both (now {root or '.'})"
-        )
     return found

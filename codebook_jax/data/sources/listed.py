@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from codebook_jax.data.sources.record import NO_CAPTION, NamedSource, Record, Request, checked
+from codebook_jax.data.sources.record import NO_CAPTION, Record, Request, Source, checked
+from codebook_jax.data.sources.rows import Parts, names_in
 from codebook_jax.data.sources.texts import Texts, not_utf8, numbered, short_hash
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
+
+_KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
+_CURE = (
+    "correct it, name other keys with ?image_key=, ?caption_key= and ?id_key=, or read COCO's "
+    "caption files with coco:, Karpathy's splits with karpathy:, Visual Genome with vg:"
+)
 
 
 class Entry(NamedTuple):
@@ -25,15 +34,14 @@ class Entry(NamedTuple):
     key: int | str | None = None  # identifies the image; None: its path does
 
 
-class Listed(NamedSource):
+class Listed(Source):
     """The entries of a list as a source; those without a caption are left out and counted.
 
     Entries with the same key (or, without one, the same path) are the same image. For training each
     entry is a record, for evaluation all entries of one key and one path.
     """
 
-    def __init__(self, request: Request, entries: Iterable[Entry], *, listed: int = 0) -> None:
-        """`listed` is the size of the list that this one was made from, if that was longer."""
+    def __init__(self, request: Request, entries: Iterable[Entry]) -> None:
         self.form, self.place, self._folders = request.scheme, request.place, Folders(request)
         self.left_out: list[tuple[str, str]] = []
         entries = self._usable(entries)
@@ -48,16 +56,12 @@ class Listed(NamedSource):
                 self._captions.append(caption)
             self._first.append(len(self._captions))
         if not len(self):
-            wrong = "lists no pairs: give a file with at least one entry"
-            if self.left_out:
-                wrong = (
-                    f"lists no pairs with a caption, only {len(self.left_out):,} without (first: "
-                    f"{self.left_out[0][1]}): name the key or column of captions"
-                )
-            raise UserError(f"{self.place} {wrong}")
+            without = f" ({self.left_out[0][1]}, ...)" if self.left_out else ""
+            cure = "give a file of pairs, or name the key or column of captions"
+            raise UserError(f"{self.place} lists no pairs with a caption{without}: {cure}")
         self._ids = numbered(np.frombuffer(keys, np.uint64))[1]
         self._fingerprint = content.hexdigest()
-        self.listed = max(listed, len(self) + len(self.left_out))
+        self.listed = len(self) + len(self.left_out)
 
     def _usable(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """The entries with captions, with checked paths, which are keys where there is none."""
@@ -94,6 +98,41 @@ def _merged(entries: Iterable[Entry]) -> Iterable[Entry]:
     return merged.values()
 
 
+def pair_in(where: str, row: Any, parts: Parts) -> Entry:
+    """The pair in a row of a list; raises UserError, naming the row at `where`, if it is none."""
+    image = field(where, row, parts.image, "the path of an image")
+    captions, key = captions_in(where, row, parts.caption), None
+    if row.get(parts.id) not in (None, ""):
+        key = field(where, row, parts.id, "an id")
+    return Entry(where, image, captions, key)
+
+
+def field(where: str, row: Any, key: str, kind: str = "") -> Any:
+    """The value at a key of a row; raises UserError if there is none of this kind in _KINDS."""
+    if not isinstance(row, dict) or key not in row:
+        held = f"its keys: {names_in(row)}" if isinstance(row, dict) else f"it is {shown(row)}"
+        raise UserError(f'{where} has no key "{key}" ({held}): {_CURE}')
+    value = row[key]
+    if kind and (isinstance(value, bool) or value == "" or not isinstance(value, _KINDS[kind])):
+        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {_CURE}')
+    return value
+
+
+def captions_in(where: str, row: Any, key: str) -> tuple[str, ...]:
+    """The texts with words in the text, or list of texts, at a key of a row, or UserError."""
+    captions = field(where, row, key)
+    texts = [captions] if isinstance(captions, str) else captions or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        value = f'{where}, key "{key}": {shown(captions)}'
+        raise UserError(f"{value} is neither a text nor a list of texts: {_CURE}")
+    return tuple(filter(has_words, texts))
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, shortened."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:60]
+
+
 class Folders:
     """Where the images of a list are: below the image root, by default the folder of the list, or
     where the rules "OLD=NEW,OLD=NEW" lead: the longest OLD wins; an empty NEW is the image root.
@@ -102,9 +141,9 @@ class Folders:
     def __init__(self, request: Request) -> None:
         self.root = os.path.abspath(request.image_root or os.path.dirname(request.place))
         path_map, rules = request.settings.path_map, []
-        for rule in filter(None, (part.strip() for part in path_map.split(","))):
-            old, equals, new = rule.rpartition("=")
-            if not equals or not old:
+        for rule in filter(None, map(str.strip, path_map.split(","))):
+            old, _, new = rule.rpartition("=")
+            if not old:
                 raise UserError(
                     f"config.data.path_map={path_map!r}: {rule!r} is not OLD=NEW: give the "
                     "beginning of the listed paths and the folder here, as in /export/vl=/data"
@@ -119,29 +158,25 @@ class Folders:
 
     def check(self, where: str, image: str) -> str:
         """A listed path as it is if a rule of the map matches, else relative to the root; raises
-        UserError, naming the entry at `where`, if it leads out of the folder.
+        UserError, naming the entry at `where`, if it leads out of the folder or is a URL.
         """
         folder, rest, is_mapped = self._split(image)
-        entry, scheme = f'{where}, key "image": {image!r}', image.partition("://")[0]
-        if not is_mapped and scheme != image:
-            cure = (
-                "map its beginning to a folder here, for example "
-                f"--config.data.path_map={scheme}://PLACE=/data"
-            )
-            if scheme.lower() in ("http", "https"):
-                cure = (
-                    "download the images with img2dataset and read its shards with "
-                    "webdataset:SHARDS.tar, or name the column of paths with ?image_key="
-                )
-            raise UserError(f"{entry} is a URL, not a path on this machine: {cure}")
         path, inside = os.path.normpath(os.path.join(folder, rest)), folder.rstrip(os.sep) + os.sep
-        if "\0" in image or not path.startswith(inside):
-            outside = "its folder of config.data.path_map," if is_mapped else "the image root"
-            raise UserError(
-                f"{entry} is outside {outside} {folder}: set config.data.image_root to the folder "
-                "that holds the images, or map the beginning of the paths to a folder here, for "
-                "example --config.data.path_map=/export/home=/data"
+        wrong, scheme = "", image.partition("://")[0]
+        if not is_mapped and scheme != image:
+            wrong = (
+                "is a URL, not a path on this machine: download the images with img2dataset and "
+                "read its shards with webdataset:SHARDS.tar, name the column of paths with "
+                f"?image_key=, or give --config.data.path_map={scheme}://PLACE=/data"
             )
+        elif "\0" in image or not path.startswith(inside):
+            wrong = (
+                f"is outside the {'mapped folder' if is_mapped else 'image root'} {folder}: set "
+                "config.data.image_root to the folder that holds the images, or map the beginning "
+                "of the paths to a folder here: --config.data.path_map=/export/home=/data"
+            )
+        if wrong:
+            raise UserError(f'{where}, key "image": {image!r} {wrong}')
         return image if is_mapped else path[len(inside) :]
 
     def _split(self, image: str) -> tuple[str, str, bool]:
@@ -153,18 +188,12 @@ class Folders:
 
 
 @contextlib.contextmanager
-def open_text(path: str, wanted: str, newline: str | None = None) -> Iterator[TextIO]:
-    """A UTF-8 file; if it cannot be read, raises UserError with `wanted`, what to give instead."""
+def open_text(path: str, newline: str | None = None) -> Iterator[TextIO]:
+    """A file in UTF-8; raises UserError if it cannot be read."""
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError as failure:
-        raise UserError(f"{path} {not_utf8(failure)}: give {wanted}, saved as UTF-8") from failure
+        raise UserError(f"{path} {not_utf8(failure)}: save it as UTF-8") from failure
     except OSError as failure:
-        raise UserError(f"{path} cannot be read ({failure.strerror}): give {wanted}") from failure
-
-
-def keys_of(entry: Mapping[str, Any] | Sequence[str]) -> str:
-    """The keys of an entry, for messages."""
-    keys = [*map(str, entry)]
-    return ", ".join([*keys[:10], *["..."] * (len(keys) > 10)]) or "none"
+        raise UserError(f"{path} cannot be read ({failure.strerror}): give a file") from failure

@@ -1,7 +1,5 @@
-"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, or several.
-
-A new source is a function of a Request that returns a Source, and a line of `SCHEMES` with its
-options. A format that lists image files returns `Listed(request, entries)`.
+"""Opens the sources that a config names: `json:PATH`, `records:FOLDER?weight=2`, or several. A new
+source is a function of a Request that returns a Source, and a line of `SCHEMES` with its options.
 """
 
 from __future__ import annotations
@@ -14,12 +12,12 @@ from typing import NamedTuple
 
 import ml_collections
 
-from codebook_jax.data.sources.annotations import open_coco, open_karpathy, open_visual_genome
+from codebook_jax.data.sources.annotations import open_annotations
 from codebook_jax.data.sources.builders import open_tfds
 from codebook_jax.data.sources.hub import open_hugging_face
 from codebook_jax.data.sources.json_files import open_json
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.sources.record import PARTS, ROLES, Request, Settings, Source
+from codebook_jax.data.sources.record import PARTS, Request, Settings, Source
 from codebook_jax.data.sources.records import Records
 from codebook_jax.data.sources.scenes import Scenes
 from codebook_jax.data.sources.tables import open_table
@@ -41,47 +39,38 @@ SCHEMES = {
     "json": Scheme(open_json, "json:PAIRS.json(l)", ("image_root", *_KEYS)),
     "csv": Scheme(open_table, "csv:PAIRS.csv", _TABLE),
     "tsv": Scheme(open_table, "tsv:PAIRS.tsv", _TABLE),
-    "coco": Scheme(open_coco, "coco:CAPTIONS.json", _IMAGES),
-    "karpathy": Scheme(open_karpathy, "karpathy:DATASET.json", (*_IMAGES, "split")),
-    "vg": Scheme(open_visual_genome, "vg:REGION_DESCRIPTIONS.json", _IMAGES),
+    "coco": Scheme(open_annotations, "coco:CAPTIONS.json", _IMAGES),
+    "karpathy": Scheme(open_annotations, "karpathy:DATASET.json", (*_IMAGES, "split")),
+    "vg": Scheme(open_annotations, "vg:REGION_DESCRIPTIONS.json", _IMAGES),
     "webdataset": Scheme(Shards, "webdataset:SHARDS.tar", ("caption_key",)),
     "records": Scheme(Records, "records:FOLDER"),
     "tfds": Scheme(open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
     "hf": Scheme(open_hugging_face, "hf:NAME_OR_FOLDER:SPLIT", _KEYS),
 }
+_SPEC = re.compile(r"(?:(\w+)(?::|(?=\?)|$))?(.*?)(?:\?(\w+=[^?]*))?", re.DOTALL)
 
 
 def open_source(spec: str, *, role: str, **settings: str | int) -> Source:
     """The source that `spec` names, or the mixture, for one of ROLES, with the fields of Settings;
     raises UserError if it cannot be opened.
     """
-    if role not in ROLES:
-        raise ValueError(f"role={role!r} is not one of {ROLES}")
     opened = [_open(part, role, Settings(**settings)) for part in split_specs(spec)]
     if len(opened) == 1:
         return opened[0][0]
     sources, weights = zip(*opened, strict=True)
     weighted = sum(weight is not None for weight in weights)
-    if weighted not in (0, len(weights)):
-        how_many = f"{weighted} of {len(weights)} sources have a weight"
-        raise UserError(f"{spec!r}: {how_many}: give ?weight= to each, or to none")
-    if weighted and role != "train":
-        raise UserError(f"{spec!r}: weights only apply to training: leave them out for evaluation")
+    if weighted and (weighted < len(weights) or role != "train"):
+        how_many = f"{weighted} of {len(weights)} {role} sources have a weight"
+        raise UserError(f"{spec!r}: {how_many}: give ?weight= to all of training, or to none")
     return Mixture(sources, weights if weighted else None)
 
 
 def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source:
     """The source that `spec` names, for `role`, with the fields of `config`."""
-    return open_source(
-        spec,
-        role=role,
-        size_px=config.model.image.size_px,
-        scenes_examples=config.data.scenes_examples,
-        seed=config.seed,
-        image_root=config.data.image_root,
-        path_map=config.data.path_map,
-        damaged_shards=config.data.damaged_shards,
-    )
+    names = ("scenes_examples", "image_root", "path_map", "damaged_shards")
+    settings = {name: config.data[name] for name in names}
+    settings |= {"size_px": config.model.image.size_px, "seed": config.seed}
+    return open_source(spec, role=role, **settings)
 
 
 def split_specs(spec: str) -> list[str]:
@@ -92,25 +81,21 @@ def split_specs(spec: str) -> list[str]:
 
 def _open(spec: str, role: str, settings: Settings) -> tuple[Source, float | None]:
     """The source, and its weight in a mixture (None: not given)."""
-    name, rest = re.match(r"(?:(\w+)(?::|(?=\?)|$))?(.*)", spec, re.DOTALL).groups()
+    name, place, tail = _SPEC.fullmatch(spec).groups(default="")
     scheme = SCHEMES.get(name)
-    if scheme is None or (name != "scenes" and not rest.partition("?")[0]):
+    if scheme is None or (name != "scenes" and not place):
         hint = f"use {', '.join(scheme.form for scheme in SCHEMES.values())}"
         if spec.endswith((".json", ".jsonl")):
             hint = f"did you mean json:{spec}"
         raise UserError(f"{spec!r} does not name a source for {role} data: {hint}")
-    place, mark, tail = rest.rpartition("?")
-    if not mark or not re.match(r"\w+=", tail):
-        place, tail = rest, ""
-    options, allowed = {}, ("weight", *scheme.options)
-    for part in tail.split("&") if tail else ():
-        option, equals, value = part.partition("=")
-        if not equals or option not in allowed:
+    options = dict(part.partition("=")[::2] for part in tail.split("&") if part)
+    allowed = ("weight", *scheme.options)
+    for option in options:
+        if option not in allowed:
             raise UserError(
-                f"{spec!r}: {part!r} is not an option of this source: use NAME=VALUE with "
+                f"{spec!r}: {option!r} is not an option of this source: use NAME=VALUE with "
                 f"{', '.join(allowed)}{did_you_mean(option, allowed)}"
             )
-        options[option] = value
     weight = None
     if "weight" in options:
         with contextlib.suppress(ValueError):

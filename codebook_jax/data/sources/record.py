@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from codebook_jax.data.images import UnreadableImage
 from codebook_jax.errors import UserError
 
 NO_CAPTION = "has no caption with words"
+VOCABULARY_CAPTIONS = 200_000  # at most so many are read to train a vocabulary
 ROLES = ("train", "validation", "test")
 PARTS = ("image", "caption", "id")  # of a pair; `?image_key=` names the field that holds one
 
@@ -34,8 +34,11 @@ class Record(NamedTuple):
 class Source(Protocol):
     """Records by index. It can be pickled and read from several threads."""
 
+    form: str  # the scheme and place that name it
+    place: str
     listed: int  # records, including those left out
-    left_out: Sequence[tuple[str, str]]  # (name or place, why) of records that this source left out
+    left_out: Sequence[tuple[str, str]] = ()  # (name or place, why) of records that it left out
+    _fingerprint: str
 
     def __len__(self) -> int: ...
 
@@ -52,32 +55,18 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""
-
-    def __repr__(self) -> str:
-        """A description of the source, without memory addresses; packed folders compare it."""
-
-
-class NamedSource(Source):
-    """A source that keeps the scheme and place that name it, and its fingerprint."""
-
-    form: str
-    place: str
-    _fingerprint: str
-
-    def fingerprint(self) -> str:
         return self._fingerprint
 
     def __repr__(self) -> str:
+        """A description of the source, without memory addresses; packed folders compare it."""
         return f"{self.form}({self.place!r}, images={len(self)})"
 
 
-@contextlib.contextmanager
-def required() -> Iterator[None]:
-    """Raises UserError where a record must be readable, as when captions are read at start."""
-    try:
-        yield
-    except UnreadableImage as failure:
-        raise UserError(f"{failure}: see that the files are there, then start again") from failure
+def sample_captions(source: Source, most: int = VOCABULARY_CAPTIONS) -> Iterator[str]:
+    """At most `most` captions, of records spread evenly over the source."""
+    records = min(len(source), max(1, most // max(1, len(source.captions(0)))))
+    spread = (record * len(source) // records for record in range(records))
+    yield from itertools.islice(itertools.chain.from_iterable(map(source.captions, spread)), most)
 
 
 class Settings(NamedTuple):
@@ -118,9 +107,8 @@ class Request(NamedTuple):
         """The value of an option, by default the first choice; raises UserError for another."""
         value = self.options.get(option, choices[0])
         if value not in choices:
-            usable = " or ".join(f"{option}={choice}" for choice in choices)
-            where = f"{self.scheme}:{self.place}"
-            raise UserError(f"{where}: {option}={value} is not valid: use {usable}")
+            use = f"use {' or '.join(choices)}"
+            raise UserError(f"{self.scheme}:{self.place}: {option}={value} is not valid: {use}")
         return value
 
 
@@ -140,14 +128,3 @@ def part_of(starts: np.ndarray, index: int) -> tuple[int, int]:
 def digest(parts: Sequence[str]) -> str:
     """A hash of these texts, for fingerprints."""
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-class Recent:
-    """The last opened files by name, for several threads; another process opens its own."""
-
-    def __init__(self, opens: Callable[[str], object], most: int) -> None:
-        self._arguments = opens, most
-        self.open = functools.lru_cache(most)(opens)  # closes when the last thread is done with it
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return Recent, self._arguments

@@ -4,30 +4,19 @@ folder.
 
 from __future__ import annotations
 
-import os
+import functools
 import resource
 from array import array
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 import numpy as np
 
-from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.manifest import Manifest, Shard, index_name, misfits, read_manifest
-from codebook_jax.data.sources.record import (
-    NO_CAPTION,
-    NamedSource,
-    Recent,
-    Record,
-    Request,
-    WithoutCaption,
-    checked,
-    digest,
-    part_of,
-)
+from codebook_jax.data.sources.record import Request, digest, part_of
+from codebook_jax.data.sources.rows import Parts, Rows
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
@@ -36,16 +25,14 @@ from codebook_jax.files import parse_json
 if TYPE_CHECKING:
     from array_record.python.array_record_module import ArrayRecordReader
 
-_INDEXES_HELD = 8
-_READER_OPTIONS = "readahead_buffer_size:0"  # records are read singly, in random order
-_READER_BUFFER_BYTES = 1 << 15
 
-
-class Records(NamedSource):
+class Records(Rows):
     """The records of a packed folder; files are opened on first use.
 
     For evaluation, records of one image id with the same picture are one, with all captions.
     """
+
+    _parts = Parts("image", "captions", "name")
 
     def __init__(self, request: Request) -> None:
         """Raises UserError if a shard is missing or has another size, and is not to be skipped."""
@@ -53,66 +40,39 @@ class Records(NamedSource):
         manifest = read_manifest(self.place)
         self._shards, self.left_out = _sound(self.place, manifest, request.settings.damaged_shards)
         self._starts = np.cumsum([0, *(shard.records for shard in self._shards)])
-        self.listed = manifest.listed
+        self.listed, self._count = manifest.listed, int(self._starts[-1])
         self._fingerprint = digest([f"records 1 {merge}", *(s.sha256 for s in self._shards)])
-        self._readers = Recent(partial(_reader, self.place), _most_readers())
-        self._indexes = Recent(partial(_index, self.place), _INDEXES_HELD)
-        self._images = self._merged() if merge else None
+        self._groups = self._merged() if merge else None
 
-    def __len__(self) -> int:
-        return int(self._starts[-1]) if self._images is None else len(self._images[1]) - 1
+    def _place(self, row: int) -> str:
+        which, place = part_of(self._starts, row)
+        return f"{self.place}/{self._shards[which].file}, record {place}"
 
-    def __getitem__(self, index: int) -> Record:
-        shard, place = self._place(self._members(index)[0])
-        where = f"{self.place}/{shard.file}, record {place}"
+    def _read(self, row: int, part: str) -> Mapping[str, Any]:
+        which, place = part_of(self._starts, row)
+        file = self._shards[which].file
+        if part == "image":
+            packed = _reader(f"{self.place}/{file}", self._fingerprint).read([place])[0]
+            return msgpack.unpackb(packed, unicode_errors="surrogatepass")
         try:
-            packed = self._readers.open(shard.file).read([place])[0]
-            content = msgpack.unpackb(packed, unicode_errors="surrogatepass")
-        except Exception as failure:  # of ArrayRecord and msgpack, many kinds
-            why = (str(failure).split(";")[0].splitlines() or [repr(failure)])[0]
-            raise UnreadableImage(f"{where}: {why}") from failure
-        captions = tuple(filter(has_words, content["captions"]))
-        if self._images is not None:
-            captions = self.captions(index)
-        if not captions:  # packed by an older version, which kept them
-            raise WithoutCaption(f"{where} {NO_CAPTION}")
-        return Record(content["image"], captions, content["image_id"])
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        texts = (text for own in self._members(index) for text in self._entry(own)["captions"])
-        texts = texts if self._images is None else dict.fromkeys(texts)
-        return tuple(filter(has_words, texts))
-
-    def name(self, index: int) -> str:
-        return self._entry(self._members(index)[0])["name"]
-
-    def _members(self, index: int) -> Sequence[int]:
-        checked(index, len(self))
-        if self._images is None:
-            return (index,)
-        members, first = self._images
-        return members[first[index] : first[index + 1]]
-
-    def _place(self, own: int) -> tuple[Shard, int]:
-        """(shard, place within it) of a record of the shards."""
-        which, place = part_of(self._starts, own)
-        return self._shards[which], place
-
-    def _entry(self, own: int) -> dict[str, Any]:
-        """A line of an index."""
-        shard, place = self._place(own)
-        try:
-            return parse_json(self._indexes.open(shard.file)[place])
+            return parse_json(_index(f"{self.place}/{index_name(file)}", self._fingerprint)[place])
         except (OSError, ValueError, IndexError) as failure:
             raise UserError(
-                f"{self.place}/{index_name(shard.file)}, line {place + 1} cannot be read "
-                f"({failure}): run the same --mode=prepare command again; it repacks damaged "
-                "shards"
+                f"{self.place}/{index_name(file)}, line {place + 1} cannot be read ({failure}): "
+                "run the same --mode=prepare command again; it repacks damaged shards"
             ) from failure
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        texts = [text for row in rows for text in row["captions"]]
+        texts = texts if self._groups is None else dict.fromkeys(texts)
+        return tuple(filter(has_words, texts))  # older versions packed captions without words
+
+    def _image_id(self, index: int, row: Mapping[str, Any]) -> int:
+        return row["image_id"]
 
     def _merged(self) -> tuple[np.ndarray, np.ndarray]:
         """The records of the shards grouped by image; reads all indexes."""
-        entries = map(self._entry, range(int(self._starts[-1])))
+        entries = (self._read(row, "id") for row in range(self._count))
         keys = (repr((entry["image_id"], entry["sha256"])) for entry in entries)
         hashes = np.frombuffer(array("Q", map(short_hash, keys)), np.uint64)
         return grouped(numbered(hashes)[1])
@@ -123,10 +83,9 @@ def _sound(folder: str, manifest: Manifest, damaged: str) -> tuple[list[Shard], 
     wrong = dict(misfits(folder, manifest.shards))
     sound = [shard for number, shard in enumerate(manifest.shards) if number not in wrong]
     if (wrong and damaged == "refuse") or not any(shard.records for shard in sound):
-        why = next(iter(wrong.values()), "it has no records")
-        held = f"{len(wrong)} of {len(manifest.shards)} shards are damaged"
         raise UserError(
-            f"{folder}: {why} ({held}): run the same --mode=prepare command "
+            f"{folder}: {next(iter(wrong.values()), 'it has no records')} ({len(wrong)} of "
+            f"{len(manifest.shards)} shards are damaged): run the same --mode=prepare command "
             "again, it repacks damaged shards; or leave them out with "
             "--config.data.damaged_shards=skip"
         )
@@ -134,21 +93,19 @@ def _sound(folder: str, manifest: Manifest, damaged: str) -> tuple[list[Shard], 
     return sound, [(s.file, f"{why}: {s.records:,} records left out") for s, why in lost]
 
 
-def _reader(folder: str, name: str) -> ArrayRecordReader:
+@functools.lru_cache(max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)))
+def _reader(path: str, source: str) -> ArrayRecordReader:
+    """The reader of a shard of a source with this fingerprint; several threads may use it."""
     from array_record.python import array_record_module
 
     return array_record_module.ArrayRecordReader(
-        os.path.join(folder, name),
-        options=_READER_OPTIONS,
-        file_reader_buffer_size=_READER_BUFFER_BYTES,
+        path,
+        options="readahead_buffer_size:0",  # records are read singly, in random order
+        file_reader_buffer_size=1 << 15,
     )
 
 
-def _index(folder: str, name: str) -> list[bytes]:
-    """The lines of a shard's index."""
-    return Path(folder, index_name(name)).read_bytes().split(b"\n")
-
-
-def _most_readers() -> int:
-    """Shards kept open: a quarter of the process's limit, since a mixture has several sources."""
-    return max(8, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+@functools.lru_cache(8)
+def _index(path: str, source: str) -> list[bytes]:
+    """The lines of the index of a shard of a source with this fingerprint."""
+    return Path(path).read_bytes().split(b"\n")

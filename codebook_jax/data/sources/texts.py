@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,10 +11,8 @@ import numpy as np
 class Texts:
     """A growing sequence of texts, stored as one run of UTF-8 bytes and the start of each."""
 
-    def __init__(self, texts: Iterable[str] = ()) -> None:
+    def __init__(self) -> None:
         self._packed, self._starts = bytearray(), array("q", [0])
-        for text in texts:
-            self.append(text)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -30,9 +27,7 @@ class Texts:
 
 
 def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [kinds]: where each key first appears, int32 [keys]: its number), from 0 in order of
-    first appearance.
-    """
+    """(int64 [kinds]: where each key first appears, int32 [keys]: its number in that order)"""
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(first)
     places = np.empty(len(first), np.int32)

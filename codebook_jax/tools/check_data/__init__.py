@@ -17,8 +17,8 @@ import numpy as np
 from codebook_jax.data.manifest import verify
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
+from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.sources.records import Records
-from codebook_jax.data.sources.sample import sample_captions
 from codebook_jax.data.sources.scenes import Scenes
 from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling

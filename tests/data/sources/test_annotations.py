@@ -167,7 +167,7 @@ def test_visual_genome_with_its_images_elsewhere(tmp_path):
     (tmp_path / "images" / "VG_100K" / "10.jpg").unlink()
     assert "[2] names image 10, " in refusal(f"vg:{path}", image_root=f"{tmp_path}/images")
     write(tmp_path / "lists" / "image_data.json", [{"image_id": 1, "url": "https://a.org/1.jpg"}])
-    assert 'image_data.json[0], key "url"' in refusal(f"vg:{path}")
+    assert "image_data.json[0] has the url https" in refusal(f"vg:{path}")
 
 
 def test_a_long_list_is_parsed_an_image_at_a_time(tmp_path):
@@ -191,43 +191,27 @@ def test_a_long_list_is_parsed_an_image_at_a_time(tmp_path):
 # Mistakes
 
 CONTENTS = {"coco": COCO, "karpathy": karpathy(("train", "train")), "vg": REGIONS}
-LONG, DEEP = "9" * 5000, "[" * 100_000
+LONG = f'{{"images": [{{"id": {"9" * 5000}, "file_name": "a"}}], "annotations": []}}'
 BROKEN = [  # (scheme, a change or another content, the refusal)
-    (
-        "coco",
-        f'{{"images": [{{"id": {LONG}, "file_name": "a"}}], "annotations": []}}',
-        r'images\[0\], key "id": .*5,000 digits',
-    ),
-    ("coco", '{"images": [], "images": []}', "cannot be read .*'images' twice"),
+    ("coco", LONG, r'images\[0\], key "id": .*5,000 digits'),
     ("coco", lambda c: c["annotations"][1].update(image_id=9), r"annotations\[1\] .*image 9\b"),
-    (
-        "coco",
-        lambda c: c["annotations"].insert(0, {"image_id": 42, "bbox": [0, 0, 1, 1]}),
-        r'annotations\[0\] has no key "caption" .*captions_train2014.json, not one of boxes',
-    ),
-    ("coco", lambda c: c.pop("annotations"), 'no key "annotations".*karpathy:'),
-    ("coco", lambda c: c["images"][1].pop("file_name"), r'images\[1\] has no key "file_name"'),
+    ("coco", lambda c: c["annotations"][1].pop("caption"), r'\[1\] has no key "caption" .*coco:'),
     ("coco", lambda c: c["images"][1].update(id=42), r"images\[1\] .*id 42 .*images\[0\]"),
     ("coco", lambda c: c["annotations"][0].update(caption=3), r'annotations\[0\], key "caption"'),
-    ("coco", lambda c: c["images"].insert(0, 3), r"images\[0\] is 3, not an object"),
-    ("coco", "\n{", "is not JSON .*line 2"),
+    ("coco", lambda c: c["images"].insert(0, 3), r'images\[0\] has no key "id" \(it is 3\)'),
+    ("coco", CONTENTS["karpathy"], 'no key "annotations" .*karpathy:'),
+    ("karpathy", COCO, r'images\[0\] has no key "split" .*coco:'),
+    ("karpathy", [{"image": "a", "caption": "b"}] * 2, r'no key "images" \(it is \[{'),
     (
         "karpathy",
         lambda c: c["images"][0]["sentences"][1].pop("raw"),
         r'images\[0\] sentences\[1\] has no key "raw"',
     ),
     ("karpathy", lambda c: c["images"][0].update(filepath=3), 'key "filepath": 3 '),
-    ("karpathy", lambda c: c.pop("images"), "its keys: dataset.*dataset_coco"),
     ("vg", lambda c: c[0]["regions"][0].pop("phrase"), r'\[0\] regions\[0\] has no key "phrase"'),
     ("vg", lambda c: c[0].pop("id"), r'\[0\] has no key "image_id"'),
-    ("vg", '[{"id": 1, "regions": []},\n {"id"', "is not JSON .*line 2"),
-    (
-        "vg",
-        '[{"id": 1, "regions": []}\n {"id": 2}]',
-        "is not JSON .expecting ',' delimiter, line 2",
-    ),
-    ("vg", "[]\n[]", "is not JSON .extra data, line 2"),
-    ("vg", '[{"id": 1, "regions": []},' + DEEP, r"\[1\] cannot be read .*nested"),
+    ("vg", '[{"id": 1, "regions": []},\n {"id"', "JSON .*line 2"),
+    ("json", json.dumps(COCO, indent=1), "coco:.* karpathy:.* vg:"),
 ]
 
 
@@ -236,22 +220,6 @@ def test_a_file_that_does_not_fit_together_is_refused_with_the_place(
     tmp_path, scheme, change, words
 ):
     write(tmp_path / "image_data.json", IMAGE_DATA)
-    path = write(tmp_path / f"{scheme}.json", changed(CONTENTS[scheme], change))
+    path = write(tmp_path / f"{scheme}.json", changed(CONTENTS.get(scheme), change))
     said = refusal(f"{scheme}:{path}")
     assert re.search(words, said) and str(path) in said
-
-
-def test_a_file_given_to_another_scheme_is_sent_to_its_own(tmp_path):
-    paths = {name: write(tmp_path / f"{name}.json", held) for name, held in CONTENTS.items()}
-    pretty = write(tmp_path / "pretty.json", json.dumps(COCO, indent=1))
-    pairs = write(tmp_path / "pairs.json", [{"image": "a.jpg", "caption": "one"}])
-    for path, scheme in ((pretty, "coco"), *((path, name) for name, path in paths.items())):
-        assert f"is read with {scheme}:" in refusal(f"json:{path}")
-    assert f"karpathy:{paths['karpathy']} reads" in refusal(f"coco:{paths['karpathy']}")
-    assert f"coco:{paths['coco']} reads" in refusal(f"karpathy:{paths['coco']}")
-    for scheme in ("coco", "karpathy"):
-        said = refusal(f"{scheme}:{pairs}")
-        assert "object" in said and f"json:{pairs}" in said
-    assert '[0] has no key "regions" (its keys: image, caption)' in refusal(f"vg:{pairs}")
-    assert "vg: reads" in refusal(f"vg:{paths['coco']}")
-    assert "after coco:" in refusal(f"coco:{tmp_path}/gone.json")

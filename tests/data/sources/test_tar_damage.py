@@ -12,7 +12,7 @@ import pytest
 from list_files import captions, picture, records
 from tar_files import open_it, pairs, refusal, samples, write, write_three
 
-from codebook_jax.data.sources import tar_index
+from codebook_jax.data.sources import tar
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def folder(tmp_path):
     [
         (
             [("a.jpg", "A"), ("a.txt", "a"), ("a.jpg", "B")],
-            r"s\.tar: a\.jpg .*more than once.*=skip",
+            r"s\.tar: a has jpg more than once.*=skip",
         ),
-        ([("a.jpg", "A"), ("a.txt", b"a caf\xe9")], r"a\.txt is not UTF-8 .*byte e9 after 'a caf'"),
+        ([("a.jpg", "A"), ("a.txt", b"a caf\xe9")], r"txt is not UTF-8 .*byte e9 after 'a caf'"),
     ],
 )
 def test_a_duplicate_member_or_a_caption_not_in_utf8_is_refused_or_left_out(
@@ -43,7 +43,7 @@ def test_a_duplicate_member_or_a_caption_not_in_utf8_is_refused_or_left_out(
 def test_what_is_behind_the_end_mark_of_an_archive_is_not_lost_in_silence(tmp_path):
     parts = [write(tmp_path / f"{n}.tar", samples(n, 2)).read_bytes() for n in (0, 2)]
     (tmp_path / "joined.tar").write_bytes(b"".join(parts))
-    assert "joined.tar goes on behind the end mark" in refusal(tmp_path / "joined.tar")
+    assert "joined.tar: goes on behind the end mark" in refusal(tmp_path / "joined.tar")
     (tmp_path / "padded.tar").write_bytes(parts[0] + bytes(100_000))
     assert len(open_it(tmp_path / "padded.tar")) == 2
 
@@ -51,26 +51,24 @@ def test_what_is_behind_the_end_mark_of_an_archive_is_not_lost_in_silence(tmp_pa
 @pytest.mark.parametrize(
     ("compress", "suffix", "tool"),
     [
-        (gzip.compress, "gz", "gzip -dc"),
-        (bz2.compress, "bz2", "bzip2 -dc"),
-        (lzma.compress, "xz", "xz -dc"),
-        (lambda _: b"\x28\xb5\x2f\xfd" + bytes(600), "zst", "zstd -dc"),
+        (gzip.compress, "gz", "gzip"),
+        (bz2.compress, "bz2", "bzip2"),
+        (lzma.compress, "xz", "xz"),
+        (lambda _: b"\x28\xb5\x2f\xfd" + bytes(600), "zst", "zstd"),
     ],
 )
-def test_compressed_shards_are_refused_with_what_unpacks_them(
-    tmp_path, folder, compress, suffix, tool
-):
-    content, other = compress((folder / "00000.tar").read_bytes()), tmp_path / "other"
+def test_compressed_shards_are_refused_with_what_unpacks_them(folder, compress, suffix, tool):
+    content, other = compress((folder / "00000.tar").read_bytes()), folder / "other"
     other.mkdir()
-    for name in ("named.tar", f"00003.tar.{suffix}", f"00004.t{suffix}"):
+    for name in ("named.tar", f"00003.tar.{suffix}"):
         (other / name).write_bytes(content)
-        for ending in ("", "/*", f"/{name}", "/*.tar", f"/{name.partition('.')[0]}.tar"):
-            assert re.search(f"is compressed: .*{tool}", refusal(f"{other}{ending}"))
+        for ending in ("", "/*", f"/{name}", "/*.tar"):
+            assert re.search(f"is compressed .*{tool} -dc", refusal(f"{other}{ending}"))
         (other / name).unlink()
     (folder / f"00000.tar.{suffix}").write_bytes(content)  # beside its unpacked version
     assert len(open_it(folder)) == 15
     (folder / f"00009.tar.{suffix}").write_bytes(content)
-    assert f"00009.tar.{suffix} is compressed" in refusal(folder)
+    assert f"00009.tar.{suffix}: is compressed" in refusal(folder)
 
 
 def ends_of(path):
@@ -87,7 +85,7 @@ def test_a_shard_cut_short_is_named_and_gives_its_whole_samples_if_asked(tmp_pat
     place, found = f"{tmp_path}/{{00000..00001}}.tar", set()
     for length in [*range(0, mark + 1, 331), ends[3] - 1, ends[3], ends[-1] - 1, ends[-1], mark]:
         (tmp_path / "00000.tar").write_bytes(whole[:length])
-        assert re.search(r"00000\.tar (ends|is empty).*damaged_shards=skip", refusal(place))
+        assert re.search(r"00000\.tar: (is cut|ends inside).*damaged_shards=skip", refusal(place))
         source = open_it(place, damaged_shards="skip")
         # Samples followed by a complete image; otherwise the last may lack a member.
         numbers = [*range(sum(end <= length for end in ends[3::3])), 7, 8]
@@ -106,19 +104,15 @@ def test_a_shard_with_garbage_inside_is_damaged_from_there(tmp_path):
     for first, size in ((header, 512), (header + 124, 12)):
         garbage = b"-1 \xff" * (size // 4)
         path.write_bytes(content[:first] + garbage + content[first + size :])
-        assert f"is no tar file from byte {header:,}" in refusal(path)
+        assert f"header or end mark at byte {header:,}" in refusal(path)
         assert len(open_it(path, damaged_shards="skip")) == 1
 
 
 def test_sizes_that_a_header_cannot_hold_are_read_from_beside_it(tmp_path):
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w") as shard:
-        for name, content in (
-            ("a.jpg", b"A" * 600),
-            ("a.txt", b"1"),
-            ("b.jpg", b"B"),
-            ("b.txt", b"2"),
-        ):
+        contents = {"a.jpg": b"A" * 600, "a.txt": b"1", "b.jpg": b"B", "b.txt": b"2"}
+        for name, content in contents.items():
             member = tarfile.TarInfo(name)
             member.size, member.pax_headers = len(content), {"size": str(len(content))}
             shard.addfile(member, io.BytesIO(content))
@@ -137,15 +131,14 @@ def test_what_is_no_shard_is_refused_with_a_cure(folder, tmp_path_factory):
     write(other / "bare.tar", [("README", "nothing"), ("a/.x", "nothing")])
     (other / "none").mkdir()
     for place, words in {
-        f"{other}/text.tar": "is no tar file from byte 0",
+        f"{other}/text.tar": "no tar file: no header .* at byte 0",
         f"{other}/bare.tar": "has no sample .*KEY.jpg",
         f"{other}/none": "names no .tar file",
-        f"{other}/gone.tar": r"gone\.tar cannot be read \(No such file",
+        f"{other}/gone.tar": r"gone\.tar: cannot be read \(No such file",
         f"{other}/x*.tar": "names no .tar file",
         f"{other}/{{5..3}}.tar": "names no .tar file",
-        "https://host/{00000..00331}.tar": "https://host/.*download",
-        "pipe:cat x.tar": "pipe:cat x.tar .*download",
-        f"{folder}/{{00000..00004}}.tar": r"00003\.tar cannot be read",
+        "https://host/{00000..00331}.tar": "https://host/00000.tar: cannot be read",
+        f"{folder}/{{00000..00004}}.tar": r"00003\.tar: cannot be read",
     }.items():
         assert re.search(words, refusal(place)), place
     source = open_it(f"{folder}/{{00000..00004}}.tar", damaged_shards="skip")
@@ -167,9 +160,9 @@ def settled(folder):
 @pytest.fixture
 def headers_read(monkeypatch):
     """The shards whose headers were read, as they are."""
-    read, real = [], tar_index._read_shard
+    read, real = [], tar._read_shard
     monkeypatch.setattr(
-        tar_index, "_read_shard", lambda file, key: read.append(file.name) or real(file, key)
+        tar, "_read_shard", lambda file, key: read.append(file.name) or real(file, key)
     )
     return read
 
@@ -187,7 +180,7 @@ def test_headers_are_read_once_and_again_where_a_shard_has_changed(settled, head
     write(settled / "00002.tar", samples(0, 1))
     assert len(open_it(settled)) == 10
     (settled / "00000.tar").unlink()
-    assert "00000.tar cannot be read" in refusal(f"{settled}/{{00000..00001}}.tar")
+    assert "00000.tar: cannot be read" in refusal(f"{settled}/{{00000..00001}}.tar")
 
 
 def test_an_index_that_is_none_is_made_again(settled, headers_read):

@@ -1,5 +1,6 @@
 """Tar shards as img2dataset writes them: their samples, in every form of tar."""
 
+import functools
 import io
 import json
 import os
@@ -102,18 +103,16 @@ def test_samples_without_an_image_or_a_caption_are_left_out_and_counted(tmp_path
         "silent": ({}, "has no caption"),
         "empty": ({"txt": ""}, "has no caption"),
         "blank": ({"txt": "\ufeff \n\u3000"}, "has no caption"),
-        "key": ({"json": '{"alt": "x"}'}, "no text under 'caption'"),
-        "number": ({"json": '{"caption": [3, null]}'}, "no text under 'caption'"),
+        "key": ({"json": '{"alt": "x"}'}, "under 'caption'"),
+        "number": ({"json": '{"caption": [3, null]}'}, "under 'caption'"),
         "broken": ({"json": '{"caption": "x"'}, ".json cannot be read"),
         "deep": ({"json": "[" * 100_000}, ".json cannot be read"),
     }
     members = [("good.jpg", "G"), ("good.txt", "a caption"), ("nothing.txt", "a caption")]
     for key, (held, _) in lacking.items():
         if held is not None:
-            members += [
-                (f"{key}.jpg", "?"),
-                *((f"{key}.{end}", text) for end, text in held.items()),
-            ]
+            held = {"jpg": "?"} | held
+            members += [(f"{key}.{end}", text) for end, text in held.items()]
     members += [("fine.jpg", "F"), ("fine.txt", "\ufeffcafé \n")]
     source = open_it(write(tmp_path / "s.tar", members))
     assert pairs(source) == [("G", "a caption"), ("F", "café")]
@@ -186,7 +185,7 @@ def test_a_fingerprint_is_of_what_the_shards_hold_and_of_no_path(folder, tmp_pat
 
 
 def test_threads_share_few_open_files(folder, monkeypatch):
-    monkeypatch.setattr(tar, "_MOST_OPEN", 2)
+    monkeypatch.setattr(tar, "_opened", functools.lru_cache(2)(tar._opened.__wrapped__))
     for number in range(3, 9):
         write(folder / f"{number:05d}.tar", samples(0, 3))
     source = open_it(folder)
@@ -210,5 +209,5 @@ def test_a_shard_that_is_cut_or_goes_after_it_was_opened_does_not_stop_training(
     with pytest.raises(UserError, match="not what it was at start"):
         source.captions(8)
     (folder / "00002.tar").unlink()
-    with pytest.raises(UnreadableImage, match="00002.tar/000000000: No such file"):
+    with pytest.raises(UnreadableImage, match="00002.tar/000000000: .*No such file"):
         source[9]

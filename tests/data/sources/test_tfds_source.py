@@ -146,9 +146,9 @@ def test_what_cannot_be_read_is_refused_with_a_cure(data_dir, tmp_path):
         f"other:train{there}": "tfds build other --file",
         f"not a name:train{there}": "is not prepared in",
         f"{tmp_path}/gone:train": f"{tmp_path}/gone.* folder",
-        f"{tmp_path}/empty:train": "holds no prepared data set",
+        f"{tmp_path}/empty:train": "is not prepared",
         f"{data_dir}/tiny_coco:train": "holds several data sets: give .*/2017/1.1.0",
-        f"{base}{there}&image_key=photo": "has no 'photo' for [?]image_key .it has .*title",
+        f"{base}{there}&image_key=photo": "has no 'photo' for [?]image_key, it has .*title",
         f"{base}{there}&image_key=title": "'title' is Text.*holds no images",
         f"{base}{there}&caption_key=objects": "'objects' is .*holds no captions",
     }.items():
