@@ -1,10 +1,8 @@
 """The mesh, the rows of the batch, and the table from name to axes on the real parameters."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from codebook_jax.data.text import Vocabulary
@@ -49,13 +47,12 @@ def test_every_array_of_more_than_ten_thousand_numbers_is_split_or_named_here(ab
 
 
 def test_matrices_of_blocks_are_split_four_ways_alike_in_student_teacher_and_moments(abstract):
-    four_ways = {"fsdp", "tensor"}
     leaves = dict(sharding.named(abstract))
     matrices = [name for name in leaves if "blocks/" in name and name.endswith("/kernel")]
     assert len(matrices) == 15 * 4  # student, teacher, two moments
     for name in matrices:
         spec = leaves[name].sharding.spec
-        assert {axis for axis in spec if axis is not None} == four_ways, (name, spec)
+        assert {*spec} == {"fsdp", "tensor", None}, (name, spec)
         assert spec[0] is None, "the first axis counts the layers"
         tower, own = name.split("/blocks/")
         tower = tower.rsplit("/", 1)[-1]
@@ -107,24 +104,26 @@ def test_an_axis_that_does_not_divide_is_left_whole():
     assert sharding.spec_of(up, (3, 31, 8), mesh) == P(None, None, "tensor")
 
 
-def test_one_mesh_size_may_be_what_the_others_leave():
-    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(sharding.make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert sharding.data_shards(sharding.make_mesh(-1, 2, 2)) == 4
+@pytest.mark.parametrize(
+    ("sizes", "made"),
+    [
+        ((-1, 2, 2), (2, 2, 2)),
+        ((1, -1, 1), (1, 8, 1)),
+        ((-1, 0, 2), (4, 1, 2)),  # an fsdp that nobody chose: one, or what the others leave
+        ((2, 0, 1), (2, 4, 1)),
+        ((8, 0, -1), (8, 1, 1)),
+    ],
+)
+def test_one_mesh_size_may_be_what_the_others_leave(sizes, made):
+    mesh = sharding.make_mesh(*sizes)
+    assert mesh.shape == dict(zip(sharding.AXES, made, strict=True))
+    assert sharding.fits(*sizes) and sharding.data_shards(mesh) == made[0] * made[1]
 
 
 def test_a_mesh_is_made_of_the_devices_that_are_given():
     some = jax.devices()[4:]
     mesh = sharding.make_mesh(-1, 2, 1, devices=some)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1} and set(
-        mesh.devices.flat
-    ) == set(some)
-
-
-def test_an_fsdp_that_nobody_chose_is_one_or_what_the_others_leave():
-    assert dict(sharding.make_mesh(-1, 0, 2).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
-    assert dict(sharding.make_mesh(2, 0, 1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert dict(sharding.make_mesh(8, 0, -1).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert tuple(mesh.shape.values()) == (2, 2, 1) and set(mesh.devices.flat) == set(some)
 
 
 @pytest.mark.parametrize(
@@ -146,18 +145,14 @@ def test_an_fsdp_that_nobody_chose_is_one_or_what_the_others_leave():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_numbers(sizes, words):
     with pytest.raises(UserError, match=words):
         sharding.make_mesh(*sizes)
+    assert not sharding.fits(*sizes)
 
 
 @pytest.mark.parametrize(
     ("batch", "accumulation", "groups", "words"),
     [
         (15, 1, 3, "global_batch=15 does not split over 8 data shards .*: 16 would"),
-        (
-            24,
-            2,
-            8,
-            "global_batch=24 does not split over 8 data shards .* x 2 passes: (16|32) would",
-        ),
+        (24, 2, 8, "global_batch=24 does not .* 8 data shards .* x 2 passes: (16|32) would"),
         (32, 2, 8, "accumulation=2 on 8 data shards needs config.itm.groups .* 16, .* 8:"),
         (16, 1, 16, "itm.groups=16 of config.data.global_batch=16 leaves one pair"),
         (3, 1, 1, "global_batch=3 does not split"),
@@ -196,38 +191,24 @@ def test_a_put_batch_is_the_host_rows_in_order_split_over_the_data_axes():
 @pytest.mark.parametrize(("sizes", "parts"), [((8, 1, 1), 2), ((2, 2, 2), 3), ((1, 1, 1), 4)])
 def test_passes_take_equally_many_rows_of_every_shard_and_join_again_in_order(sizes, parts):
     count = int(np.prod(sizes))
-    devices = np.array(jax.devices()[:count]).reshape(sizes)
-    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:count])
     shards = sharding.data_shards(mesh)
-    rows = np.arange(shards * parts * 2 * 5).reshape(-1, 5)
+    rows = np.arange(shards * parts * 2 * 5).reshape(-1, 1, 5)
     put = jax.device_put(rows, sharding.batch_sharding(mesh))
     split = jax.jit(lambda x: sharding.split_rows(x, parts, mesh))
     compiled = split.lower(put).compile()
     passes = compiled(put)
-    assert passes.shape == (parts, shards * 2, 5)
+    assert passes.shape == (parts, shards * 2, 1, 5)
     size = len(rows) // shards
-    of_shard = np.asarray(passes)[:, :, 0] // 5 // size  # which shard each row came from
+    of_shard = np.asarray(passes)[:, :, 0, 0] // 5 // size  # which shard each row came from
     np.testing.assert_array_equal(of_shard, np.tile(np.repeat(np.arange(shards), 2), (parts, 1)))
     join = jax.jit(lambda x: sharding.join_rows(x, mesh))
     np.testing.assert_array_equal(join(passes), rows)
-    assert join(passes).sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+    assert join(passes).sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
     for program in (compiled, join.lower(passes).compile()):
         text = program.as_text()
         for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
             assert f"{word}(" not in text and f"{word}-start(" not in text
-
-
-def test_split_and_join_of_images_keep_each_row_whole():
-    mesh = sharding.make_mesh(8, 1, 1)
-    rows = jnp.arange(16 * 2 * 3).reshape(16, 2, 3)
-    passes = jax.jit(lambda x: sharding.split_rows(x, 2, mesh))(rows)
-    assert passes.sharding.is_equivalent_to(NamedSharding(mesh, P(None, sharding.BATCH)), 4)
-    np.testing.assert_array_equal(sharding.join_rows(passes, mesh), rows)
-
-
-def test_a_mesh_fits_when_its_sizes_make_up_the_devices():
-    assert sharding.fits(8, 1, 1) and sharding.fits(2, 2, 2) and sharding.fits(-1, 4, 1)
-    assert not sharding.fits(4, 1, 1) and not sharding.fits(-1, 3, 1)
 
 
 def test_a_layer_uses_its_parameters_whole_over_fsdp_and_split_over_tensor():
