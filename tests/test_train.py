@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import shutil
 import time
+from typing import NamedTuple
 
-import numpy as np
+import jax
 import pytest
-from one_weight import PAIRS, OneWeight, config_of, final_weight, rows_of, saved_steps
+from one_weight import PAIRS, OneWeight, assert_same_run, config_of, rows_of, saved_steps
 
 from codebook_jax import build, train
 from codebook_jax.errors import UserError
@@ -22,21 +24,19 @@ def test_a_run_logs_saves_and_evaluates_on_schedule_and_at_the_end(world, tmp_pa
     assert saved_steps(tmp_path) == [8, 12, 13]
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 13
     timed = next(row for row in rows if row["step"] == 4)
-    assert {
-        "time/step_s",
-        "time/pairs_per_s",
-        "time/data_wait_share",
-        "data/skipped",
-    } <= timed.keys()
+    timings = {"time/step_s", "time/pairs_per_s", "time/data_wait_share"}
+    assert timings | {"data/skipped"} <= timed.keys()
     assert "step 13: scored 13.0" in capsys.readouterr().out
 
 
-def test_the_next_batch_is_on_the_device_before_a_step_is_waited_for(world, tmp_path, monkeypatch):
+def test_the_next_batch_and_step_are_under_way_before_a_step_is_waited_for(
+    world, tmp_path, monkeypatch
+):
     events = []
 
-    class Watched:
-        def __init__(self, step, value):
-            self.step, self.value = step, value
+    class Watched(NamedTuple):
+        step: int
+        value: jax.Array
 
         def __bool__(self):
             events.append(f"wait {self.step}")
@@ -47,8 +47,8 @@ def test_the_next_batch_is_on_the_device_before_a_step_is_waited_for(world, tmp_
 
     def watched(state, batch, real=OneWeight.step):
         state, scalars = real(state, batch)
-        step = int(state.step)
-        return state, scalars | {"bad_step": Watched(step, scalars["bad_step"])}
+        events.append(f"step {int(state.step)}")
+        return state, scalars | {"bad_step": Watched(int(state.step), scalars["bad_step"])}
 
     def put(batch, mesh):
         events.append(f"put {batch.example[0] // PAIRS + 1}")
@@ -57,13 +57,8 @@ def test_the_next_batch_is_on_the_device_before_a_step_is_waited_for(world, tmp_
     monkeypatch.setattr(OneWeight, "step", staticmethod(watched))
     monkeypatch.setattr(train.sharding, "put_batch", put)
     train.fit(config_of(**{"train.steps": 4}), tmp_path)
-    assert events[:5] == ["put 1", "put 2", "wait 1", "put 3", "wait 2"]
-
-
-def test_the_best_checkpoint_outlives_the_newest(world, tmp_path):
-    world.score = lambda step: 100.0 - step
-    train.fit(config_of(**{"train.steps": 40, "checkpoint.keep": 1}), tmp_path)
-    assert saved_steps(tmp_path) == [6, 40]
+    expected = "put 1, step 1, put 2, step 2, wait 1, put 3, step 3, wait 2"
+    assert ", ".join(events).startswith(expected), events
 
 
 def test_a_run_cut_at_any_step_leaves_the_rows_and_weights_of_a_straight_one(world, tmp_path):
@@ -86,12 +81,11 @@ def test_a_run_cut_at_any_step_leaves_the_rows_and_weights_of_a_straight_one(wor
             train.fit(config, workdir)
         with open(workdir / "metrics.jsonl", "a") as file:
             file.write('{"step": 11, "lo')
+        if cut == 9:  # nor can the newest checkpoint be read
+            shutil.rmtree(workdir / "checkpoints" / "8" / "student")
         world.before_batch = lambda step: None
         train.fit(config, workdir)
-        assert rows_of(workdir) == rows_of(tmp_path / "straight")
-        np.testing.assert_array_equal(
-            final_weight(workdir, 12), final_weight(tmp_path / "straight", 12)
-        )
+        assert_same_run(workdir, tmp_path / "straight")
 
 
 def test_a_run_goes_on_where_it_was_and_says_so(world, tmp_path, capsys):
@@ -105,32 +99,18 @@ def test_a_run_goes_on_where_it_was_and_says_so(world, tmp_path, capsys):
     train.fit(config_of(**{"train.steps": 14}), tmp_path)
     assert "resuming at step 12 (checkpoint 0 min old, data position 48)" in capsys.readouterr().out
     assert read == [12, 13]
-    assert [row["step"] for row in rows_of(tmp_path) if "loss" in row] == [
-        1,
-        2,
-        4,
-        6,
-        8,
-        10,
-        12,
-        14,
-    ]
+    logged = [row["step"] for row in rows_of(tmp_path) if "loss" in row]
+    assert logged == [1, *range(2, 15, 2)]
 
 
 def test_a_bad_step_is_reported_with_its_losses_and_examples(world, tmp_path, capsys):
     world.poisoned = {4}
     train.fit(config_of(), tmp_path)
     said = capsys.readouterr().out
-    assert (
-        "step 5 was skipped: loss/broken not finite; 1 in a row" in said
-        and "16, 17, 18, 19" in said
-    )
-    row = next(row for row in rows_of(tmp_path) if row["step"] == 5)
-    assert (
-        row["loss"] is None
-        and row["bad/terms"] == "loss/broken"
-        and row["bad/examples"] == "[16, 17, 18, 19]"
-    )
+    assert "step 5 was skipped: loss/broken" in said and "16, 17, 18, 19" in said
+    (row,) = [row for row in rows_of(tmp_path) if row["step"] == 5]
+    found = row["loss"], row["bad/terms"], row["bad/examples"]
+    assert found == (None, "loss/broken", "[16, 17, 18, 19]")
     assert rows_of(tmp_path)[-1]["step"] == 12
 
 
@@ -141,35 +121,10 @@ def test_waiting_for_data_is_said_once(world, tmp_path, capsys):
     assert said.count("input-bound:") == 1 and "config.data.threads (now 2)" in said
 
 
-def test_the_step_after_is_under_way_before_scalars_are_read(world, tmp_path, monkeypatch):
-    order = []
-    step, settle = OneWeight.step, train.Run.settle
-    monkeypatch.setattr(
-        OneWeight, "step", staticmethod(lambda s, b: order.append("step") or step(s, b))
-    )
-    monkeypatch.setattr(
-        train.Run, "settle", lambda self, p: order.append(p and p.step) or settle(self, p)
-    )
-    train.fit(config_of(**{"train.steps": 3}), tmp_path)
-    assert order == ["step", None, "step", 1, "step", 2, 3]
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("evaluation.batch", 0),
-        ("evaluation.rerank_top_k", -3),
-        ("evaluation.images", -2),
-        ("data.threads", 0),
-        ("optimizer.warmup_steps", -5),
-        ("mesh.data", -7),
-        ("model.dtype", "int8"),
-    ],
-)
-def test_settings_that_no_trained_run_can_be_used_with_are_refused(field, value, tmp_path):
+def test_settings_that_no_trained_run_can_be_used_with_are_refused(tmp_path):
     config = config_of()
     record = {"config": config.to_dict(), "data": {"fingerprint": ""}}
     (tmp_path / "config.json").write_text(json.dumps(record))
-    config.update_from_flattened_dict({field: value})
-    with pytest.raises(UserError, match=f"config.{field}='?{value}"):
+    config.evaluation.images = -2
+    with pytest.raises(UserError, match="config.evaluation.images=-2 "):
         build.build_trained(config, tmp_path)
