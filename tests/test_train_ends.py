@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from one_weight import assert_same_run, config_of, final_weight, saved_steps
+from one_weight import assert_same_run, config_of, final_weight, make_world, saved_steps
 
 from codebook_jax import train
 from codebook_jax.errors import UserError
@@ -23,27 +23,36 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_leave_good_checkpoints(
     words = r"step 11: 6 steps in a row were not finite \(loss/broken\).*step 4 "
     with pytest.raises(UserError, match=words):
         train.fit(config, tmp_path)
-    assert "step 8 is not saved: the last 3 steps" in capsys.readouterr().out
+    assert "step 8 is not saved: the last 3 steps were not finite" in capsys.readouterr().out
     assert saved_steps(tmp_path) == [4]
     assert np.isfinite(final_weight(tmp_path, 4)).all()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run of twelve steps."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        make_world(patch)
+        train.fit(config_of(), workdir)
+    return workdir
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_saves_the_step_in_progress_and_the_next_start_goes_on_exactly(
-    name, world, tmp_path, capsys
+    name, world, undisturbed, tmp_path, capsys
 ):
-    train.fit(config_of(), tmp_path / "straight")
     number = getattr(signal, name)
     sent = [number] if name == "SIGINT" else [number] * 2  # schedulers send more than one
     world.before_batch = lambda step: step == 6 and [signal.raise_signal(one) for one in sent]
     handler = signal.getsignal(number)
-    assert train.fit(config_of(), tmp_path / "cut") is False  # not at its end
+    assert train.fit(config_of(), tmp_path) is False  # not at its end
     assert f"saved step 7 on {name}" in capsys.readouterr().out
-    assert saved_steps(tmp_path / "cut") == [4, 6, 7]
+    assert saved_steps(tmp_path) == [4, 6, 7]
     assert signal.getsignal(number) is handler
     world.before_batch = lambda step: None
-    assert train.fit(config_of(), tmp_path / "cut") is True
-    assert_same_run(tmp_path / "cut", tmp_path / "straight")
+    assert train.fit(config_of(), tmp_path) is True
+    assert_same_run(tmp_path, undisturbed)
 
 
 def test_workers_that_die_of_the_same_signal_do_not_keep_the_run_from_saving(
@@ -61,7 +70,7 @@ def test_workers_that_die_of_the_same_signal_do_not_keep_the_run_from_saving(
 
 
 def test_a_batch_that_does_not_come_is_waited_for_aloud_then_the_step_is_saved_and_the_run_ends(
-    world, tmp_path, monkeypatch, capfd
+    world, undisturbed, tmp_path, monkeypatch, capfd
 ):
     class Ended(BaseException):
         pass
@@ -79,8 +88,7 @@ def test_a_batch_that_does_not_come_is_waited_for_aloud_then_the_step_is_saved_a
     assert "waiting for the batch of step 8 for 0 s; after 1 s " in capfd.readouterr().err
     world.before_batch = lambda step: None
     train.fit(config, tmp_path)
-    train.fit(config_of(), tmp_path / "straight")
-    assert_same_run(tmp_path, tmp_path / "straight")
+    assert_same_run(tmp_path, undisturbed)
 
 
 def test_workers_that_die_of_something_else_end_the_run(world, tmp_path, monkeypatch):

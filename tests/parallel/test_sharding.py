@@ -152,7 +152,12 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_numbers(sizes,
     ("batch", "accumulation", "groups", "words"),
     [
         (15, 1, 3, "global_batch=15 does not split over 8 data shards .*: 16 would"),
-        (24, 2, 8, "global_batch=24 does not .* 8 data shards .* x 2 passes: (16|32) would"),
+        (
+            24,
+            2,
+            8,
+            "global_batch=24 does not split over 8 data shards .* x 2 passes: (16|32) would",
+        ),
         (32, 2, 8, "accumulation=2 on 8 data shards needs config.itm.groups .* 16, .* 8:"),
         (16, 1, 16, "itm.groups=16 of config.data.global_batch=16 leaves one pair"),
         (3, 1, 1, "global_batch=3 does not split"),

@@ -180,8 +180,9 @@ def test_nothing_is_renamed_when_no_checkpoint_can_be_read(tmp_path):
 def test_another_shape_is_refused_by_name_instead_of_padded(tmp_path):
     save_each(tmp_path, 1)
     with Checkpoints(tmp_path, ITEMS, keep=3) as checkpoints:
-        words = r"towers/image/blocks is float32\[3, 7, 5\] .* float32\[3, 8, 5\]"
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(
+            UserError, match=r"towers/image/blocks is float32\[3, 7, 5\] .* float32\[3, 8, 5\]"
+        ):
             checkpoints.restore_newest(abstract(state_of(0, width=8)))
         other = abstract(state_of(0))
         other.student["extra"] = other.student.pop("temperature")

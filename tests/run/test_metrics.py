@@ -32,8 +32,6 @@ def test_a_row_is_one_json_object_and_what_is_not_finite_is_null(tmp_path):
     first, second = (json.loads(line, parse_constant=refuse) for line in lines)
     assert first == {"step": 3, "loss": float(np.float32(0.1)), "count": 4}
     assert isinstance(first["count"], int)
-    (events,) = tmp_path.glob("events.out.tfevents.*")  # for TensorBoard
-    assert b"loss" in events.read_bytes()
     assert second == {"step": 4, "bad": None, "worse": None, "words": "loss/matching"}
 
 
@@ -62,6 +60,13 @@ def test_rows_and_values_that_no_run_has_written_are_skipped(tmp_path):
     path.mkdir()
     with pytest.raises(UserError, match=str(path)):
         read_rows(path)
+
+
+def test_tensorboard_reads_the_scalars_back(tmp_path):
+    with Metrics(tmp_path, step=0) as metrics:
+        metrics.write(1, {"loss": 2.5, "bad/terms": "a word"})
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"loss" in events.read_bytes() and events.stat().st_size > 60
 
 
 def test_the_clock_leaves_saving_and_evaluating_out_of_the_pace(monkeypatch):
