@@ -1,7 +1,6 @@
 """Eight virtual CPU devices stand in for a pod slice; nothing uses the network."""
 
 import os
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -12,18 +11,9 @@ GIVEN_XLA_FLAGS = os.environ.setdefault("XLA_FLAGS_BEFORE_TESTS", os.environ.get
 os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-SLOW = (  # many processes, launchers, plans: what a change rarely touches
-    "test_processes.py",
-    "test_plan.py",
-    "test_launch.py",
-    "test_launch_gke.py",
-    "test_launch_sky.py",
-    "test_launch_tpu.py",
-    "test_local.py",
-)
-LONGEST = (
-    "test_processes.py"  # of all files; started last, it would run while the other process is idle
-)
+# many processes, plans and, in a folder of their own, launchers: what a change rarely touches
+SLOW = ("test_processes.py", "test_plan.py")
+LONGEST = "test_processes.py"  # last, it would run while the other process is idle
 
 
 def pytest_configure(config):
@@ -33,7 +23,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != LONGEST)
     for item in items:
-        if item.path.name in SLOW:
+        if item.path.name in SLOW or item.path.parent.name == "launch":
             item.add_marker(pytest.mark.slow)
 
 
@@ -63,15 +53,11 @@ def programs_that_compile_fast():
 def one_device(one_device_environment, monkeypatch):
     """Makes a run in this process use one device too, and the same folder of compiled programs."""
     import jax
-    from jax.sharding import AxisType
 
     from codebook_jax.parallel import sharding
 
-    def make_mesh(data, fsdp, tensor, *, slices=0, devices=None):
-        kinds = (AxisType.Auto,) * len(sharding.AXES)
-        return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
-
-    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_, **__: mesh)
     settings = {
         "jax_compilation_cache_dir": one_device_environment["JAX_COMPILATION_CACHE_DIR"],
         "jax_persistent_cache_min_compile_time_secs": 0.2,
@@ -98,11 +84,9 @@ def straight(one_device_environment, tmp_path_factory):
 
     Copy it before changing it.
     """
-    from small_run import ROOT, command
+    from small_run import command, ran
 
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    done = subprocess.run(
-        command(workdir), env=one_device_environment, capture_output=True, text=True, cwd=ROOT
-    )
+    done = ran(command(workdir), one_device_environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(workdir=workdir, said=done.stdout, progress=done.stderr)

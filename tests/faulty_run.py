@@ -10,6 +10,7 @@ start. The flags are those of codebook_jax.main.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -29,15 +30,13 @@ def main() -> None:
     from codebook_jax import main as command
 
     kind, process, step = os.environ.get("FAULT", "none:0:0").split(":")
-    if process in ("*", os.environ.get("JAX_PROCESS_ID", "0")):
+    if kind != "none" and process in ("*", os.environ.get("JAX_PROCESS_ID", "0")):
         put(kind, int(step))
     command.command()
 
 
 def put(kind: str, step: int) -> None:
     """Injects this process's fault at the batch of `step`."""
-    if kind == "none":
-        return
     if kind == "code":
         from codebook_jax.run import record as workdir
 
@@ -74,16 +73,10 @@ def _before_batches(act: Callable[[int], None]) -> None:
     real = build.batches
 
     @contextlib.contextmanager
-    def batches(
-        parts: Any, *, start_step: int, workers: int | None = None
-    ) -> Iterator[Iterator[Any]]:
-        def acting(stream: Iterator[Any]) -> Iterator[Any]:
-            for at, batch in enumerate(stream, start_step):
-                act(at)
-                yield batch
-
-        with real(parts, start_step=start_step, workers=workers) as stream:
-            yield acting(stream)
+    def batches(parts: Any, *, start_step: int, **settings: Any) -> Iterator[Iterator[Any]]:
+        steps = itertools.count(start_step)
+        with real(parts, start_step=start_step, **settings) as stream:
+            yield map(lambda batch: act(next(steps)) or batch, stream)
 
     build.batches = batches
 

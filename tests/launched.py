@@ -1,9 +1,8 @@
 """Shared by the launchers' tests: stand-ins for gcloud, srun and others that record their calls."""
 
 import os
-import subprocess
 
-from small_run import ROOT
+from small_run import ROOT, ran
 
 LAUNCH = ROOT / "launch"
 POD, BATCH, JOBSETS = (LAUNCH / n for n in ("tpu_pod.sh", "slurm.sbatch", "gke_jobset.yaml"))
@@ -88,14 +87,7 @@ def environment(world, **changes):
 
 def launch(script, *words, world, **changes):
     """The finished process of a launcher."""
-    return subprocess.run(
-        ["bash", str(script), *words],
-        env=environment(world, **changes),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return ran(["bash", str(script), *words], environment(world, **changes), timeout=60)
 
 
 def recorded(path):

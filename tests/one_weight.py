@@ -12,6 +12,7 @@ import numpy as np
 
 from codebook_jax import build, summary, train
 from codebook_jax.data.batch import Batch
+from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.run.metrics import read_rows
 from codebook_jax.tasks.pretrain import Pretraining
 from codebook_jax.tasks.state import TrainState
@@ -54,11 +55,9 @@ class OneWeight:
         return TrainState(jnp.int32(0), weight, *copies, jnp.int32(0), jnp.int32(0))
 
     def abstract_state(self) -> TrainState:
-        leaves = jax.eval_shape(self.init_state, 0)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), leaves
-        )
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        on_device = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+        return jax.tree.map(on_device, jax.eval_shape(self.init_state, 0))
 
     @staticmethod
     @jax.jit
@@ -68,13 +67,8 @@ class OneWeight:
         moved = 0.9 * state.student["w"] + 0.001 * batch.example.sum()
         weight = {"w": jnp.where(bad, state.student["w"], moved)}
         row = jnp.where(bad, state.bad_in_row + 1, 0)
-        scalars = {
-            "loss": loss,
-            "loss/good": jnp.float32(1),
-            "loss/broken": loss,
-            "bad_step": bad,
-            "bad_in_row": row,
-        }
+        losses = {"loss": loss, "loss/good": jnp.float32(1), "loss/broken": loss}
+        scalars = losses | {"bad_step": bad, "bad_in_row": row}
         return state.replace(step=state.step + 1, student=weight, bad_in_row=row), scalars
 
 
@@ -94,13 +88,9 @@ class Source:
 
 
 def make_world(monkeypatch):
-    """What a test may change: which steps are poisoned, what reading does, how evaluation
-    scores.
-    """
-    world = SimpleNamespace(
-        poisoned=set(), unreadable={}, before_batch=lambda step: None, evaluated=[]
-    )
-    world.score = lambda step: float(step)
+    """What a test may change: which steps are bad, what reading does, how evaluation scores."""
+    world = SimpleNamespace(poisoned=set(), unreadable={}, evaluated=[], score=float)
+    world.before_batch = lambda step: None
     world.during_evaluation = lambda: None
 
     def parts(config, workdir, *, steps_saved):
@@ -108,9 +98,8 @@ def make_world(monkeypatch):
 
     monkeypatch.setattr(build, "build_training", parts)
     monkeypatch.setattr(summary, "announce", lambda parts: None)
-    monkeypatch.setattr(
-        train.sharding, "put_batch", lambda batch, mesh: jax.tree.map(jnp.asarray, batch)
-    )
+    put = lambda batch, mesh: jax.tree.map(jnp.asarray, batch)  # noqa: E731
+    monkeypatch.setattr(train.sharding, "put_batch", put)
     return world
 
 
@@ -128,23 +117,24 @@ def config_of(**changes: Any) -> ml_collections.ConfigDict:
 
 
 def saved_steps(workdir):
-    return sorted(
-        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
-    )
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def rows_of(workdir):
     """Rows without the fields that measure time."""
-    rows = read_rows(workdir / "metrics.jsonl")
     return [
-        {name: value for name, value in row.items() if not name.startswith("time/")} for row in rows
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in read_rows(workdir / "metrics.jsonl")
     ]
 
 
-def final_weight(workdir, step):
-    from codebook_jax.run.checkpoint import Checkpoints
-
+def final_weight(workdir, step=12):
     with Checkpoints(workdir, OneWeight.checkpoint_items().alone, keep=3) as checkpoints:
-        return np.asarray(
-            checkpoints.restore(step, OneWeight().abstract_state()).state.student["w"]
-        )
+        restored = checkpoints.restore(step, OneWeight().abstract_state())
+    return np.asarray(restored.state.student["w"])
+
+
+def assert_same_run(workdir, other):
+    assert rows_of(workdir) == rows_of(other)
+    np.testing.assert_array_equal(final_weight(workdir), final_weight(other))

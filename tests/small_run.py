@@ -1,6 +1,4 @@
-"""A whole small run: one of its kind is trained once per test session (`straight`, in
-conftest.py).
-"""
+"""A whole small run; `straight` in conftest.py trains one per test session."""
 
 import subprocess
 import sys
@@ -11,32 +9,24 @@ from launch import local
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
-SMALL = {
-    "model.image.size_px": 32,
-    "model.image.width": 32,
-    "model.image.depth": 1,
-    "model.image.heads": 2,
-    "model.text.width": 32,
-    "model.text.depth": 1,
-    "model.text.fusion_depth": 1,
-    "model.text.heads": 2,
-    "model.dim": 16,
-    "codebook.size": 16,
-    "codebook.iterations": 5,
-    "queue.size": 32,
-    "data.global_batch": 8,
-    "data.scenes_examples": 64,
-    "data.tokenizer_vocabulary": 500,
-    "data.threads": 1,
-    "data.prefetch": 2,
-    "optimizer.warmup_steps": 5,
-    "train.steps": STEPS,
-    "log_every_steps": 1,
-    "checkpoint.every_steps": 5,
-    "evaluation.every_steps": 10,
-    "evaluation.images": 8,
-    "evaluation.batch": 8,
-    "evaluation.rerank_top_k": 2,
+SECTIONS = {
+    "model": dict(dim=16),
+    "model.image": dict(size_px=32, width=32, depth=1, heads=2),
+    "model.text": dict(width=32, depth=1, fusion_depth=1, heads=2),
+    "codebook": dict(size=16, iterations=5),
+    "queue": dict(size=32),
+    "data": dict(
+        global_batch=8, scenes_examples=64, tokenizer_vocabulary=500, threads=1, prefetch=2
+    ),
+    "optimizer": dict(warmup_steps=5),
+    "train": dict(steps=STEPS),
+    "checkpoint": dict(every_steps=5),
+    "evaluation": dict(every_steps=10, images=8, batch=8, rerank_top_k=2),
+}
+SMALL = {"log_every_steps": 1} | {
+    f"{section}.{name}": value
+    for section, fields in SECTIONS.items()
+    for name, value in fields.items()
 }
 
 
@@ -61,6 +51,13 @@ def together(commands, environment, outputs=None, count=None):
     ]
 
 
+def ran(command, environment=None, **options):
+    """The process of a command that has run to its end; what it printed is text."""
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=ROOT, **options
+    )
+
+
 def config_of(**changes):
     config = base.get_config("tiny")
     config.update_from_flattened_dict(SMALL | changes)
@@ -70,10 +67,5 @@ def config_of(**changes):
 def command(workdir, **changes):
     fields = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
     config = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
-    return [
-        sys.executable,
-        str(ROOT / "tests" / "faulty_run.py"),
-        config,
-        f"--workdir={workdir}",
-        *fields,
-    ]
+    program = [sys.executable, str(ROOT / "tests" / "faulty_run.py")]
+    return [*program, config, f"--workdir={workdir}", *fields]

@@ -4,17 +4,16 @@ import configparser
 import errno
 import re
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from absl import flags
+from small_run import ROOT, ran
 
+import codebook_jax
 from codebook_jax import main, modes
 from codebook_jax.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 CONFIG = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
 WORKDIR = "--workdir=runs/x"
 
@@ -35,21 +34,13 @@ def refusal(*arguments):
 
 
 def test_the_size_and_every_kind_of_override_are_read():
-    values = parsed(
-        CONFIG,
-        WORKDIR,
-        "--config.data.global_batch=32",
-        "--config.optimizer.learning_rate=1",
-        "--config.data.crop_scale=(0.2, 1)",
-        "--config.data.flip",
-        "--config.data.train=json:a b.json",
-        "--mode=export",
-    )
+    given = ("global_batch=32", "crop_scale=(0.2, 1)", "flip", "train=json:a b.json")
+    fields = [f"--config.data.{field}" for field in given]
+    rate = "--config.optimizer.learning_rate=1"
+    values = parsed(CONFIG, WORKDIR, *fields, rate, "--mode=export")
     config = values.config
     assert config.size == "tiny" and config.data.global_batch == 32 and config.data.flip is True
-    assert config.optimizer.learning_rate == 1.0 and isinstance(
-        config.optimizer.learning_rate, float
-    )
+    assert repr(config.optimizer.learning_rate) == "1.0"
     assert config.data.crop_scale == (0.2, 1) and config.data.train == "json:a b.json"
     assert (values.mode, values.workdir) == ("export", "runs/x")
 
@@ -131,30 +122,17 @@ def test_the_console_script_and_the_module_do_the_same():
     name, place = settings["options.entry_points"]["console_scripts"].strip().split(" = ")
     module, function = place.split(":")
     script = f"from {module} import {function}; {function}()"
-    both = [
-        subprocess.run([sys.executable, *way, "--help"], capture_output=True, text=True, cwd=ROOT)
-        for way in (["-m", "codebook_jax.main"], ["-c", script])
-    ]
     assert name == modes.PROGRAM
-    for done in both:
+    for way in (["-m", "codebook_jax.main"], ["-c", script]):
+        done = ran([sys.executable, *way, "--help"])
         assert (done.returncode, done.stdout, done.stderr) == (0, modes.help_text() + "\n", "")
 
 
 def test_the_command_prints_the_sentence_alone_and_exits_2():
-    command = [
-        sys.executable,
-        "-m",
-        "codebook_jax.main",
-        CONFIG,
-        WORKDIR,
-        "--config.data.global_bach=3",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == [
-        "error: config.data.global_bach: the config has no field global_bach ... did you mean "
-        "global_batch?"
-    ]
+    module = [sys.executable, "-m", "codebook_jax.main"]
+    done = ran([*module, CONFIG, WORKDIR, "--config.data.global_bach=3"])
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: config.data.global_bach: ")
 
 
 @pytest.fixture
@@ -173,15 +151,27 @@ def fails_with(monkeypatch, capsys):
 
 def test_a_user_error_of_the_run_exits_2_and_a_full_disk_is_said(fails_with):
     assert fails_with(UserError("that is wrong: do this")) == (2, "error: that is wrong: do this\n")
-    code, said = fails_with(
-        OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
-    )
-    assert code == 2 and said.startswith("error: no space left while writing runs/x/metrics.jsonl")
+    code, said = fails_with(OSError(errno.ENOSPC, "No space left on device", "runs/x/a.jsonl"))
+    assert code == 2 and said.startswith("error: no space left while writing runs/x/a.jsonl")
 
 
 def test_an_interrupted_mode_is_one_sentence_and_exits_130(fails_with):
     code, said = fails_with(KeyboardInterrupt())
     assert code == 130 and len(said.splitlines()) == 1 and "SIGINT" in said
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--mode=plan --plan.json=~/plan.json", "--mode=check-data --workdir=~/run"]
+)
+def test_a_tilde_is_the_home_of_the_user(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(main, "environment", lambda options: {})  # of a process that only plans
+    (tmp_path / "plan.json").mkdir()
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    monkeypatch.setattr(main, "FLAGS", parsed(CONFIG, *arguments.split()))
+    assert main.main([]) == 2 and f" {tmp_path}/" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"^{tmp_path}/none "):
+        codebook_jax.load("~/none")
 
 
 def test_an_error_of_ours_keeps_its_trace(fails_with):

@@ -12,16 +12,14 @@ from codebook_jax.run.record import read_record
 from codebook_jax.tasks.pretrain import Pretraining
 
 DEEP = "[" * 100_000
+ITEMS = Pretraining.checkpoint_items().alone
 
 
 def test_whole_json_is_what_pythons_reader_reads():
     for value in ({"a": [1, -2.5e3, "é\ud800", None, True, {}], "b": {"a": []}}, [], "x", 7):
-        for text in (
-            json.dumps(value),
-            json.dumps(value).encode(),
-            json.dumps(value).encode("utf-16"),
-        ):
-            assert parse_json(text) == value
+        text = json.dumps(value)
+        for form in (text, text.encode(), text.encode("utf-16")):
+            assert parse_json(form) == value
     assert parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
@@ -55,10 +53,7 @@ def test_a_number_of_thousands_of_digits_stands_for_itself_in_data_alone():
     [
         ("config.json", read_record),
         ("manifest.json", read_manifest),
-        (
-            "best.json",
-            lambda folder: Checkpoints(folder, Pretraining.checkpoint_items().alone, keep=1),
-        ),
+        ("best.json", lambda folder: Checkpoints(folder, ITEMS, keep=1)),
     ],
 )
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """Starting a run under SLURM, with stand-ins for srun and scontrol; and tests of all launchers."""
 
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from absl import flags
 from launched import BATCH, HARD, JOBSETS, LAUNCH, POD, launch, make_world, recorded
+from small_run import ran
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def world(tmp_path):
 
 def test_shellcheck_finds_nothing():
     shellcheck = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([shellcheck, "--shell=bash", POD, BATCH], capture_output=True, text=True)
+    done = ran([shellcheck, "--shell=bash", POD, BATCH])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -38,27 +38,20 @@ def batch(world, *words, **changes):
     return launch(BATCH, *words, world=world, **job)
 
 
-def test_a_job_passes_its_arguments_on_unchanged(world):
+def test_a_job_passes_its_arguments_on_unchanged_and_a_dry_one_shows_the_command(world):
+    shown = batch(world, *HARD, DRY_RUN="1").stdout.splitlines()[0]
+    assert not (world / "srun").exists() and not (world / "scontrol").exists()
     assert batch(world, *HARD).returncode == 0
     (words,) = recorded(world / "srun")
-    python = words.index("python3.13")
-    expected = ["-m", "codebook_jax.main", "--preempted_exit_code=75", *HARD]
-    assert words[python + 1 :] == expected
-    assert all(word.startswith("--") for word in words[:python])
+    program = ["python3.13", "-m", "codebook_jax.main", "--preempted_exit_code=75", *HARD]
+    assert words[-len(program) :] == program
+    assert all(word.startswith("--") for word in words[: -len(program)])
+    assert shlex.split(shown) == ["srun", *words]
 
 
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"),
-    [
-        (75, 0, True),
-        (75, 2, True),
-        (75, 3, False),
-        (1, 0, True),
-        (134, 2, True),
-        (1, 3, False),
-        (2, 0, False),
-        (0, 0, False),
-    ],
+    [(75, 0, True), (75, 3, False), (134, 2, True), (1, 3, False), (2, 0, False), (0, 0, False)],
 )
 def test_a_job_goes_back_to_the_queue_unless_it_is_done_or_mistaken(
     world, code, restarts, requeued
@@ -73,16 +66,6 @@ def test_a_job_goes_back_to_the_queue_unless_it_is_done_or_mistaken(
 def test_a_job_that_slurm_does_not_take_back_says_so(world):
     done = batch(world, *HARD, CODE_OF_srun="75", CODE_OF_scontrol="1")
     assert done.returncode == 75 and "job 7" in done.stderr
-
-
-def test_a_dry_job_shows_its_command_and_runs_nothing(world):
-    shown = launch(BATCH, *HARD, world=world, DRY_RUN="1").stdout.splitlines()[0]
-    assert not (world / "srun").exists() and not (world / "scontrol").exists()
-    assert batch(world, *HARD).returncode == 0
-    (words,) = recorded(world / "srun")
-    ran = ["srun", *words]
-    ran[ran.index("python3.13")] = ".venv/bin/python"
-    assert shlex.split(shown) == ran
 
 
 def test_slurm_signals_the_tasks_and_gives_each_all_gpus_to_see():

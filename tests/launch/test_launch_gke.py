@@ -34,11 +34,8 @@ def lost(given, kept, place=""):
     if isinstance(given, dict) and isinstance(kept, dict):
         return [f for k in given for f in lost(given[k], kept.get(k), f"{place}/{k}")]
     if isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
-        return [
-            f
-            for n, pair in enumerate(zip(given, kept, strict=True))
-            for f in lost(*pair, f"{place}/{n}")
-        ]
+        given, kept = dict(enumerate(given)), dict(enumerate(kept))
+        return lost(given, kept, place)
     return [] if given == kept else [place]
 
 

@@ -7,17 +7,13 @@ SkyPilot needs an environment of its own, see launch/README.md; without it most 
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
+import yaml
+from launched import HARD, LAUNCH, NOTE_AND_END, RECORD, recorded
 
-LAUNCH = Path(__file__).parents[2] / "launch"
-FILES = sorted(LAUNCH.glob("sky_*.yaml"))
-ARGUMENTS = ["--config=configs/base.py:tiny", '--workdir=/mnt/codebook/it\'s a "run"', "--a=$HOME"]
+FILES = [LAUNCH / f"sky_{kind}.yaml" for kind in ("gpu", "kubernetes", "tpu")]
 GIVEN = {"BUCKET": "my-runs", "VOLUME": "runs", "IMAGE": "registry/codebook_jax:1"}
-RECORD = """#!/bin/bash
-printf '%s\\0' "$@" >"$RECORD"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +25,10 @@ def sky(tmp_path_factory):
 
 
 def task_of(sky, path, **changes):
-    yaml = pytest.importorskip("yaml")
     config = yaml.safe_load(path.read_text()) | changes
-    given = {"ARGUMENTS": shlex.join(ARGUMENTS), **GIVEN}
+    given = {"ARGUMENTS": shlex.join(HARD), **GIVEN}
     asked = [(name, given[name]) for name in config["envs"]]
     return sky.Task.from_yaml_config(config, env_overrides=asked)
-
-
-def test_there_is_a_file_for_each_kind_of_machine():
-    assert [path.stem for path in FILES] == ["sky_gpu", "sky_kubernetes", "sky_tpu"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -66,14 +57,15 @@ def test_a_value_that_is_missing_or_a_misspelt_field_is_refused_by_name(path, sk
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_arguments_reach_the_program_unchanged(path, sky, tmp_path):
+def test_the_arguments_reach_the_program_unchanged(path, tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / "recorded").mkdir()
     for place in (".venv/bin/python", "python"):
-        (tmp_path / place).write_text(RECORD)
+        (tmp_path / place).write_text(RECORD + NOTE_AND_END)
         (tmp_path / place).chmod(0o755)
-    task = task_of(sky, path)
-    told = {"RECORD": str(tmp_path / "record"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = task.run.replace("cd /app", "cd .")
-    subprocess.run(["bash", "-c", script], env=task.envs | told, cwd=tmp_path, check=True)
-    ran = (tmp_path / "record").read_text().split("\0")[:-1]
-    assert ran == ["-m", "codebook_jax.main", "--preempted_exit_code=75", *ARGUMENTS]
+    told = {"WORLD": str(tmp_path / "recorded"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = yaml.safe_load(path.read_text())["run"].replace("cd /app", "cd .")
+    environment = {"ARGUMENTS": shlex.join(HARD), **GIVEN, **told}
+    subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, check=True)
+    (words,) = recorded(tmp_path / "recorded" / "python")
+    assert words == ["-m", "codebook_jax.main", "--preempted_exit_code=75", *HARD]

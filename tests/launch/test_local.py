@@ -7,19 +7,15 @@ import subprocess
 import sys
 import time
 
-from small_run import ROOT
+import pytest
+from small_run import ROOT, ran
 
 LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
 
 
-def started(*options, code, **further):
-    return subprocess.run(
-        [*LOCAL, *options, "--", sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        **further,
-    )
+def started(*options, code, words=(), environment=None):
+    command = [*LOCAL, *options, "--", sys.executable, "-c", code, *words]
+    return ran(command, environment, timeout=60)
 
 
 def test_each_process_is_told_its_number_the_coordinator_and_its_devices():
@@ -27,14 +23,8 @@ def test_each_process_is_told_its_number_the_coordinator_and_its_devices():
         "import os; print(*(os.environ.get(n) for n in ('JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', "
         "'JAX_LOCAL_DEVICE_IDS', 'XLA_FLAGS', 'JAX_COORDINATOR_ADDRESS')), flush=True)"
     )
-    done = started(
-        "--processes=2",
-        "--gpus=4",
-        "--devices=3",
-        "--port=1234",
-        code=code,
-        env={"XLA_FLAGS": "--a"},
-    )
+    options = ("--processes=2", "--gpus=4", "--devices=3", "--port=1234")
+    done = started(*options, code=code, environment={"XLA_FLAGS": "--a"})
     assert done.returncode == 0
     flags = "--a --xla_force_host_platform_device_count=3"
     assert sorted(done.stdout.splitlines()) == [
@@ -44,21 +34,9 @@ def test_each_process_is_told_its_number_the_coordinator_and_its_devices():
 
 
 def test_arguments_reach_the_command_as_they_are():
-    code = "import sys; print(sys.argv[1:])"
-    command = [
-        *LOCAL,
-        "--processes=1",
-        "--",
-        sys.executable,
-        "-c",
-        code,
-        "a b",
-        "--processes=7",
-        "--",
-        "'",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[0] ['a b', '--processes=7', '--', \"'\"]\n"
+    words = ["a b", "--processes=7", "--", "'"]
+    done = started("--processes=1", code="import sys; print(sys.argv[1:])", words=words)
+    assert done.stdout == f"[0] {words}\n"
 
 
 def test_one_that_fails_ends_the_others_after_the_grace_and_its_code_is_given_back():
@@ -72,26 +50,24 @@ def test_one_that_fails_ends_the_others_after_the_grace_and_its_code_is_given_ba
     assert "are killed" in done.stdout
 
 
-def test_all_are_started_again_as_often_as_asked_but_not_after_a_users_mistake(tmp_path):
+@pytest.mark.parametrize(
+    ("last", "restarts", "starts", "ends"),
+    [(0, 5, 3, 0), (0, 1, 2, 128 + signal.SIGKILL), (2, 5, 3, 2)],
+)
+def test_all_are_started_again_as_often_as_asked_but_not_after_a_users_mistake(
+    last, restarts, starts, ends, tmp_path
+):
     code = (
         "import os, signal, sys; path = os.environ['COUNT']\n"
         "open(path, 'a').write('.'); n = len(open(path).read())\n"
         "os.kill(os.getpid(), signal.SIGKILL) if n < 3 else sys.exit(int(os.environ['LAST']))"
     )
-    for last, restarts, starts, ends in (
-        ("0", 5, 3, 0),
-        ("0", 1, 2, 128 + signal.SIGKILL),
-        ("2", 5, 3, 2),
-    ):
-        count = tmp_path / f"{last}{restarts}"
-        done = started(
-            "--processes=1",
-            f"--restarts={restarts}",
-            code=code,
-            env={"COUNT": str(count), "LAST": last},
-        )
-        assert done.returncode == ends and count.read_text() == "." * starts
-    assert "was ended by SIGKILL" in done.stdout and "starting all 1 again (1 of 5)" in done.stdout
+    count = tmp_path / "count"
+    environment = {"COUNT": str(count), "LAST": str(last)}
+    options = ("--processes=1", f"--restarts={restarts}")
+    done = started(*options, code=code, environment=environment)
+    assert done.returncode == ends and count.read_text() == "." * starts
+    assert "was ended by SIGKILL" in done.stdout and f"(1 of {restarts})" in done.stdout
 
 
 def test_a_signal_reaches_all_and_nothing_is_started_again():
@@ -110,14 +86,17 @@ def test_a_signal_reaches_all_and_nothing_is_started_again():
     assert process.returncode == 5 and "again" not in said
 
 
-def test_what_cannot_be_meant_is_refused():
-    for options, words in (
-        (["--processes=2"], "a command is missing"),
-        (["--processes=0", "--", "true"], "give at least 1"),
-        (["--processes=2", "--gpus=3", "--", "true"], "does not divide"),
-    ):
-        done = subprocess.run([*LOCAL, *options], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2 and words in done.stderr
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--processes=2", "a command is missing"),
+        ("--processes=0 -- true", "give at least 1"),
+        ("--processes=2 --gpus=3 -- true", "does not divide"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, words):
+    done = ran([*LOCAL, *options.split()], timeout=60)
+    assert done.returncode == 2 and words in done.stderr
 
 
 def test_a_reader_that_is_gone_does_not_hold_the_processes_up(tmp_path):

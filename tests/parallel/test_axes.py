@@ -100,14 +100,9 @@ def test_a_run_records_its_choice_starts_again_with_it_and_is_used_with_it(
 
 def fakes(slice_of):
     """Devices that report their slice, two per process."""
+    kind = {"platform": "fake", "device_kind": "fake"}
     return [
-        SimpleNamespace(
-            id=place,
-            slice_index=index,
-            process_index=place // 2,
-            platform="fake",
-            device_kind="fake",
-        )
+        SimpleNamespace(id=place, slice_index=index, process_index=place // 2, **kind)
         for place, index in enumerate(slice_of)
     ]
 
@@ -119,22 +114,14 @@ def slices_along(placed, axis):
     return max(len(set(line)) for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "across"),
-    [
-        ((2, 2, 2), (2, 1, 1)),
-        ((4, 2, 1), (2, 1, 1)),
-        ((2, 1, 4), (2, 1, 1)),
-        ((1, 8, 1), (1, 2, 1)),
-        ((1, 2, 4), (1, 2, 1)),
-    ],
-)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1), (2, 1, 4), (1, 8, 1), (1, 2, 4)])
 @pytest.mark.parametrize("order", [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1] * 4, [1, 1, 0, 0, 0, 0, 1, 1]])
-def test_the_slow_network_carries_data_first_then_fsdp_and_never_tensor(sizes, across, order):
+def test_the_slow_network_carries_data_first_then_fsdp_and_never_tensor(sizes, order):
     devices = fakes(order)
     placed = sharding.arranged(sizes, devices)
     assert placed.shape == sizes and {device.id for device in placed.flat} == set(range(8))
-    assert tuple(slices_along(placed, axis) for axis in range(3)) == across
+    across = [1, 2, 1] if sizes[0] == 1 else [2, 1, 1]
+    assert [slices_along(placed, axis) for axis in range(3)] == across
 
 
 def test_what_data_leaves_of_the_slices_is_split_by_fsdp():
@@ -160,12 +147,7 @@ def test_a_process_holds_rows_that_follow_one_another():
 @pytest.mark.parametrize(
     ("sizes", "order", "asked", "words"),
     [
-        (
-            (1, 1, 8),
-            [0] * 4 + [1] * 4,
-            0,
-            r"config.mesh.data=1 x config.mesh.fsdp=1 is not a multiple of the 2 slices of 4",
-        ),
+        ((1, 1, 8), [0] * 4 + [1] * 4, 0, "mesh.data=1 x config.mesh.fsdp=1 .* the 2 slices of 4"),
         (
             (1, 2, 4),
             [0] * 2 + [1] * 2 + [2] * 2 + [3] * 2,
@@ -182,8 +164,5 @@ def test_a_mesh_that_slices_cannot_make_is_refused_with_its_numbers(sizes, order
 
 
 def test_a_mesh_over_slices_says_what_crosses_them():
-    assert axes.describe(sharding.make_mesh(2, 2, 2), 0) == "data 2, fsdp 2, tensor 2"
-    assert (
-        axes.describe(sharding.make_mesh(1, 4, 2, slices=2), 2)
-        == "data 1, fsdp 4, tensor 2; over 2 slices: fsdp 2"
-    )
+    said = axes.describe(sharding.make_mesh(1, 4, 2, slices=2), 2)
+    assert said == "data 1, fsdp 4, tensor 2; over 2 slices: fsdp 2"

@@ -30,11 +30,13 @@ SKYPILOT = {
     "SKYPILOT_NUM_NODES": "2",
     "SKYPILOT_NODE_RANK": "1",
 }
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+FLAGS = {"coordinator": "b:2", "count": 4, "own": 1}
 JAX = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 
 
 ALONE_ON_NODE = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
-SHOWS_FOUR = {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "4"}
+FOUR = {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "4"}
 
 
 @pytest.mark.parametrize(
@@ -45,21 +47,13 @@ SHOWS_FOUR = {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "4"}
         (SLURM | {"SLURM_NTASKS": "1"}, {}, None),
         (MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, {}, None),
         (SKYPILOT | {"SKYPILOT_NUM_NODES": "1"}, {}, None),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {"has_kubernetes": True}, None),
-        (
-            JAX | SLURM,
-            {"coordinator": "b:2", "count": 4, "own": 1},
-            Joining("--coordinator", "b:2", 4, 1),
-        ),
+        (KUBERNETES, {"has_kubernetes": True}, None),
+        (JAX | SLURM, FLAGS, Joining("--coordinator", "b:2", 4, 1)),
         (JAX | SLURM, {}, Joining("JAX", "a:1", 3, 2)),
         (SLURM, {}, Joining("SLURM", None, 16, 11, (3,), "slurm")),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, {}, Joining("SLURM", None, 16, 11, (0,), "slurm")),
         (SLURM | ALONE_ON_NODE, {}, Joining("SLURM", None, 2, 1, tuple(range(8)), "slurm")),
-        (
-            SLURM | ALONE_ON_NODE | SHOWS_FOUR,
-            {},
-            Joining("SLURM", None, 2, 1, (0, 1, 2, 3), "slurm"),
-        ),
+        (SLURM | ALONE_ON_NODE | FOUR, {}, Joining("SLURM", None, 2, 1, (0, 1, 2, 3), "slurm")),
         (SLURM, {"coordinator": "c:3"}, Joining("SLURM", "c:3", 16, 11, (3,))),
         (MPI | ORTE, {}, Joining("Open MPI", None, 4, 2, (0,), "ompi")),
         (MPI, {"coordinator": "c:3"}, Joining("Open MPI", "c:3", 4, 2, (0,))),
@@ -67,7 +61,7 @@ SHOWS_FOUR = {"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "4"}
         (SKYPILOT, {"on_a_tpu": True}, Joining("Cloud TPU", detection=None)),
         ({}, {"on_a_tpu": True}, Joining("Cloud TPU", detection=None)),
         (
-            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"},
+            KUBERNETES | {"JOB_COMPLETION_INDEX": "1"},
             {"has_kubernetes": True},
             Joining("Kubernetes", detection="k8s"),
         ),
@@ -121,8 +115,5 @@ def test_a_process_that_nobody_joins_ends_with_a_sentence_on_why():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and time.monotonic() - began < 50
     sentence = done.stderr.splitlines()[-1]
-    assert (
-        sentence.startswith("error: process 1 of 2 on ")
-        and "did not find the others in 1 s" in sentence
-    )
-    assert "the coordinator 127.0.0.1:1 cannot be reached" in sentence
+    for words in ("error: process 1 of 2 on ", "find the others in 1 s", "127.0.0.1:1 cannot be"):
+        assert words in sentence

@@ -9,14 +9,13 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_run import ROOT, command, together
+from small_run import command, ran, together
 
 from codebook_jax.run.metrics import read_rows
 from codebook_jax.run.ownership import owned
@@ -47,13 +46,7 @@ def environment(one_device_environment):
 
 
 def went(workdir, environment, fault=""):
-    done = subprocess.run(
-        command(workdir, **CHANGES),
-        env=environment | {"FAULT": fault or "none:0:0"},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = ran(command(workdir, **CHANGES), environment | {"FAULT": fault or "none:0:0"})
     assert done.returncode == (-signal.SIGKILL if fault else 0), done.stderr[-3000:]
     return done.stdout
 
@@ -96,20 +89,8 @@ def undisturbed(environment, tmp_path_factory):
 def of_two(environment, tmp_path_factory):
     """The same eight devices, four in each of two processes that launch/local.py started."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    starter = [
-        sys.executable,
-        str(ROOT / "launch" / "local.py"),
-        "--processes=2",
-        "--devices=4",
-        "--",
-    ]
-    done = subprocess.run(
-        [*starter, *command(workdir, **CHANGES)],
-        env=environment(4),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    starter = [sys.executable, "launch/local.py", "--processes=2", "--devices=4", "--"]
+    done = ran([*starter, *command(workdir, **CHANGES)], environment(4))
     assert done.returncode == 0, done.stdout[-3000:]
     return SimpleNamespace(workdir=workdir, said=done.stdout)
 
@@ -173,11 +154,8 @@ def test_another_config_or_workdir_on_one_host_is_refused_by_name_before_anythin
     codes, said = ends(both(workdir, environment(1), own=own))
     host = socket.gethostname()
     assert codes == [2, 2], said
-    for text in said:
-        assert (
-            f"error: process 1 on {host} differs in config.seed=7, on process 0 0: start all"
-            in text
-        )
+    sentence = f"error: process 1 on {host} differs in config.seed=7, on process 0 0: "
+    assert all(sentence in text for text in said)
     assert not workdir.exists()
     codes, said = ends(both(workdir, environment(1), own=[f"--workdir={other}"]))
     assert codes == [2, 2], said
@@ -189,9 +167,6 @@ def test_a_workdir_in_use_ends_all_processes_with_the_sentence_of_the_first(envi
     with owned(tmp_path):
         codes, said = ends(both(tmp_path, environment(1)))
     assert codes == [2, 2], said
-    for text in said:
-        assert (
-            f"--workdir={tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}"
-            in text
-        )
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    assert all(f"--workdir={tmp_path} is in use by {owner}" in text for text in said)
     assert list(tmp_path.iterdir()) == []

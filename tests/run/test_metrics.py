@@ -4,13 +4,12 @@ import io
 import json
 import re
 import signal
-import subprocess
 import sys
-import textwrap
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import ran
 
 from codebook_jax.data import progress
 from codebook_jax.run.interruption import Interruption
@@ -35,21 +34,6 @@ def test_a_row_is_one_json_object_at_once_and_what_is_not_finite_is_null(tmp_pat
     assert second == {"step": 4, "bad": None, "worse": None, "words": "loss/matching"}
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"loss" in events.read_bytes()
-
-
-def test_resuming_cuts_the_rows_after_the_checkpoint_and_a_half_written_line(tmp_path):
-    with Metrics(tmp_path, step=0) as metrics:
-        for step in range(1, 8):
-            metrics.write(step, {"loss": 1 / step})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
-    with Metrics(tmp_path, step=5) as metrics:
-        metrics.write(6, {"loss": -1.0})
-    assert rows_of(tmp_path) == [
-        *({"step": s, "loss": 1 / s} for s in range(1, 6)),
-        {"step": 6, "loss": -1.0},
-    ]
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
 def test_an_evaluation_that_was_not_recorded_with_its_checkpoint_is_cut_to_be_done_again(tmp_path):
@@ -116,17 +100,6 @@ def test_on_a_terminal_the_pace_is_a_bar(monkeypatch):
     assert "5/10" in shown and "loss 7.123" in shown
 
 
-def test_a_signal_is_remembered_and_the_old_handlers_come_back():
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    with Interruption() as stop:
-        assert not stop.requested
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.requested and stop.name == "SIGTERM" and stop.arrives_within(seconds=0)
-        signal.raise_signal(signal.SIGTERM)  # schedulers send more than one
-    assert before == {number: signal.getsignal(number) for number in before}
-
-
 def test_a_terminal_that_closes_does_not_end_a_run_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -148,16 +121,13 @@ def test_the_stages_of_a_long_work_are_each_told_with_the_time_left(monkeypatch,
 
 
 def test_a_second_ctrl_c_leaves_at_once():
-    script = """
-        import signal, sys
+    script = """if True:
+        import signal
         from codebook_jax.run.interruption import Interruption
         with Interruption():
-            signal.raise_signal(signal.SIGINT)
-            print("still here", flush=True)
-            signal.raise_signal(signal.SIGINT)
-            print("not reached", flush=True)
+            for said in ("still here", "not reached"):
+                signal.raise_signal(signal.SIGINT)
+                print(said, flush=True)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
-    )
+    done = ran([sys.executable, "-c", script])
     assert done.returncode == 130 and done.stdout == "still here\n" and "SIGINT" in done.stderr

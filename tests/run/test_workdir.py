@@ -33,9 +33,8 @@ def start(workdir, config, *, fingerprint="data-1", previous=None, changes=None,
 
 
 def restart(workdir, record, config, *, fingerprint="data-1", has_checkpoint=True):
-    return records.check_restart(
-        workdir, record, config, fingerprint, has_checkpoint=has_checkpoint
-    )
+    given = (workdir, record, config, fingerprint)
+    return records.check_restart(*given, has_checkpoint=has_checkpoint)
 
 
 def test_the_record_holds_the_config_the_data_and_the_versions(tmp_path):
@@ -141,9 +140,8 @@ def test_accepted_changes_are_kept_with_their_step(tmp_path):
     longer = config_of(**{"train.steps": 900})
     changes = restart(tmp_path, record, longer)
     record = start(tmp_path, longer, previous=record, changes=changes, step=200)
-    assert record["changes"] == [
-        {"step": 200, "fields": {"train.steps": [config_of().train.steps, 900]}}
-    ]
+    changed = {"train.steps": [config_of().train.steps, 900]}
+    assert record["changes"] == [{"step": 200, "fields": changed}]
     assert record["config"]["train"]["steps"] == 900
 
 
@@ -164,9 +162,7 @@ def test_groups_are_data_shards_times_accumulation_and_stay_those_of_the_run(tmp
     assert resolved(config, record, shards=1).itm.groups == 8
     assert restart(tmp_path, record, resolved(config, record, shards=1)) == {}
     config.itm.groups = 5
-    with pytest.raises(
-        UserError, match="config.itm.groups=5 does not split config.data.global_batch=64"
-    ):
+    with pytest.raises(UserError, match=r"itm.groups=5 .*data.global_batch=64"):
         resolved(config, None, shards=1)
 
 
@@ -201,13 +197,6 @@ def test_a_run_from_before_a_field_continues_with_what_it_did(tmp_path):
     assert restart(tmp_path, record, config_of()) == {}
     with pytest.raises(UserError, match='init="random", now "model:a"'):
         restart(tmp_path, record, config_of(init="model:a"))
-
-
-def test_a_file_that_is_no_record_is_refused(tmp_path):
-    assert records.read_record(tmp_path) is None
-    (tmp_path / "config.json").write_text('{"config": {}')
-    with pytest.raises(UserError, match="is not the record of a run"):
-        records.read_record(tmp_path)
 
 
 def test_the_commit_is_that_of_the_checkout_and_none_in_a_stranger_s(tmp_path, monkeypatch):
