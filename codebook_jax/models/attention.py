@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from codebook_jax.method.numerics import default_types
 from codebook_jax.models.layers import Compute, Dense
@@ -21,19 +22,12 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        std: float,
-        value_std: float,
-        compute: Compute,
-        rngs: nnx.Rngs,
+        self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs, *, value_std: float
     ) -> None:
-        each, common = width // heads, dict(dtype=compute.dtype, rngs=rngs)
-        stds = jnp.array([std, std, value_std], jnp.float32)[:, None, None]
-        self.qkv = Dense(width, (3, heads, each), std=stds, **common)
-        self.out = Dense((heads, each), width, std=value_std, **common)
+        heads, common = (spec.heads, spec.width // spec.heads), dict(dtype=compute.dtype, rngs=rngs)
+        stds = jnp.array([spec.init_std, spec.init_std, value_std], jnp.float32)[:, None, None]
+        self.qkv = Dense(spec.width, (3, *heads), std=stds, **common)
+        self.out = Dense(heads, spec.width, std=value_std, **common)
         self.compute = compute
 
     def __call__(
@@ -48,19 +42,13 @@ class CrossAttention(nnx.Module):
     """Attention of texts over an image, whose `key_value` is computed once for all texts."""
 
     def __init__(
-        self,
-        width: int,
-        image_width: int,
-        heads: int,
-        *,
-        std: float,
-        compute: Compute,
-        rngs: nnx.Rngs,
+        self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
     ) -> None:
-        each, common = width // heads, dict(std=std, dtype=compute.dtype, rngs=rngs)
-        self.query = Dense(width, (heads, each), **common)
-        self.key_value = Dense(image_width, (2, heads, each), **common)
-        self.out = Dense((heads, each), width, **common)
+        heads = spec.heads, spec.width // spec.heads
+        common = dict(std=spec.init_std, dtype=compute.dtype, rngs=rngs)
+        self.query = Dense(spec.width, heads, **common)
+        self.key_value = Dense(image_width, (2, *heads), **common)
+        self.out = Dense(heads, spec.width, **common)
         self.compute = compute
 
     def __call__(

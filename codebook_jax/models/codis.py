@@ -6,19 +6,21 @@ float32 arrays; the teacher's are a second tree like "towers", run through the s
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from ml_collections import ConfigDict
 
+from codebook_jax.data import augment
 from codebook_jax.method.numerics import key_of, own_settings, wide_enough
-from codebook_jax.models.bert import FusionEncoder, TextEncoder, TextSpec
+from codebook_jax.models.bert import FusionEncoder, TextEncoder
 from codebook_jax.models.heads import MaskedWordHead, MatchingHead
 from codebook_jax.models.layers import Compute, Dense
-from codebook_jax.models.vit import ImageSpec, VisionTransformer
+from codebook_jax.models.vit import VisionTransformer
 from codebook_jax.parallel import sharding
 
 Parameters = PyTree[Float[Array, "..."]]
@@ -28,24 +30,15 @@ class Towers(nnx.Module):
     """The three encoders, the projections to the joint space, and the masked-word head."""
 
     def __init__(
-        self,
-        image: ImageSpec,
-        text: TextSpec,
-        *,
-        dim: int,
-        vocabulary_size: int,
-        compute: Compute,
-        rngs: nnx.Rngs,
+        self, model: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
     ) -> None:
+        image, text, common = model.image, model.text, dict(dtype=compute.dtype, rngs=rngs)
         self.image = VisionTransformer(image, compute, rngs)
         self.text = TextEncoder(text, vocabulary_size, compute, rngs)
         self.fusion = FusionEncoder(text, image.width, compute, rngs)
-        common = dict(dtype=compute.dtype, rngs=rngs)
-        self.image_projection = Dense(image.width, dim, std=image.init_std, **common)
-        self.text_projection = Dense(text.width, dim, std=text.init_std, **common)
-        self.masked_words = MaskedWordHead(
-            text.width, vocabulary_size, eps=text.layer_norm_eps, std=text.init_std, **common
-        )
+        self.image_projection = Dense(image.width, model.dim, std=image.init_std, **common)
+        self.text_projection = Dense(text.width, model.dim, std=text.init_std, **common)
+        self.masked_words = MaskedWordHead(text, vocabulary_size, compute, rngs)
 
     def embed_images(
         self, images: Float[Array, "images side side 3"]
@@ -74,6 +67,7 @@ class Model(NamedTuple):
 
     towers_graph: nnx.GraphDef[Towers]
     matching_graph: nnx.GraphDef[MatchingHead]
+    dtype: jnp.dtype
     mesh: jax.sharding.Mesh | None
 
     def towers(self, parameters: Parameters) -> Towers:
@@ -87,26 +81,61 @@ class Model(NamedTuple):
         return nnx.merge(self.matching_graph, nnx.State(parameters))(cls)
 
 
+class Programs:
+    """A model's encoders, compiled, and its matching; parameters are arguments."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.mesh = model, model.mesh
+        self.encode_images = jax.jit(own_settings(self._encode_images))
+        self.encode_texts = jax.jit(own_settings(self._encode_texts))
+
+    def pixels(
+        self, images: UInt8[Array, "images side side 3"]
+    ) -> Float[Array, "images side side 3"]:
+        """Images as the encoders expect them, in the model's type."""
+        return augment.normalise(images, self.model.dtype)
+
+    def pair_logits(
+        self,
+        student: Parameters,
+        image_tokens: Float[Array, "rows patches width"],
+        states: Float[Array, "rows texts tokens width"],
+        lengths: Int[Array, "rows texts"],
+    ) -> Float[Array, "rows texts 2"]:
+        """Logits of the matching of each image with each text of its row."""
+        fused = self.model.towers(student["towers"]).fusion(states, lengths, image_tokens)
+        return self.model.match_logits(student["matching"], fused[:, :, 0])
+
+    def _encode_images(
+        self, towers: Parameters, images: UInt8[Array, "rows side side 3"]
+    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows patches width"]]:
+        return self.model.towers(towers).embed_images(self.pixels(images))
+
+    def _encode_texts(
+        self, towers: Parameters, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"]
+    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows tokens width"]]:
+        return self.model.towers(towers).embed_texts(tokens, lengths)
+
+
 def build_model(
-    config: ml_collections.ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
+    config: ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
 ) -> Model:
     """The graphs of the model that `config` describes; allocates nothing."""
-
-    make = lambda: _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh)  # noqa: E731
-    abstract = nnx.eval_shape(own_settings(make))
-    return Model(*(nnx.split(module)[0] for module in abstract), mesh)
+    make = own_settings(functools.partial(_modules, config, vocabulary_size, mesh))
+    towers, matching = nnx.eval_shape(make, key_of(0))
+    return Model(nnx.graphdef(towers), nnx.graphdef(matching), jnp.dtype(config.model.dtype), mesh)
 
 
 def init_student(
-    config: ml_collections.ConfigDict, vocabulary_size: int, key: Key[Array, ""]
+    config: ConfigDict, vocabulary_size: int, key: Key[Array, ""]
 ) -> dict[str, Parameters]:
     """Fresh parameters of the student, float32. Codewords are unit vectors in random directions."""
     tower_key, code_key = jax.random.split(key)
-    towers, matching = _modules(config, vocabulary_size, nnx.Rngs(params=tower_key))
+    towers, matching = _modules(config, vocabulary_size, None, tower_key)
     codes = jax.random.normal(code_key, (config.codebook.size, config.model.dim), jnp.float32)
     return {
-        "towers": nnx.to_pure_dict(nnx.split(towers)[1]),
-        "matching": nnx.to_pure_dict(nnx.split(matching)[1]),
+        "towers": nnx.to_pure_dict(nnx.state(towers)),
+        "matching": nnx.to_pure_dict(nnx.state(matching)),
         "codebook": {"codes": unit(codes)},
         "temperature": jnp.float32(config.alignment.temperature),
     }
@@ -119,17 +148,12 @@ def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
 
 
 def _modules(
-    config: ml_collections.ConfigDict,
-    vocabulary_size: int,
-    rngs: nnx.Rngs,
-    mesh: jax.sharding.Mesh | None = None,
+    config: ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None, key: Key[Array, ""]
 ) -> tuple[Towers, MatchingHead]:
-    model, dtype = config.model, jnp.dtype(config.model.dtype)
-    image, text = ImageSpec(**model.image.to_dict()), TextSpec(**model.text.to_dict())
+    model, rngs, dtype = config.model, nnx.Rngs(params=key), jnp.dtype(config.model.dtype)
     attention = model.attention
     if attention == "auto":
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
     compute = Compute(dtype, model.remat, model.scan_unroll, attention, mesh)
-    sizes = dict(dim=model.dim, vocabulary_size=vocabulary_size)
-    towers = Towers(image, text, **sizes, compute=compute, rngs=rngs)
-    return towers, MatchingHead(text.width, std=text.init_std, rngs=rngs)
+    towers = Towers(model, vocabulary_size, compute, rngs)
+    return towers, MatchingHead(model.text.width, std=model.text.init_std, rngs=rngs)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from codebook_jax.method.numerics import wide_enough
-from codebook_jax.models.layers import Dense, LayerNorm, gelu
+from codebook_jax.models.layers import Compute, Dense, LayerNorm, gelu
 
 MATCH = 1  # the class of a matching pair (ALBEF)
 
@@ -18,19 +18,12 @@ class MaskedWordHead(nnx.Module):
     """A transform, then the word embeddings as output layer, and a bias (Devlin et al., 2019)."""
 
     def __init__(
-        self,
-        width: int,
-        vocabulary_size: int,
-        *,
-        eps: float,
-        std: float,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, spec: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
     ) -> None:
-        self.transform = Dense(width, width, std=std, dtype=dtype, rngs=rngs)
-        self.norm = LayerNorm(width, eps=eps, dtype=dtype, rngs=rngs)
+        width, self.dtype = spec.width, compute.dtype
+        self.transform = Dense(width, width, std=spec.init_std, dtype=compute.dtype, rngs=rngs)
+        self.norm = LayerNorm(spec, compute, rngs)
         self.bias = nnx.Param(jnp.zeros((vocabulary_size,), jnp.float32))
-        self.dtype = dtype
 
     @jax.named_scope("words")
     def __call__(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, PyTree
+from ml_collections import ConfigDict
 
 from codebook_jax.method.numerics import default_types, wide_enough
 from codebook_jax.parallel import sharding
@@ -127,8 +128,9 @@ def _upper_tail(x: Some) -> tuple[Some, Some]:
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation as in BERT and ViT: the variance in two passes, in float32."""
 
-    def __init__(self, width: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        super().__init__(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    def __init__(self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs) -> None:
+        options = dict(epsilon=spec.layer_norm_eps, dtype=compute.dtype, use_fast_variance=False)
+        super().__init__(spec.width, **options, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
         with default_types(x.dtype):
@@ -136,14 +138,13 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class FeedForward(nnx.Module):
-    """Two dense layers around an exact GELU, of width `inner` between (0: four times the outer)."""
+    """Two dense layers around an exact GELU; `mlp_width` 0 is four times the width."""
 
-    def __init__(
-        self, width: int, inner: int, *, std: float, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        inner = inner or 4 * width
-        self.up = Dense(width, inner, std=std, dtype=dtype, rngs=rngs)
-        self.down = Dense(inner, width, std=std, dtype=dtype, rngs=rngs)
+    def __init__(self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs) -> None:
+        inner = spec.mlp_width or 4 * spec.width
+        common = dict(std=spec.init_std, dtype=compute.dtype, rngs=rngs)
+        self.up = Dense(spec.width, inner, **common)
+        self.down = Dense(inner, spec.width, **common)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
         return self.down(gelu(self.up(x)))

@@ -53,7 +53,7 @@ class Pretraining(OverMesh):
         self.pass_groups = config.itm.groups // config.optimizer.accumulation
         self.passes = Passes(config.optimizer.accumulation, mesh)
         super().__init__(config, vocabulary, mesh)
-        self.programs = TowerPrograms(self.model, config, mesh)
+        self.programs = TowerPrograms(self.model, config)
 
     @staticmethod
     def checkpoint_items() -> Items:

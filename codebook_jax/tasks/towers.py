@@ -1,4 +1,4 @@
-"""What trained towers are used for: encoding, matching, and retrieval with both."""
+"""What trained towers are evaluated on: retrieval by their features, and by matching."""
 
 from __future__ import annotations
 
@@ -6,31 +6,26 @@ import functools
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree
 
-from codebook_jax.data import augment
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.method.numerics import own_settings
-from codebook_jax.models.codis import Model
+from codebook_jax.models.codis import Model, Programs
 from codebook_jax.models.heads import MATCH
 from codebook_jax.tasks.task import Evaluation
 
 
-class TowerPrograms:
-    """The jitted encoders and the matching of a model; parameters are arguments."""
+class TowerPrograms(Programs):
+    """The programs of a model, and its retrieval with them."""
 
-    def __init__(
-        self, model: Model, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-    ) -> None:
-        self.model, self.config, self.mesh = model, config, mesh
-        self.encode_images = jax.jit(own_settings(self._encode_images))
-        self.encode_texts = jax.jit(own_settings(self._encode_texts))
+    def __init__(self, model: Model, config: ml_collections.ConfigDict) -> None:
+        super().__init__(model)
+        self.config = config
         self.match = jax.jit(own_settings(self._match))
 
     def evaluate(
@@ -69,24 +64,7 @@ class TowerPrograms:
             table=retrieval.format_table(results),
         )
 
-    def pixels(
-        self, images: UInt8[Array, "images side side 3"]
-    ) -> Float[Array, "images side side 3"]:
-        """Images as the encoders expect them, in the model's type."""
-        return augment.normalise(images, jnp.dtype(self.config.model.dtype))
-
-    def _encode_images(
-        self, towers: PyTree, images: UInt8[Array, "rows side side 3"]
-    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows patches width"]]:
-        return self.model.towers(towers).embed_images(self.pixels(images))
-
-    def _encode_texts(
-        self, towers: PyTree, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"]
-    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows tokens width"]]:
-        return self.model.towers(towers).embed_texts(tokens, lengths)
-
     def _match(
         self, student: PyTree, image_tokens: Array, states: Array, lengths: Array
     ) -> Float[Array, "rows texts"]:
-        fused = self.model.towers(student["towers"]).fusion(states, lengths, image_tokens)
-        return self.model.match_logits(student["matching"], fused[:, :, 0])[..., MATCH]
+        return self.pair_logits(student, image_tokens, states, lengths)[..., MATCH]
