@@ -13,11 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 from ml_collections import ConfigDict
 
-from codebook_jax.models.attention import CrossAttention, SelfAttention
 from codebook_jax.models.layers import (
     Compute,
+    CrossAttention,
     FeedForward,
     LayerNorm,
+    SelfAttention,
     dropout,
     keys_of,
     normal_param,

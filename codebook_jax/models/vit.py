@@ -8,12 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from codebook_jax.models.attention import SelfAttention
 from codebook_jax.models.layers import (
     Compute,
     Dense,
     FeedForward,
     LayerNorm,
+    SelfAttention,
     normal_param,
     scan,
     stack,
