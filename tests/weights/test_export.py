@@ -20,7 +20,6 @@ from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools import export
-from codebook_jax.weights import load as inference
 
 TEXTS = ["a red circle above a blue star", "a green ring", "a large moon left of a small cross"]
 
@@ -348,11 +347,3 @@ def test_an_export_that_fails_leaves_the_one_before(
     assert "replacing the previous export" in capsys.readouterr().out
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
     assert codebook_jax.load(workdir).encode_text("a star").shape == (1, 16)
-
-
-def test_a_probability_is_that_of_scipy():
-    rng = np.random.default_rng(0)
-    features, codes = rng.normal(size=(5, 7)), rng.normal(size=(11, 7))
-    found = inference.code_probabilities(features, codes, temperature=0.01)
-    expected = scipy.special.softmax(features @ codes.T / 0.01, axis=1)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
