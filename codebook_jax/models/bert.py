@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
+from ml_collections import ConfigDict
 
-from codebook_jax.models.attention import CrossAttention, SelfAttention
 from codebook_jax.models.layers import (
     Compute,
+    CrossAttention,
     FeedForward,
     LayerNorm,
+    SelfAttention,
     dropout,
     keys_of,
     normal_param,
@@ -27,23 +29,6 @@ from codebook_jax.models.layers import (
 States = Float[Array, "texts tokens width"]
 PairStates = Float[Array, "images texts tokens width"]
 DropoutKey = Key[Array, ""] | None  # None: nothing is dropped
-
-
-class TextSpec(NamedTuple):
-    """config.model.text."""
-
-    width: int
-    depth: int
-    fusion_depth: int
-    heads: int
-    max_tokens: int
-    max_positions: int
-    mlp_width: int
-    layer_norm_eps: float
-    init_std: float
-    value_std: float  # of the text encoder; the fusion encoder's is `init_std`
-    embedding_std: float
-    dropout: float
 
 
 class Negatives(NamedTuple):
@@ -57,16 +42,12 @@ class TextBlock(nnx.Module):
     """Self-attention and feed-forward, each added to its input and normalised afterwards."""
 
     def __init__(
-        self, spec: TextSpec, compute: Compute, rngs: nnx.Rngs, *, value_std: float
+        self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs, *, value_std: float
     ) -> None:
-        width, std, eps = spec.width, spec.init_std, spec.layer_norm_eps
-        common = dict(dtype=compute.dtype, rngs=rngs)
-        self.attention = SelfAttention(
-            width, spec.heads, std=std, value_std=value_std, compute=compute, rngs=rngs
-        )
-        self.attention_norm = LayerNorm(width, eps=eps, **common)
-        self.mlp = FeedForward(width, spec.mlp_width, std=std, **common)
-        self.mlp_norm = LayerNorm(width, eps=eps, **common)
+        self.attention = SelfAttention(spec, compute, rngs, value_std=value_std)
+        self.attention_norm = LayerNorm(spec, compute, rngs)
+        self.mlp = FeedForward(spec, compute, rngs)
+        self.mlp_norm = LayerNorm(spec, compute, rngs)
         self.dropout = spec.dropout
 
     def __call__(self, x: States, lengths: Int[Array, "texts"], key: DropoutKey) -> States:
@@ -80,14 +61,12 @@ class TextBlock(nnx.Module):
 class FusionBlock(TextBlock):
     """A text block that also attends to the image, before its feed-forward."""
 
-    def __init__(self, spec: TextSpec, image_width: int, compute: Compute, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
         super().__init__(spec, compute, rngs, value_std=spec.init_std)
-        self.cross = CrossAttention(
-            spec.width, image_width, spec.heads, std=spec.init_std, compute=compute, rngs=rngs
-        )
-        self.cross_norm = LayerNorm(
-            spec.width, eps=spec.layer_norm_eps, dtype=compute.dtype, rngs=rngs
-        )
+        self.cross = CrossAttention(spec, image_width, compute, rngs)
+        self.cross_norm = LayerNorm(spec, compute, rngs)
 
     def __call__(
         self,
@@ -124,13 +103,13 @@ class TextEncoder(nnx.Module):
     """BERT's embeddings and first layers: one state per token."""
 
     def __init__(
-        self, spec: TextSpec, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
+        self, spec: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
     ) -> None:
         width, std = spec.width, spec.embedding_std
         self.words = normal_param((vocabulary_size, width), std=std, rngs=rngs)
         self.positions = normal_param((spec.max_positions, width), std=std, rngs=rngs)
         self.segment = normal_param((2, width), std=std, rngs=rngs)  # row 0 is used, as in ALBEF
-        self.norm = LayerNorm(width, eps=spec.layer_norm_eps, dtype=compute.dtype, rngs=rngs)
+        self.norm = LayerNorm(spec, compute, rngs)
         self.blocks = stack(
             lambda r: TextBlock(spec, compute, r, value_std=spec.value_std), spec.depth, rngs
         )
@@ -160,7 +139,9 @@ class TextEncoder(nnx.Module):
 class FusionEncoder(nnx.Module):
     """BERT's last layers, which attend to the image (Duan et al. 2022, 3)."""
 
-    def __init__(self, spec: TextSpec, image_width: int, compute: Compute, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
         self.depth, self.compute = spec.fusion_depth, compute
         self.blocks = stack(lambda r: FusionBlock(spec, image_width, compute, r), self.depth, rngs)
 

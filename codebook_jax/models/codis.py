@@ -6,61 +6,82 @@ float32 arrays; the teacher's are a second tree like "towers", run through the s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from ml_collections import ConfigDict
 
+from codebook_jax.data import augment
 from codebook_jax.method.numerics import key_of, own_settings, wide_enough
-from codebook_jax.models.bert import FusionEncoder, TextEncoder, TextSpec
-from codebook_jax.models.heads import MaskedWordHead, MatchingHead
-from codebook_jax.models.layers import Compute, Dense
-from codebook_jax.models.vit import ImageSpec, VisionTransformer
+from codebook_jax.models.bert import DropoutKey, FusionEncoder, TextEncoder
+from codebook_jax.models.layers import Compute, Dense, LayerNorm, gelu
+from codebook_jax.models.vit import VisionTransformer
 from codebook_jax.parallel import sharding
 
+# Unit features in at least float32, and the states of all tokens.
+Encoded = tuple[Float[Array, "rows dim"], Float[Array, "rows tokens width"]]
+MATCH = 1  # the class of a matching pair (ALBEF)
 Parameters = PyTree[Float[Array, "..."]]
+
+
+class MaskedWordHead(nnx.Module):
+    """A transform, then the word embeddings as output layer, and a bias (Devlin et al., 2019)."""
+
+    def __init__(
+        self, spec: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
+        width, self.dtype = spec.width, compute.dtype
+        self.transform = Dense(width, width, std=spec.init_std, dtype=compute.dtype, rngs=rngs)
+        self.norm = LayerNorm(spec, compute, rngs)
+        self.bias = nnx.Param(jnp.zeros((vocabulary_size,), jnp.float32))
+
+    @jax.named_scope("words")
+    def __call__(
+        self, states: Float[Array, "*some width"], words: Float[Array, "vocab width"]
+    ) -> Float[Array, "*some vocab"]:
+        """Logits over the vocabulary, in at least float32."""
+        x, words = self.norm(gelu(self.transform(states))), words.astype(self.dtype)
+        wide = wide_enough(self.dtype)
+        return jnp.einsum("...w,vw->...v", x, words, preferred_element_type=wide) + self.bias[...]
+
+
+class MatchingHead(nnx.Module):
+    """Two logits of a pair from its [CLS] state, in at least float32 (Li et al. 2021, 3.2)."""
+
+    def __init__(self, width: int, *, std: float, rngs: nnx.Rngs) -> None:
+        self.classes = Dense(width, 2, std=std, dtype=None, rngs=rngs)
+
+    @jax.named_scope("matching")
+    def __call__(self, cls: Float[Array, "*some width"]) -> Float[Array, "*some 2"]:
+        return self.classes(cls)
 
 
 class Towers(nnx.Module):
     """The three encoders, the projections to the joint space, and the masked-word head."""
 
     def __init__(
-        self,
-        image: ImageSpec,
-        text: TextSpec,
-        *,
-        dim: int,
-        vocabulary_size: int,
-        compute: Compute,
-        rngs: nnx.Rngs,
+        self, model: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
     ) -> None:
+        image, text, common = model.image, model.text, dict(dtype=compute.dtype, rngs=rngs)
         self.image = VisionTransformer(image, compute, rngs)
         self.text = TextEncoder(text, vocabulary_size, compute, rngs)
         self.fusion = FusionEncoder(text, image.width, compute, rngs)
-        common = dict(dtype=compute.dtype, rngs=rngs)
-        self.image_projection = Dense(image.width, dim, std=image.init_std, **common)
-        self.text_projection = Dense(text.width, dim, std=text.init_std, **common)
-        self.masked_words = MaskedWordHead(
-            text.width, vocabulary_size, eps=text.layer_norm_eps, std=text.init_std, **common
-        )
+        self.image_projection = Dense(image.width, model.dim, std=image.init_std, **common)
+        self.text_projection = Dense(text.width, model.dim, std=text.init_std, **common)
+        self.masked_words = MaskedWordHead(text, vocabulary_size, compute, rngs)
 
-    def embed_images(
-        self, images: Float[Array, "images side side 3"]
-    ) -> tuple[Float[Array, "images dim"], Float[Array, "images patches width"]]:
-        """Unit features of normalised images in at least float32, and their tokens."""
+    def embed_images(self, images: Float[Array, "rows side side 3"]) -> Encoded:
+        """Normalised images through their encoder and projection."""
         tokens = self.image(images)
         return unit(self.image_projection(tokens[:, 0])), tokens
 
     def embed_texts(
-        self,
-        tokens: Int[Array, "texts tokens"],
-        lengths: Int[Array, "texts"],
-        key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "texts dim"], Float[Array, "texts tokens width"]]:
-        """Unit features of texts in at least float32, and the states of their tokens."""
+        self, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"], key: DropoutKey = None
+    ) -> Encoded:
+        """Texts through their encoder and projection; with a `key`, hidden states are dropped."""
         states = self.text(tokens, lengths, key)
         return unit(self.text_projection(states[:, 0])), states
 
@@ -69,44 +90,69 @@ class Towers(nnx.Module):
         return self.masked_words(states, self.text.words[...])
 
 
-class Model(NamedTuple):
-    """The graphs of one size and vocabulary; parameters are arguments."""
+class Model:
+    """The graphs and programs of one size and vocabulary; parameters are arguments.
 
-    towers_graph: nnx.GraphDef[Towers]
-    matching_graph: nnx.GraphDef[MatchingHead]
-    mesh: jax.sharding.Mesh | None
+    `encode_images` and `encode_texts` are compiled, and so is `match`: `pair_logits` of `MATCH`.
+    """
+
+    def __init__(
+        self, config: ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
+    ) -> None:
+        make = own_settings(functools.partial(_modules, config, vocabulary_size, mesh))
+        towers, matching = nnx.eval_shape(make, key_of(0))
+        self._towers, self._matching = nnx.graphdef(towers), nnx.graphdef(matching)
+        self._dtype, self.mesh = jnp.dtype(config.model.dtype), mesh
+        self.encode_images = jax.jit(own_settings(self._encode_images))
+        self.encode_texts = jax.jit(own_settings(self._encode_texts))
+        self.match = jax.jit(own_settings(lambda *given: self.pair_logits(*given)[..., MATCH]))
 
     def towers(self, parameters: Parameters) -> Towers:
         """The towers with these parameters, the student's or the teacher's."""
-        return nnx.merge(self.towers_graph, nnx.State(sharding.gathered(parameters, self.mesh)))
+        return nnx.merge(self._towers, nnx.State(sharding.gathered(parameters, self.mesh)))
 
     def match_logits(
         self, parameters: Parameters, cls: Float[Array, "*some width"]
     ) -> Float[Array, "*some 2"]:
         """Logits of the student's matching head."""
-        return nnx.merge(self.matching_graph, nnx.State(parameters))(cls)
+        return nnx.merge(self._matching, nnx.State(parameters))(cls)
 
+    def pair_logits(
+        self,
+        student: Parameters,
+        image_tokens: Float[Array, "rows patches width"],
+        states: Float[Array, "rows texts tokens width"],
+        lengths: Int[Array, "rows texts"],
+    ) -> Float[Array, "rows texts 2"]:
+        """Matching logits of each image with each text of its row."""
+        fused = self.towers(student["towers"]).fusion(states, lengths, image_tokens)
+        return self.match_logits(student["matching"], fused[:, :, 0])
 
-def build_model(
-    config: ml_collections.ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
-) -> Model:
-    """The graphs of the model that `config` describes; allocates nothing."""
+    def pixels(self, images: UInt8[Array, "rows side side 3"]) -> Float[Array, "rows side side 3"]:
+        """Images as the encoders expect them, in the model's type."""
+        return augment.normalise(images, self._dtype)
 
-    make = lambda: _modules(config, vocabulary_size, nnx.Rngs(params=key_of(0)), mesh)  # noqa: E731
-    abstract = nnx.eval_shape(own_settings(make))
-    return Model(*(nnx.split(module)[0] for module in abstract), mesh)
+    def _encode_images(
+        self, towers: Parameters, images: UInt8[Array, "rows side side 3"]
+    ) -> Encoded:
+        return self.towers(towers).embed_images(self.pixels(images))
+
+    def _encode_texts(
+        self, towers: Parameters, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"]
+    ) -> Encoded:
+        return self.towers(towers).embed_texts(tokens, lengths)
 
 
 def init_student(
-    config: ml_collections.ConfigDict, vocabulary_size: int, key: Key[Array, ""]
+    config: ConfigDict, vocabulary_size: int, key: Key[Array, ""]
 ) -> dict[str, Parameters]:
     """Fresh parameters of the student, float32. Codewords are unit vectors in random directions."""
     tower_key, code_key = jax.random.split(key)
-    towers, matching = _modules(config, vocabulary_size, nnx.Rngs(params=tower_key))
+    towers, matching = _modules(config, vocabulary_size, None, tower_key)
     codes = jax.random.normal(code_key, (config.codebook.size, config.model.dim), jnp.float32)
     return {
-        "towers": nnx.to_pure_dict(nnx.split(towers)[1]),
-        "matching": nnx.to_pure_dict(nnx.split(matching)[1]),
+        "towers": nnx.to_pure_dict(nnx.state(towers)),
+        "matching": nnx.to_pure_dict(nnx.state(matching)),
         "codebook": {"codes": unit(codes)},
         "temperature": jnp.float32(config.alignment.temperature),
     }
@@ -119,17 +165,12 @@ def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
 
 
 def _modules(
-    config: ml_collections.ConfigDict,
-    vocabulary_size: int,
-    rngs: nnx.Rngs,
-    mesh: jax.sharding.Mesh | None = None,
+    config: ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None, key: Key[Array, ""]
 ) -> tuple[Towers, MatchingHead]:
-    model, dtype = config.model, jnp.dtype(config.model.dtype)
-    image, text = ImageSpec(**model.image.to_dict()), TextSpec(**model.text.to_dict())
+    model, rngs, dtype = config.model, nnx.Rngs(params=key), jnp.dtype(config.model.dtype)
     attention = model.attention
     if attention == "auto":
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
     compute = Compute(dtype, model.remat, model.scan_unroll, attention, mesh)
-    sizes = dict(dim=model.dim, vocabulary_size=vocabulary_size)
-    towers = Towers(image, text, **sizes, compute=compute, rngs=rngs)
-    return towers, MatchingHead(text.width, std=text.init_std, rngs=rngs)
+    towers = Towers(model, vocabulary_size, compute, rngs)
+    return towers, MatchingHead(model.text.width, std=model.text.init_std, rngs=rngs)

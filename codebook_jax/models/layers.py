@@ -1,4 +1,6 @@
-"""The pieces of every tower: dense layers, feed-forward, dropout, blocks stacked for one scan."""
+"""The pieces of every tower: dense layers, feed-forward, attention, dropout, blocks stacked for one
+scan.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
+from ml_collections import ConfigDict
 
 from codebook_jax.method.numerics import default_types, wide_enough
 from codebook_jax.parallel import sharding
 
 Block = TypeVar("Block", bound=nnx.Module)
+Queries = Float[Array, "batch queries heads head_width"]
+Keys = Float[Array, "batch keys heads head_width"]
 Some = Float[Array, "*some"]
 
 
@@ -127,8 +132,9 @@ def _upper_tail(x: Some) -> tuple[Some, Some]:
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation as in BERT and ViT: the variance in two passes, in float32."""
 
-    def __init__(self, width: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        super().__init__(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
+    def __init__(self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs) -> None:
+        options = dict(epsilon=spec.layer_norm_eps, dtype=compute.dtype, use_fast_variance=False)
+        super().__init__(spec.width, **options, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
         with default_types(x.dtype):
@@ -136,17 +142,70 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class FeedForward(nnx.Module):
-    """Two dense layers around an exact GELU, of width `inner` between (0: four times the outer)."""
+    """Two dense layers around an exact GELU; `mlp_width` 0 is four times the width."""
 
-    def __init__(
-        self, width: int, inner: int, *, std: float, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        inner = inner or 4 * width
-        self.up = Dense(width, inner, std=std, dtype=dtype, rngs=rngs)
-        self.down = Dense(inner, width, std=std, dtype=dtype, rngs=rngs)
+    def __init__(self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs) -> None:
+        inner = spec.mlp_width or 4 * spec.width
+        common = dict(std=spec.init_std, dtype=compute.dtype, rngs=rngs)
+        self.up = Dense(spec.width, inner, **common)
+        self.down = Dense(inner, spec.width, **common)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
         return self.down(gelu(self.up(x)))
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention of a sequence over itself (Vaswani et al., 2017); padding is masked.
+
+    `value_std` is of the initial value and output weights.
+    """
+
+    def __init__(
+        self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs, *, value_std: float
+    ) -> None:
+        heads, common = (spec.heads, spec.width // spec.heads), dict(dtype=compute.dtype, rngs=rngs)
+        stds = jnp.array([spec.init_std, spec.init_std, value_std], jnp.float32)[:, None, None]
+        self.qkv = Dense(spec.width, (3, *heads), std=stds, **common)
+        self.out = Dense(heads, spec.width, std=value_std, **common)
+        self.compute = compute
+
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], lengths: Int[Array, "batch"] | None
+    ) -> Float[Array, "batch tokens width"]:
+        qkv = self.qkv(x)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        return self.out(_attended(query, key, value, lengths, self.compute))
+
+
+class CrossAttention(nnx.Module):
+    """Attention of texts over an image, whose `key_value` is computed once for all texts."""
+
+    def __init__(
+        self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
+        heads = spec.heads, spec.width // spec.heads
+        common = dict(std=spec.init_std, dtype=compute.dtype, rngs=rngs)
+        self.query = Dense(spec.width, heads, **common)
+        self.key_value = Dense(image_width, (2, *heads), **common)
+        self.out = Dense(heads, spec.width, **common)
+        self.compute = compute
+
+    def __call__(
+        self,
+        x: Float[Array, "images tokens width"],
+        keys_values: Float[Array, "images patches 2 heads head_width"],
+    ) -> Float[Array, "images tokens width"]:
+        """`tokens` may be of several texts in sequence: queries do not see each other."""
+        key, value = keys_values[:, :, 0], keys_values[:, :, 1]
+        return self.out(_attended(self.query(x), key, value, None, self.compute))
+
+
+def _attended(
+    query: Queries, key: Keys, value: Keys, lengths: Int[Array, "batch"] | None, compute: Compute
+) -> Queries:
+    options = dict(key_value_seq_lengths=lengths, implementation=compute.attention)
+    with default_types(query.dtype):
+        return jax.nn.dot_product_attention(query, key, value, **options)
 
 
 def dropout(x: Some, rate: float, key: Key[Array, ""] | None) -> Some:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
-from codebook_jax.models.attention import SelfAttention
 from codebook_jax.models.layers import (
     Compute,
     Dense,
     FeedForward,
     LayerNorm,
+    SelfAttention,
     normal_param,
     scan,
     stack,
@@ -23,32 +22,14 @@ from codebook_jax.models.layers import (
 Tokens = Float[Array, "images tokens width"]
 
 
-class ImageSpec(NamedTuple):
-    """config.model.image."""
-
-    size_px: int
-    patch_px: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    layer_norm_eps: float
-    init_std: float
-    position_std: float
-
-
 class VisionBlock(nnx.Module):
     """Attention and feed-forward, each after a layer normalisation and added to its input."""
 
-    def __init__(self, spec: ImageSpec, compute: Compute, rngs: nnx.Rngs) -> None:
-        width, std, eps = spec.width, spec.init_std, spec.layer_norm_eps
-        common = dict(dtype=compute.dtype, rngs=rngs)
-        self.attention_norm = LayerNorm(width, eps=eps, **common)
-        self.attention = SelfAttention(
-            width, spec.heads, std=std, value_std=std, compute=compute, rngs=rngs
-        )
-        self.mlp_norm = LayerNorm(width, eps=eps, **common)
-        self.mlp = FeedForward(width, spec.mlp_width, std=std, **common)
+    def __init__(self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs) -> None:
+        self.attention_norm = LayerNorm(spec, compute, rngs)
+        self.attention = SelfAttention(spec, compute, rngs, value_std=spec.init_std)
+        self.mlp_norm = LayerNorm(spec, compute, rngs)
+        self.mlp = FeedForward(spec, compute, rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
         x = x + self.attention(self.attention_norm(x), None)
@@ -58,15 +39,15 @@ class VisionBlock(nnx.Module):
 class VisionTransformer(nnx.Module):
     """Patches of an image to tokens; token 0 is [CLS]."""
 
-    def __init__(self, spec: ImageSpec, compute: Compute, rngs: nnx.Rngs) -> None:
-        width, common = spec.width, dict(dtype=compute.dtype, rngs=rngs)
+    def __init__(self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs) -> None:
+        width, std = spec.width, spec.init_std
         patches = (spec.size_px // spec.patch_px) ** 2
         self.patch_px, self.compute = spec.patch_px, compute
-        self.patches = Dense(spec.patch_px**2 * 3, width, std=spec.init_std, **common)
+        self.patches = Dense(spec.patch_px**2 * 3, width, std=std, dtype=compute.dtype, rngs=rngs)
         self.cls = normal_param((1, 1, width), std=0.02, rngs=rngs)  # ViT's, whatever `init_std`
         self.positions = normal_param((1, patches + 1, width), std=spec.position_std, rngs=rngs)
         self.blocks = stack(lambda r: VisionBlock(spec, compute, r), spec.depth, rngs)
-        self.norm = LayerNorm(width, eps=spec.layer_norm_eps, **common)
+        self.norm = LayerNorm(spec, compute, rngs)
 
     @jax.named_scope("image")
     def __call__(self, images: Float[Array, "images side side 3"]) -> Tokens:

@@ -27,7 +27,6 @@ from codebook_jax.method.pair import Pair
 from codebook_jax.method.queue import Queue, empty_queue, enqueue, newest
 from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives, gather_in_groups
-from codebook_jax.models.heads import MATCH
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer
@@ -35,7 +34,7 @@ from codebook_jax.tasks.assignments import ASSIGNMENTS
 from codebook_jax.tasks.draws import Inputs, draw_inputs
 from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
 from codebook_jax.tasks.task import Evaluation, Items, OverMesh
-from codebook_jax.tasks.towers import TowerPrograms
+from codebook_jax.tasks.towers import evaluate_towers
 
 
 class Pretraining(OverMesh):
@@ -47,13 +46,12 @@ class Pretraining(OverMesh):
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
     ) -> None:
-        self.model = codis.build_model(config, vocabulary.size, mesh)
+        self.model = codis.Model(config, vocabulary.size, mesh)
         self.rate, self.optimizer = optimizer.from_config(config)
         self.assignment = ASSIGNMENTS[config.codebook.solver](config.codebook)
         self.pass_groups = config.itm.groups // config.optimizer.accumulation
         self.passes = Passes(config.optimizer.accumulation, mesh)
         super().__init__(config, vocabulary, mesh)
-        self.programs = TowerPrograms(self.model, config, mesh)
 
     @staticmethod
     def checkpoint_items() -> Items:
@@ -121,7 +119,7 @@ class Pretraining(OverMesh):
     def teach(self, towers: PyTree, inputs: Inputs) -> Taught:
         """The teacher's features of its view of the batch, and its states at the hidden words."""
         towers = self.model.towers(towers)
-        image, image_tokens = towers.embed_images(self.programs.pixels(inputs.teacher_image))
+        image, image_tokens = towers.embed_images(self.model.pixels(inputs.teacher_image))
         text, _, masked_states = self._read(towers, inputs, None)
         if inputs.masked is not None:
             fused = towers.fusion(
@@ -153,7 +151,7 @@ class Pretraining(OverMesh):
     def embed(self, student: PyTree, inputs: Inputs, key: Key[Array, ""]) -> Learned:
         """The student's outputs for its view of the images and for the texts, before fusion."""
         towers = self.model.towers(student["towers"])
-        image, image_tokens = towers.embed_images(self.programs.pixels(inputs.image))
+        image, image_tokens = towers.embed_images(self.model.pixels(inputs.image))
         text, states, masked_states = self._read(towers, inputs, jax.random.fold_in(key, 0))
         return Learned(Pair(image, text), image_tokens, states, masked_states)
 
@@ -241,7 +239,7 @@ class Pretraining(OverMesh):
             match = jnp.broadcast_to(jnp.array([True, False, False]), inputs.match_weight.shape)
             flat = logits.reshape(-1, 2), match.ravel(), inputs.match_weight.ravel()
             scalars["loss/matching"] = matching.matching_loss(*flat)
-            right = (_likeliest(logits) == MATCH) == match
+            right = (_likeliest(logits) == codis.MATCH) == match
             scalars["matching/accuracy"] = jnp.sum(jnp.where(right, inputs.match_weight, 0))
             loss += config.losses.matching * scalars["loss/matching"]
         if inputs.masked is not None:
@@ -328,7 +326,9 @@ class Pretraining(OverMesh):
     ) -> Evaluation:
         """Retrieval, re-ranked if `final` or always so configured."""
         rerank = final or self.config.evaluation.rerank_on_schedule
-        return self.programs.evaluate(
+        return evaluate_towers(
+            self.model,
+            self.config,
             {"student": state.student["towers"], "teacher": state.teacher},
             state.student if rerank else None,
             source,

@@ -71,13 +71,21 @@ def export(
     with _alone(folder, draft, replaced) if first else contextlib.nullcontext():
         _together("the draft's folder is empty")
         restored = build.restore_trained(parts, workdir, items)
-        _write(draft, parts, restored, items)
+        try:
+            _write(draft, parts, restored, items)
+        except (OSError, UserError):
+            raise
+        except Exception as failure:  # in which Orbax, tensorstore, safetensors wrap a full disk
+            raise UserError(
+                f"the export could not be written to {workdir} ({reason(failure)}), and an earlier "
+                "export is unchanged: fix this and export again"
+            ) from failure
         if first:
             again = ", replacing the previous export" if folder.exists() else ""
-            if folder.exists():
-                folder.rename(replaced)  # a folder cannot be renamed onto one that holds files
-            draft.rename(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
+            with refused(folder):
+                if folder.exists():
+                    folder.rename(replaced)  # a folder cannot be renamed onto one that holds files
+                draft.rename(folder)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
             say(use.format(folder=folder))
@@ -86,26 +94,26 @@ def export(
 
 def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str, ...]) -> None:
     """Every process writes its part of our own format, the first one everything else."""
-    config, form = parts.config, parts.config.export.format
+    config, form, first = parts.config, parts.config.export.format, jax.process_index() == 0
     state = {item: getattr(restored.state, item) for item in items}
-    if form != "codis" and jax.process_count() > 1:
-        state = multihost_utils.process_allgather(state, tiled=True)
-    with _writing(draft):
-        if form == "codis":
-            with ocp.StandardCheckpointer() as checkpointer:
-                for item in items:
-                    checkpointer.save(draft / item, state[item])
-                    checkpointer.wait_until_finished()
-        elif jax.process_index() == 0:
+    tokenizer = draft.parent / text.FOLDER
+    if form != "codis":
+        if jax.process_count() > 1:
+            state = multihost_utils.process_allgather(state, tiled=True)
+        if first:
             write = write_albef if form == "albef" else write_huggingface
             arrays = {name: np.asarray(leaf) for name, leaf in sharding.named(state)}
-            tokenizer = draft.parent / text.FOLDER
             write(draft, arrays, config, parts.tokenizer.vocabulary, tokenizer)
-    if form != "codis" or jax.process_index() != 0:
+        return
+    with ocp.StandardCheckpointer() as checkpointer:
+        for item in items:
+            checkpointer.save(draft / item, state[item])
+            checkpointer.wait_until_finished()
+    if not first:
         return
     record = records.read_record(draft.parent) | {"config": config.to_dict()}
     write_json(draft / records.RECORD, record)
-    shutil.copytree(draft.parent / text.FOLDER, draft / text.FOLDER)
+    shutil.copytree(tokenizer, draft / text.FOLDER)
     manifest = {
         "format": FORMAT,
         "task": config.task,
@@ -125,43 +133,17 @@ def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str
 
 
 @contextlib.contextmanager
-def _writing(draft: Path) -> Iterator[None]:
-    """Turns the errors in which Orbax, tensorstore and safetensors wrap a full disk into one
-    sentence.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as failure:
-        raise UserError(
-            f"the export could not be written to {draft.parent} ({reason(failure)}), and an "
-            "earlier export is unchanged: fix this and export again"
-        ) from failure
-
-
-@contextlib.contextmanager
 def _alone(folder: Path, draft: Path, replaced: Path) -> Iterator[None]:
-    """An empty draft that no other export writes to; raises UserError if one does, or the folder
-    cannot be replaced.
+    """An empty draft that no other export writes to, removed at the end; raises UserError if one
+    does, or the folder cannot be written.
     """
     check_outputs(folder.parent, folders=(folder.name,))
-    with owned(folder.parent, f".{folder.name}.running"):
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)  # left by a killed export
-        for leftover in (draft, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with refused(folder):
-            if folder.exists():
-                folder.rename(replaced)
-                replaced.rename(folder)
-            draft.mkdir()
-        try:
-            yield
-        finally:
-            if replaced.exists() and not folder.exists():
-                replaced.rename(folder)
-            shutil.rmtree(draft, ignore_errors=True)  # frees the space for another attempt
+    with owned(folder.parent, f".{folder.name}.running"), contextlib.ExitStack() as leaving:
+        for path in (draft, replaced):
+            shutil.rmtree(path, ignore_errors=True)  # left by a killed export
+            leaving.callback(shutil.rmtree, path, ignore_errors=True)
+        draft.mkdir()
+        yield
 
 
 def _together(point: str) -> None:

@@ -1,36 +1,54 @@
-"""Public weights as arrays: files, folders and names on the Hugging Face hub."""
+"""Public weights as arrays: files, folders and names on the Hugging Face hub.
+
+Files of torch.save are read by torch with `weights_only`: it then runs no code in them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
-from pathlib import Path
+import pickle
+import re
+from pathlib import Path, PurePath
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
+import safetensors.numpy
 
 from codebook_jax.data.network import hub_reachable
 from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import parse_json
-from codebook_jax.weights.torch_files import Unreadable, first_line, read_torch
+from codebook_jax.run.checkpoint import reason
 
 CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-# A file, the index of its shards (a JSON file), and the shards. The first format found is read, and
-# only that one is downloaded.
+# A file, and the shards it may be split into. The first format found is read, and only that one is
+# downloaded.
 FORMATS = (
-    ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
+    ("model.safetensors", "model-?????-of-?????.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin"),
 )
 WORDS = ("tokenizer.json", "vocab.txt")  # a tokenizer has one of them
 TOKENIZER = ("*token*.json", "vocab.*", "merges.txt")
+_TORCH = "2.6"  # older ones run code in a file even with weights_only (CVE-2025-32434)
+_NESTED = ("model", "state_dict", "module", "model_state")  # where training scripts put the weights
+_MOST_NESTED = 4  # a pickle can contain itself
+_SCALAR = np.float64(0).__reduce__()[0]  # the function that makes NumPy's numbers from a pickle
+_HARMLESS = [  # what training scripts save beside the weights, under its names in old and new files
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((PurePath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+]
 _GIVE = "give a weight file, a folder that holds one, or a name on the Hugging Face hub"
 
 
 class Weights(NamedTuple):
     """The tensors of a file, and the facts stored beside them."""
 
-    arrays: dict[str, np.ndarray]  # may be read-only; float16 and bfloat16 are converted to float32
+    arrays: dict[str, np.ndarray]  # may be read-only
     config: dict[str, Any]  # of the config.json beside them; empty if there is none
     folder: Path  # where config.json and the tokenizer are, if any
 
@@ -45,13 +63,14 @@ def read_weights(spec: str, what: str) -> Weights:
     try:
         path = _local(spec)
         folder = path if path.is_dir() else path.parent
-        config = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-        file = _weight_file(path) if path.is_dir() else path
-        arrays = _read_shards(file) if file.suffix == ".json" else _read_file(file)
+        config = _read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+        arrays: dict[str, np.ndarray] = {}
+        for file in _weight_files(path) if path.is_dir() else [path]:
+            arrays |= _read(file)
     except OSError as failure:
         problem = f"{failure.filename or spec} cannot be read ({failure.strerror or failure})"
         raise UserError(f"{what}, but {problem}: fix that, or {_GIVE}") from failure
-    except Unreadable as failure:
+    except UserError as failure:
         raise UserError(
             f"{what}, but {failure}; --config.init=random starts from random weights"
         ) from failure
@@ -65,132 +84,140 @@ def _local(spec: str) -> Path:
     local = os.path.expanduser(spec)
     if spec and os.path.exists(local):
         return Path(local)
-    if "://" in spec:
-        raise Unreadable("URLs cannot be read: download the file and give its path")
     name = spec.partition("@")[0]
     is_file = name.startswith(("/", ".", "~")) or spec.lower().endswith(SUFFIXES)
     if not name or is_file or name.count("/") > 1:
-        raise Unreadable(f"this file or folder does not exist: {_GIVE}")
+        raise UserError(f"this file or folder does not exist (of a URL, download it): {_GIVE}")
     return _downloaded(spec.removesuffix("@"))
 
 
 def _downloaded(spec: str) -> Path:
     """The folder in the local hub cache with the weights, config.json and the tokenizer."""
     import huggingface_hub  # takes half a second, and local files do not need it
+    from huggingface_hub import constants, errors
 
     name, _, revision = spec.partition("@")
-    reachable = hub_reachable()
+    offline = "" if hub_reachable() else "there is no network"
     for patterns in FORMATS:
         try:
             folder = huggingface_hub.snapshot_download(
                 name,
                 revision=revision or None,
                 allow_patterns=[CONFIG, *TOKENIZER, *patterns],
-                local_files_only=not reachable,
+                local_files_only=bool(offline),
             )
         except Exception as failure:  # the library's errors, its HTTP library's, OSError, ...
-            raise Unreadable(
+            offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else offline
+            absent = offline and isinstance(failure, errors.LocalEntryNotFoundError)
+            why = f"{offline}, and it is not in the cache" if absent else reason(failure)
+            raise UserError(
                 f"{spec} is not a file or folder here and could not be loaded from the Hugging "
-                f"Face hub ({_hub_reason(failure, reachable)}): give a file or folder, or a name "
-                "on the hub with network access"
+                f"Face hub ({why}): give a file or folder, or check the name and revision, and log "
+                "in with `hf auth login` if they are private or need their owner's approval"
             ) from failure
-        if any(Path(folder, pattern).is_file() for pattern in patterns):
-            return Path(folder)
-    raise Unreadable(
-        f"neither model.safetensors nor pytorch_model.bin of {spec} was found on the Hugging Face "
-        "hub, or, without network access, in its local cache: give the path of the weight file it "
-        "has"
+        if any(found for pattern in patterns for found in Path(folder).glob(pattern)):
+            break
+    return Path(folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight file of a folder, or its shards."""
+    for pattern in (pattern for patterns in FORMATS for pattern in patterns):
+        if found := sorted(folder.glob(pattern)):
+            count = int(found[0].stem.rpartition("-of-")[2]) if "-of-" in found[0].stem else 1
+            if len(found) == count:
+                return found
+            raise UserError(f"{folder} holds {len(found)} of {count} {pattern}: download them all")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if len(found) == 1:
+        return found
+    if not found:
+        raise UserError(f"{folder} holds no weight file ({', '.join(SUFFIXES)}): {_GIVE}")
+    names = first_few([path.name for path in found], 5)
+    raise UserError(f"{folder} holds several weight files ({names}): give the path of one")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a weight file, or of a JSON object."""
+    suffix = path.suffix.lower()
+    if suffix not in (*SUFFIXES, ".json"):
+        raise UserError(f"{path} does not end with {', '.join(SUFFIXES)}: {_GIVE}")
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    try:
+        if suffix == ".json":
+            return dict(parse_json(path.read_bytes()))
+        return safetensors.numpy.load_file(path) if suffix == ".safetensors" else _read_torch(path)
+    except UserError:
+        raise
+    except Exception as failure:  # whatever the libraries raise for a damaged file
+        if start.startswith(b"version https://git-lfs"):
+            why = "is only a git-lfs pointer: run `git lfs pull` in its folder"
+        elif start.startswith((b"<!doctype", b"<html", b"<?xml")):
+            why = "is a web page: download the file itself"
+        else:
+            why = (
+                f"is damaged or not what its name says ({reason(failure)}): download it again, or "
+                "save its tensors in float32 as .safetensors"
+            )
+        raise UserError(f"{path} {why}") from failure
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of the file's state dict: float16 and bfloat16 as float32, others unchanged.
+
+    An optimizer's tensors are not read. Arrays may be views of the file. Raises UserError for what
+    is no file of weights, and whatever torch, pickle and zipfile raise for a damaged one.
+    """
+    torch = _import_torch(path)
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # older files cannot be mapped
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as failure:
+        if refused := re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(failure)):
+            raise UserError(
+                f"{path} asks for {refused[1]}, which weights do not need and which could run any "
+                "code: if you trust it, load it with torch and save its state_dict as .safetensors"
+            ) from failure
+        raise ValueError(str(failure).rpartition("WeightsUnpickler error: ")[2]) from failure
+    tensors = _state_dict(content, torch)
+    if tensors is None:
+        raise UserError(
+            f"{path} holds no dict of tensors, neither at the top nor under {', '.join(_NESTED)}: "
+            "give a file with a state_dict"
+        )
+    halves = (torch.float16, torch.bfloat16)
+    return {
+        name: (tensor.float() if tensor.dtype in halves else tensor).detach().numpy()
+        for name, tensor in tensors.items()
+    }
+
+
+def _import_torch(path: Path) -> ModuleType:
+    """The torch module; raises UserError if it is missing or too old to be safe."""
+    try:
+        import torch  # an extra of its own: other formats do not need it
+
+        number = [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]]
+        if number >= [int(part) for part in _TORCH.split(".")]:
+            return torch
+        why = f"{torch.__version__} is installed, in which a file can run code (CVE-2025-32434)"
+    except (ImportError, OSError) as failure:  # OSError: one of its libraries is missing
+        why = f"it cannot be imported ({reason(failure)})"
+    raise UserError(
+        f"{path} needs PyTorch {_TORCH} or newer, but {why}: pip install 'torch>={_TORCH}', or "
+        "load it where PyTorch is and save its state_dict with safetensors.torch.save_file"
     )
 
 
-def _hub_reason(failure: Exception, reachable: bool) -> str:
-    from huggingface_hub import constants, errors
-
-    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no network"
-    reasons = {
-        errors.GatedRepoError: "access needs its owner's approval: log in with `hf auth login`",
-        errors.RepositoryNotFoundError: "the name does not exist or is private",
-        errors.RevisionNotFoundError: "it has no such revision",
-        errors.HFValidationError: "this is not a valid name there",
-    }
-    if constants.HF_HUB_OFFLINE or not reachable:
-        reasons[errors.LocalEntryNotFoundError] = f"{offline}, and it is not in the cache"
-    known = (reason for kind, reason in reasons.items() if isinstance(failure, kind))
-    return next(known, first_line(failure))
-
-
-def _weight_file(folder: Path) -> Path:
-    """The weight file, or index of shards, to read from a folder."""
-    for name in (name for whole, index, _ in FORMATS for name in (whole, index)):
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise Unreadable(f"{folder} holds no weight file ({', '.join(SUFFIXES)}): {_GIVE}")
-    names = first_few([path.name for path in found], 5)
-    raise Unreadable(f"{folder} holds several weight files ({names}): give the path of one")
-
-
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    """The tensors of all files in an index."""
-    shard_of = _read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
-        raise Unreadable(f"{index} has no weight_map of tensors to files: download it again")
-    arrays: dict[str, np.ndarray] = {}
-    for name, shard in sorted(shard_of.items(), key=lambda entry: entry[1]):
-        path = index.parent / shard
-        if shard != path.name or not path.is_file():
-            raise Unreadable(f"{index} names {shard}, which is not beside it: download it too")
-        if name not in arrays:
-            arrays |= _read_file(path)
-        if name not in arrays:
-            raise Unreadable(f"{index} lists {name}, which is not in {shard}: download both again")
-    return arrays
-
-
-def _read_file(path: Path) -> dict[str, np.ndarray]:
-    _refuse_placeholder(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise Unreadable(f"{path} does not end with {', '.join(SUFFIXES)}: {_GIVE}")
-    if path.suffix.lower() != ".safetensors":
-        return read_torch(path)
-    arrays, kind = {}, ""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            for name in file.keys():
-                kind = f"{name} as {file.get_slice(name).get_dtype()}"
-                array = file.get_tensor(name)
-                is_half = array.dtype.name in ("float16", "bfloat16")
-                arrays[name] = array.astype(np.float32) if is_half else array
-    except AttributeError as failure:  # NumPy has no such type
-        raise Unreadable(f"{path} holds {kind}: convert it to float32") from failure
-    except Exception as failure:  # the library's own errors derive from Exception alone
-        raise Unreadable(
-            f"{path} is damaged or cut short ({first_line(failure)}): download it again"
-        ) from failure
-    return arrays
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    _refuse_placeholder(path)
-    try:
-        content = parse_json(path.read_bytes())
-    except ValueError as failure:
-        raise Unreadable(f"{path} is not JSON ({failure}): download it again") from failure
-    if not isinstance(content, dict):
-        raise Unreadable(f"{path} is JSON but not an object: download it again")
-    return content
-
-
-def _refuse_placeholder(path: Path) -> None:
-    """Raises Unreadable if the file is what a failed download leaves behind."""
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
-    if not start:
-        raise Unreadable(f"{path} is empty: download it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise Unreadable(f"{path} is only a git-lfs pointer: run `git lfs pull` in its folder")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise Unreadable(f"{path} is a web page: download the file itself")
+def _state_dict(content: Any, torch: ModuleType, levels: int = _MOST_NESTED) -> dict | None:
+    """The tensors of the innermost dict that has some; None if there are none."""
+    if not isinstance(content, dict) or not levels:
+        return None
+    for key in _NESTED:
+        if found := _state_dict(content.get(key), torch, levels - 1):
+            return found
+    named = ((name, value) for name, value in content.items() if isinstance(name, str))
+    return {name: value for name, value in named if torch.is_tensor(value)} or None

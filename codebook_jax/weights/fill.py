@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -16,6 +18,8 @@ from codebook_jax.weights.layouts import Arrays, Layout, Shape, Shapes
 
 _CUBIC = -0.75  # the parameter of Keys' cubic kernel, as in PyTorch
 _WORDS = ("text/words", "masked_words/bias")
+_QUEUES = ("image_queue", "text_queue", "queue_ptr")
+_LAYER = re.compile(r"(.*?\b(?:blocks|layers?)\.)(\d+)\.")
 _STRANGE, _PART = "not of this model", "part of an incomplete parameter"
 
 
@@ -41,93 +45,79 @@ def fill(
     A teacher is optional. Raises UserError, beginning with `what`, if a shape, the depth or the
     vocabulary differs, or, unless `allow_partial`, a tensor is missing or of another architecture.
     """
-    wanted = layouts.places(layout, shapes, text_depth)
-    teacher = {key for name in wanted if name.startswith("teacher/") for key in wanted[name].keys}
-    if not any(key in arrays for key in teacher):
-        wanted = {name: wanted[name] for name in wanted if not name.startswith("teacher/")}
-    every = {key for place in wanted.values() for key in place.keys}
-    _refuse_other_depth(layout, arrays, every, what=what, allow_fewer=allow_partial)
+    wanted = layouts.keys_of(layout, shapes, text_depth)
+    teacher = {name for name in wanted if name.startswith("teacher/")}
+    if not any(key in arrays for name in teacher for key in wanted[name]):
+        wanted = {name: keys for name, keys in wanted.items() if name not in teacher}
+    every = dict.fromkeys(key for keys in wanted.values() for key in keys)
+    _check_depth(arrays, every, what=what, allow_fewer=allow_partial)
+    # A parameter that lacks a tensor is initialised as a whole.
+    whole = {name: keys for name, keys in wanted.items() if arrays.keys() >= set(keys)}
     found: dict[str, np.ndarray] = {}
     resized: dict[str, str] = {}
-    used: set[str] = set()
-    for name, place in wanted.items():
-        if not all(key in arrays for key in place.keys):
-            continue  # the whole parameter is initialised
-        tensors = [as_float32(arrays[key], key, what) for key in place.keys]
-        if name.endswith("image/positions"):
-            if any(re.search(layouts.DISTILLATION, other) for other in arrays):
-                tensors[0] = np.delete(tensors[0], 1, axis=-2)
-            try:
-                tensors[0], note = fitted_positions(tensors[0], shapes[name])
-            except ValueError as error:
-                raise UserError(f"{what}: {place.keys[0]} cannot be resized, {error}") from error
-            resized |= {name: note} if note else {}
-        for number, (key, tensor) in enumerate(zip(place.keys, tensors, strict=True)):
-            if tensor.size == 1 and not place.shape:
-                tensors[number] = tensor.reshape(())
-            _refuse_other_shape(name, key, tensors[number].shape, place.shape, what)
-        found[name] = layouts.to_ours(place, shapes[name], tensors)
-        used.update(place.keys)
+    for name, keys in whole.items():
+        found[name] = np.empty(shapes[name], np.float32)
+        for key, ours in layouts.tensors(name, found[name], keys):
+            theirs = as_float32(arrays[key], key, what)
+            if name.endswith("image/positions"):
+                if any(re.search(layouts.DISTILLATION, other) for other in arrays):
+                    theirs = np.delete(theirs, 1, axis=-2)
+                theirs, note = fitted_positions(theirs, shapes[name])
+                resized |= {name: note} if note else {}
+            if theirs.size == 1 and not ours.shape:
+                theirs = theirs.reshape(())
+            if theirs.shape != ours.shape:
+                raise _misshapen(name, key, theirs.shape, ours.shape, what)
+            ours[...] = theirs
+    used = {key for keys in whole.values() for key in keys}
     ignored = {}
     for key in (key for key in arrays if key not in used):
         kinds = (kind for pattern, kind in layouts.IGNORED if re.search(pattern, key))
         kind = _PART if key in every else next(kinds, _STRANGE)
         ignored[key] = int(arrays[key].size), kind
-    missing = [key for place in wanted.values() for key in place.keys if key not in arrays]
+    missing = [key for key in every if key not in arrays]
     strange = [key for key, (_, kind) in ignored.items() if kind == _STRANGE]
     strange = [key for key in strange if re.search(layout.own, key)]
-    if not allow_partial:
-        _refuse_misfits(missing, strange, len(every), what)
-    filled = Filled(found, resized, ignored)
-    has_queues = layout is layouts.ALBEF and "queue/image" in shapes
-    return _with_queues(filled, arrays, shapes, what) if has_queues else filled
-
-
-def _refuse_misfits(missing: list[str], strange: list[str], count: int, what: str) -> None:
-    faults = []
-    if missing:
-        faults.append(f"lacks {first_few(missing, 2)} ({len(missing)} of {count} tensors)")
-    if strange:
-        faults.append(f"has {first_few(strange, 2)}, which this model does not have")
-    if faults:
+    if (missing or strange) and not allow_partial:
+        lacks = f"lacks {first_few(missing, 2)} ({len(missing)} of {len(every)} tensors)"
+        has = f"has {first_few(strange, 2)}, which this model does not have"
+        faults = [fault for fault, keys in ((lacks, missing), (has, strange)) if keys]
         raise UserError(
             f"{what} {' and '.join(faults)}: give weights of this architecture, or use "
             "--config.init_allow_partial=true to initialise what is missing and leave out the rest"
         )
+    if layout is layouts.ALBEF and "queue/image" in shapes:
+        queues, unused = _queues(arrays, shapes["queue/image"], what)
+        found |= queues
+        ignored |= {key: (ignored[key][0], unused) for key in _QUEUES if key in arrays}
+        ignored = {key: note for key, note in ignored.items() if note[1]}
+    return Filled(found, resized, ignored)
 
 
-def _with_queues(filled: Filled, arrays: Arrays, shapes: Shapes, what: str) -> Filled:
-    """With ALBEF's queues (image_queue, text_queue [dim, size], queue_ptr); those of another length
-    are ignored: training refills them.
+def _queues(arrays: Arrays, shape: Shape, what: str) -> tuple[dict[str, np.ndarray], str]:
+    """ALBEF's queues (image_queue, text_queue [dim, size], queue_ptr) as ours [size, dim], or why
+    they are not used: training refills them.
     """
-    names = ("image_queue", "text_queue", "queue_ptr")
-    queues = {key: arrays[key] for key in names if key in arrays}
-    size, dim = shapes["queue/image"]
-    unused = ""
-    if len(queues) < len(names) or queues["queue_ptr"].size != 1:
-        unused = "part of a queue"
-    elif {queues[key].shape for key in names[:2]} != {(dim, size)}:
-        unused = f"queue of {queues['image_queue'].shape[-1]:,}, but config.queue.size={size}"
-    if unused:
-        notes = {key: (int(value.size), unused) for key, value in queues.items()}
-        return filled._replace(ignored=filled.ignored | notes)
-    image, text = (np.ascontiguousarray(as_float32(queues[k], k, what).T) for k in names[:2])
-    cursor = int(queues["queue_ptr"].reshape(-1)[0]) % size
+    size, dim = shape
+    if any(key not in arrays for key in _QUEUES) or arrays["queue_ptr"].size != 1:
+        return {}, "part of a queue"
+    if {arrays[key].shape for key in _QUEUES[:2]} != {(dim, size)}:
+        length = arrays["image_queue"].shape[-1]
+        return {}, f"queue of {length:,}, but config.queue.size={size}"
+    image, text = (np.array(as_float32(arrays[key], key, what).T, order="C") for key in _QUEUES[:2])
+    cursor = int(arrays["queue_ptr"].reshape(-1)[0]) % size
     # what was never queued is zeros in `write_albef`'s files
     is_full = image[cursor:].any() or text[cursor:].any()
-    found = {
-        "queue/image": image,
-        "queue/text": text,
+    numbers = {
         "queue/cursor": np.int32(cursor),
         "queue/filled": np.int32(size if is_full else cursor),
     }
-    ignored = {key: note for key, note in filled.ignored.items() if key not in queues}
-    return filled._replace(arrays=filled.arrays | found, ignored=ignored)
+    return {"queue/image": image, "queue/text": text} | numbers, ""
 
 
 def as_float32(array: np.ndarray, key: str, what: str) -> Float[np.ndarray, "*some"]:
     """The tensor in float32; raises UserError for whole numbers and values that are not finite."""
-    if array.dtype.kind != "f":
+    if not jnp.issubdtype(array.dtype, jnp.floating):
         raise UserError(f"{what}: {key} holds {array.dtype}, not weights: give another file")
     array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
@@ -135,38 +125,36 @@ def as_float32(array: np.ndarray, key: str, what: str) -> Float[np.ndarray, "*so
     return array
 
 
-def _refuse_other_depth(
-    layout: Layout, here: Iterable[str], wanted: Iterable[str], *, what: str, allow_fewer: bool
+def _check_depth(
+    here: Iterable[str], wanted: Iterable[str], *, what: str, allow_fewer: bool
 ) -> None:
     """Raises UserError if a tower has another number of layers in the file than in the model."""
-    for ours, theirs in layout.names.items():
-        if "/blocks/" not in ours or "fusion/" in ours:
-            continue
-        layer = re.compile(re.escape(theirs.partition("{}")[0]) + r"(\d+)\.")
-        depth, asked = (
-            len({found[1] for found in map(layer.match, keys) if found}) for keys in (here, wanted)
+    depths, asked = (
+        Counter(
+            tower for tower, _ in {found.groups() for found in map(_LAYER.match, keys) if found}
         )
-        if depth > asked or (0 < depth < asked and not allow_fewer):
-            field = "image.depth" if "image/" in ours else "text.depth + fusion_depth"
+        for keys in (here, wanted)
+    )
+    for tower, depth in ((tower, depths[tower]) for tower in asked):
+        if depth > asked[tower] or (0 < depth < asked[tower] and not allow_fewer):
+            field = "text.depth + fusion_depth" if "bert." in tower else "image.depth"
             raise UserError(
-                f"{what} has {depth} layers, but config.model.{field} asks for {asked}: use the "
-                "file's depth"
+                f"{what} has {depth} layers, but config.model.{field} asks for {asked[tower]}: use "
+                "the file's depth"
             )
 
 
-def _refuse_other_shape(name: str, key: str, found: Shape, wanted: Shape, what: str) -> None:
-    if found == wanted:
-        return
-    if name.endswith(_WORDS) and found[1:] == wanted[1:]:
-        raise UserError(
-            f"{what} has a vocabulary of {found[0]:,} ({key}), but the tokenizer has "
-            f"{wanted[0]:,}: set config.data.tokenizer to the tokenizer of these weights (empty: "
-            "the one beside them), or remove the padding of their word table"
+def _misshapen(name: str, key: str, theirs: Shape, ours: Shape, what: str) -> UserError:
+    whose, advice = "config.model", "use the sizes of these weights"
+    if name.endswith(_WORDS) and theirs[1:] == ours[1:]:
+        whose = "the tokenizer"
+        advice = (
+            "set config.data.tokenizer to the tokenizer of these weights (empty: the one beside "
+            "them), or remove the padding of their word table"
         )
-    hint = "is it transposed?" if found == wanted[::-1] else "use the sizes of these weights"
-    raise UserError(
-        f"{what}: {key} has shape {list(found)}, but config.model asks for {list(wanted)} "
-        f"({name}): {hint}"
+    return UserError(
+        f"{what}: {key} has shape {list(theirs)}, but {whose} asks for {list(ours)} ({name}): "
+        f"{advice}"
     )
 
 
@@ -176,14 +164,14 @@ def fitted_positions(
     """The embeddings for the patches of `shape`, [1, new, width], and a note if they were resized.
 
     [CLS] is unchanged, the square of patches resized like PyTorch's interpolate(mode="bicubic",
-    align_corners=False), which ALBEF and DeiT use: no anti-aliasing, borders repeated. Raises
-    ValueError if a number of patches is not a square.
+    align_corners=False), which ALBEF and DeiT use: no anti-aliasing, borders repeated. What cannot
+    be resized is returned as it is, for the comparison of shapes.
     """
     if positions.ndim != 3 or positions.shape[2] != shape[2] or positions.shape[1] == shape[1]:
-        return positions, ""  # a different width is refused by the comparison of shapes
+        return positions, ""
     before, after = math.isqrt(positions.shape[1] - 1), math.isqrt(shape[1] - 1)
     if before**2 != positions.shape[1] - 1 or after**2 != shape[1] - 1:
-        raise ValueError(f"{positions.shape[1] - 1} or {shape[1] - 1} patches do not form a square")
+        return positions, ""
     weights = _cubic_weights(before, after)
     square = positions[0, 1:].reshape(before, before, -1).astype(np.float64)
     resized = np.einsum("ir,jc,rcw->ijw", weights, weights, square).reshape(after * after, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Mapping
 from typing import BinaryIO
@@ -57,7 +56,9 @@ def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height widt
         if isinstance(picture, Image.Image):
             picture = np.asarray(rgb(picture))
         if isinstance(picture, _ARRAY):
-            return _rgb_array(np.asarray(picture))
+            array = np.asarray(picture)
+            array = array[:, :, None] if array.ndim == 2 else array
+            return decode(array.repeat(3, axis=2) if array.shape[2:] == (1,) else array)
     except Exception as failure:  # ours, or Pillow's: it opens a file before it reads all of it
         raise UserError(f"image {position}: {failure}") from failure
     raise UserError(f"image {position} is a {type(picture).__name__}: {_GIVE}")
@@ -67,30 +68,11 @@ def _content(picture: Picture, position: int) -> Picture:
     """The picture; for an open file its whole content, since it may be closed later."""
     if not hasattr(picture, "read"):
         return picture
-    if isinstance(picture, io.TextIOBase):
-        raise UserError(f'image {position} is a file opened as text: use open(path, "rb")')
     try:
         if picture.seekable():
             picture.seek(0)
-        return picture.read()
-    except (OSError, ValueError) as failure:  # ValueError: the file is closed
-        raise UserError(f"image {position} cannot be read ({failure})") from failure
-
-
-def _rgb_array(array: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
-    """The array as RGB; raises ValueError if its meaning is ambiguous."""
-    shown = f"an array of {array.dtype} {list(array.shape)}"
-    if array.dtype != np.uint8:
-        raise ValueError(
-            f"{shown} may be in 0..1 or in 0..255: give uint8, for 0..1 (255 * "
-            "image).round().astype('uint8')"
-        )
-    if array.size == 0:
-        raise ValueError(f"{shown} has no pixels")
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim == 3 and array.shape[2] in (1, 3):
-        return np.broadcast_to(array, (*array.shape[:2], 3))
-    if array.ndim == 3 and array.shape[0] == 3:
-        raise ValueError(f"{shown} has its channels first: give image.transpose(1, 2, 0)")
-    raise ValueError(f"{shown} is neither [height, width, 3] nor [height, width]")
+        return bytes(picture.read())
+    except (OSError, ValueError, TypeError) as failure:  # it is closed, or opened as text
+        raise UserError(
+            f'image {position} cannot be read ({failure}): open files with open(path, "rb")'
+        ) from failure

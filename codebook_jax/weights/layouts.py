@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,12 @@ class Layout(NamedTuple):
     title: str
     names: Mapping[str, str]  # our modules, and our parameters that stand alone, to theirs
     own: str  # pattern of the tower's keys: an unknown one means another architecture
+
+    @property
+    def mark(self) -> str:
+        """The key by which the layout is known: the queries of the first layer."""
+        named = (theirs for ours, theirs in self.names.items() if ours.endswith("attention/qkv"))
+        return next(named).split("|")[0].format(0) + ".weight"
 
 
 _TIMM_BLOCK = {
@@ -170,71 +176,59 @@ def under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
 
 
-class Place(NamedTuple):
-    """Where a file has one of our parameters, and how ours becomes theirs."""
-
-    keys: list[str]  # layer by layer; those of a layer are joined on their first axis
-    shape: Shape  # of the tensor of every key
-    split: Shape  # our parameter with this shape,
-    axes: tuple[int, ...]  # and its axes in this order, holds the tensors one after another
-
-
-def places(layout: Layout, shapes: Shapes, text_depth: int) -> dict[str, Place]:
-    """The place of each of our parameters that the layout has.
+def keys_of(layout: Layout, shapes: Shapes, text_depth: int) -> dict[str, list[str]]:
+    """The keys of each of our parameters that the layout has, layer by layer.
 
     Fusion layers are numbered on from the text encoder's `text_depth`.
     """
     found = {}
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition("/")
-        ending = "bias" if leaf == "bias" else "weight"
-        parts = [part for part in layout.names.get(module, "").split("|") if part]
-        keys = [f"{part}.{ending}" for part in parts]
-        if layout is OWN and name.startswith(("student/", "teacher/")):
-            found[name] = Place([name], shape, shape, tuple(range(len(shape))))
-        elif name in layout.names or keys:
-            found[name] = _place(name, shape, keys or [layout.names[name]], text_depth)
+        ending = ".bias" if leaf == "bias" else ".weight"
+        if module in layout.names:
+            keys = [part + ending for part in layout.names[module].split("|")]
+        elif name in layout.names:
+            keys = [layout.names[name]]
+        elif layout is OWN and name.startswith(("student/", "teacher/")):
+            keys = [name]
+        else:
+            continue
+        first = text_depth if "fusion/blocks/" in name else 0
+        layers = shape[0] if "{}" in keys[0] else 1
+        found[name] = [key.format(layer) for layer in range(first, first + layers) for key in keys]
     return found
 
 
-def _place(name: str, shape: Shape, keys: list[str], text_depth: int) -> Place:
-    is_stacked = "/blocks/" in name
-    layers, own = (shape[0], shape[1:]) if is_stacked else (1, shape)
-    first = text_depth if "fusion/blocks/" in name else 0
-    every = [key.format(layer) for layer in range(first, first + layers) for key in keys]
-    if name.endswith("patches/kernel"):  # theirs is of a convolution, ours has rows of pixels
-        rows, width = own
-        side = math.isqrt(rows // 3)
-        return Place(every, (width, 3, side, side), (side, side, 3, width), (3, 2, 0, 1))
-    if name.endswith("/kernel"):  # [outputs, inputs] to [inputs, outputs]
-        inputs = math.prod(own[: 2 if name.endswith("/out/kernel") else 1])  # heads, and their size
-        outputs = math.prod(own) // inputs
-        return Place(every, (outputs // len(keys), inputs), (layers, inputs, outputs), (0, 2, 1))
-    theirs = (math.prod(own) // len(keys),) if is_stacked else own
-    return Place(every, theirs, shape, tuple(range(len(shape))))
-
-
-def to_ours(
-    place: Place, shape: Shape, tensors: list[Shaped[np.ndarray, "*some"]]
-) -> Shaped[np.ndarray, "*some"]:
-    """Our parameter of this shape, from the tensors of the place's keys."""
-    turned = np.stack(tensors).reshape([place.split[axis] for axis in place.axes])
-    back = [place.axes.index(axis) for axis in range(len(place.axes))]
-    return turned.transpose(back).reshape(shape)
+def tensors(
+    name: str, array: Shaped[np.ndarray, "*some"], keys: list[str]
+) -> Iterator[tuple[str, Shaped[np.ndarray, "*other"]]]:
+    """Each key of one of our parameters, and its tensor as a view of the contiguous `array`."""
+    is_stacked = "/blocks/" in name and keys != [name]
+    layers, shape = (len(array), array.shape[1:]) if is_stacked else (1, array.shape)
+    parts = len(keys) // layers
+    if keys == [name]:
+        views = array[None, None]
+    elif name.endswith("patches/kernel"):  # theirs is of a convolution, ours has rows of pixels
+        side = math.isqrt(shape[0] // 3)
+        views = array.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)[None, None]
+    elif name.endswith("/kernel"):  # theirs is [outputs, inputs]; the inputs of `out` have two axes
+        inputs = math.prod(shape[: 2 if name.endswith("/out/kernel") else 1])
+        views = array.reshape(layers, inputs, parts, -1).transpose(0, 2, 3, 1)
+    else:
+        views = array.reshape(layers, parts, *((-1,) if is_stacked else shape))
+    return zip(keys, (views[*at, ...] for at in np.ndindex(*views.shape[:2])), strict=True)
 
 
 def to_theirs(
     layout: Layout, arrays: Mapping[str, Shaped[np.ndarray, "*some"]], text_depth: int
 ) -> dict[str, Shaped[np.ndarray, "*some"]]:
     """Each of our parameters that the layout has, in that layout, by its key."""
-    found = {}
     shapes = {name: array.shape for name, array in arrays.items()}
-    for name, place in places(layout, shapes, text_depth).items():
-        turned = arrays[name].reshape(place.split).transpose(place.axes)
-        parts = turned.reshape(len(place.keys), *place.shape)
-        for key, part in zip(place.keys, parts, strict=True):
-            found[key] = np.array(part, order="C")
-    return found
+    return {
+        key: np.array(tensor, order="C")
+        for name, keys in keys_of(layout, shapes, text_depth).items()
+        for key, tensor in tensors(name, np.asarray(arrays[name]), keys)
+    }
 
 
 def recognise(part: str, arrays: Arrays, what: str) -> tuple[Layout, Arrays]:
@@ -247,16 +241,10 @@ def recognise(part: str, arrays: Arrays, what: str) -> tuple[Layout, Arrays]:
             for key, value in arrays.items()
         }
     prefixes, layouts, _ = _READ[part]
-    marks = {}  # the key by which a layout is known: the first layer's queries
-    for layout in layouts:
-        queries = next(
-            layout.names[ours] for ours in layout.names if ours.endswith("attention/qkv")
-        )
-        marks[queries.split("|")[0].format(0) + ".weight"] = layout
-    for prefix, mark in itertools.product(prefixes, marks):
-        if prefix + mark in arrays:
-            return marks[mark], {key.removeprefix(prefix): value for key, value in arrays.items()}
-    known = ", ".join(f"{layout.title} ({mark})" for mark, layout in marks.items())
+    for prefix, layout in itertools.product(prefixes, layouts):
+        if prefix + layout.mark in arrays:
+            return layout, {key.removeprefix(prefix): value for key, value in arrays.items()}
+    known = ", ".join(f"{layout.title} ({layout.mark})" for layout in layouts)
     other = f", {OWN.title}: for a single tower use image:SPEC or text:SPEC"
     raise UserError(f"{what} is not {known}{other if part == 'model' else ': give one of those'}")
 

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +18,17 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
-from codebook_jax.data import augment
 from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import Tokenizer, few_words, has_words, tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json
 from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models import codis
-from codebook_jax.models.heads import MATCH
-from codebook_jax.parallel import devices
+from codebook_jax.parallel import devices, sharding
 from codebook_jax.run import checkpoint
 from codebook_jax.run import record as records
+from codebook_jax.weights import layouts
+from codebook_jax.weights.fill import fill
 from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, pixels_of, text_list
 
 FOLDER = "export"  # in a workdir
@@ -36,6 +36,7 @@ MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
 TASK = "pretrain"  # the config.task whose models can be loaded
 BUCKETS = (1, 4, 16, 64)  # rows that calls are padded to; one compiled program each
+Tokenised = tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, "texts"]]  # and lengths
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
 
@@ -61,14 +62,12 @@ class Codis:
         """Takes the parameters of the student and, to encode with it, of the teacher."""
         self.config, self.step = config, step
         self._tokenizer = tokenizer
-        self._model = codis.build_model(config, tokenizer.vocabulary.size)
+        self._model = codis.Model(config, tokenizer.vocabulary.size)
+        self._match = jax.jit(own_settings(self._match_probability))
         items = jax.device_put(items)
         self._encoder = "teacher" if "teacher" in items else "student"
         self._student = items["student"]
         self._towers = items.get("teacher", self._student["towers"])
-        self._embed_images = jax.jit(own_settings(self._image_features))
-        self._embed_texts = jax.jit(own_settings(self._text_features))
-        self._match = jax.jit(own_settings(self._match_probability))
         self.codewords: Float32[np.ndarray, "codes dim"] = np.asarray(
             codis.unit(self._student["codebook"]["codes"])
         )
@@ -90,8 +89,7 @@ class Codis:
 
     def encode_text(self, texts: Texts) -> Float32[np.ndarray, "texts dim"]:
         """Unit features, in the same space as those of images."""
-        tokens, lengths = self._tokenised(text_list(texts))
-        return self._joined(self._text_chunks(self._towers, tokens, lengths))
+        return self._joined(self._text_chunks(self._towers, self._tokenised(text_list(texts))))
 
     def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, "pairs"]:
         """Probability that image i and text i belong together, by the student's fusion encoder.
@@ -108,19 +106,17 @@ class Codis:
             )
         if not pictures or not texts:
             return np.zeros(0, np.float32)
-        tokens, lengths = self._tokenised(texts)
+        tokenised = self._tokenised(texts)
         image_chunks = self._image_chunks(self._student["towers"], pictures)
-        text_chunks = self._text_chunks(self._student["towers"], tokens, lengths)
+        text_chunks = self._text_chunks(self._student["towers"], tokenised)
         if len(pictures) == 1:
             image_chunks = itertools.repeat(next(image_chunks))
         elif len(texts) == 1:
             text_chunks = itertools.repeat(next(text_chunks))
         parts = []
-        for image_chunk, text_chunk in zip(image_chunks, text_chunks, strict=False):
-            (_, image_tokens, image_count), (_, states, lengths, text_count) = (
-                image_chunk,
-                text_chunk,
-            )
+        for (_, image_tokens, images), (_, states, lengths, count) in zip(
+            image_chunks, text_chunks, strict=False
+        ):
             if len(pictures) == 1:  # its keys and values are projected once for a chunk of texts
                 pairs = states[None], lengths[None]
             else:
@@ -128,7 +124,7 @@ class Codis:
                 states = jnp.broadcast_to(states, (rows, *states.shape[1:]))
                 pairs = states[:, None], np.broadcast_to(lengths, rows)[:, None]
             found = np.asarray(self._match(self._student, image_tokens, *pairs))
-            parts.append(found.reshape(-1)[: max(image_count, text_count)])
+            parts.append(found.reshape(-1)[: max(images, count)])
         return np.concatenate(parts)
 
     def codes(
@@ -151,27 +147,13 @@ class Codis:
         indices = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         return Codes(indices.astype(np.int32), np.take_along_axis(probabilities, indices, axis=1))
 
-    # -- compiled programs
-
-    def _image_features(self, towers: Any, pixels: Array) -> tuple[Array, Array]:
-        normalised = augment.normalise(pixels, jnp.dtype(self.config.model.dtype))
-        return self._model.towers(towers).embed_images(normalised)
-
-    def _text_features(self, towers: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-        return self._model.towers(towers).embed_texts(tokens, lengths)
-
     def _match_probability(
-        self,
-        student: Any,
-        image_tokens: Float[Array, "rows patches width"],
-        states: Float[Array, "rows texts tokens width"],
-        lengths: Int[Array, "rows texts"],
+        self, student: Any, image_tokens: Array, states: Array, lengths: Array
     ) -> Float32[Array, "rows texts"]:
-        fused = self._model.towers(student["towers"]).fusion(states, lengths, image_tokens)
-        logits = self._model.match_logits(student["matching"], fused[:, :, 0])
-        return jax.nn.softmax(logits, axis=-1)[..., MATCH]
+        logits = self._model.pair_logits(student, image_tokens, states, lengths)
+        return jax.nn.softmax(logits, axis=-1)[..., codis.MATCH]
 
-    # -- their outputs for inputs padded to a bucket, and how many rows are not padding
+    # -- outputs for inputs padded to a bucket, and how many rows are not padding
 
     def _joined(self, chunks: Iterator[tuple]) -> Float32[np.ndarray, "rows dim"]:
         parts = [np.asarray(features)[:count] for features, *_, count in chunks]
@@ -189,21 +171,19 @@ class Codis:
         with ThreadPoolExecutor(READERS) as pool:
             for positions, count in _chunks(len(pictures)):
                 pixels = np.stack(list(pool.map(read, positions[:count])))
-                yield *self._embed_images(towers, pixels[positions - positions[0]]), count
+                padded = pixels[positions - positions[0]]
+                yield *self._model.encode_images(towers, padded), count
 
     def _text_chunks(
-        self,
-        towers: Any,
-        tokens: Int32[np.ndarray, "texts tokens"],
-        lengths: Int32[np.ndarray, "texts"],
+        self, towers: Any, texts: Tokenised
     ) -> Iterator[tuple[Array, Array, Int32[np.ndarray, "rows"], int]]:
         """Features, states and lengths of texts."""
+        tokens, lengths = texts
         for rows, count in _chunks(len(tokens)):
-            yield *self._embed_texts(towers, tokens[rows], lengths[rows]), lengths[rows], count
+            found = self._model.encode_texts(towers, tokens[rows], lengths[rows])
+            yield *found, lengths[rows], count
 
-    def _tokenised(
-        self, texts: list[str]
-    ) -> tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, "texts"]]:
+    def _tokenised(self, texts: list[str]) -> Tokenised:
         """Tokens and lengths; warns about truncated texts and unknown words."""
         most = self.config.model.text.max_tokens
         tokens, lengths, truncated = self._tokenizer.encode(texts, most)
@@ -234,15 +214,11 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
         manifest = parse_json((folder / MANIFEST).read_bytes())
         number, items, step = (manifest[field] for field in ("format", "items", "step"))
         task = manifest.get("task", TASK)
-    if number != FORMAT:
+    if (number, task) != (FORMAT, TASK):
         raise UserError(
-            f"{folder} is an export of format {number}, but this codebook_jax reads format "
-            f"{FORMAT}: install the version it was written with, or export again"
-        )
-    if task != TASK:
-        raise UserError(
-            f"{folder} is an export of task={task!r}, but codebook_jax.load reads those of "
-            f"{TASK!r}: read its arrays with orbax.checkpoint's StandardCheckpointer().restore"
+            f"{folder} is an export of format {number} and task={task!r}, but this codebook_jax "
+            f"loads format {FORMAT} and task={TASK!r}: install the version it was written with, or "
+            "read its arrays with orbax.checkpoint's StandardCheckpointer().restore"
         )
     if teacher and "teacher" not in items:
         raise UserError(
@@ -255,10 +231,13 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
         with config.unlocked():
             config.model.attention, config.model.remat = "auto", "none"
         student_of = own_settings(codis.init_student)
-        expected = jax.eval_shape(lambda: student_of(config, tokenizer.vocabulary.size, key_of(0)))
-    wanted = {"student": expected} | ({"teacher": expected["towers"]} if teacher else {})
-    found = {item: _restored(folder, item, tree) for item, tree in wanted.items()}
-    return Codis(config, tokenizer, found, step)
+        student = jax.eval_shape(lambda: student_of(config, tokenizer.vocabulary.size, key_of(0)))
+    expected = {"student": student} | ({"teacher": student["towers"]} if teacher else {})
+    shapes = {name: leaf.shape for name, leaf in sharding.named(expected)}
+    stored = read_items(folder, expected)
+    options = dict(text_depth=config.model.text.depth, what=str(folder), allow_partial=False)
+    arrays = fill(layouts.OWN, stored, shapes, **options).arrays
+    return Codis(config, tokenizer, traverse_util.unflatten_dict(arrays, sep="/"), step)
 
 
 def code_probabilities(
@@ -282,13 +261,9 @@ def _export_folder(path: Path) -> Path:
     for folder in (path, path / FOLDER):
         if os.path.isfile(folder / MANIFEST):  # False, too, if the name is too long
             return folder
-    if os.path.isfile(path / records.RECORD) and os.path.isdir(path / checkpoint.FOLDER):
-        raise UserError(
-            f"{path} is a run without an export: make one with python -m codebook_jax.main "
-            f"--workdir={path} --mode=export"
-        )
     raise UserError(
-        f"{path} is not a folder with an {MANIFEST}: give the folder that --mode=export wrote"
+        f"{path} is not a folder with an {MANIFEST}: give an export, or make the run's with python "
+        f"-m codebook_jax.main --workdir={path} --mode=export"
     )
 
 
@@ -313,23 +288,14 @@ def reading(path: Path) -> Iterator[None]:
         ) from failure
 
 
-def _restored(folder: Path, item: str, expected: Any) -> Any:
-    """The arrays of one item as NumPy; raises UserError if they do not match the config."""
-    with reading(folder / item):
-        arrays = checkpoint.read_arrays(folder / item)
-    expected = traverse_util.flatten_dict(expected, sep="/")
-    found, wanted = (
-        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in tree.items()}
-        for tree in (arrays, expected)
-    )
-    if differing := {name for name, _ in found.items() ^ wanted.items()}:
-        name = min(differing)
-        was, should = found.get(name, "missing"), wanted.get(name, "missing")
-        raise UserError(
-            f"{folder / item} does not fit its {records.RECORD}: {name} is {was}, but should be "
-            f"{should}: export again"
-        )
-    return traverse_util.unflatten_dict(arrays, sep="/")
+def read_items(folder: Path, items: Iterable[str]) -> dict[str, np.ndarray]:
+    """The arrays of these items of an export or checkpoint, by the names of a train state."""
+    arrays = {}
+    for item in items:
+        with reading(folder / item):
+            found = checkpoint.read_arrays(folder / item)
+        arrays |= {f"{item}/{name}": array for name, array in found.items()}
+    return arrays
 
 
 def _chunks(count: int) -> Iterator[tuple[Int[np.ndarray, "rows"], int]]:

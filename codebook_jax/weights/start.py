@@ -25,13 +25,13 @@ from codebook_jax.config import with_fields
 from codebook_jax.data import text
 from codebook_jax.errors import UserError, first_few
 from codebook_jax.parallel import sharding
-from codebook_jax.run.checkpoint import FOLDER, Checkpoints, read_arrays
+from codebook_jax.run.checkpoint import FOLDER, Checkpoints
 from codebook_jax.run.record import RECORD, recorded_config
 from codebook_jax.weights import layouts
 from codebook_jax.weights.files import WORDS, read_weights
 from codebook_jax.weights.fill import Filled, fill
 from codebook_jax.weights.layouts import Layout, Shapes
-from codebook_jax.weights.load import MANIFEST, config_of, reading
+from codebook_jax.weights.load import MANIFEST, config_of, read_items
 
 RANDOM = "random"
 FORMS = (
@@ -39,6 +39,7 @@ FORMS = (
     "random)"
 )
 _TOWERS = ("image", "text")
+_OWN = ("student", "teacher")  # what is read of a run or export
 _MOST_NAMES = 12  # in a line of the table
 
 
@@ -65,15 +66,10 @@ def specs(init: str) -> dict[str, str]:
     """{part: SPEC} of config.init, without random parts; raises UserError if it is malformed."""
     if init == RANDOM:
         return {}
-    found: dict[str, str] = {}
-    for item in init.split(","):
-        part, _, spec = item.strip().partition(":")
-        if part not in (*_TOWERS, "model") or not spec or part in found:
-            raise UserError(f"config.init={init!r} has the invalid part {item.strip()!r}: {FORMS}")
-        found[part] = spec
-    if found.keys() not in ({"model"}, set(_TOWERS)):
+    named = [item.strip().partition(":")[::2] for item in init.split(",")]
+    if sorted(part for part, spec in named if spec) not in (["model"], list(_TOWERS)):
         raise UserError(f"config.init={init!r} is not a whole model or both towers: {FORMS}")
-    return {part: spec for part, spec in found.items() if spec != RANDOM}
+    return {part: spec for part, spec in named if spec != RANDOM}
 
 
 def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
@@ -125,42 +121,40 @@ def initial(
     """
     shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
     options = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
-    whole = Filled({}, {}, {})
+    arrays, resized, ignored = {}, {}, {}
     for part in start:
         filled = fill(part.layout, part.arrays, shapes, what=part.what, **options)
         where = f"{part.part} " if len(start) > 1 else ""
-        ignored = {where + key: reason for key, reason in filled.ignored.items()}
-        whole = Filled(
-            whole.arrays | filled.arrays, whole.resized | filled.resized, whole.ignored | ignored
-        )
+        arrays |= filled.arrays
+        resized |= filled.resized
+        ignored |= {where + key: reason for key, reason in filled.ignored.items()}
     student = {name: shape for name, shape in shapes.items() if name.startswith("student/")}
-    arrays, rest = whole.arrays, []
+    table = [*map(_heading, start), _table(student, Filled(arrays, resized, ignored))]
+    rest = []
     if any(name.startswith("teacher/") for name in shapes):
         towers = layouts.under(arrays, "student/towers/")
         copy = {f"teacher/{name}": value for name, value in towers.items()}
         copied = len(copy.keys() - arrays.keys())
         partly = f", except {copied} arrays copied from the student" if copied else ""
-        rest.append(
-            f"teacher: {f'loaded{partly}' if copied < len(copy) else 'a copy of the student'}"
-        )
+        whose = f"loaded{partly}" if copied < len(copy) else "a copy of the student"
+        rest.append(f"teacher: {whose}")
         arrays = copy | arrays
     if "queue/image" in shapes:
         rest.append(f"queues: {'loaded' if 'queue/image' in arrays else 'empty'}")
-    table = [*map(_heading, start), _table(student, whole), "; ".join(rest)]
-    return Initial(arrays, "\n".join(table))
+    return Initial(arrays, "\n".join([*table, "; ".join(rest)]))
 
 
 def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     """The state with these arrays in place of its fresh ones, sharded like them."""
 
-    def put(path: Any, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def put(name: str, leaf: jax.Array) -> jax.Array:
         if name not in arrays:
             return leaf
         value = np.asarray(arrays[name], leaf.dtype)
         return jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
 
-    return jax.tree_util.tree_map_with_path(put, state)
+    leaves = [put(name, leaf) for name, leaf in sharding.named(state)]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
 def _read(part: str, spec: str) -> Part:
@@ -194,11 +188,7 @@ def _read_own(path: Path, what: str) -> Part:
         if step is None:
             raise UserError(f"{what} has no checkpoint yet: train it first")
         folder, title = path / FOLDER / str(step), f"the checkpoint of step {step:,}"
-    arrays = {}
-    for item in (item for item in ("student", "teacher") if (folder / item).is_dir()):
-        with reading(folder / item):
-            found = read_arrays(folder / item)
-        arrays |= {f"{item}/{name}": array for name, array in found.items()}
+    arrays = read_items(folder, [item for item in _OWN if (folder / item).is_dir()])
     tokenizer = str(path / text.FOLDER) if (path / text.FOLDER).is_dir() else ""
     return Part("model", what, title, layouts.OWN, arrays, _stated(config.model), tokenizer)
 
@@ -223,24 +213,23 @@ def _heading(part: Part) -> str:
 
 def _table(student: Shapes, filled: Filled) -> str:
     """The table: arrays and numbers of each category, and names, with whole parts abbreviated."""
-    fresh = [name for name in student if name not in filled.arrays]
-    resized = [name for name in student if name in filled.resized]
-    loaded = [name for name in student if name in filled.arrays and name not in filled.resized]
     kinds: dict[str, list[str]] = {}
     for key, (_, kind) in filled.ignored.items():
         kinds.setdefault(kind, []).append(key)
     several = {kind: f"{len(keys)}: {keys[0]}, ..." for kind, keys in kinds.items() if keys[1:]}
     ignored = [f"{kind} ({several.get(kind, keys[0])})" for kind, keys in kinds.items()]
+    resized = [name for name in student if name in filled.resized]
+    loaded = [name for name in student if name in filled.arrays.keys() - filled.resized.keys()]
+    fresh = [name for name in student if name not in filled.arrays]
     sizes = {name: math.prod(shape) for name, shape in student.items()}
     sizes |= {key: size for key, (size, _) in filled.ignored.items()}
-    rows = {
-        "loaded": (loaded, _parts_of(loaded, student)),
-        "resized": (resized, [f"{_short(name)} {filled.resized[name]}" for name in resized]),
-        "newly initialised": (fresh, _parts_of(fresh, student)),
-        "ignored": (filled.ignored, ignored),
-    }
     lines = [f"{'':18} {'arrays':>6} {'numbers':>13}"]
-    for title, (counted, names) in rows.items():
+    for title, counted, names in (
+        ("loaded", loaded, _parts_of(loaded, student)),
+        ("resized", resized, [f"{_short(name)} {filled.resized[name]}" for name in resized]),
+        ("newly initialised", fresh, _parts_of(fresh, student)),
+        ("ignored", filled.ignored, ignored),
+    ):
         numbers = sum(sizes[name] for name in counted)
         shown = first_few(names, _MOST_NAMES, last=", and")
         lines.append(f"{title:18} {len(counted):6,} {numbers:13,}  {shown}")

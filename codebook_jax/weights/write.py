@@ -109,26 +109,17 @@ def _save(
 
 def _vit(config: ConfigDict) -> dict[str, Any]:
     image = config.model.image
-    return {
-        "model_type": "vit",
-        "image_size": image.size_px,
-        "patch_size": image.patch_px,
-        "num_channels": 3,
-        "qkv_bias": True,
-        **_encoder(image, image.depth, dropout=0.0),
-    }
+    sizes = {"image_size": image.size_px, "patch_size": image.patch_px, "num_channels": 3}
+    encoder = _encoder(image, image.depth, dropout=0.0)
+    return {"model_type": "vit", "qkv_bias": True} | sizes | encoder
 
 
 def _bert(config: ConfigDict, vocabulary: Vocabulary, depth: int) -> dict[str, Any]:
     text = config.model.text
-    return {
-        "model_type": "bert",
-        "vocab_size": vocabulary.size,
-        "max_position_embeddings": text.max_positions,
-        "type_vocab_size": 2,
-        "pad_token_id": vocabulary.pad_id,
-        **_encoder(text, depth, dropout=text.dropout),
-    }
+    words = {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad_id}
+    sizes = {"max_position_embeddings": text.max_positions, "type_vocab_size": 2}
+    encoder = _encoder(text, depth, dropout=text.dropout)
+    return {"model_type": "bert"} | words | sizes | encoder
 
 
 def _encoder(model: ConfigDict, depth: int, *, dropout: float) -> dict[str, Any]:

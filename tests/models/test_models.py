@@ -1,12 +1,14 @@
-"""The towers against float64 NumPy, against the sizes of ViT and BERT by arithmetic, and against
-themselves piece by piece.
+"""The towers' sizes against those published, and the towers against themselves piece by piece.
+
+test_towers.py and weights/test_albef.py compare them with PyTorch's.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import erf, softmax
 
 from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives
@@ -44,8 +46,9 @@ def tiny(**changes):
     return config
 
 
+@functools.cache
 def built(**changes):
-    return codis.build_model(tiny(**changes), WORDS)
+    return codis.Model(tiny(**changes), WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -114,116 +117,9 @@ def test_a_size_has_the_parameters_of_the_published_vit_and_bert(size, image, pa
     assert towers["masked_words"] == width * width + width + 2 * width + VOCABULARY
 
 
-# -- against NumPy
-
-
-def float64(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-
-
-def norm(x, p, eps):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
-
-
-def gelu(x):
-    return x * (1 + erf(x / np.sqrt(2))) / 2
-
-
-def product(x, p):
-    """x times a kernel whose axes after the first are flattened."""
-    return x @ p["kernel"].reshape(x.shape[-1], -1) + p["bias"].ravel()
-
-
-def attend(queries, keys, values, heads):
-    """One sequence at a time, one head at a time."""
-    size = queries.shape[-1] // heads
-    found = []
-    for head in range(heads):
-        q, k, v = (part[:, head * size : (head + 1) * size] for part in (queries, keys, values))
-        found.append(softmax(q @ k.T / np.sqrt(size), axis=-1) @ v)
-    return np.concatenate(found, axis=-1)
-
-
-def out(x, p):
-    return x @ p["kernel"].reshape(-1, p["kernel"].shape[-1]) + p["bias"]
-
-
-def self_attention(x, p, heads, length):
-    q, k, v = np.split(product(x, p["qkv"]), 3, axis=-1)
-    return out(attend(q, k[:length], v[:length], heads), p["out"])
-
-
-def mlp(x, p):
-    return product(gelu(product(x, p["up"])), p["down"])
-
-
-def layer(blocks, index):
-    return jax.tree.map(lambda x: x[index], blocks)
-
-
-def vit_forward(p, image):
-    patches = [
-        image[7 * row : 7 * row + 7, 7 * column : 7 * column + 7].ravel()
-        for row in range(3)
-        for column in range(3)
-    ]
-    x = np.concatenate([p["cls"][0], product(np.stack(patches), p["patches"])]) + p["positions"][0]
-    for index in range(3):
-        b = layer(p["blocks"], index)
-        x = x + self_attention(norm(x, b["attention_norm"], 1e-6), b["attention"], 3, len(x))
-        x = x + mlp(norm(x, b["mlp_norm"], 1e-6), b["mlp"])
-    return norm(x, p["norm"], 1e-6)
-
-
-def text_forward(p, tokens, length):
-    x = norm(p["words"][tokens] + p["positions"][: len(tokens)] + p["segment"][0], p["norm"], 1e-12)
-    for index in range(2):
-        b = layer(p["blocks"], index)
-        x = norm(x + self_attention(x, b["attention"], 2, length), b["attention_norm"], 1e-12)
-        x = norm(x + mlp(x, b["mlp"]), b["mlp_norm"], 1e-12)
-    return x
-
-
-def fusion_forward(p, x, length, image_tokens):
-    for index in range(3):
-        b = layer(p["blocks"], index)
-        x = norm(x + self_attention(x, b["attention"], 2, length), b["attention_norm"], 1e-12)
-        k, v = np.split(product(image_tokens, b["cross"]["key_value"]), 2, axis=-1)
-        looked = attend(product(x, b["cross"]["query"]), k, v, 2)
-        x = norm(x + out(looked, b["cross"]["out"]), b["cross_norm"], 1e-12)
-        x = norm(x + mlp(x, b["mlp"]), b["mlp_norm"], 1e-12)
-    return x
-
-
-def test_the_towers_are_a_float64_numpy_vit_and_bert(student, inputs):
-    found = RUN(built(), student["towers"], **inputs)
-    p = float64(student["towers"])
-    for row in range(4):
-        length = inputs["lengths"][row]
-        image_tokens = vit_forward(p["image"], inputs["images"][row].astype(np.float64))
-        states = text_forward(p["text"], inputs["tokens"][row], length)
-        fused = fusion_forward(p["fusion"], states, length, image_tokens)
-        image = product(image_tokens[0], p["image_projection"])
-        text = product(states[0], p["text_projection"])
-        head = p["masked_words"]
-        words = norm(gelu(product(fused, head["transform"])), head["norm"], 1e-12)
-        expected = {
-            "image": image / np.linalg.norm(image),
-            "text": text / np.linalg.norm(text),
-            "image tokens": image_tokens,
-            "states": states,
-            "fused": fused,
-            "words": words @ p["text"]["words"].T + head["bias"],
-        }
-        for (name, reference), ours in zip(expected.items(), found, strict=True):
-            atol = 1e-5 * np.abs(reference).max()
-            np.testing.assert_allclose(ours[row], reference, atol=atol, err_msg=name)
-
-
 def test_matching_logits_are_the_students_head_in_float32(student):
     cls = np.random.default_rng(2).normal(size=(3, 10)).astype(np.float32)
-    head = float64(student["matching"])["classes"]
+    head = jax.tree.map(np.float64, student["matching"]["classes"])
     logits = built().match_logits(student["matching"], jnp.asarray(cls, jnp.bfloat16))
     rounded = np.asarray(jnp.asarray(cls, jnp.bfloat16), np.float64)
     assert logits.dtype == jnp.float32

@@ -78,7 +78,7 @@ def test_every_state_of_the_image_encoder_is_pytorchs(name):
     config, golden = config_of(name), outputs_of(name)
     towers, found = filled(config, name, "image")
     assert {n for n in shapes_of(towers) if n.startswith("image/")} == set(found.arrays)
-    vision = codis.build_model(config, WORDS).towers(towers).image
+    vision = codis.Model(config, WORDS).towers(towers).image
     images = golden["images"].transpose(0, 2, 3, 1)
     patches = vision.patches(cut_patches(images, vision.patch_px))
     cls = np.broadcast_to(towers["image"]["cls"], (len(images), 1, patches.shape[2]))
@@ -100,7 +100,7 @@ def test_every_state_of_the_text_encoder_and_every_logit_of_a_word_is_pytorchs()
     upper = {n: v for n, v in halves["fusion"]["blocks"].items() if not n.startswith("cross")}
     blocks = jax.tree.map(lambda *parts: np.concatenate(parts), halves["text"]["blocks"], upper)
     towers = halves | {"text": halves["text"] | {"blocks": blocks}}
-    model = codis.build_model(config_of(depth=5), WORDS).towers(towers)
+    model = codis.Model(config_of(depth=5), WORDS).towers(towers)
     tokens, lengths = golden["tokens"].astype(np.int32), golden["lengths"].astype(np.int32)
     p = towers["text"]
     embedded = model.text.norm(

@@ -5,7 +5,6 @@ them.
 import contextlib
 import errno
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -114,18 +113,6 @@ def test_a_place_that_cannot_be_is_refused_at_the_start(mode, place, tmp_path):
 def test_a_name_too_long_for_the_draft_is_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match=os.strerror(errno.ENAMETOOLONG)):
         files.check_outputs(tmp_path, ("n" * 250,))
-
-
-def test_a_folder_that_cannot_be_replaced_is_refused_at_the_start(tmp_path, monkeypatch):
-    (tmp_path / "export").mkdir()
-
-    def rename(path, other):
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))  # something is mounted there
-
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(UserError, match=f"export cannot be written .*{os.strerror(errno.EBUSY)}"):
-        export.export(None, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 @pytest.mark.parametrize(

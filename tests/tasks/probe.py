@@ -26,7 +26,7 @@ class State:
 
 class Probe(OverMesh):
     def __init__(self, config, vocabulary, mesh):
-        self.model = codis.build_model(config, vocabulary.size, mesh)
+        self.model = codis.Model(config, vocabulary.size, mesh)
         self.optimizer = optimizer.from_config(config)[1]
         super().__init__(config, vocabulary, mesh)
         self.logits = jax.jit(self._logits)

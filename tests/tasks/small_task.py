@@ -144,7 +144,7 @@ def saying(task):
             (teacher, batch.teacher_image),
         ):
             towers = task.model.towers(parameters)
-            image, image_tokens = towers.embed_images(task.programs.pixels(images))
+            image, image_tokens = towers.embed_images(task.model.pixels(images))
             text, states = towers.embed_texts(batch.tokens, batch.text_length)
             features.append((image, text))
             _, hidden = towers.embed_texts(masked.tokens, batch.text_length)

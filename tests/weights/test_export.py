@@ -20,7 +20,6 @@ from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools import export
-from codebook_jax.weights import load as inference
 
 TEXTS = ["a red circle above a blue star", "a green ring", "a large moon left of a small cross"]
 
@@ -90,12 +89,12 @@ def test_an_export_alone_in_a_fresh_process_computes_what_the_checkpoint_compute
     state, task = restored.state, parts.task
     pixels = np.stack([resize_square(image, SMALL["model.image.size_px"]) for image in pictures])
     tokens, lengths, _ = parts.tokenizer.encode(TEXTS, 24)
-    image, image_tokens = task.programs.encode_images(state.student["towers"], pixels)
-    text, states = task.programs.encode_texts(state.student["towers"], tokens, lengths)
+    image, image_tokens = task.model.encode_images(state.student["towers"], pixels)
+    text, states = task.model.encode_texts(state.student["towers"], tokens, lengths)
     towers = task.model.towers(state.student["towers"])
     fused = towers.fusion(states[:, None], lengths[:, None], image_tokens)
     logits = np.asarray(task.model.match_logits(state.student["matching"], fused[:, :, 0]))[:, 0]
-    one_logit = task.programs.match(state.student, image_tokens, states[:, None], lengths[:, None])
+    one_logit = task.model.match(state.student, image_tokens, states[:, None], lengths[:, None])
     np.testing.assert_allclose(one_logit[:, 0], logits[:, 1], atol=1e-5)
     codes = np.asarray(state.student["codebook"]["codes"])
     directions = codes / np.linalg.norm(codes, axis=1, keepdims=True)
@@ -111,8 +110,8 @@ def test_an_export_alone_in_a_fresh_process_computes_what_the_checkpoint_compute
         "image": image,
         "text": text,
         "match": scipy.special.softmax(logits.astype(np.float64), axis=-1)[:, 1],
-        "teacher_image": task.programs.encode_images(state.teacher, pixels)[0],
-        "teacher_text": task.programs.encode_texts(state.teacher, tokens, lengths)[0],
+        "teacher_image": task.model.encode_images(state.teacher, pixels)[0],
+        "teacher_text": task.model.encode_texts(state.teacher, tokens, lengths)[0],
     }
     for name, values in expected.items():
         assert found[name].dtype == np.float32
@@ -171,7 +170,7 @@ def test_counts_in_one_bucket_share_a_program(exported):
     fresh = codebook_jax.load(exported.folder)
     for count in (2, 3, 4):
         assert fresh.encode_text(["a star"] * count).shape == (count, 16)
-    assert fresh._embed_texts._cache_size() == 1
+    assert fresh._model.encode_texts._cache_size() == 1
     assert fresh.encode_text([]).shape == fresh.encode_image([]).shape == (0, 16)
 
 
@@ -240,9 +239,8 @@ def zeros(*shape):
 @pytest.mark.parametrize(
     "call, sentence",
     [
-        (lambda m: m.encode_image(np.zeros((8, 8, 3))), "image 0: .* float64 .* may be in 0..1"),
-        (lambda m: m.encode_image(zeros(3, 8, 8)), "image 0: .*transpose"),
-        (lambda m: m.encode_image(zeros(8, 8, 4)), r"image 0: .*\[8, 8, 4\] is neither"),
+        (lambda m: m.encode_image(np.zeros((8, 8, 3))), "image 0: .* float64 .* uint8"),
+        (lambda m: m.encode_image(zeros(3, 8, 8)), r"image 0: .* \(3, 8, 8\) "),
         (lambda m: m.encode_image(["no/such.png"]), "image 0: no/such.png: .*file"),
         (lambda m: m.encode_image([zeros(8, 8), b"x"]), "image 1: 1 bytes: not a picture"),
         (lambda m: m.encode_image([3]), "image 0 is a int: give"),
@@ -269,7 +267,7 @@ def test_what_is_no_export_is_refused(exported, straight, tmp_path, monkeypatch)
         ("~/nothing", f"{tmp_path}/nothing is not a folder with an export.json"),
         (straight.workdir / "config.json", "config.json is not a folder with an export.json"),
         (tmp_path, "is not a folder with an export.json"),
-        (exported.run, "is a run without an export: make one with .*--mode=export"),
+        (exported.run, f"--workdir={exported.run} --mode=export"),
     ):
         with pytest.raises(UserError, match=sentence):
             codebook_jax.load(path)
@@ -299,9 +297,9 @@ def test_a_damaged_export_is_refused(exported, tmp_path):
         "config.json cannot be read .*zero": config(lambda c: c["model"]["image"].update(heads=0)),
         "tokenizer is missing": lambda f: shutil.rmtree(f / "tokenizer"),
         "export.json cannot be read": lambda f: (f / "export.json").write_text("{"),
-        "format 2, .* reads format 1": edited("export.json", lambda c: c.update(format=2)),
-        "task='probe', .*'pretrain'": edited("export.json", lambda c: c.update(task="probe")),
-        r"codebook/codes .*float32\[16, 16\], .*float32\[17, 16\]": config(
+        "format 2 .* format 1": edited("export.json", lambda c: c.update(format=2)),
+        "task='probe'.* task='pretrain'": edited("export.json", lambda c: c.update(task="probe")),
+        r"codebook/codes .*\[16, 16\], .*\[17, 16\]": config(
             lambda c: c["codebook"].update(size=17)
         ),
     }
@@ -344,17 +342,8 @@ def test_an_export_that_fails_leaves_the_one_before(
     with pytest.raises(UserError, match="has no teacher: .*--config.export.teacher"):
         codebook_jax.load(workdir, teacher=True)
 
-    (workdir / "export").rename(workdir / ".export.replaced")  # killed between the two renames
     capsys.readouterr()
     export.export(None, workdir)
     assert "replacing the previous export" in capsys.readouterr().out
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
     assert codebook_jax.load(workdir).encode_text("a star").shape == (1, 16)
-
-
-def test_a_probability_is_that_of_scipy():
-    rng = np.random.default_rng(0)
-    features, codes = rng.normal(size=(5, 7)), rng.normal(size=(11, 7))
-    found = inference.code_probabilities(features, codes, temperature=0.01)
-    expected = scipy.special.softmax(features @ codes.T / 0.01, axis=1)
-    np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -79,7 +79,6 @@ def test_what_is_neither_is_refused_in_a_sentence(paths):
         ([paths[0], io.StringIO("x")], 'image 1 .*"rb"'),
         (Path(paths[0]).open(), 'image 0 .*"rb"'),
         ([closed], "image 0 cannot be read .*closed"),
-        (Image.new("RGB", (0, 3)), r"image 0: .*\[3, 0, 3\] has no pixels"),
         ("", "image 0: .*empty"),
         (io.BytesIO(), "image 0: 0 bytes: the file is empty"),
         (np.array(["none.png"]), "image 0: none.png: .*file"),

@@ -55,7 +55,7 @@ def test_transformers_loads_our_export_whole_and_computes_our_states(exported):
     pixels = processor(list(pictures), return_tensors="pt")
     with torch.no_grad():
         expected = vit(**pixels).last_hidden_state.numpy()
-    _, tokens = jax.jit(towers.embed_images)(parts.task.programs.pixels(pictures))
+    _, tokens = jax.jit(towers.embed_images)(parts.task.model.pixels(pictures))
     close(tokens, expected)
     texts = ["a red circle", "a green star above a large blue square"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "text")
@@ -107,13 +107,13 @@ def test_bert_base_and_vit_base_of_transformers_are_ours(tmp_path):
     images = rng.normal(size=(2, 224, 224, 3)).astype(np.float32)
     with torch.no_grad():
         expected = vit(torch.tensor(images.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
-    close(jax.jit(codis.build_model(config, 30_522).towers(towers).image)(images), expected)
+    close(jax.jit(codis.Model(config, 30_522).towers(towers).image)(images), expected)
     # The upper layers without their cross-attention, after the lower ones.
     upper = {n: leaf for n, leaf in towers["fusion"]["blocks"].items() if not n.startswith("cross")}
     blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), towers["text"]["blocks"], upper)
     config.model.text.depth = 12
     towers |= {"text": towers["text"] | {"blocks": blocks}}
-    ours = codis.build_model(config, 30_522).towers(towers)
+    ours = codis.Model(config, 30_522).towers(towers)
     tokens = rng.integers(0, 30_522, (2, 30)).astype(np.int32)
     lengths = np.array([30, 12], np.int32)
     mask = (np.arange(30) < lengths[:, None]).astype(np.int64)

@@ -58,18 +58,19 @@ def test_init_names_parts():
 
 
 @pytest.mark.parametrize(
-    ("init", "told"),
+    "init",
     [
-        ("", "config.init='' .*model:SPEC"),
-        ("image:a", "config.init='image:a' .*image:SPEC,text:SPEC"),
-        ("bert-base-uncased", "config.init=.* 'bert-base-uncased': "),
-        ("image:a,image:b", "config.init=.* 'image:b': "),
-        ("image:,text:a", "config.init=.* 'image:': "),
-        ("model:a,text:b", "config.init='model:a,text:b' .*tower"),
+        "",
+        "image:a",
+        "bert-base-uncased",
+        "image:a,image:b",
+        "image:a,text:b,text:c",
+        "image:,text:a",
+        "model:a,text:b",
     ],
 )
-def test_an_init_that_says_nothing_clear_is_refused(init, told):
-    with pytest.raises(UserError, match=told):
+def test_an_init_that_says_nothing_clear_is_refused(init):
+    with pytest.raises(UserError, match=f"config.init='{init}' .*model:SPEC, .*image:SPEC"):
         start.specs(init)
 
 
@@ -181,7 +182,12 @@ TABLE = "bert.embeddings.word_embeddings.weight"
     [
         ("vit", STRANGE, lambda none: np.ones(30, np.float32), "has {key}, which this model does"),
         ("bert", TURNED, lambda array: array.T.copy(), "{key} has shape [36, 70], .* [70, 36] "),
-        ("bert", TABLE, lambda array: np.resize(array, (99, 36)), "of 99 ({key}), .* has {WORDS}:"),
+        (
+            "bert",
+            TABLE,
+            lambda array: np.resize(array, (99, 36)),
+            "{key} has shape [99, 36], but the tokenizer",
+        ),
         ("vit", "layernorm.weight", lambda array: array * np.nan, "{key} holds values that are"),
         ("vit", "layernorm.bias", lambda array: array.astype(int), "{key} holds int64, not "),
     ],

@@ -79,7 +79,7 @@ def test_a_file_without_tensors_is_refused(torch, saved):
 
 def test_a_type_that_is_no_weight_is_named(torch, saved):
     sentence = refusal(saved({"a.scale": torch.zeros(2, dtype=torch.float8_e4m3fn)}))
-    assert "it.pth holds a.scale as torch.float8_e4m3fn" in sentence
+    assert "it.pth is " in sentence and "Float8_e4m3fn" in sentence
 
 
 def test_other_archives_are_refused(torch, tmp_path):
