@@ -37,11 +37,11 @@ _SHARE_BITS = 8
 Images = UInt8[Array, "batch side side 3"]
 Pixels = Float32[Array, "batch side side 3"]
 Operations = Int32[Array, "batch"]
+Signs = Float32[Array, "batch"]
 Rows = Shaped[Array, "batch ..."]
 Counts = Int32[Array, "batch 3 256"]  # of the pixels of each value
 Tables = Int32[Array, "batch 3 256"]  # the new value of each value
 Matrices = Float32[Array, "batch 2 3"]  # output (x, y, 1), in pixels from the corner, to source
-
 
 _NAMES = "IDENTITY AUTO_CONTRAST EQUALISE BRIGHTNESS SHARPNESS "
 _NAMES += "SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE"
@@ -83,16 +83,21 @@ def draw(
     return jnp.where(applied, operations, Operation.IDENTITY.value), signs
 
 
-def apply(
-    images: Images, operations: Operations, signs: Float32[Array, "batch"], *, magnitude: float
-) -> Images:
+def apply(images: Images, operations: Operations, signs: Signs, *, magnitude: float) -> Images:
     """Each image after its own operation; the sign is that of warps alone, as in ALBEF."""
     enhance = magnitude / HIGHEST_MAGNITUDE * _ENHANCE_SPAN + _ENHANCE_LEAST
-    amount = signs * (magnitude / HIGHEST_MAGNITUDE)
-    images = look_up(images, _tables(histograms(images), operations, enhance))
+    counts, values = histograms(images), jnp.arange(256, dtype=jnp.int32)
+    brighter = jnp.clip(values.astype(jnp.float32) * enhance, 0, 255).astype(jnp.int32)
+    tables = {
+        Operation.AUTO_CONTRAST: auto_contrast_tables(counts),
+        Operation.EQUALISE: equalise_tables(counts),
+        Operation.BRIGHTNESS: jnp.broadcast_to(brighter, counts.shape),
+    }
+    images = look_up(images, _choose(tables, jnp.broadcast_to(values, counts.shape), operations))
     sharper = operations == Operation.SHARPNESS.value
     images = sharpen(images, jnp.where(sharper, jnp.float32(enhance), jnp.float32(1)))
-    return warp(images, _matrices(operations, amount, images.shape[1]))
+    amounts = signs * (magnitude / HIGHEST_MAGNITUDE)
+    return warp(images, _matrices(operations, amounts, images.shape[1]))
 
 
 def histograms(images: Images) -> Counts:
@@ -104,8 +109,8 @@ def histograms(images: Images) -> Counts:
 
 def auto_contrast_tables(counts: Counts) -> Tables:
     """Stretches the values that occur over 0..255 (PIL's autocontrast, no cutoff)."""
-    first = lambda counts: jax.lax.argmax(counts > 0, counts.ndim - 1, jnp.int32)[..., None]  # noqa: E731
-    low, high = first(counts), 255 - first(counts[..., ::-1])
+    low = jax.lax.argmax(counts > 0, 2, jnp.int32)[..., None]
+    high = 255 - jax.lax.argmax(counts[..., ::-1] > 0, 2, jnp.int32)[..., None]
     values = jnp.arange(256, dtype=jnp.int32)
     stretched = (values - low) * 255 // jnp.maximum(high - low, 1)
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), values)
@@ -128,17 +133,6 @@ def look_up(images: Images, tables: Tables) -> Images:
     return _take(flat, _bins(images)).reshape(images.shape)
 
 
-def _tables(counts: Counts, operations: Operations, factor: float) -> Tables:
-    values = jnp.arange(256, dtype=jnp.int32)
-    brighter = jnp.clip(jnp.arange(256, dtype=jnp.float32) * factor, 0, 255).astype(jnp.int32)
-    tables = {
-        Operation.AUTO_CONTRAST: auto_contrast_tables(counts),
-        Operation.EQUALISE: equalise_tables(counts),
-        Operation.BRIGHTNESS: jnp.broadcast_to(brighter, counts.shape),
-    }
-    return _choose(tables, jnp.broadcast_to(values, counts.shape), operations)
-
-
 def _bins(images: Images) -> Int32[Array, "batch values"]:
     bins = images.astype(jnp.int32) + 256 * jnp.arange(3, dtype=jnp.int32)
     return bins.reshape(len(images), -1)
@@ -149,19 +143,16 @@ def sharpen(images: Images, factors: Float32[Array, "batch"]) -> Images:
 
     PIL's kernel, 5 in the middle of eight ones; the outermost pixels stay as they are.
     """
-    side = images.shape[1]
     values = images.astype(jnp.int32)
-    padded = jnp.pad(values, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    rows = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
     box = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
-    smooth = (box + 4 * values + 6) // 13  # rounded to the nearest; thirteenths have no halves
-    place = jnp.arange(side, dtype=jnp.int32)
-    inside = (place > 0) & (place < side - 1)
-    smooth = jnp.where((inside[:, None] & inside)[..., None], smooth, values)
+    inside = values[:, 1:-1, 1:-1]
+    smooth = (box + 4 * inside + 6) // 13  # rounded to the nearest; thirteenths have no halves
     # The product is the only rounding before the floor, so every compilation gives the same value.
-    difference = (values - smooth).astype(jnp.float32)
+    difference = (inside - smooth).astype(jnp.float32)
     change = jnp.floor(factors[:, None, None, None] * difference).astype(jnp.int32)
-    return jnp.clip(smooth + change, 0, 255).astype(jnp.uint8)
+    changed = jnp.clip(smooth + change, 0, 255) - inside
+    return (values + jnp.pad(changed, ((0, 0), (1, 1), (1, 1), (0, 0)))).astype(jnp.uint8)
 
 
 def warp(images: Images, matrices: Matrices) -> Images:

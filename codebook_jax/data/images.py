@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _ORIENTATION = 0x0112  # EXIF
@@ -63,11 +63,10 @@ class Picture:
         if self._array is not None:
             return self._array
         height, width = -(-self.height // shrink), -(-self.width // shrink)
+        least = {"min_height": height, "min_width": width, "min_factor": shrink}
         with _named(self._name):
             try:
-                pixels = simplejpeg.decode_jpeg(
-                    self.content, min_height=height, min_width=width, min_factor=shrink
-                )
+                pixels = simplejpeg.decode_jpeg(self.content, **least)
             except ValueError:  # simplejpeg is strict: Pillow decides what is damaged
                 with _opened(self.content) as opened:
                     pixels = np.asarray(rgb(opened))
@@ -95,7 +94,8 @@ def resize_square(image: Pixels, size_px: int) -> UInt8[np.ndarray, "size_px siz
 def rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes as RGB, upright, transparency on white.
 
-    Raises ValueError for a grey whose range is unknown.
+    Raises ValueError for a grey whose range is unknown. The single transparent colour of a PNG
+    counts at eight bits only, as in Pillow.
     """
     # Pillow's name for the numbers in the file, lost once the pixels are loaded.
     args = image.tile[0][3] if getattr(image, "tile", None) else ""
@@ -105,31 +105,13 @@ def rgb(image: Image.Image) -> Image.Image:
     image.load()
     with contextlib.suppress(Exception):  # of a broken EXIF block; the pixels are fine
         image = ImageOps.exif_transpose(image)
-    hidden = _hidden(image, raw)
     if image.mode[0] in "IF":
         grey = _eight_bits(np.asarray(image), image.mode, raw)
         image = Image.fromarray(255 - grey if negative else grey)
-    if hidden is not None:
-        return Image.fromarray(np.where(hidden[..., None], np.uint8(255), image.convert("RGB")))
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _hidden(image: Image.Image, raw: str) -> Bool[np.ndarray, "height width"] | None:
-    """The pixels of the one transparent colour; None if transparency is stored otherwise.
-
-    Pillow compares the colour as stored with pixels already converted to eight bits.
-    """
-    colour = image.info.get("transparency")
-    if not isinstance(colour, int | tuple) or image.mode not in ("1", "L", "I", "I;16", "RGB"):
-        return None
-    colour = np.array(colour) * {"L;2": 85, "L;4": 17}.get(raw, 1)
-    if image.mode == "RGB":
-        deep = raw == "RGB;16B" or colour.max() > 255
-        return (np.asarray(image) == (colour >> 8 if deep else colour)).all(axis=-1)
-    return np.asarray(image.convert("L") if image.mode == "1" else image) == colour
 
 
 def _eight_bits(
@@ -142,12 +124,9 @@ def _eight_bits(
         most = 4095
     else:
         most = 65535 if "16" in mode + raw or values.max() > 255 else 255
-    if not (values.min() >= 0 and values.max() <= most):  # also catches NaN
-        kind = "floats from 0 to 1" if mode == "F" else "whole numbers from 0 to 65535"
-        raise ValueError(
-            f"its grey values range from {values.min():g} to {values.max():g}; only {kind} can be "
-            "read"
-        )
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= most):  # also catches NaN
+        raise ValueError(f"its grey values range from {low:g} to {high:g}, not from 0 to {most}")
     return np.rint(values * (255 / most)).astype(np.uint8)
 
 

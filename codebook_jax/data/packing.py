@@ -36,7 +36,7 @@ from codebook_jax.data.manifest import Receipt, file_sha256, index_name, shard_n
 from codebook_jax.errors import FULL_DISK, UserError
 
 if TYPE_CHECKING:
-    from codebook_jax.data.sources.record import Record, Source
+    from codebook_jax.data.sources.record import Source
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _LONGEST_JPEG_PX = 65_500  # libjpeg's limit
@@ -52,24 +52,19 @@ class Packing(NamedTuple):
     shard_records: int
 
 
-class Packed(NamedTuple):
-    jpeg: bytes
-    height: int
-    width: int
-
-
 def shard_count(records: int, shard_records: int) -> int:
     return -(-records // shard_records)
 
 
 def packed_picture(
     image: UInt8[np.ndarray, "height width 3"] | bytes | str, side_px: int, quality: int
-) -> Packed:
-    """The picture as a JPEG whose shorter side is at most `side_px`; may raise UnreadableImage.
+) -> tuple[bytes, int, int]:
+    """(JPEG, height, width) of a picture, with a shorter side of at most `side_px`.
 
     A JPEG that is small enough, upright, and grey or RGB keeps its bytes. Anything else is decoded,
     turned upright, put on white, reduced (bicubic, antialiased), and encoded as JPEG of `quality`
-    with colour at full resolution (4:4:4), so that drawings and text keep their edges.
+    with colour at full resolution (4:4:4), so that drawings and text keep their edges. Raises
+    UnreadableImage.
     """
     try:
         content = Path(image).read_bytes() if isinstance(image, str) else image
@@ -81,7 +76,7 @@ def packed_picture(
     if not reduced and picture.shrinks != (1,):  # a JPEG that needs no conversion
         # Raises if truncated; decodes all of it, in two thirds of the time.
         picture.pixels(max(picture.shrinks))
-        return Packed(content, picture.height, picture.width)
+        return content, picture.height, picture.width
     # A JPEG is decoded no larger than needed.
     shrink = max(by for by in picture.shrinks if by == 1 or (reduced and short >= 2 * by * side_px))
     pixels = Image.fromarray(picture.pixels(shrink))
@@ -93,14 +88,7 @@ def packed_picture(
         raise UnreadableImage(f"{width:,} x {height:,} pixels are more than a JPEG can hold")
     file = io.BytesIO()
     pixels.save(file, "JPEG", quality=quality, subsampling="4:4:4")
-    return Packed(file.getvalue(), height, width)
-
-
-def pack(record: Record, name: str, jpeg: bytes) -> bytes:
-    """A record as stored in a shard."""
-    content = {"image": jpeg, "captions": list(record.captions)}
-    content |= {"image_id": int(record.image_id), "name": name}
-    return msgpack.packb(content, unicode_errors="surrogatepass")
+    return file.getvalue(), height, width
 
 
 def write_shard(
@@ -124,28 +112,25 @@ def write_shard(
                 name, before = source.name(number), len(skipped)
                 try:
                     record = source[number]
-                    packed = packed_picture(record.image, packing.side_px, packing.quality)
+                    side_px, quality = packing.side_px, packing.quality
+                    jpeg, height, width = packed_picture(record.image, side_px, quality)
                 except UnreadableImage as failure:
                     skipped.append((name, str(failure)))
                 else:
-                    writer.write(pack(record, name, packed.jpeg))
-                    entry = {
-                        "name": name,
-                        "image_id": int(record.image_id),
-                        "captions": list(record.captions),
-                        "height": packed.height,
-                        "width": packed.width,
-                        "bytes": len(packed.jpeg),
-                        "sha256": hashlib.sha256(packed.jpeg).hexdigest(),
-                    }
+                    own, texts = int(record.image_id), list(record.captions)
+                    packed = {"image": jpeg, "captions": texts, "image_id": own, "name": name}
+                    writer.write(msgpack.packb(packed, unicode_errors="surrogatepass"))
+                    entry = {"name": name, "image_id": own, "captions": texts}
+                    entry |= {"height": height, "width": width, "bytes": len(jpeg)}
+                    entry["sha256"] = hashlib.sha256(jpeg).hexdigest()
                     line = f"{json.dumps(entry, ensure_ascii=False)}\n"
                     index.write(line.encode("utf-8", "surrogatepass"))
                     captions += len(record.captions)
                 if tell is not None:
                     tell(1, len(skipped) - before)
         shard_facts, index_facts = ((each.stat().st_size, file_sha256(each)) for each in drafts)
-    records = len(numbers) - len(skipped)
-    return Receipt(records, captions, *shard_facts, *index_facts, tuple(skipped))
+    facts = len(numbers) - len(skipped), captions, *shard_facts, *index_facts
+    return Receipt(*facts, tuple(skipped))
 
 
 @contextlib.contextmanager
@@ -171,8 +156,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as failure:
-        full = getattr(failure, "errno", None) in FULL_DISK
-        if not full and not any(os.strerror(number) in str(failure) for number in FULL_DISK):
+        if not any(os.strerror(number) in str(failure) for number in FULL_DISK):
             raise
         raise UserError(
             f"no space left while writing shards to {folder}: free some and run the same command "

@@ -2,8 +2,6 @@
 
 import io
 import re
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -127,7 +125,7 @@ def test_deep_greys_of_another_range_are_unreadable(wrong, tmp_path):
     kind = np.float32 if isinstance(wrong, float) else np.int32
     values = np.array([[0, wrong]], kind)
     (tmp_path / "deep.tiff").write_bytes(saved(Image.fromarray(values), "TIFF"))
-    said = rf"deep\.tiff: .*{re.escape(format(wrong, 'g'))}.* 0 to (1|65535)\b"
+    said = rf"deep\.tiff: .*{re.escape(format(wrong, 'g'))}.* 0 to \d+$"
     with pytest.raises(UnreadableImage, match=said):
         decode(tmp_path / "deep.tiff")
 
@@ -217,46 +215,3 @@ def test_a_damaged_jpeg_is_judged_by_pillow_in_every_size():
     whole = np.asarray(Image.open(io.BytesIO(zeros)).convert("RGB"))  # Pillow reads over it
     np.testing.assert_array_equal(Picture(bytes(zeros)).pixels(), whole)
     assert Picture(bytes(zeros)).pixels(4).shape == (75, 100, 3)
-
-
-def png(rows, depth, colour_type, transparent):
-    """A PNG of these rows of packed bytes, with one transparent colour."""
-
-    def chunk(name, content):
-        check = zlib.crc32(name + content)
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
-
-    width = len(rows[0]) * 8 // (depth * (3 if colour_type == 2 else 1))
-    head = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
-    parts = [
-        chunk(b"IHDR", head),
-        chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),
-    ]
-    parts += [
-        chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
-        chunk(b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-@pytest.mark.parametrize(
-    ("depth", "colour_type", "hidden", "shown", "expected"),
-    [
-        (16, 0, [0x1234], [0x9C40], 156),
-        (16, 0, [0], [0xFFFF], 255),
-        (16, 2, [0x1234, 0, 0x4321], [0x8080] * 3, 128),
-        (16, 2, [1, 2, 3], [0x8080] * 3, 128),
-        (16, 2, [0, 0, 0], [0x8080] * 3, 128),
-        (8, 0, [7], [90], 90),
-        (8, 2, [7, 8, 9], [90] * 3, 90),
-        (4, 0, [3], [9], 153),
-        (2, 0, [1], [2], 170),
-        (1, 0, [1], [0], 0),
-    ],
-)
-def test_the_one_transparent_colour_of_a_png_is_white(depth, colour_type, hidden, shown, expected):
-    bits = "".join(f"{value:0{depth}b}" for value in hidden * 8 + shown * 8)
-    row = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8))
-    file = png([row] * 3, depth, colour_type, hidden)
-    for image in (decode(file), np.asarray(rgb(Image.open(io.BytesIO(file))))):
-        assert (image[:, :8] == 255).all() and (image[:, 8:] == expected).all()

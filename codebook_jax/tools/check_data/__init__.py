@@ -17,8 +17,8 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
+from codebook_jax.console import Progress
 from codebook_jax.data.manifest import verify
-from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.opening import split_specs

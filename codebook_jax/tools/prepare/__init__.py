@@ -14,9 +14,9 @@ from pathlib import Path
 import ml_collections
 from rich import filesize
 
+from codebook_jax.console import Progress
 from codebook_jax.data.manifest import PROGRESS, SKIPPED, Manifest, without_paths, write_manifest
 from codebook_jax.data.packing import Packing, full_disk_named, shard_count, write_shard
-from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.stop import Stopped, stoppable

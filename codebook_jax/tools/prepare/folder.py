@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from codebook_jax.console import Progress
 from codebook_jax.data import manifest as manifests
 from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Receipt
-from codebook_jax.data.progress import Progress
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs, parse_json, write_json
 from codebook_jax.run.ownership import owned
