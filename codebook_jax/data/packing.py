@@ -34,6 +34,7 @@ from PIL import Image
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.manifest import Receipt, file_sha256, index_name, shard_name
 from codebook_jax.errors import FULL_DISK, UserError
+from codebook_jax.files import written_whole
 
 if TYPE_CHECKING:
     from codebook_jax.data.sources.record import Source
@@ -101,13 +102,17 @@ def write_shard(
     """
     from array_record.python import array_record_module
 
-    file = shard_name(shard, shard_count(len(source), packing.shard_records))
-    first = shard * packing.shard_records
+    first, folder = shard * packing.shard_records, Path(folder)
     numbers = range(first, min(len(source), first + packing.shard_records))
+    file = folder / shard_name(shard, shard_count(len(source), packing.shard_records))
+    index_file = folder / index_name(file.name)
+    # processes on several machines may write into one folder
+    draft = folder / f".{file.name}.{uuid.uuid4().hex[:12]}.tmp"
     captions, skipped = 0, []
-    with _drafts(Path(folder), file, index_name(file)) as drafts:
-        writer = array_record_module.ArrayRecordWriter(os.fspath(drafts[0]), WRITER_OPTIONS)
-        with open(drafts[1], "wb") as index, contextlib.closing(writer):
+    try:
+        writer = array_record_module.ArrayRecordWriter(os.fspath(draft), WRITER_OPTIONS)
+        lines = written_whole(index_file, errors="surrogatepass")
+        with lines as index, contextlib.closing(writer):
             for number in numbers:
                 name, before = source.name(number), len(skipped)
                 try:
@@ -123,31 +128,19 @@ def write_shard(
                     entry = {"name": name, "image_id": own, "captions": texts}
                     entry |= {"height": height, "width": width, "bytes": len(jpeg)}
                     entry["sha256"] = hashlib.sha256(jpeg).hexdigest()
-                    line = f"{json.dumps(entry, ensure_ascii=False)}\n"
-                    index.write(line.encode("utf-8", "surrogatepass"))
+                    index.write(f"{json.dumps(entry, ensure_ascii=False)}\n")
                     captions += len(record.captions)
                 if tell is not None:
                     tell(1, len(skipped) - before)
-        shard_facts, index_facts = ((each.stat().st_size, file_sha256(each)) for each in drafts)
-    facts = len(numbers) - len(skipped), captions, *shard_facts, *index_facts
-    return Receipt(*facts, tuple(skipped))
-
-
-@contextlib.contextmanager
-def _drafts(folder: Path, *names: str) -> Iterator[list[Path]]:
-    """Hidden files to write, which get their `names` on success, and are removed otherwise."""
-    own = uuid.uuid4().hex[:12]  # processes on several machines may write into one folder
-    drafts = [folder / f".{name}.{own}.tmp" for name in names]
-    try:
-        yield drafts
-        for draft in drafts:
-            with open(draft, "rb") as file:
-                os.fsync(file.fileno())
-        for draft, name in zip(drafts, names, strict=True):
-            draft.replace(folder / name)
+        with open(draft, "rb") as written:
+            os.fsync(written.fileno())
+        draft.replace(file)
     finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
+    facts = [
+        fact for path in (file, index_file) for fact in (path.stat().st_size, file_sha256(path))
+    ]
+    return Receipt(len(numbers) - len(skipped), captions, *facts, tuple(skipped))
 
 
 @contextlib.contextmanager

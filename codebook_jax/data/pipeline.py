@@ -120,9 +120,8 @@ class BadRate:
     tried: int = 0
 
     def add(self, *, unreadable: int, read: int) -> None:
-        """Counts a batch; raises UserError if the unreadable share is too large.
-
-        That is, above the rate by more than two standard errors, which does not happen by chance.
+        """Counts a batch; raises UserError if the unreadable share is above `max_rate` by more than
+        two standard errors, which does not happen by chance.
         """
         self.unreadable += unreadable
         self.bad += unreadable

@@ -113,10 +113,7 @@ class Tokenizer:
 
 
 def has_words(caption: str) -> bool:
-    """Whether cleaning leaves a letter, a digit, or a symbol such as an emoji of a caption.
-
-    Every source leaves out captions without words.
-    """
+    """Whether cleaning leaves a letter, digit or emoji; sources leave out other captions."""
     if _LETTER.search(caption):
         return True
     left = clean(unicodedata.normalize("NFKC", caption))

@@ -16,18 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds  # pip install "codebook_jax[tfds]"
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.packing import packed_picture
 from codebook_jax.data.sources import open_source
 from codebook_jax.errors import UserError
-
-try:
-    import tensorflow_datasets as tfds
-except ImportError as failure:
-    raise UserError(
-        'codebook_jax.data.tfds_builder needs TensorFlow Datasets: pip install "codebook_jax[tfds]"'
-    ) from failure
 
 _ROLES = {"validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
