@@ -89,10 +89,12 @@ class Bar:
         )
         self._task = self._bar.add_task(text, total=total, completed=done)
         self._bar.start()
-        self.stop = self._bar.stop
 
     def update(self, done: int, text: str | None = None) -> None:
         self._bar.update(self._task, completed=done, description=text)
+
+    def stop(self) -> None:
+        self._bar.stop()
 
 
 class Progress(contextlib.AbstractContextManager):
