@@ -19,11 +19,7 @@ from codebook_jax.errors import FULL_DISK
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read by glibc when a program starts
 _LINE_EVERY_S = 30.0
-_UNITS = (
-    (90, "s", 1, 0),
-    (5400, "min", 60, 0),
-    (172_800, "h", 3600, 1),
-)  # limit, unit, s, digits
+_UNITS = ((90, "s", 1, 0), (5400, "min", 60, 0), (172_800, "h", 3600, 1))  # limit, unit, s, digits
 
 
 def command() -> None:
