@@ -73,7 +73,7 @@ def run_alone(arguments: list[str]) -> dict[str, object]:
 
 def measured(spec: str, records: int, batches: int) -> dict[str, object]:
     """Seconds and megabytes that this process needs with the source."""
-    from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
+    from codebook_jax.data.pipeline import BatchSpec, BatchStream
     from codebook_jax.data.sources import open_source
     from codebook_jax.data.sources.mixture import training_order
     from codebook_jax.data.text import tokenizer_for_run
@@ -102,7 +102,7 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
         flip=False,
         views=2,
     )
-    stream = training_batches(source, tokenizer, spec, Reading(threads=2, prefetch=4))
+    stream = BatchStream(source, tokenizer, spec, threads=2, prefetch=4)
     next(stream)
     first_batch_s = time.perf_counter() - began
     every = max(1, batches // 10)

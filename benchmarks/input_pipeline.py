@@ -37,7 +37,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from codebook_jax.data.pipeline import BatchSpec, BatchStream, Reading, training_batches
+from codebook_jax.data.pipeline import BatchSpec, BatchStream
 from codebook_jax.data.sources import Source, open_source
 from codebook_jax.data.text import Tokenizer, tokenizer_for_run
 from codebook_jax.errors import UserError
@@ -158,7 +158,7 @@ def open_stream(source: Source, tokenizer: Tokenizer, views: int, **making: int)
         flip=True,
         views=views,
     )
-    return training_batches(source, tokenizer, spec, Reading(**making))
+    return BatchStream(source, tokenizer, spec, **making)
 
 
 def decoders(files: Sequence[bytes]) -> dict[str, Callable[[], float]]:

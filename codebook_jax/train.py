@@ -14,11 +14,10 @@ import jax
 import ml_collections
 
 from codebook_jax import build, summary
-from codebook_jax.console import say
+from codebook_jax.console import duration, say
 from codebook_jax.data import text
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BadRate
-from codebook_jax.data.progress import duration
 from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import check_outputs
 from codebook_jax.parallel import sharding

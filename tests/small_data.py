@@ -1,6 +1,6 @@
 """Small sources, tokenizers and streams of batches."""
 
-from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
+from codebook_jax.data.pipeline import BatchSpec, BatchStream
 from codebook_jax.data.sources import open_source
 from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.text import tokenizer_for_run
@@ -19,8 +19,9 @@ def tokenizer_of(source, workdir, size=400):
     return tokenizer_for_run("", workdir, sample_captions(source), size)
 
 
-def stream_of(source, tokenizer, *, start_step=0, workers=0, threads=2, prefetch=3, **changes):
+def stream_of(source, tokenizer, **changes):
+    making = {"workers": 0, "threads": 2, "prefetch": 3, "start_step": 0}
+    making |= {name: changes.pop(name) for name in making if name in changes}
     spec = dict(seed=0, global_batch=BATCH, rows=slice(None), size_px=24, max_tokens=24)
     spec |= dict(crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False, views=2) | changes
-    reading = Reading(workers, threads, prefetch)
-    return training_batches(source, tokenizer, BatchSpec(**spec), reading, start_step=start_step)
+    return BatchStream(source, tokenizer, BatchSpec(**spec), **making)

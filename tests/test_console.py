@@ -15,7 +15,6 @@ from small_data import tokenizer_of
 from small_run import ROOT, config_of
 
 from codebook_jax import build, console, summary
-from codebook_jax.data.progress import Bar
 from codebook_jax.parallel import sharding
 
 FULL = "/dev/full"
@@ -210,7 +209,7 @@ def test_a_bar_leaves_an_output_that_is_a_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with open(tmp_path / "log", "w") as log:
         monkeypatch.setattr(sys, "stdout", log)
-        bar = Bar(10, 0, "working")
+        bar = console.Bar(10, 0, "working")
         print("a sentence", flush=True)
         bar.stop()
     assert (tmp_path / "log").read_text() == "a sentence\n"

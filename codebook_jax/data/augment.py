@@ -37,11 +37,11 @@ _SHARE_BITS = 8
 Images = UInt8[Array, "batch side side 3"]
 Pixels = Float32[Array, "batch side side 3"]
 Operations = Int32[Array, "batch"]
+Signs = Float32[Array, "batch"]
 Rows = Shaped[Array, "batch ..."]
 Counts = Int32[Array, "batch 3 256"]  # of the pixels of each value
 Tables = Int32[Array, "batch 3 256"]  # the new value of each value
 Matrices = Float32[Array, "batch 2 3"]  # output (x, y, 1), in pixels from the corner, to source
-
 
 _NAMES = "IDENTITY AUTO_CONTRAST EQUALISE BRIGHTNESS SHARPNESS "
 _NAMES += "SHEAR_X SHEAR_Y TRANSLATE_X TRANSLATE_Y ROTATE"
@@ -83,16 +83,21 @@ def draw(
     return jnp.where(applied, operations, Operation.IDENTITY.value), signs
 
 
-def apply(
-    images: Images, operations: Operations, signs: Float32[Array, "batch"], *, magnitude: float
-) -> Images:
+def apply(images: Images, operations: Operations, signs: Signs, *, magnitude: float) -> Images:
     """Each image after its own operation; the sign is that of warps alone, as in ALBEF."""
     enhance = magnitude / HIGHEST_MAGNITUDE * _ENHANCE_SPAN + _ENHANCE_LEAST
-    amount = signs * (magnitude / HIGHEST_MAGNITUDE)
-    images = look_up(images, _tables(histograms(images), operations, enhance))
+    counts, values = histograms(images), jnp.arange(256, dtype=jnp.int32)
+    brighter = jnp.clip(values.astype(jnp.float32) * enhance, 0, 255).astype(jnp.int32)
+    tables = {
+        Operation.AUTO_CONTRAST: auto_contrast_tables(counts),
+        Operation.EQUALISE: equalise_tables(counts),
+        Operation.BRIGHTNESS: jnp.broadcast_to(brighter, counts.shape),
+    }
+    images = look_up(images, _choose(tables, jnp.broadcast_to(values, counts.shape), operations))
     sharper = operations == Operation.SHARPNESS.value
     images = sharpen(images, jnp.where(sharper, jnp.float32(enhance), jnp.float32(1)))
-    return warp(images, _matrices(operations, amount, images.shape[1]))
+    amounts = signs * (magnitude / HIGHEST_MAGNITUDE)
+    return warp(images, _matrices(operations, amounts, images.shape[1]))
 
 
 def histograms(images: Images) -> Counts:
@@ -104,8 +109,8 @@ def histograms(images: Images) -> Counts:
 
 def auto_contrast_tables(counts: Counts) -> Tables:
     """Stretches the values that occur over 0..255 (PIL's autocontrast, no cutoff)."""
-    first = lambda counts: jax.lax.argmax(counts > 0, counts.ndim - 1, jnp.int32)[..., None]  # noqa: E731
-    low, high = first(counts), 255 - first(counts[..., ::-1])
+    low = jax.lax.argmax(counts > 0, 2, jnp.int32)[..., None]
+    high = 255 - jax.lax.argmax(counts[..., ::-1] > 0, 2, jnp.int32)[..., None]
     values = jnp.arange(256, dtype=jnp.int32)
     stretched = (values - low) * 255 // jnp.maximum(high - low, 1)
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), values)
@@ -126,17 +131,6 @@ def look_up(images: Images, tables: Tables) -> Images:
     """Every value replaced by its entry in its image's and channel's table."""
     flat = tables.astype(jnp.uint8).reshape(len(tables), 3 * 256)
     return _take(flat, _bins(images)).reshape(images.shape)
-
-
-def _tables(counts: Counts, operations: Operations, factor: float) -> Tables:
-    values = jnp.arange(256, dtype=jnp.int32)
-    brighter = jnp.clip(jnp.arange(256, dtype=jnp.float32) * factor, 0, 255).astype(jnp.int32)
-    tables = {
-        Operation.AUTO_CONTRAST: auto_contrast_tables(counts),
-        Operation.EQUALISE: equalise_tables(counts),
-        Operation.BRIGHTNESS: jnp.broadcast_to(brighter, counts.shape),
-    }
-    return _choose(tables, jnp.broadcast_to(values, counts.shape), operations)
 
 
 def _bins(images: Images) -> Int32[Array, "batch values"]:

@@ -34,8 +34,8 @@ def random_crops(
     `scale` bounds the share of the area, `ratio` width over height before the resize. Drawn as in
     torchvision's RandomResizedCrop. Raises UnreadableImage if the pixels cannot be decoded.
     """
-    size, bounds = (picture.height, picture.width), dict(scale=scale, ratio=ratio)
-    boxes = [crop_box(*size, rng, **bounds) for _ in out]
+    size = picture.height, picture.width
+    boxes = [crop_box(*size, rng, scale=scale, ratio=ratio) for _ in out]
     least = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
     shrink = max(by for by in picture.shrinks if by == 1 or least >= by * out.shape[1])
     pixels = picture.pixels(shrink)

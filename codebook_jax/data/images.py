@@ -63,11 +63,10 @@ class Picture:
         if self._array is not None:
             return self._array
         height, width = -(-self.height // shrink), -(-self.width // shrink)
+        least = {"min_height": height, "min_width": width, "min_factor": shrink}
         with _named(self._name):
             try:
-                pixels = simplejpeg.decode_jpeg(
-                    self.content, min_height=height, min_width=width, min_factor=shrink
-                )
+                pixels = simplejpeg.decode_jpeg(self.content, **least)
             except ValueError:  # simplejpeg is strict: Pillow decides what is damaged
                 with _opened(self.content) as opened:
                     pixels = np.asarray(rgb(opened))
@@ -142,12 +141,9 @@ def _eight_bits(
         most = 4095
     else:
         most = 65535 if "16" in mode + raw or values.max() > 255 else 255
-    if not (values.min() >= 0 and values.max() <= most):  # also catches NaN
-        kind = "floats from 0 to 1" if mode == "F" else "whole numbers from 0 to 65535"
-        raise ValueError(
-            f"its grey values range from {values.min():g} to {values.max():g}; only {kind} can be "
-            "read"
-        )
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= most):  # also catches NaN
+        raise ValueError(f"its grey values range from {low:g} to {high:g}, not from 0 to {most}")
     return np.rint(values * (255 / most)).astype(np.uint8)
 
 

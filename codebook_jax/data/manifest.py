@@ -127,14 +127,11 @@ def read_manifest(folder: Path | str) -> Manifest:
         shards = tuple(Shard(**shard) for shard in content["shards"])
         return Manifest(**{name: content[name] for name in Manifest._fields} | {"shards": shards})
     except FileNotFoundError as failure:
-        give = "after records: give the --workdir of a --mode=prepare run"
-        if not path.parent.is_dir():
-            raise UserError(f"the folder {folder} does not exist: {give}") from failure
         begun = any(path.parent.glob("pairs-*.array_record")) or (path.parent / PROGRESS).is_dir()
-        state, cure = "holds no packed pairs", give
+        cure = "after records: give the --workdir of a --mode=prepare run"
         if begun:
-            state, cure = "is not completely packed", "run the same --mode=prepare command again"
-        raise UserError(f"{folder} {state} (no {MANIFEST}): {cure}") from failure
+            cure = "run the same --mode=prepare command again to complete it"
+        raise UserError(f"{folder} has no {MANIFEST}: {cure}") from failure
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise UserError(
             f"{path} cannot be read ({type(failure).__name__}: {failure}): restore the original, "
@@ -144,13 +141,8 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 def misfits(folder: Path | str, shards: Sequence[Shard]) -> list[tuple[int, str]]:
     """(number, why) of each shard with a missing file, or one of another size."""
-    # One request: on a network disk, a request per file is slow.
-    with os.scandir(folder) as entries:
-        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    whys = [
-        [_size_misfit(name, sizes.get(name), size) for name, size, _ in shard.files]
-        for shard in shards
-    ]
+    sizes = _sizes(folder)
+    whys = [[_misfit(name, sizes, size) for name, size, _ in shard.files] for shard in shards]
     return [(number, why[0] or why[1]) for number, why in enumerate(whys) if any(why)]
 
 
@@ -159,14 +151,12 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
 
     Raises UserError if there is no manifest.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest, sizes = read_manifest(folder), _sizes(folder)
 
     def why(name: str, size: int | None, sha256: str) -> str:
-        path = folder / name
+        misfit = _misfit(name, sizes, size)
         try:
-            misfit = _size_misfit(name, path.stat().st_size if path.is_file() else None, size)
-            if not misfit and file_sha256(path) != sha256:
+            if not misfit and file_sha256(Path(folder, name)) != sha256:
                 misfit = f"{name} has changed (its sha256 differs from the manifest)"
         except OSError as failure:
             misfit = f"{name} cannot be read ({failure.strerror})"
@@ -181,10 +171,17 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
     return [(file[0], reason) for file, reason in zip(expected, reasons, strict=True) if reason]
 
 
-def _size_misfit(name: str, held: int | None, size: int | None) -> str:
-    """Whether a file is missing (`held` None) or not of the expected `size` (None: any); or ""."""
-    if held is None:
+def _sizes(folder: Path | str) -> dict[str, int]:
+    """The size of each file, in one request: on a network disk, a request per file is slow."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def _misfit(name: str, sizes: Mapping[str, int], size: int | None) -> str:
+    """Whether a file is missing or does not have the expected `size` (None: any); or ""."""
+    if name not in sizes:
         return f"{name} is missing"
+    held = sizes[name]
     return "" if size in (None, held) else f"{name} has {held:,} bytes instead of {size:,}"
 
 

@@ -95,10 +95,7 @@ _IDIOMS = (
 
 
 def mirrored(caption: str) -> str | None:
-    """The caption of the mirrored picture, each swapped word in its case; None: do not mirror.
-
-    No caption with a letter outside ASCII is mirrored.
-    """
+    """The caption of the mirrored picture, each swapped word in its case; None: do not mirror."""
     letters = unicodedata.normalize("NFC", caption)  # a letter and its accent become one
     if any(letter.isalpha() and not letter.isascii() for letter in letters):
         return None

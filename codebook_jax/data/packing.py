@@ -34,9 +34,10 @@ from PIL import Image
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.manifest import Receipt, file_sha256, index_name, shard_name
 from codebook_jax.errors import FULL_DISK, UserError
+from codebook_jax.files import written_whole
 
 if TYPE_CHECKING:
-    from codebook_jax.data.sources.record import Record, Source
+    from codebook_jax.data.sources.record import Source
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _LONGEST_JPEG_PX = 65_500  # libjpeg's limit
@@ -52,24 +53,19 @@ class Packing(NamedTuple):
     shard_records: int
 
 
-class Packed(NamedTuple):
-    jpeg: bytes
-    height: int
-    width: int
-
-
 def shard_count(records: int, shard_records: int) -> int:
     return -(-records // shard_records)
 
 
 def packed_picture(
     image: UInt8[np.ndarray, "height width 3"] | bytes | str, side_px: int, quality: int
-) -> Packed:
-    """The picture as a JPEG whose shorter side is at most `side_px`; may raise UnreadableImage.
+) -> tuple[bytes, int, int]:
+    """(JPEG, height, width) of a picture, with a shorter side of at most `side_px`.
 
     A JPEG that is small enough, upright, and grey or RGB keeps its bytes. Anything else is decoded,
     turned upright, put on white, reduced (bicubic, antialiased), and encoded as JPEG of `quality`
-    with colour at full resolution (4:4:4), so that drawings and text keep their edges.
+    with colour at full resolution (4:4:4), so that drawings and text keep their edges. Raises
+    UnreadableImage.
     """
     try:
         content = Path(image).read_bytes() if isinstance(image, str) else image
@@ -81,7 +77,7 @@ def packed_picture(
     if not reduced and picture.shrinks != (1,):  # a JPEG that needs no conversion
         # Raises if truncated; decodes all of it, in two thirds of the time.
         picture.pixels(max(picture.shrinks))
-        return Packed(content, picture.height, picture.width)
+        return content, picture.height, picture.width
     # A JPEG is decoded no larger than needed.
     shrink = max(by for by in picture.shrinks if by == 1 or (reduced and short >= 2 * by * side_px))
     pixels = Image.fromarray(picture.pixels(shrink))
@@ -93,14 +89,7 @@ def packed_picture(
         raise UnreadableImage(f"{width:,} x {height:,} pixels are more than a JPEG can hold")
     file = io.BytesIO()
     pixels.save(file, "JPEG", quality=quality, subsampling="4:4:4")
-    return Packed(file.getvalue(), height, width)
-
-
-def pack(record: Record, name: str, jpeg: bytes) -> bytes:
-    """A record as stored in a shard."""
-    content = {"image": jpeg, "captions": list(record.captions)}
-    content |= {"image_id": int(record.image_id), "name": name}
-    return msgpack.packb(content, unicode_errors="surrogatepass")
+    return file.getvalue(), height, width
 
 
 def write_shard(
@@ -113,56 +102,45 @@ def write_shard(
     """
     from array_record.python import array_record_module
 
-    file = shard_name(shard, shard_count(len(source), packing.shard_records))
-    first = shard * packing.shard_records
+    first, folder = shard * packing.shard_records, Path(folder)
     numbers = range(first, min(len(source), first + packing.shard_records))
+    file = folder / shard_name(shard, shard_count(len(source), packing.shard_records))
+    index_file = folder / index_name(file.name)
+    # processes on several machines may write into one folder
+    draft = folder / f".{file.name}.{uuid.uuid4().hex[:12]}.tmp"
     captions, skipped = 0, []
-    with _drafts(Path(folder), file, index_name(file)) as drafts:
-        writer = array_record_module.ArrayRecordWriter(os.fspath(drafts[0]), WRITER_OPTIONS)
-        with open(drafts[1], "wb") as index, contextlib.closing(writer):
+    try:
+        writer = array_record_module.ArrayRecordWriter(os.fspath(draft), WRITER_OPTIONS)
+        lines = written_whole(index_file, errors="surrogatepass")
+        with lines as index, contextlib.closing(writer):
             for number in numbers:
                 name, before = source.name(number), len(skipped)
                 try:
                     record = source[number]
-                    packed = packed_picture(record.image, packing.side_px, packing.quality)
+                    side_px, quality = packing.side_px, packing.quality
+                    jpeg, height, width = packed_picture(record.image, side_px, quality)
                 except UnreadableImage as failure:
                     skipped.append((name, str(failure)))
                 else:
-                    writer.write(pack(record, name, packed.jpeg))
-                    entry = {
-                        "name": name,
-                        "image_id": int(record.image_id),
-                        "captions": list(record.captions),
-                        "height": packed.height,
-                        "width": packed.width,
-                        "bytes": len(packed.jpeg),
-                        "sha256": hashlib.sha256(packed.jpeg).hexdigest(),
-                    }
-                    line = f"{json.dumps(entry, ensure_ascii=False)}\n"
-                    index.write(line.encode("utf-8", "surrogatepass"))
+                    own, texts = int(record.image_id), list(record.captions)
+                    packed = {"image": jpeg, "captions": texts, "image_id": own, "name": name}
+                    writer.write(msgpack.packb(packed, unicode_errors="surrogatepass"))
+                    entry = {"name": name, "image_id": own, "captions": texts}
+                    entry |= {"height": height, "width": width, "bytes": len(jpeg)}
+                    entry["sha256"] = hashlib.sha256(jpeg).hexdigest()
+                    index.write(f"{json.dumps(entry, ensure_ascii=False)}\n")
                     captions += len(record.captions)
                 if tell is not None:
                     tell(1, len(skipped) - before)
-        shard_facts, index_facts = ((each.stat().st_size, file_sha256(each)) for each in drafts)
-    records = len(numbers) - len(skipped)
-    return Receipt(records, captions, *shard_facts, *index_facts, tuple(skipped))
-
-
-@contextlib.contextmanager
-def _drafts(folder: Path, *names: str) -> Iterator[list[Path]]:
-    """Hidden files to write, which get their `names` on success, and are removed otherwise."""
-    own = uuid.uuid4().hex[:12]  # processes on several machines may write into one folder
-    drafts = [folder / f".{name}.{own}.tmp" for name in names]
-    try:
-        yield drafts
-        for draft in drafts:
-            with open(draft, "rb") as file:
-                os.fsync(file.fileno())
-        for draft, name in zip(drafts, names, strict=True):
-            draft.replace(folder / name)
+        with open(draft, "rb") as written:
+            os.fsync(written.fileno())
+        draft.replace(file)
     finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
+    facts = [
+        fact for path in (file, index_file) for fact in (path.stat().st_size, file_sha256(path))
+    ]
+    return Receipt(len(numbers) - len(skipped), captions, *facts, tuple(skipped))
 
 
 @contextlib.contextmanager
@@ -171,8 +149,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as failure:
-        full = getattr(failure, "errno", None) in FULL_DISK
-        if not full and not any(os.strerror(number) in str(failure) for number in FULL_DISK):
+        if not any(os.strerror(number) in str(failure) for number in FULL_DISK):
             raise
         raise UserError(
             f"no space left while writing shards to {folder}: free some and run the same command "

@@ -51,45 +51,46 @@ class BatchSpec(NamedTuple):
     views: int  # 2: the teacher gets its own crop of the image; 1: the student's
 
 
-class Reading(NamedTuple):
-    """How batches are made, which changes nothing in them."""
-
-    workers: int = 0  # processes; 0: this one
-    threads: int = 1  # of each process, per batch
-    prefetch: int = 1  # batches made ahead
-
-
-def training_batches(
-    source: Source, tokenizer: Tokenizer, spec: BatchSpec, reading: Reading, *, start_step: int = 0
-) -> BatchStream:
-    """Batches from `start_step` on, endlessly; call `close()` after use.
+class BatchStream(Iterator[Batch]):
+    """Batches from `start_step` on, endlessly; `close()` ends its threads and worker processes.
 
     An epoch has every record of the source once, in a new order, each with one caption, and the
     next one starts within the same batch. A record that cannot be read is replaced by the next one
     in the source. `next` raises UserError if nothing can be read.
     """
-    if len(source) == 0:
-        raise UserError(f"{source!r} has no records to train on")
-    return BatchStream(_Maker(source, tokenizer, spec, reading.threads), reading, start_step)
 
-
-class BatchStream(Iterator[Batch]):
-    """The batches of successive steps; `close()` ends its threads and worker processes."""
-
-    def __init__(self, maker: _Maker, reading: Reading, start_step: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        spec: BatchSpec,
+        *,
+        workers: int = 0,
+        threads: int = 1,
+        prefetch: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        """Makes `prefetch` batches ahead, in worker processes (0: in this one) of `threads` threads
+        each; none of the three changes a batch.
+        """
+        if len(source) == 0:
+            raise UserError(f"{source!r} has no records to train on")
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, if there are any or not
             flags.FLAGS.mark_as_parsed()
-        self._maker, self._unnamed = maker, _NAMED
-        steps = sys.maxsize // maker.spec.global_batch  # Grain's own limit is sys.maxsize examples
-        ahead = math.ceil(reading.prefetch / max(1, reading.workers))
+        self._maker, self._unnamed = _Maker(source, tokenizer, spec, threads), _NAMED
+        steps = sys.maxsize // spec.global_batch  # Grain's own limit is sys.maxsize examples
+        ahead = math.ceil(prefetch / max(1, workers))
         options = grain.ReadOptions(num_threads=min(_READERS, ahead), prefetch_buffer_size=ahead)
-        batches = grain.MapDataset.range(start_step, steps).map(maker).to_iter_dataset(options)
-        if reading.workers:
-            _start_resource_tracker()
-            batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(reading.workers, per_worker_buffer_size=1),
-                worker_init_fn=_start_worker,
-            )
+        batches = grain.MapDataset.range(start_step, steps).map(self._maker)
+        batches = batches.to_iter_dataset(options)
+        if workers:
+            # Python's process that cleans up shared memory would be killed by SIGUSR1, unless the
+            # signal is blocked while that process starts.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
+            batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         self._batches = iter(batches)
 
     def __next__(self) -> Batch:
@@ -102,7 +103,7 @@ class BatchStream(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Ends the threads and processes that make batches; the stream then has no more."""
+        """Ends the stream's threads and processes; it then has no more batches."""
         batches, self._batches = self._batches, iter(())
         if hasattr(batches, "close"):
             batches.close()
@@ -119,9 +120,8 @@ class BadRate:
     tried: int = 0
 
     def add(self, *, unreadable: int, read: int) -> None:
-        """Counts a batch; raises UserError if the unreadable share is too large.
-
-        That is, above the rate by more than two standard errors, which does not happen by chance.
+        """Counts a batch; raises UserError if the unreadable share is above `max_rate` by more than
+        two standard errors, which does not happen by chance.
         """
         self.unreadable += unreadable
         self.bad += unreadable
@@ -213,18 +213,5 @@ class _Maker:
         )
 
 
-def _start_resource_tracker() -> None:
-    """Starts Python's process that cleans up shared memory so that SIGUSR1 does not end it.
-
-    It ignores only SIGINT and SIGTERM. A signal blocked while a program starts stays blocked.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(index: int, count: int) -> None:
-    """Called by Grain first in each worker process."""
     serve_parent((signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))

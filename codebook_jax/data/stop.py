@@ -23,9 +23,6 @@ class Stopped(BaseException):
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Inside, the first signal raises Stopped, and later ones do not interrupt the clean-up."""
-    if threading.current_thread() is not threading.main_thread():  # Python has no handlers there
-        yield
-        return
 
     def stop(number: int, frame: object) -> None:
         for each in SIGNALS:

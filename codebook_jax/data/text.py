@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
 import re
-import shutil
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,8 +16,8 @@ import tokenizers
 from jaxtyping import Int32
 
 from codebook_jax.data.network import hub_reachable
-from codebook_jax.data.vocabulary import CLS, MASK, PAD, SEP, UNKNOWN, train_vocabulary, whole
-from codebook_jax.errors import UserError, first_few
+from codebook_jax.data.vocabulary import SPECIALS, train_vocabulary, whole
+from codebook_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,11 +30,10 @@ LONGEST = 512  # token counts above it are counted as one
 
 _WORDS = "vocab.txt"
 _KINDS = ("pad", "unk", "cls", "sep", "mask")
-_OF_BERT, _OF_ROBERTA = (PAD, UNKNOWN, CLS, SEP, MASK), ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
+_ROBERTA = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 _PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
 _LETTER = re.compile(r"[^\W_\u115F\u1160\u3164\uFFA0]")  # not the four invisible letters
 _SHOWS_NOTHING = "\ufffd\u2800\u115f\u1160"  # the first marks characters lost by a wrong encoding
-_NAMED = 5  # unknown words
 _CLEANS = "cleans_captions"  # in tokenizer_config.json: needs no `clean`; older runs lack it
 
 
@@ -80,7 +77,7 @@ class Tokenizer:
     def __reduce__(self) -> tuple:
         return Tokenizer, (self._tokenizer, self.vocabulary, self.unknown_id, self._cleans)
 
-    def _encodings(self, captions: Iterable[str]) -> list[tokenizers.Encoding]:
+    def _encodings(self, captions: Sequence[str]) -> list[tokenizers.Encoding]:
         """The tokens of each caption, without [CLS] and [SEP]."""
         texts = list(map(self._prepare, captions))
         return self._tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -104,39 +101,23 @@ class Tokenizer:
         found = zip(captions, self._encodings(captions), strict=True)
         return [caption for caption, encoding in found if encoding.ids]
 
-    def unknown_words(self, captions: Iterable[str]) -> list[str]:
+    def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """The words that it reads as the unknown token, each once."""
         words = [
             self._prepare(caption)[slice(*place)]
-            for caption in captions
-            for encoding in self._encodings([caption])
+            for caption, encoding in zip(captions, self._encodings(captions), strict=True)
             for number, place in zip(encoding.ids, encoding.offsets, strict=True)
             if number == self.unknown_id
         ]
         return list(dict.fromkeys(words))
 
-    def unknown(
-        self, tokens: Int32[np.ndarray, "captions tokens"], lengths: Int32[np.ndarray, "captions"]
-    ) -> Unknown:
-        """How many of these tokens, from `encode`, are unknown."""
-        found = 0 if self.unknown_id is None else int((tokens == self.unknown_id).sum())
-        return Unknown(found, int(lengths.sum()) - 2 * len(lengths))  # without [CLS] and [SEP]
-
 
 def has_words(caption: str) -> bool:
-    """Whether cleaning leaves a letter, a digit, or a symbol such as an emoji of a caption.
-
-    Every source leaves out captions without words.
-    """
+    """Whether cleaning leaves a letter, digit or emoji; sources leave out other captions."""
     if _LETTER.search(caption):
         return True
     left = clean(unicodedata.normalize("NFKC", caption))
     return any(unicodedata.category(c)[0] in "LNS" and c not in _SHOWS_NOTHING for c in left)
-
-
-def few_words(words: Sequence[str]) -> str:
-    """The first of these words in quotes, and the number of the others."""
-    return first_few([repr(word) for word in words], _NAMED)
 
 
 def clean(caption: str) -> str:
@@ -149,7 +130,8 @@ def clean(caption: str) -> str:
 def unknown_in(captions: Sequence[str], tokenizer: Tokenizer) -> Unknown:
     """How many tokens of these captions are unknown."""
     tokens, lengths, _ = tokenizer.encode(captions, LONGEST)
-    return tokenizer.unknown(tokens, lengths)
+    words = int(lengths.sum()) - 2 * len(lengths)  # without [CLS] and [SEP]
+    return Unknown(int(np.sum(tokens == tokenizer.unknown_id)), words)
 
 
 def said_unknown(unknown: Unknown, captions: str) -> str:
@@ -200,16 +182,17 @@ def open_tokenizer(
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed
     folder = Path(workdir) / FOLDER
     if folder.is_dir():
-        own = _wrapped(_load(str(folder), f"{folder}, the run's tokenizer,"), str(folder))
-        return own, lambda: None
+        what = f"{folder}, the run's tokenizer,"
+        return _wrapped(_load(str(folder), what), what), lambda: None
+    what = f"config.data.tokenizer={spec!r}"
     if spec and (strip_accents or not lowercase):
         raise UserError(
-            f"config.data.tokenizer={spec!r} has its own spelling rules: leave "
-            "config.data.tokenizer_lowercase and config.data.tokenizer_strip_accents at their "
-            "defaults, or config.data.tokenizer empty to train one"
+            f"{what} has its own spelling rules: leave config.data.tokenizer_lowercase and "
+            "config.data.tokenizer_strip_accents at their defaults, or config.data.tokenizer empty "
+            "to train one"
         )
     if spec:
-        loaded = _load(spec, f"config.data.tokenizer={spec!r}")
+        loaded = _load(spec, what)
     elif captions is None:
         raise UserError(
             f"{folder} is missing, and the run's tokens cannot be read without it: restore it"
@@ -220,20 +203,17 @@ def open_tokenizer(
         trained = train_vocabulary(
             captions, vocabulary_size, lowercase=lowercase, strip_accents=strip_accents
         )
-        names = {f"{kind}_token": name for kind, name in zip(_KINDS, _OF_BERT, strict=True)}
+        names = {f"{kind}_token": name for kind, name in zip(_KINDS, SPECIALS, strict=True)}
         options = names | {"tokenizer_object": trained, _CLEANS: True}
         loaded = transformers.PreTrainedTokenizerFast(**options)
-    tokenizer = _wrapped(loaded, spec or "the trained vocabulary")
-    return tokenizer, lambda: _save(loaded, folder)
+    return _wrapped(loaded, what), lambda: _save(loaded, folder)
 
 
 def _load(name: str, what: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or of the hub; raises UserError, which begins with `what`."""
-    name = os.path.expanduser(name)
-    if os.path.isfile(name):
-        raise UserError(f"{what} is a file: give its folder, {os.path.dirname(name) or '.'}")
     import transformers
 
+    name = os.path.expanduser(name)
     # A list of word pieces without the tokenizer that transformers saves is BERT's.
     words_alone = (Path(name) / _WORDS).is_file() and not (Path(name) / "tokenizer.json").exists()
     reader = transformers.BertTokenizerFast if words_alone else transformers.AutoTokenizer
@@ -242,26 +222,25 @@ def _load(name: str, what: str) -> PreTrainedTokenizerBase:
         loaded = reader.from_pretrained(name, local_files_only=local)
     except Exception as failure:  # OSError, ValueError, KeyError, the hub's own errors, ...
         reason = str(failure).strip().split("\n")[0].rstrip(".") or type(failure).__name__
-        where = "" if os.path.isdir(name) else " from a folder or the Hugging Face hub"
         raise UserError(
-            f"{what} cannot be loaded{where} ({reason}): give a folder with tokenizer.json or "
-            f"{_WORDS}, or a name on the hub with network access, or leave it empty to train one"
+            f"{what} cannot be loaded ({reason}): give a folder with tokenizer.json or {_WORDS}, "
+            "or a name on the Hugging Face hub with network access, or leave it empty to train one"
         ) from failure
     vocabulary = loaded.get_vocab()
-    for kind, *names in zip(_KINDS, _OF_BERT, _OF_ROBERTA, strict=True):
+    for kind, *names in zip(_KINDS, SPECIALS, _ROBERTA, strict=True):
         known = [name for name in names if name in vocabulary]
         if known and getattr(loaded, f"{kind}_token") is None:  # a tokenizer.json alone names none
             setattr(loaded, f"{kind}_token", known[0])
     return loaded
 
 
-def _wrapped(loaded: PreTrainedTokenizerBase, name: str) -> Tokenizer:
-    """The parts of a transformers tokenizer that a run uses."""
+def _wrapped(loaded: PreTrainedTokenizerBase, what: str) -> Tokenizer:
+    """The parts of a transformers tokenizer that a run uses; raises UserError, as `_load` does."""
     ids = {kind: getattr(loaded, f"{kind}_token_id") for kind in _KINDS if kind != "unk"}
     missing = [kind for kind, number in ids.items() if number is None]
     if missing or not getattr(loaded, "is_fast", False):
         lacks = f"has no {', '.join(missing)} token" if missing else "has no fast version"
-        raise UserError(f"the tokenizer {name} {lacks}: use one like BERT's")
+        raise UserError(f"{what} {lacks}: use one like BERT's")
     backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -275,12 +254,12 @@ def _wrapped(loaded: PreTrainedTokenizerBase, name: str) -> Tokenizer:
 
 
 def _save(loaded: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves `folder` whole or not at all; another process may have saved it first."""
-    draft = folder.with_name(f".{folder.name}.{platform.node()}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    loaded.save_pretrained(draft)
-    with contextlib.suppress(OSError):
-        draft.rename(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} cannot be written: use a writable --workdir")
-    shutil.rmtree(draft, ignore_errors=True)
+    """Saves `folder` whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{FOLDER}.") as draft:
+        loaded.save_pretrained(os.path.join(draft, FOLDER))
+        try:
+            os.rename(os.path.join(draft, FOLDER), folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise

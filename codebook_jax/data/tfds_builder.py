@@ -16,18 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds  # pip install "codebook_jax[tfds]"
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.packing import packed_picture
 from codebook_jax.data.sources import open_source
 from codebook_jax.errors import UserError
-
-try:
-    import tensorflow_datasets as tfds
-except ImportError as failure:
-    raise UserError(
-        'codebook_jax.data.tfds_builder needs TensorFlow Datasets: pip install "codebook_jax[tfds]"'
-    ) from failure
 
 _ROLES = {"validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
@@ -55,9 +49,8 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
         In splits called validation or test, an image is one record with all its captions. `size_px`
         is the size of scenes, the others are as in the config; `kwargs` are those of any builder.
         """
-        self._sources = dict(sources or {})
+        self._sources, self._packing = dict(sources or {}), (side_px, quality)
         self._settings = {"image_root": image_root, "path_map": path_map, "size_px": size_px}
-        self._side_px, self._quality = side_px, quality
         super().__init__(**{"file_format": "array_record", **kwargs})
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -80,23 +73,16 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in self._sources}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(key, example) of every pair whose picture can be read; prints how many cannot."""
+        """(key, example) of every pair whose picture can be read; prints those that cannot."""
         spec, role = self._sources[split], _ROLES.get(split, "train")
         source = open_source(spec, role=role, scenes_examples=1000, seed=0, **self._settings)
-        skipped: list[str] = []
         for number in range(len(source)):
             name = source.name(number)
             try:
                 record = source[number]
-                packed = packed_picture(record.image, self._side_px, self._quality)
+                jpeg, *_ = packed_picture(record.image, *self._packing)
             except UnreadableImage as failure:
-                skipped.append(f"{name}: {failure}")
+                print(f"{split}: left out {name}: {failure}", flush=True)
                 continue
-            example = {"image": packed.jpeg, "captions": list(record.captions)}
+            example = {"image": jpeg, "captions": list(record.captions)}
             yield number, example | {"image_id": record.image_id, "name": name}
-        if skipped:
-            print(
-                f"{split}: {len(skipped):,} of {len(source):,} pictures cannot be read and are "
-                f"left out (first: {skipped[0]})",
-                flush=True,
-            )

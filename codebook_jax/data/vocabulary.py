@@ -9,8 +9,7 @@ from collections.abc import Iterable
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-PAD, UNKNOWN, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"  # BERT
-_SPECIALS = [PAD, UNKNOWN, CLS, SEP, MASK]
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # BERT
 _INSIDE = "##"  # before the tokens inside a word; BERT
 _MOST_COUNTED = 10_000  # a word counts at most this often
 _LEAST_PAIRS = 2  # a pair must occur this often to become a token: rarer ones teach nothing
@@ -58,7 +57,7 @@ def train_vocabulary(
         vocab_size=max(1, size - len(others)),
         min_frequency=_LEAST_PAIRS,
         show_progress=False,
-        special_tokens=[*_SPECIALS, *base],
+        special_tokens=[*SPECIALS, *base],
         limit_alphabet=len(held),
         initial_alphabet=held,
         continuing_subword_prefix=_INSIDE,
@@ -70,24 +69,20 @@ def train_vocabulary(
     vocabulary |= {letter: len(vocabulary) + at for at, letter in enumerate(others)}
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     # Another tokenizer: in this one, all letters are special tokens.
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=UNKNOWN, continuing_subword_prefix=_INSIDE)
-    )
+    _, unknown, begin, end, _ = SPECIALS
+    model = models.BPE(vocabulary, merges, unk_token=unknown, continuing_subword_prefix=_INSIDE)
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, trained.pre_tokenizer
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(Regex(f"^(?!{_INSIDE})"), "Ġ"),  # the byte level's space
-            decoders.Replace(Regex(f"^{_INSIDE}"), ""),
-            decoders.ByteLevel(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    starts = decoders.Replace(Regex(f"^(?!{_INSIDE})"), "Ġ")  # the byte level's space
+    joins = decoders.Replace(Regex(f"^{_INSIDE}"), "")
+    parts = [starts, joins, decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{CLS} $A {SEP}",
-        pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
-        special_tokens=[(CLS, vocabulary[CLS]), (SEP, vocabulary[SEP])],
+        single=f"{begin} $A {end}",
+        pair=f"{begin} $A {end} $B:1 {end}:1",
+        special_tokens=[(begin, vocabulary[begin]), (end, vocabulary[end])],
     )
-    tokenizer.add_special_tokens(_SPECIALS)
+    tokenizer.add_special_tokens(list(SPECIALS))
     return tokenizer
 
 
@@ -96,12 +91,12 @@ def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normaliz
 
     NFKC, not NFC, also unifies full and half width, ligatures and presentation forms.
     """
-    steps = [normalizers.Replace(Regex(_BETWEEN), " "), normalizers.NFKC()]
-    if lowercase:
-        steps.append(normalizers.Lowercase())
-    if strip_accents:
-        steps += [normalizers.NFD(), normalizers.StripAccents(), normalizers.NFC()]
-    steps += [
+    accents = [normalizers.NFD(), normalizers.StripAccents(), normalizers.NFC()]
+    steps = [
+        normalizers.Replace(Regex(_BETWEEN), " "),
+        normalizers.NFKC(),
+        *([normalizers.Lowercase()] if lowercase else []),
+        *(accents if strip_accents else []),
         normalizers.Replace(Regex(_LEFT_OUT), ""),
         normalizers.Replace(Regex("[-/]"), " "),  # ALBEF
         normalizers.Replace("<person>", "person"),  # ALBEF
@@ -111,9 +106,8 @@ def _normalizer(*, lowercase: bool, strip_accents: bool) -> normalizers.Normaliz
 
 def _byte_letters(cut: pre_tokenizers.ByteLevel, normalizer: normalizers.Normalizer) -> list[str]:
     """Every byte of UTF-8 text as the byte level writes it, wherever in a word it can occur."""
-    plain = [
-        c for c in map(chr, range(0x21, 0x7F)) if normalizer.normalize_str(c) == c or c in "#*"
-    ]
+    ascii = map(chr, range(0x21, 0x7F))
+    plain = [c for c in ascii if normalizer.normalize_str(c) == c or c in "#*"]
     leading = [chr(byte) for byte in range(0xC2, 0xF5)]
     following = [cut.pre_tokenize_str(chr(code))[0][0][1] for code in range(0x80, 0xC0)]
     inside = [*filter(str.isalnum, plain), *leading, *following]  # punctuation is a word of its own

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from markupsafe import Markup
 from PIL import Image
 
-from codebook_jax.data.progress import duration
+from codebook_jax.console import duration
 from codebook_jax.files import written_whole
 
 FILE = "report.html"

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import tensorboardX
 
-from codebook_jax.data.progress import Bar, duration
+from codebook_jax.console import Bar, duration
 from codebook_jax.files import parse_json, written_whole
 
 FILE, RESULTS = "metrics.jsonl", "eval.json"

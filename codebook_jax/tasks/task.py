@@ -19,7 +19,7 @@ from jaxtyping import Array, Key, PyTree
 
 from codebook_jax.config import check_fields
 from codebook_jax.data.batch import Batch
-from codebook_jax.data.pipeline import BatchSpec, Reading, training_batches
+from codebook_jax.data.pipeline import BatchSpec, BatchStream
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.errors import UserError
@@ -216,9 +216,10 @@ class OverMesh(abc.ABC):
             flip=data.flip,
             views=1 if data.teacher_view == "same" else 2,
         )
-        reading = Reading(workers, data.threads, data.prefetch)
-        stream = training_batches(source, tokenizer, spec, reading, start_step=start_step)
-        return contextlib.closing(stream)
+        making = {"workers": workers, "threads": data.threads, "prefetch": data.prefetch}
+        return contextlib.closing(
+            BatchStream(source, tokenizer, spec, **making, start_step=start_step)
+        )
 
 
 def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -9,8 +9,7 @@ import jax
 import ml_collections
 
 from codebook_jax import build
-from codebook_jax.console import say
-from codebook_jax.data.progress import Stages
+from codebook_jax.console import Stages, say
 from codebook_jax.data.sources import source_of
 from codebook_jax.files import check_outputs, write_json
 from codebook_jax.run.metrics import RESULTS
@@ -38,7 +37,8 @@ def evaluate(
     limited = 0 < images < len(source)
     first = f", limited to the first {images} by config.evaluation.images" if limited else ""
     say(f"test data {spec}: {len(source):,} images{first}")
-    with Stages("evaluated", silent=jax.process_index() != 0) as progress:
+    with Stages("evaluated") as stages:
+        progress = stages if jax.process_index() == 0 else None
         found = parts.task.evaluate(
             restored.state, source, parts.tokenizer, images=images, final=True, progress=progress
         )

@@ -23,10 +23,10 @@ import ml_collections
 from rich import filesize
 
 from codebook_jax.config import changed_fields
+from codebook_jax.console import Progress
 from codebook_jax.data import manifest as manifests
 from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Receipt
 from codebook_jax.data.packing import Packing, full_disk_named, shard_count, write_shard
-from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.stop import Stopped, stoppable

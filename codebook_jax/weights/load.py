@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
 from codebook_jax.data.images import resize_square
-from codebook_jax.data.text import Tokenizer, few_words, has_words, tokenizer_for_run
-from codebook_jax.errors import UserError
+from codebook_jax.data.text import Tokenizer, has_words, tokenizer_for_run
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import parse_json
 from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models import codis
@@ -196,10 +196,10 @@ class Codis:
                 "this model reads: they are truncated",
                 stacklevel=3,
             )
-        if self._tokenizer.unknown(tokens, lengths).count:
-            words = self._tokenizer.unknown_words(texts)
+        if np.any(tokens == self._tokenizer.unknown_id):
+            words = first_few(list(map(repr, self._tokenizer.unknown_words(texts))), 5)
             warnings.warn(
-                f"this model's tokenizer does not know {few_words(words)}: the model reads them "
+                f"this model's tokenizer does not know {words}: the model reads them "
                 "all as the same unknown word",
                 stacklevel=3,
             )

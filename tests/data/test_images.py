@@ -87,14 +87,6 @@ def test_transparency_is_white_in_every_form():
     assert near(decode(saved(Image.fromarray(half), "PNG"))[4, 6], expected, 2)
 
 
-def test_grey_of_one_eight_and_sixteen_bits_in_a_png_keeps_its_lightness():
-    deep = np.linspace(0, 65535, 256).astype(np.uint16)[None]
-    np.testing.assert_allclose(decode(saved(Image.fromarray(deep), "PNG"))[0, :, 1], np.arange(256))
-    eight = np.arange(256, dtype=np.uint8)[None]
-    np.testing.assert_array_equal(decode(saved(Image.fromarray(eight), "PNG"))[0, :, 2], eight[0])
-    assert decode(saved(Image.new("1", (4, 4), 1), "PNG")).min() == 255
-
-
 def test_a_colour_with_alpha_in_any_of_pillows_modes_is_shown_on_white():
     for mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
@@ -105,21 +97,22 @@ def test_a_colour_with_alpha_in_any_of_pillows_modes_is_shown_on_white():
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("values", "kind"),
     [
-        (np.linspace(0, 1, 256, dtype=np.float32), range(256)),
-        (np.arange(0, 65536, 257, dtype=np.uint16), range(256)),
-        (np.arange(0, 65536, 257, dtype=np.int32), range(256)),
-        (np.arange(256, dtype=np.int32), range(256)),
+        (np.arange(256, dtype=np.uint8), "PNG"),
+        (np.arange(0, 65536, 257, dtype=np.uint16), "PNG"),
+        (np.arange(0, 65536, 257, dtype=np.uint16), "TIFF"),
+        (np.arange(0, 65536, 257, dtype=np.int32), "TIFF"),
+        (np.arange(256, dtype=np.int32), "TIFF"),
+        (np.linspace(0, 1, 256, dtype=np.float32), "TIFF"),
     ],
 )
-def test_deep_greys_of_a_known_range_keep_their_lightness(values, expected):
-    image = decode(saved(Image.fromarray(values[None].repeat(2, 0)), "TIFF"))
-    np.testing.assert_array_equal(image[1, :, 2], expected)
-    if values.dtype == np.int32:
-        return  # Pillow opens no negatives of these
-    negative = saved(Image.fromarray(values[None]), "TIFF", tiffinfo={262: 0})
-    np.testing.assert_array_equal(decode(negative)[0, :, 0], expected[::-1])
+def test_greys_of_every_depth_keep_their_lightness(values, kind):
+    image = Image.fromarray(values[None].repeat(2, 0))
+    np.testing.assert_array_equal(decode(saved(image, kind))[1, :, 2], range(256))
+    if kind == "TIFF" and values.dtype != np.int32:  # Pillow opens no negatives of these
+        negative = saved(image, kind, tiffinfo={262: 0})
+        np.testing.assert_array_equal(decode(negative)[0, :, 0], range(255, -1, -1))
 
 
 @pytest.mark.parametrize("wrong", [-0.5, 1.5, 255.0, np.nan, np.inf, -1, 65536, 2**30])
@@ -127,7 +120,7 @@ def test_deep_greys_of_another_range_are_unreadable(wrong, tmp_path):
     kind = np.float32 if isinstance(wrong, float) else np.int32
     values = np.array([[0, wrong]], kind)
     (tmp_path / "deep.tiff").write_bytes(saved(Image.fromarray(values), "TIFF"))
-    said = rf"deep\.tiff: .*{re.escape(format(wrong, 'g'))}.* 0 to (1|65535)\b"
+    said = rf"deep\.tiff: .*{re.escape(format(wrong, 'g'))}.* 0 to \d+$"
     with pytest.raises(UnreadableImage, match=said):
         decode(tmp_path / "deep.tiff")
 

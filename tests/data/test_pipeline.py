@@ -289,14 +289,11 @@ def test_a_few_bad_images_by_chance_do_not_stop_a_run_and_many_do():
     for batch in range(2000):
         rate.add(unreadable=int(batch % 2 == 0), read=64)  # 0.8 %
     assert rate.unreadable == 1500
+    BadRate(1, 0).add(unreadable=1000, read=1)
+    with pytest.raises(UserError, match="1 of 65"):
+        BadRate(0, 0).add(unreadable=1, read=64)
     rate = BadRate(0.01, 0)
     with pytest.raises(UserError, match=r"of [\d,]+ images could not be read, .*max_bad_rate=0.01"):
         for _ in range(2000):
             rate.add(unreadable=1, read=64)  # 1.5 %
     assert rate.unreadable < 1000
-
-
-def test_a_rate_of_zero_allows_none_and_of_one_allows_all():
-    with pytest.raises(UserError, match="1 of 65"):
-        BadRate(0, 0).add(unreadable=1, read=64)
-    BadRate(1, 0).add(unreadable=1000, read=1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_run import ran
 
-from codebook_jax.data import progress
+from codebook_jax import console
 from codebook_jax.run.interruption import Interruption
 from codebook_jax.run.metrics import Metrics, Pace
 
@@ -111,8 +111,8 @@ def test_a_terminal_that_closes_does_not_end_a_run_under_nohup():
 
 
 def test_the_stages_of_a_long_work_are_each_told_with_the_time_left(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "_EVERY_S", 0)
-    with progress.Stages("evaluated") as stages:
+    monkeypatch.setattr(console, "_LINE_EVERY_S", 0)
+    with console.Stages("evaluated") as stages:
         for unit, done in (("images", 2), ("images", 4), ("texts", 3), ("texts", 5), ("texts", 1)):
             stages(unit, done, 5)
     lines = capsys.readouterr().err.splitlines()

@@ -21,8 +21,8 @@ from small_packing import (
     write_many,
 )
 
-from codebook_jax import main
-from codebook_jax.data import packing, progress
+from codebook_jax import console, main
+from codebook_jax.data import packing
 from codebook_jax.data.images import UnreadableImage, decode
 from codebook_jax.data.manifest import verify
 from codebook_jax.errors import UserError
@@ -204,7 +204,7 @@ def test_an_evaluation_role_packs_an_image_once_with_all_its_captions(tmp_path):
 def test_without_a_terminal_lines_report_progress(tmp_path, monkeypatch, capsys):
     source = write_many(tmp_path / "pictures", 12)
     (tmp_path / "pictures" / "5.jpg").unlink()
-    monkeypatch.setattr(progress, "_EVERY_S", 0.0)
+    monkeypatch.setattr(console, "_LINE_EVERY_S", 0.0)
     assert pack(source, tmp_path / "packed") == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"packed {n}/12" for n in range(1, 13)]

@@ -259,12 +259,12 @@ def test_a_damaged_shard_is_packed_from_the_pictures_of_now(tmp_path, capsys):
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(tmp_path, monkeypatch, how):
     source = write_many(tmp_path / "pictures", 8)
 
-    def full(*_):
+    def full(*_, **__):
         if how == "OSError":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise RuntimeError("write() failed: No space left on device; writing a; at byte 2097152")
 
-    monkeypatch.setattr(packing, "file_sha256", full)
+    monkeypatch.setattr(packing.msgpack, "packb", full)
     with pytest.raises(UserError, match="no space left .* to .* same command again"):
         pack(source, tmp_path / "packed")
     assert {path.name for path in (tmp_path / "packed").iterdir()} == {".progress"}

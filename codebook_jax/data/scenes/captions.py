@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from codebook_jax.data.scenes.world import Scene, SceneObject, pick
 
@@ -49,50 +49,49 @@ def evaluation_caption(scene: Scene) -> str:
 def _caption(scene: Scene, draw: random.Random, two: Sequence[str], three: Sequence[str]) -> str:
     if len(scene.objects) == 2:
         return two_objects(scene, int(2 * draw.random()), draw, two)
-    return _three_objects(scene, draw, three)
+    first, relation, second = pick(draw, scene.relations())
+    third = 3 - first - second
+    links = [(at, scene.objects[third].relation_to(scene.objects[at])) for at in (first, second)]
+    other, second_relation = pick(draw, [link for link in links if link[1]])
+    order = zip("ABC", (first, second, third), strict=True)
+    parts = {name: _mention(scene.objects[at], draw) for name, at in order}
+    relations = {"r": relation, "s": second_relation}
+    return _filled(scene, draw, three, parts, relations, {"a": first, "b": second, "t": other})
 
 
 def two_objects(scene: Scene, first: int, draw: random.Random, wordings: Sequence[str]) -> str:
     """A caption of a scene of two objects in one of the wordings, whose A is object `first`."""
     second, mentions = 1 - first, [_mention(thing, draw) for thing in scene.objects]
     parts = {"A": mentions[first], "B": mentions[second]}
-    parts["r"] = pick(draw, _RELATION_WORDS[scene.relation(first, second)])
-    parts |= {"a": _short(first, scene), "b": _short(second, scene)}
-    return _finish(pick(draw, wordings), parts, scene, draw)
+    relations = {"r": scene.objects[first].relation_to(scene.objects[second])}
+    return _filled(scene, draw, wordings, parts, relations, {"a": first, "b": second})
 
 
-def _three_objects(scene: Scene, draw: random.Random, wordings: Sequence[str]) -> str:
-    first, relation, second = pick(draw, scene.relations())
-    third = 3 - first - second
-    links = [(other, scene.relation(third, other)) for other in (first, second)]
-    other, second_relation = pick(draw, [link for link in links if link[1]])
-    order = zip("ABC", (first, second, third), strict=True)
-    parts = {name: _mention(scene.objects[at], draw) for name, at in order}
-    for name, words in (("r", relation), ("s", second_relation)):
-        parts[name] = pick(draw, _RELATION_WORDS[words])
-    for name, at in (("a", first), ("b", second), ("t", other)):
-        parts[name] = _short(at, scene)
-    return _finish(pick(draw, wordings), parts, scene, draw)
-
-
-def _finish(wording: str, parts: dict[str, str], scene: Scene, draw: random.Random) -> str:
-    """The wording filled in and shortened, with an opening and the background where they fit."""
-    opening, ending = pick(draw, _OPENINGS), ""
+def _filled(
+    scene: Scene,
+    draw: random.Random,
+    wordings: Sequence[str],
+    mentions: Mapping[str, str],
+    relations: Mapping[str, str],
+    objects: Mapping[str, int],
+) -> str:
+    """A wording filled in and shortened, with an opening and the background where they fit."""
+    said = {name: pick(draw, _RELATION_WORDS[relation]) for name, relation in relations.items()}
+    parts = {**mentions, **said, **{name: _short(at, scene) for name, at in objects.items()}}
+    wording, opening, ending = pick(draw, wordings), pick(draw, _OPENINGS), ""
     if draw.random() < _BACKGROUND_WORDS:
         word = scene.background.texture if draw.random() < 0.7 else scene.background.tone
-        ending = f"on a {word} background"
+        ending = f" on a {word} background"
     caption = wording.format(**parts)
     while len(caption.split()) > MOST_WORDS:
         longest = max(parts, key=lambda name: len(parts[name].split()))
-        parts = parts | {longest: _shorter(parts[longest])}
+        parts[longest] = _shorter(parts[longest])
         caption = wording.format(**parts)
-    if opening and wording.startswith("{A}") and " is " not in wording:
-        caption = _if_it_fits(f"{opening} {caption}", caption)
-    return _if_it_fits(f"{caption} {ending}", caption) if ending else caption
-
-
-def _if_it_fits(longer: str, caption: str) -> str:
-    return longer if len(longer.split()) <= MOST_WORDS else caption
+    opens = bool(opening) and wording.startswith("{A}") and " is " not in wording
+    for before, after in ((f"{opening} " * opens, ""), ("", ending)):
+        longer = f"{before}{caption}{after}"
+        caption = longer if len(longer.split()) <= MOST_WORDS else caption
+    return caption
 
 
 def _shorter(words: str) -> str:

@@ -36,20 +36,18 @@ def render(scene: Scene, size_px: int) -> UInt8[np.ndarray, "size_px size_px 3"]
 
 def _paint_background(background: Background, size_px: int) -> Image.Image:
     """Computes only the lightness of each pixel; a table maps it to the background's colours."""
-    along = (np.arange(size_px, dtype=np.float32) + np.float32(0.5)) * np.float32(
-        2 * math.pi * background.periods / size_px
-    )
-    phase = np.float32(background.phase)
+    phase, along = background.phase, np.arange(size_px, dtype=np.float32) + 0.5
+    along *= 2 * math.pi * background.periods / size_px
     if background.texture == "striped":
         across, down = math.cos(background.angle), math.sin(background.angle)
-        wave = np.sin((along * np.float32(down) + phase)[:, None] + along * np.float32(across))
+        wave = np.sin((along * down + phase)[:, None] + along * across)
     elif background.texture == "checked":
         wave = np.multiply.outer(np.sin(along + phase), np.sin(along + phase))
     elif background.texture == "dotted":
-        wave = np.add.outer(np.cos(along + phase) - np.float32(1.1), np.cos(along + phase))
+        wave = np.add.outer(np.cos(along + phase) - 1.1, np.cos(along + phase))
     else:
         wave = np.zeros((size_px, size_px), np.float32)
-    wave = np.clip(wave * np.float32(4 * _CONTRAST), -_CONTRAST, _CONTRAST)
+    wave = np.clip(wave * (4 * _CONTRAST), -_CONTRAST, _CONTRAST)
     noise = np.random.default_rng(background.noise_seed).normal(128, _NOISE, (16, 16))
     clouds = Image.fromarray(noise.astype(np.float32))
     wave += np.asarray(clouds.resize((size_px, size_px), Image.Resampling.BILINEAR))

@@ -76,6 +76,15 @@ class SceneObject(NamedTuple):
         r = self.radius
         return self.x - r, self.y - r, self.x + r, self.y + r
 
+    def relation_to(self, other: SceneObject) -> str | None:
+        """left, right, above or below, if this object is clearly there relative to the other."""
+        right, down = self.x - other.x, self.y - other.y
+        if abs(right) >= _CLEAR and abs(down) <= _SKEW * abs(right):
+            return "right" if right > 0 else "left"
+        if abs(down) >= _CLEAR and abs(right) <= _SKEW * abs(down):
+            return "below" if down > 0 else "above"
+        return None
+
 
 class Scene(NamedTuple):
     """The content of a picture: objects that differ in colour or shape and do not overlap."""
@@ -84,25 +93,11 @@ class Scene(NamedTuple):
     background: Background
     wording_seed: int
 
-    def relation(self, first: int, second: int) -> str | None:
-        """The clear relation of object `first` to `second`, if there is one."""
-        return relation_between(self.objects[first], self.objects[second])
-
     def relations(self) -> list[tuple[int, str, int]]:
         """Every (first, relation, second) that holds, both ways round."""
         pairs = itertools.permutations(range(len(self.objects)), 2)
-        found = [(first, self.relation(first, second), second) for first, second in pairs]
+        found = [(a, self.objects[a].relation_to(self.objects[b]), b) for a, b in pairs]
         return [each for each in found if each[1]]
-
-
-def relation_between(first: SceneObject, second: SceneObject) -> str | None:
-    """left, right, above or below, if `first` is clearly there relative to `second`."""
-    right, down = first.x - second.x, first.y - second.y
-    if abs(right) >= _CLEAR and abs(down) <= _SKEW * abs(right):
-        return "right" if right > 0 else "left"
-    if abs(down) >= _CLEAR and abs(right) <= _SKEW * abs(down):
-        return "below" if down > 0 else "above"
-    return None
 
 
 @functools.cache
@@ -152,7 +147,7 @@ def place(draw: random.Random, kinds: Sequence[Kind]) -> tuple[SceneObject, ...]
             or max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + _GAP
             for a, b in itertools.combinations(objects, 2)
         )
-        related = all(any(relation_between(a, b) for b in objects if b is not a) for a in objects)
+        related = all(any(a.relation_to(b) for b in objects if b is not a) for a in objects)
         if apart and related:
             return objects
     return None

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from codebook_jax.data.progress import Progress
+from codebook_jax.console import Progress
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.texts import short_hash
 from codebook_jax.data.text import LONGEST, Tokenizer, clean

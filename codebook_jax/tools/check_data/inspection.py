@@ -15,8 +15,8 @@ import imagehash
 import numpy as np
 from PIL import Image
 
+from codebook_jax.console import Progress
 from codebook_jax.data.images import Picture, UnreadableImage
-from codebook_jax.data.progress import Progress
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import WithoutCaption

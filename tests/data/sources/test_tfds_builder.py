@@ -2,7 +2,6 @@
 reader.
 """
 
-import importlib
 import sys
 
 import numpy as np
@@ -60,10 +59,3 @@ def test_without_sources_it_says_what_to_name(tmp_path):
 
     with pytest.raises(UserError, match="codebook_pairs .*sources="):
         tfds.builder("codebook_pairs", data_dir=tmp_path).download_and_prepare()
-
-
-def test_without_tensorflow_datasets_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    monkeypatch.delitem(sys.modules, "codebook_jax.data.tfds_builder", raising=False)
-    with pytest.raises(UserError, match=r'pip install "codebook_jax\[tfds\]"'):
-        importlib.import_module("codebook_jax.data.tfds_builder")
