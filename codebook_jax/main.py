@@ -12,20 +12,22 @@ if __name__ == "__main__":  # before the slow imports below, so that Ctrl-C is c
 
     sys.exit(console.command())
 
-import difflib
+import argparse
+import ast
+import faulthandler
 import importlib.util
 import os
-import re
+import runpy
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import logging
+from ml_collections import ConfigDict
 
 from codebook_jax import console, modes
-from codebook_jax.config import COMMON, check_fields, flat
+from codebook_jax.config import COMMON, check_fields, flat, with_fields
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
 from codebook_jax.parallel.processes import joining, peers, shared_folder
 from codebook_jax.tools.chips import PlanOptions, environment
@@ -33,133 +35,160 @@ from codebook_jax.tools.chips import PlanOptions, environment
 DATA_MODES = ("prepare", "check-data")  # need no devices
 NEEDS_CONFIG = ("train", "import", "plan", *DATA_MODES)
 WRITES_A_RUN = ("train", "import")
-HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 
 PLAN = PlanOptions()
-TEXT, NUMBER = flags.DEFINE_string, flags.DEFINE_integer
 OPTIONS = (
-    (TEXT, "workdir", None, "the run's folder; an existing run is continued"),
-    (TEXT, "mode", "train", ", ".join(modes.MODES)),
-    (NUMBER, "preempted_exit_code", 0, "the exit code if a signal stops training before its end"),
-    (TEXT, "coordinator", None, "HOST:PORT of process 0, if no launcher provides it"),
-    (NUMBER, "processes", None, "the number of processes in the run"),
-    (NUMBER, "process", None, "the number of this process, from 0"),
-    (NUMBER, "join_timeout_s", 300, "how long the processes look for each other, in seconds"),
-    (TEXT, "plan.chip", PLAN.chip, "for --mode=plan: the accelerator"),
-    (NUMBER, "plan.devices", PLAN.devices, "for --mode=plan: the number of chips"),
-    (NUMBER, "plan.slices", PLAN.slices, "for --mode=plan: the number of slices"),
-    (TEXT, "plan.compiler", PLAN.compiler, "for --mode=plan: cpu, or tpu (libtpu; takes minutes)"),
-    (TEXT, "plan.json", PLAN.json, "for --mode=plan: a file to write the figures to"),
+    ("config", str, None, "FILE:SIZE, as configs/base.py:tiny; --config.FIELD=VALUE sets a field"),
+    ("workdir", str, None, "the run's folder; an existing run is continued"),
+    ("mode", str, "train", ", ".join(modes.MODES)),
+    ("preempted_exit_code", int, 0, "the exit code if a signal stops training before its end"),
+    ("coordinator", str, None, "HOST:PORT of process 0, if no launcher provides it"),
+    ("processes", int, None, "the number of processes in the run"),
+    ("process", int, None, "the number of this process, from 0"),
+    ("join_timeout_s", int, 300, "how long the processes look for each other, in seconds"),
+    ("plan.chip", str, PLAN.chip, "for --mode=plan: the accelerator"),
+    ("plan.devices", int, PLAN.devices, "for --mode=plan: the number of chips"),
+    ("plan.slices", int, PLAN.slices, "for --mode=plan: the number of slices"),
+    ("plan.compiler", str, PLAN.compiler, "for --mode=plan: cpu, or tpu (libtpu; takes minutes)"),
+    ("plan.json", str, PLAN.json, "for --mode=plan: a file to write the figures to"),
 )
-# What absl and ml_collections say about a mistake, and what we say; first match wins.
-MISTAKES = (
-    (r"(?s)Error whilst parsing config file:.*\n[\w.]+: (.+)$", r"\1"),  # raised by get_config
-    (r"^flag (.+?): invalid literal for int\(\)", r"\1 needs a whole number"),
-    (r"^flag (.+?): could not convert string to float", r"\1 needs a number"),
-    (r"^flag (.+?): \('Non-boolean argument", r"\1 needs true or false"),
-    (
-        r"^flag ((.+?)=.*?): Failed to parse .* as a ConfigDict",
-        r"\1 is a section: set its fields, e.g. \2.FIELD=value",
-    ),
-    (
-        "in argv before a value for",
-        "--config=FILE goes before the fields it sets, such as --config.data.global_batch=64",
-    ),
-    (r"flag '((no)?config\..+?)'", r"--config=FILE is missing before --\1"),
-    (r"flag '(.+?)'\. Did you mean: (.+?) \?", r"there is no flag --\1 ... did you mean --\2?"),
-    (r"flag '(.+?)'", r"there is no flag --\1"),
-    (r"No such file or directory: '(.+?)'", r"--config: there is no file \1"),
-    (
-        r"failure to load: (\[.+?\] )?(.+?)\.?$",
-        r"--config: \2: give a file such as configs/base.py",
-    ),
-    (
-        "no attribute '(get_config|to_dict)'",
-        "--config: the file has no get_config() that returns a ConfigDict as in configs/base.py",
-    ),
-    (
-        r"Attempting to lookup: (\S+)\.(\w+)",
-        r"config.\1.\2: config.\1 is a value and has no fields",
-    ),
-)
-
-FLAGS = flags.FLAGS
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+# How the text of a flag becomes a field's value, by the type of the value that the config file has.
+READERS: dict[type, tuple[Callable[[str], object], str]] = {
+    str: (str, "a text"),
+    bool: (lambda text: TRUTH[text.lower()], "true or false"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+}
 
 
-def define_flags(values: flags.FlagValues = FLAGS, argv: list[str] | None = None) -> None:
-    """Declares the flags; the config's overrides are read from `argv` (None: the command line)."""
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "FILE:SIZE, such as configs/base.py:tiny; --config.data.global_batch=64 sets a field",
-        flag_values=values,
-        sys_argv=argv,
+class Flags(argparse.Namespace):
+    """A command line: its OPTIONS by name, the plan's among them."""
+
+    config: ConfigDict | None  # of --config=FILE, with the fields that flags set
+    named: dict[str, Any]  # those fields
+    workdir: str | None
+    mode: str
+    preempted_exit_code: int
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+    join_timeout_s: int
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Reads all flags but those that set a field of the config."""
+    made = _Parser(
+        usage=argparse.SUPPRESS,
+        description=modes.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
     )
-    for define, name, default, meaning in OPTIONS:
-        define(name, default, meaning, flag_values=values)
+    for name, kind, default, meaning in OPTIONS:
+        made.add_argument(f"--{name}", type=kind, default=default, help=meaning)
+    return made
 
 
-def parse(argv: Sequence[str], values: flags.FlagValues = FLAGS) -> list[str]:
-    """Reads the command line into `values`; raises UserError if it is not valid."""
-    try:
-        rest = values(list(argv))
-        config = values.config
-        if config is not None:
-            config.to_dict()  # an unreadable file raises only here
-    except SyntaxError as error:
-        raise UserError(f"--config: the file is not Python: {error}") from error
-    except (flags.Error, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        if sentence := _sentence(error, argv):
-            raise UserError(sentence) from error
-        raise  # an error of the config file, whose trace names the line
-    _check_flags(values, rest)
-    return rest
-
-
-def _check_flags(values: flags.FlagValues, rest: Sequence[str]) -> None:
-    """Raises UserError for flags that do not fit together."""
-    config, mode, workdir = values.config, values.mode, values.workdir
-    if rest[1:]:
-        raise UserError(f"{rest[1]!r} is not a flag: flags begin with --, e.g. --workdir=DIR")
-    if mode not in modes.MODES:
-        hint = did_you_mean(mode, modes.MODES)
-        raise UserError(f"--mode={mode} is not one of {', '.join(modes.MODES)}{hint}")
-    if config is None and mode in NEEDS_CONFIG:
+def parse(arguments: Sequence[str]) -> Flags:
+    """Reads the arguments of a command line; raises UserError if they are not valid."""
+    flags, others = parser().parse_known_args(arguments, Flags())
+    flags.config = config_of(flags.config) if flags.config else None
+    flags.named = _fields(flags.config, others)
+    if flags.config is not None:
+        flags.config = with_fields(flags.config, flags.named)
+    if flags.mode not in modes.MODES:
+        hint = did_you_mean(flags.mode, modes.MODES)
+        raise UserError(f"--mode={flags.mode} is not one of {', '.join(modes.MODES)}{hint}")
+    if flags.config is None and flags.mode in NEEDS_CONFIG:
         raise UserError("--config is missing: give one, e.g. --config=configs/base.py:tiny")
-    if not workdir and mode != "plan":
+    if not flags.workdir and flags.mode != "plan":
         raise UserError("--workdir is missing: give the run's folder, e.g. --workdir=runs/first")
-    if "://" in (workdir or ""):
+    if "://" in (flags.workdir or ""):
         raise UserError(
-            f"--workdir={workdir} is not a folder on this machine: give a local or mounted one"
+            f"--workdir={flags.workdir} is not a folder on this machine: give a local or mounted "
+            "one"
         )
+    return flags
 
 
-def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
-    """Runs `mode` and returns the exit code."""
+def config_of(given: str) -> ConfigDict:
+    """The config of FILE:SIZE; raises UserError if there is none."""
+    file, _, size = given.partition(":")
+    if not Path(file).is_file():
+        known = [*Path(file).parent.glob("*.py"), *Path("configs").glob("*.py")]
+        hint = did_you_mean(file, map(str, known)) or ": give one such as configs/base.py"
+        raise UserError(f"--config={given}: there is no file {file}{hint}")
+    make = runpy.run_path(file).get("get_config", dict)
+    try:
+        config = make(size) if size else make()
+    except ValueError as error:  # for a size that it does not know
+        raise UserError(f"--config={given}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={given}: its get_config() must return a ConfigDict as in configs/base.py"
+        )
+    return config
+
+
+def _fields(config: ConfigDict | None, arguments: Sequence[str]) -> dict[str, Any]:
+    """{dotted name: value} of arguments that set fields; raises UserError for any others."""
+    fields = {} if config is None else flat(config.to_dict())
+    found, rest = {}, iter(arguments)
+    for argument in rest:
+        flag, given, text = argument.partition("=")
+        name = flag.removeprefix("--config.")
+        if name == flag:
+            hint = did_you_mean(flag, [f"--{option}" for option, *_ in OPTIONS])
+            raise UserError(f"there is no flag {flag}{hint}")
+        if config is None:
+            raise UserError(f"--config=FILE is missing, of which {flag} sets a field")
+        if name not in fields:
+            hint = did_you_mean(name, fields) or " (configs/base.py lists all)"
+            raise UserError(f"{flag}: the config has no field {name}{hint}")
+        old = fields[name]
+        if not given:
+            text = "true" if isinstance(old, bool) else next(rest, "")
+        read, needed = READERS.get(type(old), (ast.literal_eval, f"a value as {old!r}"))
+        try:
+            found[name] = read(text)
+        except (KeyError, SyntaxError, ValueError) as error:
+            raise UserError(f"{flag}={text} needs {needed}") from error
+    return found
+
+
+def run(flags: Flags) -> int:
+    """Runs the mode and returns the exit code."""
     # Imported here, after the flags were checked, because they import JAX and other slow modules.
-    if mode in DATA_MODES:
+    config, workdir = flags.config, Path(flags.workdir).expanduser()
+    if flags.mode in DATA_MODES:
         from codebook_jax.tools import check_data, prepare
 
         check_fields(config, COMMON)
-        data_mode = prepare.prepare if mode == "prepare" else check_data.check_data
+        data_mode = prepare.prepare if flags.mode == "prepare" else check_data.check_data
         return data_mode(config, workdir) or 0
-    _join_other_processes(mode, config, workdir)  # before anything asks JAX for its devices
+    _join_other_processes(flags, workdir)  # before anything asks JAX for its devices
     from codebook_jax import train
     from codebook_jax.parallel import devices
     from codebook_jax.report.run import write_report
     from codebook_jax.tools import evaluate, export, import_weights
 
     devices.check_platforms()
-    named = None if config is None else FLAGS["config"].override_values
+    named = None if config is None else flags.named
     others: dict[str, Callable[[], int | None]] = {
-        "train": lambda: 0 if train.fit(config, workdir) else FLAGS.preempted_exit_code,
+        "train": lambda: 0 if train.fit(config, workdir) else flags.preempted_exit_code,
         "import": lambda: import_weights.import_weights(config, workdir),
         "eval": lambda: evaluate.evaluate(config, workdir, named),
         "export": lambda: export.export(config, workdir, named),
         "report": lambda: write_report(config, workdir, named),
     }
     with console.interruptible():
-        return others[mode]() or 0
+        return others[flags.mode]() or 0
 
 
 def complain(sentence: str) -> int:
@@ -168,145 +197,98 @@ def complain(sentence: str) -> int:
     return 2
 
 
-def main(argv: Sequence[str]) -> int:
+def main(flags: Flags) -> int:
     """Runs what the flags ask for and returns the exit code.
 
     With several processes, a failing one tells the others why and exits at once.
     """
-    del argv
     try:
-        if FLAGS.mode == "plan":
-            return _plan()
-        code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir).expanduser())
+        if flags.mode == "plan":
+            return _plan(flags)
+        code = run(flags)
         peers.connected().leave()
         return code
     except KeyboardInterrupt:
-        sentence = f"stopped by SIGINT: --mode={FLAGS.mode} has not finished"
+        sentence = f"stopped by SIGINT: --mode={flags.mode} has not finished"
         print(sentence, file=sys.stderr, flush=True)
         if "jax" in sys.modules and peers.connected().count > 1:
             peers.connected().fail(sentence)
             os._exit(128 + signal.SIGINT)  # a normal exit would wait for the others
         return 128 + signal.SIGINT
     except Exception as error:
-        known = error if isinstance(error, UserError) else _about_files(error)
+        known = str(error) if isinstance(error, UserError) else ""
+        if getattr(error, "errno", None) in (*FULL_DISK, *UNREACHABLE):
+            known = (
+                f"{error.filename or flags.workdir} cannot be written or read any more "
+                f"({error.strerror}): make room or fix this, and start the same command again; "
+                "a training goes on from its newest checkpoint"
+            )
         if "jax" in sys.modules:
-            peers.connected().end_all(known or error)
-        if known is None:
+            peers.connected().end_all(UserError(known) if known else error)
+        if not known:
             raise
-        return complain(str(known))
+        return complain(known)
 
 
-def _plan() -> int:
-    options = PlanOptions(**{name: FLAGS[f"plan.{name}"].value for name in PlanOptions._fields})
-    options = options._replace(json=os.path.expanduser(options.json))
+def _plan(flags: Flags) -> int:
+    values = {name: getattr(flags, f"plan.{name}") for name in PlanOptions._fields}
+    options = PlanOptions(**values | {"json": os.path.expanduser(values["json"])})
     os.environ |= environment(options)  # read when JAX is imported
     from codebook_jax.tools.plan import plan
 
     with console.interruptible():
-        plan(FLAGS.config, options)
+        plan(flags.config, options)
     return 0
 
 
-def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -> None:
+def _join_other_processes(flags: Flags, workdir: Path) -> None:
     """Connects to the run's other processes, if any, and checks that all do the same."""
     found = joining.find(
         os.environ,
-        coordinator=FLAGS.coordinator,
-        count=FLAGS.processes,
-        own=FLAGS.process,
+        coordinator=flags.coordinator,
+        count=flags.processes,
+        own=flags.process,
         on_a_tpu=joining.on_a_tpu(),
         has_kubernetes=importlib.util.find_spec("kubernetes") is not None,
     )
-    if found is None or not joining.join(found, timeout_s=FLAGS.join_timeout_s):
+    if found is None or not joining.join(found, timeout_s=flags.join_timeout_s):
         return
+    import jax
+
     from codebook_jax.parallel import devices
+    from codebook_jax.run import record
 
     devices.check_platforms()
     others = peers.connect(found.coordinator)
     print(joining.describe(found), flush=True)
-    others.compare(
-        "start", _facts(mode, config), "start all with the same command, code and versions"
-    )
-    if mode in WRITES_A_RUN:
-        shared_folder.check(others, workdir)
-
-
-def _facts(mode: str, config: ConfigDict | None) -> dict[str, Any]:
-    """What must be the same on every host."""
-    import jax
-
-    from codebook_jax.run import record
-
-    versions, fields = record.package_versions(), flat(config.to_dict()) if config else {}
-    return {
-        "--mode": mode,
+    fields = flat(flags.config.to_dict()) if flags.config else {}
+    facts = {
+        "--mode": flags.mode,
         "code": record.code_digest(),
-        **{f"version of {name}": version for name, version in versions.items()},
+        **{f"version of {name}": version for name, version in record.package_versions().items()},
         "devices per process": jax.local_device_count(),
         "kind": jax.local_devices()[0].device_kind,
         **{f"config.{name}": value for name, value in fields.items()},
     }
-
-
-def _about_files(error: Exception) -> UserError | None:
-    """The user error for a disk that is full or cannot be reached; None for other errors."""
-    number, place = getattr(error, "errno", None), getattr(error, "filename", "") or FLAGS.workdir
-    if number in FULL_DISK:
-        goes_on = "" if FLAGS.mode in DATA_MODES else ", it goes on from the newest checkpoint"
-        return UserError(
-            f"no space left while writing {place}: free some and start the same command "
-            f"again{goes_on}"
-        )
-    if number in UNREACHABLE:
-        return UserError(
-            f"{place} can no longer be reached ({error.strerror}): fix this and start the same "
-            "command again"
-        )
-    return None
-
-
-def _parse_or_leave(argv: Sequence[str]) -> list[str]:
-    if len(argv) == 1:
-        sys.exit(complain(f"no arguments: {modes.BEGIN}"))
-    if any(argument in HELP for argument in argv[1:]):
-        print(modes.help_text())
-        sys.exit(0)
-    try:
-        return parse(argv)
-    except UserError as error:
-        sys.exit(complain(str(error)))
-
-
-def _sentence(error: Exception, argv: Sequence[str]) -> str:
-    """The sentence for an error of absl or ml_collections; empty for one of the config file."""
-    text = str(error).strip()
-    if isinstance(error, AttributeError | KeyError):
-        name, near = re.search(r"\w+", text)[0], re.search(r'Did you mean "(\w+)"', text)
-        for flag in (argument.partition("=")[0].lstrip("-") for argument in argv):
-            if name in flag.split("."):
-                hint = f"... did you mean {near[1]}?" if near else "(configs/base.py lists all)"
-                return f"{flag}: the config has no field {name} {hint}"
-    for pattern, sentence in MISTAKES:
-        if match := re.search(pattern, text):
-            missing = Path(match[1]) if "no file" in sentence else None
-            return match.expand(sentence) + (_near_config(missing) if missing else "")
-    return text.partition("\n")[0].removeprefix("flag ") if isinstance(error, flags.Error) else ""
-
-
-def _near_config(missing: Path) -> str:
-    """Suggests a config file that may have been meant, in the same folder or in configs/."""
-    files = {
-        file.stem: file for file in (*missing.parent.glob("*.py"), *Path("configs").glob("*.py"))
-    }
-    near = difflib.get_close_matches(missing.stem, files, n=1, cutoff=0.5)
-    if near:
-        return f" ... did you mean {files[near[0]]}?"
-    return f" (there are {', '.join(map(str, files.values()))})" if files else ""
+    others.compare("start", facts, "start all with the same command, code and versions")
+    if flags.mode in WRITES_A_RUN:
+        shared_folder.check(others, workdir)
 
 
 def command() -> None:
     """Reads the command line, runs it and exits; called by console.command."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # XLA's notices to its own developers
+    logging.use_absl_handler()
     logging.set_verbosity(logging.FATAL)  # Orbax logs the trace of what it also raises
-    define_flags()
-    app.run(main, flags_parser=_parse_or_leave)
+    arguments = sys.argv[1:]
+    if not arguments:
+        sys.exit(complain(f"no arguments: {modes.BEGIN}"))
+    if {"--help", "-h", "--helpshort", "--helpfull"} & set(arguments):
+        print(parser().format_help() if "--helpfull" in arguments else modes.HELP)
+        sys.exit(0)
+    try:
+        flags = parse(arguments)
+    except UserError as error:
+        sys.exit(complain(str(error)))
+    faulthandler.enable()
+    sys.exit(main(flags))

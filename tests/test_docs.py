@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 from small_run import ROOT, SMALL
 
@@ -153,12 +152,9 @@ def data(tmp_path, monkeypatch):
 
 def parsed(arguments, changes):
     """The flags of a command line of the page, with further settings after them."""
-    values = flags.FlagValues()
     argv = [argument.replace("=configs/", f"={ROOT}/configs/") for argument in arguments]
     argv += [f"--config.{name}={value}" for name, value in changes.items()]
-    main.define_flags(values, argv)
-    main.parse(argv, values)
-    return values
+    return main.parse(argv)
 
 
 def read_all(config):
@@ -195,7 +191,7 @@ def run(arguments):
         if values.workdir == BUILT:
             first_batch(values.config, workdir)
         return read_all(values.config)
-    assert main.run(values.mode, values.config, workdir) == 0
+    assert main.run(values) == 0
     return os.listdir(workdir)
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from codebook_jax import main, modes
 from codebook_jax.errors import UserError
@@ -19,68 +18,59 @@ CONFIG = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
 WORKDIR = "--workdir=runs/x"
 
 
-def parsed(*arguments):
-    values = flags.FlagValues()
-    argv = ["main", *arguments]
-    main.define_flags(values, argv)
-    main.parse(argv, values)
-    return values
-
-
 def refusal(*arguments):
     with pytest.raises(UserError) as error:
-        parsed(*arguments)
-    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+        main.parse(arguments)
+    assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_the_size_and_every_kind_of_override_are_read():
-    values = parsed(
-        CONFIG,
-        WORKDIR,
-        "--config.data.global_batch=32",
-        "--config.optimizer.learning_rate=1",
-        "--config.data.crop_scale=(0.2, 1)",
-        "--config.data.flip",
-        "--config.data.train=json:a b.json",
-        "--mode=export",
+    overrides = {
+        "--config.data.global_batch=32": 32,
+        "--config.optimizer.learning_rate=1": 1.0,
+        "--config.data.crop_scale=(0.2, 1)": (0.2, 1),
+        "--config.data.flip": True,
+        "--config.train.memory_check=False": False,
+        "--config.data.train=json:a b.json": "json:a b.json",
+    }
+    flags = main.parse(
+        [*overrides, WORKDIR, "--mode", "export", "--config.seed", "3", CONFIG, "--process=1"]
     )
-    config = values.config
-    assert config.size == "tiny" and config.data.global_batch == 32 and config.data.flip is True
-    assert config.optimizer.learning_rate == 1.0 and isinstance(
-        config.optimizer.learning_rate, float
-    )
-    assert config.data.crop_scale == (0.2, 1) and config.data.train == "json:a b.json"
-    assert (values.mode, values.workdir) == ("export", "runs/x")
+    assert flags.config.size == "tiny" and flags.config.data.global_batch == 32
+    assert list(flags.named.values()) == [*overrides.values(), 3]
+    assert isinstance(flags.config.optimizer.learning_rate, float)
+    assert (flags.mode, flags.workdir, flags.process) == ("export", "runs/x", 1)
 
 
 def test_a_trained_run_needs_no_config():
-    assert parsed(WORKDIR, "--mode=eval").config is None
+    assert main.parse([WORKDIR, "--mode=eval"]).config is None
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--config.data.global_bach=3"], "config.data.global_bach: .* did you mean global_batch?"),
-        (["--config.dta.global_batch=3"], "config.dta.global_batch: .* did you mean data?"),
-        (["--noconfig.data.flp"], "noconfig.data.flp: .* did you mean flip?"),
-        (["--config.data.xyz=1"], "config.data.xyz: the config has no field xyz"),
-        (["--config.train.steps.x", "3"], "config.train.steps.x: config.train.steps is a value"),
+        (["--config.data.global_bach=3"], "global_bach ... did you mean data.global_batch?"),
+        (["--config.dta.global_batch=3"], "dta.global_batch ... did you mean data.global_batch?"),
+        (["--config.data.xyz=1"], "--config.data.xyz: the config has no field data.xyz"),
+        (["--config.train.steps.x", "3"], "the config has no field train.steps.x"),
+        (["--config.data=3"], "the config has no field data "),
         (["--config.data.global_batch=3.5"], "--config.data.global_batch=3.5 needs a whole number"),
         (["--config.optimizer.b1=high"], "--config.optimizer.b1=high needs a number"),
         (["--config.data.flip=maybe"], "--config.data.flip=maybe needs true or false"),
-        (["--config.data=3"], "--config.data=3 is a section: .*--config.data.FIELD=value"),
-        (["--mode=trian"], "--mode=trian is not one of train, import, eval.* did you mean train?"),
+        (["--config.data.crop_scale=a"], "--config.data.crop_scale=a needs a value as (0.7, 1.0)"),
+        (["--config.seed"], "--config.seed"),
+        (["--mode=trian"], "--mode=trian is not one of train, import, eval"),
+        (["--mode=trian"], "did you mean train?"),
         (["--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
-        (["--x=a"], "there is no flag --x"),
-        (["--processes=two"], "--processes=two needs a whole number"),
-        (["--config.seed"], ".*--config.seed"),
-        (["seed=3"], "'seed=3' is not a flag"),
+        (["--processes=two"], "--processes: invalid int value: 'two'"),
+        (["--processes"], "--processes"),
+        (["seed=3"], "there is no flag seed"),
     ],
     ids=str,
 )
 def test_a_wrong_argument_is_named_in_one_sentence(arguments, words):
-    assert re.match(words.replace("?", r"\?"), refusal(CONFIG, WORKDIR, *arguments))
+    assert words in refusal(CONFIG, WORKDIR, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +78,9 @@ def test_a_wrong_argument_is_named_in_one_sentence(arguments, words):
     [
         ([CONFIG.replace("tiny", "tinny"), WORKDIR], "no size 'tinny'.* did you mean tiny?"),
         (["--config=configs/bas.py:tiny", WORKDIR], "no file .*did you mean configs/base.py?"),
-        (["--config=elsewhere/base.py:tiny", WORKDIR], "no file .*did you mean configs/base.py?"),
-        (["--config=configs", WORKDIR], "--config: Is a directory: 'configs'"),
-        (["--config=", WORKDIR], "--config: .* empty string: give a file"),
-        (["--config=README.md", WORKDIR], "--config: the file is not Python"),
-        (["--config.seed=1", CONFIG, WORKDIR], "--config=FILE goes before the fields it sets"),
-        (["--config.seed=1", WORKDIR], "--config=FILE is missing before --config.seed"),
+        (["--config=configs", WORKDIR], "--config=configs: there is no file"),
+        (["--config=", WORKDIR], "--config is missing"),
+        (["--config.seed=1", WORKDIR], "--config=FILE is missing, .*--config.seed"),
         ([WORKDIR], "--config is missing"),
         ([CONFIG], "--workdir is missing"),
         ([CONFIG, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is not a folder"),
@@ -106,23 +93,23 @@ def test_a_wrong_config_file_or_workdir_is_named_in_one_sentence(arguments, word
 
 
 @pytest.mark.parametrize("content", ["", "def get_config(): return 3"])
-def test_a_config_file_without_a_config_is_refused(content, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # ml_collections' name for all
+def test_a_config_file_without_a_config_is_refused(content, tmp_path):
     (tmp_path / "empty.py").write_text(content)
     assert "get_config" in refusal(f"--config={tmp_path / 'empty.py'}", WORKDIR)
 
 
-@pytest.mark.parametrize("name", modes.MODES)
-def test_every_mode_is_in_the_help_with_an_example_that_is_right(name, monkeypatch):
+def test_every_mode_is_in_the_help_with_an_example_that_is_right(monkeypatch):
     monkeypatch.chdir(ROOT)
-    example = modes.MODES[name].example
-    assert parsed(*shlex.split(example)).mode == name and example in modes.help_text()
+    examples = re.findall(rf"\n +{modes.PROGRAM} (.*)", modes.HELP)
+    assert tuple(main.parse(shlex.split(example)).mode for example in examples) == modes.MODES
+    assert tuple(re.findall(r"\n  (\S+)  +\w", modes.HELP)) == modes.MODES
 
 
-def test_without_arguments_the_command_says_how_to_begin(capsys):
+def test_without_arguments_the_command_says_how_to_begin(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["codebook-jax"])
     with pytest.raises(SystemExit) as end:
-        main._parse_or_leave(["codebook-jax"])
-    assert end.value.code == 2 and modes.MODES["train"].example in capsys.readouterr().err
+        main.command()
+    assert end.value.code == 2 and modes.BEGIN in capsys.readouterr().err
 
 
 def test_the_console_script_and_the_module_do_the_same():
@@ -132,51 +119,41 @@ def test_the_console_script_and_the_module_do_the_same():
     module, function = place.split(":")
     script = f"from {module} import {function}; {function}()"
     both = [
-        subprocess.run([sys.executable, *way, "--help"], capture_output=True, text=True, cwd=ROOT)
-        for way in (["-m", "codebook_jax.main"], ["-c", script])
+        subprocess.run([sys.executable, *way, flag], capture_output=True, text=True, cwd=ROOT)
+        for way, flag in ((["-m", "codebook_jax.main"], "--helpfull"), (["-c", script], "--help"))
     ]
     assert name == modes.PROGRAM
-    for done in both:
-        assert (done.returncode, done.stdout, done.stderr) == (0, modes.help_text() + "\n", "")
+    assert [(done.returncode, done.stderr) for done in both] == [(0, "")] * 2
+    assert both[1].stdout == modes.HELP + "\n" and both[0].stdout.startswith(modes.HELP)
+    assert all(f"--{option}" in both[0].stdout for option, *_ in main.OPTIONS)
 
 
 def test_the_command_prints_the_sentence_alone_and_exits_2():
-    command = [
-        sys.executable,
-        "-m",
-        "codebook_jax.main",
-        CONFIG,
-        WORKDIR,
-        "--config.data.global_bach=3",
-    ]
+    wrong = "--config.data.global_bach=3"
+    command = [sys.executable, "-m", "codebook_jax.main", CONFIG, WORKDIR, wrong]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines() == [
-        "error: config.data.global_bach: the config has no field global_bach ... did you mean "
-        "global_batch?"
-    ]
+    assert re.fullmatch(r"error: .*global_bach.*global_batch\?\n", done.stderr)
 
 
 @pytest.fixture
 def fails_with(monkeypatch, capsys):
-    monkeypatch.setattr(main, "FLAGS", parsed(CONFIG, WORKDIR))
-
     def fail(error):
-        def run(*_):
+        def run(_):
             raise error
 
         monkeypatch.setattr(main, "run", run)
-        return main.main([]), capsys.readouterr().err
+        return main.main(main.parse([CONFIG, WORKDIR])), capsys.readouterr().err
 
     return fail
 
 
 def test_a_user_error_of_the_run_exits_2_and_a_full_disk_is_said(fails_with):
     assert fails_with(UserError("that is wrong: do this")) == (2, "error: that is wrong: do this\n")
-    code, said = fails_with(
-        OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
-    )
-    assert code == 2 and said.startswith("error: no space left while writing runs/x/metrics.jsonl")
+    code, said = fails_with(OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics"))
+    assert code == 2 and "runs/x/metrics" in said and "No space left on device" in said
+    code, said = fails_with(OSError(errno.ESTALE, "Stale file handle"))
+    assert code == 2 and "runs/x" in said and "Stale file handle" in said
 
 
 def test_an_interrupted_mode_is_one_sentence_and_exits_130(fails_with):

@@ -33,7 +33,7 @@ def rerank_gallery(
     top_k: int,
     add_dual: bool,
     batch: int,
-    progress: Progress | None = None,
+    progress: Progress,
 ) -> dict[str, float]:
     """Recalls in percent after sorting every query's `top_k` candidates by their matching logits.
 
@@ -68,7 +68,7 @@ def match_pairs(
     pair_texts: Int[np.ndarray, "pairs"],
     *,
     batch: int,
-    progress: Progress | None = None,
+    progress: Progress,
 ) -> Float[np.ndarray, "pairs"]:
     """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends.
 
@@ -81,27 +81,18 @@ def match_pairs(
     count, tokens_a_row = len(row_images), TEXTS_A_ROW * features.text_states.shape[1]
     rows = max(1, batch * features.image_tokens.shape[1] // tokens_a_row)
     rows = rows_over_shards(min(rows, count), mesh)
-    logits = np.empty((count, TEXTS_A_ROW), np.float32)
-
-    def fetch(start: int, values: Float[Array, "rows texts"]) -> None:
-        logits[start : start + rows] = sharding.to_host(values)[: count - start]
-
-    pending = None
+    logits, running = [], []
     for start in range(0, count, rows):
         chosen = np.arange(start, start + rows).clip(max=count - 1)
         texts = row_texts[chosen]
         tokens, states = features.image_tokens[row_images[chosen]], features.text_states[texts]
-        placed = (
-            sharding.to_device(x, mesh) for x in (tokens, states, gallery.text_lengths[texts])
-        )
-        running = start, match(*placed)
-        if pending is not None:
-            fetch(*pending)  # one call late: the device works while the host gathers
-        pending = running
-        if progress is not None:
-            progress("pairs", min(start + rows, count) * TEXTS_A_ROW, count * TEXTS_A_ROW)
-    fetch(*pending)
-    return logits.ravel()[places]
+        inputs = tokens, states, gallery.text_lengths[texts]
+        running.append(match(*(sharding.to_device(x, mesh) for x in inputs)))
+        if start:  # one call late: the device works while the host gathers
+            logits.append(sharding.to_host(running.pop(0)))
+        progress("pairs", min(start + rows, count) * TEXTS_A_ROW, count * TEXTS_A_ROW)
+    logits.append(sharding.to_host(running.pop()))
+    return np.concatenate(logits).ravel()[places]
 
 
 def pair_rows(

@@ -16,7 +16,7 @@ from codebook_jax.console import say
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation.encoding import Gallery, GallerySpec, encode_source
+from codebook_jax.evaluation.encoding import Gallery, encode_source
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.files import check_outputs, parse_json
 from codebook_jax.models.codis import unit
@@ -167,11 +167,8 @@ def _encode(parts: build.Parts, workdir: Path) -> Encoded | None:
     source = source_of(config, spec, "test")
     images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)
     say(f"test data {spec}: {images:,} of {len(source):,} images")
-    towers, reading = (
-        {"student": student["towers"]},
-        GallerySpec.from_config(config, parts.mesh, images),
-    )
-    gallery = encode_source(programs, towers, source, parts.tokenizer, reading)
+    towers = {"student": student["towers"]}
+    gallery = encode_source(programs, towers, source, parts.tokenizer, config, images=images)
     codewords = None
     if config.losses.codebook:
         everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())

@@ -183,7 +183,7 @@ def test_scenes_and_mixtures_are_packed_and_the_training_data_where_no_source_is
     source = write_many(tmp_path / "pictures", 3)
     changes = {"data.train": f"scenes,json:{source}", "data.scenes_examples": 5}
     config = packing_of(source, **changes, source="")
-    assert main.run("prepare", config, tmp_path / "packed") == 0
+    assert main.run(main.Flags(mode="prepare", config=config, workdir=tmp_path / "packed")) == 0
     records = records_in(tmp_path / "packed")
     assert [len(record["captions"]) for record in records] == [4, 4, 4, 4, 4, 1, 1, 1]
     assert records[5]["image"] == jpeg(0) and records[5]["name"] == "0.jpg"
