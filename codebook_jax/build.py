@@ -31,7 +31,7 @@ from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import FOLDER, Checkpoints, Restored
 from codebook_jax.tasks import pretrain
-from codebook_jax.tasks.task import Evaluation, Task, missing_methods
+from codebook_jax.tasks.task import Evaluation, Task
 from codebook_jax.weights.start import (
     Initial,
     Part,
@@ -66,10 +66,10 @@ def task_class(config: ml_collections.ConfigDict) -> type[Task]:
     if config.task not in TASKS:
         raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
     task = TASKS[config.task]
-    if missing := missing_methods(task):
+    if missing := sorted(task.__abstractmethods__):
         raise UserError(
-            f"config.task={config.task!r} lacks {', '.join(missing)} of the protocol of a task: "
-            f"add them to {task.__module__}.{task.__qualname__}"
+            f"config.task={config.task!r} lacks {', '.join(missing)}: add them to "
+            f"{task.__module__}.{task.__qualname__}"
         )
     return task
 

@@ -27,11 +27,17 @@ def command() -> None:
 
 
 def begin() -> None:
-    """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux."""
+    """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux, without
+    which a step on a CPU spends a quarter of its time on page faults.
+    """
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a background job of a shell
     if not ignored:
         signal.signal(signal.SIGINT, _leave)
-    _with_huge_pages()
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ.update(HUGE_PAGES)
+        # Ctrl-C is blocked until the restarted program has a handler for it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     keep_output()
 
@@ -104,14 +110,11 @@ class _Lasting(io.FileIO):
 
 def _lasting(before: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
     """A text stream like `before` (None: it was closed at start) on file `number`."""
-    raw = _Lasting(number, "w", closefd=False)
-    unbuffered = before is not None and before.write_through
     return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),
+        io.BufferedWriter(_Lasting(number, "w", closefd=False)),
         encoding="utf-8" if before is None else before.encoding,
         errors="backslashreplace",
-        line_buffering=before is None or before.line_buffering,
-        write_through=unbuffered,
+        line_buffering=True,
     )
 
 
@@ -128,14 +131,3 @@ def _leave(number: int, frame: object) -> None:
     """Exits at once: unwinding a half-done import prints traces."""
     write_now(f"stopped by {signal.Signals(number).name}\n")
     os._exit(128 + number)
-
-
-def _with_huge_pages() -> None:
-    """Restarts this program, with malloc asking Linux for huge pages: otherwise a step on a CPU
-    spends a quarter of its time on page faults.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ.update(HUGE_PAGES)
-        # Ctrl-C is blocked until the restarted program has a handler for it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -101,9 +101,9 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(name, value):
 @pytest.mark.parametrize(
     "changes, numbers",
     [
-        ({"data.train": ""}, ("data.train",)),
-        ({"data.eval": ""}, ("data.eval",)),
-        ({f"losses.{name}": 0.0 for name in base.get_config().losses}, ("config.losses",)),
+        ({"data.train": ""}, ("data.train=''",)),
+        ({"data.eval": ""}, ("data.eval=''",)),
+        ({f"losses.{name}": 0.0 for name in base.get_config().losses}, ("losses.alignment=0.0",)),
         ({"queue.size": 63}, ("queue.size=63", "data.global_batch=64")),
         ({"codebook.queue_samples": 65}, ("codebook.queue_samples=65", "queue.size=64")),
         ({"alignment.temperature": 0.6}, ("temperature=0.6", "temperature_max=0.5")),

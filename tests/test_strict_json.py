@@ -34,20 +34,13 @@ def test_whole_json_is_what_pythons_reader_reads():
         ("[1, 2", "Expecting"),
         (b"\xff\xff\x00", "decode"),
         ("", "Expecting value"),
+        ("7" * 5000, "5000 digits"),
     ],
 )
 def test_what_is_not_json_is_a_value_error_of_one_line(text, words):
     with pytest.raises(ValueError, match=words) as raised:
         parse_json(text)
     assert "\n" not in str(raised.value)
-
-
-def test_a_number_of_thousands_of_digits_stands_for_itself_in_data_alone():
-    text = '{"a": %s}' % ("7" * 5000)
-    number = parse_json(text, of_data=True)["a"]
-    assert not isinstance(number, int) and "5,000 digits" in str(number)
-    with pytest.raises(ValueError, match="5000 digits"):
-        parse_json(text)
 
 
 @pytest.mark.parametrize(

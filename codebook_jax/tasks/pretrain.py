@@ -34,11 +34,11 @@ from codebook_jax.tasks import limits, optimizer
 from codebook_jax.tasks.assignments import ASSIGNMENTS
 from codebook_jax.tasks.draws import Inputs, draw_inputs
 from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
-from codebook_jax.tasks.task import Evaluation, Items, OverMesh
+from codebook_jax.tasks.task import Evaluation, Items, Task
 from codebook_jax.tasks.towers import TowerPrograms
 
 
-class Pretraining(OverMesh):
+class Pretraining(Task):
     """The jitted programs of a run; holds no parameters."""
 
     check = staticmethod(limits.check)

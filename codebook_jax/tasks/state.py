@@ -22,9 +22,7 @@ class TrainState:
 
     step: Int[Array, ""]  # steps done, skipped ones too: the position in the data
     student: PyTree  # parameters, float32; the optimizer changes them
-    teacher: (
-        Any  # like student["towers"], float32, never the same buffers; `teacher.average` changes it
-    )
+    teacher: PyTree  # like student["towers"], in its own buffers; `teacher.average` changes it
     moments: PyTree  # of the optimizer
     queue: Queue  # newest teacher features
     usage: Usage  # which codewords won lately

@@ -115,11 +115,6 @@ def test_a_place_that_cannot_be_is_refused_at_the_start(mode, place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_name_too_long_for_the_draft_is_refused_at_the_start(tmp_path):
-    with pytest.raises(UserError, match=os.strerror(errno.ENAMETOOLONG)):
-        files.check_outputs(tmp_path, ("n" * 250,))
-
-
 def test_a_folder_that_cannot_be_replaced_is_refused_at_the_start(tmp_path, monkeypatch):
     (tmp_path / "export").mkdir()
 

@@ -124,7 +124,7 @@ def _shown(value: Any) -> str:
 
 def _parsed(path: str, text: str) -> Any:
     try:
-        return parse_json(text, of_data=True)
+        return parse_json(text)
     except ValueError as failure:
         raise _broken(path, failure) from failure
 

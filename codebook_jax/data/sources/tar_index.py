@@ -96,7 +96,7 @@ def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
     if key is None:
         texts = [content.decode("utf-8-sig")]
     else:
-        held = parse_json(content, of_data=True)
+        held = parse_json(content)
         value = held.get(key) if isinstance(held, dict) else None
         texts = value if isinstance(value, list) else [value]
     stripped = (text.strip() for text in texts if isinstance(text, str))
