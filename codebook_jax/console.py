@@ -27,8 +27,8 @@ def command() -> None:
 
 
 def begin() -> None:
-    """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux, without
-    which a step on a CPU spends a quarter of its time on page faults.
+    """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux;
+    without these, a step on a CPU spends a quarter of its time on page faults.
     """
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a background job of a shell
     if not ignored:
@@ -54,7 +54,15 @@ def keep_output() -> None:
             os.fstat(number)
         except OSError:
             _discard(number)
-    sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        before = getattr(sys, name)  # None: it was closed
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(_Lasting(number, "w", closefd=False)),
+            encoding="utf-8" if before is None else before.encoding,
+            errors="backslashreplace",
+            line_buffering=True,
+        )
+        setattr(sys, name, stream)
 
 
 def say(text: str) -> None:
@@ -76,19 +84,19 @@ def interruptible() -> Iterator[None]:
     """Inside, the first Ctrl-C raises KeyboardInterrupt, so that drafts are removed; a second one
     exits at once. Does nothing in a process that did not call `begin`.
     """
-    if signal.getsignal(signal.SIGINT) is not _leave:
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, _leave)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+    catches = signal.getsignal(signal.SIGINT) is _leave
+    if catches:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, _leave)
+        if catches:
+            signal.signal(signal.SIGINT, _leave)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    signal.signal(signal.SIGINT, _leave)
+    raise KeyboardInterrupt
 
 
 class _Lasting(io.FileIO):
@@ -106,16 +114,6 @@ class _Lasting(io.FileIO):
                     _discard(self.fileno())
                 break
         return len(data)
-
-
-def _lasting(before: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
-    """A text stream like `before` (None: it was closed at start) on file `number`."""
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Lasting(number, "w", closefd=False)),
-        encoding="utf-8" if before is None else before.encoding,
-        errors="backslashreplace",
-        line_buffering=True,
-    )
 
 
 def _discard(number: int) -> None:

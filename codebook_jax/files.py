@@ -15,28 +15,6 @@ from typing import IO, Any
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
 
 
-@contextlib.contextmanager
-def _deep_nesting_is_a_value_error() -> Iterator[None]:
-    try:
-        yield
-    except RecursionError as failure:
-        raise ValueError("lists or objects are nested too deeply") from failure
-
-
-@_deep_nesting_is_a_value_error()
-def parse_json(text: str | bytes) -> Any:
-    """The content of a JSON text; raises ValueError with one sentence if it is not JSON, has an
-    object with a repeated key, or is nested too deep for the stack.
-    """
-    return json.loads(text, object_pairs_hook=_object)
-
-
-@_deep_nesting_is_a_value_error()
-def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """(the value that begins at `start`, where it ends), like `parse_json`."""
-    return _DECODER.raw_decode(text, start)
-
-
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -45,7 +23,15 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+# (text, start) to (the value that begins there, where it ends), like `parse_json`
+parse_json_at = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The content of a JSON text; raises ValueError with one sentence if it is not JSON, or has an
+    object with a repeated key.
+    """
+    return json.loads(text, object_pairs_hook=_object)
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the slow imports below, so that Ctrl-C is c
 
     sys.exit(console.command())
 
-import argparse
 import ast
 import faulthandler
 import importlib.util
@@ -21,7 +20,7 @@ import runpy
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -30,91 +29,103 @@ from codebook_jax import console, modes
 from codebook_jax.config import COMMON, check_fields, flat, with_fields
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
 from codebook_jax.parallel.processes import joining, peers, shared_folder
-from codebook_jax.tools.chips import PlanOptions, environment
+from codebook_jax.tools.chips import CHIPS, PlanOptions, environment
 
 DATA_MODES = ("prepare", "check-data")  # need no devices
 NEEDS_CONFIG = ("train", "import", "plan", *DATA_MODES)
 WRITES_A_RUN = ("train", "import")
 
-PLAN = PlanOptions()
-OPTIONS = (
-    ("config", str, None, "FILE:SIZE, as configs/base.py:tiny; --config.FIELD=VALUE sets a field"),
-    ("workdir", str, None, "the run's folder; an existing run is continued"),
-    ("mode", str, "train", ", ".join(modes.MODES)),
-    ("preempted_exit_code", int, 0, "the exit code if a signal stops training before its end"),
-    ("coordinator", str, None, "HOST:PORT of process 0, if no launcher provides it"),
-    ("processes", int, None, "the number of processes in the run"),
-    ("process", int, None, "the number of this process, from 0"),
-    ("join_timeout_s", int, 300, "how long the processes look for each other, in seconds"),
-    ("plan.chip", str, PLAN.chip, "for --mode=plan: the accelerator"),
-    ("plan.devices", int, PLAN.devices, "for --mode=plan: the number of chips"),
-    ("plan.slices", int, PLAN.slices, "for --mode=plan: the number of slices"),
-    ("plan.compiler", str, PLAN.compiler, "for --mode=plan: cpu, or tpu (libtpu; takes minutes)"),
-    ("plan.json", str, PLAN.json, "for --mode=plan: a file to write the figures to"),
-)
-TRUTH = {"true": True, "1": True, "false": False, "0": False}
-# How the text of a flag becomes a field's value, by the type of the value that the config file has.
-READERS: dict[type, tuple[Callable[[str], object], str]] = {
-    str: (str, "a text"),
-    bool: (lambda text: TRUTH[text.lower()], "true or false"),
-    int: (int, "a whole number"),
-    float: (float, "a number"),
+OPTIONS: dict[str, tuple[type, str]] = {
+    "config": (str, "FILE:SIZE, as configs/base.py:tiny; --config.FIELD=VALUE sets a field"),
+    "workdir": (str, "the run's folder; an existing run is continued"),
+    "mode": (str, f"{', '.join(modes.MODES)} (default: train)"),
+    "preempted_exit_code": (int, "the exit code if a signal stops training (default: 0)"),
+    "coordinator": (str, "HOST:PORT of process 0, if no launcher provides it"),
+    "processes": (int, "the number of processes in the run"),
+    "process": (int, "the number of this process, from 0"),
+    "join_timeout_s": (int, "how long the processes look for each other (default: 300 seconds)"),
+    "plan.chip": (str, f"for --mode=plan: {', '.join(CHIPS)} (default: h200)"),
+    "plan.devices": (int, "for --mode=plan: the number of chips (default: 8)"),
+    "plan.slices": (int, "for --mode=plan: the number of slices (default: 1)"),
+    "plan.compiler": (str, "for --mode=plan: cpu (default), or tpu (libtpu; takes minutes)"),
+    "plan.json": (str, "for --mode=plan: a file to write the figures to"),
 }
+KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
-class Flags(argparse.Namespace):
-    """A command line: its OPTIONS by name, the plan's among them."""
+class Flags(NamedTuple):
+    """What a command line asks for."""
 
-    config: ConfigDict | None  # of --config=FILE, with the fields that flags set
-    named: dict[str, Any]  # those fields
-    workdir: str | None
-    mode: str
-    preempted_exit_code: int
-    coordinator: str | None
-    processes: int | None
-    process: int | None
-    join_timeout_s: int
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
-def parser() -> argparse.ArgumentParser:
-    """Reads all flags but those that set a field of the config."""
-    made = _Parser(
-        usage=argparse.SUPPRESS,
-        description=modes.HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    for name, kind, default, meaning in OPTIONS:
-        made.add_argument(f"--{name}", type=kind, default=default, help=meaning)
-    return made
+    config: ConfigDict | None = None  # of --config=FILE, with the fields that flags set
+    named: tuple[str, ...] = ()  # those fields
+    workdir: str = ""
+    mode: str = "train"
+    preempted_exit_code: int = 0
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    join_timeout_s: int = 300
+    plan: PlanOptions = PlanOptions()
 
 
 def parse(arguments: Sequence[str]) -> Flags:
-    """Reads the arguments of a command line; raises UserError if they are not valid."""
-    flags, others = parser().parse_known_args(arguments, Flags())
-    flags.config = config_of(flags.config) if flags.config else None
-    flags.named = _fields(flags.config, others)
-    if flags.config is not None:
-        flags.config = with_fields(flags.config, flags.named)
+    """The flags of a command line; raises UserError if they are not valid."""
+    texts = _texts(arguments)
+    fields = {name: texts.pop(name) for name in list(texts) if name.startswith("config.")}
+    for name in texts:
+        if name not in OPTIONS:
+            raise UserError(f"there is no flag --{name}{did_you_mean(name, OPTIONS)}")
+    given = {name: _value(name, text, OPTIONS[name][0]) for name, text in texts.items()}
+    file = given.pop("config", "")
+    plan = {name: given.pop(name) for name in list(given) if name.startswith("plan.")}
+    flags = Flags(
+        **given, plan=PlanOptions(**{name.removeprefix("plan."): plan[name] for name in plan})
+    )
     if flags.mode not in modes.MODES:
         hint = did_you_mean(flags.mode, modes.MODES)
         raise UserError(f"--mode={flags.mode} is not one of {', '.join(modes.MODES)}{hint}")
-    if flags.config is None and flags.mode in NEEDS_CONFIG:
+    if not file and (fields or flags.mode in NEEDS_CONFIG):
         raise UserError("--config is missing: give one, e.g. --config=configs/base.py:tiny")
     if not flags.workdir and flags.mode != "plan":
         raise UserError("--workdir is missing: give the run's folder, e.g. --workdir=runs/first")
-    if "://" in (flags.workdir or ""):
-        raise UserError(
-            f"--workdir={flags.workdir} is not a folder on this machine: give a local or mounted "
-            "one"
-        )
-    return flags
+    if "://" in flags.workdir:
+        raise UserError(f"--workdir={flags.workdir} must be a local or mounted folder")
+    if not file:
+        return flags
+    config = config_of(file)
+    known, named = flat(config.to_dict()), {}
+    for flag, text in fields.items():
+        name = flag.removeprefix("config.")
+        if name not in known:
+            hint = did_you_mean(name, known) or " (configs/base.py lists all)"
+            raise UserError(f"--{flag}: the config has no field {name}{hint}")
+        named[name] = _value(flag, text, type(known[name]))
+    return flags._replace(config=with_fields(config, named), named=tuple(named))
+
+
+def _texts(arguments: Sequence[str]) -> dict[str, str | None]:
+    """{name: text} of --name=text or --name text; None of a --name alone."""
+    found, name = {}, ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            found[name] = text if equals else None
+        elif name and found[name] is None:
+            found[name] = argument
+        else:
+            raise UserError(f"{argument!r} is not a flag: flags begin with --, as --workdir=DIR")
+    return found
+
+
+def _value(flag: str, text: str | None, kind: type) -> Any:
+    """The text of a flag as a value of the type of its option, or of its field in the config."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[(text or "true").lower()]
+        return kind(text or "" if kind in KINDS else ast.literal_eval(text or ""))
+    except (KeyError, SyntaxError, TypeError, ValueError) as error:
+        needed = KINDS.get(kind, "values such as (0.5, 1.0)")
+        raise UserError(f"--{flag}={text or ''} needs {needed}") from error
 
 
 def config_of(given: str) -> ConfigDict:
@@ -134,32 +145,6 @@ def config_of(given: str) -> ConfigDict:
             f"--config={given}: its get_config() must return a ConfigDict as in configs/base.py"
         )
     return config
-
-
-def _fields(config: ConfigDict | None, arguments: Sequence[str]) -> dict[str, Any]:
-    """{dotted name: value} of arguments that set fields; raises UserError for any others."""
-    fields = {} if config is None else flat(config.to_dict())
-    found, rest = {}, iter(arguments)
-    for argument in rest:
-        flag, given, text = argument.partition("=")
-        name = flag.removeprefix("--config.")
-        if name == flag:
-            hint = did_you_mean(flag, [f"--{option}" for option, *_ in OPTIONS])
-            raise UserError(f"there is no flag {flag}{hint}")
-        if config is None:
-            raise UserError(f"--config=FILE is missing, of which {flag} sets a field")
-        if name not in fields:
-            hint = did_you_mean(name, fields) or " (configs/base.py lists all)"
-            raise UserError(f"{flag}: the config has no field {name}{hint}")
-        old = fields[name]
-        if not given:
-            text = "true" if isinstance(old, bool) else next(rest, "")
-        read, needed = READERS.get(type(old), (ast.literal_eval, f"a value as {old!r}"))
-        try:
-            found[name] = read(text)
-        except (KeyError, SyntaxError, ValueError) as error:
-            raise UserError(f"{flag}={text} needs {needed}") from error
-    return found
 
 
 def run(flags: Flags) -> int:
@@ -231,8 +216,7 @@ def main(flags: Flags) -> int:
 
 
 def _plan(flags: Flags) -> int:
-    values = {name: getattr(flags, f"plan.{name}") for name in PlanOptions._fields}
-    options = PlanOptions(**values | {"json": os.path.expanduser(values["json"])})
+    options = flags.plan._replace(json=os.path.expanduser(flags.plan.json))
     os.environ |= environment(options)  # read when JAX is imported
     from codebook_jax.tools.plan import plan
 
@@ -283,8 +267,9 @@ def command() -> None:
     arguments = sys.argv[1:]
     if not arguments:
         sys.exit(complain(f"no arguments: {modes.BEGIN}"))
-    if {"--help", "-h", "--helpshort", "--helpfull"} & set(arguments):
-        print(parser().format_help() if "--helpfull" in arguments else modes.HELP)
+    if {"--help", "-h", "--helpfull"} & set(arguments):
+        flags = (f"  --{name:20} {meaning}" for name, (_, meaning) in OPTIONS.items())
+        print(modes.HELP, "Flags", *flags, sep="\n")
         sys.exit(0)
     try:
         flags = parse(arguments)

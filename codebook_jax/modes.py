@@ -44,7 +44,8 @@ Plan
 SIZE is tiny, small, base, large or huge. configs/base.py lists every FIELD with its source.
 Modes that use a trained run need no --config. Exit codes: 0 done, 1 failed, 2 user error, 130
 Ctrl-C; a training answers Ctrl-C by saving, then exits with 0, or with --preempted_exit_code if
-that is given. --helpfull lists all flags."""
+that is given.
+"""
 
 
 def command_line(mode: str, workdir: object) -> str:

@@ -66,16 +66,6 @@ def test_a_number_outside_its_range_is_refused_with_its_field_and_value(name):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("codebook.epsilon", 0),
-        ("codebook.temperature", 0.0),
-        ("alignment.temperature", -0.07),
-        ("optimizer.learning_rate", -1),
-        ("optimizer.weight_decay", -1),
-        ("optimizer.b1", 2),
-        ("optimizer.eps", 0),
-        ("model.text.dropout", 1.0),
-        ("mesh.fsdp", -2),
-        ("prepare.quality", 101),
         ("model.dtype", "float16"),
         ("model.attention", "flash"),
         ("data.teacher_view", 3),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from codebook_jax import main, modes
+from codebook_jax.config import flat
 from codebook_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ def test_the_size_and_every_kind_of_override_are_read():
         "--config.data.global_batch=32": 32,
         "--config.optimizer.learning_rate=1": 1.0,
         "--config.data.crop_scale=(0.2, 1)": (0.2, 1),
+        "--config.data.crop_ratio=[0.5, 2]": (0.5, 2),
         "--config.data.flip": True,
         "--config.train.memory_check=False": False,
         "--config.data.train=json:a b.json": "json:a b.json",
@@ -37,9 +39,10 @@ def test_the_size_and_every_kind_of_override_are_read():
     flags = main.parse(
         [*overrides, WORKDIR, "--mode", "export", "--config.seed", "3", CONFIG, "--process=1"]
     )
-    assert flags.config.size == "tiny" and flags.config.data.global_batch == 32
-    assert list(flags.named.values()) == [*overrides.values(), 3]
-    assert isinstance(flags.config.optimizer.learning_rate, float)
+    fields = flat(flags.config.to_dict())
+    assert fields["size"] == "tiny"
+    assert [fields[name] for name in flags.named] == [*overrides.values(), 3]
+    assert isinstance(fields["optimizer.learning_rate"], float)
     assert (flags.mode, flags.workdir, flags.process) == ("export", "runs/x", 1)
 
 
@@ -58,14 +61,17 @@ def test_a_trained_run_needs_no_config():
         (["--config.data.global_batch=3.5"], "--config.data.global_batch=3.5 needs a whole number"),
         (["--config.optimizer.b1=high"], "--config.optimizer.b1=high needs a number"),
         (["--config.data.flip=maybe"], "--config.data.flip=maybe needs true or false"),
-        (["--config.data.crop_scale=a"], "--config.data.crop_scale=a needs a value as (0.7, 1.0)"),
+        (
+            ["--config.data.crop_scale=a"],
+            "--config.data.crop_scale=a needs values such as (0.5, 1.0)",
+        ),
         (["--config.seed"], "--config.seed"),
         (["--mode=trian"], "--mode=trian is not one of train, import, eval"),
         (["--mode=trian"], "did you mean train?"),
-        (["--wrokdir=a"], "there is no flag --wrokdir ... did you mean --workdir?"),
-        (["--processes=two"], "--processes: invalid int value: 'two'"),
+        (["--wrokdir=a"], "there is no flag --wrokdir ... did you mean workdir?"),
+        (["--processes=two"], "--processes=two needs a whole number"),
         (["--processes"], "--processes"),
-        (["seed=3"], "there is no flag seed"),
+        (["seed=3"], "'seed=3' is not a flag"),
     ],
     ids=str,
 )
@@ -80,10 +86,10 @@ def test_a_wrong_argument_is_named_in_one_sentence(arguments, words):
         (["--config=configs/bas.py:tiny", WORKDIR], "no file .*did you mean configs/base.py?"),
         (["--config=configs", WORKDIR], "--config=configs: there is no file"),
         (["--config=", WORKDIR], "--config is missing"),
-        (["--config.seed=1", WORKDIR], "--config=FILE is missing, .*--config.seed"),
+        (["--config.seed=1", WORKDIR], "--config is missing"),
         ([WORKDIR], "--config is missing"),
         ([CONFIG], "--workdir is missing"),
-        ([CONFIG, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is not a folder"),
+        ([CONFIG, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run must be a local"),
     ],
     ids=str,
 )
@@ -118,14 +124,14 @@ def test_the_console_script_and_the_module_do_the_same():
     name, place = settings["options.entry_points"]["console_scripts"].strip().split(" = ")
     module, function = place.split(":")
     script = f"from {module} import {function}; {function}()"
-    both = [
-        subprocess.run([sys.executable, *way, flag], capture_output=True, text=True, cwd=ROOT)
-        for way, flag in ((["-m", "codebook_jax.main"], "--helpfull"), (["-c", script], "--help"))
-    ]
+    one, other = (
+        subprocess.run([sys.executable, *way, "--help"], capture_output=True, text=True, cwd=ROOT)
+        for way in (["-m", "codebook_jax.main"], ["-c", script])
+    )
     assert name == modes.PROGRAM
-    assert [(done.returncode, done.stderr) for done in both] == [(0, "")] * 2
-    assert both[1].stdout == modes.HELP + "\n" and both[0].stdout.startswith(modes.HELP)
-    assert all(f"--{option}" in both[0].stdout for option, *_ in main.OPTIONS)
+    assert one.stdout == other.stdout and (one.returncode, one.stderr) == (0, "")
+    assert one.stdout.startswith(modes.HELP)
+    assert all(f"--{option} " in one.stdout for option in main.OPTIONS)
 
 
 def test_the_command_prints_the_sentence_alone_and_exits_2():

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree
 
 from codebook_jax.console import say
 from codebook_jax.data.images import UnreadableImage, decode, resize_square
@@ -48,16 +48,10 @@ class Encoders(Protocol):
     """Programs that run towers, given as parameters, on rows split over a mesh."""
 
     mesh: jax.sharding.Mesh
-
-    def encode_images(
-        self, towers: PyTree, images: UInt8[Array, "rows side side 3"]
-    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows patches width"]]:
-        """Unit features of images, and their tokens."""
-
-    def encode_texts(
-        self, towers: PyTree, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"]
-    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows tokens width"]]:
-        """Unit features of texts, and the states of their tokens."""
+    # of towers and uint8 images [rows, side, side, 3]: unit features, and the tokens of patches
+    encode_images: Callable[[PyTree, Array], tuple[Array, Array]]
+    # of towers, tokens [rows, tokens] and lengths: unit features, and the states of tokens
+    encode_texts: Callable[[PyTree, Array, Array], tuple[Array, Array]]
 
 
 def encode_source(
@@ -84,7 +78,7 @@ def encode_source(
     of_images = {name: outputs(count, with_tokens=name in with_tokens) for name in towers}
     kept: list[tuple[int, Record]] = []
     unreadable: list[str] = []
-    for chunk in _read(source, tokenizer, range(count), rows, config):
+    for chunk in _read(source, tokenizer, count, rows, config):
         readable = [(at, record, image) for at, record, image in chunk if record is not None]
         unreadable += [why for _, record, why in chunk if record is None]
         kept += [(at, record) for at, record, _ in readable]
@@ -93,21 +87,12 @@ def encode_source(
             for name, weights in towers.items():
                 of_images[name].add(functools.partial(encoders.encode_images, weights), pixels)
         progress("images", chunk[-1][0] + 1, count)
-    first = f" (first: {unreadable[0]})" if unreadable else ""
-    if not kept:
-        raise UserError(f"{source!r} has no image to evaluate: 0 of {count:,} could be read{first}")
-    if unreadable:
-        say(
-            f"{len(unreadable):,} of {count:,} images could not be read and are left out with "
-            f"their captions{first}"
-        )
+    _report_unreadable(source, unreadable, count)
     captions = [caption for _, record in kept for caption in record.captions]
     tokens, lengths, truncated = tokenizer.encode(captions, max_tokens)
     if truncated:
-        say(
-            f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens: "
-            "their ends are cut off"
-        )
+        longer = f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens"
+        say(f"{longer}: their ends are cut off")
     features = {}
     for name, weights in towers.items():
         of_texts = outputs(len(captions), with_tokens=name in with_tokens)
@@ -165,11 +150,7 @@ class _Outputs:
 
 
 def _read(
-    source: Source,
-    tokenizer: Tokenizer,
-    positions: range,
-    rows: int,
-    config: ml_collections.ConfigDict,
+    source: Source, tokenizer: Tokenizer, count: int, rows: int, config: ml_collections.ConfigDict
 ) -> Iterator[list[tuple[int, Record | None, np.ndarray | str]]]:
     """Chunks of (position, record, image), or (position, None, why) if unreadable.
 
@@ -189,10 +170,19 @@ def _read(
 
     with ThreadPoolExecutor(config.data.threads) as pool:
         ahead = []
-        for start in range(0, len(positions) + rows, rows):
-            running, ahead = ahead, [pool.submit(read, at) for at in positions[start:][:rows]]
+        for start in range(0, count + rows, rows):
+            running, ahead = ahead, [pool.submit(read, at) for at in range(count)[start:][:rows]]
             if running:
                 yield [job.result() for job in running]
+
+
+def _report_unreadable(source: Source, unreadable: Sequence[str], count: int) -> None:
+    first = f" (first: {unreadable[0]})" if unreadable else ""
+    if len(unreadable) == count:
+        raise UserError(f"{source!r} has no image to evaluate: 0 of {count:,} could be read{first}")
+    if unreadable:
+        left_out = f"{len(unreadable):,} of {count:,} images could not be read"
+        say(f"{left_out} and are left out with their captions{first}")
 
 
 def _check_finite(name: str, features: Features) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -37,12 +35,8 @@ def recall_of_queries(
     rows = max(1, CELLS_AT_ONCE // max(1, len(candidate_ids)))
     for start in range(0, len(query_ids), rows):
         part = scores[start : start + rows]
-        bad = int(np.isnan(part).any(axis=1).sum())
-        if bad:
-            raise ValueError(
-                f"scores of {bad} of {len(part)} queries from {start} on hold NaN, which cannot be "
-                "ranked"
-            )
+        if bad := int(np.isnan(part).any(axis=1).sum()):
+            raise ValueError(f"scores of {bad} of {len(part)} queries hold NaN: no rank is known")
         matches = query_ids[start : start + rows, None] == candidate_ids[None, :]
         best = np.where(matches, part, -np.inf).max(axis=1, keepdims=True)
         tied = part == best
@@ -59,8 +53,9 @@ def chance_at_k(
 
     With several texts per image it is hypergeometric; with one text per image, k / images.
     """
-    text_chance = _chance_of_queries(image_ids, text_image_ids)
-    image_chance = _chance_of_queries(text_image_ids, image_ids)
+    equal = np.broadcast_to(np.float32(0), (len(image_ids), len(text_image_ids)))
+    text_chance = recall_of_queries(equal, image_ids, text_image_ids)
+    image_chance = recall_of_queries(equal.T, text_image_ids, image_ids)
     return (
         named_recalls("chance_r", (text_chance + image_chance) / 2)
         | named_recalls("txt_chance_r", text_chance)
@@ -73,23 +68,13 @@ def named_recalls(prefix: str, recalls: Float[np.ndarray, "ranks"]) -> dict[str,
     return {f"{prefix}{k}": float(recall) for k, recall in zip(RANKS, recalls, strict=True)}
 
 
-def _chance_of_queries(
-    query_ids: Int[np.ndarray, "queries"], candidate_ids: Int[np.ndarray, "candidates"]
-) -> Float[np.ndarray, "ranks"]:
-    counts = Counter(candidate_ids.tolist())
-    matching = np.array([counts[query] for query in query_ids.tolist()])
-    everything = np.full(len(query_ids), len(candidate_ids))
-    return 100 * _hit_probability(np.zeros_like(everything), everything, matching).mean(axis=0)
-
-
 def _hit_probability(
     above: Int[np.ndarray, "queries"],
     tied: Int[np.ndarray, "queries"],
     matching: Int[np.ndarray, "queries"],
 ) -> Float[np.ndarray, "queries ranks"]:
     """1 - C(tied - matching, m) / C(tied, m): a hit among m = k - above draws of the tied."""
-    lonely = int((matching == 0).sum())
-    if lonely:
+    if lonely := int((matching == 0).sum()):
         raise ValueError(f"{lonely} queries have no matching candidate: leave them out")
     probability = np.empty((len(above), len(RANKS)))
     for column, k in enumerate(RANKS):

@@ -63,14 +63,7 @@ def evaluate(
     }
     if match is not None:
         reranked = rerank_gallery(
-            match,
-            encoders.mesh,
-            encoded,
-            similarity["student"],
-            top_k=config.evaluation.rerank_top_k,
-            add_dual=config.evaluation.rerank_add_dual,
-            batch=config.evaluation.batch,
-            progress=progress,
+            match, encoders.mesh, encoded, similarity["student"], config.evaluation, progress
         )
         shared["rerank_top_k"] = config.evaluation.rerank_top_k
         results["student/reranked"] = reranked | shared

@@ -11,45 +11,34 @@ from codebook_jax.errors import UserError
 from codebook_jax.tasks.assignments import ASSIGNMENTS
 
 PAIRS = "name your pairs, e.g. json:PATH, or scenes"
-# The fields, whether their values fit, and what is needed.
+
+
+def _divides(whole: int, part: int) -> bool:
+    return whole % part == 0
+
+
+# Fields, whether their values fit, and what is needed.
 FITTING = (
-    (("data.train",), bool, PAIRS),
-    (("data.eval",), bool, PAIRS),
+    ("data.train", bool, PAIRS),
+    ("data.eval", bool, PAIRS),
     (
-        tuple(f"losses.{name}" for name in ("alignment", "codebook", "matching", "masked_lm")),
+        "losses.alignment losses.codebook losses.matching losses.masked_lm",
         lambda *weights: any(weights),
         "give one a weight, or nothing is learned",
     ),
-    (("codebook.solver",), ASSIGNMENTS.__contains__, f"give one of {', '.join(ASSIGNMENTS)}"),
-    (("queue.size", "data.global_batch"), operator.ge, "the queue must hold at least one batch"),
-    (("codebook.queue_samples", "queue.size"), operator.le, "the queue does not hold so many"),
+    ("codebook.solver", ASSIGNMENTS.__contains__, f"give one of {', '.join(ASSIGNMENTS)}"),
+    ("queue.size data.global_batch", operator.ge, "the queue must hold at least one batch"),
+    ("codebook.queue_samples queue.size", operator.le, "the queue does not hold so many"),
     (
-        ("alignment.temperature_min", "alignment.temperature", "alignment.temperature_max"),
+        "alignment.temperature_min alignment.temperature alignment.temperature_max",
         lambda least, first, most: least <= first <= most,
         "the first temperature must lie in its range",
     ),
-    (
-        ("mlm.mask_share", "mlm.random_share"),
-        lambda mask, random: mask + random <= 1,
-        "the shares may be 1 together",
-    ),
-    (
-        ("model.text.max_tokens", "model.text.max_positions"),
-        operator.le,
-        "every token needs the embedding of its position",
-    ),
-    *(
-        (
-            (f"model.{whole}", f"model.{part}"),
-            lambda a, b: a % b == 0,
-            "the second must divide the first",
-        )
-        for whole, part in (
-            ("image.size_px", "image.patch_px"),
-            ("image.width", "image.heads"),
-            ("text.width", "text.heads"),
-        )
-    ),
+    ("mlm.mask_share mlm.random_share", lambda *both: sum(both) <= 1, "their sum is at most 1"),
+    ("model.text.max_tokens model.text.max_positions", operator.le, "each token needs a position"),
+    ("model.image.size_px model.image.patch_px", _divides, "patches must fill the image"),
+    ("model.image.width model.image.heads", _divides, "the heads must divide the width"),
+    ("model.text.width model.text.heads", _divides, "the heads must divide the width"),
 )
 
 
@@ -58,8 +47,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_fields(config)
     values = flat(config.to_dict())
     for names, fit, needed in FITTING:
-        if not fit(*(values[name] for name in names)):
-            given = ", ".join(f"config.{name}={values[name]!r}" for name in names)
+        if not fit(*(values[name] for name in names.split())):
+            given = ", ".join(f"config.{name}={values[name]!r}" for name in names.split())
             raise UserError(f"{given} cannot be used: {needed}")
 
 

@@ -23,7 +23,7 @@ def test_shellcheck_finds_nothing():
 def test_launchers_that_restart_ask_for_the_same_exit_code_of_main():
     from codebook_jax import main
 
-    assert "preempted_exit_code" in main.parser().parse_args([])
+    assert "preempted_exit_code" in main.OPTIONS
     assert "PREEMPTED=75" in BATCH.read_text()
     assert JOBSETS.read_text().count("codebook_jax.main, --preempted_exit_code=75]") == 2
     for path in LAUNCH.glob("sky_*.yaml"):

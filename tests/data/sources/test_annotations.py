@@ -191,7 +191,7 @@ def test_a_long_list_is_parsed_an_image_at_a_time(tmp_path):
 # Mistakes
 
 CONTENTS = {"coco": COCO, "karpathy": karpathy(("train", "train")), "vg": REGIONS}
-LONG, DEEP = "9" * 5000, "[" * 100_000
+LONG = "9" * 5000
 BROKEN = [  # (scheme, a change or another content, the refusal)
     (
         "coco",
@@ -227,7 +227,6 @@ BROKEN = [  # (scheme, a change or another content, the refusal)
         "is not JSON .expecting ',' delimiter, line 2",
     ),
     ("vg", "[]\n[]", "is not JSON .extra data, line 2"),
-    ("vg", '[{"id": 1, "regions": []},' + DEEP, r"\[1\] cannot be read .*nested"),
 ]
 
 

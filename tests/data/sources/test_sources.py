@@ -76,7 +76,7 @@ def pair(**changes):
     return [{"image": "a", "caption": "x"} | changes]
 
 
-DEEP, LONG = "[" * 100_000, "9" * 5000
+LONG = "9" * 5000
 BROKEN = [
     ([], "lists no pairs"),
     ("", "is empty"),
@@ -95,7 +95,6 @@ BROKEN = [
     (pair(image_id=1.5), 'key "image_id": 1.5 is not an id'),
     (json.dumps(pair(image_id="?")).replace('"?"', LONG), r"\[0\] cannot be .*5000 digits"),
     ('[{"image": "a", "caption": "x", "image_id": NaN}]', '"image_id": NaN is not'),
-    (f"{json.dumps(pair())[:-1]}, {DEEP}", r"\[1\] cannot be read .*nested"),
     ('[{"image": "a", "caption": "x", "caption": "y"}]', r"\[0\] cannot .*the key 'caption' twice"),
 ]
 
