@@ -27,12 +27,10 @@ def command() -> None:
 
 
 def begin() -> None:
-    """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux;
-    without these, a step on a CPU spends a quarter of its time on page faults.
-    """
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a background job of a shell
-    if not ignored:
+    """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # not a background job of a shell
         signal.signal(signal.SIGINT, _leave)
+    # Without huge pages, a step on a CPU spends a quarter of its time on page faults.
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ.update(HUGE_PAGES)
         # Ctrl-C is blocked until the restarted program has a handler for it.

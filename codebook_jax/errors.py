@@ -10,9 +10,7 @@ UNREACHABLE = (errno.EROFS, errno.ESTALE, errno.EIO, errno.ETIMEDOUT)  # of a fo
 
 
 class UserError(Exception):
-    """A user error in one sentence: what was given, what is wrong, what to do. `main` prints it and
-    exits with 2.
-    """
+    """One sentence: what was given, what is wrong, what to do. `main` prints it, exits with 2."""
 
 
 def first_few(

@@ -28,9 +28,7 @@ parse_json_at = json.JSONDecoder(object_pairs_hook=_object).raw_decode
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The content of a JSON text; raises ValueError with one sentence if it is not JSON, or has an
-    object with a repeated key.
-    """
+    """The content of a JSON text; ValueError if it is not JSON or an object repeats a key."""
     return json.loads(text, object_pairs_hook=_object)
 
 

@@ -78,9 +78,8 @@ def parse(arguments: Sequence[str]) -> Flags:
     given = {name: _value(name, text, OPTIONS[name][0]) for name, text in texts.items()}
     file = given.pop("config", "")
     plan = {name: given.pop(name) for name in list(given) if name.startswith("plan.")}
-    flags = Flags(
-        **given, plan=PlanOptions(**{name.removeprefix("plan."): plan[name] for name in plan})
-    )
+    plan = {name.removeprefix("plan."): value for name, value in plan.items()}
+    flags = Flags(**given, plan=PlanOptions(**plan))
     if flags.mode not in modes.MODES:
         hint = did_you_mean(flags.mode, modes.MODES)
         raise UserError(f"--mode={flags.mode} is not one of {', '.join(modes.MODES)}{hint}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -53,9 +55,8 @@ def chance_at_k(
 
     With several texts per image it is hypergeometric; with one text per image, k / images.
     """
-    equal = np.broadcast_to(np.float32(0), (len(image_ids), len(text_image_ids)))
-    text_chance = recall_of_queries(equal, image_ids, text_image_ids)
-    image_chance = recall_of_queries(equal.T, text_image_ids, image_ids)
+    text_chance = _chance_of_queries(image_ids, text_image_ids)
+    image_chance = _chance_of_queries(text_image_ids, image_ids)
     return (
         named_recalls("chance_r", (text_chance + image_chance) / 2)
         | named_recalls("txt_chance_r", text_chance)
@@ -66,6 +67,15 @@ def chance_at_k(
 def named_recalls(prefix: str, recalls: Float[np.ndarray, "ranks"]) -> dict[str, float]:
     """{"txt_r1": ..., "txt_r5": ...} for the prefix "txt_r"."""
     return {f"{prefix}{k}": float(recall) for k, recall in zip(RANKS, recalls, strict=True)}
+
+
+def _chance_of_queries(
+    query_ids: Int[np.ndarray, "queries"], candidate_ids: Int[np.ndarray, "candidates"]
+) -> Float[np.ndarray, "ranks"]:
+    counts = Counter(candidate_ids.tolist())
+    matching = np.array([counts[query] for query in query_ids.tolist()])
+    everything = np.full(len(query_ids), len(candidate_ids))
+    return 100 * _hit_probability(np.zeros_like(everything), everything, matching).mean(axis=0)
 
 
 def _hit_probability(

@@ -26,7 +26,7 @@ from codebook_jax.method.pair import Pair
 def codeword_costs(
     features: Float[Array, "*some batch dim"], codes: Float[Array, "codes dim"]
 ) -> Float[Array, "*some batch codes"]:
-    """Cosine distance 1 - z.c of unit features, in at least float32 (Duan et al. 2022, 3.1)."""
+    """Cosine distance 1 - z.c of unit vectors, in at least float32 (Duan et al. 2022, 3.1)."""
     kind = wide_enough(features.dtype, codes.dtype)
     features, codes = features.astype(kind), codes.astype(kind)
     return 1 - jnp.einsum("...bd,kd->...bk", features, codes, precision="highest")

@@ -72,7 +72,7 @@ def masked_word_loss(
     *,
     alpha: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Weighted sum of cross-entropies to the true word (1 - alpha) and the teacher's words (alpha).
+    """Weighted cross-entropies, summed, to the true word (1 - alpha) and the teacher's (alpha).
 
     Source: Li et al. 2021, 3.2 and 3.3.
     """

@@ -16,9 +16,7 @@ Plan = Float[Array, "2 rows codes"]
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of one run; randomness is not part of it, since it follows from the seed and the
-    step.
-    """
+    """The state of one run, without its randomness, which follows from the seed and the step."""
 
     step: Int[Array, ""]  # steps done, skipped ones too: the position in the data
     student: PyTree  # parameters, float32; the optimizer changes them
