@@ -47,7 +47,13 @@ def task_class(config: ml_collections.ConfigDict) -> type[Task]:
     """The task that `config.task` names; raises UserError for an unknown one."""
     if config.task not in TASKS:
         raise UserError(f"config.task={config.task!r} is not one of the tasks: {', '.join(TASKS)}")
-    return TASKS[config.task]
+    task = TASKS[config.task]
+    if missing := sorted(task.__abstractmethods__):
+        raise UserError(
+            f"config.task={config.task!r} lacks {', '.join(missing)}: add them to "
+            f"{task.__module__}.{task.__qualname__}"
+        )
+    return task
 
 
 def check(config: ml_collections.ConfigDict) -> None:

@@ -235,8 +235,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{dotted name: value} of a config's nested sections."""
     found = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
+        place = f"{prefix}{name}"
+        found |= flat(value, f"{place}.") if isinstance(value, dict) else {place: value}
     return found

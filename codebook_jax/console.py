@@ -32,10 +32,14 @@ def command() -> None:
 
 def begin() -> None:
     """Makes Ctrl-C and unwritable output harmless, after a restart with huge pages on Linux."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a background job of a shell
-    if not ignored:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # not a background job of a shell
         signal.signal(signal.SIGINT, _leave)
-    _with_huge_pages()
+    # Without huge pages, a step on a CPU spends a quarter of its time on page faults.
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ.update(HUGE_PAGES)
+        # Ctrl-C is blocked until the restarted program has a handler for it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     keep_output()
 
@@ -52,7 +56,15 @@ def keep_output() -> None:
             os.fstat(number)
         except OSError:
             _discard(number)
-    sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        before = getattr(sys, name)  # None: it was closed
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(_Lasting(number, "w", closefd=False)),
+            encoding="utf-8" if before is None else before.encoding,
+            errors="backslashreplace",
+            line_buffering=True,
+        )
+        setattr(sys, name, stream)
 
 
 def say(text: str) -> None:
@@ -151,19 +163,19 @@ def interruptible() -> Iterator[None]:
     """Inside, the first Ctrl-C raises KeyboardInterrupt, so that drafts are removed; a second one
     exits at once. Does nothing in a process that did not call `begin`.
     """
-    if signal.getsignal(signal.SIGINT) is not _leave:
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, _leave)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+    catches = signal.getsignal(signal.SIGINT) is _leave
+    if catches:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, _leave)
+        if catches:
+            signal.signal(signal.SIGINT, _leave)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    signal.signal(signal.SIGINT, _leave)
+    raise KeyboardInterrupt
 
 
 class _Lasting(io.FileIO):
@@ -183,19 +195,6 @@ class _Lasting(io.FileIO):
         return len(data)
 
 
-def _lasting(before: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
-    """A text stream like `before` (None: it was closed at start) on file `number`."""
-    raw = _Lasting(number, "w", closefd=False)
-    unbuffered = before is not None and before.write_through
-    return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),
-        encoding="utf-8" if before is None else before.encoding,
-        errors="backslashreplace",
-        line_buffering=before is None or before.line_buffering,
-        write_through=unbuffered,
-    )
-
-
 def _discard(number: int) -> None:
     """Discards everything written to a file descriptor from now on, by native code too."""
     null = os.open(os.devnull, os.O_RDWR)
@@ -209,14 +208,3 @@ def _leave(number: int, frame: object) -> None:
     """Exits at once: unwinding a half-done import prints traces."""
     write_now(f"stopped by {signal.Signals(number).name}\n")
     os._exit(128 + number)
-
-
-def _with_huge_pages() -> None:
-    """Restarts this program, with malloc asking Linux for huge pages: otherwise a step on a CPU
-    spends a quarter of its time on page faults.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ.update(HUGE_PAGES)
-        # Ctrl-C is blocked until the restarted program has a handler for it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

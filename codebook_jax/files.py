@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -14,60 +15,21 @@ from typing import IO, Any
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
 
 
-class TooLong:
-    """Stands for a whole number with more digits than Python reads, so that errors can name it."""
-
-    def __init__(self, digits: str) -> None:
-        self._digits = digits
-
-    def __str__(self) -> str:
-        return f"{self._digits[:8]}... ({len(self._digits):,} digits)"
-
-
-@contextlib.contextmanager
-def _deep_nesting_is_a_value_error() -> Iterator[None]:
-    try:
-        yield
-    except RecursionError as failure:
-        raise ValueError("lists or objects are nested too deeply") from failure
-
-
-@_deep_nesting_is_a_value_error()
-def parse_json(text: str | bytes, *, of_data: bool = False) -> Any:
-    """The content of a JSON text; raises ValueError with one sentence if it is not JSON, has an
-    object with a repeated key, or is nested too deep for the stack.
-
-    With `of_data`, whole numbers that are too long become `TooLong`, so that the rest can be read.
-    """
-    if isinstance(text, bytes):
-        text = text.decode(json.detect_encoding(text), "surrogatepass").removeprefix("\ufeff")
-    return (_OF_DATA if of_data else _STRICT).decode(text)
-
-
-@_deep_nesting_is_a_value_error()
-def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """(the value that begins at `start`, where it ends), like `parse_json(of_data=True)`."""
-    return _OF_DATA.raw_decode(text, start)
-
-
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for at, key in enumerate(keys) if key in keys[:at])
-        raise ValueError(f"an object has the key {twice!r} twice")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the key {key!r} twice")
     return content
 
 
-def _whole_number(digits: str) -> int | TooLong:
-    try:
-        return int(digits)
-    except ValueError:  # sys.get_int_max_str_digits()
-        return TooLong(digits)
+# (text, start) to (the value that begins there, where it ends), like `parse_json`
+parse_json_at = json.JSONDecoder(object_pairs_hook=_object).raw_decode
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_object)
-_OF_DATA = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole_number)
+def parse_json(text: str | bytes) -> Any:
+    """The content of a JSON text; ValueError if it is not JSON or an object repeats a key."""
+    return json.loads(text, object_pairs_hook=_object)
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -81,7 +43,8 @@ def write_json(path: Path | str, value: Any) -> None:
 def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[str]]:
     """A UTF-8 text file that gets its name once it is written completely; `errors` as in `open`."""
     path = Path(path)
-    draft = _draft_of(path)
+    # random, since two hosts may share process numbers
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with refused(path, *UNREACHABLE):
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = open(draft, "w", encoding="utf-8", errors=errors, newline="\n")
@@ -112,8 +75,6 @@ def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str
                 )
             if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            with contextlib.suppress(FileNotFoundError):
-                os.lstat(_draft_of(path))  # its name may be too long
 
 
 def write_probe(folder: Path) -> None:
@@ -126,11 +87,6 @@ def write_probe(folder: Path) -> None:
             os.fsync(file.fileno())
     finally:
         path.unlink(missing_ok=True)
-
-
-def _draft_of(path: Path) -> Path:
-    # random, since two hosts may share process numbers
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager

@@ -61,10 +61,10 @@ def whereabouts(config: ml_collections.ConfigDict, workdir: Path) -> str:
 
 def next_steps(step: int, workdir: Path) -> str:
     """What a trained run can be used for, with the command for each."""
-    uses = [name for name, mode in modes.MODES.items() if mode.group in modes.USES]
-    width = max(map(len, uses))
-    lines = [f"\n  {name:{width}}  {modes.command_line(name, workdir)}" for name in uses]
-    return f"{workdir} holds the model of step {step:,}; what you can do with it:{''.join(lines)}"
+    uses = ("eval", "report", "export")
+    lines = [f"  {name:6}  {modes.command_line(name, workdir)}" for name in uses]
+    first = f"{workdir} holds the model of step {step:,}; what you can do with it:"
+    return "\n".join([first, *lines])
 
 
 def amount(source: Source, global_batch: int, steps: int) -> list[str]:

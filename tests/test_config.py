@@ -66,16 +66,6 @@ def test_a_number_outside_its_range_is_refused_with_its_field_and_value(name):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("codebook.epsilon", 0),
-        ("codebook.temperature", 0.0),
-        ("alignment.temperature", -0.07),
-        ("optimizer.learning_rate", -1),
-        ("optimizer.weight_decay", -1),
-        ("optimizer.b1", 2),
-        ("optimizer.eps", 0),
-        ("model.text.dropout", 1.0),
-        ("mesh.fsdp", -2),
-        ("prepare.quality", 101),
         ("model.dtype", "float16"),
         ("model.attention", "flash"),
         ("data.teacher_view", 3),
@@ -101,9 +91,9 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(name, value):
 @pytest.mark.parametrize(
     "changes, numbers",
     [
-        ({"data.train": ""}, ("data.train",)),
-        ({"data.eval": ""}, ("data.eval",)),
-        ({f"losses.{name}": 0.0 for name in base.get_config().losses}, ("config.losses",)),
+        ({"data.train": ""}, ("data.train=''",)),
+        ({"data.eval": ""}, ("data.eval=''",)),
+        ({f"losses.{name}": 0.0 for name in base.get_config().losses}, ("losses.alignment=0.0",)),
         ({"queue.size": 63}, ("queue.size=63", "data.global_batch=64")),
         ({"codebook.queue_samples": 65}, ("codebook.queue_samples=65", "queue.size=64")),
         ({"alignment.temperature": 0.6}, ("temperature=0.6", "temperature_max=0.5")),

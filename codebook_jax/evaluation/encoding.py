@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree
 
 from codebook_jax.console import say
 from codebook_jax.data.images import UnreadableImage, decode, resize_square
@@ -47,90 +48,65 @@ class Encoders(Protocol):
     """Programs that run towers, given as parameters, on rows split over a mesh."""
 
     mesh: jax.sharding.Mesh
-
-    def encode_images(
-        self, towers: Any, images: UInt8[Array, "rows side side 3"]
-    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows patches width"]]:
-        """Unit features of images, and their tokens."""
-
-    def encode_texts(
-        self, towers: Any, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"]
-    ) -> tuple[Float[Array, "rows dim"], Float[Array, "rows tokens width"]]:
-        """Unit features of texts, and the states of their tokens."""
-
-
-class GallerySpec(NamedTuple):
-    """How much of a source is read, and in which shapes."""
-
-    images: int  # the first of the source; 0: all
-    rows: int  # per call of an encoder, a multiple of the mesh's data shards
-    size_px: int
-    max_tokens: int
-    threads: int
-
-    @classmethod
-    def from_config(
-        cls, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, images: int
-    ) -> GallerySpec:
-        """The shapes of a config, for `images` images."""
-        rows = rows_over_shards(min(config.evaluation.batch, images), mesh)
-        model = config.model
-        return cls(images, rows, model.image.size_px, model.text.max_tokens, config.data.threads)
+    # of towers and uint8 images [rows, side, side, 3]: unit features, and the tokens of patches
+    encode_images: Callable[[PyTree, Array], tuple[Array, Array]]
+    # of towers, tokens [rows, tokens] and lengths: unit features, and the states of tokens
+    encode_texts: Callable[[PyTree, Array, Array], tuple[Array, Array]]
 
 
 def encode_source(
     encoders: Encoders,
-    towers: Mapping[str, Any],
+    towers: Mapping[str, PyTree],
     source: Source,
     tokenizer: Tokenizer,
-    spec: GallerySpec,
+    config: ml_collections.ConfigDict,
     *,
-    with_tokens: frozenset[str] = frozenset(),
-    progress: Progress | None = None,
+    images: int,
+    with_tokens: Sequence[str] = (),
+    progress: Progress = lambda *_: None,
 ) -> Gallery:
-    """The first images of a source and all their captions, through each of the `towers`.
+    """The first `images` (0: all) of a source and all their captions, through each of the `towers`.
 
     `with_tokens` names the towers whose tokens are kept too. Images that cannot be read are left
     out with their captions and reported. Raises UserError if none can be read or a feature is not
     finite.
     """
-    mesh, rows = encoders.mesh, spec.rows
-    count = min(spec.images, len(source)) if spec.images else len(source)
+    count = min(images or len(source), len(source))
+    max_tokens = config.model.text.max_tokens
+    rows = rows_over_shards(min(config.evaluation.batch, count), encoders.mesh)
+    outputs = functools.partial(_Outputs, encoders.mesh, rows)
+    of_images = {name: outputs(count, with_tokens=name in with_tokens) for name in towers}
     kept: list[tuple[int, Record]] = []
-    tables = {name: (_Table(count), _Table(count)) for name in towers}
     unreadable: list[str] = []
-    for chunk in _read(source, tokenizer, count, spec):
+    for chunk in _read(source, tokenizer, count, rows, config):
         readable = [(at, record, image) for at, record, image in chunk if record is not None]
-        unreadable += [image for _, record, image in chunk if record is None]
+        unreadable += [why for _, record, why in chunk if record is None]
         kept += [(at, record) for at, record, _ in readable]
         if readable:
-            pixels = np.stack([image for _, _, image in readable])
+            pixels = np.stack([image for *_, image in readable])
             for name, weights in towers.items():
-                found = encoders.encode_images(weights, _padded(pixels, rows, mesh))
-                for table, part in zip(tables[name], found, strict=True):
-                    if table is tables[name][0] or name in with_tokens:
-                        table.add(part, len(pixels))
-        if progress is not None:
-            progress("images", chunk[-1][0] + 1, count)
+                of_images[name].add(functools.partial(encoders.encode_images, weights), pixels)
+        progress("images", chunk[-1][0] + 1, count)
     _report_unreadable(source, unreadable, count)
-    records = [record for _, record in kept]
-    captions = [caption for record in records for caption in record.captions]
-    tokens, lengths, truncated = tokenizer.encode(captions, spec.max_tokens)
+    captions = [caption for _, record in kept for caption in record.captions]
+    tokens, lengths, truncated = tokenizer.encode(captions, max_tokens)
     if truncated:
-        say(
-            f"{truncated:,} of {len(captions):,} captions are longer than {spec.max_tokens} "
-            "tokens: their ends are cut off"
-        )
+        longer = f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens"
+        say(f"{longer}: their ends are cut off")
     features = {}
     for name, weights in towers.items():
-        image, image_tokens = (table.filled for table in tables[name])
-        keep = name in with_tokens
-        found = _encode_texts(encoders, weights, tokens, lengths, rows, keep, progress)
-        features[name] = Features(image, found[0], image_tokens, found[1])
+        of_texts = outputs(len(captions), with_tokens=name in with_tokens)
+        for start in range(0, len(captions), rows):
+            part = slice(start, start + rows)
+            encode = functools.partial(encoders.encode_texts, weights)
+            of_texts.add(encode, tokens[part], lengths[part])
+            progress("texts", of_texts.used, len(captions))
+        (image, image_tokens), (text, states) = of_images[name].filled, of_texts.filled
+        features[name] = Features(image, text, image_tokens, states)
         _check_finite(name, features[name])
     return Gallery(
-        np.array([record.image_id for record in records]),
-        np.array([record.image_id for record in records for _ in record.captions]),
+        np.array([record.image_id for _, record in kept]),
+        np.array([record.image_id for _, record in kept for _ in record.captions]),
         lengths,
         captions,
         np.array([at for at, _ in kept]),
@@ -140,99 +116,73 @@ def encode_source(
     )
 
 
-def _encode_texts(
-    encoders: Encoders,
-    towers: Any,
-    tokens: Int[np.ndarray, "texts tokens"],
-    lengths: Int[np.ndarray, "texts"],
-    rows: int,
-    keep_states: bool,
-    progress: Progress | None,
-) -> tuple[Float[np.ndarray, "texts dim"], Float[np.ndarray, "texts tokens width"] | None]:
-    text, states = _Table(len(tokens)), _Table(len(tokens))
-    for start in range(0, len(tokens), rows):
-        part = slice(start, start + rows)
-        padded = (_padded(array[part], rows, encoders.mesh) for array in (tokens, lengths))
-        found = encoders.encode_texts(towers, *padded)
-        text.add(found[0], len(tokens[part]))
-        if keep_states:
-            states.add(found[1], len(tokens[part]))
-        if progress is not None:
-            progress("texts", min(start + rows, len(tokens)), len(tokens))
-    return text.filled, states.filled
-
-
 def rows_over_shards(rows: int, mesh: jax.sharding.Mesh) -> int:
     """`rows` rounded up to a multiple of the parts that the batch is split into."""
     shards = sharding.data_shards(mesh)
     return -(-rows // shards) * shards
 
 
-class _Table:
-    """Rows gathered on the host in an array that is allocated once."""
+class _Outputs:
+    """Features and, `with_tokens`, tokens of up to `total` inputs, in arrays allocated once."""
 
-    def __init__(self, rows: int) -> None:
-        self._rows, self._used = rows, 0
-        self._array: np.ndarray | None = None
+    def __init__(
+        self, mesh: jax.sharding.Mesh, rows: int, total: int, *, with_tokens: bool
+    ) -> None:
+        self._mesh, self._rows, self._total, self._parts = mesh, rows, total, 1 + with_tokens
+        self.used = 0
+        self._arrays: list[np.ndarray | None] = [None, None]
 
-    def add(self, part: Array, count: int) -> None:
-        """Adds the first `count` rows; the others were padding."""
-        rows = sharding.to_host(part)[:count]
-        if self._array is None:
-            self._array = np.empty((self._rows, *rows.shape[1:]), rows.dtype)
-        self._array[self._used : self._used + count] = rows
-        self._used += count
+    def add(self, encode: Callable[..., tuple[Array, Array]], *inputs: np.ndarray) -> None:
+        """Encodes up to `rows` inputs, padded with the last one: a valid input, unlike zeros."""
+        count = len(inputs[0])
+        places = np.arange(self._rows).clip(max=count - 1)
+        found = encode(*(sharding.to_device(array[places], self._mesh) for array in inputs))
+        for at, part in enumerate(found[: self._parts]):
+            values = sharding.to_host(part)[:count]
+            if self._arrays[at] is None:
+                self._arrays[at] = np.empty((self._total, *values.shape[1:]), values.dtype)
+            self._arrays[at][self.used : self.used + count] = values
+        self.used += count
 
     @property
-    def filled(self) -> np.ndarray | None:
-        return None if self._array is None else self._array[: self._used]
-
-
-def _padded(array: np.ndarray, rows: int, mesh: jax.sharding.Mesh) -> Array:
-    """On the device, with the last row repeated up to `rows`: a valid input, unlike zeros."""
-    missing = rows - len(array)
-    if missing:
-        array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-    return sharding.to_device(array, mesh)
+    def filled(self) -> list[np.ndarray | None]:
+        return [None if array is None else array[: self.used] for array in self._arrays]
 
 
 def _read(
-    source: Source, tokenizer: Tokenizer, count: int, spec: GallerySpec
-) -> Iterator[Sequence[tuple[int, Record | None, Any]]]:
+    source: Source, tokenizer: Tokenizer, count: int, rows: int, config: ml_collections.ConfigDict
+) -> Iterator[list[tuple[int, Record | None, np.ndarray | str]]]:
     """Chunks of (position, record, image), or (position, None, why) if unreadable.
 
     Reads one chunk ahead.
     """
 
-    def read(position: int) -> tuple[int, Record | None, Any]:
+    def read(position: int) -> tuple[int, Record | None, np.ndarray | str]:
         try:
             record = source[position]
             captions = tuple(tokenizer.readable(record.captions))
             if not captions:
                 raise UnreadableImage(f"{source.name(position)} {UNREAD}")
-            record = record._replace(captions=captions)
-            return position, record, resize_square(decode(record.image), spec.size_px)
+            image = resize_square(decode(record.image), config.model.image.size_px)
+            return position, record._replace(captions=captions), image
         except UnreadableImage as error:
             return position, None, str(error)
 
-    with ThreadPoolExecutor(max(1, spec.threads)) as pool:
-        rows = spec.rows
-        chunks = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
-        ahead = [pool.submit(read, position) for position in chunks[0]] if chunks else []
-        for upcoming in [*chunks[1:], range(0)]:
-            running, ahead = ahead, [pool.submit(read, position) for position in upcoming]
-            yield [job.result() for job in running]
+    with ThreadPoolExecutor(config.data.threads) as pool:
+        ahead = []
+        for start in range(0, count + rows, rows):
+            running, ahead = ahead, [pool.submit(read, at) for at in range(count)[start:][:rows]]
+            if running:
+                yield [job.result() for job in running]
 
 
 def _report_unreadable(source: Source, unreadable: Sequence[str], count: int) -> None:
+    first = f" (first: {unreadable[0]})" if unreadable else ""
     if len(unreadable) == count:
-        why = f" (first: {unreadable[0]})" if unreadable else ""
-        raise UserError(f"{source!r} has no image to evaluate: 0 of {count:,} could be read{why}")
+        raise UserError(f"{source!r} has no image to evaluate: 0 of {count:,} could be read{first}")
     if unreadable:
-        say(
-            f"{len(unreadable):,} of {count:,} images could not be read and are left out with "
-            f"their captions (first: {unreadable[0]})"
-        )
+        left_out = f"{len(unreadable):,} of {count:,} images could not be read"
+        say(f"{left_out} and are left out with their captions{first}")
 
 
 def _check_finite(name: str, features: Features) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 RANKS = (1, 5, 10)
 CELLS_AT_ONCE = 2**24  # of the score matrix compared in one pass: some 150 MB
@@ -31,23 +33,18 @@ def recall_of_queries(
     candidate_ids: Int[np.ndarray, "candidates"],
 ) -> Float[np.ndarray, "ranks"]:
     """Percent of queries with a candidate of their own id among the k highest, for each rank k."""
-    if scores.shape != (len(query_ids), len(candidate_ids)):
-        raise ValueError(
-            f"scores is {list(scores.shape)}, but there are {len(query_ids)} queries and "
-            f"{len(candidate_ids)} candidates"
-        )
     hits = np.zeros(len(RANKS))
     rows = max(1, CELLS_AT_ONCE // max(1, len(candidate_ids)))
     for start in range(0, len(query_ids), rows):
         part = scores[start : start + rows]
-        if np.isnan(part).any():
-            bad = int(np.isnan(part).any(axis=1).sum())
-            raise ValueError(
-                f"scores of {bad} of {len(part)} queries from {start} on hold NaN, which cannot be "
-                "ranked"
-            )
+        if bad := int(np.isnan(part).any(axis=1).sum()):
+            raise ValueError(f"scores of {bad} of {len(part)} queries hold NaN: no rank is known")
         matches = query_ids[start : start + rows, None] == candidate_ids[None, :]
-        hits += _expected_hits(part, matches).sum(axis=0)
+        best = np.where(matches, part, -np.inf).max(axis=1, keepdims=True)
+        tied = part == best
+        hits += _hit_probability(
+            (part > best).sum(axis=1), tied.sum(axis=1), (tied & matches).sum(axis=1)
+        ).sum(axis=0)
     return 100 * hits / max(1, len(query_ids))
 
 
@@ -72,32 +69,13 @@ def named_recalls(prefix: str, recalls: Float[np.ndarray, "ranks"]) -> dict[str,
     return {f"{prefix}{k}": float(recall) for k, recall in zip(RANKS, recalls, strict=True)}
 
 
-def _expected_hits(
-    scores: Float[np.ndarray, "queries candidates"], matches: Bool[np.ndarray, "queries candidates"]
-) -> Float[np.ndarray, "queries ranks"]:
-    """Probability that each query hits within k when equal scores are in random order."""
-    if not matches.any(axis=1).all():
-        raise ValueError(
-            f"{int((~matches.any(axis=1)).sum())} queries have no matching candidate: leave them "
-            "out"
-        )
-    best = np.where(matches, scores, -np.inf).max(axis=1, keepdims=True)
-    above = (scores > best).sum(axis=1)
-    tied = scores == best
-    return _hit_probability(above, tied.sum(axis=1), (tied & matches).sum(axis=1))
-
-
 def _chance_of_queries(
     query_ids: Int[np.ndarray, "queries"], candidate_ids: Int[np.ndarray, "candidates"]
 ) -> Float[np.ndarray, "ranks"]:
-    ids, counts = np.unique(candidate_ids, return_counts=True)
-    places = np.searchsorted(ids, query_ids).clip(max=len(ids) - 1)
-    if not np.array_equal(ids[places], query_ids):
-        raise ValueError("some queries have no matching candidate: leave them out")
+    counts = Counter(candidate_ids.tolist())
+    matching = np.array([counts[query] for query in query_ids.tolist()])
     everything = np.full(len(query_ids), len(candidate_ids))
-    return 100 * _hit_probability(np.zeros_like(everything), everything, counts[places]).mean(
-        axis=0
-    )
+    return 100 * _hit_probability(np.zeros_like(everything), everything, matching).mean(axis=0)
 
 
 def _hit_probability(
@@ -106,6 +84,8 @@ def _hit_probability(
     matching: Int[np.ndarray, "queries"],
 ) -> Float[np.ndarray, "queries ranks"]:
     """1 - C(tied - matching, m) / C(tied, m): a hit among m = k - above draws of the tied."""
+    if lonely := int((matching == 0).sum()):
+        raise ValueError(f"{lonely} queries have no matching candidate: leave them out")
     probability = np.empty((len(above), len(RANKS)))
     for column, k in enumerate(RANKS):
         miss = np.ones(len(above))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -14,14 +15,9 @@ from codebook_jax.parallel import sharding
 
 TEXTS_A_ROW = 16  # texts that share one projection of an image to the fusion's keys and values
 
-Match = Callable[
-    [
-        Float[Array, "rows patches width"],
-        Float[Array, "rows texts tokens width"],
-        Int[Array, "rows texts"],
-    ],
-    Float[Array, "rows texts"],
-]  # image tokens, states and lengths of texts to the logits of "match"
+# Image tokens [rows, patches, width], states [rows, texts, tokens, width] and lengths of texts
+# [rows, texts] to the logits of "match" [rows, texts].
+Match = Callable[[Array, Array, Array], Array]
 
 
 def rerank_gallery(
@@ -29,28 +25,24 @@ def rerank_gallery(
     mesh: jax.sharding.Mesh,
     gallery: Gallery,
     similarity: Float[np.ndarray, "images texts"],
-    *,
-    top_k: int,
-    add_dual: bool,
-    batch: int,
-    progress: Progress | None = None,
+    settings: ml_collections.ConfigDict,
+    progress: Progress,
 ) -> dict[str, float]:
-    """Recalls in percent after sorting every query's `top_k` candidates by their matching logits.
+    """Recalls in percent after sorting every query's best candidates by their matching logits.
 
-    Pairs that are candidates in both directions are scored once (ALBEF scores them twice).
+    `settings` is config.evaluation. Pairs that are candidates in both directions are scored once
+    (ALBEF scores them twice).
     """
-    texts_of_images = top_candidates(similarity, top_k)
-    images_of_texts = top_candidates(similarity.T, top_k)
+    texts_of_images = top_candidates(similarity, settings.rerank_top_k)
+    images_of_texts = top_candidates(similarity.T, settings.rerank_top_k)
     image_count, text_count = similarity.shape
     image_keys = np.arange(image_count)[:, None] * text_count + texts_of_images
     text_keys = images_of_texts * text_count + np.arange(text_count)[:, None]
     keys = np.unique(np.concatenate([image_keys.ravel(), text_keys.ravel()]))
-    pair_images, pair_texts = np.divmod(keys, text_count)
-    logits = match_pairs(
-        match, mesh, gallery, pair_images, pair_texts, batch=batch, progress=progress
-    )
-    if add_dual:
-        logits = logits + similarity[pair_images, pair_texts]
+    pairs = np.divmod(keys, text_count)
+    logits = match_pairs(match, mesh, gallery, *pairs, batch=settings.batch, progress=progress)
+    if settings.rerank_add_dual:
+        logits = logits + similarity[pairs]
     ids = gallery.image_ids, gallery.text_image_ids
     text_order = promoted(similarity, texts_of_images, logits[np.searchsorted(keys, image_keys)])
     text_recall = recall_of_queries(text_order, *ids)
@@ -68,7 +60,7 @@ def match_pairs(
     pair_texts: Int[np.ndarray, "pairs"],
     *,
     batch: int,
-    progress: Progress | None = None,
+    progress: Progress,
 ) -> Float[np.ndarray, "pairs"]:
     """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends.
 
@@ -81,27 +73,18 @@ def match_pairs(
     count, tokens_a_row = len(row_images), TEXTS_A_ROW * features.text_states.shape[1]
     rows = max(1, batch * features.image_tokens.shape[1] // tokens_a_row)
     rows = rows_over_shards(min(rows, count), mesh)
-    logits = np.empty((count, TEXTS_A_ROW), np.float32)
-
-    def fetch(start: int, values: Float[Array, "rows texts"]) -> None:
-        logits[start : start + rows] = sharding.to_host(values)[: count - start]
-
-    pending = None
+    logits, running = [], []
     for start in range(0, count, rows):
         chosen = np.arange(start, start + rows).clip(max=count - 1)
         texts = row_texts[chosen]
         tokens, states = features.image_tokens[row_images[chosen]], features.text_states[texts]
-        placed = (
-            sharding.to_device(x, mesh) for x in (tokens, states, gallery.text_lengths[texts])
-        )
-        running = start, match(*placed)
-        if pending is not None:
-            fetch(*pending)  # one call late: the device works while the host gathers
-        pending = running
-        if progress is not None:
-            progress("pairs", min(start + rows, count) * TEXTS_A_ROW, count * TEXTS_A_ROW)
-    fetch(*pending)
-    return logits.ravel()[places]
+        inputs = tokens, states, gallery.text_lengths[texts]
+        running.append(match(*(sharding.to_device(x, mesh) for x in inputs)))
+        if start:  # one call late: the device works while the host gathers
+            logits.append(sharding.to_host(running.pop(0)))
+        progress("pairs", min(start + rows, count) * TEXTS_A_ROW, count * TEXTS_A_ROW)
+    logits.append(sharding.to_host(running.pop()))
+    return np.concatenate(logits).ravel()[places]
 
 
 def pair_rows(

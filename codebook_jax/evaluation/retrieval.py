@@ -10,7 +10,7 @@ import numpy as np
 
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
-from codebook_jax.evaluation.encoding import Encoders, GallerySpec, Progress, encode_source
+from codebook_jax.evaluation.encoding import Encoders, Progress, encode_source
 from codebook_jax.evaluation.recall import RANKS, chance_at_k, recall_at_k
 from codebook_jax.evaluation.rerank import Match, rerank_gallery
 
@@ -35,13 +35,15 @@ def evaluate(
     `left_out` (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked).
     Raises UserError if no image can be read.
     """
+    progress = progress or (lambda *_: None)
     encoded = encode_source(
         encoders,
         towers,
         source,
         tokenizer,
-        GallerySpec.from_config(config, encoders.mesh, min(images or len(source), len(source))),
-        with_tokens=frozenset({"student"} if match else ()),
+        config,
+        images=images,
+        with_tokens=("student",) if match else (),
         progress=progress,
     )
     ids = encoded.image_ids, encoded.text_image_ids
@@ -61,14 +63,7 @@ def evaluate(
     }
     if match is not None:
         reranked = rerank_gallery(
-            match,
-            encoders.mesh,
-            encoded,
-            similarity["student"],
-            top_k=config.evaluation.rerank_top_k,
-            add_dual=config.evaluation.rerank_add_dual,
-            batch=config.evaluation.batch,
-            progress=progress,
+            match, encoders.mesh, encoded, similarity["student"], config.evaluation, progress
         )
         shared["rerank_top_k"] = config.evaluation.rerank_top_k
         results["student/reranked"] = reranked | shared
@@ -102,23 +97,23 @@ def format_table(results: Mapping[str, Recalls]) -> str:
     Names the protocols that are no better than chance.
     """
     first = next(iter(results.values()))
+    top_k = max(values["rerank_top_k"] for values in results.values())
+    head = f"{counted(first)}, {first['texts']:,} texts"
+    head += f"; re-ranked: the top {top_k} of each query" if top_k else ""
+    if first["left_out"]:
+        head += f"; {first['left_out']:,} unreadable images left out"
+    if first["truncated"]:
+        head += f"; {first['truncated']:,} captions cut to the model's length"
     names = [f"{prefix}{k}" for prefix in ("txt_r", "img_r") for k in RANKS]
-    width = max(16, *map(len, results))
-    block = 8 * len(RANKS)
-
-    def line(title: str, cells: list[str]) -> str:
-        halves = cells[: len(RANKS)], cells[len(RANKS) :]
-        return f"{title:{width}} " + "   ".join(
-            "".join(f"{cell:>8}" for cell in half) for half in halves
-        )
-
-    lines = [f"{counted(first)}, {first['texts']:,} texts{_remarks(results)}"]
-    lines.append(f"{'':{width}} {'image to text':>{block}}   {'text to image':>{block}}")
-    lines.append(line("recall, %", [f"R@{k}" for k in RANKS] * 2))
-    for protocol, values in results.items():
-        lines.append(line(protocol, [f"{values[name]:.2f}" for name in names]))
-    chance = [first[name.replace("_r", "_chance_r")] for name in names]
-    lines.append(line("chance", [f"{value:.2f}" for value in chance]))
+    chances = [name.replace("_r", "_chance_r") for name in names]
+    rows = {"recall, %": [f"R@{k}" for k in RANKS] * 2}
+    rows |= {title: [f"{values[name]:.2f}" for name in names] for title, values in results.items()}
+    rows["chance"] = [f"{first[name]:.2f}" for name in chances]
+    width, half = max(map(len, rows)), 8 * len(RANKS)
+    lines = [head, f"{'':{width}} {'image to text':>{half}}   {'text to image':>{half}}"]
+    for title, cells in rows.items():
+        line = "".join(f"{cell:>8}" for cell in cells)
+        lines.append(f"{title:{width}} {line[:half]}   {line[half:]}")
     lines += [f"{name} is no better than chance" for name in results if at_chance(results[name])]
     return "\n".join(lines)
 
@@ -132,14 +127,3 @@ def at_chance(values: Recalls) -> bool:
             if values[f"{prefix}_r{k}"] > 100 * (expected + 3 * error):
                 return False
     return True
-
-
-def _remarks(results: Mapping[str, Recalls]) -> str:
-    first = next(iter(results.values()))
-    top_k = max(values["rerank_top_k"] for values in results.values())
-    remarks = f"; re-ranked: the top {top_k} of each query" if top_k else ""
-    if first["left_out"]:
-        remarks += f"; {first['left_out']:,} unreadable images left out"
-    if first["truncated"]:
-        remarks += f"; {first['truncated']:,} captions cut to the model's length"
-    return remarks

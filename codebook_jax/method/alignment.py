@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from codebook_jax.method.numerics import NEVER
 from codebook_jax.method.pair import Pair
@@ -22,37 +22,16 @@ def alignment_loss(
     intra_weight: float,
     same_image: str,
 ) -> Float[Array, ""]:
-    """Instance alignment: every student feature finds its pair among teacher features of the batch
-    and the queue.
+    """Every student feature finds its pair among teacher features of the batch and the queue.
 
     Four directions, image and text each towards both modalities. A target is the pair itself (1 -
     alpha) mixed with what the teacher's own feature finds (alpha). `same_image` decides about other
-    captions of a query's image in the
-    batch: "ignore" leaves them out of the softmax, "negative" keeps them (ALBEF). Source: Duan et
-    al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3, which `intra_weight` 0 gives.
+    captions of a query's image in the batch: "ignore" leaves them out of the softmax, "negative"
+    keeps them (ALBEF). Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3, which
+    `intra_weight` 0 gives.
     """
     rows = jnp.concatenate([student.image, student.text])
     soft_rows = jnp.concatenate([teacher.image, teacher.text])
-    allowed = candidates_allowed(image_id, queue.valid, same_image)
-    allowed = jnp.concatenate([allowed, allowed])[:, None]
-    # [2 batch, 2, batch + queue]: queries of both modalities, to candidates of both, in one
-    # product.
-    logits = jnp.where(allowed, _similarities(rows, teacher, queue.features) / temperature, NEVER)
-    soft = jnp.where(
-        allowed, _similarities(soft_rows, teacher, queue.features) / temperature, NEVER
-    )
-    own = jnp.tile(jnp.eye(len(image_id), allowed.shape[-1], dtype=logits.dtype), (2, 1))[:, None]
-    targets = jax.lax.stop_gradient((1 - alpha) * own + alpha * jax.nn.softmax(soft))
-    cross_entropy = -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
-    by_direction = cross_entropy.reshape(2, -1, 2).mean(axis=1)  # [query modality, candidates']
-    weights = jnp.array([[intra_weight, 1.0], [1.0, intra_weight]], by_direction.dtype)
-    return jnp.sum(by_direction * weights) / weights.sum()
-
-
-def candidates_allowed(
-    image_id: Int[Array, "batch"], queue_valid: Bool[Array, "queue"], same_image: str
-) -> Bool[Array, "batch candidates"]:
-    """Which candidates take part in each query's softmax: batch first, then queue."""
     batch = len(image_id)
     if same_image == "ignore":
         in_batch = (image_id[:, None] != image_id[None, :]) | jnp.eye(batch, dtype=bool)
@@ -60,8 +39,19 @@ def candidates_allowed(
         in_batch = jnp.ones((batch, batch), bool)
     else:
         raise ValueError(f'alignment.same_image="{same_image}" is not "ignore" or "negative".')
-    in_queue = jnp.broadcast_to(queue_valid, (batch, len(queue_valid)))
-    return jnp.concatenate([in_batch, in_queue], axis=1)
+    in_queue = jnp.broadcast_to(queue.valid, (batch, len(queue.valid)))
+    allowed = jnp.tile(jnp.concatenate([in_batch, in_queue], axis=1), (2, 1))[:, None]
+    # [2 batch, 2, batch + queue]: queries of both modalities to candidates of both.
+    logits, soft = (
+        jnp.where(allowed, _similarities(part, teacher, queue.features) / temperature, NEVER)
+        for part in (rows, soft_rows)
+    )
+    own = jnp.tile(jnp.eye(batch, allowed.shape[-1], dtype=logits.dtype), (2, 1))[:, None]
+    targets = jax.lax.stop_gradient((1 - alpha) * own + alpha * jax.nn.softmax(soft))
+    cross_entropy = -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+    by_direction = cross_entropy.reshape(2, -1, 2).mean(axis=1)  # [query modality, candidates']
+    weights = jnp.array([[intra_weight, 1.0], [1.0, intra_weight]], by_direction.dtype)
+    return jnp.sum(by_direction * weights) / weights.sum()
 
 
 def _similarities(

@@ -26,10 +26,7 @@ from codebook_jax.method.pair import Pair
 def codeword_costs(
     features: Float[Array, "*some batch dim"], codes: Float[Array, "codes dim"]
 ) -> Float[Array, "*some batch codes"]:
-    """Cosine distance 1 - z.c of unit features to codewords, in at least float32 (Duan et al.
-
-    2022, 3.1).
-    """
+    """Cosine distance 1 - z.c of unit vectors, in at least float32 (Duan et al. 2022, 3.1)."""
     kind = wide_enough(features.dtype, codes.dtype)
     features, codes = features.astype(kind), codes.astype(kind)
     return 1 - jnp.einsum("...bd,kd->...bk", features, codes, precision="highest")
@@ -69,7 +66,6 @@ def sinkhorn(*, epsilon: float, iterations: int) -> Assign:
     """
 
     def assign(cost: Array, here: Array) -> Array:
-        """The plan of the rows that are here."""
         # A row that is not here has marginal zero, so ott leaves it without mass. A fixed count
         # (threshold < 0) costs the same every step and never waits for the host;
         # inner_iterations must divide it, or ott silently runs fewer.
@@ -98,8 +94,8 @@ def ipot(*, beta: float, iterations: int) -> Assign:
     """
 
     def assign(cost: Array, here: Array) -> Array:
-        """The plan of the rows that are here."""
-        log_rows = _log_marginal(here, cost.dtype)
+        rows = jnp.maximum(here.sum(dtype=cost.dtype), 1)
+        log_rows = jnp.where(here, -jnp.log(rows), NEVER)
         log_columns = -jnp.log(jnp.asarray(cost.shape[1], cost.dtype))
 
         def outer(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
@@ -126,9 +122,7 @@ def soft_codes(plan: Float[Array, "2 rows codes"], batch: int) -> Float[Array, "
 class CodeLosses(NamedTuple):
     """The parts of L_code; their sum is the loss."""
 
-    transport: Float[
-        Array, ""
-    ]  # L_ot: moves the codewords to the teacher features assigned to them
+    transport: Float[Array, ""]  # L_ot: moves codewords to the teacher features assigned to them
     text_to_code: Float[Array, ""]  # L_t2p: the text student predicts the image teacher's codes
     image_to_code: Float[Array, ""]  # L_i2p: the image student predicts the text teacher's codes
 
@@ -141,12 +135,10 @@ def codebook_losses(
     *,
     temperature: float,
 ) -> CodeLosses:
-    """Teacher features choose codewords by transport, student features of the other modality
-    predict the choice.
+    """Teacher features choose codewords by transport, the other modality's student predicts them.
 
     The codebook learns from all three, the student from the last two, the teacher and the
-    assignment from none.
-    Source: Duan et al. 2022, 3.1 and equations there; temperature as SwAV's (Caron et al. 2020).
+    assignment from none. Source: Duan et al. 2022, 3.1; temperature as SwAV's (Caron et al. 2020).
     """
     chosen = jax.lax.stop_gradient(jnp.stack(assignment))  # [2, batch, codes]
     learned = jnp.stack(student)
@@ -209,37 +201,26 @@ def perplexity_and_unused(usage: Usage, codes: int) -> tuple[Float[Array, "2"], 
     return jnp.exp(entropy), (counts == 0).mean(axis=1, dtype=jnp.float32)
 
 
-def unused_if_uniform(samples: Int[Array, "*some"], codes: int) -> Float[Array, "*some"]:
-    """The share that `samples` draws with equal chances leave out, (1 - 1 / codes)^samples."""
-    return jnp.exp(jnp.asarray(samples, jnp.float32) * math.log1p(-1 / codes))
-
-
 def codebook_scalars(
     usage: Usage, plan: Float[Array, "2 rows codes"], batch: int
 ) -> dict[str, Float[Array, ""]]:
     """Metrics of the assignment; the plan's first `batch` rows are the batch's."""
-    soft = soft_codes(plan, batch)
-    perplexity, unused = perplexity_and_unused(usage, plan.shape[-1])
-    valid = jnp.sum(plan, axis=-1) > 0
-    codes = jax.lax.argmax(soft, 2, jnp.int32)
+    soft, codes = soft_codes(plan, batch), plan.shape[-1]
+    perplexity, unused = perplexity_and_unused(usage, codes)
+    chosen = jax.lax.argmax(soft, 2, jnp.int32)
     samples = jnp.sum(usage.winners[0] >= 0, dtype=jnp.int32)  # as many of both modalities
+    unused_if_uniform = jnp.exp(samples.astype(jnp.float32) * math.log1p(-1 / codes))
     return {
         "codebook/perplexity": perplexity.mean(),
         "codebook/perplexity_image": perplexity[0],
         "codebook/perplexity_text": perplexity[1],
         "codebook/unused_share": unused.mean(),
-        "codebook/unused_share_uniform": unused_if_uniform(samples, plan.shape[-1]),
+        "codebook/unused_share_uniform": unused_if_uniform,
         "codebook/assignment_entropy": -jnp.sum(jax.scipy.special.xlogy(soft, soft), -1).mean(),
-        "codebook/agreement": jnp.mean(codes[0] == codes[1], dtype=jnp.float32),
+        "codebook/agreement": jnp.mean(chosen[0] == chosen[1], dtype=jnp.float32),
         "transport/column_error": column_error(plan).max(),
-        "transport/row_error": row_error(plan, valid).max(),
+        "transport/row_error": row_error(plan, jnp.sum(plan, axis=-1) > 0).max(),
     }
-
-
-def _log_marginal(here: Bool[Array, "batch"], kind) -> Float[Array, "batch"]:
-    """log of the uniform marginal over the rows that are here; NEVER elsewhere."""
-    count = jnp.maximum(here.sum(dtype=kind), 1)
-    return jnp.where(here, -jnp.log(count), NEVER)
 
 
 def _rows_to_marginal(

@@ -42,10 +42,8 @@ def mask_words(
     Source: Devlin et al. 2019, 3.1. Departure: the fixed number of slots.
     """
     choose_key, lot_key, kind_key, word_key = jax.random.split(key, 4)
-    special = jnp.isin(tokens, jnp.array(special_ids, tokens.dtype))
-    chosen = (
-        jax.random.bernoulli(choose_key, jnp.float32(masking.probability), tokens.shape) & ~special
-    )
+    chosen = jax.random.bernoulli(choose_key, jnp.float32(masking.probability), tokens.shape)
+    chosen &= ~jnp.isin(tokens, jnp.array(special_ids, tokens.dtype))
     lot = jnp.where(chosen, jax.random.uniform(lot_key, tokens.shape, jnp.float32), -1.0)
     lots, positions = jax.lax.top_k(lot, masking.slots)
     used = lots >= 0
@@ -74,8 +72,7 @@ def masked_word_loss(
     *,
     alpha: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Weighted sum of cross-entropies to the true word (1 - alpha) and the teacher's distribution
-    (alpha).
+    """Weighted cross-entropies, summed, to the true word (1 - alpha) and the teacher's (alpha).
 
     Source: Li et al. 2021, 3.2 and 3.3.
     """

@@ -24,12 +24,10 @@ def draw_negatives(
     *,
     temperature: Float[Array, ""],
 ) -> Int[Array, "rows"]:
-    """For each row a member of its group, drawn in proportion to softmax(query . candidate /
-    temperature).
+    """A member of each row's group, drawn from softmax(query . candidate / temperature).
 
     Returns the place in the group, which is meaningless if none is allowed. `noise` is Gumbel
-    noise: the largest logit + noise is a draw from the softmax. No gradient passes. Source: Li et
-    al. 2021, 3.2.
+    noise: the largest logit + noise is a draw. No gradient passes. Source: Li et al. 2021, 3.2.
     """
     split = lambda x: x.reshape(groups, -1, x.shape[-1])  # noqa: E731
     cosines = jnp.einsum("gqd,gcd->gqc", split(queries), split(candidates), precision="highest")
@@ -41,9 +39,6 @@ def draw_negatives(
 def matching_loss(
     logits: Float[Array, "pairs 2"], match: Bool[Array, "pairs"], weights: Float[Array, "pairs"]
 ) -> Float[Array, ""]:
-    """Weighted sum of the cross-entropies of "match" (class 1) and "no match" (Li et al.
-
-    2021, 3.2).
-    """
+    """Weighted sum of cross-entropies, "match" is class 1 (Li et al. 2021, 3.2)."""
     log_p = jax.nn.log_softmax(logits)
     return -jnp.sum(weights * jnp.where(match, log_p[:, 1], log_p[:, 0]))

@@ -16,7 +16,7 @@ from codebook_jax.config import changed_fields, flat
 from codebook_jax.console import say
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
-from codebook_jax.evaluation.encoding import Gallery, GallerySpec, encode_source
+from codebook_jax.evaluation.encoding import Gallery, encode_source
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.files import check_outputs, parse_json
 from codebook_jax.models.codis import unit
@@ -142,9 +142,9 @@ def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dic
     """What the checkpoint best in validation sees in the test data; None before the first, and for
     a task without towers.
     """
-    config, programs = parts.config, getattr(parts.task, "programs", None)
+    config, model = parts.config, getattr(parts.task, "model", None)
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
-        if programs is None or checkpoints.step_to_use() is None:
+        if model is None or checkpoints.step_to_use() is None:
             return None
     restored = build.restore_trained(parts, workdir, ("student",))
     student = restored.state.student
@@ -152,9 +152,8 @@ def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dic
     source = source_of(config, spec, "test")
     images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)
     say(f"test data {spec}: {images:,} of {len(source):,} images")
-    reading = GallerySpec.from_config(config, parts.mesh, images)
     towers = {"student": student["towers"]}
-    gallery = encode_source(programs, towers, source, parts.tokenizer, reading)
+    gallery = encode_source(model, towers, source, parts.tokenizer, config, images=images)
     codewords = None
     if config.losses.codebook:
         everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())

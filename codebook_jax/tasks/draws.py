@@ -37,7 +37,12 @@ def draw_inputs(
 ) -> Inputs:
     """Views, hidden words and noise for the global batch, whatever its passes and shards."""
     student_key, teacher_key, word_key, image_noise, text_noise = jax.random.split(key, 5)
-    views = _views(batch, student_key, teacher_key, config)
+    data, views = config.data, (batch.image, batch.teacher_image)
+    if data.flip or data.randaugment_layers:
+        image = _augmented(batch.image, batch.flip, student_key, data)
+        views = image, image
+        if data.teacher_view != "same":
+            views = image, _augmented(batch.teacher_image, batch.flip, teacher_key, data)
     masked, word_weight = None, None
     if config.losses.masked_lm:
         masked = mask_words(
@@ -58,11 +63,8 @@ def draw_inputs(
     noise, allowed, match_weight = None, None, None
     if config.losses.matching:
         allowed = may_be_negatives(batch.image_id, config.itm.groups)
-        shape = allowed.shape
-        noise = Pair(
-            jax.random.gumbel(image_noise, shape, jnp.float32),
-            jax.random.gumbel(text_noise, shape, jnp.float32),
-        )
+        keys = image_noise, text_noise
+        noise = Pair(*(jax.random.gumbel(key, allowed.shape, jnp.float32) for key in keys))
         some = allowed.any(axis=1).astype(jnp.float32)
         match_weight = jnp.stack([jnp.ones_like(some), some, some], axis=1)
         match_weight = match_weight / match_weight.sum()
@@ -71,20 +73,7 @@ def draw_inputs(
     )
 
 
-def _views(
-    batch: Batch, key: Array, teacher_key: Array, config: ml_collections.ConfigDict
-) -> tuple[Array, Array]:
-    data = config.data
-    if not (data.flip or data.randaugment_layers):
-        return batch.image, batch.teacher_image
-    operations = dict(layers=data.randaugment_layers, magnitude=data.randaugment_magnitude)
-    image = _to_uint8(augment.augment(batch.image, batch.flip, key, **operations))
-    if data.teacher_view == "same":
-        return image, image
-    return image, _to_uint8(
-        augment.augment(batch.teacher_image, batch.flip, teacher_key, **operations)
-    )
-
-
-def _to_uint8(images: Array) -> Array:
+def _augmented(view: Array, flip: Array, key: Array, data: ml_collections.ConfigDict) -> Array:
+    layers, magnitude = data.randaugment_layers, data.randaugment_magnitude
+    images = augment.augment(view, flip, key, layers=layers, magnitude=magnitude)
     return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)

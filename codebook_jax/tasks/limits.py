@@ -2,54 +2,54 @@
 
 from __future__ import annotations
 
+import operator
+
 import ml_collections
 
-from codebook_jax.config import check_fields, with_fields
+from codebook_jax.config import check_fields, flat, with_fields
 from codebook_jax.errors import UserError
 from codebook_jax.tasks.assignments import ASSIGNMENTS
+
+PAIRS = "name your pairs, e.g. json:PATH, or scenes"
+
+
+def _divides(whole: int, part: int) -> bool:
+    return whole % part == 0
+
+
+# Fields, whether their values fit, and what is needed.
+FITTING = (
+    ("data.train", bool, PAIRS),
+    ("data.eval", bool, PAIRS),
+    (
+        "losses.alignment losses.codebook losses.matching losses.masked_lm",
+        lambda *weights: any(weights),
+        "give one a weight, or nothing is learned",
+    ),
+    ("codebook.solver", ASSIGNMENTS.__contains__, f"give one of {', '.join(ASSIGNMENTS)}"),
+    ("queue.size data.global_batch", operator.ge, "the queue must hold at least one batch"),
+    ("codebook.queue_samples queue.size", operator.le, "the queue does not hold so many"),
+    (
+        "alignment.temperature_min alignment.temperature alignment.temperature_max",
+        lambda least, first, most: least <= first <= most,
+        "the first temperature must lie in its range",
+    ),
+    ("mlm.mask_share mlm.random_share", lambda *both: sum(both) <= 1, "their sum is at most 1"),
+    ("model.text.max_tokens model.text.max_positions", operator.le, "each token needs a position"),
+    ("model.image.size_px model.image.patch_px", _divides, "patches must fill the image"),
+    ("model.image.width model.image.heads", _divides, "the heads must divide the width"),
+    ("model.text.width model.text.heads", _divides, "the heads must divide the width"),
+)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, with the fields and their values, if no pre-training can start so."""
     check_fields(config)
-    batch, queue, codebook = config.data.global_batch, config.queue.size, config.codebook
-    alignment, mlm = config.alignment, config.mlm
-    least, first, most = (alignment[f"temperature{end}"] for end in ("_min", "", "_max"))
-    for name in ("train", "eval"):
-        _refuse_if(
-            not config.data[name],
-            f"config.data.{name} is empty: name your pairs, e.g. --config.data.{name}=json:PATH, "
-            "or scenes",
-        )
-    _refuse_if(
-        not any(config.losses.values()),
-        "every weight in config.losses is 0: nothing would be learned",
-    )
-    _refuse_if(
-        codebook.solver not in ASSIGNMENTS,
-        f"config.codebook.solver={codebook.solver!r} is not one of {', '.join(ASSIGNMENTS)}",
-    )
-    _refuse_if(
-        queue < batch,
-        f"config.queue.size={queue} is smaller than config.data.global_batch={batch}: one step's "
-        "features must fit, so give at least the batch",
-    )
-    _refuse_if(
-        codebook.queue_samples > queue,
-        f"config.codebook.queue_samples={codebook.queue_samples} is more than "
-        f"config.queue.size={queue} holds",
-    )
-    _refuse_if(
-        not least <= first <= most,
-        f"config.alignment.temperature={first} is not between "
-        f"config.alignment.temperature_min={least} and config.alignment.temperature_max={most}",
-    )
-    _refuse_if(
-        mlm.mask_share + mlm.random_share > 1,
-        f"config.mlm.mask_share={mlm.mask_share} and config.mlm.random_share={mlm.random_share} "
-        "are together more than 1",
-    )
-    _check_encoders(config.model.image, config.model.text)
+    values = flat(config.to_dict())
+    for names, fit, needed in FITTING:
+        if not fit(*(values[name] for name in names.split())):
+            given = ", ".join(f"config.{name}={values[name]!r}" for name in names.split())
+            raise UserError(f"{given} cannot be used: {needed}")
 
 
 def resolve(
@@ -75,10 +75,10 @@ def resolve(
 
 def check_groups(batch: int, passes: int, shards: int, groups: int) -> None:
     """Raises UserError if the batch cannot be split into these groups of negatives."""
-    if groups < 1 or batch % groups:
+    if batch % groups or batch // groups < 2:
         raise UserError(
             f"config.itm.groups={groups} does not split config.data.global_batch={batch} into "
-            "equal groups: choose a divisor of the batch, or another batch"
+            "equal groups of two or more pairs: choose another batch or fewer groups"
         )
     if passes > 1 and groups % (shards * passes):
         raise UserError(
@@ -86,32 +86,3 @@ def check_groups(batch: int, passes: int, shards: int, groups: int) -> None:
             f"config.itm.groups to be a multiple of {shards * passes}, but it is {groups}: a group "
             "of negatives must lie in one pass"
         )
-    if batch // groups < 2:
-        raise UserError(
-            f"config.itm.groups={groups} of config.data.global_batch={batch} leaves one pair per "
-            "group and so no negatives: choose a larger batch or fewer groups"
-        )
-
-
-def _check_encoders(image: ml_collections.ConfigDict, text: ml_collections.ConfigDict) -> None:
-    _refuse_if(
-        text.max_tokens > text.max_positions,
-        f"config.model.text.max_tokens={text.max_tokens} is more than the "
-        f"config.model.text.max_positions={text.max_positions} that have an embedding",
-    )
-    _refuse_if(
-        image.size_px % image.patch_px,
-        f"config.model.image.size_px={image.size_px} is not a multiple of "
-        f"config.model.image.patch_px={image.patch_px}",
-    )
-    for name, encoder in (("image", image), ("text", text)):
-        _refuse_if(
-            encoder.width % encoder.heads,
-            f"config.model.{name}.width={encoder.width} is not divisible by "
-            f"config.model.{name}.heads={encoder.heads}",
-        )
-
-
-def _refuse_if(mismatch: bool | int, sentence: str) -> None:
-    if mismatch:
-        raise UserError(sentence)

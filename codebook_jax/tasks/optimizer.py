@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jaxtyping import PyTree
 
 from codebook_jax.method.numerics import default_types
 
@@ -20,49 +21,28 @@ NO_DECAY = re.compile(r"(^|/)(bias|scale|positions|temperature|codebook)(/|$)")
 def from_config(
     config: ml_collections.ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate over the steps and the optimizer that `config.optimizer` describes."""
-    o = config.optimizer
-    rate = schedule(
-        peak=o.learning_rate,
-        ends=o.learning_rate_ends,
-        warmup_steps=o.warmup_steps,
-        steps=config.train.steps,
-    )
-    return rate, adamw(
-        rate, weight_decay=o.weight_decay, b1=o.b1, b2=o.b2, eps=o.eps, clip_norm=o.clip_norm
-    )
+    """The learning rate over the steps, and AdamW after clipping the global norm of the gradient.
 
-
-def schedule(*, peak: float, ends: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Linear from `ends` to `peak` over the warm-up, then a cosine back to `ends` at the last step
-    (ALBEF's).
+    The rate is linear from its ends to its peak over the warm-up, then a cosine back to its ends at
+    the last step (ALBEF's). A `clip_norm` of 0 clips nothing.
     """
-    warmup_steps = min(warmup_steps, steps - 1)
-    rate = optax.warmup_cosine_decay_schedule(ends, peak, warmup_steps, max(steps, 1), ends)
-    return lambda count: rate(jnp.asarray(count, jnp.float32))
+    o, steps = config.optimizer, config.train.steps
+    peak, ends, warmup = o.learning_rate, o.learning_rate_ends, min(o.warmup_steps, steps - 1)
+    cosine = optax.warmup_cosine_decay_schedule(ends, peak, warmup, steps, ends)
+    rate = lambda count: cosine(jnp.asarray(count, jnp.float32))  # noqa: E731
+    clip = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm > 0 else []
+    adamw = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decayed)
+    chain = optax.chain(*clip, adamw)
 
-
-def adamw(
-    rate: optax.Schedule, *, weight_decay: float, b1: float, b2: float, eps: float, clip_norm: float
-) -> optax.GradientTransformation:
-    """AdamW over the student's parameters, after clipping the global gradient norm if `clip_norm` >
-    0.
-    """
-    steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
-    steps.append(optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed))
-    chain = optax.chain(*steps)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
         with default_types():  # optax corrects its moments in JAX's default float
             return chain.update(updates, state, params)
 
-    return optax.GradientTransformation(chain.init, update)
+    return rate, optax.GradientTransformation(chain.init, update)
 
 
-def decayed(parameters: Any) -> Any:
-    """Which parameters decay: not biases, layer norms, positions, the temperature or the
-    codebook.
-    """
+def decayed(parameters: PyTree) -> PyTree:
+    """Which parameters decay: not biases, layer norms, positions, temperature and codebook."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
     return jax.tree_util.tree_map_with_path(
         lambda path, _: NO_DECAY.search(name(path)) is None, parameters

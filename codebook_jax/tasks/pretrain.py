@@ -24,7 +24,7 @@ from codebook_jax.method import alignment, codebook, matching, teacher
 from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.numerics import key_of
 from codebook_jax.method.pair import Pair
-from codebook_jax.method.queue import Queue, empty_queue, enqueue, newest
+from codebook_jax.method.queue import empty_queue, enqueue, newest
 from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives, gather_in_groups
 from codebook_jax.parallel import sharding
@@ -33,11 +33,11 @@ from codebook_jax.tasks import limits, optimizer
 from codebook_jax.tasks.assignments import ASSIGNMENTS
 from codebook_jax.tasks.draws import Inputs, draw_inputs
 from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
-from codebook_jax.tasks.task import Evaluation, Items, OverMesh
+from codebook_jax.tasks.task import Evaluation, Items, Task
 from codebook_jax.tasks.towers import evaluate_towers
 
 
-class Pretraining(OverMesh):
+class Pretraining(Task):
     """The jitted programs of a run; holds no parameters."""
 
     check = staticmethod(limits.check)
@@ -91,9 +91,8 @@ class Pretraining(OverMesh):
         taught = self.passes.over(functools.partial(self.teach, state.teacher), inputs)
         plan = self.assign(taught.features, state)
         objective = self.objective(state, Targets(taught.features, plan, batch.image_id))
-        (loss, scalars), gradients = self.passes.gradients(
-            objective, state.student, inputs, taught, dropout_key
-        )
+        given = objective, state.student, inputs, taught, dropout_key
+        (loss, scalars), gradients = self.passes.gradients(*given)
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         after = self.remember(self.learn(state, gradients), taught.features, plan)
@@ -103,15 +102,10 @@ class Pretraining(OverMesh):
 
     def objective(self, state: TrainState, targets: Targets) -> Objective:
         """The four losses: L_ica and L_code of the global batch, L_itm and L_mlm of each pass."""
-        alpha = self.alpha(_updates(state))
         return Objective(
             self.embed,
-            functools.partial(
-                self.alignment_and_codebook, targets=targets, queue=state.queue, alpha=alpha
-            ),
-            functools.partial(
-                self.matching_and_masked_words, alpha=alpha, teacher_towers=state.teacher
-            ),
+            functools.partial(self.alignment_and_codebook, state, targets),
+            functools.partial(self.matching_and_masked_words, state),
             direct=("codebook", "temperature"),
         )
 
@@ -122,9 +116,8 @@ class Pretraining(OverMesh):
         image, image_tokens = towers.embed_images(self.model.pixels(inputs.teacher_image))
         text, _, masked_states = self._read(towers, inputs, None)
         if inputs.masked is not None:
-            fused = towers.fusion(
-                masked_states[:, None], inputs.text_length[:, None], image_tokens
-            )[:, 0]
+            texts = masked_states[:, None], inputs.text_length[:, None]
+            fused = towers.fusion(*texts, image_tokens)[:, 0]
             masked_states = _at_positions(fused, inputs.masked.positions)
         return jax.lax.stop_gradient(Taught(Pair(image, text), masked_states))
 
@@ -135,11 +128,10 @@ class Pretraining(OverMesh):
         Its first rows are the batch's; `codebook.queue_samples` more are the queue's newest. Each
         valid row sums to 1 / (their number).
         """
-        queued = self.config.codebook.queue_samples
         if not self.config.losses.codebook:
             return None
         rows, valid = jnp.stack(features), None
-        if queued:
+        if queued := self.config.codebook.queue_samples:
             older, here = newest(state.queue, queued)
             rows = jnp.concatenate([rows, jnp.stack(older)], axis=1)
             valid = jnp.concatenate([jnp.ones(features.image.shape[0], bool), here])
@@ -157,29 +149,22 @@ class Pretraining(OverMesh):
 
     @jax.named_scope("compare")
     def alignment_and_codebook(
-        self,
-        features: Pair,
-        own: Mapping[str, PyTree],
-        *,
-        targets: Targets,
-        queue: Queue,
-        alpha: Array,
+        self, state: TrainState, targets: Targets, features: Pair, own: Mapping[str, PyTree]
     ) -> tuple[Array, Scalars]:
         """L_ica and L_code of the global batch, weighted; `own` has codebook and temperature."""
         config, scalars, loss = self.config, {}, jnp.float32(0)
         if config.losses.alignment:
             # Every row's candidates are the whole batch and the queue. Without this, XLA splits the
             # candidates instead of the rows, and so gathers the queues and moves the logits.
-            candidates, candidate_id = sharding.whole(
-                (targets.features, targets.image_id), self.mesh
-            )
+            everyone = targets.features, targets.image_id
+            candidates, candidate_id = sharding.whole(everyone, self.mesh)
             scalars["loss/alignment"] = alignment.alignment_loss(
                 features,
                 candidates,
-                queue,
+                state.queue,
                 candidate_id,
                 temperature=own["temperature"],
-                alpha=alpha,
+                alpha=self.alpha(state),
                 intra_weight=config.alignment.intra_weight,
                 same_image=config.alignment.same_image,
             )
@@ -201,14 +186,12 @@ class Pretraining(OverMesh):
     @jax.named_scope("pair")
     def matching_and_masked_words(
         self,
+        state: TrainState,
         student: PyTree,
         learned: Learned,
         inputs: Inputs,
         taught: Taught,
         key: Key[Array, ""],
-        *,
-        alpha: Array,
-        teacher_towers: PyTree,
     ) -> tuple[Array, Scalars]:
         """L_itm and L_mlm, weighted: one run of the fusion encoder over the pairs of both."""
         config, scalars, loss = self.config, {}, jnp.float32(0)
@@ -227,13 +210,8 @@ class Pretraining(OverMesh):
             return loss, scalars
         place = list(texts).index
         states, lengths = (jnp.stack(part, axis=1) for part in zip(*texts.values(), strict=True))
-        fused = towers.fusion(
-            states,
-            lengths,
-            learned.image_tokens,
-            negatives=negatives,
-            key=jax.random.fold_in(key, 1),
-        )
+        images, dropout_key = learned.image_tokens, jax.random.fold_in(key, 1)
+        fused = towers.fusion(states, lengths, images, negatives=negatives, key=dropout_key)
         if inputs.noise is not None:
             logits = self.model.match_logits(student["matching"], fused[:, place("own") :, 0])
             match = jnp.broadcast_to(jnp.array([True, False, False]), inputs.match_weight.shape)
@@ -247,10 +225,10 @@ class Pretraining(OverMesh):
             logits = towers.word_logits(masked)
             scalars["loss/masked_lm"] = masked_word_loss(
                 logits,
-                self.model.towers(teacher_towers).word_logits(taught.masked_states),
+                self.model.towers(state.teacher).word_logits(taught.masked_states),
                 inputs.masked.words,
                 inputs.word_weight,
-                alpha=alpha,
+                alpha=self.alpha(state),
             )
             right = _likeliest(logits) == inputs.masked.words
             scalars["masked_lm/accuracy"] = jnp.sum(jnp.where(right, inputs.word_weight, 0))
@@ -267,7 +245,7 @@ class Pretraining(OverMesh):
         student = optax.apply_updates(state.student, updates)
         low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
         student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
-        averaged = teacher.average(state.teacher, student["towers"], self.momentum(_updates(state)))
+        averaged = teacher.average(state.teacher, student["towers"], self.momentum(state))
         return state.replace(student=student, moments=moments, teacher=averaged)
 
     @jax.named_scope("remember")
@@ -286,31 +264,30 @@ class Pretraining(OverMesh):
         """The metrics besides the losses."""
         scalars = {
             "temperature": before.student["temperature"],
-            "alpha": self.alpha(_updates(before)),
+            "alpha": self.alpha(before),
             "learning_rate": self.rate(_updates(before)),
-            "teacher/momentum": self.momentum(_updates(before)),
+            "teacher/momentum": self.momentum(before),
             "queue/filled": after.queue.filled,
             "bad_in_row": after.bad_in_row,
             "bad_total": after.bad_total,
         }
         if inputs.allowed is not None:
-            scalars["matching/without_negative"] = jnp.sum(
-                ~inputs.allowed.any(axis=1), dtype=jnp.int32
-            )
+            alone = ~inputs.allowed.any(axis=1)
+            scalars["matching/without_negative"] = jnp.sum(alone, dtype=jnp.int32)
         if plan is not None:
             scalars |= codebook.codebook_scalars(after.usage, plan, len(inputs.tokens))
         return scalars
 
     # -- schedules
 
-    def alpha(self, updates: Array) -> Array:
+    def alpha(self, state: TrainState) -> Array:
         """Weight of the teacher's soft targets: 0, rising over the first `teacher.alpha_steps`."""
-        ramp = updates.astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
+        ramp = _updates(state).astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
         return jnp.float32(self.config.teacher.alpha) * jnp.minimum(ramp, 1)
 
-    def momentum(self, updates: Array) -> Array:
+    def momentum(self, state: TrainState) -> Array:
         of = self.config.teacher
-        return teacher.momentum_at(updates, momentum=of.momentum, ramp=of.momentum_ramp)
+        return teacher.momentum_at(_updates(state), momentum=of.momentum, ramp=of.momentum_ramp)
 
     # -- evaluation
 

@@ -16,15 +16,11 @@ Plan = Float[Array, "2 rows codes"]
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of one run; randomness is not part of it, since it follows from the seed and the
-    step.
-    """
+    """The state of one run, without its randomness, which follows from the seed and the step."""
 
     step: Int[Array, ""]  # steps done, skipped ones too: the position in the data
     student: PyTree  # parameters, float32; the optimizer changes them
-    teacher: (
-        Any  # like student["towers"], float32, never the same buffers; `teacher.average` changes it
-    )
+    teacher: PyTree  # like student["towers"], in its own buffers; `teacher.average` changes it
     moments: PyTree  # of the optimizer
     queue: Queue  # newest teacher features
     usage: Usage  # which codewords won lately

@@ -1,7 +1,7 @@
 """What the training loop asks of a task, and what tasks share.
 
 A task is one file: a state, a step, its batches and its evaluation. The loop, checkpoints, metrics,
-memory, evaluation and export use this protocol and name no field of a task's state.
+memory, evaluation and export use this class and name no field of a task's state.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import abc
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Key
 
 from codebook_jax.config import check_fields
 from codebook_jax.data.batch import Batch
@@ -50,18 +50,39 @@ class Evaluation(NamedTuple):
     table: str  # several
 
 
-class Task(Protocol):
+class Task(abc.ABC):
     """A task for one config, vocabulary and mesh; holds programs, no parameters.
 
-    Calling the class with (config, vocabulary, mesh) makes it. Batches hold at least the fields
-    `example` and `skipped` of `Batch`.
+    A task must define `checkpoint_items`, `fresh`, `update` and `evaluate`, all for the global
+    batch; the rest suits batches of pairs of an image and a text. Another kind of batch needs
+    `batches` and `abstract_batch`, with at least the fields `example` and `skipped` of `Batch`.
     """
 
-    mesh: jax.sharding.Mesh
+    step: jax.stages.Wrapped  # `update`, jitted over the mesh; donates the state
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
+    ) -> None:
+        self.config, self.vocabulary, self.mesh = config, vocabulary, mesh
+        shapes = jax.eval_shape(own_settings(self.fresh), key_of(0))
+        self.shardings = sharding.state_shardings(shapes, mesh)
+        self._abstract_state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            self.shardings,
+        )
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self.step = jax.jit(
+            own_settings(self.update),
+            donate_argnums=0,
+            in_shardings=(self.shardings, sharding.batch_sharding(mesh)),
+            out_shardings=(self.shardings, whole),
+        )
 
     @staticmethod
     def check(config: ml_collections.ConfigDict) -> None:
         """Raises UserError, naming the field and its value, if the task cannot run with it."""
+        check_fields(config)
 
     @staticmethod
     def resolve(
@@ -76,36 +97,34 @@ class Task(Protocol):
         `before` is the config of the run that is continued, `shards` counts the data shards,
         `examples` the training data. Raises UserError if the choices do not fit them.
         """
+        return config
 
     @staticmethod
+    @abc.abstractmethod
     def checkpoint_items() -> Items:
         """Which parts of the state are restored alone, trained, evaluated."""
 
-    @staticmethod
-    def export_items(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    @classmethod
+    def export_items(cls, config: ml_collections.ConfigDict) -> tuple[str, ...]:
         """Which parts `config.export.format` is made of; UserError if the task has no such form."""
+        if config.export.format != "codis":
+            raise UserError(
+                f"config.export.format={config.export.format!r} is for models of pre-training: "
+                f"config.task={config.task!r} is exported as codis"
+            )
+        return (cls.checkpoint_items().trained,)
 
-    def batches(
-        self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
-    ) -> AbstractContextManager[Iterator[NamedTuple]]:
-        """This process's rows of every batch from `start_step` on."""
+    @abc.abstractmethod
+    def fresh(self, key: Key[Array, ""]) -> State:
+        """A state with random parameters."""
 
-    def abstract_batch(self) -> PyTree:
-        """Shapes, types and shardings of a global batch."""
-
-    def abstract_state(self) -> State:
-        """Shapes, types and shardings of the state."""
-
-    def init_state(self, seed: int) -> State:
-        """A fresh state, created on its devices."""
-
-    def step(self, state: State, batch: NamedTuple) -> tuple[State, Scalars]:
-        """One step, a jitted program that donates `state`.
-
-        Scalars have at least `loss` and `bad_step`: whether the state stayed as it was, since
-        something was not finite.
+    @abc.abstractmethod
+    def update(self, state: State, batch: Batch) -> tuple[State, Scalars]:
+        """The state after one step, and its scalars: at least `loss` and `bad_step`, whether the
+        state stayed as it was, since something was not finite.
         """
 
+    @abc.abstractmethod
     def evaluate(
         self,
         state: State,
@@ -122,65 +141,6 @@ class Task(Protocol):
         the evaluations during training, which may leave out what takes long.
         """
 
-
-class OverMesh(abc.ABC):
-    """The parts of a task that follow from `fresh` and `update`: its state and its step on a mesh.
-
-    `fresh(key)` makes a state, `update(state, batch)` is a step; both are written for the global
-    batch. Batches are pairs of an image and a text.
-    """
-
-    step: jax.stages.Wrapped
-
-    def __init__(
-        self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
-    ) -> None:
-        self.config, self.vocabulary, self.mesh = config, vocabulary, mesh
-        shapes = jax.eval_shape(own_settings(self.fresh), key_of(0))
-        self.shardings = sharding.state_shardings(shapes, mesh)
-        self._abstract_state = _placed(shapes, self.shardings)
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self.step = jax.jit(
-            own_settings(self.update),
-            donate_argnums=0,
-            in_shardings=(self.shardings, sharding.batch_sharding(mesh)),
-            out_shardings=(self.shardings, whole),
-        )
-
-    @staticmethod
-    def check(config: ml_collections.ConfigDict) -> None:
-        """Nothing beyond the range of each field."""
-        check_fields(config)
-
-    @staticmethod
-    def resolve(
-        config: ml_collections.ConfigDict,
-        before: ml_collections.ConfigDict | None,
-        *,
-        shards: int,
-        examples: int,
-    ) -> ml_collections.ConfigDict:
-        """No choice is automatic."""
-        return config
-
-    @classmethod
-    def export_items(cls, config: ml_collections.ConfigDict) -> tuple[str, ...]:
-        """The trained parameters, in our own format."""
-        if config.export.format != "codis":
-            raise UserError(
-                f"config.export.format={config.export.format!r} is for models of pre-training: "
-                f"config.task={config.task!r} is exported as codis"
-            )
-        return (cls.checkpoint_items().trained,)
-
-    @abc.abstractmethod
-    def fresh(self, key: Key[Array, ""]) -> State:
-        """A state with random parameters."""
-
-    @abc.abstractmethod
-    def update(self, state: State, batch: Batch) -> tuple[State, Scalars]:
-        """The state after one step, and its scalars."""
-
     def abstract_state(self) -> State:
         """Shapes, types and shardings of the state."""
         return self._abstract_state
@@ -190,11 +150,10 @@ class OverMesh(abc.ABC):
         return jax.jit(own_settings(self.fresh), out_shardings=self.shardings)(key_of(seed))
 
     def abstract_batch(self) -> Batch:
-        """Shapes, types and shardings of a global batch of pairs."""
+        """Shapes, types and shardings of a global batch."""
         model, rows = self.config.model, self.config.data.global_batch
         side = model.image.size_px
-        image = ((rows, side, side, 3), np.uint8)
-        number = ((rows,), np.int32)
+        image, number = ((rows, side, side, 3), np.uint8), ((rows,), np.int32)
         text = ((rows, model.text.max_tokens), np.int32)
         fields = Batch(image, image, ((rows,), bool), text, number, number, number, number)
         place = sharding.batch_sharding(self.mesh)
@@ -203,7 +162,9 @@ class OverMesh(abc.ABC):
     def batches(
         self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
     ) -> AbstractContextManager[Iterator[Batch]]:
-        """This process's rows of every batch; leaving the context ends the worker processes."""
+        """This process's rows of every batch from `start_step` on; leaving the context ends the
+        worker processes.
+        """
         data, model = self.config.data, self.config.model
         spec = BatchSpec(
             seed=self.config.seed,
@@ -220,11 +181,3 @@ class OverMesh(abc.ABC):
         return contextlib.closing(
             BatchStream(source, tokenizer, spec, **making, start_step=start_step)
         )
-
-
-def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        shardings,
-    )

@@ -13,7 +13,7 @@ from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
-from codebook_jax.evaluation.encoding import GallerySpec, encode_source
+from codebook_jax.evaluation.encoding import encode_source
 from codebook_jax.evaluation.rerank import pair_rows, promoted
 from codebook_jax.parallel import sharding
 from configs import base
@@ -164,10 +164,8 @@ def test_unreadable_images_are_left_out_with_their_captions_and_said(capsys):
 def test_weights_that_are_not_finite_are_refused():
     mesh = sharding.make_mesh(-1, 1, 1)
     with pytest.raises(UserError, match=r"student's features of .* are not finite"):
-        encode_source(
-            Oracle(mesh, float("nan")), {"student": 0.0}, Numbers(9), Digits(),
-            GallerySpec(images=0, rows=8, size_px=SIDE, max_tokens=TOKENS, threads=1),
-        )  # fmt: skip
+        towers = Oracle(mesh, float("nan")), {"student": 0.0}
+        encode_source(*towers, Numbers(9), Digits(), config_of(), images=0)
 
 
 def test_the_table_says_what_is_at_chance(capsys):

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 from launched import BATCH, HARD, JOBSETS, LAUNCH, POD, launch, make_world, recorded
 from small_run import ran
 
@@ -24,9 +23,7 @@ def test_shellcheck_finds_nothing():
 def test_launchers_that_restart_ask_for_the_same_exit_code_of_main():
     from codebook_jax import main
 
-    values = flags.FlagValues()
-    main.define_flags(values, [])
-    assert "preempted_exit_code" in values
+    assert "preempted_exit_code" in [name for _, name, *_ in main.OPTIONS]
     assert "PREEMPTED=75" in BATCH.read_text()
     assert JOBSETS.read_text().count("codebook_jax.main, --preempted_exit_code=75]") == 2
     for path in LAUNCH.glob("sky_*.yaml"):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from scipy.special import softmax
 
 from codebook_jax.method.alignment import alignment_loss
@@ -15,7 +14,6 @@ from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.matching import matching_loss
 from codebook_jax.method.pair import Pair
 from codebook_jax.method.queue import Queue
-from codebook_jax.models.codis import unit
 
 BATCH, QUEUE, FILLED, DIM, CODES = 7, 11, 5, 13, 17
 VALID = np.arange(QUEUE) < FILLED
@@ -118,34 +116,6 @@ def test_alignment_teaches_the_student_and_the_temperature_alone():
     assert all((np.asarray(g) == 0).all() for g in (*to_teacher, *to_queue))
 
 
-def test_alignment_gradient_is_that_of_central_differences_in_float64():
-    student, teacher, queue, valid, image_id = alignment_arguments(6)
-    to_image, to_temperature = jax.grad(
-        lambda image, tau: aligned(
-            Pair(image, student.text), teacher, queue, valid, image_id, temperature=tau
-        ),
-        argnums=(0, 1),
-    )(student.image, 0.07)
-
-    given = teacher, queue, valid, image_id
-    targets = reference.alignment_targets(*given, temperature=0.07, alpha=0.4)
-
-    def loss(image, temperature):
-        moved = image, student.text
-        return reference.alignment(
-            moved, *given, targets, temperature=temperature, intra_weight=1.0
-        )
-
-    image = student.image.astype(np.float64)
-    step = np.zeros_like(image)
-    step[2, 3] = 1e-5
-    slope = (loss(image + step, 0.07) - loss(image - step, 0.07)) / 2e-5
-    np.testing.assert_allclose(to_image[2, 3], slope, rtol=1e-4)
-    # The temperature moves p alone: the target is a constant to the gradient.
-    slope = (loss(image, 0.07 + 1e-7) - loss(image, 0.07 - 1e-7)) / 2e-7
-    np.testing.assert_allclose(to_temperature, slope, rtol=1e-4)
-
-
 def test_an_unknown_treatment_of_the_same_image_is_refused():
     with pytest.raises(ValueError, match='alignment.same_image="positive"'):
         aligned(*alignment_arguments(0), same_image="positive")
@@ -182,28 +152,6 @@ def test_codebook_losses_teach_neither_teacher_nor_plan_and_the_student_by_predi
         "text_to_code": [False, True, False, False, True, False, False],
         "image_to_code": [True, False, False, False, True, False, False],
     }
-
-
-def test_codebook_gradient_through_the_unit_rows_is_that_of_central_differences_with_frozen_plans():
-    student, teacher, _, plans = codebook_arguments(2)
-    raw = np.random.default_rng(2).normal(size=(CODES, DIM)) * 1.7  # rows are not of length one
-
-    def loss(raw):
-        return sum(reference.code_losses(student, teacher, reference.unit(raw), plans, gamma=0.1))
-
-    with jax.enable_x64(True):
-        wide = [jax.tree.map(lambda x: x.astype(np.float64), x) for x in (student, teacher, plans)]
-        gradient = jax.grad(
-            lambda c: sum(codebook_losses(wide[0], wide[1], unit(c), wide[2], temperature=0.1))
-        )(raw)
-        assert gradient.dtype == np.float64
-        gradient = np.asarray(gradient)
-    slopes = np.zeros_like(raw)
-    for place in np.ndindex(raw.shape):
-        step = np.zeros_like(raw)
-        step[place] = 1e-6
-        slopes[place] = (loss(raw + step) - loss(raw - step)) / 2e-6
-    np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-8)
 
 
 def test_matching_class_one_means_match():

@@ -14,7 +14,6 @@ from codebook_jax.method.codebook import (
     codebook_scalars,
     empty_usage,
     perplexity_and_unused,
-    unused_if_uniform,
 )
 from codebook_jax.method.pair import Pair
 from codebook_jax.method.queue import empty_queue, enqueue, newest
@@ -114,16 +113,6 @@ def test_perplexity_is_the_number_of_codewords_used_evenly():
     perplexity, unused = _STATISTICS(_RECORD(empty_usage(20), winners), 8)
     np.testing.assert_allclose(perplexity, [4, 1], rtol=1e-6)
     np.testing.assert_allclose(unused, [1 / 2, 7 / 8], rtol=1e-6)
-
-
-@pytest.mark.parametrize(("codes", "samples"), [(2, 1), (50, 7), (50, 80), (300, 300)])
-def test_uniform_use_leaves_out_the_share_of_codewords_that_a_simulation_leaves_out(codes, samples):
-    draws = np.random.default_rng(codes).integers(0, codes, (4000, samples))
-    unused = [1 - len(np.unique(row)) / codes for row in draws]
-    error = np.std(unused) / np.sqrt(len(unused))
-    np.testing.assert_allclose(
-        unused_if_uniform(samples, codes), np.mean(unused), atol=4 * error + 1e-6
-    )
 
 
 def test_the_share_of_uniform_use_is_that_of_the_samples_in_the_window():

@@ -17,7 +17,7 @@ from codebook_jax.data.text import Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.parallel import memory, sharding
 from codebook_jax.parallel.memory import Memory
-from codebook_jax.tasks.task import OverMesh
+from codebook_jax.tasks.task import Task
 from configs import base
 
 FIELDS = {"model.image.size_px": 40, "data.global_batch": 64, "queue.size": 64}
@@ -45,7 +45,7 @@ class Toy:
             donate_argnums=0,
         )
 
-    abstract_batch = OverMesh.abstract_batch
+    abstract_batch = Task.abstract_batch
 
     def abstract_state(self):
         return jax.ShapeDtypeStruct((NUMBERS,), jnp.float32, sharding=self.place)

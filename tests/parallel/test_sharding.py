@@ -139,7 +139,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_numbers(sizes,
             "global_batch=24 does not split over 8 data shards .*accumulation=2: (16|32) would",
         ),
         (32, 2, 8, "accumulation=2 on 8 data shards needs config.itm.groups .* 16, .* 8:"),
-        (16, 1, 16, "itm.groups=16 of config.data.global_batch=16 leaves one pair"),
+        (16, 1, 16, "itm.groups=16 does not split config.data.global_batch=16"),
         (3, 1, 1, "global_batch=3 does not split"),
     ],
 )

@@ -13,7 +13,7 @@ from codebook_jax.data.scenes.world import COLOURS
 from codebook_jax.models import codis
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import optimizer
-from codebook_jax.tasks.task import Evaluation, Items, OverMesh
+from codebook_jax.tasks.task import Evaluation, Items, Task
 
 
 @flax.struct.dataclass
@@ -24,7 +24,7 @@ class State:
     moments: PyTree
 
 
-class Probe(OverMesh):
+class Probe(Task):
     def __init__(self, config, vocabulary, mesh):
         self.model = codis.Model(config, vocabulary.size, mesh)
         self.optimizer = optimizer.from_config(config)[1]

@@ -6,15 +6,23 @@ import numpy as np
 import pytest
 
 from codebook_jax.models import codis
-from codebook_jax.tasks.optimizer import adamw, decayed, schedule
+from codebook_jax.tasks.optimizer import decayed, from_config
 from configs import base
 
-PAPER = dict(peak=1e-4, ends=1e-5, warmup_steps=2000, steps=58_590)
-ADAM = dict(weight_decay=0.02, b1=0.9, b2=0.999, eps=1e-8)
+
+def made(peak, ends, warmup_steps, steps, *, clip_norm=0.0):
+    """The rate and the optimizer of these settings."""
+    config = base.get_config("tiny")
+    config.train.steps = steps
+    config.optimizer.update(
+        learning_rate=peak, learning_rate_ends=ends, warmup_steps=warmup_steps, clip_norm=clip_norm
+    )
+    config.optimizer.update(weight_decay=0.02, b1=0.9, b2=0.999, eps=1e-8)
+    return from_config(config)
 
 
 def test_the_rate_warms_up_in_a_line_and_falls_in_half_a_cosine():
-    rate = schedule(**PAPER)
+    rate, _ = made(1e-4, 1e-5, 2000, 58_590)
     for step, expected in {
         0: 1e-5,
         500: 1e-5 + 9e-5 / 4,
@@ -29,9 +37,9 @@ def test_the_rate_warms_up_in_a_line_and_falls_in_half_a_cosine():
 
 
 def test_a_run_shorter_than_its_warm_up_still_reaches_the_peak():
-    rate = schedule(peak=1e-4, ends=1e-5, warmup_steps=2000, steps=10)
+    rate, _ = made(1e-4, 1e-5, 2000, 10)
     np.testing.assert_allclose([rate(0), rate(9), rate(10)], [1e-5, 1e-4, 1e-5], rtol=1e-5)
-    assert np.isfinite(schedule(peak=1e-4, ends=1e-5, warmup_steps=5, steps=1)(0))
+    assert np.isfinite(made(1e-4, 1e-5, 5, 1)[0](0))
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +92,8 @@ def test_three_steps_of_adamw_are_those_of_numpy_and_biases_do_not_decay():
     parameters = jax.tree.map(
         lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=is_shape
     )
-    rate = schedule(peak=0.1, ends=0.01, warmup_steps=2, steps=10)
     rates = [0.01, 0.055, 0.1]
-    transform = adamw(rate, clip_norm=0.0, **ADAM)
+    _, transform = made(0.1, 0.01, 2, 10)
     found = jax.tree.map(jnp.asarray, parameters)
     moments = transform.init(found)
     expected = jax.tree.map(np.float64, parameters)
@@ -120,7 +127,7 @@ def test_three_steps_of_adamw_are_those_of_numpy_and_biases_do_not_decay():
 
 def test_a_zero_gradient_moves_only_what_decays():
     parameters = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full((2, 2), 3.0)}
-    transform = adamw(lambda _: 0.1, clip_norm=0.0, **ADAM)
+    _, transform = made(0.1, 0.1, 0, 10)
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = transform.update(zeros, transform.init(parameters), parameters)
     np.testing.assert_allclose(updates["kernel"], -0.1 * 0.02 * 3.0, rtol=1e-6)
@@ -132,7 +139,7 @@ def test_clipping_scales_the_whole_gradient_to_its_norm_and_leaves_a_small_one()
     gradients = {"a": jnp.full(3, 4.0), "b": jnp.full(4, -3.0)}
     norm = np.sqrt(3 * 16 + 4 * 9)
     for clip, scale in [(1.0, 1 / norm), (100.0, 1.0), (0.0, 1.0)]:
-        transform = adamw(lambda _: 0.1, clip_norm=clip, **ADAM)
+        _, transform = made(0.1, 0.1, 0, 10, clip_norm=clip)
         update = jax.jit(lambda g, p, t=transform: t.update(g, t.init(p), p))
         _, moments = update(gradients, parameters)
         first = [leaf for name, leaf in names(moments).items() if "mu/a" in name]

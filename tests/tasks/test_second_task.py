@@ -9,10 +9,15 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from probe import Probe
 from small_run import ROOT, SMALL
 
+from codebook_jax import build
+from codebook_jax.errors import UserError
 from codebook_jax.run.checkpoint import read_arrays
 from codebook_jax.run.metrics import read_rows
+from codebook_jax.tasks.task import Task
+from configs import base
 
 STEPS = 40
 
@@ -82,3 +87,13 @@ def test_a_task_of_one_file_does_all_that_the_program_does(
         exported = checkpointer.restore(straight / "export" / "head")
     kept = read_arrays(straight / "checkpoints" / str(best["step"]) / "head")
     np.testing.assert_array_equal(exported["kernel"], kept["kernel"])
+
+
+@pytest.mark.parametrize("missing", ["checkpoint_items", "fresh", "update", "evaluate"])
+def test_a_task_without_a_method_that_it_must_define_is_refused_at_the_start(missing, monkeypatch):
+    unfinished = type("Unfinished", (Probe,), {missing: getattr(Task, missing)})
+    monkeypatch.setitem(build.TASKS, "other", unfinished)
+    config = base.get_config("tiny")
+    config.task = "other"
+    with pytest.raises(UserError, match=f"config.task='other' lacks {missing}: "):
+        build.check(config)

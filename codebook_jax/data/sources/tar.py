@@ -216,7 +216,7 @@ def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
     """
     if key is None:
         return texts_in(content.decode("utf-8-sig"))
-    held = parse_json(content, of_data=True)
+    held = parse_json(content)
     return texts_in(held.get(key)) if isinstance(held, dict) else ()
 
 
