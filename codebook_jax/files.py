@@ -15,6 +15,14 @@ from typing import IO, Any
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError
 
 
+@contextlib.contextmanager
+def _not_too_deep() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as failure:
+        raise ValueError("lists or objects are nested too deeply") from failure
+
+
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -24,11 +32,14 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # (text, start) to (the value that begins there, where it ends), like `parse_json`
-parse_json_at = json.JSONDecoder(object_pairs_hook=_object).raw_decode
+parse_json_at = _not_too_deep()(json.JSONDecoder(object_pairs_hook=_object).raw_decode)
 
 
+@_not_too_deep()
 def parse_json(text: str | bytes) -> Any:
-    """The content of a JSON text; ValueError if it is not JSON or an object repeats a key."""
+    """The content of a JSON text; raises ValueError if it is not JSON, repeats a key in an object,
+    or is nested too deep for the stack.
+    """
     return json.loads(text, object_pairs_hook=_object)
 
 

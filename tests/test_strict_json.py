@@ -11,6 +11,7 @@ from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.run.record import read_record
 from codebook_jax.tasks.pretrain import Pretraining
 
+DEEP = "[" * 100_000
 ITEMS = Pretraining.checkpoint_items().alone
 
 
@@ -25,6 +26,8 @@ def test_whole_json_is_what_pythons_reader_reads():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (DEEP, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
         ('[{"b": 1, "a": 1, "a": 1}]', "the key 'a' twice"),
         ("[1, 2", "Expecting"),
         (b"\xff\xff\x00", "decode"),
@@ -46,7 +49,9 @@ def test_what_is_not_json_is_a_value_error_of_one_line(text, words):
         ("best.json", lambda folder: Checkpoints(folder, ITEMS, keep=1)),
     ],
 )
-@pytest.mark.parametrize("content", ["[]", '{"scores": {"x": 1}}', '{"a": 1, "a": 1}', "{", ""])
+@pytest.mark.parametrize(
+    "content", [DEEP, "[]", '{"scores": {"x": 1}}', '{"a": 1, "a": 1}', "{", ""]
+)
 def test_a_file_of_a_run_that_was_spoiled_is_refused_by_its_name(tmp_path, name, read, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=name) as raised:
