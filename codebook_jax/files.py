@@ -54,8 +54,8 @@ def write_json(path: Path | str, value: Any) -> None:
 def written_whole(path: Path | str, *, errors: str = "strict") -> Iterator[IO[str]]:
     """A UTF-8 text file that gets its name once it is written completely; `errors` as in `open`."""
     path = Path(path)
-    # random, since two hosts may share process numbers
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    # random, since two hosts may share process numbers; a longer name may be too long
+    draft = path.with_name(f".{secrets.token_hex(8)}.tmp")
     with refused(path, *UNREACHABLE):
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = open(draft, "w", encoding="utf-8", errors=errors, newline="\n")
@@ -79,6 +79,8 @@ def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str
     for name in (*files, *folders):
         path, kind = folder / name, "file" if name in files else "folder"
         with refused(path):
+            with contextlib.suppress(FileNotFoundError):
+                path.lstat()  # a name may be too long
             if path.exists() and path.is_dir() != (kind == "folder"):
                 raise UserError(
                     f"{path} is not a {kind}, and a {kind} of this name must be written: move it "

@@ -110,9 +110,12 @@ def test_a_place_that_cannot_be_is_refused_at_the_start(mode, place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_name_too_long_for_the_draft_is_refused_at_the_start(tmp_path):
+def test_a_name_too_long_is_refused_at_the_start_and_the_longest_can_be_written(tmp_path):
     with pytest.raises(UserError, match=os.strerror(errno.ENAMETOOLONG)):
-        files.check_outputs(tmp_path, ("n" * 250,))
+        files.check_outputs(tmp_path, ("n" * 256,))
+    files.check_outputs(tmp_path, ("n" * 255,))
+    files.write_json(tmp_path / ("n" * 255), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["n" * 255]
 
 
 @pytest.mark.parametrize(
