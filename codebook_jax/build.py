@@ -17,7 +17,7 @@ from codebook_jax.data import text
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.errors import UserError
-from codebook_jax.parallel import axes, memory, sharding
+from codebook_jax.parallel import memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints, Restored, reason
@@ -73,8 +73,9 @@ def build_training(
     saved = bool(steps_saved)
     record = records.read_record(workdir, has_checkpoint=saved)
     before = None if record is None else records.recorded_config(record)
-    if before is not None:
-        config = with_fields(config, {"mesh.fsdp": axes.inherited(config.mesh, before.mesh.fsdp)})
+    if before is not None and before.mesh.fsdp in sharding.fsdp_choices(config.mesh):
+        # The order of sums over gradients, and so the last bits of the weights, depend on it.
+        config = with_fields(config, {"mesh.fsdp": before.mesh.fsdp})
     mesh = sharding.mesh_of(config.mesh)
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
     source = source_of(config, config.data.train, "train")
@@ -102,7 +103,7 @@ def build_training(
     make = task_maker(asked, words, before=before, examples=size, has_checkpoint=saved)
     device, compiled = _fitted(make, config.mesh) if learns else (None, None)
     # Without learning, the choice of fsdp is left to the start that trains, for its devices.
-    task = compiled.task if learns else make({"mesh.fsdp": axes.choices(config.mesh)[-1]})
+    task = compiled.task if learns else make({"mesh.fsdp": sharding.fsdp_choices(config.mesh)[-1]})
     config = task.config if learns else config
     if "mesh.fsdp" in changes:
         changes["mesh.fsdp"][1] = config.mesh.fsdp
@@ -124,7 +125,7 @@ def _fitted(
     make: memory.Make, mesh: ml_collections.ConfigDict
 ) -> tuple[memory.Memory, memory.Compiled]:
     """The memory of a device, and the step compiled for it; UserError if it does not fit."""
-    compiled = memory.Memory(make, memory.device_memory()).first_fit(axes.choices(mesh))
+    compiled = memory.Memory(make, memory.device_memory()).first_fit(sharding.fsdp_choices(mesh))
     device = memory.Memory(make, memory.device_memory())  # compiling took some of a host's memory
     device.check(compiled)
     return device, compiled
@@ -181,7 +182,7 @@ def build_trained(
     if asked:
         check_fields(config)
     config = records.trained_config(workdir, record, config, flags)
-    trained = axes.of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=asked)
+    trained = sharding.axes_of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=asked)
     config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)
     tokenizer = text.tokenizer_for_run(

@@ -14,7 +14,7 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.text import SAMPLED, said_unknown, unknown_in
-from codebook_jax.parallel import axes, sharding
+from codebook_jax.parallel import sharding
 
 
 def announce(parts: build.Parts) -> None:
@@ -43,7 +43,7 @@ def announce(parts: build.Parts) -> None:
             "training pairs, so a step repeats pairs: set it to that or less, or give more data"
         )
     if devices > 1:
-        say(f"mesh {axes.describe(mesh, config.mesh.slices)}")
+        say(f"mesh {sharding.described_axes(mesh, config.mesh.slices)}")
         say(sharding.describe(parts.task.abstract_state(), mesh))
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import ml_collections
+import numpy as np
 
 from codebook_jax import build, summary
 from codebook_jax.console import duration, say
@@ -22,13 +24,12 @@ from codebook_jax.errors import UserError, first_few
 from codebook_jax.files import check_outputs
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.processes import peers
-from codebook_jax.parallel.processes.agreement import Agreement, Tally
 from codebook_jax.parallel.processes.joining import end
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import BEST, FOLDER, Checkpoints, Restored
-from codebook_jax.run.interruption import Interruption, Stuck, patience
 from codebook_jax.run.metrics import FILE, Metrics, Pace
 from codebook_jax.run.ownership import owned
+from codebook_jax.stop import Interruption, Stuck, patience
 
 # Of a step's time; prefetching keeps it near zero until the data cannot keep up.
 INPUT_BOUND_SHARE = 0.3
@@ -64,8 +65,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
             parts.device.explaining(parts.compiled) if parts.compiled else contextlib.nullcontext(),
         ):
             bad_rate = BadRate(config.data.max_bad_rate, meta["unreadable"])
-            agreement = Agreement(parts.mesh)
-            run = Run(parts, checkpoints, metrics, pace, stop, agreement, bad_rate, state, step)
+            run = Run(parts, checkpoints, metrics, pace, stop, bad_rate, state, step)
             try:
                 run.finish()
             except Exception as error:
@@ -90,13 +90,12 @@ class Run:
     metrics: Metrics
     pace: Pace
     stop: Interruption
-    agreement: Agreement
     bad_rate: BadRate
     state: Any
     step: int
     agreed: bool = False  # some process was asked to stop, and all of them know
-    # The step before, while it runs: its number, scalars, records and tally.
-    pending: tuple[int, dict[str, jax.Array], jax.Array, Tally] | None = None
+    # The step before, while it runs: its number, scalars, records and totals.
+    pending: tuple[int, dict[str, jax.Array], jax.Array, Sequence[jax.Array | int]] | None = None
     bad_in_row: int = 0
     warned_input_bound: bool = False
 
@@ -107,7 +106,7 @@ class Run:
     @property
     def stopping(self) -> bool:
         """Whether to stop here; several processes all stop at the same step."""
-        return self.stop.requested if self.agreement.alone else self.agreed
+        return self.stop.requested if jax.process_count() == 1 else self.agreed
 
     def finish(self) -> None:
         """Trains until the last step or a signal; then saves and evaluates the newest state."""
@@ -117,7 +116,7 @@ class Run:
         if self.step and self.evaluation_due():
             self.evaluate()  # unless the last start did
         self.loop()
-        self.agreed |= self.agreement.any(self.stop.requested)
+        self.agree()
         self.save_newest()
         self.evaluate()
         self.checkpoints.wait()
@@ -143,11 +142,11 @@ class Run:
                     batches = streams.enter_context(alike)
                     continue
                 placed = sharding.put_batch(batch, self.parts.mesh)
-                tally = self.agreement.tally(self.stop.requested, batch, placed)
+                totals = self.totals(batch, placed)
                 self.state, scalars = train_step(self.state, placed)
                 self.step += 1
                 self.settle()
-                self.pending = self.step, scalars, placed.example, tally
+                self.pending = self.step, scalars, placed.example, totals
                 due = self.evaluation_due()
                 if due or self.step % self.config.checkpoint.every_steps == 0:
                     self.settle()
@@ -176,7 +175,7 @@ class Run:
 
     def give_up(self, stuck: Stuck) -> NoReturn:
         """Saves what can be saved without the other processes, and exits."""
-        if self.agreement.alone:
+        if jax.process_count() == 1:
             self.save_newest()
             self.checkpoints.wait()
         sentence = (
@@ -190,9 +189,9 @@ class Run:
         """Reads the pending step's scalars, logs if due; raises UserError if the run must stop."""
         if self.pending is None:
             return
-        (step, scalars, examples, tally), self.pending = self.pending, None
-        self.agreed |= bool(tally.stop)
-        self.bad_rate.add(unreadable=int(tally.unreadable), read=self.config.data.global_batch)
+        (step, scalars, examples, (stop, unreadable)), self.pending = self.pending, None
+        self.agreed |= bool(stop)
+        self.bad_rate.add(unreadable=int(unreadable), read=self.config.data.global_batch)
         self.pace.advance(step)
         bad = bool(scalars["bad_step"])
         self.bad_in_row = self.bad_in_row + 1 if bad else 0
@@ -283,9 +282,32 @@ class Run:
 
     def interrupt(self, what: str, done: int, of: int) -> None:
         """Called between two batches of an evaluation: raises Interrupted on all processes."""
-        self.agreed |= self.agreement.any(self.stop.requested)
-        if self.agreed:
+        self.agree()
+        if self.stopping:
             raise Interrupted
+
+    def totals(self, batch: Batch, placed: Batch) -> Sequence[jax.Array | int]:
+        """Of all processes, still on the device: how many were asked to stop before this step began
+        there (all go by the first step with some), and pictures replaced in its batch.
+        """
+        if jax.process_count() == 1:
+            return self.stop.requested, int(np.sum(batch.skipped))
+        return sums((self.flags(), placed.skipped), self.parts.mesh)
+
+    def agree(self) -> None:
+        """Learns whether any process was asked to stop; waits for all of them."""
+        if jax.process_count() > 1:
+            self.agreed |= bool(sums((self.flags(),), self.parts.mesh)[0])
+
+    def flags(self) -> jax.Array:
+        """Whether this process was asked to stop, bool [shards], in the places of its devices."""
+        flags = np.full(sharding.data_shards(self.parts.mesh), self.stop.requested)
+        return sharding.to_device(flags, self.parts.mesh)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def sums(arrays: Sequence[jax.Array], mesh: jax.sharding.Mesh) -> Sequence[jax.Array]:
+    return sharding.whole([array.sum() for array in arrays], mesh)
 
 
 @contextlib.contextmanager

@@ -27,9 +27,9 @@ from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.mirror import mirrored
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.mixture import training_order
-from codebook_jax.data.stop import serve_parent
 from codebook_jax.data.text import UNREAD, Tokenizer
 from codebook_jax.errors import UserError
+from codebook_jax.stop import serve_parent
 
 MOST_SUBSTITUTES = 1000  # consecutive records that may be unreadable
 _NAMED = 3  # unreadable images that a stream prints

@@ -49,7 +49,7 @@ def make_mesh(
 ) -> Mesh:
     """The mesh over all devices, or those given; one of the sizes may be -1: what the others leave.
 
-    fsdp 0 means not chosen yet (axes.py does that): 1, or what the others leave if both are given.
+    fsdp 0 means not chosen yet (`fsdp_choices`): 1, or what the others leave if both are given.
     """
     devices = jax.devices() if devices is None else devices
     chosen = fsdp or (1 if -1 in (data, tensor) else -1)
@@ -136,6 +136,40 @@ def possible_fsdp(mesh: Mesh) -> list[int]:
     """The possible fsdp with the same number of data shards, smallest first."""
     shards = data_shards(mesh)
     return [size for size in range(1, shards + 1) if shards % size == 0]
+
+
+def fsdp_choices(axes: ml_collections.ConfigDict) -> list[int]:
+    """The fsdp to try: those inside a slice first, then smaller ones, which communicate less."""
+    mesh = mesh_of(axes)
+    if axes.fsdp or axes.data != -1:
+        return [mesh.shape["fsdp"]]
+    shards, tensor = data_shards(mesh), mesh.shape["tensor"]
+    count = len(slice_groups(list(mesh.devices.flat), axes.slices))
+    spans = lambda n: slices_over((shards // n, n, tensor), count)[1]  # noqa: E731
+    return sorted(possible_fsdp(mesh), key=lambda n: spans(n) > 1)
+
+
+def axes_of_trained(axes: ml_collections.ConfigDict, own: int, *, asked: bool) -> dict[str, int]:
+    """The axes to use a trained run with: `asked` ones, or its `own` fsdp if the devices fit."""
+    found = {**axes, "fsdp": axes.fsdp or own}
+    try:
+        if not (asked and axes.fsdp):
+            make_mesh(**found)
+    except UserError:  # trained on other devices
+        share = math.gcd(max(own, 1), jax.device_count())
+        return {"data": -1, "fsdp": share, "tensor": 1, "slices": 0}
+    return found
+
+
+def described_axes(mesh: Mesh, slices: int) -> str:
+    """The sizes of a mesh's axes, and how several slices are joined."""
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    count = len(slice_groups(list(mesh.devices.flat), slices))
+    if count == 1:
+        return sizes
+    over = zip(AXES, slices_over(tuple(mesh.shape.values()), count), strict=True)
+    parts = ", ".join(f"{axis} {n}" for axis, n in over if n > 1)
+    return f"{sizes}; over {count} slices: {parts}"
 
 
 def check_batch(mesh: Mesh, global_batch: int, accumulation: int) -> None:

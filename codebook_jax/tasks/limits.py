@@ -1,15 +1,22 @@
-"""What must fit together in a pre-training config, and its automatic choices."""
+"""What must fit together in a pre-training config, and what its automatic choices mean."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import ml_collections
 
 from codebook_jax.config import check_fields, flat, with_fields
 from codebook_jax.errors import UserError
-from codebook_jax.tasks.assignments import ASSIGNMENTS
+from codebook_jax.method import codebook
 
+# How features are assigned to codewords, by `codebook.solver`, from the section `config.codebook`.
+# A new assignment is one function and one line here.
+ASSIGNMENTS: dict[str, Callable[[ml_collections.ConfigDict], codebook.Assign]] = {
+    "sinkhorn": lambda c: codebook.sinkhorn(epsilon=c.epsilon, iterations=c.iterations),
+    "ipot": lambda c: codebook.ipot(beta=c.ipot_beta, iterations=c.iterations),
+}
 PAIRS = "name your pairs, e.g. json:PATH, or scenes"
 
 

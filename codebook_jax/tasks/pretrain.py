@@ -13,12 +13,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
+from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.method import alignment, codebook, matching, teacher
 from codebook_jax.method.masking import masked_word_loss
@@ -30,11 +32,9 @@ from codebook_jax.models.bert import Negatives, gather_in_groups
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer
-from codebook_jax.tasks.assignments import ASSIGNMENTS
 from codebook_jax.tasks.draws import Inputs, draw_inputs
 from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
 from codebook_jax.tasks.task import Evaluation, Items, Task
-from codebook_jax.tasks.towers import evaluate_towers
 
 
 class Pretraining(Task):
@@ -48,7 +48,7 @@ class Pretraining(Task):
     ) -> None:
         self.model = codis.Model(config, vocabulary.size, mesh)
         self.rate, self.optimizer = optimizer.from_config(config)
-        self.assignment = ASSIGNMENTS[config.codebook.solver](config.codebook)
+        self.assignment = limits.ASSIGNMENTS[config.codebook.solver](config.codebook)
         self.pass_groups = config.itm.groups // config.optimizer.accumulation
         self.passes = Passes(config.optimizer.accumulation, mesh)
         super().__init__(config, vocabulary, mesh)
@@ -301,17 +301,28 @@ class Pretraining(Task):
         final: bool,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Retrieval, re-ranked if `final` or always so configured."""
-        rerank = final or self.config.evaluation.rerank_on_schedule
-        return evaluate_towers(
+        """Retrieval by student and teacher; re-ranked if `final` or always so configured."""
+        asked = self.config.evaluation
+        rerank = asked.rerank_top_k > 0 and (final or asked.rerank_on_schedule)
+        results = retrieval.evaluate(
             self.model,
-            self.config,
             {"student": state.student["towers"], "teacher": state.teacher},
-            state.student if rerank else None,
             source,
             tokenizer,
+            self.config,
             images=images,
+            match=functools.partial(self.model.match, state.student) if rerank else None,
             progress=progress,
+        )
+        dual = results["student/dual"]
+        found = f"R@1 image to text {dual['txt_r1']:.1f} %, text to image {dual['img_r1']:.1f} %"
+        return Evaluation(
+            results,
+            retrieval.flat(results),
+            score=float(np.mean(list(retrieval.recalls_of(dual).values()))),
+            metric="mean of the recalls of student/dual in validation",
+            summary=f"{found} (chance {dual['chance_r1']:.1f} %) on {retrieval.counted(dual)}",
+            table=retrieval.format_table(results),
         )
 
     def _read(

@@ -29,11 +29,11 @@ from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Re
 from codebook_jax.data.packing import Packing, full_disk_named, shard_count, write_shard
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs, parse_json, write_json
 from codebook_jax.run.ownership import owned
 from codebook_jax.run.record import check_folder
+from codebook_jax.stop import Stopped, stoppable
 from codebook_jax.tools import beam
 from codebook_jax.tools.workers import Tell, process_count, spread
 

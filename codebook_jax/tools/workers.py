@@ -11,8 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from codebook_jax.data.sources import Source
-from codebook_jax.data.stop import serve_parent
 from codebook_jax.errors import UserError
+from codebook_jax.stop import serve_parent
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
 Tell = Callable[[int, int], None]  # (records done since the last call, bad ones among them)

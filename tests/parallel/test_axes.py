@@ -10,7 +10,7 @@ from small_run import SMALL
 
 from codebook_jax import build, summary
 from codebook_jax.errors import UserError
-from codebook_jax.parallel import axes, memory, sharding
+from codebook_jax.parallel import memory, sharding
 from codebook_jax.run.record import read_record
 from configs import base
 
@@ -33,21 +33,14 @@ def axes_with(**mesh):
     ],
 )
 def test_fsdp_is_a_divisor_of_the_data_shards_unless_the_mesh_leaves_no_choice(mesh, sizes):
-    assert axes.choices(axes_with(**mesh)) == sizes
+    assert sharding.fsdp_choices(axes_with(**mesh)) == sizes
 
 
 def test_an_fsdp_inside_a_slice_comes_before_one_across(monkeypatch):
     devices = np.array(fakes([0] * 4 + [1] * 4 + [2] * 4))
     mesh = SimpleNamespace(shape={"data": 12, "fsdp": 1, "tensor": 1}, devices=devices)
     monkeypatch.setattr(sharding, "mesh_of", lambda axes: mesh)
-    assert axes.choices(axes_with()) == [1, 2, 4, 3, 6, 12]
-
-
-def test_a_restart_keeps_its_own_fsdp_where_the_devices_make_up_such_a_mesh():
-    assert axes.inherited(axes_with(), 4) == 4
-    assert axes.inherited(axes_with(), 3) == 0
-    assert axes.inherited(axes_with(tensor=4), 4) == 0
-    assert axes.inherited(axes_with(fsdp=2), 4) == 2
+    assert sharding.fsdp_choices(axes_with()) == [1, 2, 4, 3, 6, 12]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +56,7 @@ def test_a_restart_keeps_its_own_fsdp_where_the_devices_make_up_such_a_mesh():
 def test_a_trained_run_is_used_on_its_own_mesh_or_on_what_the_devices_leave_of_it(
     mesh, own, asked, used
 ):
-    found = axes.of_trained(axes_with(**mesh), own, asked=asked)
+    found = sharding.axes_of_trained(axes_with(**mesh), own, asked=asked)
     assert found == dict(zip(("data", "fsdp", "tensor", "slices"), used, strict=True))
 
 
@@ -164,5 +157,5 @@ def test_a_mesh_that_slices_cannot_make_is_refused_with_its_numbers(sizes, order
 
 
 def test_a_mesh_over_slices_says_what_crosses_them():
-    said = axes.describe(sharding.make_mesh(1, 4, 2, slices=2), 2)
+    said = sharding.described_axes(sharding.make_mesh(1, 4, 2, slices=2), 2)
     assert said == "data 1, fsdp 4, tensor 2; over 2 slices: fsdp 2"

@@ -12,8 +12,8 @@ import pytest
 from small_run import ran
 
 from codebook_jax import console
-from codebook_jax.run.interruption import Interruption
 from codebook_jax.run.metrics import Metrics, Pace
+from codebook_jax.stop import Interruption
 
 
 def rows_of(workdir):
@@ -123,7 +123,7 @@ def test_the_stages_of_a_long_work_are_each_told_with_the_time_left(monkeypatch,
 def test_a_second_ctrl_c_leaves_at_once():
     script = """if True:
         import signal
-        from codebook_jax.run.interruption import Interruption
+        from codebook_jax.stop import Interruption
         with Interruption():
             for said in ("still here", "not reached"):
                 signal.raise_signal(signal.SIGINT)

@@ -7,7 +7,7 @@ import pytest
 from small_task import BATCH, batch_of, run, task_on
 
 from codebook_jax.errors import UserError
-from codebook_jax.tasks.assignments import ASSIGNMENTS
+from codebook_jax.tasks.limits import ASSIGNMENTS
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 

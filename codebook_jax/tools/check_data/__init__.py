@@ -20,11 +20,11 @@ from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.sources.records import Records
 from codebook_jax.data.sources.scenes import Scenes
-from codebook_jax.data.stop import Stopped, stoppable
 from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs
 from codebook_jax.run.record import check_folder
+from codebook_jax.stop import Stopped, stoppable
 from codebook_jax.tools.check_data import outputs
 from codebook_jax.tools.check_data.findings import Part, find, find_leak, read_captions
 from codebook_jax.tools.check_data.inspection import inspect, pieces_of
