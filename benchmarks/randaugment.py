@@ -25,7 +25,6 @@ from train_step import ROOT, machine, measure
 from codebook_jax.data.augment import augment
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.parallel import sharding
-from codebook_jax.run import record as workdir
 from codebook_jax.tasks import pretrain
 from configs import base
 
@@ -84,7 +83,7 @@ def step_without(size: str, batch: int) -> tuple[Any, ...]:
     config.update_from_flattened_dict(changed)
     axes = (jax.sharding.AxisType.Auto,) * len(sharding.AXES)
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=axes, devices=jax.devices()[:1])
-    config = workdir.resolve_groups(config, None, data_shards=1)
+    config = pretrain.Pretraining.resolve(config, None, shards=1, examples=1)
     words = 500 if size == "tiny" else 30_522
     task = pretrain.Pretraining(config, Vocabulary(words, 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh)
     return task.step, task.abstract_state(), task.abstract_batch()

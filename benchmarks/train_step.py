@@ -113,14 +113,15 @@ def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
     from codebook_jax.data.batch import Batch
     from codebook_jax.data.text import Vocabulary
     from codebook_jax.parallel import sharding
-    from codebook_jax.run import record as workdir
     from codebook_jax.tasks import pretrain
     from configs import base
 
     config = base.get_config(size)
     config.update_from_flattened_dict(fields)
     mesh = sharding.make_mesh(-1, 1, 1)
-    config = workdir.resolve_groups(config, None, data_shards=sharding.data_shards(mesh))
+    config = pretrain.Pretraining.resolve(
+        config, None, shards=sharding.data_shards(mesh), examples=1
+    )
     words = 500 if size == "tiny" else 30_522
     task = pretrain.Pretraining(config, Vocabulary(words, 0, 2, 3, 4, (0, 1, 2, 3, 4)), mesh)
     draw = np.random.default_rng(0)
