@@ -12,7 +12,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from huggingface_hub import constants
 
+from codebook_jax.data.network import hub_reachable
 from codebook_jax.data.sources import rows
 from codebook_jax.data.sources.record import NO_CAPTION, PARTS, Request
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
@@ -97,6 +99,8 @@ def _loaded(datasets: ModuleType, what: str, place: str, split: str | None) -> D
     """The table of a split, or {split: table}; raises UserError if it cannot be loaded."""
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
+    if not os.path.exists(place) and not hub_reachable():  # read the cache, without 20 s of tries
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         if os.path.isfile(place):
             return datasets.load_dataset("parquet", data_files=place, split=split or "train")

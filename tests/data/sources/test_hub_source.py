@@ -195,6 +195,31 @@ def test_what_cannot_be_read_is_refused_with_a_cure(datasets, tmp_path):
         assert re.search(words, refusal(f"{tmp_path}/{place}")), place
 
 
+def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(datasets, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    load_dataset, asked = datasets.load_dataset, []
+
+    def load(*args, **kwargs):
+        asked.append(not (constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE))
+        return load_dataset(*args, **kwargs) if not asked[-1] else None
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    said = refusal("someone/pairs:train")
+    assert "hf:someone/pairs " in said
+    parquet(tmp_path / "pairs" / "a.parquet", {"image": [picture(0)], "caption": ["one"]})
+    cached = tmp_path / "cache"
+    load_dataset(str(tmp_path / "pairs"), cache_dir=str(cached))
+    (cached / "pairs").rename(cached / "someone___pairs")  # named like data from the hub
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cached))
+    assert records(open_it("someone/pairs:train")) == [(picture(0), ("one",), 0)]
+    assert asked == [False, False]
+    assert datasets.is_progress_bar_enabled()
+
+
 @pytest.mark.parametrize(
     ("library", "spec", "extra"),
     [("datasets", "hf:someone/pairs:train", "hf"), ("tensorflow_datasets", "tfds:x:train", "tfds")],
