@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -17,6 +17,7 @@ from codebook_jax.data.images import UnreadableImage, decode, resize_square
 from codebook_jax.data.sources import Record, Source
 from codebook_jax.data.text import UNREAD, Tokenizer
 from codebook_jax.errors import UserError
+from codebook_jax.models.codis import Model
 from codebook_jax.parallel import sharding
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, out of how many
@@ -44,18 +45,8 @@ class Gallery(NamedTuple):
     truncated: int  # captions longer than the model reads
 
 
-class Encoders(Protocol):
-    """Programs that run towers, given as parameters, on rows split over a mesh."""
-
-    mesh: jax.sharding.Mesh
-    # of towers and uint8 images [rows, side, side, 3]: unit features, and the tokens of patches
-    encode_images: Callable[[PyTree, Array], tuple[Array, Array]]
-    # of towers, tokens [rows, tokens] and lengths: unit features, and the states of tokens
-    encode_texts: Callable[[PyTree, Array, Array], tuple[Array, Array]]
-
-
 def encode_source(
-    encoders: Encoders,
+    model: Model,
     towers: Mapping[str, PyTree],
     source: Source,
     tokenizer: Tokenizer,
@@ -73,8 +64,8 @@ def encode_source(
     """
     count = min(images or len(source), len(source))
     max_tokens = config.model.text.max_tokens
-    rows = rows_over_shards(min(config.evaluation.batch, count), encoders.mesh)
-    outputs = functools.partial(_Outputs, encoders.mesh, rows)
+    rows = rows_over_shards(min(config.evaluation.batch, count), model.mesh)
+    outputs = functools.partial(_Outputs, model.mesh, rows)
     of_images = {name: outputs(count, with_tokens=name in with_tokens) for name in towers}
     kept: list[tuple[int, Record]] = []
     unreadable: list[str] = []
@@ -85,7 +76,7 @@ def encode_source(
         if readable:
             pixels = np.stack([image for *_, image in readable])
             for name, weights in towers.items():
-                of_images[name].add(functools.partial(encoders.encode_images, weights), pixels)
+                of_images[name].add(functools.partial(model.encode_images, weights), pixels)
         progress("images", chunk[-1][0] + 1, count)
     _report_unreadable(source, unreadable, count)
     captions = [caption for _, record in kept for caption in record.captions]
@@ -98,7 +89,7 @@ def encode_source(
         of_texts = outputs(len(captions), with_tokens=name in with_tokens)
         for start in range(0, len(captions), rows):
             part = slice(start, start + rows)
-            encode = functools.partial(encoders.encode_texts, weights)
+            encode = functools.partial(model.encode_texts, weights)
             of_texts.add(encode, tokens[part], lengths[part])
             progress("texts", of_texts.used, len(captions))
         (image, image_tokens), (text, states) = of_images[name].filled, of_texts.filled

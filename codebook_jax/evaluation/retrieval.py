@@ -10,15 +10,16 @@ import numpy as np
 
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
-from codebook_jax.evaluation.encoding import Encoders, Progress, encode_source
+from codebook_jax.evaluation.encoding import Progress, encode_source
 from codebook_jax.evaluation.recall import RANKS, chance_at_k, recall_at_k
 from codebook_jax.evaluation.rerank import Match, rerank_gallery
+from codebook_jax.models.codis import Model
 
 Recalls = dict[str, float]  # of one protocol, in percent, with chance levels and counts
 
 
 def evaluate(
-    encoders: Encoders,
+    model: Model,
     towers: Mapping[str, Any],
     source: Source,
     tokenizer: Tokenizer,
@@ -37,7 +38,7 @@ def evaluate(
     """
     progress = progress or (lambda *_: None)
     encoded = encode_source(
-        encoders,
+        model,
         towers,
         source,
         tokenizer,
@@ -63,7 +64,7 @@ def evaluate(
     }
     if match is not None:
         reranked = rerank_gallery(
-            match, encoders.mesh, encoded, similarity["student"], config.evaluation, progress
+            match, model.mesh, encoded, similarity["student"], config.evaluation, progress
         )
         shared["rerank_top_k"] = config.evaluation.rerank_top_k
         results["student/reranked"] = reranked | shared
