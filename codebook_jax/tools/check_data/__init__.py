@@ -1,7 +1,7 @@
 """`--mode=check-data`: finds what is wrong with the data before training.
 
 Checks every picture and caption of the training and evaluation sources, and looks for pictures in
-both. Prints a table, and writes check.json, usable.jsonl, skipped.tsv and report.html.
+both. Prints a table, and writes check.json, skipped.tsv, report.html and, of files, usable.jsonl.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def _verdicts(config: ml_collections.ConfigDict, parts: list[Part]) -> Iterator[
         if bad > limit * listed and not part.label.startswith("training "):  # of a mixture
             yield (
                 f"{bad:,} of {listed:,} listed records of {part.label} are unusable "
-                f"({bad / listed:.1%}), {over}: {SKIPPED} names those in this list; "
-                f"train on {USABLE}, or fix them"
+                f"({bad / listed:.1%}), {over}: {SKIPPED} names those in this list: "
+                "fix them, or train without them"
             )
     for found in filter(None, (part.leak for part in parts)):
         leaked, images = found["leaked"], found["images"]
@@ -148,7 +148,7 @@ def _advice(workdir: Path, training: Part, root: str | None) -> Iterator[str]:
             yield f"{USABLE} has no weights: every pair appears once per epoch"
     elif usable:
         yield (
-            f"these pictures are not separate files, so {USABLE} lists their positions: train on "
-            "the source itself, which skips unusable pictures, or pack it with --mode=prepare"
+            f"these pictures are not separate files, so there is no {USABLE}: train on the source "
+            "itself, which skips unusable pictures, or pack it with --mode=prepare"
         )
     yield f"{workdir / PAGE} shows samples, {workdir / SKIPPED} names what is unusable"
