@@ -56,11 +56,9 @@ def encode_source(
     with_tokens: Sequence[str] = (),
     progress: Progress = lambda *_: None,
 ) -> Gallery:
-    """The first `images` (0: all) of a source and all their captions, through each of the `towers`.
-
-    `with_tokens` names the towers whose tokens are kept too. Images that cannot be read are left
-    out with their captions and reported. Raises UserError if none can be read or a feature is not
-    finite.
+    """The first `images` (0: all) of a source and all their captions, through each of the `towers`;
+    of those in `with_tokens` the tokens are kept too. Images that cannot be read are left out and
+    reported. Raises UserError if none can be read or a feature is not finite.
     """
     count = min(images or len(source), len(source))
     max_tokens = config.model.text.max_tokens
@@ -143,10 +141,7 @@ class _Outputs:
 def _read(
     source: Source, tokenizer: Tokenizer, count: int, rows: int, config: ml_collections.ConfigDict
 ) -> Iterator[list[tuple[int, Record | None, np.ndarray | str]]]:
-    """Chunks of (position, record, image), or (position, None, why) if unreadable.
-
-    Reads one chunk ahead.
-    """
+    """Chunks of (position, record, image), or (position, None, why); reads one chunk ahead."""
 
     def read(position: int) -> tuple[int, Record | None, np.ndarray | str]:
         try:

@@ -29,12 +29,10 @@ def evaluate(
     match: Match | None,
     progress: Progress | None = None,
 ) -> dict[str, Recalls]:
-    """Recalls by protocol: `NAME/dual` of each of the `towers` and, with `match`, student/reranked.
-
-    The first `images` images (0: all) of the source and their captions are the gallery. Besides the
-    recalls each protocol has its chance levels, `images`, `images_listed` (of the source), `texts`,
-    `left_out` (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked).
-    Raises UserError if no image can be read.
+    """Recalls by protocol: `NAME/dual` of each of the `towers` and, with `match`, student/reranked;
+    each with its chance levels, `images`, `images_listed` (of the source), `texts`, `left_out`
+    (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked). The gallery,
+    and what is raised, are those of `encode_source`.
     """
     progress = progress or (lambda *_: None)
     encoded = encode_source(
@@ -93,9 +91,8 @@ def counted(values: Recalls) -> str:
 
 
 def format_table(results: Mapping[str, Recalls]) -> str:
-    """A table for a terminal: how much was evaluated, each protocol's recalls, and chance.
-
-    Names the protocols that are no better than chance.
+    """A table for a terminal: how much was evaluated, each protocol's recalls, and chance; names
+    the protocols that are no better.
     """
     first = next(iter(results.values()))
     top_k = max(values["rerank_top_k"] for values in results.values())

@@ -36,9 +36,8 @@ def write_report(
     workdir: Path | str,
     flags: Container[str] | None = None,
 ) -> None:
-    """Writes `report.html`: the curves and, if there is a checkpoint, what it finds in test data.
-
-    Compares the run's settings with `config`. Raises UserError for a folder that holds no run.
+    """Writes `report.html`: the curves, the run's settings compared with `config` and, if there is
+    a checkpoint, what it finds in test data. Raises UserError for a folder that holds no run.
     """
     workdir = Path(workdir).absolute()
     check_outputs(workdir, (FILE,))

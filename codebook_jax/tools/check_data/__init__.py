@@ -1,7 +1,5 @@
-"""`--mode=check-data`: finds what is wrong with the data before training.
-
-Checks every picture and caption of the training and evaluation sources, and looks for pictures in
-both. Prints a table, and writes check.json, skipped.tsv, report.html and, of files, usable.jsonl.
+"""`--mode=check-data`: checks every picture and caption before training, and looks for pictures in
+both training and evaluation data. Prints a table, and writes `outputs.FILES`.
 """
 
 from __future__ import annotations
@@ -34,9 +32,8 @@ _FIELDS = {"training": "train", "validation": "eval", "test": "test"}  # of conf
 
 
 def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
-    """Checks the data of `config`; returns 1 if too much is unusable or leaked, else 0.
-
-    Raises UserError without training data, and for a folder that holds something else.
+    """Checks the data of `config`; returns 1 if too much is unusable or leaked, else 0. Raises
+    UserError without training data, and for a folder that holds something else.
     """
     if not config.data.train:
         raise UserError(
@@ -67,7 +64,7 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> list[Part]:
         if data[field]:
             role = "train" if label == "training" else label
             sources[label] = source_of(config, data[field], role)
-    drawn = [label for label in sources if _pieces(sources[label], Scenes)]
+    drawn = [label for label in sources if Scenes in map(type, pieces_of(sources[label]))]
     for label in drawn if "training" not in drawn else ():
         print(f"{label} data are the built-in scenes: not checked", flush=True)
         del sources[label]
@@ -79,11 +76,6 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> list[Part]:
         if not (part.label.startswith("training") or isinstance(part.source, Mixture)):
             parts[at] = find_leak(part, parts[0], **options)
     return parts
-
-
-def _pieces(source: Source, kind: type[Source]) -> list[Source]:
-    """The sources of one kind in a source."""
-    return [piece for piece in pieces_of(source) if isinstance(piece, kind)]
 
 
 def _parts(
@@ -109,8 +101,8 @@ def _verdicts(config: ml_collections.ConfigDict, parts: list[Part]) -> Iterator[
     """A sentence on each packed folder with damaged files, and each share above the limit."""
     limit = config.check.max_bad_share
     over = f"more than config.check.max_bad_share={limit:g}"
-    packed = [piece for part in parts for piece in _pieces(part.source, Records)]
-    for folder in dict.fromkeys(piece.place for piece in packed):
+    pieces = [piece for part in parts for piece in pieces_of(part.source)]
+    for folder in dict.fromkeys(piece.place for piece in pieces if isinstance(piece, Records)):
         if config.check.decode and (damaged := verify(folder)):
             yield (
                 f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its "

@@ -32,9 +32,7 @@ _ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 def write(
     workdir: Path, parts: Sequence[Part], verdicts: Sequence[str], *, decoded: bool
 ) -> str | None:
-    """Prints the table, writes the files, and returns `_image_root`; `parts` begin with all
-    training data, and of a mixture have first the whole, then each source.
-    """
+    """Prints the table, writes the files, and returns `_image_root`; `parts[0]` is all training."""
     training = parts[0]
     rows = [["", *(part.label for part in parts)]]
     for name, (label, _) in training.numbers.items():
