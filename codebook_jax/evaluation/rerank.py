@@ -42,10 +42,9 @@ def rerank_gallery(
     if settings.rerank_add_dual:
         logits = logits + similarity[pairs]
     ids = gallery.image_ids, gallery.text_image_ids
-    text_order = promoted(similarity, texts_of_images, logits[np.searchsorted(keys, image_keys)])
-    text_recall = recall_of_queries(text_order, *ids)
-    del text_order  # as large as the similarities
-    image_order = promoted(similarity.T, images_of_texts, logits[np.searchsorted(keys, text_keys)])
+    of_images, of_texts = (logits[np.searchsorted(keys, own)] for own in (image_keys, text_keys))
+    text_recall = recall_of_queries(promoted(similarity, texts_of_images, of_images), *ids)
+    image_order = promoted(similarity.T, images_of_texts, of_texts)
     image_recall = recall_of_queries(image_order, *reversed(ids))
     return named_recalls("txt_r", text_recall) | named_recalls("img_r", image_recall)
 
@@ -103,10 +102,8 @@ def top_candidates(
     scores: Float[np.ndarray, "queries candidates"], top_k: int
 ) -> Int[np.ndarray, "queries top_k"]:
     """The `top_k` highest candidates of each query (all, if there are fewer), in no order."""
-    count = scores.shape[1]
-    if top_k >= count:
-        return np.tile(np.arange(count), (len(scores), 1))
-    return np.stack([np.argpartition(row, count - top_k)[count - top_k :] for row in scores])
+    first = max(0, scores.shape[1] - top_k)
+    return np.stack([np.argpartition(row, first)[first:] for row in scores])
 
 
 def promoted(

@@ -1,12 +1,8 @@
-"""`--mode=export`: a trained model as one self-contained folder, in the format
-config.export.format.
+"""`--mode=export`: a trained model as one self-contained folder, by config.export.format:
 
-codis         export/, what `codebook_jax.load` reads
-                export.json   the contents: format, step, sizes, versions
-                config.json   the run's record, with its config
-                tokenizer/    the run's tokenizer
-                student/      Orbax: towers, matching, codebook, temperature
-                teacher/      Orbax: towers, if config.export.teacher is set
+codis         export/, what `codebook_jax.load` reads: export.json (format, step, sizes, versions),
+              config.json (the run's record), tokenizer/, and Orbax's student/ (towers, matching,
+              codebook, temperature) and, with config.export.teacher, teacher/ (towers)
 huggingface   export_huggingface/, image/ for ViTModel and text/ for BertModel: weights/write.py
 albef         export_albef/, a whole model for ALBEF's code: weights/write.py
 """
