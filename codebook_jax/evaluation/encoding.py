@@ -173,8 +173,7 @@ def _report_unreadable(source: Source, unreadable: Sequence[str], count: int) ->
 
 def _check_finite(name: str, features: Features) -> None:
     for kind, array in (("images", features.image), ("texts", features.text)):
-        bad = int((~np.isfinite(array).all(axis=1)).sum())
-        if bad:
+        if bad := int((~np.isfinite(array).all(axis=1)).sum()):
             raise UserError(
                 f"the {name}'s features of {bad:,} of {len(array):,} {kind} are not finite and "
                 "cannot be ranked: the weights are broken, use an earlier checkpoint"

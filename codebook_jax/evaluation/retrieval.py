@@ -15,6 +15,8 @@ from codebook_jax.evaluation.recall import RANKS, chance_at_k, recall_at_k
 from codebook_jax.evaluation.rerank import Match, rerank_gallery
 from codebook_jax.models.codis import Model
 
+# of the recalls of each protocol in metrics.jsonl
+PREFIXES = {"student/dual": "", "teacher/dual": "teacher_", "student/reranked": "reranked_"}
 Recalls = dict[str, float]  # of one protocol, in percent, with chance levels and counts
 
 
@@ -77,9 +79,9 @@ def recalls_of(values: Recalls) -> Recalls:
 def flat(results: Mapping[str, Recalls]) -> dict[str, float]:
     """`eval/txt_r1`, ... of student/dual with chance and counts; recalls of the other protocols."""
     row = {f"eval/{name}": value for name, value in results["student/dual"].items()}
-    for protocol, prefix in (("teacher/dual", "teacher"), ("student/reranked", "reranked")):
+    for protocol, prefix in PREFIXES.items():
         for name, value in recalls_of(results.get(protocol, {})).items():
-            row[f"eval/{prefix}_{name}"] = value
+            row[f"eval/{prefix}{name}"] = value
     return row
 
 

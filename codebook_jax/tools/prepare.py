@@ -84,7 +84,7 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     if finished is not None:
         print(f"already complete, all files verified: {_summary(workdir, finished)}", flush=True)
         return
-    _pack_missing(settings, workdir, source, packing, shards)
+    _pack_missing(settings, workdir, source, packing)
     receipts = _receipts(workdir, shards)
     if len(receipts) < shards:
         raise UserError(
@@ -109,13 +109,10 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
 
 
 def _pack_missing(
-    settings: ml_collections.ConfigDict,
-    workdir: Path,
-    source: Source,
-    packing: Packing,
-    shards: int,
+    settings: ml_collections.ConfigDict, workdir: Path, source: Source, packing: Packing
 ) -> None:
     """Packs the shards that have no receipt; `settings` are those of config.prepare."""
+    shards = shard_count(len(source), packing.shard_records)
     receipts = _receipts(workdir, shards)
     missing = [shard for shard in range(shards) if shard not in receipts]
     count = process_count(settings.processes, len(missing))

@@ -251,9 +251,7 @@ def code_probabilities(
     *,
     temperature: float,
 ) -> Float32[np.ndarray, "features codes"]:
-    """Softmax of z C / gamma over the codewords, for unit features and codewords (Duan et al.,
-    3.1); `temperature` is gamma.
-    """
+    """Softmax of z C / `temperature` over codewords, all of unit length (Duan et al., 3.1)."""
     logits = features.astype(np.float32) @ codewords.T.astype(np.float32) / np.float32(temperature)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
@@ -278,9 +276,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except Exception as failure:
         why = reason(failure.__cause__ or failure)
-        raise UserError(
-            f"{path} cannot be read ({why}): export again, or give another folder"
-        ) from failure
+        advice = "export again, or give another folder"
+        raise UserError(f"{path} cannot be read ({why}): {advice}") from failure
 
 
 def read_items(folder: Path, items: Iterable[str]) -> dict[str, np.ndarray]:
