@@ -16,11 +16,11 @@ from codebook_jax.console import say
 from codebook_jax.data import text
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.record import sample_captions
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, reason
 from codebook_jax.parallel import memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
-from codebook_jax.run.checkpoint import Checkpoints, Restored, reason
+from codebook_jax.run.checkpoint import Checkpoints, Restored
 from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.task import Task
 from codebook_jax.weights import start as weights

@@ -197,7 +197,7 @@ def test_every_command_of_the_page_runs(data, one_device):
         assert results[made] == {"train": 2, "validation": 1}
     for workdir, made in results.items():
         if workdir.startswith("checks/"):
-            assert {"check.json", "usable.jsonl", "skipped.tsv", "report.html"} <= set(made)
+            assert {"check.json", "skipped.tsv", "report.html"} <= set(made)
 
 
 @pytest.mark.parametrize("page", [README, QUICKSTART], ids=["README", "quickstart"])

@@ -17,7 +17,7 @@ from jaxtyping import Int32
 
 from codebook_jax.data.network import hub_reachable
 from codebook_jax.data.vocabulary import SPECIALS, train_vocabulary, whole
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,10 +221,9 @@ def _load(name: str, what: str) -> PreTrainedTokenizerBase:
         local = os.path.isdir(name) or not hub_reachable()
         loaded = reader.from_pretrained(name, local_files_only=local)
     except Exception as failure:  # OSError, ValueError, KeyError, the hub's own errors, ...
-        reason = str(failure).strip().split("\n")[0].rstrip(".") or type(failure).__name__
         raise UserError(
-            f"{what} cannot be loaded ({reason}): give a folder with tokenizer.json or {_WORDS}, "
-            "or a name on the Hugging Face hub with network access, or leave it empty to train one"
+            f"{what} cannot be loaded ({reason(failure)}): give a folder with tokenizer.json or "
+            f"{_WORDS}, a name on the Hugging Face hub with network access, or nothing to train one"
         ) from failure
     vocabulary = loaded.get_vocab()
     for kind, *names in zip(_KINDS, SPECIALS, _ROBERTA, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -17,6 +17,7 @@ from codebook_jax.data.images import UnreadableImage, decode, resize_square
 from codebook_jax.data.sources import Record, Source
 from codebook_jax.data.text import UNREAD, Tokenizer
 from codebook_jax.errors import UserError
+from codebook_jax.models.codis import Model
 from codebook_jax.parallel import sharding
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, out of how many
@@ -44,18 +45,8 @@ class Gallery(NamedTuple):
     truncated: int  # captions longer than the model reads
 
 
-class Encoders(Protocol):
-    """Programs that run towers, given as parameters, on rows split over a mesh."""
-
-    mesh: jax.sharding.Mesh
-    # of towers and uint8 images [rows, side, side, 3]: unit features, and the tokens of patches
-    encode_images: Callable[[PyTree, Array], tuple[Array, Array]]
-    # of towers, tokens [rows, tokens] and lengths: unit features, and the states of tokens
-    encode_texts: Callable[[PyTree, Array, Array], tuple[Array, Array]]
-
-
 def encode_source(
-    encoders: Encoders,
+    model: Model,
     towers: Mapping[str, PyTree],
     source: Source,
     tokenizer: Tokenizer,
@@ -65,16 +56,14 @@ def encode_source(
     with_tokens: Sequence[str] = (),
     progress: Progress = lambda *_: None,
 ) -> Gallery:
-    """The first `images` (0: all) of a source and all their captions, through each of the `towers`.
-
-    `with_tokens` names the towers whose tokens are kept too. Images that cannot be read are left
-    out with their captions and reported. Raises UserError if none can be read or a feature is not
-    finite.
+    """The first `images` (0: all) of a source and all their captions, through each of the `towers`;
+    of those in `with_tokens` the tokens are kept too. Images that cannot be read are left out and
+    reported. Raises UserError if none can be read or a feature is not finite.
     """
     count = min(images or len(source), len(source))
     max_tokens = config.model.text.max_tokens
-    rows = rows_over_shards(min(config.evaluation.batch, count), encoders.mesh)
-    outputs = functools.partial(_Outputs, encoders.mesh, rows)
+    rows = rows_over_shards(min(config.evaluation.batch, count), model.mesh)
+    outputs = functools.partial(_Outputs, model.mesh, rows)
     of_images = {name: outputs(count, with_tokens=name in with_tokens) for name in towers}
     kept: list[tuple[int, Record]] = []
     unreadable: list[str] = []
@@ -85,7 +74,7 @@ def encode_source(
         if readable:
             pixels = np.stack([image for *_, image in readable])
             for name, weights in towers.items():
-                of_images[name].add(functools.partial(encoders.encode_images, weights), pixels)
+                of_images[name].add(functools.partial(model.encode_images, weights), pixels)
         progress("images", chunk[-1][0] + 1, count)
     _report_unreadable(source, unreadable, count)
     captions = [caption for _, record in kept for caption in record.captions]
@@ -98,7 +87,7 @@ def encode_source(
         of_texts = outputs(len(captions), with_tokens=name in with_tokens)
         for start in range(0, len(captions), rows):
             part = slice(start, start + rows)
-            encode = functools.partial(encoders.encode_texts, weights)
+            encode = functools.partial(model.encode_texts, weights)
             of_texts.add(encode, tokens[part], lengths[part])
             progress("texts", of_texts.used, len(captions))
         (image, image_tokens), (text, states) = of_images[name].filled, of_texts.filled
@@ -152,10 +141,7 @@ class _Outputs:
 def _read(
     source: Source, tokenizer: Tokenizer, count: int, rows: int, config: ml_collections.ConfigDict
 ) -> Iterator[list[tuple[int, Record | None, np.ndarray | str]]]:
-    """Chunks of (position, record, image), or (position, None, why) if unreadable.
-
-    Reads one chunk ahead.
-    """
+    """Chunks of (position, record, image), or (position, None, why); reads one chunk ahead."""
 
     def read(position: int) -> tuple[int, Record | None, np.ndarray | str]:
         try:
@@ -187,8 +173,7 @@ def _report_unreadable(source: Source, unreadable: Sequence[str], count: int) ->
 
 def _check_finite(name: str, features: Features) -> None:
     for kind, array in (("images", features.image), ("texts", features.text)):
-        bad = int((~np.isfinite(array).all(axis=1)).sum())
-        if bad:
+        if bad := int((~np.isfinite(array).all(axis=1)).sum()):
             raise UserError(
                 f"the {name}'s features of {bad:,} of {len(array):,} {kind} are not finite and "
                 "cannot be ranked: the weights are broken, use an earlier checkpoint"

@@ -16,11 +16,9 @@ def recall_at_k(
     image_ids: Int[np.ndarray, "images"],
     text_image_ids: Int[np.ndarray, "texts"],
 ) -> dict[str, float]:
-    """R@k of both directions in percent: `txt_r1` (an image finds a text), ..., `img_r1`, ...
-
-    An image finds a text when any text with its id is among the k highest. Equal scores are counted
-    as if shuffled, so uninformative scores give chance. Raises ValueError for NaN scores and for a
-    query without a match.
+    """R@k of both directions in percent: `txt_r1` (an image finds any text with its id), ...,
+    `img_r1`, ... Equal scores are counted as if shuffled, so uninformative scores give chance.
+    Raises ValueError for NaN scores and for a query without a match.
     """
     text_recall = recall_of_queries(scores, image_ids, text_image_ids)
     image_recall = recall_of_queries(scores.T, text_image_ids, image_ids)
@@ -51,10 +49,7 @@ def recall_of_queries(
 def chance_at_k(
     image_ids: Int[np.ndarray, "images"], text_image_ids: Int[np.ndarray, "texts"]
 ) -> dict[str, float]:
-    """Exact R@k of a random order, in percent: `txt_chance_r1`, ..., their means `chance_r1`, ...
-
-    With several texts per image it is hypergeometric; with one text per image, k / images.
-    """
+    """Exact R@k of a random order, in percent: `txt_chance_r1`, ..., their means `chance_r1`."""
     text_chance = _chance_of_queries(image_ids, text_image_ids)
     image_chance = _chance_of_queries(text_image_ids, image_ids)
     return (

@@ -25,13 +25,11 @@ def rerank_gallery(
     mesh: jax.sharding.Mesh,
     gallery: Gallery,
     similarity: Float[np.ndarray, "images texts"],
-    settings: ml_collections.ConfigDict,
+    settings: ml_collections.ConfigDict,  # config.evaluation
     progress: Progress,
 ) -> dict[str, float]:
-    """Recalls in percent after sorting every query's best candidates by their matching logits.
-
-    `settings` is config.evaluation. Pairs that are candidates in both directions are scored once
-    (ALBEF scores them twice).
+    """Recalls in percent after sorting every query's best candidates by their matching logits;
+    pairs that are candidates in both directions are scored once (ALBEF scores them twice).
     """
     texts_of_images = top_candidates(similarity, settings.rerank_top_k)
     images_of_texts = top_candidates(similarity.T, settings.rerank_top_k)
@@ -44,10 +42,9 @@ def rerank_gallery(
     if settings.rerank_add_dual:
         logits = logits + similarity[pairs]
     ids = gallery.image_ids, gallery.text_image_ids
-    text_order = promoted(similarity, texts_of_images, logits[np.searchsorted(keys, image_keys)])
-    text_recall = recall_of_queries(text_order, *ids)
-    del text_order  # as large as the similarities
-    image_order = promoted(similarity.T, images_of_texts, logits[np.searchsorted(keys, text_keys)])
+    of_images, of_texts = (logits[np.searchsorted(keys, own)] for own in (image_keys, text_keys))
+    text_recall = recall_of_queries(promoted(similarity, texts_of_images, of_images), *ids)
+    image_order = promoted(similarity.T, images_of_texts, of_texts)
     image_recall = recall_of_queries(image_order, *reversed(ids))
     return named_recalls("txt_r", text_recall) | named_recalls("img_r", image_recall)
 
@@ -62,11 +59,9 @@ def match_pairs(
     batch: int,
     progress: Progress,
 ) -> Float[np.ndarray, "pairs"]:
-    """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends.
-
-    Pairs of one image form rows of TEXTS_A_ROW texts, so that its keys and values are projected
-    once per row; every call has the same shape, with about as many text tokens as `batch` images
-    have patches.
+    """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends. In rows of
+    TEXTS_A_ROW texts, so that an image's keys and values are projected once per row; every call has
+    the same shape, with about as many text tokens as `batch` images have patches.
     """
     features = gallery.features["student"]
     row_images, row_texts, places = pair_rows(pair_images, pair_texts, TEXTS_A_ROW)
@@ -90,9 +85,8 @@ def match_pairs(
 def pair_rows(
     pair_images: Int[np.ndarray, "pairs"], pair_texts: Int[np.ndarray, "pairs"], width: int
 ) -> tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows width"], Int[np.ndarray, "pairs"]]:
-    """Rows of one image and `width` of its texts, and each pair's place in the flattened rows.
-
-    `pair_images` ascends; places that no pair fills repeat text 0.
+    """Rows of one image and `width` of its texts, and each pair's place in the flattened rows;
+    `pair_images` ascends, and places that no pair fills repeat text 0.
     """
     _, first, counts = np.unique(pair_images, return_index=True, return_counts=True)
     rows_of_image = -(-counts // width)
@@ -108,10 +102,8 @@ def top_candidates(
     scores: Float[np.ndarray, "queries candidates"], top_k: int
 ) -> Int[np.ndarray, "queries top_k"]:
     """The `top_k` highest candidates of each query (all, if there are fewer), in no order."""
-    count = scores.shape[1]
-    if top_k >= count:
-        return np.tile(np.arange(count), (len(scores), 1))
-    return np.stack([np.argpartition(row, count - top_k)[count - top_k :] for row in scores])
+    first = max(0, scores.shape[1] - top_k)
+    return np.stack([np.argpartition(row, first)[first:] for row in scores])
 
 
 def promoted(
@@ -119,9 +111,8 @@ def promoted(
     chosen: Int[np.ndarray, "queries top_k"],
     values: Float[np.ndarray, "queries top_k"],
 ) -> Float[np.ndarray, "queries candidates"]:
-    """Scores in which the chosen candidates come first, in the order of their values, ties kept.
-
-    The ranks of the values are added, not the values, so that nothing is rounded.
+    """Scores in which the chosen candidates come first, in the order of their values, ties kept:
+    the ranks of the values are added, not the values, so that nothing is rounded.
     """
     order = np.argsort(values, axis=1)
     ordered = np.take_along_axis(values, order, axis=1)

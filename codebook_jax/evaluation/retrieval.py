@@ -10,15 +10,18 @@ import numpy as np
 
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
-from codebook_jax.evaluation.encoding import Encoders, Progress, encode_source
+from codebook_jax.evaluation.encoding import Progress, encode_source
 from codebook_jax.evaluation.recall import RANKS, chance_at_k, recall_at_k
 from codebook_jax.evaluation.rerank import Match, rerank_gallery
+from codebook_jax.models.codis import Model
 
+# of the recalls of each protocol in metrics.jsonl
+PREFIXES = {"student/dual": "", "teacher/dual": "teacher_", "student/reranked": "reranked_"}
 Recalls = dict[str, float]  # of one protocol, in percent, with chance levels and counts
 
 
 def evaluate(
-    encoders: Encoders,
+    model: Model,
     towers: Mapping[str, Any],
     source: Source,
     tokenizer: Tokenizer,
@@ -28,16 +31,14 @@ def evaluate(
     match: Match | None,
     progress: Progress | None = None,
 ) -> dict[str, Recalls]:
-    """Recalls by protocol: `NAME/dual` of each of the `towers` and, with `match`, student/reranked.
-
-    The first `images` images (0: all) of the source and their captions are the gallery. Besides the
-    recalls each protocol has its chance levels, `images`, `images_listed` (of the source), `texts`,
-    `left_out` (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked).
-    Raises UserError if no image can be read.
+    """Recalls by protocol: `NAME/dual` of each of the `towers` and, with `match`, student/reranked;
+    each with its chance levels, `images`, `images_listed` (of the source), `texts`, `left_out`
+    (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked). The gallery,
+    and what is raised, are those of `encode_source`.
     """
     progress = progress or (lambda *_: None)
     encoded = encode_source(
-        encoders,
+        model,
         towers,
         source,
         tokenizer,
@@ -63,7 +64,7 @@ def evaluate(
     }
     if match is not None:
         reranked = rerank_gallery(
-            match, encoders.mesh, encoded, similarity["student"], config.evaluation, progress
+            match, model.mesh, encoded, similarity["student"], config.evaluation, progress
         )
         shared["rerank_top_k"] = config.evaluation.rerank_top_k
         results["student/reranked"] = reranked | shared
@@ -78,9 +79,9 @@ def recalls_of(values: Recalls) -> Recalls:
 def flat(results: Mapping[str, Recalls]) -> dict[str, float]:
     """`eval/txt_r1`, ... of student/dual with chance and counts; recalls of the other protocols."""
     row = {f"eval/{name}": value for name, value in results["student/dual"].items()}
-    for protocol, prefix in (("teacher/dual", "teacher"), ("student/reranked", "reranked")):
+    for protocol, prefix in PREFIXES.items():
         for name, value in recalls_of(results.get(protocol, {})).items():
-            row[f"eval/{prefix}_{name}"] = value
+            row[f"eval/{prefix}{name}"] = value
     return row
 
 
@@ -92,9 +93,8 @@ def counted(values: Recalls) -> str:
 
 
 def format_table(results: Mapping[str, Recalls]) -> str:
-    """A table for a terminal: how much was evaluated, each protocol's recalls, and chance.
-
-    Names the protocols that are no better than chance.
+    """A table for a terminal: how much was evaluated, each protocol's recalls, and chance; names
+    the protocols that are no better.
     """
     first = next(iter(results.values()))
     top_k = max(values["rerank_top_k"] for values in results.values())

@@ -28,7 +28,6 @@ def lines(
     **labels: str,
 ) -> dict[str, Any]:
     """Curves {label: values}, thinned; a logarithmic axis leaves out values that are not positive.
-
     `labels` are the chart's title, x, y and note.
     """
     values = np.stack(list(curves.values()), axis=1)

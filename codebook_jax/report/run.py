@@ -18,6 +18,7 @@ from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.evaluation.encoding import Gallery, encode_source
 from codebook_jax.evaluation.recall import recall_at_k
+from codebook_jax.evaluation.retrieval import PREFIXES
 from codebook_jax.files import check_outputs, parse_json
 from codebook_jax.models.codis import unit
 from codebook_jax.report.curves import Row, columns_of, curves
@@ -28,7 +29,6 @@ from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints
 
 MOST_IMAGES = 1000  # of the test data
-_PROTOCOLS = {"student/dual": "", "teacher/dual": "teacher_", "student/reranked": "reranked_"}
 
 
 def write_report(
@@ -36,9 +36,8 @@ def write_report(
     workdir: Path | str,
     flags: Container[str] | None = None,
 ) -> None:
-    """Writes `report.html`: the curves and, if there is a checkpoint, what it finds in test data.
-
-    Compares the run's settings with `config`. Raises UserError for a folder that holds no run.
+    """Writes `report.html`: the curves, the run's settings compared with `config` and, if there is
+    a checkpoint, what it finds in test data. Raises UserError for a folder that holds no run.
     """
     workdir = Path(workdir).absolute()
     check_outputs(workdir, (FILE,))
@@ -93,7 +92,7 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     elif evaluations:
         step = evaluations[-1]["step"]
         values = {name.removeprefix("eval/"): value for name, value in evaluations[-1].items()}
-        for protocol, prefix in _PROTOCOLS.items():
+        for protocol, prefix in PREFIXES.items():
             own = {name[len(prefix) :]: values[name] for name in values if name.startswith(prefix)}
             protocols |= {protocol: values | own} if own else {}
     if "img_chance_r1" not in protocols.get("student/dual", ()):

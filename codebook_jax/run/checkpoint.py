@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import shutil
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 
 from codebook_jax.console import say
-from codebook_jax.errors import FULL_DISK, UserError
+from codebook_jax.errors import UserError, reason
 from codebook_jax.files import parse_json, write_json, write_probe
 from codebook_jax.parallel.processes import peers
 
@@ -274,13 +273,3 @@ def _state(like: PyTree, trees: dict[str, Any], alone: Sequence[str]) -> PyTree:
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def reason(failure: Exception) -> str:
-    """The first line of an error, short; a full disk by its name."""
-    text = str(failure).strip()
-    for full in map(os.strerror, FULL_DISK):
-        if full in text:
-            return full
-    line = text.partition("\n")[0].partition(" See full TensorStore details")[0]
-    return f"{type(failure).__name__}: {textwrap.shorten(line, 160, placeholder='...')}"

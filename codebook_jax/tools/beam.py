@@ -9,7 +9,7 @@ from pathlib import Path
 
 from codebook_jax.data.packing import full_disk_named
 from codebook_jax.data.sources import Source
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, reason
 
 
 def pack(
@@ -53,8 +53,7 @@ def pack(
     except UserError:
         raise
     except (Exception, SystemExit) as failure:
-        why = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         raise UserError(
-            f"Apache Beam's {runner} failed ({why}): check config.prepare.beam_runner and "
-            "beam_options; the same command continues with the missing shards"
+            f"Apache Beam's {runner} failed ({reason(failure)}): check config.prepare.beam_runner "
+            "and beam_options; the same command continues with the missing shards"
         ) from failure

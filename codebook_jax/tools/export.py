@@ -1,12 +1,8 @@
-"""`--mode=export`: a trained model as one self-contained folder, in the format
-config.export.format.
+"""`--mode=export`: a trained model as one self-contained folder, by config.export.format:
 
-codis         export/, what `codebook_jax.load` reads
-                export.json   the contents: format, step, sizes, versions
-                config.json   the run's record, with its config
-                tokenizer/    the run's tokenizer
-                student/      Orbax: towers, matching, codebook, temperature
-                teacher/      Orbax: towers, if config.export.teacher is set
+codis         export/, what `codebook_jax.load` reads: export.json (format, step, sizes, versions),
+              config.json (the run's record), tokenizer/, and Orbax's student/ (towers, matching,
+              codebook, temperature) and, with config.export.teacher, teacher/ (towers)
 huggingface   export_huggingface/, image/ for ViTModel and text/ for BertModel: weights/write.py
 albef         export_albef/, a whole model for ALBEF's code: weights/write.py
 """
@@ -27,11 +23,11 @@ from jax.experimental import multihost_utils
 from codebook_jax import build
 from codebook_jax.console import say
 from codebook_jax.data import text
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, reason
 from codebook_jax.files import check_outputs, refused, write_json
 from codebook_jax.parallel import sharding
 from codebook_jax.run import record as records
-from codebook_jax.run.checkpoint import Restored, reason
+from codebook_jax.run.checkpoint import Restored
 from codebook_jax.run.ownership import owned
 from codebook_jax.weights.load import FOLDER, FORMAT, MANIFEST
 from codebook_jax.weights.write import write_albef, write_huggingface
@@ -58,9 +54,8 @@ def export(
     workdir: Path | str,
     flags: Container[str] | None = None,
 ) -> None:
-    """Writes the best checkpoint by validation into `workdir`; replaces an older export at the end.
-
-    `config` and `flags`: see `build.build_trained`.
+    """Writes the best checkpoint by validation into `workdir`; replaces an older export at the end;
+    `config` and `flags` as in `build.build_trained`.
     """
     workdir = Path(workdir).absolute()
     parts = build.build_trained(config, workdir, flags)

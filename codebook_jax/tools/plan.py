@@ -21,7 +21,7 @@ from codebook_jax import build
 from codebook_jax.config import with_fields
 from codebook_jax.console import say
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, reason
 from codebook_jax.files import check_outputs, write_json
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.collectives import axes_of, collectives
@@ -136,7 +136,7 @@ def described_tpus(options: PlanOptions) -> list[jax.Device]:
             raise RuntimeError(f"it has {len(found)} devices instead of {count} chips")
     except RuntimeError as error:
         raise UserError(
-            f"libtpu cannot describe the slice {name} ({str(error).splitlines()[0]}): leave out "
+            f"libtpu cannot describe the slice {name} ({reason(error)}): leave out "
             "--plan.compiler=tpu, or plan for v5e, v5p or v6e"
         ) from error
     return found

@@ -1,9 +1,8 @@
 """`--mode=prepare`: packs the pairs of a source into shards, which `records:WORKDIR` reads.
 
-Work is kept shard by shard: after any interruption, the same command makes the missing shards and
-ends with the same bytes. In a finished folder it verifies every file and repacks damaged shards.
-Until the manifest is written, the folder holds a plan of what is packed and a receipt per finished
-shard.
+After any interruption, the same command makes the missing shards and ends with the same bytes; in a
+finished folder it verifies every file and repacks damaged shards. Until the manifest is written,
+the folder holds a plan of what is packed and a receipt per finished shard.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ _OWN = re.compile(rf"pairs-.*\.(array_record|jsonl)|{MANIFEST}|{SKIPPED}")
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
-    """Packs `config.prepare.source` into `workdir`; returns the exit code.
-
-    Raises UserError for a source that cannot be packed, and for a folder that holds something else.
+    """Packs `config.prepare.source` into `workdir`; returns the exit code. Raises UserError for a
+    source that cannot be packed, and for a folder that holds something else.
     """
     settings, workdir = config.prepare, Path(workdir)
     if settings.beam_options and not settings.beam_runner:
@@ -86,7 +84,7 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     if finished is not None:
         print(f"already complete, all files verified: {_summary(workdir, finished)}", flush=True)
         return
-    _pack_missing(settings, workdir, source, packing, shards)
+    _pack_missing(settings, workdir, source, packing)
     receipts = _receipts(workdir, shards)
     if len(receipts) < shards:
         raise UserError(
@@ -111,13 +109,10 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
 
 
 def _pack_missing(
-    settings: ml_collections.ConfigDict,
-    workdir: Path,
-    source: Source,
-    packing: Packing,
-    shards: int,
+    settings: ml_collections.ConfigDict, workdir: Path, source: Source, packing: Packing
 ) -> None:
     """Packs the shards that have no receipt; `settings` are those of config.prepare."""
+    shards = shard_count(len(source), packing.shard_records)
     receipts = _receipts(workdir, shards)
     missing = [shard for shard in range(shards) if shard not in receipts]
     count = process_count(settings.processes, len(missing))
@@ -186,10 +181,8 @@ def _locked(folder: Path) -> Iterator[None]:
 def _begin(
     folder: Path, plan: Mapping[str, Any], place: Mapping[str, str], shards: int
 ) -> tuple[Manifest | None, list[str]]:
-    """(the manifest of a finished folder without damage, or None; what is damaged and how).
-
-    `plan` says what is packed, `place` where the pictures are, which may change. Raises UserError,
-    naming the differences, if the folder was begun with another plan.
+    """(the manifest of a finished folder without damage, or None; what is damaged and how). Raises
+    UserError if it was begun with another plan; `place`, where the pictures are, may change.
     """
     progress, damaged = folder / PROGRESS, []
     if (folder / MANIFEST).exists():

@@ -29,10 +29,8 @@ def process_count(processes: int, tasks: int) -> int:
 def spread(
     work: Work, source: Source, tasks: Sequence[Task], *, processes: int, field: str, tell: Tell
 ) -> list[Result]:
-    """`work(source, task, tell)` of every task, in this process if one is enough.
-
-    `field` of the config holds `processes`. Raises UserError if a process is killed, and whatever
-    a task raises; no process is left either way.
+    """`work(source, task, tell)` of every task, in this process if one is enough. Raises UserError,
+    naming config's `field`, if a process is killed, and whatever a task raises; none is left.
     """
     count = process_count(processes, len(tasks))
     if count == 1:

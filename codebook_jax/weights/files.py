@@ -1,7 +1,4 @@
-"""Public weights as arrays: files, folders and names on the Hugging Face hub.
-
-Files of torch.save are read by torch with `weights_only`: it then runs no code in them.
-"""
+"""Public weights as arrays: files, folders and names on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,9 +14,8 @@ import numpy as np
 import safetensors.numpy
 
 from codebook_jax.data.network import hub_reachable
-from codebook_jax.errors import UserError, first_few
+from codebook_jax.errors import UserError, first_few, reason
 from codebook_jax.files import parse_json
-from codebook_jax.run.checkpoint import reason
 
 CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -54,11 +50,9 @@ class Weights(NamedTuple):
 
 
 def read_weights(spec: str, what: str) -> Weights:
-    """The weights of a file, a folder, or a name on the Hugging Face hub (`owner/name`, `name`,
-    `name@revision`).
-
-    Local files take precedence. Of training checkpoints only the model's tensors are read, and no
-    code in a file is run. Raises UserError, beginning with `what`, if they cannot be read.
+    """The weights of a file or folder, or else of a name on the Hugging Face hub (`owner/name`,
+    `name`, `name@revision`). Of training checkpoints only the model's tensors are read, and no code
+    is run. Raises UserError, beginning with `what`, if they cannot be read.
     """
     try:
         path = _local(spec)
@@ -164,16 +158,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of the file's state dict: float16 and bfloat16 as float32, others unchanged.
-
-    An optimizer's tensors are not read. Arrays may be views of the file. Raises UserError for what
-    is no file of weights, and whatever torch, pickle and zipfile raise for a damaged one.
+    """The tensors of the file's state dict, perhaps views of it: float16 and bfloat16 as float32,
+    others unchanged. Raises UserError for what is no file of weights, and whatever torch, pickle
+    and zipfile raise for a damaged one.
     """
     torch = _import_torch(path)
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # older files cannot be mapped
     try:
         with torch.serialization.safe_globals(_HARMLESS):
+            # weights_only: runs no code in the file
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as failure:
         if refused := re.search(r"GLOBAL (\w+(?:\.\w+)+)", str(failure)):

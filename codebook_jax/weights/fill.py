@@ -40,10 +40,9 @@ def fill(
     what: str,
     allow_partial: bool,
 ) -> Filled:
-    """The parameters of `shapes` that `layout` has, from `arrays` in that layout, and its queues.
-
-    A teacher is optional. Raises UserError, beginning with `what`, if a shape, the depth or the
-    vocabulary differs, or, unless `allow_partial`, a tensor is missing or of another architecture.
+    """The parameters of `shapes` that `layout` has, from `arrays` in that layout, and its queues; a
+    teacher is optional. Raises UserError, beginning with `what`, if a shape, depth or vocabulary
+    differs, or, unless `allow_partial`, a tensor is missing or of another architecture.
     """
     wanted = layouts.keys_of(layout, shapes, text_depth)
     teacher = {name for name in wanted if name.startswith("teacher/")}
@@ -161,11 +160,9 @@ def _misshapen(name: str, key: str, theirs: Shape, ours: Shape, what: str) -> Us
 def fitted_positions(
     positions: Float[np.ndarray, "1 old width"], shape: Shape
 ) -> tuple[Float[np.ndarray, "1 new width"], str]:
-    """The embeddings for the patches of `shape`, [1, new, width], and a note if they were resized.
-
-    [CLS] is unchanged, the square of patches resized like PyTorch's interpolate(mode="bicubic",
-    align_corners=False), which ALBEF and DeiT use: no anti-aliasing, borders repeated. What cannot
-    be resized is returned as it is, for the comparison of shapes.
+    """The embeddings for the patches of `shape`, [1, new, width], and a note if they were resized,
+    as by PyTorch's interpolate(mode="bicubic", align_corners=False), which ALBEF and DeiT use: no
+    anti-aliasing, borders repeated. [CLS], and what cannot be resized, is returned as it is.
     """
     if positions.ndim != 3 or positions.shape[2] != shape[2] or positions.shape[1] == shape[1]:
         return positions, ""

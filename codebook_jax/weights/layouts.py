@@ -177,9 +177,8 @@ def under(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
 
 
 def keys_of(layout: Layout, shapes: Shapes, text_depth: int) -> dict[str, list[str]]:
-    """The keys of each of our parameters that the layout has, layer by layer.
-
-    Fusion layers are numbered on from the text encoder's `text_depth`.
+    """The keys of each of our parameters that the layout has, layer by layer; those of the fusion
+    are numbered on from the text encoder's `text_depth`.
     """
     found = {}
     for name, shape in shapes.items():

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import Tokenizer, has_words, tokenizer_for_run
-from codebook_jax.errors import UserError, first_few
+from codebook_jax.errors import UserError, first_few, reason
 from codebook_jax.files import parse_json
 from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models import codis
@@ -94,9 +94,8 @@ class Codis:
     def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, "pairs"]:
         """Probability that image i and text i belong together, by the student's fusion encoder.
 
-        A single image is paired with every text, a single text with every image; otherwise there
-        must be as many images as texts. It is more accurate and slower than features: find
-        candidates with features, and order them with `match`.
+        A single image is paired with every text, a single text with every image. It is more
+        accurate and slower than features: find candidates with features, and order them with it.
         """
         pictures, texts = picture_list(images), text_list(texts)
         if len(pictures) != len(texts) and 1 not in (len(pictures), len(texts)):
@@ -209,7 +208,13 @@ class Codis:
 def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     """The model of an export folder, or of a workdir that has one; see `codebook_jax.load`."""
     devices.check_platforms()
-    folder = _export_folder(Path(os.path.expanduser(path)).absolute())
+    given = Path(os.path.expanduser(path)).absolute()
+    folder = given if os.path.isfile(given / MANIFEST) else given / FOLDER
+    if not os.path.isfile(folder / MANIFEST):  # also if the name is too long
+        raise UserError(
+            f"{given} is not a folder with an {MANIFEST}: give an export, or make the run's with "
+            f"python -m codebook_jax.main --workdir={given} --mode=export"
+        )
     with reading(folder / MANIFEST):
         manifest = parse_json((folder / MANIFEST).read_bytes())
         number, items, step = (manifest[field] for field in ("format", "items", "step"))
@@ -246,25 +251,13 @@ def code_probabilities(
     *,
     temperature: float,
 ) -> Float32[np.ndarray, "features codes"]:
-    """Softmax of z C / gamma over the codewords, for unit features and codewords (Duan et al.,
-    3.1); `temperature` is gamma.
-    """
+    """Softmax of z C / `temperature` over codewords, all of unit length (Duan et al., 3.1)."""
     logits = features.astype(np.float32) @ codewords.T.astype(np.float32) / np.float32(temperature)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 # -- reading the folder
-
-
-def _export_folder(path: Path) -> Path:
-    for folder in (path, path / FOLDER):
-        if os.path.isfile(folder / MANIFEST):  # False, too, if the name is too long
-            return folder
-    raise UserError(
-        f"{path} is not a folder with an {MANIFEST}: give an export, or make the run's with python "
-        f"-m codebook_jax.main --workdir={path} --mode=export"
-    )
 
 
 def config_of(folder: Path) -> ConfigDict:
@@ -282,10 +275,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as failure:
-        why = checkpoint.reason(failure.__cause__ or failure)
-        raise UserError(
-            f"{path} cannot be read ({why}): export again, or give another folder"
-        ) from failure
+        why = reason(failure.__cause__ or failure)
+        advice = "export again, or give another folder"
+        raise UserError(f"{path} cannot be read ({why}): {advice}") from failure
 
 
 def read_items(folder: Path, items: Iterable[str]) -> dict[str, np.ndarray]:

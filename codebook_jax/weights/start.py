@@ -34,10 +34,6 @@ from codebook_jax.weights.layouts import Layout, Shapes
 from codebook_jax.weights.load import MANIFEST, config_of, read_items
 
 RANDOM = "random"
-FORMS = (
-    "give random, model:SPEC, or image:SPEC,text:SPEC (SPEC: a file, a folder, a hub name, or "
-    "random)"
-)
 _TOWERS = ("image", "text")
 _OWN = ("student", "teacher")  # what is read of a run or export
 _MOST_NAMES = 12  # in a line of the table
@@ -68,7 +64,10 @@ def specs(init: str) -> dict[str, str]:
         return {}
     named = [item.strip().partition(":")[::2] for item in init.split(",")]
     if sorted(part for part, spec in named if spec) not in (["model"], list(_TOWERS)):
-        raise UserError(f"config.init={init!r} is not a whole model or both towers: {FORMS}")
+        raise UserError(
+            f"config.init={init!r} is not a whole model or both towers: give random, model:SPEC, "
+            "or image:SPEC,text:SPEC (SPEC: a file, a folder, a hub name, or random)"
+        )
     return {part: spec for part, spec in named if spec != RANDOM}
 
 
@@ -116,9 +115,7 @@ def tokenizer_of(config: ml_collections.ConfigDict, start: tuple[Part, ...]) -> 
 def initial(
     start: tuple[Part, ...], config: ml_collections.ConfigDict, abstract_state: Any
 ) -> Initial:
-    """Our parameters from the weights, the teacher's a copy of the student's where they have none;
-    raises UserError if they do not fit the model.
-    """
+    """Our parameters, a missing teacher copied from the student; raises UserError for misfits."""
     shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
     options = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
     arrays, resized, ignored = {}, {}, {}

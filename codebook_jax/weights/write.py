@@ -32,10 +32,8 @@ _PREPROCESSOR = {  # as in evaluation: the whole picture in a square, bicubic, n
 def write_huggingface(
     folder: Path, arrays: Arrays, config: ConfigDict, vocabulary: Vocabulary, tokenizer: Path
 ) -> None:
-    """`folder/image`, for ViTModel.from_pretrained, and `folder/text`, for BertModel's.
-
-    `arrays` are a train state's, by its names. Neither model has a pooler: pass
-    add_pooling_layer=False. Fusion encoder, projections and codebook are left out.
+    """`folder/image`, for ViTModel.from_pretrained, and `folder/text`, for BertModel's, of a train
+    state's arrays; they have no pooler, and fusion encoder, projections and codebook are left out.
     """
     depth = config.model.text.depth
     towers = layouts.under(arrays, "student/towers/")
@@ -52,10 +50,7 @@ def write_huggingface(
 def write_albef(
     folder: Path, arrays: Arrays, config: ConfigDict, vocabulary: Vocabulary, tokenizer: Path
 ) -> None:
-    """A state dict of ALBEF's pre-training model, with its sizes and the tokenizer.
-
-    `arrays` are a train state's, by its names.
-    """
+    """A train state's arrays as ALBEF's pre-training model, with its sizes and the tokenizer."""
     text = config.model.text
     bert = _bert(config, vocabulary, text.depth + text.fusion_depth)
     bert |= {"fusion_layer": text.depth, "encoder_width": config.model.image.width}
@@ -75,10 +70,8 @@ def write_albef(
 
 
 def to_albef(arrays: Arrays, text_depth: int) -> dict[str, np.ndarray]:
-    """ALBEF's state dict of a train state's arrays, by its names (student/..., teacher/...,
-    queue/...).
-
-    Unfilled queue entries are zeros, where ALBEF has random features. The codebook is left out.
+    """ALBEF's state dict of a train state's arrays; unfilled queue entries are zeros, where ALBEF
+    has random features, and the codebook is left out.
     """
     found = layouts.to_theirs(layouts.ALBEF, arrays, text_depth)
     for towers, copy in (("student/towers", ""), ("teacher", "_m")):  # duplicates and counters

@@ -186,14 +186,16 @@ def test_without_decoding_files_are_only_looked_for(data, tmp_path):
     assert code == 1 and [leak[name] for name in names] == [3, 2, 0, 1]
 
 
-def test_pictures_in_shards_are_checked_with_the_shards_and_listed_by_their_place(data, tmp_path):
+def test_pictures_in_shards_are_checked_with_the_shards_and_give_no_list_of_files(data, tmp_path):
     config = config_of(data, **{"prepare.shard_records": 40, "prepare.processes": 1})
     assert prepare(config, tmp_path / "packed") == 0
     options = {"data.train": f"records:{tmp_path / 'packed'}", "check.max_bad_share": 0.2}
+    usable = tmp_path / "out" / "usable.jsonl"
+    usable.parent.mkdir()
+    usable.write_text("of an earlier check")
     code, found = check(data, tmp_path / "out", **options)
     assert code == 0 and found["sources"][0]["tiny"] == 1 and found["image_root"] is None
-    first = json.loads((tmp_path / "out" / "usable.jsonl").read_text().splitlines()[0])
-    assert (first["index"], first["name"]) == (0, "photo_000000.jpg")
+    assert not usable.exists()
     shard = next((tmp_path / "packed").glob("*.array_record"))
     content = bytearray(shard.read_bytes())
     content[content.index(b"\xff\xd8\xff") + 200] ^= 255  # of the first picture
@@ -285,16 +287,6 @@ def test_a_mixture_is_checked_as_a_whole_and_source_by_source(tmp_path):
     source = opened(tmp_path / "out" / "usable.jsonl")
     assert len({source[at].image_id for at in range(45)}) == len(source) == 45
     assert source[44].image == str(tmp_path / "two" / "39.png")
-
-
-def test_a_mixture_without_files_is_listed_by_source_and_place(tmp_path):
-    picture(0).save(tmp_path / "a.png")
-    train = f"scenes,{write_pairs(tmp_path, [('a.png', 'one')])}"
-    options = {"data.train": train, "data.eval": "", "data.scenes_examples": 2}
-    assert check(tmp_path, tmp_path / "out", **options)[0] == 0
-    entries = map(json.loads, (tmp_path / "out" / "usable.jsonl").read_text().splitlines())
-    places = [(entry["source"].partition("(")[0], entry["index"]) for entry in entries]
-    assert places == [("scenes", 0), ("scenes", 1), ("json", 0)]
 
 
 LONG = """

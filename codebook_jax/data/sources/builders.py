@@ -16,7 +16,7 @@ import numpy as np
 
 from codebook_jax.data.sources import rows
 from codebook_jax.data.sources.record import Request
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, reason
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder, DatasetInfo
@@ -87,7 +87,7 @@ def open_tfds(request: Request) -> Examples:
         data = builder.as_data_source(split=split, decoders=decoders)
     except (ValueError, KeyError, OSError, RuntimeError) as failure:  # of splits, files, formats
         raise UserError(
-            f"{what} cannot be read ({rows.first_line(failure)}): its splits are "
+            f"{what} cannot be read ({reason(failure)}): its splits are "
             f"{', '.join(info.splits) or 'none'}, and it is prepared as {info.file_format.value}; "
             f"`tfds build {builder.name} --file_format=array_record` prepares it to be read"
         ) from failure
@@ -109,6 +109,6 @@ def _builder(tfds: ModuleType, what: str, place: str, data_dir: str | None) -> D
     except Exception as failure:  # DatasetNotFoundError, ValueError, errors of parsing names, ...
         where = data_dir or "~/tensorflow_datasets (name another folder as ?data_dir=FOLDER)"
         raise UserError(
-            f"{what} is not prepared in {where} ({rows.first_line(failure)}): run `tfds build "
+            f"{what} is not prepared in {where} ({reason(failure)}): run `tfds build "
             f"{place} --file_format=array_record`, which downloads it; a run downloads nothing"
         ) from failure

@@ -18,7 +18,7 @@ from codebook_jax.data.network import hub_reachable
 from codebook_jax.data.sources import rows
 from codebook_jax.data.sources.record import NO_CAPTION, PARTS, Request
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,7 +109,7 @@ def _loaded(datasets: ModuleType, what: str, place: str, split: str | None) -> D
         saved = datasets.load_from_disk(place)
     except Exception as failure:  # the library's, its HTTP library's, Arrow's, OSError, ...
         raise UserError(
-            f"{what} cannot be read ({rows.first_line(failure.__cause__ or failure)}): give a "
+            f"{what} cannot be read ({reason(failure.__cause__ or failure)}): give a "
             "folder of Parquet files, one that save_to_disk wrote, or a name on the Hugging Face "
             "hub, with network access or the data in its cache"
         ) from failure

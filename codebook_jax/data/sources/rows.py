@@ -22,7 +22,7 @@ from codebook_jax.data.sources.record import (
     checked,
 )
 from codebook_jax.data.text import has_words
-from codebook_jax.errors import UserError, first_few
+from codebook_jax.errors import UserError, first_few, reason
 
 _TEXTS = ("text", "caption", "raw", "sentence")  # keys of the text in captions stored as objects
 _MOST_NAMES, _LONGEST_NAME = 10, 40  # in a message
@@ -91,7 +91,7 @@ class Rows(Source):
         except UserError:
             raise
         except Exception as failure:  # OSError, RuntimeError, Arrow's own, any parsing error
-            wrong = f"{self._place(row)}: {first_line(failure)}"
+            wrong = f"{self._place(row)}: {reason(failure)}"
             if is_needed:
                 raise UserError(f"{wrong}: see that the files are there, then restart") from failure
             raise UnreadableImage(wrong) from failure
@@ -160,12 +160,6 @@ def names_in(row: Iterable[str]) -> str:
     return first_few([str(name)[:_LONGEST_NAME] for name in row], _MOST_NAMES) or "none"
 
 
-def first_line(message: object) -> str:
-    """The first line of a library's error message or description."""
-    line = str(message).strip().partition("\n")[0]
-    return line.rstrip(".") or type(message).__name__
-
-
 def place_of(request: Request) -> tuple[str, str, str | None]:
     """(SCHEME:NAME, NAME, SPLIT) of a request for NAME:SPLIT; SPLIT is None if not given."""
     place = request.place
@@ -183,8 +177,9 @@ def only_split(what: str, splits: Sequence[str]) -> str:
 
 def nothing_in(what: str, part: str, name: str, feature: object) -> UserError:
     """The refusal of a part that holds no images, or no captions."""
+    kind = str(feature).partition("\n")[0]
     return UserError(
-        f"{what}: {name!r} is {first_line(feature)} and holds no {part}s: name another part with "
+        f"{what}: {name!r} is {kind} and holds no {part}s: name another part with "
         f"?{part}_key=NAME; paths of images are read with json: or csv:, and URLs are downloaded "
         "with img2dataset and read with webdataset:"
     )

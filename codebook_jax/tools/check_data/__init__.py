@@ -1,7 +1,5 @@
-"""`--mode=check-data`: finds what is wrong with the data before training.
-
-Checks every picture and caption of the training and evaluation sources, and looks for pictures in
-both. Prints a table, and writes check.json, usable.jsonl, skipped.tsv and report.html.
+"""`--mode=check-data`: checks every picture and caption before training, and looks for pictures in
+both training and evaluation data. Prints a table, and writes `outputs.FILES`.
 """
 
 from __future__ import annotations
@@ -34,9 +32,8 @@ _FIELDS = {"training": "train", "validation": "eval", "test": "test"}  # of conf
 
 
 def check_data(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
-    """Checks the data of `config`; returns 1 if too much is unusable or leaked, else 0.
-
-    Raises UserError without training data, and for a folder that holds something else.
+    """Checks the data of `config`; returns 1 if too much is unusable or leaked, else 0. Raises
+    UserError without training data, and for a folder that holds something else.
     """
     if not config.data.train:
         raise UserError(
@@ -67,7 +64,7 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> list[Part]:
         if data[field]:
             role = "train" if label == "training" else label
             sources[label] = source_of(config, data[field], role)
-    drawn = [label for label in sources if _pieces(sources[label], Scenes)]
+    drawn = [label for label in sources if Scenes in map(type, pieces_of(sources[label]))]
     for label in drawn if "training" not in drawn else ():
         print(f"{label} data are the built-in scenes: not checked", flush=True)
         del sources[label]
@@ -79,11 +76,6 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> list[Part]:
         if not (part.label.startswith("training") or isinstance(part.source, Mixture)):
             parts[at] = find_leak(part, parts[0], **options)
     return parts
-
-
-def _pieces(source: Source, kind: type[Source]) -> list[Source]:
-    """The sources of one kind in a source."""
-    return [piece for piece in pieces_of(source) if isinstance(piece, kind)]
 
 
 def _parts(
@@ -109,8 +101,8 @@ def _verdicts(config: ml_collections.ConfigDict, parts: list[Part]) -> Iterator[
     """A sentence on each packed folder with damaged files, and each share above the limit."""
     limit = config.check.max_bad_share
     over = f"more than config.check.max_bad_share={limit:g}"
-    packed = [piece for part in parts for piece in _pieces(part.source, Records)]
-    for folder in dict.fromkeys(piece.place for piece in packed):
+    pieces = [piece for part in parts for piece in pieces_of(part.source)]
+    for folder in dict.fromkeys(piece.place for piece in pieces if isinstance(piece, Records)):
         if config.check.decode and (damaged := verify(folder)):
             yield (
                 f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its "
@@ -122,8 +114,8 @@ def _verdicts(config: ml_collections.ConfigDict, parts: list[Part]) -> Iterator[
         if bad > limit * listed and not part.label.startswith("training "):  # of a mixture
             yield (
                 f"{bad:,} of {listed:,} listed records of {part.label} are unusable "
-                f"({bad / listed:.1%}), {over}: {SKIPPED} names those in this list; "
-                f"train on {USABLE}, or fix them"
+                f"({bad / listed:.1%}), {over}: {SKIPPED} names those in this list: "
+                "fix them, or train without them"
             )
     for found in filter(None, (part.leak for part in parts)):
         leaked, images = found["leaked"], found["images"]
@@ -148,7 +140,7 @@ def _advice(workdir: Path, training: Part, root: str | None) -> Iterator[str]:
             yield f"{USABLE} has no weights: every pair appears once per epoch"
     elif usable:
         yield (
-            f"these pictures are not separate files, so {USABLE} lists their positions: train on "
-            "the source itself, which skips unusable pictures, or pack it with --mode=prepare"
+            f"these pictures are not separate files, so there is no {USABLE}: train on the source "
+            "itself, which skips unusable pictures, or pack it with --mode=prepare"
         )
     yield f"{workdir / PAGE} shows samples, {workdir / SKIPPED} names what is unusable"

@@ -1,11 +1,9 @@
 """Findings of a check of the data: on every source, and between training and evaluation.
 
-Three kinds of evidence show that two pictures are the same: the same content (the bytes of the
-files or, without decoding, their path), the same look (perceptual hashes that differ in few bits),
-and the same file name. Names such as COCO_val2014_000000391895 are telling; names such as 1 or
-img_00001 are not. So a name counts if it has at least eight characters, or six that are all digits,
-unless it is a running number: at least 20 names in its source differ only in their last number, and
-over half of them follow another by one or two.
+Pictures are the same by content (the bytes of the files or, without decoding, their path), look
+(perceptual hashes that differ in few bits), or file name: one of at least eight characters, or six
+digits, that is no running number (img_00001). It is one if at least 20 names in its source differ
+only in their last number, and over half of them follow another by one or two.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,9 +120,8 @@ def pictures_of(found: np.ndarray) -> np.ndarray:
 def _repeated_captions(
     captions: np.ndarray, source: Source, first: np.ndarray
 ) -> tuple[int, list[dict[str, Any]]]:
-    """(how many captions more than one picture has, {"caption", "images"} of the most repeated).
-
-    `first` [records] tells pictures apart: a caption repeated for one does not count.
+    """(how many captions more than one picture has, {"caption", "images"} of the most repeated);
+    `first` [records] tells pictures apart.
     """
     pairs = np.stack([captions["key"], first[captions["record"]].astype(np.uint64)])
     texts, counts = np.unique(np.unique(pairs, axis=1)[0], return_counts=True)
@@ -140,9 +136,8 @@ def _repeated_captions(
 
 
 def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool) -> Part:
-    """The evaluation, with its pictures that are also in training, by their strongest evidence.
-
-    A name counts as a leak only without decoding.
+    """The evaluation, with its pictures that are also in training, by their strongest evidence; a
+    name counts as a leak only without decoding.
     """
     ours, theirs = evaluation.found, training.found
     compared = {  # the strongest first
@@ -163,7 +158,7 @@ def find_leak(evaluation: Part, training: Part, *, near_bits: int, decoded: bool
         for evidence, match in matches.items()
         for record in np.flatnonzero(match >= 0).tolist()
     ]
-    same = Counter(one["evidence"] for one in pictures)
+    same = {evidence: int((match >= 0).sum()) for evidence, match in matches.items()}
     leak = {
         "evaluation": evaluation.label,
         "images": len(pictures_of(ours)),
@@ -210,8 +205,8 @@ def first_match(queries: np.ndarray, base: np.ndarray, bits: int) -> np.ndarray:
     """int64 [queries]: the first hash of `base` that differs in at most `bits` bits, uint64 both;
     -1 if none does. A hash of 0 is unknown and matches nothing.
 
-    If the bits are split into bits + 1 bands, such a pair agrees in at least one (the pigeonhole
-    principle), so only hashes with an equal band are compared, and each distinct hash once.
+    Such a pair agrees in at least one of bits + 1 bands of the bits (the pigeonhole principle), so
+    only hashes with an equal band are compared, and each distinct hash once.
     """
     values, which = np.unique(queries, return_inverse=True)
     base_values, first = np.unique(base, return_index=True)

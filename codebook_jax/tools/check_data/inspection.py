@@ -50,9 +50,8 @@ _COLUMNS = np.dtype(
 
 def inspect(source: Source, *, processes: int, decode: bool, least_side_px: int) -> np.ndarray:
     """The Finding of every record, as columns; equal names are the same picture, which is inspected
-    once and compared as that of its first record. Raises UserError if a process is killed.
-
-    Without `decode`, only checks that files exist; pictures that are not files count as usable.
+    once and compared as that of its first record. Without `decode`, only checks that files exist;
+    pictures that are not files count as usable. Raises UserError if a process is killed.
     """
     pieces = pieces_of(source)
     names = (
@@ -95,7 +94,6 @@ def has_files(source: Source) -> bool:
 def _inspect_some(
     source: Source, records: Sequence[int], tell: Tell, *, decode: bool, least_side_px: int
 ) -> np.ndarray:
-    """The findings on the pictures of these records."""
     found = [_inspect_one(source, record, decode, least_side_px) for record in records]
     tell(len(found), sum(bool(one.reason) for one in found))
     return np.array(found, _COLUMNS)
@@ -151,6 +149,5 @@ def _look_at(image: np.ndarray | bytes | str, least_side_px: int) -> Finding:
     found = Finding(Status.USABLE, -1, int.from_bytes(sha256[:8], "little"), look, height, width)
     if short >= least_side_px:
         return found
-    limit = f"config.check.least_side_px={least_side_px}"
-    reason = f"{name}: {width} x {height} pixels, fewer than {limit}"
-    return found._replace(status=Status.TINY, reason=reason)
+    reason = f"{width} x {height} pixels, fewer than config.check.least_side_px={least_side_px}"
+    return found._replace(status=Status.TINY, reason=f"{name}: {reason}")

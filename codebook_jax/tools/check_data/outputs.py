@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from codebook_jax.data.images import UnreadableImage, decode
 from codebook_jax.data.sources.json_files import CHECK, USABLE
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.sources.record import NO_CAPTION, part_of
+from codebook_jax.data.sources.record import NO_CAPTION
 from codebook_jax.files import write_json, written_whole
 from codebook_jax.report.charts import histogram
 from codebook_jax.report.page import FILE as PAGE
@@ -32,9 +32,7 @@ _ERRORS = "backslashreplace"  # for lone surrogates in names and captions
 def write(
     workdir: Path, parts: Sequence[Part], verdicts: Sequence[str], *, decoded: bool
 ) -> str | None:
-    """Prints the table, writes the files, and returns `_image_root`; `parts` begin with all
-    training data, and of a mixture have first the whole, then each source.
-    """
+    """Prints the table, writes the files, and returns `_image_root`; `parts[0]` is all training."""
     training = parts[0]
     rows = [["", *(part.label for part in parts)]]
     for name, (label, _) in training.numbers.items():
@@ -99,20 +97,15 @@ def _image_root(training: Part) -> str | None:
 
 
 def _write_usable(path: Path, part: Part, root: str | None) -> None:
-    """One usable record per line: for `json:` if pictures are files, else its position."""
-    source = part.source
+    """One usable record per line, for `json:`; no file if the pictures are none."""
+    if root is None:
+        path.unlink(missing_ok=True)  # an earlier check's
+        return
     with written_whole(path, errors=_ERRORS) as file:
         for record in np.flatnonzero(part.usable).tolist():
-            if root is not None:
-                image, captions, image_id = source[record]
-                entry = {"image": os.path.relpath(image, root), "caption": captions}
-                entry["image_id"] = image_id
-            else:
-                mixed = isinstance(source, Mixture)
-                which, index = part_of(source.starts, record) if mixed else (0, record)
-                entry = {"source": repr(pieces_of(source)[which]), "index": index}
-                entry |= {"name": source.name(record), "caption": source.captions(record)}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            image, captions, image_id = part.source[record]
+            entry = {"image": os.path.relpath(image, root), "caption": captions}
+            file.write(json.dumps(entry | {"image_id": image_id}, ensure_ascii=False) + "\n")
 
 
 def _write_skipped(path: Path, parts: Sequence[Part]) -> None:
