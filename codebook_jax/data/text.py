@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 FOLDER = "tokenizer"  # in a workdir
 SAMPLED = 2000  # captions from which the share of unknown tokens is estimated
 MOST_UNKNOWN = 0.01  # share of tokens; a run warns above it
-UNREAD = "has no caption that gives any token"
 LONGEST = 512  # token counts above it are counted as one
 
 _WORDS = "vocab.txt"
@@ -93,13 +92,6 @@ class Tokenizer:
             row[: len(cut)] = cut
         lengths = np.array([min(len(ids) + 2, max_tokens) for ids in words], np.int32)
         return Encoded(tokens, lengths, sum(len(ids) + 2 > max_tokens for ids in words))
-
-    def readable(self, captions: Sequence[str]) -> Sequence[str]:
-        """Those of these captions, all with words, that give at least one token."""
-        if self._cleans:  # then every one does
-            return captions
-        found = zip(captions, self._encodings(captions), strict=True)
-        return [caption for caption, encoding in found if encoding.ids]
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """The words that it reads as the unknown token, each once."""
