@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +18,6 @@ MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
 PROGRESS = ".progress"  # folder of the packing's state until the manifest is written
 VERSION = 1
 _AT_ONCE = 8  # files hashed in parallel
-
-
-class Receipt(NamedTuple):
-    """The facts about a written shard."""
-
-    records: int
-    captions: int
-    bytes: int
-    sha256: str
-    index_bytes: int
-    index_sha256: str
-    skipped: tuple[tuple[str, str], ...]  # (name, why)
 
 
 class Shard(NamedTuple):
@@ -48,6 +37,9 @@ class Shard(NamedTuple):
         """(name, bytes, sha256) of the shard and of its index."""
         index = index_name(self.file), self.index_bytes, self.index_sha256
         return (self.file, self.bytes, self.sha256), index
+
+
+Receipt = tuple[Shard, Sequence[tuple[str, str]]]  # and (name, why) of each record left out of it
 
 
 class Manifest(NamedTuple):
@@ -89,14 +81,11 @@ def write_manifest(
     receipts: Sequence[Receipt],
 ) -> Manifest:
     """Writes `skipped.tsv`, then the manifest of these shards in order."""
-    skipped = [*left_out, *(row for receipt in receipts for row in receipt.skipped)]
+    shards, lost = zip(*receipts, strict=True)
+    skipped = [*left_out, *itertools.chain(*lost)]
     with written_whole(folder / SKIPPED, errors="backslashreplace") as file:
         for row in skipped:
             file.write("\t".join(re.sub(r"[\t\r\n]+", " ", field) for field in row) + "\n")
-    shards = tuple(
-        Shard(shard_name(number, len(receipts)), **each._asdict() | {"skipped": len(each.skipped)})
-        for number, each in enumerate(receipts)
-    )
     manifest = Manifest(
         records=sum(shard.records for shard in shards),
         captions=sum(shard.captions for shard in shards),
@@ -183,14 +172,3 @@ def _misfit(name: str, sizes: Mapping[str, int], size: int | None) -> str:
         return f"{name} is missing"
     held = sizes[name]
     return "" if size in (None, held) else f"{name} has {held:,} bytes instead of {size:,}"
-
-
-def without_paths(text: str) -> str:
-    """The repr of a source without the folders of its files."""
-    return re.sub(r"'[^']*/([^'/]*)'", r"'\1'", text)
-
-
-def read_skipped(folder: Path) -> list[tuple[str, str]]:
-    """The lines of skipped.tsv."""
-    text = (folder / SKIPPED).read_text(encoding="utf-8")
-    return [tuple(line.split("\t")) for line in text.split("\n")[:-1]]

@@ -32,7 +32,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
-from codebook_jax.data.manifest import Receipt, file_sha256, index_name, shard_name
+from codebook_jax.data.manifest import Receipt, Shard, file_sha256, index_name, shard_name
 from codebook_jax.errors import FULL_DISK, UserError
 from codebook_jax.files import written_whole
 
@@ -140,7 +140,8 @@ def write_shard(
     facts = [
         fact for path in (file, index_file) for fact in (path.stat().st_size, file_sha256(path))
     ]
-    return Receipt(len(numbers) - len(skipped), captions, *facts, tuple(skipped))
+    records = len(numbers) - len(skipped)
+    return Shard(file.name, records, captions, len(skipped), *facts), skipped
 
 
 @contextlib.contextmanager
