@@ -51,11 +51,6 @@ class Encoded(NamedTuple):
     truncated: int  # captions
 
 
-class Unknown(NamedTuple):
-    count: int
-    tokens: int  # known and unknown
-
-
 class Tokenizer:
     """Captions to tokens. It can be pickled and used from several threads."""
 
@@ -119,17 +114,17 @@ def clean(caption: str) -> str:
     return " ".join(caption.split())
 
 
-def unknown_in(captions: Sequence[str], tokenizer: Tokenizer) -> Unknown:
-    """How many tokens of these captions are unknown."""
+def unknown_in(captions: Sequence[str], tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many tokens of these captions are unknown, and how many they have."""
     tokens, lengths, _ = tokenizer.encode(captions, LONGEST)
     words = int(lengths.sum()) - 2 * len(lengths)  # without [CLS] and [SEP]
-    return Unknown(int(np.sum(tokens == tokenizer.unknown_id)), words)
+    return int(np.sum(tokens == tokenizer.unknown_id)), words
 
 
-def said_unknown(unknown: Unknown, captions: str) -> str:
+def said_unknown(unknown: int, tokens: int, captions: str) -> str:
     """A sentence on the unknown tokens in `captions`; a warning if they are many."""
-    share = unknown.count / max(1, unknown.tokens)
-    fact = f"unknown tokens: {unknown.count:,} of {unknown.tokens:,} ({share:.2%}) in {captions}"
+    share = unknown / max(1, tokens)
+    fact = f"unknown tokens: {unknown:,} of {tokens:,} ({share:.2%}) in {captions}"
     if share <= MOST_UNKNOWN:
         return fact
     return (
@@ -141,19 +136,6 @@ def said_unknown(unknown: Unknown, captions: str) -> str:
 def spelling(data: ml_collections.ConfigDict) -> dict[str, bool]:
     """The fields of config.data on how a trained vocabulary spells words."""
     return {"lowercase": data.tokenizer_lowercase, "strip_accents": data.tokenizer_strip_accents}
-
-
-def tokenizer_for_run(
-    spec: str,
-    workdir: Path | str,
-    captions: Iterable[str] | None,
-    vocabulary_size: int,
-    **spelling: bool,
-) -> Tokenizer:
-    """The tokenizer of `open_tokenizer`, saved into the workdir."""
-    tokenizer, save = open_tokenizer(spec, workdir, captions, vocabulary_size, **spelling)
-    save()
-    return tokenizer
 
 
 def open_tokenizer(

@@ -7,11 +7,12 @@ import pytest
 import tar_files
 from list_files import open_it, picture, write
 from PIL import Image
+from small_data import tokenizer_for_run
 from small_run import config_of
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.rows import texts_in
-from codebook_jax.data.text import has_words, tokenizer_for_run
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
 from codebook_jax.tools.prepare import prepare
