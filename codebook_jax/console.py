@@ -160,22 +160,17 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, the first Ctrl-C raises KeyboardInterrupt, so that drafts are removed; a second one
-    exits at once. Does nothing in a process that did not call `begin`.
+    """Inside, Ctrl-C raises KeyboardInterrupt, so that drafts are removed, and a second one again.
+    Does nothing in a process that did not call `begin`.
     """
     catches = signal.getsignal(signal.SIGINT) is _leave
     if catches:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
         if catches:
             signal.signal(signal.SIGINT, _leave)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    signal.signal(signal.SIGINT, _leave)
-    raise KeyboardInterrupt
 
 
 class _Lasting(io.FileIO):
