@@ -57,10 +57,6 @@ class Manifest(NamedTuple):
     shards: tuple[Shard, ...]
 
 
-def shard_name(shard: int, shards: int) -> str:
-    return f"pairs-{shard:05d}-of-{shards:05d}.array_record"
-
-
 def index_name(file: str) -> str:
     """The name of the index beside a shard's file."""
     return f"{file.removesuffix('.array_record')}.jsonl"
@@ -116,11 +112,10 @@ def read_manifest(folder: Path | str) -> Manifest:
         shards = tuple(Shard(**shard) for shard in content["shards"])
         return Manifest(**{name: content[name] for name in Manifest._fields} | {"shards": shards})
     except FileNotFoundError as failure:
-        begun = any(path.parent.glob("pairs-*.array_record")) or (path.parent / PROGRESS).is_dir()
-        cure = "after records: give the --workdir of a --mode=prepare run"
-        if begun:
-            cure = "run the same --mode=prepare command again to complete it"
-        raise UserError(f"{folder} has no {MANIFEST}: {cure}") from failure
+        raise UserError(
+            f"{folder} has no {MANIFEST}: after records: give the --workdir of a finished "
+            "--mode=prepare run; the same command again completes one that was interrupted"
+        ) from failure
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise UserError(
             f"{path} cannot be read ({type(failure).__name__}: {failure}): restore the original, "

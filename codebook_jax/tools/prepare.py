@@ -26,7 +26,7 @@ from codebook_jax.config import changed_fields
 from codebook_jax.console import Progress
 from codebook_jax.data import manifest as manifests
 from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Receipt, Shard
-from codebook_jax.data.packing import Packing, full_disk_named, shard_count, write_shard
+from codebook_jax.data.packing import Packing, full_disk_named, write_shard
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.stop import Stopped, stoppable
@@ -76,7 +76,7 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     """Completes the folder, from whatever state it is in."""
     settings = config.prepare
     packing = Packing(settings.side_px, settings.quality, settings.shard_records)
-    shards = shard_count(len(source), packing.shard_records)
+    shards = -(-len(source) // packing.shard_records)
     without_folders = re.sub(r"'[^']*/([^'/]*)'", r"'\1'", repr(source))
     described = {"repr": without_folders, "fingerprint": source.fingerprint()}
     described["records"] = len(source)
