@@ -17,7 +17,6 @@ from codebook_jax.files import parse_json, write_json, written_whole
 MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
 PROGRESS = ".progress"  # folder of the packing's state until the manifest is written
 VERSION = 1
-_AT_ONCE = 8  # files hashed in parallel
 
 
 class Shard(NamedTuple):
@@ -150,7 +149,7 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
 
     expected = [file for shard in manifest.shards for file in shard.files]
     expected.append((SKIPPED, None, manifest.skipped_sha256))
-    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor() as threads:
         reasons = list(threads.map(why, *zip(*expected, strict=True)))
     return [(file[0], reason) for file, reason in zip(expected, reasons, strict=True) if reason]
 

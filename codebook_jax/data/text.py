@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tempfile
@@ -51,25 +52,21 @@ class Encoded(NamedTuple):
     truncated: int  # captions
 
 
+@dataclasses.dataclass(eq=False)
 class Tokenizer:
     """Captions to tokens. It can be pickled and used from several threads."""
 
-    def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        vocabulary: Vocabulary,
-        unknown_id: int | None,
-        cleans: bool,
-    ) -> None:
-        """`unknown_id` stands for unknown words; `cleans`: the tokenizer cleans captions itself."""
-        self._tokenizer, self._cleans = tokenizer, cleans
-        self._prepare = whole if cleans else clean
-        self.vocabulary, self.unknown_id = vocabulary, unknown_id
+    _tokenizer: tokenizers.Tokenizer
+    vocabulary: Vocabulary
+    unknown_id: int | None  # of unknown words
+    _prepare: Callable[[str], str]  # `clean`, or `whole` for a tokenizer that cleans by itself
+
+    def __post_init__(self) -> None:
         # A caption's "[MASK]" is a word, not the special token. Pickling loses this setting.
-        tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, (self._tokenizer, self.vocabulary, self.unknown_id, self._cleans)
+        return Tokenizer, (self._tokenizer, self.vocabulary, self.unknown_id, self._prepare)
 
     def _encodings(self, captions: Sequence[str]) -> list[tokenizers.Encoding]:
         """The tokens of each caption, without [CLS] and [SEP]."""
@@ -223,8 +220,8 @@ def _wrapped(loaded: PreTrainedTokenizerBase, what: str) -> Tokenizer:
         special_ids=tuple(sorted(set(loaded.all_special_ids))),
         **{f"{kind}_id": number for kind, number in ids.items()},
     )
-    cleans = bool(getattr(loaded, "init_kwargs", {}).get(_CLEANS))
-    return Tokenizer(backend, vocabulary, loaded.unk_token_id, cleans)
+    prepare = whole if getattr(loaded, "init_kwargs", {}).get(_CLEANS) else clean
+    return Tokenizer(backend, vocabulary, loaded.unk_token_id, prepare)
 
 
 def _save(loaded: PreTrainedTokenizerBase, folder: Path) -> None:
