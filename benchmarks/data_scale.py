@@ -76,13 +76,13 @@ def measured(spec: str, records: int, batches: int) -> dict[str, object]:
     from codebook_jax.data.pipeline import BatchSpec, BatchStream
     from codebook_jax.data.sources import open_source
     from codebook_jax.data.sources.mixture import training_order
-    from codebook_jax.data.text import tokenizer_for_run
+    from codebook_jax.data.text import open_tokenizer
 
     def opened(spec: str, examples: int) -> object:
         return open_source(spec, role="train", size_px=16, scenes_examples=examples, seed=0)
 
     with TemporaryDirectory() as run:  # load first what every source loads
-        tokenizer = tokenizer_for_run("", run, ["a red ring left of a star"], 400)
+        tokenizer, _ = open_tokenizer("", run, ["a red ring left of a star"], 400)
     training_order(opened("scenes", 100), 0)[0]
     before, began = resident_mb(), time.perf_counter()
     source = opened(spec, records)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from codebook_jax.data.pipeline import BatchSpec, BatchStream
 from codebook_jax.data.sources import Source, open_source
-from codebook_jax.data.text import Tokenizer, tokenizer_for_run
+from codebook_jax.data.text import Tokenizer, open_tokenizer
 from codebook_jax.errors import UserError
 
 SIZE_PX, MAX_TOKENS, BATCH = 256, 30, 64
@@ -86,7 +86,7 @@ def measured(folder: Path, options: argparse.Namespace, cores: set[int]) -> dict
     figures: dict[str, Any] = {"machine": machine(), "kilobytes a picture": round(kilobytes, 1)}
     print(json.dumps(figures), flush=True)
     sources, skipped = opened(pictures, options.sources)
-    tokenizer = tokenizer_for_run("", folder / "run", pictures.captions, 8192)
+    tokenizer, _ = open_tokenizer("", folder / "run", pictures.captions, 8192)
     rows = decoders([path.read_bytes() for path in pictures.paths])
     for (name, source), views in itertools.product(sources.items(), VIEWS):
         rows[f"{name}, {views} views"] = ours(source, tokenizer, views, options.batches)

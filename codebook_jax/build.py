@@ -185,9 +185,9 @@ def build_trained(
     trained = sharding.axes_of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=asked)
     config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)
-    tokenizer = text.tokenizer_for_run(
-        config.data.tokenizer, workdir, None, config.data.tokenizer_vocabulary
-    )
+    size = config.data.tokenizer_vocabulary
+    tokenizer, keep = text.open_tokenizer(config.data.tokenizer, workdir, None, size)
+    keep()
     task = task_class(config)(config, tokenizer.vocabulary, mesh)
     return Parts(config, mesh, None, None, tokenizer, task)
 

@@ -34,8 +34,8 @@ def announce(parts: build.Parts) -> None:
     for sentence in amount(parts.source, batch, config.train.steps):
         say(f"            {sentence}")
     sample = list(sample_captions(parts.source, SAMPLED))
-    unknown = unknown_in(sample, parts.tokenizer)
-    say(f"words       {said_unknown(unknown, f'{len(sample):,} training captions')}")
+    captions = f"{len(sample):,} training captions"
+    say(f"words       {said_unknown(*unknown_in(sample, parts.tokenizer), captions)}")
     say(f"validation  {_validation(config, len(parts.validation))}")
     if len(parts.source) < batch:
         say(

@@ -3,7 +3,7 @@
 from codebook_jax.data.pipeline import BatchSpec, BatchStream
 from codebook_jax.data.sources import open_source
 from codebook_jax.data.sources.record import sample_captions
-from codebook_jax.data.text import tokenizer_for_run
+from codebook_jax.data.text import open_tokenizer
 
 BATCH = 8
 
@@ -12,6 +12,13 @@ def scenes_source(examples=50):
     return open_source(
         "scenes", role="train", size_px=32, scenes_examples=examples, image_root="", seed=0
     )
+
+
+def tokenizer_for_run(spec, workdir, captions, size, **spelling):
+    """The tokenizer that a run with these settings uses, kept in the workdir."""
+    tokenizer, save = open_tokenizer(spec, workdir, captions, size, **spelling)
+    save()
+    return tokenizer
 
 
 def tokenizer_of(source, workdir, size=400):

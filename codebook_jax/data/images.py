@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 _ORIENTATION = 0x0112  # EXIF
@@ -104,31 +104,22 @@ def rgb(image: Image.Image) -> Image.Image:
     image.load()
     with contextlib.suppress(Exception):  # of a broken EXIF block; the pixels are fine
         image = ImageOps.exif_transpose(image)
-    hidden = _hidden(image, raw)
+    # The one transparent colour, as stored: Pillow compares it with pixels of eight bits.
+    colour = image.info.get("transparency")
     if image.mode[0] in "IF":
-        grey = _eight_bits(np.asarray(image), image.mode, raw)
+        values = np.asarray(image)
+        grey = _eight_bits(values, image.mode, raw)
         image = Image.fromarray(255 - grey if negative else grey)
-    if hidden is not None:
-        return Image.fromarray(np.where(hidden[..., None], np.uint8(255), image.convert("RGB")))
+        if isinstance(colour, int):
+            image.putalpha(Image.fromarray(np.uint8(255) * (values != colour)))
+    elif image.mode == "L" and isinstance(colour, int):
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}.get(raw, 1)
+    elif isinstance(colour, tuple) and (raw == "RGB;16B" or max(colour) > 255):
+        image.info["transparency"] = tuple(part >> 8 for part in colour)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _hidden(image: Image.Image, raw: str) -> Bool[np.ndarray, "height width"] | None:
-    """The pixels of the one transparent colour; None if transparency is stored otherwise.
-
-    Pillow compares the colour as stored with pixels already converted to eight bits.
-    """
-    colour = image.info.get("transparency")
-    if not isinstance(colour, int | tuple) or image.mode not in ("1", "L", "I", "I;16", "RGB"):
-        return None
-    colour = np.array(colour) * {"L;2": 85, "L;4": 17}.get(raw, 1)
-    if image.mode == "RGB":
-        deep = raw == "RGB;16B" or colour.max() > 255
-        return (np.asarray(image) == (colour >> 8 if deep else colour)).all(axis=-1)
-    return np.asarray(image.convert("L") if image.mode == "1" else image) == colour
 
 
 def _eight_bits(

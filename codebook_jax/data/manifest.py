@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +17,6 @@ from codebook_jax.files import parse_json, write_json, written_whole
 MANIFEST, SKIPPED = "manifest.json", "skipped.tsv"
 PROGRESS = ".progress"  # folder of the packing's state until the manifest is written
 VERSION = 1
-_AT_ONCE = 8  # files hashed in parallel
-
-
-class Receipt(NamedTuple):
-    """The facts about a written shard."""
-
-    records: int
-    captions: int
-    bytes: int
-    sha256: str
-    index_bytes: int
-    index_sha256: str
-    skipped: tuple[tuple[str, str], ...]  # (name, why)
 
 
 class Shard(NamedTuple):
@@ -50,6 +38,9 @@ class Shard(NamedTuple):
         return (self.file, self.bytes, self.sha256), index
 
 
+Receipt = tuple[Shard, Sequence[tuple[str, str]]]  # and (name, why) of each record left out of it
+
+
 class Manifest(NamedTuple):
     """The contents of a folder of packed pairs."""
 
@@ -63,10 +54,6 @@ class Manifest(NamedTuple):
     left_out: int  # records left out by the source itself: the first lines of skipped.tsv
     skipped_sha256: str  # of skipped.tsv
     shards: tuple[Shard, ...]
-
-
-def shard_name(shard: int, shards: int) -> str:
-    return f"pairs-{shard:05d}-of-{shards:05d}.array_record"
 
 
 def index_name(file: str) -> str:
@@ -89,14 +76,11 @@ def write_manifest(
     receipts: Sequence[Receipt],
 ) -> Manifest:
     """Writes `skipped.tsv`, then the manifest of these shards in order."""
-    skipped = [*left_out, *(row for receipt in receipts for row in receipt.skipped)]
+    shards, lost = zip(*receipts, strict=True)
+    skipped = [*left_out, *itertools.chain(*lost)]
     with written_whole(folder / SKIPPED, errors="backslashreplace") as file:
         for row in skipped:
             file.write("\t".join(re.sub(r"[\t\r\n]+", " ", field) for field in row) + "\n")
-    shards = tuple(
-        Shard(shard_name(number, len(receipts)), **each._asdict() | {"skipped": len(each.skipped)})
-        for number, each in enumerate(receipts)
-    )
     manifest = Manifest(
         records=sum(shard.records for shard in shards),
         captions=sum(shard.captions for shard in shards),
@@ -127,11 +111,10 @@ def read_manifest(folder: Path | str) -> Manifest:
         shards = tuple(Shard(**shard) for shard in content["shards"])
         return Manifest(**{name: content[name] for name in Manifest._fields} | {"shards": shards})
     except FileNotFoundError as failure:
-        begun = any(path.parent.glob("pairs-*.array_record")) or (path.parent / PROGRESS).is_dir()
-        cure = "after records: give the --workdir of a --mode=prepare run"
-        if begun:
-            cure = "run the same --mode=prepare command again to complete it"
-        raise UserError(f"{folder} has no {MANIFEST}: {cure}") from failure
+        raise UserError(
+            f"{folder} has no {MANIFEST}: after records: give the --workdir of a finished "
+            "--mode=prepare run; the same command again completes one that was interrupted"
+        ) from failure
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise UserError(
             f"{path} cannot be read ({type(failure).__name__}: {failure}): restore the original, "
@@ -166,7 +149,7 @@ def verify(folder: Path | str, tell: Callable[[str], None] | None = None) -> lis
 
     expected = [file for shard in manifest.shards for file in shard.files]
     expected.append((SKIPPED, None, manifest.skipped_sha256))
-    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor() as threads:
         reasons = list(threads.map(why, *zip(*expected, strict=True)))
     return [(file[0], reason) for file, reason in zip(expected, reasons, strict=True) if reason]
 
@@ -183,14 +166,3 @@ def _misfit(name: str, sizes: Mapping[str, int], size: int | None) -> str:
         return f"{name} is missing"
     held = sizes[name]
     return "" if size in (None, held) else f"{name} has {held:,} bytes instead of {size:,}"
-
-
-def without_paths(text: str) -> str:
-    """The repr of a source without the folders of its files."""
-    return re.sub(r"'[^']*/([^'/]*)'", r"'\1'", text)
-
-
-def read_skipped(folder: Path) -> list[tuple[str, str]]:
-    """The lines of skipped.tsv."""
-    text = (folder / SKIPPED).read_text(encoding="utf-8")
-    return [tuple(line.split("\t")) for line in text.split("\n")[:-1]]

@@ -32,7 +32,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from codebook_jax.data.images import Picture, UnreadableImage
-from codebook_jax.data.manifest import Receipt, file_sha256, index_name, shard_name
+from codebook_jax.data.manifest import Receipt, Shard, file_sha256, index_name
 from codebook_jax.errors import FULL_DISK, UserError
 from codebook_jax.files import written_whole
 
@@ -51,10 +51,6 @@ class Packing(NamedTuple):
     side_px: int  # upper limit of a picture's shorter side; 0: none
     quality: int  # of JPEGs that are re-encoded
     shard_records: int
-
-
-def shard_count(records: int, shard_records: int) -> int:
-    return -(-records // shard_records)
 
 
 def packed_picture(
@@ -104,7 +100,8 @@ def write_shard(
 
     first, folder = shard * packing.shard_records, Path(folder)
     numbers = range(first, min(len(source), first + packing.shard_records))
-    file = folder / shard_name(shard, shard_count(len(source), packing.shard_records))
+    shards = -(-len(source) // packing.shard_records)
+    file = folder / f"pairs-{shard:05d}-of-{shards:05d}.array_record"
     index_file = folder / index_name(file.name)
     # processes on several machines may write into one folder
     draft = folder / f".{file.name}.{uuid.uuid4().hex[:12]}.tmp"
@@ -140,7 +137,8 @@ def write_shard(
     facts = [
         fact for path in (file, index_file) for fact in (path.stat().st_size, file_sha256(path))
     ]
-    return Receipt(len(numbers) - len(skipped), captions, *facts, tuple(skipped))
+    records = len(numbers) - len(skipped)
+    return Shard(file.name, records, captions, len(skipped), *facts), skipped
 
 
 @contextlib.contextmanager

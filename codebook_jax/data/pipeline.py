@@ -27,7 +27,7 @@ from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.mirror import mirrored
 from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.mixture import training_order
-from codebook_jax.data.text import UNREAD, Tokenizer
+from codebook_jax.data.text import Tokenizer
 from codebook_jax.errors import UserError
 from codebook_jax.stop import serve_parent
 
@@ -195,15 +195,12 @@ class _Maker:
             drawn, flipped = rng.random(2)
             try:
                 record = self.source[example]
-                captions = self.tokenizer.readable(record.captions)
-                if not captions:
-                    raise UnreadableImage(f"{self.source.name(example)} {UNREAD}")
                 picture = Picture(record.image)
                 random_crops(picture, rng, views, scale=spec.crop_scale, ratio=spec.crop_ratio)
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
-            caption = captions[int(drawn * len(captions))]
+            caption = record.captions[int(drawn * len(record.captions))]
             other = mirrored(caption) if spec.flip and flipped < 0.5 else None
             flip = other is not None
             return example, record.image_id, other if flip else caption, flip, unreadable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import tempfile
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 FOLDER = "tokenizer"  # in a workdir
 SAMPLED = 2000  # captions from which the share of unknown tokens is estimated
 MOST_UNKNOWN = 0.01  # share of tokens; a run warns above it
-UNREAD = "has no caption that gives any token"
 LONGEST = 512  # token counts above it are counted as one
 
 _WORDS = "vocab.txt"
@@ -52,30 +52,21 @@ class Encoded(NamedTuple):
     truncated: int  # captions
 
 
-class Unknown(NamedTuple):
-    count: int
-    tokens: int  # known and unknown
-
-
+@dataclasses.dataclass(eq=False)
 class Tokenizer:
     """Captions to tokens. It can be pickled and used from several threads."""
 
-    def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        vocabulary: Vocabulary,
-        unknown_id: int | None,
-        cleans: bool,
-    ) -> None:
-        """`unknown_id` stands for unknown words; `cleans`: the tokenizer cleans captions itself."""
-        self._tokenizer, self._cleans = tokenizer, cleans
-        self._prepare = whole if cleans else clean
-        self.vocabulary, self.unknown_id = vocabulary, unknown_id
+    _tokenizer: tokenizers.Tokenizer
+    vocabulary: Vocabulary
+    unknown_id: int | None  # of unknown words
+    _prepare: Callable[[str], str]  # `clean`, or `whole` for a tokenizer that cleans by itself
+
+    def __post_init__(self) -> None:
         # A caption's "[MASK]" is a word, not the special token. Pickling loses this setting.
-        tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, (self._tokenizer, self.vocabulary, self.unknown_id, self._cleans)
+        return Tokenizer, (self._tokenizer, self.vocabulary, self.unknown_id, self._prepare)
 
     def _encodings(self, captions: Sequence[str]) -> list[tokenizers.Encoding]:
         """The tokens of each caption, without [CLS] and [SEP]."""
@@ -93,13 +84,6 @@ class Tokenizer:
             row[: len(cut)] = cut
         lengths = np.array([min(len(ids) + 2, max_tokens) for ids in words], np.int32)
         return Encoded(tokens, lengths, sum(len(ids) + 2 > max_tokens for ids in words))
-
-    def readable(self, captions: Sequence[str]) -> Sequence[str]:
-        """Those of these captions, all with words, that give at least one token."""
-        if self._cleans:  # then every one does
-            return captions
-        found = zip(captions, self._encodings(captions), strict=True)
-        return [caption for caption, encoding in found if encoding.ids]
 
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """The words that it reads as the unknown token, each once."""
@@ -127,17 +111,17 @@ def clean(caption: str) -> str:
     return " ".join(caption.split())
 
 
-def unknown_in(captions: Sequence[str], tokenizer: Tokenizer) -> Unknown:
-    """How many tokens of these captions are unknown."""
+def unknown_in(captions: Sequence[str], tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many tokens of these captions are unknown, and how many they have."""
     tokens, lengths, _ = tokenizer.encode(captions, LONGEST)
     words = int(lengths.sum()) - 2 * len(lengths)  # without [CLS] and [SEP]
-    return Unknown(int(np.sum(tokens == tokenizer.unknown_id)), words)
+    return int(np.sum(tokens == tokenizer.unknown_id)), words
 
 
-def said_unknown(unknown: Unknown, captions: str) -> str:
+def said_unknown(unknown: int, tokens: int, captions: str) -> str:
     """A sentence on the unknown tokens in `captions`; a warning if they are many."""
-    share = unknown.count / max(1, unknown.tokens)
-    fact = f"unknown tokens: {unknown.count:,} of {unknown.tokens:,} ({share:.2%}) in {captions}"
+    share = unknown / max(1, tokens)
+    fact = f"unknown tokens: {unknown:,} of {tokens:,} ({share:.2%}) in {captions}"
     if share <= MOST_UNKNOWN:
         return fact
     return (
@@ -149,19 +133,6 @@ def said_unknown(unknown: Unknown, captions: str) -> str:
 def spelling(data: ml_collections.ConfigDict) -> dict[str, bool]:
     """The fields of config.data on how a trained vocabulary spells words."""
     return {"lowercase": data.tokenizer_lowercase, "strip_accents": data.tokenizer_strip_accents}
-
-
-def tokenizer_for_run(
-    spec: str,
-    workdir: Path | str,
-    captions: Iterable[str] | None,
-    vocabulary_size: int,
-    **spelling: bool,
-) -> Tokenizer:
-    """The tokenizer of `open_tokenizer`, saved into the workdir."""
-    tokenizer, save = open_tokenizer(spec, workdir, captions, vocabulary_size, **spelling)
-    save()
-    return tokenizer
 
 
 def open_tokenizer(
@@ -248,8 +219,8 @@ def _wrapped(loaded: PreTrainedTokenizerBase, what: str) -> Tokenizer:
         special_ids=tuple(sorted(set(loaded.all_special_ids))),
         **{f"{kind}_id": number for kind, number in ids.items()},
     )
-    cleans = bool(getattr(loaded, "init_kwargs", {}).get(_CLEANS))
-    return Tokenizer(backend, vocabulary, loaded.unk_token_id, cleans)
+    prepare = whole if getattr(loaded, "init_kwargs", {}).get(_CLEANS) else clean
+    return Tokenizer(backend, vocabulary, loaded.unk_token_id, prepare)
 
 
 def _save(loaded: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from codebook_jax.console import say
 from codebook_jax.data.images import UnreadableImage, decode, resize_square
 from codebook_jax.data.sources import Record, Source
-from codebook_jax.data.text import UNREAD, Tokenizer
+from codebook_jax.data.text import Tokenizer
 from codebook_jax.errors import UserError
 from codebook_jax.models.codis import Model
 from codebook_jax.parallel import sharding
@@ -67,7 +67,7 @@ def encode_source(
     of_images = {name: outputs(count, with_tokens=name in with_tokens) for name in towers}
     kept: list[tuple[int, Record]] = []
     unreadable: list[str] = []
-    for chunk in _read(source, tokenizer, count, rows, config):
+    for chunk in _read(source, count, rows, config):
         readable = [(at, record, image) for at, record, image in chunk if record is not None]
         unreadable += [why for _, record, why in chunk if record is None]
         kept += [(at, record) for at, record, _ in readable]
@@ -139,18 +139,15 @@ class _Outputs:
 
 
 def _read(
-    source: Source, tokenizer: Tokenizer, count: int, rows: int, config: ml_collections.ConfigDict
+    source: Source, count: int, rows: int, config: ml_collections.ConfigDict
 ) -> Iterator[list[tuple[int, Record | None, np.ndarray | str]]]:
     """Chunks of (position, record, image), or (position, None, why); reads one chunk ahead."""
 
     def read(position: int) -> tuple[int, Record | None, np.ndarray | str]:
         try:
             record = source[position]
-            captions = tuple(tokenizer.readable(record.captions))
-            if not captions:
-                raise UnreadableImage(f"{source.name(position)} {UNREAD}")
             image = resize_square(decode(record.image), config.model.image.size_px)
-            return position, record._replace(captions=captions), image
+            return position, record, image
         except UnreadableImage as error:
             return position, None, str(error)
 

@@ -24,8 +24,8 @@ from rich import filesize
 from codebook_jax.config import changed_fields
 from codebook_jax.console import Progress
 from codebook_jax.data import manifest as manifests
-from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Receipt
-from codebook_jax.data.packing import Packing, full_disk_named, shard_count, write_shard
+from codebook_jax.data.manifest import MANIFEST, PROGRESS, SKIPPED, Manifest, Receipt, Shard
+from codebook_jax.data.packing import Packing, full_disk_named, write_shard
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.errors import UserError
@@ -74,8 +74,9 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     """Completes the folder, from whatever state it is in."""
     settings = config.prepare
     packing = Packing(settings.side_px, settings.quality, settings.shard_records)
-    shards = shard_count(len(source), packing.shard_records)
-    described = {"repr": manifests.without_paths(repr(source)), "fingerprint": source.fingerprint()}
+    shards = -(-len(source) // packing.shard_records)
+    without_folders = re.sub(r"'[^']*/([^'/]*)'", r"'\1'", repr(source))
+    described = {"repr": without_folders, "fingerprint": source.fingerprint()}
     described["records"] = len(source)
     plan = {"source": described, "options": {"role": settings.role, **packing._asdict()}}
     place = {name: config.data[name] for name in ("train", "image_root", "path_map")}
@@ -92,13 +93,13 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
             "changed: use a folder that every worker can reach and nothing else writes to, and "
             "run the same command again"
         )
-    if not sum(receipt.records for receipt in receipts.values()):
+    if not any(written.records for written, _ in receipts.values()):
         for file in workdir.glob("pairs-*"):  # so that the next start tries again
             file.unlink()
         shutil.rmtree(workdir / PROGRESS)
         raise UserError(
             f"{source!r}: none of {len(source):,} pictures could be read (first: "
-            f"{': '.join(receipts[0].skipped[0])}): check config.data.image_root and the files"
+            f"{': '.join(receipts[0][1][0])}): check config.data.image_root and the files"
         )
     counts = {"listed": source.listed, "left_out": source.left_out}
     manifest = manifests.write_manifest(workdir, **plan, **counts, receipts=list(receipts.values()))
@@ -130,8 +131,8 @@ def _pack_missing(
         options = {"runner": settings.beam_runner, "options": settings.beam_options}
         beam.pack(pack_shard, source, missing, workdir.absolute() / PROGRESS, **options)
         return
-    skipped = sum(len(receipt.skipped) for receipt in receipts.values())
-    done = skipped + sum(receipt.records for receipt in receipts.values())
+    skipped = sum(written.skipped for written, _ in receipts.values())
+    done = skipped + sum(written.records for written, _ in receipts.values())
     with Progress("packed", "pairs", len(source), done=done, skipped=skipped) as progress:
         options = {"processes": settings.processes, "field": "prepare.processes"}
         spread(pack_shard, source, missing, **options, tell=progress.advance)
@@ -140,8 +141,8 @@ def _pack_missing(
 def _pack_shard(
     workdir: Path, packing: Packing, source: Source, shard: int, tell: Tell | None = None
 ) -> None:
-    receipt = write_shard(source, shard, workdir, packing, tell)
-    write_json(_receipt_file(workdir, shard), receipt._asdict())
+    written, skipped = write_shard(source, shard, workdir, packing, tell)
+    write_json(_receipt_file(workdir, shard), [written._asdict(), skipped])
 
 
 def _summary(workdir: Path, manifest: Manifest) -> str:
@@ -199,8 +200,8 @@ def _begin(
     elif (progress / _PLAN).exists():
         begun = parse_json((progress / _PLAN).read_bytes())
         _refuse_another(folder, begun, plan)
-        for shard, receipt in _receipts(folder, shards).items():
-            if begun["place"] != place and receipt.skipped:  # they may be there now
+        for shard, (_, skipped) in _receipts(folder, shards).items():
+            if begun["place"] != place and skipped:  # they may be there now
                 _receipt_file(folder, shard).unlink()
     write_json(progress / _PLAN, {"version": manifests.VERSION, **plan, "place": place})
     return None, [why for _, why in damaged]
@@ -211,11 +212,10 @@ def _receipts(folder: Path, shards: int) -> dict[int, Receipt]:
     found = {}
     for shard in range(shards):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            receipt = Receipt(**parse_json(_receipt_file(folder, shard).read_bytes()))
-            file = manifests.shard_name(shard, shards)
-            sizes = [(folder / name).stat().st_size for name in (file, manifests.index_name(file))]
-            if sizes == [receipt.bytes, receipt.index_bytes]:
-                found[shard] = receipt._replace(skipped=tuple(map(tuple, receipt.skipped)))
+            known, skipped = parse_json(_receipt_file(folder, shard).read_bytes())
+            written = Shard(**known)
+            if all((folder / name).stat().st_size == size for name, size, _ in written.files):
+                found[shard] = written, skipped
     return found
 
 
@@ -246,10 +246,9 @@ def _refuse_another(folder: Path, begun: Mapping[str, Any], plan: Mapping[str, A
 
 def _keep_sound(folder: Path, manifest: Manifest, damaged: set[str]) -> None:
     """Saves receipts of the undamaged shards of a finished folder."""
-    rows = iter(() if SKIPPED in damaged else manifests.read_skipped(folder)[manifest.left_out :])
+    lines = () if SKIPPED in damaged else (folder / SKIPPED).read_text("utf-8").split("\n")
+    rows = (line.split("\t") for line in lines[manifest.left_out : -1])
     for number, shard in enumerate(manifest.shards):
-        skipped = tuple(itertools.islice(rows, shard.skipped))
+        skipped = list(itertools.islice(rows, shard.skipped))
         if len(skipped) == shard.skipped and not damaged & {name for name, _, _ in shard.files}:
-            known = shard._asdict() | {"skipped": skipped}
-            receipt = {name: known[name] for name in Receipt._fields}
-            write_json(_receipt_file(folder, number), receipt)
+            write_json(_receipt_file(folder, number), [shard._asdict(), skipped])

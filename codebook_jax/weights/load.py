@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
 from codebook_jax.data.images import resize_square
-from codebook_jax.data.text import Tokenizer, has_words, tokenizer_for_run
+from codebook_jax.data.text import Tokenizer, has_words, open_tokenizer
 from codebook_jax.errors import UserError, first_few, reason
 from codebook_jax.files import parse_json
 from codebook_jax.method.numerics import key_of, own_settings
@@ -231,7 +231,7 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
             "without teacher=True"
         )
     config = config_of(folder)
-    tokenizer = tokenizer_for_run("", folder, None, 0)
+    tokenizer, _ = open_tokenizer("", folder, None, 0)
     with reading(folder / records.RECORD):
         with config.unlocked():
             config.model.attention, config.model.remat = "auto", "none"

@@ -2,20 +2,17 @@
 """Captions that cleaning leaves empty: every source leaves them out and counts them."""
 
 import json
-from contextlib import closing
 
-import numpy as np
 import pytest
 import tar_files
 from list_files import open_it, picture, write
 from PIL import Image
-from small_data import stream_of
+from small_data import tokenizer_for_run
 from small_run import config_of
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources import Record
 from codebook_jax.data.sources.rows import texts_in
-from codebook_jax.data.text import UNREAD, has_words, tokenizer_for_run
+from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
 from codebook_jax.tools.prepare import prepare
@@ -30,17 +27,6 @@ def test_a_caption_has_words_if_a_letter_a_digit_or_a_symbol_is_left_of_it(tmp_p
     assert all(map(has_words, WORDS))
     tokenizer = tokenizer_for_run("", tmp_path, WORDS, 400)
     assert (tokenizer.encode(WORDS, 32)[1] > 2).all()
-
-
-class Pairs(list):
-    """Captions, each of a grey picture."""
-
-    def __getitem__(self, index):
-        caption = super().__getitem__(index)
-        return Record(np.full((40, 40, 3), index, np.uint8), (caption,), index)
-
-    def name(self, index):
-        return f"pair {index}"
 
 
 def write_json(folder, captions):
@@ -101,30 +87,3 @@ def test_a_check_counts_them_and_names_them(packed_before, tmp_path):
     expected |= {"undecodable": 0, "unknown_tokens": 0}
     assert {name: found[name] for name in expected} == expected and found["tokens"] >= 4
     assert "2.jpg has no caption with words" in (workdir / "skipped.tsv").read_text()
-
-
-@pytest.fixture
-def deaf(tmp_path):
-    """A given tokenizer that ignores pi: its normalizer removes it."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    kinds = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
-    words = [*kinds.values(), "a", "dog"]
-    given = Tokenizer(
-        models.WordPiece({word: at for at, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    given.normalizer = normalizers.Replace("π", "")
-    given.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    PreTrainedTokenizerFast(tokenizer_object=given, **kinds).save_pretrained(tmp_path / "deaf")
-    return tokenizer_for_run(str(tmp_path / "deaf"), tmp_path / "run", None, 0)
-
-
-def test_a_caption_of_which_a_given_tokenizer_makes_nothing_is_passed_over_and_counted(deaf):
-    with closing(stream_of(Pairs(["a dog", "π", "dog", "ππ"]), deaf)) as stream:
-        batch = next(stream)
-    assert set(batch.example.tolist()) == {0, 2} and batch.skipped.sum() > 0
-    assert (batch.text_length > 2).all()
-    with closing(stream_of(Pairs(["π"] * 4), deaf)) as stream:
-        with pytest.raises(UserError, match=rf"pair \d {UNREAD}"):
-            next(stream)

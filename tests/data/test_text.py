@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tokenizers
-from small_data import scenes_source, tokenizer_of
+from small_data import scenes_source, tokenizer_for_run, tokenizer_of
 
 from codebook_jax.data import scenes
 from codebook_jax.data.sources.record import sample_captions
-from codebook_jax.data.text import clean, tokenizer_for_run, train_vocabulary
+from codebook_jax.data.text import clean, train_vocabulary
 from codebook_jax.errors import UserError
 
 

@@ -9,15 +9,10 @@ import unicodedata
 import numpy as np
 import pytest
 import tokenizers
+from small_data import tokenizer_for_run
 from transformers import PreTrainedTokenizerFast
 
-from codebook_jax.data.text import (
-    UserError,
-    said_unknown,
-    tokenizer_for_run,
-    train_vocabulary,
-    unknown_in,
-)
+from codebook_jax.data.text import UserError, said_unknown, train_vocabulary, unknown_in
 
 # Letters of each language, the marks that tell its words apart, and what stands between words.
 LANGUAGES = {
@@ -54,9 +49,10 @@ def test_captions_that_differ_in_a_mark_have_different_tokens_and_none_unknown(l
     trained = train_vocabulary(captions, 8192)
     for texts in (captions, sorted(words)):
         assert len(set(tokens_of(trained, texts))) == len(set(texts)) >= 100
-    unknown = unknown_in(captions, tokenizer_for_run("", tmp_path, captions, 8192))
-    assert unknown.count == 0 and unknown.tokens > 1000
-    assert "0 of" in said_unknown(unknown, "") and "warning" not in said_unknown(unknown, "")
+    unknown, tokens = unknown_in(captions, tokenizer_for_run("", tmp_path, captions, 8192))
+    assert unknown == 0 and tokens > 1000
+    sentence = said_unknown(unknown, tokens, "")
+    assert "0 of" in sentence and "warning" not in sentence
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +144,7 @@ def test_unknown_tokens_are_counted_warned_of_and_named(earlier):
     tokenizer = tokenizer_for_run("", earlier, None, 0)
     unknown = unknown_in(captions, tokenizer)
     assert unknown == (4, 30)
-    sentence = said_unknown(unknown, "10 captions")
+    sentence = said_unknown(*unknown, "10 captions")
     assert sentence.startswith("warning") and "4 of 30" in sentence and "13.33%" in sentence
     assert tokenizer.unknown_words(captions) == ["xylophone", "🙂"]
 

@@ -40,9 +40,6 @@ class Numbers:
 
 
 class Digits:
-    def readable(self, captions):
-        return captions
-
     def encode(self, captions, max_tokens):
         tokens = np.zeros((len(captions), max_tokens), np.int32)
         tokens[:, 0] = [int(caption) for caption in captions]

@@ -15,14 +15,13 @@ import browser
 import numpy as np
 import pytest
 from bad_pictures import BAD, COCO, SCRIPT, make_evaluation, make_training, picture, write_pairs
-from small_data import tokenizer_of
+from small_data import tokenizer_for_run, tokenizer_of
 from small_run import ROOT
 
 from codebook_jax import files
 from codebook_jax.data.images import Picture
 from codebook_jax.data.sources import open_source
 from codebook_jax.data.sources.record import sample_captions
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools.check_data import check_data
 from codebook_jax.tools.check_data.findings import (

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import scipy.special
 from PIL import Image
+from small_data import tokenizer_for_run
 from small_run import ROOT, SMALL
 
 import codebook_jax
 from codebook_jax import build
 from codebook_jax.data.images import resize_square
-from codebook_jax.data.text import tokenizer_for_run
 from codebook_jax.errors import UserError
 from codebook_jax.tools import export
 

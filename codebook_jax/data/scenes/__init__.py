@@ -49,7 +49,7 @@ def evaluation_scenes(split: str) -> tuple[Captioned, ...]:
 
 def _content(scene: Scene) -> frozenset:
     """What every caption of the scene states: its objects, and of two also their relation."""
-    kinds = [thing.kind for thing in scene.objects]
+    kinds = [thing[:2] for thing in scene.objects]  # (colour, shape)
     if len(kinds) > 2:
         return frozenset(kinds)
     return frozenset((kinds[a], relation, kinds[b]) for a, relation, b in scene.relations())

@@ -63,10 +63,6 @@ class SceneObject(NamedTuple):
     paint: Paint
 
     @property
-    def kind(self) -> Kind:
-        return self.colour, self.shape
-
-    @property
     def radius(self) -> float:
         return SIZES[self.size]
 

@@ -18,7 +18,7 @@ from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.sources.records import Records
 from codebook_jax.data.sources.scenes import Scenes
-from codebook_jax.data.text import Tokenizer, Unknown, open_tokenizer, said_unknown, spelling
+from codebook_jax.data.text import Tokenizer, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs
 from codebook_jax.run.record import check_folder
@@ -131,9 +131,8 @@ def _advice(workdir: Path, training: Part, root: str | None) -> Iterator[str]:
     """What to do next."""
     counts = training.counts
     usable, listed = counts["usable"], counts["listed"]
-    unknown = Unknown(counts["unknown_tokens"], counts["tokens"])
     yield f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})"
-    yield said_unknown(unknown, "all training captions")
+    yield said_unknown(counts["unknown_tokens"], counts["tokens"], "all training captions")
     if root is not None:
         yield f"train with --config.data.train=json:{workdir / USABLE}"
         if isinstance(training.source, Mixture) and training.source.weights:

@@ -55,15 +55,13 @@ class Part(NamedTuple):
 
 
 def read_captions(source: Source, tokenizer: Tokenizer) -> np.ndarray:
-    """_CAPTION of every caption that gives a token."""
+    """_CAPTION of every caption."""
     unknown = -1 if tokenizer.unknown_id is None else tokenizer.unknown_id
     columns = [np.empty(0, _CAPTION)]
     with Progress("read captions of", "records", len(source)) as progress:
         for start in range(0, len(source), _AT_ONCE):
             records = range(start, min(start + _AT_ONCE, len(source)))
             pairs = [(caption, record) for record in records for caption in source.captions(record)]
-            readable = set(tokenizer.readable([caption for caption, _ in pairs]))
-            pairs = [(caption, record) for caption, record in pairs if caption in readable]
             texts = [caption for caption, _ in pairs]
             read = np.empty(len(pairs), _CAPTION)
             read["key"] = [short_hash(clean(text)) for text in texts]

@@ -165,7 +165,7 @@ def test_folders_that_are_not_packed_are_refused_with_what_to_do(copied, tmp_pat
         manifest.write_text(change)
         assert re.search(words, refusal(copied))
     manifest.unlink()
-    assert re.search(r"no manifest\.json.*same --mode=prepare command", refusal(copied))
+    assert re.search(r"no manifest\.json.*same command again", refusal(copied))
     (tmp_path / "empty").mkdir()
     assert re.search(r"empty .*no manifest\.json.*--workdir", refusal(tmp_path / "empty"))
     assert re.search("gone .*--workdir", refusal(tmp_path / "gone"))
