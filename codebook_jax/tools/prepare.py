@@ -113,7 +113,7 @@ def _pack_missing(
     settings: ml_collections.ConfigDict, workdir: Path, source: Source, packing: Packing
 ) -> None:
     """Packs the shards that have no receipt; `settings` are those of config.prepare."""
-    shards = shard_count(len(source), packing.shard_records)
+    shards = -(-len(source) // packing.shard_records)
     receipts = _receipts(workdir, shards)
     missing = [shard for shard in range(shards) if shard not in receipts]
     count = process_count(settings.processes, len(missing))
