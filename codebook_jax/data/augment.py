@@ -49,7 +49,7 @@ Operation = enum.IntEnum("Operation", _NAMES, start=0)  # all drawn equally ofte
 
 
 def augment(
-    images: Images, flip: Bool[Array, "batch"], key: PRNGKeyArray, *, layers: int, magnitude: float
+    images: Images, flip: Bool[Array, " batch"], key: PRNGKeyArray, *, layers: int, magnitude: float
 ) -> Pixels:
     """The images, mirrored where `flip`, then changed by `layers` random operations each.
 
@@ -138,7 +138,7 @@ def _bins(images: Images) -> Int32[Array, "batch values"]:
     return bins.reshape(len(images), -1)
 
 
-def sharpen(images: Images, factors: Float32[Array, "batch"]) -> Images:
+def sharpen(images: Images, factors: Float32[Array, " batch"]) -> Images:
     """Moves each image away from its smoothed self; 1 is the image itself, 0 the smoothed one.
 
     PIL's kernel, 5 in the middle of eight ones; the outermost pixels stay as they are.
@@ -203,7 +203,7 @@ def warp(images: Images, matrices: Matrices) -> Images:
     return jnp.where(inside[..., None], values, FILL).astype(jnp.uint8)
 
 
-def _matrices(operations: Operations, amounts: Float32[Array, "batch"], side: int) -> Matrices:
+def _matrices(operations: Operations, amounts: Float32[Array, " batch"], side: int) -> Matrices:
     """Shears from the top left corner, translations, and anticlockwise turns about the centre."""
 
     def each(*entries: Array | float) -> Matrices:

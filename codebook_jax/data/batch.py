@@ -16,9 +16,9 @@ class Batch(NamedTuple):
 
     image: UInt8[Array | np.ndarray, "batch side side 3"]  # the student's crop, RGB
     teacher_image: UInt8[Array | np.ndarray, "batch side side 3"]  # the teacher's crop
-    flip: Bool[Array | np.ndarray, "batch"]  # mirror both crops; the caption is changed already
+    flip: Bool[Array | np.ndarray, " batch"]  # mirror both crops; the caption is changed already
     tokens: Int32[Array | np.ndarray, "batch tokens"]  # [CLS] words [SEP], padded on the right
-    text_length: Int32[Array | np.ndarray, "batch"]  # tokens before the padding
-    image_id: Int32[Array | np.ndarray, "batch"]  # equal for pairs of one image, within a source
-    example: Int32[Array | np.ndarray, "batch"]  # index in the source, for reports
-    skipped: Int32[Array | np.ndarray, "batch"]  # unreadable records skipped before this one
+    text_length: Int32[Array | np.ndarray, " batch"]  # tokens before the padding
+    image_id: Int32[Array | np.ndarray, " batch"]  # equal for pairs of one image, within a source
+    example: Int32[Array | np.ndarray, " batch"]  # index in the source, for reports
+    skipped: Int32[Array | np.ndarray, " batch"]  # unreadable records skipped before this one

@@ -48,7 +48,7 @@ class Vocabulary(NamedTuple):
 
 class Encoded(NamedTuple):
     tokens: Int32[np.ndarray, "captions tokens"]  # [CLS] words [SEP], padded on the right
-    lengths: Int32[np.ndarray, "captions"]  # tokens before the padding
+    lengths: Int32[np.ndarray, " captions"]  # tokens before the padding
     truncated: int  # captions
 
 

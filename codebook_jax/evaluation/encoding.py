@@ -35,11 +35,11 @@ class Features(NamedTuple):
 class Gallery(NamedTuple):
     """The images that could be read, all their captions, and each tower's outputs for them."""
 
-    image_ids: Int[np.ndarray, "images"]
-    text_image_ids: Int[np.ndarray, "texts"]
-    text_lengths: Int[np.ndarray, "texts"]
+    image_ids: Int[np.ndarray, " images"]
+    text_image_ids: Int[np.ndarray, " texts"]
+    text_lengths: Int[np.ndarray, " texts"]
     captions: list[str]
-    positions: Int[np.ndarray, "images"]  # of each image in the source
+    positions: Int[np.ndarray, " images"]  # of each image in the source
     features: dict[str, Features]  # by the name of the towers
     left_out: int  # images that could not be read
     truncated: int  # captions longer than the model reads

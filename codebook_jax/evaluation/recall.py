@@ -13,8 +13,8 @@ CELLS_AT_ONCE = 2**24  # of the score matrix compared in one pass: some 150 MB
 
 def recall_at_k(
     scores: Float[np.ndarray, "images texts"],
-    image_ids: Int[np.ndarray, "images"],
-    text_image_ids: Int[np.ndarray, "texts"],
+    image_ids: Int[np.ndarray, " images"],
+    text_image_ids: Int[np.ndarray, " texts"],
 ) -> dict[str, float]:
     """R@k of both directions in percent: `txt_r1` (an image finds any text with its id), ...,
     `img_r1`, ... Equal scores are counted as if shuffled, so uninformative scores give chance.
@@ -27,9 +27,9 @@ def recall_at_k(
 
 def recall_of_queries(
     scores: Float[np.ndarray, "queries candidates"],
-    query_ids: Int[np.ndarray, "queries"],
-    candidate_ids: Int[np.ndarray, "candidates"],
-) -> Float[np.ndarray, "ranks"]:
+    query_ids: Int[np.ndarray, " queries"],
+    candidate_ids: Int[np.ndarray, " candidates"],
+) -> Float[np.ndarray, " ranks"]:
     """Percent of queries with a candidate of their own id among the k highest, for each rank k."""
     hits = np.zeros(len(RANKS))
     rows = max(1, CELLS_AT_ONCE // max(1, len(candidate_ids)))
@@ -47,7 +47,7 @@ def recall_of_queries(
 
 
 def chance_at_k(
-    image_ids: Int[np.ndarray, "images"], text_image_ids: Int[np.ndarray, "texts"]
+    image_ids: Int[np.ndarray, " images"], text_image_ids: Int[np.ndarray, " texts"]
 ) -> dict[str, float]:
     """Exact R@k of a random order, in percent: `txt_chance_r1`, ..., their means `chance_r1`."""
     text_chance = _chance_of_queries(image_ids, text_image_ids)
@@ -59,14 +59,14 @@ def chance_at_k(
     )
 
 
-def named_recalls(prefix: str, recalls: Float[np.ndarray, "ranks"]) -> dict[str, float]:
+def named_recalls(prefix: str, recalls: Float[np.ndarray, " ranks"]) -> dict[str, float]:
     """{"txt_r1": ..., "txt_r5": ...} for the prefix "txt_r"."""
     return {f"{prefix}{k}": float(recall) for k, recall in zip(RANKS, recalls, strict=True)}
 
 
 def _chance_of_queries(
-    query_ids: Int[np.ndarray, "queries"], candidate_ids: Int[np.ndarray, "candidates"]
-) -> Float[np.ndarray, "ranks"]:
+    query_ids: Int[np.ndarray, " queries"], candidate_ids: Int[np.ndarray, " candidates"]
+) -> Float[np.ndarray, " ranks"]:
     counts = Counter(candidate_ids.tolist())
     matching = np.array([counts[query] for query in query_ids.tolist()])
     everything = np.full(len(query_ids), len(candidate_ids))
@@ -74,9 +74,9 @@ def _chance_of_queries(
 
 
 def _hit_probability(
-    above: Int[np.ndarray, "queries"],
-    tied: Int[np.ndarray, "queries"],
-    matching: Int[np.ndarray, "queries"],
+    above: Int[np.ndarray, " queries"],
+    tied: Int[np.ndarray, " queries"],
+    matching: Int[np.ndarray, " queries"],
 ) -> Float[np.ndarray, "queries ranks"]:
     """1 - C(tied - matching, m) / C(tied, m): a hit among m = k - above draws of the tied."""
     if lonely := int((matching == 0).sum()):

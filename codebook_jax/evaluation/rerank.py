@@ -53,12 +53,12 @@ def match_pairs(
     match: Match,
     mesh: jax.sharding.Mesh,
     gallery: Gallery,
-    pair_images: Int[np.ndarray, "pairs"],
-    pair_texts: Int[np.ndarray, "pairs"],
+    pair_images: Int[np.ndarray, " pairs"],
+    pair_texts: Int[np.ndarray, " pairs"],
     *,
     batch: int,
     progress: Progress,
-) -> Float[np.ndarray, "pairs"]:
+) -> Float[np.ndarray, " pairs"]:
     """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends. In rows of
     TEXTS_A_ROW texts, so that an image's keys and values are projected once per row; every call has
     the same shape, with about as many text tokens as `batch` images have patches.
@@ -83,8 +83,8 @@ def match_pairs(
 
 
 def pair_rows(
-    pair_images: Int[np.ndarray, "pairs"], pair_texts: Int[np.ndarray, "pairs"], width: int
-) -> tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows width"], Int[np.ndarray, "pairs"]]:
+    pair_images: Int[np.ndarray, " pairs"], pair_texts: Int[np.ndarray, " pairs"], width: int
+) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, "rows width"], Int[np.ndarray, " pairs"]]:
     """Rows of one image and `width` of its texts, and each pair's place in the flattened rows;
     `pair_images` ascends, and places that no pair fills repeat text 0.
     """

@@ -15,7 +15,7 @@ def alignment_loss(
     student: Pair,  # z_v, z_t: Float[Array, "batch dim"] each
     teacher: Pair,  # z'_v, z'_t: Float[Array, "batch dim"] each
     queue: Queue,
-    image_id: Int[Array, "batch"],
+    image_id: Int[Array, " batch"],
     *,
     temperature: Float[Array, ""],
     alpha: Float[Array, ""],

@@ -33,7 +33,7 @@ def codeword_costs(
 
 
 Assign = Callable[
-    [Float[Array, "batch codes"], Bool[Array, "batch"]], Float[Array, "batch codes"]
+    [Float[Array, "batch codes"], Bool[Array, " batch"]], Float[Array, "batch codes"]
 ]  # costs, and which rows are there, to a plan
 
 
@@ -224,7 +224,7 @@ def codebook_scalars(
 
 
 def _rows_to_marginal(
-    scores: Float[Array, "batch codes"], here: Bool[Array, "batch"]
+    scores: Float[Array, "batch codes"], here: Bool[Array, " batch"]
 ) -> Float[Array, "batch codes"]:
     """Scale every row to its exact marginal: the last half-iteration of both solvers."""
     here = here.astype(scores.dtype)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from codebook_jax.method.numerics import NEVER
 
 
-def may_be_negatives(image_id: Int[Array, "rows"], groups: int) -> Bool[Array, "rows group"]:
+def may_be_negatives(image_id: Int[Array, " rows"], groups: int) -> Bool[Array, "rows group"]:
     """Which members of its group each row may take as a negative: those of other images."""
     ids = image_id.reshape(groups, -1)
     return (ids[:, :, None] != ids[:, None, :]).reshape(len(image_id), -1)
@@ -23,7 +23,7 @@ def draw_negatives(
     groups: int,
     *,
     temperature: Float[Array, ""],
-) -> Int[Array, "rows"]:
+) -> Int[Array, " rows"]:
     """A member of each row's group, drawn from softmax(query . candidate / temperature).
 
     Returns the place in the group, which is meaningless if none is allowed. `noise` is Gumbel
@@ -37,7 +37,7 @@ def draw_negatives(
 
 
 def matching_loss(
-    logits: Float[Array, "pairs 2"], match: Bool[Array, "pairs"], weights: Float[Array, "pairs"]
+    logits: Float[Array, "pairs 2"], match: Bool[Array, " pairs"], weights: Float[Array, " pairs"]
 ) -> Float[Array, ""]:
     """Weighted sum of cross-entropies, "match" is class 1 (Li et al. 2021, 3.2)."""
     log_p = jax.nn.log_softmax(logits)

@@ -23,7 +23,7 @@ class Queue:
         return Pair(self.image, self.text)
 
     @property
-    def valid(self) -> Bool[Array, "queue"]:
+    def valid(self) -> Bool[Array, " queue"]:
         """Which places already hold a feature."""
         return jnp.arange(self.image.shape[0], dtype=jnp.int32) < self.filled
 
@@ -47,7 +47,7 @@ def enqueue(queue: Queue, features: Pair) -> Queue:
     )
 
 
-def newest(queue: Queue, count: int) -> tuple[Pair, Bool[Array, "count"]]:
+def newest(queue: Queue, count: int) -> tuple[Pair, Bool[Array, " count"]]:
     """The `count` newest features, and which of them exist already."""
     back = jnp.arange(count, dtype=jnp.int32)
     places = (queue.cursor - 1 - back) % queue.image.shape[0]

@@ -34,7 +34,7 @@ DropoutKey = Key[Array, ""] | None  # None: nothing is dropped
 class Negatives(NamedTuple):
     """Which image the last text of each row attends to, by its place in the row's group."""
 
-    row: Int[Array, "images"]  # 0 ... images / groups - 1
+    row: Int[Array, " images"]  # 0 ... images / groups - 1
     groups: int
 
 
@@ -50,7 +50,7 @@ class TextBlock(nnx.Module):
         self.mlp_norm = LayerNorm(spec, compute, rngs)
         self.dropout = spec.dropout
 
-    def __call__(self, x: States, lengths: Int[Array, "texts"], key: DropoutKey) -> States:
+    def __call__(self, x: States, lengths: Int[Array, " texts"], key: DropoutKey) -> States:
         attention_key, mlp_key = keys_of(key, 2)
         x = self.attention_norm(
             x + dropout(self.attention(x, lengths), self.dropout, attention_key)
@@ -119,7 +119,7 @@ class TextEncoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "texts tokens"],
-        lengths: Int[Array, "texts"],
+        lengths: Int[Array, " texts"],
         key: DropoutKey = None,
     ) -> States:
         """The states of each text's tokens; with a `key`, hidden states are dropped out."""
@@ -168,8 +168,8 @@ class FusionEncoder(nnx.Module):
 
 
 def gather_in_groups(
-    x: Shaped[Array, "rows *some"], row: Int[Array, "rows"], groups: int
-) -> Shaped[Array, "rows *some"]:
+    x: Shaped[Array, " rows *some"], row: Int[Array, " rows"], groups: int
+) -> Shaped[Array, " rows *some"]:
     """Row `row[i]` of i's group for every i, of `groups` equal contiguous groups (shards)."""
     grouped = x.reshape(groups, -1, *x.shape[1:])
     return jax.vmap(lambda part, at: part[at])(grouped, row.reshape(groups, -1)).reshape(x.shape)

@@ -79,7 +79,10 @@ class Towers(nnx.Module):
         return unit(self.image_projection(tokens[:, 0])), tokens
 
     def embed_texts(
-        self, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"], key: DropoutKey = None
+        self,
+        tokens: Int[Array, "rows tokens"],
+        lengths: Int[Array, " rows"],
+        key: DropoutKey = None,
     ) -> Encoded:
         """Texts through their encoder and projection; with a `key`, hidden states are dropped."""
         states = self.text(tokens, lengths, key)
@@ -138,7 +141,7 @@ class Model:
         return self.towers(towers).embed_images(self.pixels(images))
 
     def _encode_texts(
-        self, towers: Parameters, tokens: Int[Array, "rows tokens"], lengths: Int[Array, "rows"]
+        self, towers: Parameters, tokens: Int[Array, "rows tokens"], lengths: Int[Array, " rows"]
     ) -> Encoded:
         return self.towers(towers).embed_texts(tokens, lengths)
 

@@ -170,7 +170,7 @@ class SelfAttention(nnx.Module):
         self.compute = compute
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"], lengths: Int[Array, "batch"] | None
+        self, x: Float[Array, "batch tokens width"], lengths: Int[Array, " batch"] | None
     ) -> Float[Array, "batch tokens width"]:
         qkv = self.qkv(x)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -201,7 +201,7 @@ class CrossAttention(nnx.Module):
 
 
 def _attended(
-    query: Queries, key: Keys, value: Keys, lengths: Int[Array, "batch"] | None, compute: Compute
+    query: Queries, key: Keys, value: Keys, lengths: Int[Array, " batch"] | None, compute: Compute
 ) -> Queries:
     options = dict(key_value_seq_lengths=lengths, implementation=compute.attention)
     with default_types(query.dtype):
@@ -225,7 +225,7 @@ def scan(
     blocks: Block,
     apply: Callable[[Block, Array, Key[Array, ""] | None], Array],
     x: Some,
-    keys: Key[Array, "blocks"] | None,
+    keys: Key[Array, " blocks"] | None,
     compute: Compute,
 ) -> Some:
     """Sends `x` through stacked blocks one after another, each with its key."""

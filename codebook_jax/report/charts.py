@@ -20,8 +20,8 @@ _SHOWN = 0.999  # share of a histogram's values before the last bar
 
 
 def lines(
-    xs: Shaped[np.ndarray, "rows"],
-    curves: Mapping[str, Float[np.ndarray, "rows"]],
+    xs: Shaped[np.ndarray, " rows"],
+    curves: Mapping[str, Float[np.ndarray, " rows"]],
     *,
     log: bool = False,
     dashed: Collection[str] = (),
@@ -41,7 +41,7 @@ def lines(
 
 
 def histogram(
-    counts: Int[np.ndarray, "values"], *, mark: int | None = None, **labels: str
+    counts: Int[np.ndarray, " values"], *, mark: int | None = None, **labels: str
 ) -> dict[str, Any]:
     """Bars of equal width; `counts` is how often each value occurs, `mark` the last value before a
     line. The last bar collects the few large values that would make the others narrow.
@@ -60,7 +60,7 @@ def histogram(
 
 
 def thinned(
-    steps: Shaped[np.ndarray, "rows"], values: Float[np.ndarray, "rows curves"]
+    steps: Shaped[np.ndarray, " rows"], values: Float[np.ndarray, "rows curves"]
 ) -> tuple[np.ndarray, np.ndarray]:
     """At most MOST_POINTS of the rows: each curve's lowest and highest value in each bucket of
     rows, the higher first where the curve falls; a bucket that is all NaN gives NaN.

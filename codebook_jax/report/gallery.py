@@ -34,7 +34,7 @@ def examples(
 
 
 def answers_of(
-    scores: Float[np.ndarray, "candidates"], own: Bool[np.ndarray, "candidates"]
+    scores: Float[np.ndarray, " candidates"], own: Bool[np.ndarray, " candidates"]
 ) -> dict[str, Any]:
     """The best `answers`, the first `right` one, and its rank (from 1) if it is `further` down."""
     order = np.argsort(-scores, kind="stable")

@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     image: UInt8[Array, "batch side side 3"]  # augmented
     teacher_image: UInt8[Array, "batch side side 3"]
     tokens: Int[Array, "batch tokens"]
-    text_length: Int[Array, "batch"]
+    text_length: Int[Array, " batch"]
     masked: MaskedText | None
     word_weight: Float[Array, "batch slots"] | None  # of the hidden words in L_mlm; sum to 1
     noise: Pair | None  # Gumbel noise, for the negatives of images and of texts

@@ -40,7 +40,7 @@ class Targets(NamedTuple):
 
     features: Pair  # the teacher's
     plan: Plan | None  # of the teacher's features over the codewords
-    image_id: Int[Array, "batch"]
+    image_id: Int[Array, " batch"]
 
 
 class Learned(NamedTuple):

@@ -36,7 +36,7 @@ MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
 TASK = "pretrain"  # the config.task whose models can be loaded
 BUCKETS = (1, 4, 16, 64)  # rows that calls are padded to; one compiled program each
-Tokenised = tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, "texts"]]  # and lengths
+Tokenised = tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, " texts"]]  # and lengths
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
 
 
@@ -91,7 +91,7 @@ class Codis:
         """Unit features, in the same space as those of images."""
         return self._joined(self._text_chunks(self._towers, self._tokenised(text_list(texts))))
 
-    def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, "pairs"]:
+    def match(self, images: Pictures, texts: Texts) -> Float32[np.ndarray, " pairs"]:
         """Probability that image i and text i belong together, by the student's fusion encoder.
 
         A single image is paired with every text, a single text with every image. It is more
@@ -175,7 +175,7 @@ class Codis:
 
     def _text_chunks(
         self, towers: Any, texts: Tokenised
-    ) -> Iterator[tuple[Array, Array, Int32[np.ndarray, "rows"], int]]:
+    ) -> Iterator[tuple[Array, Array, Int32[np.ndarray, " rows"], int]]:
         """Features, states and lengths of texts."""
         tokens, lengths = texts
         for rows, count in _chunks(len(tokens)):
@@ -290,7 +290,7 @@ def read_items(folder: Path, items: Iterable[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _chunks(count: int) -> Iterator[tuple[Int[np.ndarray, "rows"], int]]:
+def _chunks(count: int) -> Iterator[tuple[Int[np.ndarray, " rows"], int]]:
     """Positions of at most the largest bucket, and their number; to fill a bucket the last one is
     repeated: a valid input, which zeros are not.
     """
