@@ -28,10 +28,12 @@ class Stuck(Exception):
 
 
 @contextlib.contextmanager
-def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
-    """Inside, `handle` gets SIGNALS, but no SIGHUP that is ignored, as under nohup; main thread."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    caught = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+def _handled(handle: Callable[[int, object], None], respected: Sequence[int]) -> Iterator[None]:
+    """Inside, `handle` gets SIGNALS, but none of `respected` that were ignored, as by nohup; none
+    outside the main thread, where Python has no handlers.
+    """
+    ignored = [n for n in respected if signal.getsignal(n) is signal.SIG_IGN]
+    caught = [n for n in SIGNALS if _in_main_thread() and n not in ignored]
     before = {number: signal.signal(number, handle) for number in caught}
     try:
         yield
@@ -49,7 +51,7 @@ def stoppable() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
 
-    with _handled(stop):
+    with _handled(stop, respected=SIGNALS):
         yield
 
 
@@ -59,7 +61,7 @@ class Interruption(contextlib.ExitStack):
     name: str | None = None
 
     def __enter__(self) -> Interruption:
-        self.enter_context(_handled(self._receive))
+        self.enter_context(_handled(self._receive, respected=(signal.SIGHUP,)))
         return self
 
     @property
@@ -86,8 +88,13 @@ class Interruption(contextlib.ExitStack):
 
 @contextlib.contextmanager
 def patience(limit_s: float, what: str) -> Iterator[None]:
-    """Prints every tenth of `limit_s` that it waits for `what`, then raises Stuck; main thread."""
+    """Prints every tenth of `limit_s` that it waits for `what`, then raises Stuck; in the main
+    thread alone.
+    """
     began = time.monotonic()
+    if not _in_main_thread():
+        yield
+        return
 
     def ring(number: int, frame: object) -> None:
         waited = time.monotonic() - began
@@ -102,6 +109,10 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:

@@ -16,6 +16,7 @@ from codebook_jax.config import changed_fields, flat
 from codebook_jax.console import say
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
+from codebook_jax.errors import UserError, reason
 from codebook_jax.evaluation.encoding import Gallery, encode_source
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.evaluation.retrieval import PREFIXES
@@ -88,7 +89,11 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     evaluations = [row for row in rows if metrics.is_evaluation(row)]
     step, protocols = None, {}
     if path.exists():
-        protocols = parse_json(path.read_bytes())
+        try:
+            protocols = parse_json(path.read_bytes())
+        except (OSError, ValueError) as failure:
+            why = f"{path} was not written by --mode=eval ({reason(failure)})"
+            raise UserError(f"{why}: run it again, or delete it") from failure
     elif evaluations:
         step = evaluations[-1]["step"]
         values = {name.removeprefix("eval/"): value for name, value in evaluations[-1].items()}

@@ -54,6 +54,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._folder = self._workdir / FOLDER
         self._alone, self._keep = tuple(alone), keep
         self._saving: int | None = None
+        self._half_written: Path | None = None
         self.scores = _read_scores(self._workdir / BEST)
         handlers = {name: ocp.StandardCheckpointHandler() for name in (*alone, REST)}
         handlers[META] = ocp.JsonCheckpointHandler()
@@ -79,6 +80,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         finally:
             self._reader.close()
             self._manager.close()
+            if self._half_written is not None and jax.process_index() == 0:
+                shutil.rmtree(self._half_written, ignore_errors=True)  # a retry needs the room
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first, without the one being written."""
@@ -153,7 +156,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         except Exception as failure:
             if jax.process_count() > 1 and peers.of_a_peer(failure):
                 raise
-            self._saving = None
+            self._saving, self._half_written = None, self._folder / f"{step}.orbax-checkpoint-tmp"
             self._manager.reload()  # the steps that this save would have replaced, too
             raise UserError(
                 f"the checkpoint of step {step:,} could not be written to {self._folder} "

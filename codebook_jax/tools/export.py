@@ -132,11 +132,18 @@ def _alone(folder: Path, draft: Path, replaced: Path) -> Iterator[None]:
     """An empty draft that no other export writes to, removed at the end; raises UserError if one
     does, or the folder cannot be written.
     """
+
+    def put_back() -> None:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+
     check_outputs(folder.parent, folders=(folder.name,))
     with owned(folder.parent, f".{folder.name}.running"), contextlib.ExitStack() as leaving:
+        put_back()  # what a killed export moved away
         for path in (draft, replaced):
             shutil.rmtree(path, ignore_errors=True)  # left by a killed export
             leaving.callback(shutil.rmtree, path, ignore_errors=True)
+        leaving.callback(put_back)  # the first to be called
         draft.mkdir()
         yield
 

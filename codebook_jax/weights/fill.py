@@ -82,8 +82,8 @@ def fill(
         has = f"has {first_few(strange, 2)}, which this model does not have"
         faults = [fault for fault, keys in ((lacks, missing), (has, strange)) if keys]
         raise UserError(
-            f"{what} {' and '.join(faults)}: give weights of this architecture, or use "
-            "--config.init_allow_partial=true to initialise what is missing and leave out the rest"
+            f"{what} {' and '.join(faults)}: give weights of this architecture; in training, "
+            "--config.init_allow_partial=true initialises what is missing and leaves out the rest"
         )
     if layout is layouts.ALBEF and "queue/image" in shapes:
         queues, unused = _queues(arrays, shapes["queue/image"], what)

@@ -58,6 +58,8 @@ def pixels_of(picture: Picture, position: int) -> UInt8[np.ndarray, "height widt
         if isinstance(picture, _ARRAY):
             array = np.asarray(picture)
             array = array[:, :, None] if array.ndim == 2 else array
+            if not array.size:
+                raise ValueError("it has no pixels")
             return decode(array.repeat(3, axis=2) if array.shape[2:] == (1,) else array)
     except Exception as failure:  # ours, or Pillow's: it opens a file before it reads all of it
         raise UserError(f"image {position}: {failure}") from failure

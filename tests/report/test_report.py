@@ -289,6 +289,9 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
     assert "<strong>42.0 %</strong>" in page
     path.write_text('{"other/task": {"accuracy": 1}}')
     assert run.result(path, rows) is None and run.result(tmp_path / "none", rows_of(2)) is None
+    path.write_text("{")
+    with pytest.raises(UserError, match=f"{path} was not written by --mode=eval"):
+        run.result(path, rows)
 
 
 def test_every_file_of_the_page_is_installed():

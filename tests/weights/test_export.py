@@ -347,3 +347,13 @@ def test_an_export_that_fails_leaves_the_one_before(
     assert "replacing the previous export" in capsys.readouterr().out
     assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
     assert codebook_jax.load(workdir).encode_text("a star").shape == (1, 16)
+
+
+def test_an_export_that_ends_between_its_two_renames_leaves_the_previous_one(tmp_path):
+    folder, draft, replaced = (tmp_path / name for name in ("export", "draft", "replaced"))
+    replaced.mkdir()
+    (replaced / "previous").touch()  # left by a killed export
+    with export._alone(folder, draft, replaced):
+        assert (folder / "previous").exists()
+        folder.rename(replaced)
+    assert (folder / "previous").exists() and not (draft.exists() or replaced.exists())

@@ -97,3 +97,8 @@ def test_texts_may_be_in_any_container_that_has_an_order():
             text_list(given)
     with pytest.raises(UserError, match="text 1 is a bytes"):
         text_list(["a", b"b"])
+
+
+def test_a_picture_without_pixels_is_refused_with_its_position():
+    with pytest.raises(UserError, match="image 3: it has no pixels"):
+        pixels_of(np.zeros((0, 5, 3), np.uint8), 3)

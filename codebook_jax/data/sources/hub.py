@@ -130,8 +130,11 @@ def _scan(
         captions = [rows.texts_in(value) for value in batch[parts.caption].to_pylist()]
         content.update(repr(captions).encode("utf-8", "surrogatepass"))
         silent.append([not found for found in captions])
-        fields = [part.is_null().to_numpy() for part in batch[parts.image].flatten()]
-        imageless.append(np.all(fields, axis=0))
+        pictures = batch[parts.image]
+        names = [pictures.type.field(n).name for n in range(pictures.type.num_fields)] or [None]
+        fields = zip(names, pictures.flatten(), strict=True)
+        nulls = [each.is_null() for name, each in fields if name in (None, "bytes", "path")]
+        imageless.append(np.all([null.to_numpy() for null in nulls], axis=0))
         for key in batch[parts.id].to_pylist() if parts.id else ():
             hashes.append(short_hash(repr(key if key is not None else (len(hashes),))))
     return np.concatenate(silent), np.concatenate(imageless), np.frombuffer(hashes, np.uint64)

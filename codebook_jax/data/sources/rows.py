@@ -123,15 +123,17 @@ class Parts(NamedTuple):
 def parts_of(
     what: str, request: Request, names: Sequence[str], usual: Mapping[str, Sequence], hint: str = ""
 ) -> Parts:
-    """The parts that the options name, else the first of the `usual` names, in any case; raises
-    UserError, which ends with `hint`, if `names` lack one.
+    """The parts that the options name, else the first of the `usual` names, if need be in another
+    case; raises UserError, which ends with `hint`, if `names` lack one.
     """
-    known, parts = {name.strip().lower(): name for name in reversed(names)}, {}
+    in_any_case, parts = {name.strip().lower(): name for name in reversed(names)}, {}
+    exact = dict(zip(names, names, strict=True))
     for part, key in request.keys.items():
         wanted, found = f"{key!r} for ?{part}_key", key if key in names else None
         if key is None:
             wanted = f"{part} under a usual name ({', '.join(usual[part])})"
-            found = next((known[name] for name in usual[part] if name in known), None)
+            known = ((held, name) for held in (exact, in_any_case) for name in usual[part])
+            found = next((held[name] for held, name in known if name in held), None)
         if found is None and (key is not None or part != "id"):
             raise UserError(
                 f"{what} has no {wanted}, it has {names_in(names)}: name one of these with "

@@ -33,6 +33,7 @@ from codebook_jax.files import parse_json, written_whole
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 _UNPACKS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_PACKED = re.compile(r"\.(tar\.|t)(gz|bz2|xz|zst)$")
 _FORM = 1  # of the kept index; a new number where what counts as a sample or a caption changes
 _SETTLED_NS = 2_000_000_000  # a shard changed more recently may be changed again in the same tick
 _BLOCK = tarfile.BLOCKSIZE
@@ -122,8 +123,9 @@ def shard_paths(place: str) -> list[str]:
             paths.append(path)
             continue
         found = set(glob.glob(path, recursive=True))
-        packed = glob.glob(f"{path}.*", recursive=True) if path.endswith(".tar") else ()
-        paths += sorted(found | {each for each in packed if os.path.splitext(each)[0] not in found})
+        packed = glob.glob(f"{path[:-2]}*", recursive=True) if path.endswith(".tar") else ()
+        packed = {each for each in packed if _PACKED.search(each)}
+        paths += sorted(found | {each for each in packed if _PACKED.sub(".tar", each) not in found})
     if not paths:
         cure = "a tar file, a folder of them, or a pattern: data/*.tar or data/{00000..00331}.tar"
         raise UserError(f"webdataset:{place} names no .tar file: give the path of {cure}")
@@ -217,7 +219,9 @@ def captions_of(content: bytes, key: str | None) -> tuple[str, ...]:
     if key is None:
         return texts_in(content.decode("utf-8-sig"))
     held = parse_json(content)
-    return texts_in(held.get(key)) if isinstance(held, dict) else ()
+    value = held.get(key) if isinstance(held, dict) else None
+    texts = value if isinstance(value, list) else [value]
+    return texts_in([text for text in texts if isinstance(text, str)])
 
 
 def _read_shard(file: BinaryIO, caption_key: str | None) -> Index:

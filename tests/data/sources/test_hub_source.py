@@ -195,6 +195,17 @@ def test_what_cannot_be_read_is_refused_with_a_cure(datasets, tmp_path):
         assert re.search(words, refusal(f"{tmp_path}/{place}")), place
 
 
+def test_an_exact_name_wins_and_a_picture_is_what_bytes_or_path_hold(tmp_path):
+    absent = {"bytes": None, "path": None, "width": 5}
+    columns = {
+        "Image": [picture(1)] * 2,
+        "image": [absent | {"bytes": picture(0)}, absent],
+        "caption": ["one", "two"],
+    }
+    parquet(tmp_path / "pairs" / "a.parquet", columns)
+    assert records(open_it(f"{tmp_path}/pairs:train")) == [(picture(0), ("one",), 0)]
+
+
 def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(datasets, tmp_path, monkeypatch):
     from huggingface_hub import constants
 

@@ -213,3 +213,10 @@ def test_a_shard_that_is_cut_or_goes_after_it_was_opened_does_not_stop_training(
     (folder / "00002.tar").unlink()
     with pytest.raises(UnreadableImage, match="00002.tar/000000000: .*No such file"):
         source[9]
+
+
+def test_compressed_shards_are_found_and_other_files_beside_shards_are_not(tmp_path):
+    for name in ("a.tar", "a.tar.gz", "b.tgz", "c.tar.gz", "d.tar.sha256", "e.tar.part"):
+        (tmp_path / name).touch()
+    found = [str(tmp_path / name) for name in ("a.tar", "b.tgz", "c.tar.gz")]
+    assert tar.shard_paths(str(tmp_path)) == tar.shard_paths(f"{tmp_path}/*.tar") == found
