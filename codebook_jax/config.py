@@ -54,7 +54,7 @@ class Field(NamedTuple):
 
     rule: Number | Kind
     restart: str = LEARNED
-    older: Any = None  # means what runs did before there was this field; None: no run lacks it
+    older: bool | float | str | None = None  # what runs without the field did; None: all have it
 
 
 def whole(least: int, most: float = math.inf) -> Number:

@@ -66,6 +66,7 @@ def sinkhorn(*, epsilon: float, iterations: int) -> Assign:
     """
 
     def assign(cost: Array, here: Array) -> Array:
+        """The plan of the rows that are here."""
         # A row that is not here has marginal zero, so ott leaves it without mass. A fixed count
         # (threshold < 0) costs the same every step and never waits for the host;
         # inner_iterations must divide it, or ott silently runs fewer.
@@ -94,6 +95,7 @@ def ipot(*, beta: float, iterations: int) -> Assign:
     """
 
     def assign(cost: Array, here: Array) -> Array:
+        """The plan of the rows that are here."""
         rows = jnp.maximum(here.sum(dtype=cost.dtype), 1)
         log_rows = jnp.where(here, -jnp.log(rows), NEVER)
         log_columns = -jnp.log(jnp.asarray(cost.shape[1], cost.dtype))

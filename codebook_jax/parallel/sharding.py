@@ -145,8 +145,9 @@ def fsdp_choices(axes: ml_collections.ConfigDict) -> list[int]:
         return [mesh.shape["fsdp"]]
     shards, tensor = data_shards(mesh), mesh.shape["tensor"]
     count = len(slice_groups(list(mesh.devices.flat), axes.slices))
-    spans = lambda n: slices_over((shards // n, n, tensor), count)[1]  # noqa: E731
-    return sorted(possible_fsdp(mesh), key=lambda n: spans(n) > 1)
+    return sorted(
+        possible_fsdp(mesh), key=lambda n: slices_over((shards // n, n, tensor), count)[1] > 1
+    )
 
 
 def axes_of_trained(axes: ml_collections.ConfigDict, own: int, *, asked: bool) -> dict[str, int]:

@@ -76,16 +76,15 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     packing = Packing(settings.side_px, settings.quality, settings.shard_records)
     shards = -(-len(source) // packing.shard_records)
     without_folders = re.sub(r"'[^']*/([^'/]*)'", r"'\1'", repr(source))
-    described = {"repr": without_folders, "fingerprint": source.fingerprint()}
-    described["records"] = len(source)
-    plan = {"source": described, "options": {"role": settings.role, **packing._asdict()}}
+    facts = {"repr": without_folders, "fingerprint": source.fingerprint(), "records": len(source)}
+    plan = {"source": facts, "options": {"role": settings.role, **packing._asdict()}}
     place = {name: config.data[name] for name in ("train", "image_root", "path_map")}
     place["source"] = settings.source
     finished, damaged = _begin(workdir, plan, place, shards)
     if finished is not None:
         print(f"already complete, all files verified: {_summary(workdir, finished)}", flush=True)
         return
-    _pack_missing(settings, workdir, source, packing)
+    _pack_missing(settings, workdir, source, packing, shards)
     receipts = _receipts(workdir, shards)
     if len(receipts) < shards:
         raise UserError(
@@ -110,10 +109,13 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
 
 
 def _pack_missing(
-    settings: ml_collections.ConfigDict, workdir: Path, source: Source, packing: Packing
+    settings: ml_collections.ConfigDict,
+    workdir: Path,
+    source: Source,
+    packing: Packing,
+    shards: int,
 ) -> None:
-    """Packs the shards that have no receipt; `settings` are those of config.prepare."""
-    shards = -(-len(source) // packing.shard_records)
+    """Packs those of the shards that have no receipt; `settings` are those of config.prepare."""
     receipts = _receipts(workdir, shards)
     missing = [shard for shard in range(shards) if shard not in receipts]
     count = process_count(settings.processes, len(missing))

@@ -91,7 +91,8 @@ class Rows(Source):
         except UserError:
             raise
         except Exception as failure:  # OSError, RuntimeError, Arrow's own, any parsing error
-            wrong = f"{self._place(row)}: {reason(failure)}"
+            own = isinstance(failure, UnreadableImage)
+            wrong = f"{self._place(row)}: {failure if own else reason(failure)}"
             if is_needed:
                 raise UserError(f"{wrong}: see that the files are there, then restart") from failure
             raise UnreadableImage(wrong) from failure

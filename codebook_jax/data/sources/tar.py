@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.sources.record import NO_CAPTION, Request, digest, part_of
 from codebook_jax.data.sources.rows import Parts, Rows, texts_in
 from codebook_jax.data.sources.texts import Texts, not_utf8
@@ -103,7 +104,7 @@ class Shards(Rows):
         if part == "image":
             content["image"] = os.pread(file.fileno(), image_size, image)
         if not content["caption"] or (part == "image" and len(content["image"]) < image_size):
-            raise ValueError("the shard is not what it was at start")
+            raise UnreadableImage("the shard is not what it was at start")
         return content
 
 

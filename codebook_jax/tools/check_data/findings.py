@@ -121,8 +121,11 @@ def _repeated_captions(
     """(how many captions more than one picture has, {"caption", "images"} of the most repeated);
     `first` [records] tells pictures apart.
     """
-    pairs = np.stack([captions["key"], first[captions["record"]].astype(np.uint64)])
-    texts, counts = np.unique(np.unique(pairs, axis=1)[0], return_counts=True)
+    pictures = first[captions["record"]]
+    order = np.lexsort((pictures, captions["key"]))
+    keys, pictures = captions["key"][order], pictures[order]
+    new = np.append(True, (np.diff(keys) != 0) | (np.diff(pictures) != 0))[: len(keys)]
+    texts, counts = np.unique(keys[new], return_counts=True)
     repeated = int(np.isin(captions["key"], texts[counts > 1]).sum())
     examples = []
     for at in np.argsort(-counts, kind="stable")[: min(_EXAMPLES, (counts > 1).sum())].tolist():

@@ -204,9 +204,7 @@ def test_threads_share_few_open_files(folder, monkeypatch):
 def test_a_shard_that_is_cut_or_goes_after_it_was_opened_does_not_stop_training(folder):
     source = open_it(folder)
     (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:3000])
-    with pytest.raises(
-        UnreadableImage, match="00001.tar/000000004: .*the shard is not what it was"
-    ):
+    with pytest.raises(UnreadableImage, match="00001.tar/000000004: the shard is not what it was"):
         source[8]
     with pytest.raises(UserError, match="not what it was at start"):
         source.captions(8)
