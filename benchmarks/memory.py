@@ -21,7 +21,7 @@ from train_step import run_alone
 
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 PAGE = ROOT / "docs" / "scale.md"
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+ON_A_CPU: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny, 32 pairs": ("tiny", {"data.global_batch": 32}),
     "tiny, 64 pairs": ("tiny", {}),
     "tiny, 256 pairs": ("tiny", {"data.global_batch": 256, "queue.size": 256}),
@@ -41,14 +41,27 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "base, 2 pairs": ("base", {"data.global_batch": 2}),
     "base, 4 pairs": ("base", {"data.global_batch": 4}),
     "base, 8 pairs": ("base", {"data.global_batch": 8}),
-    "base, 8 pairs, remat": ("base", {"data.global_batch": 8, "model.remat": "blocks"}),
+    "base, 8 pairs, no remat": ("base", {"data.global_batch": 8, "model.remat": "none"}),
     "base, 8 pairs, 2 passes": ("base", {"data.global_batch": 8, "optimizer.accumulation": 2}),
 }
+ON_A_GPU = {
+    f"{size}, {pairs} pairs{note}": (size, {"data.global_batch": pairs} | fields)
+    for size, pairs, fields, note in (
+        ("tiny", 256, {"queue.size": 256}, ""),
+        ("small", 256, {}, ""),
+        ("base", 64, {}, ""),
+        ("base", 64, {"model.remat": "none"}, ", no remat"),
+        ("base", 128, {"model.remat": "dots"}, ", products kept"),
+        ("base", 256, {}, ""),
+        ("base", 256, {"optimizer.accumulation": 4, "model.remat": "none"}, ", no remat, 4 passes"),
+    )
+}
+ROWS = ON_A_CPU | ON_A_GPU
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), help=f"of: {'; '.join(ROWS)}")
+    parser.add_argument("--rows", nargs="*", default=list(ON_A_CPU), help=f"of: {'; '.join(ROWS)}")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -99,11 +112,11 @@ def of_process(field: str) -> int:
 
 def with_table(page: str, found: dict[str, Any]) -> str:
     """The page with the table between its marks replaced."""
-    rows = ["| | foretold, MB | measured, MB | apart |", "| --- | --- | --- | --- |"]
+    rows = ["| | device | foretold, MB | measured, MB | apart |", "| --- | --- | --- | --- | --- |"]
     for name, row in ((name, found[name]) for name in ROWS if name in found):
         apart = row["foretold"] / row["measured"] - 1
         sizes = f"{row['foretold'] / 1e6:,.0f} | {row['measured'] / 1e6:,.0f}"
-        rows.append(f"| {name} | {sizes} | {apart:+.1%} |")
+        rows.append(f"| {name} | {row['device']} | {sizes} | {apart:+.1%} |")
     before, mark, rest = page.partition("<!-- memory -->\n")
     _, end, after = rest.partition("<!-- end of memory -->")
     return before + mark + "\n".join(rows) + "\n" + end + after

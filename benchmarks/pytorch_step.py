@@ -4,9 +4,10 @@
 ALBEF's step (Li et al., NeurIPS 2021), written from its paper in plain PyTorch: image, text and
 fusion encoder with their momentum copies, contrast with queues, matching with a negative text and a
 negative image per pair, masked words with soft targets, AdamW. CODIS adds intra-modal terms and a
-codebook, which cost next to nothing compared with the encoders of
-`base`. Put `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it for the huge pages that this project's
-command uses.
+codebook, which cost next to nothing compared with the encoders of `base`. With `--device=cuda`, the
+products are in bfloat16 (autocast), and AdamW is the fused one; `--compile` times `torch.compile`
+of the loss too. Put `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it for the huge pages that this
+project's command uses.
 """
 
 from __future__ import annotations
@@ -136,16 +137,18 @@ def loss_of(
         soft_words = torch.softmax(
             teacher.guess(teacher.fuse(teacher.read(masked)[1], taught_states)), -1
         )
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=tokens.device)
     for targets, rows, candidates in zip(soft, (image, text), (texts, images), strict=True):
         loss = loss - (targets * F.log_softmax(rows @ candidates / 0.07, -1)).sum(-1).mean()
-    other = torch.arange(pairs).roll(1)
+    other = torch.arange(pairs, device=tokens.device).roll(1)
     matching = student.fuse(text_states, image_states)[:, 0]
     not_matching = student.fuse(
         torch.cat([text_states, text_states[other]]), torch.cat([image_states[other], image_states])
     )[:, 0]
     logits = student.match(torch.cat([matching, not_matching]))
-    loss = loss + F.cross_entropy(logits, (torch.arange(3 * pairs) < pairs).long())
+    loss = loss + F.cross_entropy(
+        logits, (torch.arange(3 * pairs, device=tokens.device) < pairs).long()
+    )
     words = student.guess(student.fuse(student.read(masked)[1], image_states))
     hard = torch.where(masked == tokens, -100, tokens)
     soft_loss = -(soft_words * F.log_softmax(words, -1)).sum(-1)[hard >= 0].mean()
@@ -156,31 +159,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sizes", nargs="*", default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument("--batch", type=int, nargs="*", help="pairs; default: 64 and 4 by size")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads")
+    torch.set_default_device(options.device)
     for size in options.sizes:
-        torch.manual_seed(0)
-        at, pairs = SIZES[size], PAIRS[size]
-        pixels = at["image"]["size_px"]
-        student = Towers(size)
-        teacher = copy.deepcopy(student).requires_grad_(False)
-        optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.02)
-        queue = F.normalize(torch.randn(2, at["queue"], at["dim"]), dim=-1)
-        views = torch.randn(2, pairs, 3, pixels, pixels)
-        text = torch.randint(5, WORDS[size], (pairs, at["text"]["max_tokens"]))
-        times = []
-        for _ in range(2 + options.steps):
-            began = time.perf_counter()
-            optimizer.zero_grad()
-            loss_of(student, teacher, queue, views, text).backward()
-            optimizer.step()
-            times.append(time.perf_counter() - began)
-        weights = sum(p.numel() for p in student.parameters()) / 1e6
-        print(
-            f"{size}, batch {pairs}: {statistics.median(times[2:]):.3f} s a step ({weights:.1f} M "
-            "parameters)",
-            flush=True,
-        )
+        for pairs in options.batch or [PAIRS[size]]:
+            for compiled in (False, True) if options.compile else (False,):
+                print(measured(size, pairs, options.steps, compiled=compiled), flush=True)
+
+
+def measured(size: str, pairs: int, steps: int, *, compiled: bool) -> str:
+    """A line with the median seconds of a step, and the device's peak memory."""
+    torch.manual_seed(0)
+    at, cuda = SIZES[size], torch.get_default_device().type == "cuda"
+    pixels = at["image"]["size_px"]
+    student = Towers(size)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.02, fused=cuda)
+    queue = F.normalize(torch.randn(2, at["queue"], at["dim"]), dim=-1)
+    views = torch.randn(2, pairs, 3, pixels, pixels)
+    text = torch.randint(5, WORDS[size], (pairs, at["text"]["max_tokens"]))
+    loss = torch.compile(loss_of) if compiled else loss_of
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(2 + steps):
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            value = loss(student, teacher, queue, views, text)
+        value.backward()
+        optimizer.step()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    weights = sum(p.numel() for p in student.parameters()) / 1e6
+    peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
+    how = "compiled" if compiled else "eager"
+    seconds = statistics.median(times[2:])
+    return (
+        f"{size}, batch {pairs}, {how}: {seconds:.3f} s a step, {pairs / seconds:,.0f} pairs/s"
+        f"{peak} ({weights:.1f} M parameters)"
+    )
 
 
 if __name__ == "__main__":

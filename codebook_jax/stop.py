@@ -33,7 +33,8 @@ def _handled(handle: Callable[[int, object], None], respected: Sequence[int]) ->
     outside the main thread, where Python has no handlers.
     """
     ignored = [n for n in respected if signal.getsignal(n) is signal.SIG_IGN]
-    caught = [n for n in SIGNALS if _in_main_thread() and n not in ignored]
+    main = threading.current_thread() is threading.main_thread()
+    caught = [n for n in SIGNALS if main and n not in ignored]
     before = {number: signal.signal(number, handle) for number in caught}
     try:
         yield
@@ -58,27 +59,23 @@ def stoppable() -> Iterator[None]:
 class Interruption(contextlib.ExitStack):
     """Remembers, in a `with`, the first of SIGNALS; a second SIGINT exits at once."""
 
-    name: str | None = None
+    name = ""  # of the signal, once it has come
 
     def __enter__(self) -> Interruption:
         self.enter_context(_handled(self._receive, respected=(signal.SIGHUP,)))
         return self
 
-    @property
-    def requested(self) -> bool:
-        return self.name is not None
-
     def arrives_within(self, seconds: float) -> bool:
         """Waits for a signal that has killed a worker process but not yet reached this one."""
         end = time.monotonic() + seconds
-        while not self.requested and time.monotonic() < end:
+        while not self.name and time.monotonic() < end:
             time.sleep(0.05)
-        return self.requested
+        return bool(self.name)
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.name and number == signal.SIGINT:
             os._exit(128 + number)
-        if not self.requested:
+        if not self.name:
             self.name = signal.Signals(number).name
             write_now(
                 f"\n{self.name}: ending once the steps so far are saved (Ctrl-C exits at once "
@@ -92,7 +89,7 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
     thread alone.
     """
     began = time.monotonic()
-    if not _in_main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -109,10 +106,6 @@ def patience(limit_s: float, what: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def serve_parent(ignored: Sequence[int] = SIGNALS) -> None:

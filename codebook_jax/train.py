@@ -106,7 +106,7 @@ class Run:
     @property
     def stopping(self) -> bool:
         """Whether to stop here; several processes all stop at the same step."""
-        return self.stop.requested if jax.process_count() == 1 else self.agreed
+        return bool(self.stop.name) if jax.process_count() == 1 else self.agreed
 
     def finish(self) -> None:
         """Trains until the last step or a signal; then saves and evaluates the newest state."""
@@ -291,7 +291,7 @@ class Run:
         there (all go by the first step with some), and pictures replaced in its batch.
         """
         if jax.process_count() == 1:
-            return self.stop.requested, int(np.sum(batch.skipped))
+            return bool(self.stop.name), int(np.sum(batch.skipped))
         return sums((self.flags(), placed.skipped), self.parts.mesh)
 
     def agree(self) -> None:
@@ -301,7 +301,7 @@ class Run:
 
     def flags(self) -> jax.Array:
         """Whether this process was asked to stop, bool [shards], in the places of its devices."""
-        flags = np.full(sharding.data_shards(self.parts.mesh), self.stop.requested)
+        flags = np.full(sharding.data_shards(self.parts.mesh), bool(self.stop.name))
         return sharding.to_device(flags, self.parts.mesh)
 
 

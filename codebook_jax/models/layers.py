@@ -203,9 +203,16 @@ class CrossAttention(nnx.Module):
 def _attended(
     query: Queries, key: Keys, value: Keys, lengths: Int[Array, " batch"] | None, compute: Compute
 ) -> Queries:
+    tokens, seen = query.shape[1], key.shape[1]
+    if compute.attention == "cudnn":  # which trains on even lengths alone
+        if seen % 2 and lengths is None:
+            lengths = jnp.full(len(key), seen, jnp.int32)
+        query, key, value = (
+            jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
+        )
     options = dict(key_value_seq_lengths=lengths, implementation=compute.attention)
     with default_types(query.dtype):
-        return jax.nn.dot_product_attention(query, key, value, **options)
+        return jax.nn.dot_product_attention(query, key, value, **options)[:, :tokens]
 
 
 def dropout(x: Some, rate: float, key: Key[Array, ""] | None) -> Some:

@@ -24,7 +24,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.parallel.processes import peers
 
 MARGIN = 0.05  # share of a device's memory left free for fragmentation and libraries' workspaces
-PROCESS_BYTES = 120 * 10**6  # threads, small programs; measured by benchmarks/memory.py
+PROCESS_BYTES = 100 * 10**6  # threads, small programs; measured by benchmarks/memory.py
 MOST_TRIES = 6  # programs compiled to find settings that fit
 # For programs that are not run: skips passes after buffers and collectives are settled.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -100,7 +100,7 @@ class Memory:
         step = found.temp_size_in_bytes + found.generated_code_size_in_bytes
         host = 0
         if on_cpu and not self.planned:  # a device's memory is the host's
-            saving = state + state // 2  # a copy, and what is being encoded of it
+            saving = state + 3 * state // 4  # a copy, and what is being encoded of it
             ahead = task.config.data.prefetch * batch
             host = saving + ahead + PROCESS_BYTES // jax.local_device_count()
         return Compiled(task, program, Need(state, 2 * batch, step, host))

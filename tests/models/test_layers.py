@@ -9,6 +9,7 @@ import pytest
 import scipy.special
 from scipy.stats import norm
 
+from codebook_jax.models import layers
 from codebook_jax.models.layers import gelu
 
 
@@ -66,3 +67,39 @@ def test_gelu_of_wider_types_is_the_formula_with_erf():
         found = gelu(jnp.asarray(wide))
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, wide * scipy.special.ndtr(wide), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "tokens, seen, lengths", [(257, 257, None), (30, 257, None), (7, 7, [5, 7])]
+)
+def test_attention_by_cudnn_gets_even_lengths_and_gives_the_same(
+    monkeypatch, tokens, seen, lengths
+):
+    """cuDNN's kernel, as JAX calls it, refuses odd lengths in training: ViT-B/16 has 257 tokens."""
+    real, asked = jax.nn.dot_product_attention, []
+
+    def fused(query, key, value, *, key_value_seq_lengths, implementation):
+        asked.append((implementation, query.shape[1], key.shape[1]))
+        return real(query, key, value, key_value_seq_lengths=key_value_seq_lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    query, key, value = (
+        jax.random.normal(jax.random.key(each), (2, length, 2, 8))
+        for each, length in enumerate((tokens, seen, seen))
+    )
+    lengths = None if lengths is None else jnp.array(lengths)
+
+    def attended(implementation):
+        compute = layers.Compute(jnp.float32, "none", 1, implementation, None)
+
+        def total(*arrays):
+            out = layers._attended(*arrays, lengths, compute)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(query, key, value)
+
+    ((_, out), slopes), ((_, other), others) = attended("cudnn"), attended("xla")
+    assert asked == [("cudnn", tokens + tokens % 2, seen + seen % 2), ("xla", tokens, seen)]
+    np.testing.assert_allclose(out, other, atol=1e-6)
+    for slope, same in zip(slopes, others, strict=True):
+        np.testing.assert_allclose(slope, same, atol=1e-6)
