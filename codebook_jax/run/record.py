@@ -186,8 +186,8 @@ def git_commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    command, quiet = ["git", "-C", str(PACKAGE), *arguments], subprocess.DEVNULL
-    return subprocess.check_output(command, stderr=quiet, text=True, timeout=20).strip()
+    command = ["git", "--no-optional-locks", "-C", str(PACKAGE), *arguments]  # changes no file
+    return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=9).strip()
 
 
 def _change(name: str, old: Any, new: Any) -> str:

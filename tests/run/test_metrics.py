@@ -105,7 +105,7 @@ def test_a_terminal_that_closes_does_not_end_a_run_under_nohup():
     try:
         with Interruption() as stop:
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.requested
+            assert not stop.name
     finally:
         signal.signal(signal.SIGHUP, before)
 

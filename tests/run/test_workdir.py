@@ -1,6 +1,7 @@
 """What a run's folder records, and which changes a restart may make."""
 
 import json
+import os
 import subprocess
 
 import jax
@@ -217,6 +218,9 @@ def test_the_commit_is_that_of_the_checkout_and_none_in_a_stranger_s(tmp_path, m
     assert records.git_commit() is None  # a virtual environment inside someone's repository
     git("add", ".")
     git("commit", "-qm", "the package")
+    os.utime(package / "a.py", (1, 1))  # `git status` would put this down
+    index = (tmp_path / ".git" / "index").read_bytes()
     assert records.git_commit() == git("rev-parse", "HEAD")
+    assert (tmp_path / ".git" / "index").read_bytes() == index  # someone may be packing it
     (package / "a.py").write_text("2")
     assert records.git_commit() == git("rev-parse", "HEAD") + "-dirty"
