@@ -1,7 +1,7 @@
 """How features are assigned to codewords: by optimal transport or without it, behind one signature.
 
-`assign(cost, valid) -> plan`: costs [batch, codes] and which rows are there to a plan whose rows sum
-to 1 / (number of valid rows) exactly. By transport, columns sum to 1 / codes as far as the
+`assign(cost, valid) -> plan`: costs [batch, codes] and which rows are there to a plan whose rows
+sum to 1 / (number of valid rows) exactly. By transport, columns sum to 1 / codes as far as the
 iterations reached: `column_error` tells how far. This is the only importer of ott.
 Source: Duan et al. 2022, 3.1.
 """
@@ -286,4 +286,3 @@ def _rows_to_marginal(
 def _mass(here: Bool[Array, " batch"], dtype: jnp.dtype) -> Float[Array, "batch 1"]:
     here = here.astype(dtype)
     return (here / jnp.maximum(here.sum(), 1))[:, None]
-

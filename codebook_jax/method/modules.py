@@ -25,9 +25,7 @@ class CodebookAlignment(nnx.Module):
         self.codes = nnx.Param(init_codes(rngs.params(), codes, dim))
         self.options = nnx.static(options) if hasattr(nnx, "static") else options
 
-    def __call__(
-        self, student: Features, **options: Any
-    ) -> tuple[Float[Array, ""], CodebookAux]:
+    def __call__(self, student: Features, **options: Any) -> tuple[Float[Array, ""], CodebookAux]:
         return codebook_alignment(student, self.codes[...], **{**self.options, **options})
 
 

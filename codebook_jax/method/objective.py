@@ -29,7 +29,7 @@ from codebook_jax.method.numerics import require, unit
 from codebook_jax.method.queue import Queue
 
 Features = Mapping[str, Float[Array, "batch *steps dim"]]
-Masks = Mapping[str, Bool[Array, "batch *steps"]]
+Masks = Mapping[str, Bool[Array, " batch *steps"]]
 
 
 def _anywhere(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +59,9 @@ class CodebookAux:
 
     per_sample: Float[Array, " batch"]  # their mean is the loss if nothing was left out
     transport: dict[str, Float[Array, ""]]  # codewords towards the features they were given
-    predicted: dict[str, Float[Array, ""]]  # "a to b": a's student predicts the codes of b's teacher
+    predicted: dict[
+        str, Float[Array, ""]
+    ]  # "a to b": a's student predicts the codes of b's teacher
     assignments: dict[str, Float[Array, "batch *steps codes"]]  # soft codes; rows sum to 1
     alignments: dict[str, Float[Array, "batch steps others"]]  # of sequences, "a to b" with a < b
     perplexity: dict[str, Float[Array, ""]]  # exp(entropy) of the batch's winning codewords
@@ -214,7 +216,8 @@ def instance_alignment(
         f"intra_weight={intra_weight} needs a teacher: without one, a feature finds itself; give 0",
     )
     require(
-        ids is None or ids.shape == shape[:1], f"ids are {getattr(ids, 'shape', ())}, not {shape[:1]}"
+        ids is None or ids.shape == shape[:1],
+        f"ids are {getattr(ids, 'shape', ())}, not {shape[:1]}",
     )
     if queue is not None:
         kept = {name: each.shape for name, each in queue.features.items()}
@@ -250,7 +253,7 @@ def _plan(
     features: Float[Array, "batch *steps dim"],
     codes: Float[Array, "codes dim"],
     assign: Assign,
-    here: Bool[Array, "batch *steps"],
+    here: Bool[Array, " batch *steps"],
 ) -> Float[Array, "rows codes"]:
     """The plan of all rows or steps of the batch together."""
     rows = features.reshape(-1, features.shape[-1])
@@ -272,7 +275,7 @@ def _carried(
 
 
 def _by_sample(
-    values: Float[Array, "batch *steps"], here: Bool[Array, "batch *steps"]
+    values: Float[Array, " batch *steps"], here: Bool[Array, " batch *steps"]
 ) -> tuple[Float[Array, " batch"], Bool[Array, " batch"]]:
     """The mean over the steps of each sample, 0 without any; which samples have some."""
     values = jnp.where(here, values, 0)
@@ -286,7 +289,7 @@ def _mean(values: Float[Array, " batch"], here: Bool[Array, " batch"]) -> Float[
 
 
 def _usage(
-    assignment: Float[Array, "batch *steps codes"], here: Bool[Array, "batch *steps"]
+    assignment: Float[Array, "batch *steps codes"], here: Bool[Array, " batch *steps"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     winners = jnp.where(here, jnp.argmax(assignment, axis=-1), -1).reshape(1, -1)
     perplexity, unused = codebook.perplexity_and_unused(winners, assignment.shape[-1])
@@ -324,8 +327,8 @@ def _check(student: Features, teacher: Features | None, valid: Masks | None) -> 
     for name, features in student.items():
         require(
             features.ndim in (2, 3) and 0 not in features.shape,
-            f"student[{name!r}] is {features.shape}: [batch, dim] or [batch, steps, dim] is needed, "
-            "with at least one of each",
+            f"student[{name!r}] is {features.shape}: [batch, dim] or [batch, steps, dim], at least "
+            "one of each, is needed",
         )
     first, *others = student
     for name in others:
@@ -346,7 +349,8 @@ def _check(student: Features, teacher: Features | None, valid: Masks | None) -> 
         )
         shape = student[name].shape[:-1]
         require(
-            mask.shape == shape, f"valid[{name!r}] is {mask.shape}, not {shape} as student[{name!r}]"
+            mask.shape == shape,
+            f"valid[{name!r}] is {mask.shape}, not {shape} as student[{name!r}]",
         )
 
 
