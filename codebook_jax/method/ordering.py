@@ -39,7 +39,8 @@ def order_costs(
     `order` out of range and for masks that do not fit `cost`. Source: Su & Hua 2017, 3.
     """
     _check_order(order)
-    _check_masks(cost, valid_n, valid_m)
+    _check_steps("valid_n", valid_n, cost, 1)
+    _check_steps("valid_m", valid_m, cost, 2)
     kind = wide_enough(cost.dtype)
     cost, n, m = cost.astype(kind), _count(valid_n, kind), _count(valid_m, kind)
     place_n = jnp.cumsum(valid_n, axis=1, dtype=kind) / n
@@ -73,7 +74,8 @@ def align_steps(
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon} is not above 0.")
-    _check_masks(cost, valid_n, valid_m)
+    _check_steps("valid_n", valid_n, cost, 1)
+    _check_steps("valid_m", valid_m, cost, 2)
     cost = jax.lax.stop_gradient(cost).astype(wide_enough(cost.dtype))
     allowed = jnp.isfinite(cost) & valid_n[:, :, None] & valid_m[:, None, :]
     cost = jnp.where(allowed, cost, 1)
@@ -107,7 +109,7 @@ def carry(
     of `codes_q` sum to 1, so do these, and zero rows of it do not count. A step that gets no mass
     gets zeros. The other way is `carry(plan.mT, codes_of_m)`.
     """
-    _check_shape("codes_q", codes_q, plan.shape[:2])
+    _check_steps("codes_q", codes_q, plan, 1)
     plan, codes_q = _widened(plan, codes_q)
     codes_q = _where_mass(plan.sum(2), codes_q)
     coded = (codes_q.sum(2) > 0).astype(plan.dtype)
@@ -122,8 +124,8 @@ def sequence_similarity(
     plan: Float[Array, "batch n m"],
 ) -> Float[Array, " batch"]:
     """sum_ij A_ij z_i . z_j; features of steps without mass do not count, whatever they are."""
-    _check_shape("z_n", z_n, plan.shape[:2])
-    _check_shape("z_m", z_m, (plan.shape[0], plan.shape[2]))
+    _check_steps("z_n", z_n, plan, 1)
+    _check_steps("z_m", z_m, plan, 2)
     z_n, z_m, plan = _widened(z_n, z_m, plan)
     z_n, z_m = _where_mass(plan.sum(2), z_n), _where_mass(plan.sum(1), z_m)
     return jnp.sum(plan * _cosines(z_n, z_m), axis=(1, 2))
@@ -187,23 +189,20 @@ def _widened(*arrays: Array) -> list[Array]:
 
 
 def _check_order(order: Order) -> None:
-    for field in ("spread", "width"):
-        if not getattr(order, field) > 0:
-            raise ValueError(f"order.{field}={getattr(order, field)} is not above 0.")
-    if not 0 < order.slack <= 1:
-        raise ValueError(f"order.slack={order.slack} is not above 0 and at most 1.")
-    if not order.iterations >= 1:
-        raise ValueError(f"order.iterations={order.iterations} is less than 1.")
+    for field, fits, limits in (
+        ("spread", order.spread > 0, "above 0"),
+        ("width", order.width > 0, "above 0"),
+        ("slack", 0 < order.slack <= 1, "above 0 and at most 1"),
+        ("iterations", order.iterations >= 1, "at least 1"),
+    ):
+        if not fits:
+            raise ValueError(f"order.{field}={getattr(order, field)} must be {limits}.")
 
 
-def _check_masks(cost: Array, valid_n: Array, valid_m: Array) -> None:
-    if valid_n.shape != cost.shape[:2] or valid_m.shape != (cost.shape[0], cost.shape[2]):
+def _check_steps(name: str, array: Array, other: Array, axis: int) -> None:
+    """Refuses [batch, steps, ...] if `other` has another batch or other steps on `axis`."""
+    if array.shape[:2] != (other.shape[0], other.shape[axis]):
         raise ValueError(
-            f"valid_n {valid_n.shape} and valid_m {valid_m.shape} do not fit cost {cost.shape}: "
-            "they are [batch, n] and [batch, m] of its [batch, n, m]."
+            f"{name} {array.shape} and {other.shape}, the costs or the plan, differ in the batch "
+            f"or the steps: they are axes 0 and {axis} of the latter."
         )
-
-
-def _check_shape(name: str, array: Array, leading: tuple[int, ...]) -> None:
-    if array.shape[:2] != leading:
-        raise ValueError(f"{name} {array.shape} does not begin with {leading}, as the plan does.")
