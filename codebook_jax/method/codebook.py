@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -52,16 +52,28 @@ def code_losses(
     from none. Source: Duan et al. 2022, 3.1; temperature as SwAV's (Caron et al. 2020).
     """
     names = sorted(student)
-    product = lambda x: jnp.einsum("...d,kd->...k", x, codes, precision="highest")  # noqa: E731
-    log_p = {name: jax.nn.log_softmax(product(student[name]) / temperature) for name in names}
-    transport, predicted = {}, {}
-    for name in names:
-        cost = 1 - product(jax.lax.stop_gradient(teacher[name]))
-        transport[name] = jnp.sum(jax.lax.stop_gradient(assignment[name]) * cost, axis=-1)
+    given = [*(student[name] for name in names), *(teacher[name] for name in names)]
+    given[len(names) :] = jax.lax.stop_gradient(given[len(names) :])
+    cosines = _products(given, codes)
+    log_p, transport, predicted = {}, {}, {}
+    for name, learned, fixed in zip(names, cosines, cosines[len(names) :], strict=False):
+        log_p[name] = jax.nn.log_softmax(learned / temperature)
+        chosen = jax.lax.stop_gradient(assignment[name])
+        transport[name] = jnp.sum(chosen * (1 - fixed), axis=-1)
     for a, b in itertools.permutations(names, 2):
         target = jax.lax.stop_gradient(assignment[b] if targets is None else targets[a, b])
         predicted[a, b] = -jnp.sum(target * log_p[a], axis=-1)
     return CodeLosses(transport, predicted)
+
+
+def _products(
+    features: Sequence[Float[Array, "*rows dim"]], codes: Float[Array, "codes dim"]
+) -> Sequence[Float[Array, "*rows codes"]]:
+    """Cosines with all codewords, in one product where the shapes are equal."""
+    product = lambda x: jnp.einsum("...d,kd->...k", x, codes, precision="highest")  # noqa: E731
+    if len({each.shape for each in features}) > 1:
+        return [product(each) for each in features]
+    return product(jnp.stack(features))
 
 
 @flax.struct.dataclass

@@ -6,6 +6,7 @@ Pure functions under the caller's own jit, vmap, grad and sharding; float32 insi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -223,7 +224,8 @@ def instance_alignment(
         kept = {name: each.shape for name, each in queue.features.items()}
         fits = sorted(kept) == sorted(student) and all(s[1:] == shape[1:] for s in kept.values())
         require(fits, f"a queue of {kept} does not go with features of {_shapes(student)}")
-        queue = queue.replace(features={n: unit(x) for n, x in queue.features.items()})
+        kept = {name: unit(each) for name, each in queue.features.items()}
+        queue = dataclasses.replace(queue, features=kept)
     student, teacher, here, dropped = _usable(student, teacher, None)
     found = alignment.cross_entropies(
         student,

@@ -1,4 +1,4 @@
-"""Alignment of sequences against loops in float64, POT's plans, and stories whose order is known."""
+"""Alignment of sequences against float64 loops, POT's plans, and stories of known order."""
 
 from pathlib import Path
 
@@ -208,7 +208,8 @@ def test_ordered_alignment_tells_a_story_from_its_shuffle():
 
     ordered, bag = lead(Order()), lead(None)
     print(
-        f"the story beats its shuffle: ordered {np.mean(ordered > 0):.1%}, bag {np.mean(bag > 0):.1%}"
+        f"the story beats its shuffle: ordered {np.mean(ordered > 0):.1%}, "
+        f"bag {np.mean(bag > 0):.1%}"
     )
     assert np.mean(ordered > 0) >= 0.9
     np.testing.assert_allclose(bag, 0, atol=1e-12)  # a tie, but for rounding
