@@ -123,7 +123,7 @@ def test_slack_leaves_sentences_that_speak_of_nothing_shown_unmatched():
     rng = np.random.default_rng(2)
     frames = _unit(rng, 50, 6, 32)
     sentences = np.concatenate([frames[:, :3], _unit(rng, 50, 2, 32), frames[:, 3:]], axis=1)
-    cost = _cost(frames, steps)
+    cost = _cost(frames, sentences)
     for slack, most in ((1.0, 1.0), (0.75, 0.2)):
         plan = align_steps(cost, Order(slack=slack), _ones(50, 6), _ones(50, 8))
         share = 8 * plan.sum(1)  # of each sentence's own mass
