@@ -1,4 +1,4 @@
-"""Alignment of sequences against float64 loops, POT's plans, and stories of known order."""
+"""Alignment against loops in float64, POT's plans, and stories whose order is known."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from codebook_jax.method.ordering import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "alignments.npz"
-ENOUGH = 20_000  # iterations after which nothing changes
+ENOUGH = 3000  # iterations after which nothing changes
 
 
 @pytest.fixture(autouse=True)
@@ -189,28 +189,27 @@ def test_one_step_meets_all_of_forty():
 
 
 def test_ordered_alignment_tells_a_story_from_its_shuffle():
-    rng, stories, frames, sentences = np.random.default_rng(7), 200, 8, 5
-    z_v = _unit(rng, stories, frames, 32)
-    speaks_of = np.sort(rng.permuted(np.tile(np.arange(frames), (stories, 1)), axis=1)[:, :5])
-    told = np.take_along_axis(z_v, speaks_of[..., None], 1) + 0.15 * rng.normal(size=(200, 5, 32))
+    rng, stories, steps = np.random.default_rng(7), 200, 6
+    z_v = _unit(rng, stories, steps, 32)
+    told = z_v + 0.15 * rng.normal(size=z_v.shape)  # a cosine of about 0.76 to its frame
     told /= np.linalg.norm(told, axis=-1, keepdims=True)
-    shuffles = [
-        p for p in (rng.permutation(sentences) for _ in range(9 * stories)) if any(p[:-1] > p[1:])
-    ]
-    shuffled = np.take_along_axis(told, np.stack(shuffles[:stories])[..., None], 1)
+    swaps = np.stack([rng.permutation(steps) for _ in range(stories)])
+    in_order = (swaps == np.arange(steps)).all(1)
+    swaps[in_order] = np.arange(steps)[::-1]
+    shuffled = np.take_along_axis(told, swaps[..., None], 1)
 
-    def lead(order):
+    def lead_of(order):
         scores = []
         for text in (told, shuffled):
-            plan = align_steps(_cost(z_v, text), order, _ones(200, frames), _ones(200, sentences))
+            plan = align_steps(
+                _cost(z_v, text), order, _ones(stories, steps), _ones(stories, steps)
+            )
             scores.append(np.asarray(sequence_similarity(z_v, text, plan)))
         return scores[0] - scores[1]
 
-    ordered, bag = lead(Order()), lead(None)
-    print(
-        f"the story beats its shuffle: ordered {np.mean(ordered > 0):.1%}, "
-        f"bag {np.mean(bag > 0):.1%}"
-    )
+    ordered, bag = lead_of(Order()), lead_of(None)
+    wins = [np.mean((lead > 1e-12) + 0.5 * (abs(lead) <= 1e-12)) for lead in (ordered, bag)]
+    print("the story beats its shuffle: ordered {:.1%}, as a bag {:.1%}".format(*wins))
     assert np.mean(ordered > 0) >= 0.9
     np.testing.assert_allclose(bag, 0, atol=1e-12)  # a tie, but for rounding
     pooled = z_v.mean(1) * (told.mean(1) - shuffled.mean(1))
@@ -222,7 +221,7 @@ def test_gradients_are_central_differences_at_a_fixed_plan():
     z_n, z_m, step = _unit(rng, 2, 4, 3), _unit(rng, 2, 5, 3), 1e-6
     valid_n, valid_m = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool), _ones(2, 5)
     fixed = align_steps(_cost(z_n, z_m), Order(), valid_n, valid_m)
-    similarity = lambda n, m: sequence_similarity(n, m, fixed).sum()  # noqa: E731
+    similarity = jax.jit(lambda n, m: sequence_similarity(n, m, fixed).sum())
 
     def aligned(n, m):
         cost = 1 - jnp.einsum("bnd,bmd->bnm", n, m)
