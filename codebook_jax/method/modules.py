@@ -23,7 +23,7 @@ class CodebookAlignment(nnx.Module):
 
     def __init__(self, *, codes: int, dim: int, rngs: nnx.Rngs, **options: Any) -> None:
         self.codes = nnx.Param(init_codes(rngs.params(), codes, dim))
-        self.options = nnx.static(options) if hasattr(nnx, "static") else options
+        self.options = options
 
     def __call__(self, student: Features, **options: Any) -> tuple[Float[Array, ""], CodebookAux]:
         return codebook_alignment(student, self.codes[...], **{**self.options, **options})
