@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m codebook_jax.main --workdir=runs/demo
 
-.PHONY: demo test test-all lint
+.PHONY: demo docs lint test test-all
 
 # Trains the tiny CODIS on the built-in scenes, exports it, prints the retrieval table and writes a report.
 demo: $(VENV)/.installed
@@ -29,3 +29,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/rumdl check --no-cache README.md docs launch/README.md
+
+# The documentation site, in build/site.
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m mkdocs build --strict

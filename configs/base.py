@@ -203,10 +203,16 @@ def objective(at: types.SimpleNamespace) -> dict[str, Any]:
         codebook=dict(
             size=at.codes,  # paper: 4000
             temperature=0.1,  # gamma; SwAV
-            solver="sinkhorn",  # "sinkhorn" (ours: deterministic cost) | "ipot" (paper)
+            solver="sinkhorn",  # "sinkhorn" (ours: deterministic cost) | "ipot" (paper) | "swav" | "unbalanced" | without transport: "nearest" | "softmax"
             epsilon=0.05,  # Sinkhorn's, absolute; SwAV
             iterations=50,  # ours: 20 leave column errors of 1.5 % on trained features
             ipot_beta=0.5,  # IPOT's proximal weight; beta / iterations acts as epsilon
+            swav_iterations=3,  # sweeps of "swav"; SwAV
+            tau=0.9,  # "unbalanced": 1 pulls codewords to equal mass as "sinkhorn", 0 not at all; ours
+            decay=0.99,  # "nearest": of the running means that codewords are; VQ-VAE
+            move_unused_after=100,  # "nearest": steps after which an unused codeword moves to the worst-served feature; ours
+            softmax_temperature=0.04,  # "softmax": of the teacher's soft codes; DINO
+            center_momentum=0.9,  # "softmax": of the centre that keeps all codewords in play; DINO
             queue_samples=0,  # newest teacher features of the queue added to the transport problem; SwAV: when batch << codes
             freeze_steps=0,  # steps before the codebook itself learns; SwAV
             window_samples=16_384,  # codeword usage is counted over these

@@ -20,6 +20,12 @@ def pytest_configure(config):
     config.option.loadscopereorder = False  # pytest-xdist's own order: files with most tests first
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Tests alone: files in this folder are not imported in search of examples in docstrings."""
+    return [found for found in (yield) if type(found) is pytest.Module]
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != LONGEST)
     for item in items:

@@ -2,64 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from codebook_jax.method.numerics import NEVER
-from codebook_jax.method.pair import Pair
+from codebook_jax.method.numerics import NEVER, require
 from codebook_jax.method.queue import Queue
+
+Features = Mapping[str, Float[Array, "batch dim"]]
+
+
+def cross_entropies(
+    student: Features,
+    teacher: Features,
+    queue: Queue | None,
+    ids: Int[Array, " batch"],
+    *,
+    temperature: Float[Array, ""] | float,
+    alpha: Float[Array, ""] | float,
+    same: str = "ignore",
+    valid: Mapping[str, Bool[Array, " batch"]] | None = None,
+) -> Float[Array, "modalities batch modalities"]:
+    """How well every student feature finds its own sample among teacher features of the batch and
+    the queue: of each modality's queries among each modality's candidates, sorted by name.
+
+    Features have length one. A target is the sample itself (1 - alpha) mixed with what the
+    teacher's own feature finds (alpha). `same` decides about other rows of the batch with the
+    query's id: "ignore" leaves them out of the softmax, "negative" keeps them (ALBEF). Rows that
+    are not `valid` are no candidates.
+    Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3.
+    """
+    names = sorted(student)
+    rows = jnp.concatenate([student[name] for name in names])
+    soft_rows = jnp.concatenate([teacher[name] for name in names])
+    batch = len(ids)
+    require(same in ("ignore", "negative"), f'same="{same}" is not "ignore" or "negative".')
+    in_batch = jnp.ones((batch, batch), bool)
+    if same == "ignore":
+        in_batch = (ids[:, None] != ids[None, :]) | jnp.eye(batch, dtype=bool)
+    in_batch = jnp.tile(in_batch, (len(names), 1))[:, None]
+    if valid is not None:
+        in_batch = in_batch & jnp.stack([valid[name] for name in names])
+    allowed = in_batch
+    if queue is not None:
+        in_queue = jnp.broadcast_to(queue.valid, (*in_batch.shape[:-1], len(queue.valid)))
+        allowed = jnp.concatenate([in_batch, in_queue], axis=-1)
+    # [modalities batch, modalities, batch + queue]: queries of each modality, candidates of each.
+    logits, soft = (
+        jnp.where(allowed, _similarities(part, teacher, queue, names) / temperature, NEVER)
+        for part in (rows, soft_rows)
+    )
+    own = jnp.tile(jnp.eye(batch, allowed.shape[-1], dtype=logits.dtype), (len(names), 1))[:, None]
+    targets = jax.lax.stop_gradient((1 - alpha) * own + alpha * jax.nn.softmax(soft))
+    found = -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+    return found.reshape(len(names), batch, len(names))
+
+
+def direction_weights(
+    modalities: int, intra_weight: float, dtype: jnp.dtype
+) -> Float[Array, "modalities modalities"]:
+    """Weights of the directions: 1 between modalities, `intra_weight` (0: ALBEF's) within one."""
+    weights = jnp.full((modalities, modalities), 1.0, dtype)
+    return jnp.where(jnp.eye(modalities, dtype=bool), jnp.asarray(intra_weight, dtype), weights)
 
 
 def alignment_loss(
-    student: Pair,  # z_v, z_t: Float[Array, "batch dim"] each
-    teacher: Pair,  # z'_v, z'_t: Float[Array, "batch dim"] each
-    queue: Queue,
-    image_id: Int[Array, " batch"],
-    *,
-    temperature: Float[Array, ""],
-    alpha: Float[Array, ""],
-    intra_weight: float,
-    same_image: str,
+    found: Float[Array, "modalities batch modalities"], *, intra_weight: float
 ) -> Float[Array, ""]:
-    """Every student feature finds its pair among teacher features of the batch and the queue.
-
-    Four directions, image and text each towards both modalities. A target is the pair itself (1 -
-    alpha) mixed with what the teacher's own feature finds (alpha). `same_image` decides about other
-    captions of a query's image in the batch: "ignore" leaves them out of the softmax, "negative"
-    keeps them (ALBEF). Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3, which
-    `intra_weight` 0 gives.
-    """
-    rows = jnp.concatenate([student.image, student.text])
-    soft_rows = jnp.concatenate([teacher.image, teacher.text])
-    batch = len(image_id)
-    if same_image == "ignore":
-        in_batch = (image_id[:, None] != image_id[None, :]) | jnp.eye(batch, dtype=bool)
-    elif same_image == "negative":
-        in_batch = jnp.ones((batch, batch), bool)
-    else:
-        raise ValueError(f'alignment.same_image="{same_image}" is not "ignore" or "negative".')
-    in_queue = jnp.broadcast_to(queue.valid, (batch, len(queue.valid)))
-    allowed = jnp.tile(jnp.concatenate([in_batch, in_queue], axis=1), (2, 1))[:, None]
-    # [2 batch, 2, batch + queue]: queries of both modalities to candidates of both.
-    logits, soft = (
-        jnp.where(allowed, _similarities(part, teacher, queue.features) / temperature, NEVER)
-        for part in (rows, soft_rows)
-    )
-    own = jnp.tile(jnp.eye(batch, allowed.shape[-1], dtype=logits.dtype), (2, 1))[:, None]
-    targets = jax.lax.stop_gradient((1 - alpha) * own + alpha * jax.nn.softmax(soft))
-    cross_entropy = -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
-    by_direction = cross_entropy.reshape(2, -1, 2).mean(axis=1)  # [query modality, candidates']
-    weights = jnp.array([[intra_weight, 1.0], [1.0, intra_weight]], by_direction.dtype)
+    """The weighted mean over the directions of `cross_entropies`."""
+    by_direction = found.mean(axis=1)  # [query modality, candidates']
+    weights = direction_weights(len(found), intra_weight, found.dtype)
     return jnp.sum(by_direction * weights) / weights.sum()
 
 
 def _similarities(
-    rows: Float[Array, "rows dim"], teacher: Pair, queue: Pair
-) -> Float[Array, "rows 2 candidates"]:
-    """Cosines of rows to both modalities' candidates, batch before queue; these get no gradient."""
-    batch, kept = (
-        jnp.einsum("rd,mcd->rmc", rows, jax.lax.stop_gradient(jnp.stack(part)), precision="highest")
-        for part in (teacher, queue)
-    )
-    return jnp.concatenate([batch, kept], axis=-1)
+    rows: Float[Array, "rows dim"], teacher: Features, queue: Queue | None, names: list[str]
+) -> Float[Array, "rows modalities candidates"]:
+    """Cosines of rows to each modality's candidates, batch before queue; these get no gradient."""
+    parts = [teacher] if queue is None else [teacher, queue.features]
+    cosines = [
+        jnp.einsum(
+            "rd,mcd->rmc",
+            rows,
+            jax.lax.stop_gradient(jnp.stack([part[name] for name in names])),
+            precision="highest",
+        )
+        for part in parts
+    ]
+    return jnp.concatenate(cosines, axis=-1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Key
+from jaxtyping import Array, Float, Key
 
 # Stands for minus infinity where a softmax must leave something out: it keeps gradients finite.
 NEVER = -1e30
@@ -29,6 +29,22 @@ def key_of(seed: int) -> Key[jax.Array, ""]:
 def wide_enough(*dtypes: DTypeLike) -> jnp.dtype:
     """The type that holds all of these, at least float32, whatever JAX may promote."""
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
+def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
+    """Rows scaled to length one, in at least float32; zeros stay, with a finite gradient."""
+    x = x.astype(wide_enough(x.dtype))
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def require(usable: bool, sentence: str) -> None:
+    """Raises ValueError with the sentence, which says what was given and what is needed."""
+    if not usable:
+        raise ValueError(sentence)
+
+
+def at_least_once(iterations: int) -> None:
+    require(iterations >= 1, f"iterations={iterations} must be 1 or more")
 
 
 def own_settings(program: Callable[..., Any]) -> Callable[..., Any]:

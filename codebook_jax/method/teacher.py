@@ -19,6 +19,6 @@ def momentum_at(step: Int[Array, ""], *, momentum: float, ramp: bool) -> Float[A
     return jnp.minimum(constant, (1 + step) / (10 + step)) if ramp else constant
 
 
-def average(teacher: Any, student: Any, momentum: Float[Array, ""]) -> Any:
+def momentum_average(teacher: Any, student: Any, momentum: Float[Array, ""]) -> Any:
     """momentum x teacher + (1 - momentum) x student, leaf by leaf, in the teacher's own float32."""
     return jax.tree.map(lambda old, new: momentum * old + (1 - momentum) * new, teacher, student)

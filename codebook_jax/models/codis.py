@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from codebook_jax.data import augment
-from codebook_jax.method.numerics import key_of, own_settings, wide_enough
+from codebook_jax.method.numerics import key_of, own_settings, unit, wide_enough
 from codebook_jax.models.bert import DropoutKey, FusionEncoder, TextEncoder
 from codebook_jax.models.layers import Compute, Dense, LayerNorm, gelu
 from codebook_jax.models.vit import VisionTransformer
@@ -159,12 +159,6 @@ def init_student(
         "codebook": {"codes": unit(codes)},
         "temperature": jnp.float32(config.alignment.temperature),
     }
-
-
-def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
-    """Rows scaled to length one, in at least float32; zeros stay, with a finite gradient."""
-    x = x.astype(wide_enough(x.dtype))
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def _modules(

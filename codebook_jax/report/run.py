@@ -21,7 +21,7 @@ from codebook_jax.evaluation.encoding import Gallery, encode_source
 from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.evaluation.retrieval import PREFIXES
 from codebook_jax.files import check_outputs, parse_json
-from codebook_jax.models.codis import unit
+from codebook_jax.method.numerics import unit
 from codebook_jax.report.curves import Row, columns_of, curves
 from codebook_jax.report.gallery import PICTURES, examples, explore_codebook
 from codebook_jax.report.page import FILE, Pictures, write_page

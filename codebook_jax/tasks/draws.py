@@ -7,14 +7,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
 from codebook_jax.data import augment
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.method.masking import MaskedText, Masking, mask_words
 from codebook_jax.method.matching import may_be_negatives
-from codebook_jax.method.pair import Pair
+
+
+class Pair(NamedTuple):
+    """Arrays of one shape for images and for texts."""
+
+    image: Shaped[Array, "..."]
+    text: Shaped[Array, "..."]
 
 
 class Inputs(NamedTuple):

@@ -9,13 +9,19 @@ import ml_collections
 
 from codebook_jax.config import check_fields, flat, with_fields
 from codebook_jax.errors import UserError
-from codebook_jax.method import codebook
+from codebook_jax.method import assignment
 
 # How features are assigned to codewords, by `codebook.solver`, from the section `config.codebook`.
 # A new assignment is one function and one line here.
-ASSIGNMENTS: dict[str, Callable[[ml_collections.ConfigDict], codebook.Assign]] = {
-    "sinkhorn": lambda c: codebook.sinkhorn(epsilon=c.epsilon, iterations=c.iterations),
-    "ipot": lambda c: codebook.ipot(beta=c.ipot_beta, iterations=c.iterations),
+ASSIGNMENTS: dict[str, Callable[[ml_collections.ConfigDict], assignment.Assign]] = {
+    "sinkhorn": lambda c: assignment.sinkhorn(epsilon=c.epsilon, iterations=c.iterations),
+    "ipot": lambda c: assignment.ipot(beta=c.ipot_beta, iterations=c.iterations),
+    "swav": lambda c: assignment.swav(epsilon=c.epsilon, iterations=c.swav_iterations),
+    "unbalanced": lambda c: assignment.unbalanced(
+        epsilon=c.epsilon, tau=c.tau, iterations=c.iterations
+    ),
+    "nearest": lambda c: assignment.nearest(),
+    "softmax": lambda c: assignment.softmax(temperature=c.softmax_temperature),
 }
 PAIRS = "name your pairs, e.g. json:PATH, or scenes"
 

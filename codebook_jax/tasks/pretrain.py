@@ -22,17 +22,16 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import Progress
-from codebook_jax.method import alignment, codebook, matching, teacher
+from codebook_jax.method import alignment, assignment, codebook, matching, teacher
 from codebook_jax.method.masking import masked_word_loss
-from codebook_jax.method.numerics import key_of
-from codebook_jax.method.pair import Pair
+from codebook_jax.method.numerics import key_of, unit
 from codebook_jax.method.queue import empty_queue, enqueue, newest
 from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives, gather_in_groups
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
-from codebook_jax.tasks import limits, optimizer
-from codebook_jax.tasks.draws import Inputs, draw_inputs
+from codebook_jax.tasks import limits, optimizer, running
+from codebook_jax.tasks.draws import Inputs, Pair, draw_inputs
 from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
@@ -74,10 +73,11 @@ class Pretraining(Task):
             student=student,
             teacher=jax.tree.map(jnp.copy, student["towers"]),
             moments=self.optimizer.init(student),
-            queue=empty_queue(config.queue.size, config.model.dim),
+            queue=empty_queue(Pair._fields, size=config.queue.size, dim=config.model.dim),
             usage=codebook.empty_usage(config.codebook.window_samples),
             bad_in_row=jnp.int32(0),
             bad_total=jnp.int32(0),
+            running=running.first(config.codebook, student["codebook"]["codes"]),
         )
 
     # -- the step
@@ -133,11 +133,12 @@ class Pretraining(Task):
         rows, valid = jnp.stack(features), None
         if queued := self.config.codebook.queue_samples:
             older, here = newest(state.queue, queued)
-            rows = jnp.concatenate([rows, jnp.stack(older)], axis=1)
+            rows = jnp.concatenate([rows, jnp.stack(Pair(**older))], axis=1)
             valid = jnp.concatenate([jnp.ones(features.image.shape[0], bool), here])
             valid = jnp.broadcast_to(valid, rows.shape[:2])
-        costs = codebook.codeword_costs(rows, codis.unit(state.student["codebook"]["codes"]))
-        return codebook.transport_plan(costs, self.assignment, valid=valid)
+        costs = assignment.codeword_costs(rows, unit(state.student["codebook"]["codes"]))
+        costs = running.centred(state.running, costs)
+        return assignment.make_plan(costs, self.assignment, valid=valid)
 
     @jax.named_scope("embed")
     def embed(self, student: PyTree, inputs: Inputs, key: Key[Array, ""]) -> Learned:
@@ -158,28 +159,34 @@ class Pretraining(Task):
             # candidates instead of the rows, and so gathers the queues and moves the logits.
             everyone = targets.features, targets.image_id
             candidates, candidate_id = sharding.whole(everyone, self.mesh)
-            scalars["loss/alignment"] = alignment.alignment_loss(
-                features,
-                candidates,
+            found = alignment.cross_entropies(
+                features._asdict(),
+                candidates._asdict(),
                 state.queue,
                 candidate_id,
                 temperature=own["temperature"],
                 alpha=self.alpha(state),
-                intra_weight=config.alignment.intra_weight,
-                same_image=config.alignment.same_image,
+                same=config.alignment.same_image,
             )
+            intra_weight = config.alignment.intra_weight
+            scalars["loss/alignment"] = alignment.alignment_loss(found, intra_weight=intra_weight)
             loss += config.losses.alignment * scalars["loss/alignment"]
         if targets.plan is not None:
-            parts = codebook.codebook_losses(
-                features,
-                targets.features,
-                codis.unit(own["codebook"]["codes"]),
-                Pair(*codebook.soft_codes(targets.plan, len(targets.image_id))),
+            found = codebook.code_losses(
+                features._asdict(),
+                targets.features._asdict(),
+                unit(own["codebook"]["codes"]),
+                Pair(*codebook.soft_codes(targets.plan, len(targets.image_id)))._asdict(),
                 temperature=config.codebook.temperature,
             )
-            scalars |= {f"loss/codebook_{name}": part for name, part in parts._asdict().items()}
-            scalars["loss/codebook"] = sum(parts)
-            loss += config.losses.codebook * sum(parts)
+            parts = {
+                "transport": jnp.stack(Pair(**found.transport)).mean(axis=1).sum(),
+                "text_to_code": found.predicted["text", "image"].mean(),
+                "image_to_code": found.predicted["image", "text"].mean(),
+            }
+            scalars |= {f"loss/codebook_{name}": part for name, part in parts.items()}
+            scalars["loss/codebook"] = sum(parts.values())
+            loss += config.losses.codebook * scalars["loss/codebook"]
         scalars["features/std"] = jnp.stack(features).std(axis=1).mean()  # towards 0: collapse
         return loss, scalars
 
@@ -239,23 +246,34 @@ class Pretraining(Task):
     def learn(self, state: TrainState, gradients: PyTree) -> TrainState:
         """The student after the optimizer, the teacher after its average."""
         frozen = _updates(state) < self.config.codebook.freeze_steps
+        frozen |= isinstance(state.running, assignment.RunningCodes)
         of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
         gradients = {**gradients, "codebook": of_codes}
         updates, moments = self.optimizer.update(gradients, state.moments, state.student)
         student = optax.apply_updates(state.student, updates)
         low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
         student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
-        averaged = teacher.average(state.teacher, student["towers"], self.momentum(state))
+        averaged = teacher.momentum_average(state.teacher, student["towers"], self.momentum(state))
         return state.replace(student=student, moments=moments, teacher=averaged)
 
     @jax.named_scope("remember")
     def remember(self, state: TrainState, features: Pair, plan: Plan | None) -> TrainState:
         """The queues with the teacher's features, and the codewords that won them."""
-        state = state.replace(queue=enqueue(state.queue, features))
+        state = state.replace(queue=enqueue(state.queue, features._asdict()))
         if plan is None:
             return state
         winners = _likeliest(plan[:, : features.image.shape[0]])
-        return state.replace(usage=codebook.add_winners(state.usage, winners))
+        state = state.replace(usage=codebook.add_winners(state.usage, winners))
+        if state.running is None:
+            return state
+        codes = state.student["codebook"]["codes"]
+        rows = jnp.concatenate(features)
+        soft = codebook.soft_codes(plan, len(features.image)).reshape(len(rows), -1)
+        costs = assignment.codeword_costs(rows, unit(codes))
+        after = running.advance(self.config.codebook, state.running, rows, costs, soft)
+        codes = after.codes if isinstance(after, assignment.RunningCodes) else codes
+        student = {**state.student, "codebook": {"codes": codes}}
+        return state.replace(running=after, student=student)
 
     @jax.named_scope("report")
     def report(
@@ -275,7 +293,9 @@ class Pretraining(Task):
             alone = ~inputs.allowed.any(axis=1)
             scalars["matching/without_negative"] = jnp.sum(alone, dtype=jnp.int32)
         if plan is not None:
-            scalars |= codebook.codebook_scalars(after.usage, plan, len(inputs.tokens))
+            scalars |= codebook.codebook_scalars(
+                after.usage, plan, len(inputs.tokens), Pair._fields
+            )
         return scalars
 
     # -- schedules

@@ -8,8 +8,9 @@ import flax.struct
 from jaxtyping import Array, Float, Int, PyTree
 
 from codebook_jax.method.codebook import Usage
-from codebook_jax.method.pair import Pair
 from codebook_jax.method.queue import Queue
+from codebook_jax.tasks.draws import Pair
+from codebook_jax.tasks.running import Running
 
 Plan = Float[Array, "2 rows codes"]
 
@@ -20,12 +21,13 @@ class TrainState:
 
     step: Int[Array, ""]  # steps done, skipped ones too: the position in the data
     student: PyTree  # parameters, float32; the optimizer changes them
-    teacher: PyTree  # like student["towers"], in its own buffers; `teacher.average` changes it
+    teacher: PyTree  # like student["towers"], in its own buffers; `momentum_average` changes it
     moments: PyTree  # of the optimizer
     queue: Queue  # newest teacher features
     usage: Usage  # which codewords won lately
     bad_in_row: Int[Array, ""]  # steps skipped since the last good one because they were not finite
     bad_total: Int[Array, ""]  # in all
+    running: Running | None = None  # none of the solvers by transport
 
 
 class Taught(NamedTuple):

@@ -22,7 +22,7 @@ from codebook_jax.data.images import resize_square
 from codebook_jax.data.text import Tokenizer, has_words, open_tokenizer
 from codebook_jax.errors import UserError, first_few, reason
 from codebook_jax.files import parse_json
-from codebook_jax.method.numerics import key_of, own_settings
+from codebook_jax.method.numerics import key_of, own_settings, unit
 from codebook_jax.models import codis
 from codebook_jax.parallel import devices, sharding
 from codebook_jax.run import checkpoint
@@ -69,7 +69,7 @@ class Codis:
         self._student = items["student"]
         self._towers = items.get("teacher", self._student["towers"])
         self.codewords: Float32[np.ndarray, "codes dim"] = np.asarray(
-            codis.unit(self._student["codebook"]["codes"])
+            unit(self._student["codebook"]["codes"])
         )
 
     @property

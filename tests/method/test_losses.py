@@ -2,23 +2,30 @@
 (test_objective.py has the equations).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import softmax
 
-from codebook_jax.method.alignment import alignment_loss
-from codebook_jax.method.codebook import codebook_losses
+from codebook_jax.method import alignment
+from codebook_jax.method.codebook import code_losses
 from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.matching import matching_loss
-from codebook_jax.method.pair import Pair
 from codebook_jax.method.queue import Queue
+from codebook_jax.tasks.draws import Pair
 
 BATCH, QUEUE, FILLED, DIM, CODES = 7, 11, 5, 13, 17
 VALID = np.arange(QUEUE) < FILLED
-_ALIGNMENT = jax.jit(alignment_loss, static_argnames=("intra_weight", "same_image"))
 IMAGE_ID = np.array([3, 1, 3, 2, 3, 1, 0], np.int32)  # three texts of one image, two of another
+
+
+@functools.partial(jax.jit, static_argnames=("intra_weight", "same"))
+def _aligned(student, teacher, queue, ids, *, intra_weight, **options):
+    found = alignment.cross_entropies(student, teacher, queue, ids, **options)
+    return alignment.alignment_loss(found, intra_weight=intra_weight)
 
 
 def unit_rows(rng, *shape):
@@ -48,15 +55,15 @@ def aligned(
     intra_weight=1.0,
     same_image="ignore",
 ):
-    return _ALIGNMENT(
-        student,
-        teacher,
-        Queue(*queue, np.int32(0), np.int32(valid.sum())),
+    return _aligned(
+        student._asdict(),
+        teacher._asdict(),
+        Queue(queue._asdict(), np.int32(0), np.int32(valid.sum())),
         image_id,
         temperature=jnp.asarray(temperature),
         alpha=jnp.asarray(alpha),
         intra_weight=intra_weight,
-        same_image=same_image,
+        same=same_image,
     )
 
 
@@ -117,7 +124,7 @@ def test_alignment_teaches_the_student_and_the_temperature_alone():
 
 
 def test_an_unknown_treatment_of_the_same_image_is_refused():
-    with pytest.raises(ValueError, match='alignment.same_image="positive"'):
+    with pytest.raises(ValueError, match='same="positive"'):
         aligned(*alignment_arguments(0), same_image="positive")
 
 
@@ -130,21 +137,28 @@ def codebook_arguments(seed):
 def test_students_that_point_nowhere_predict_codes_at_log_of_their_number():
     _, teacher, codes, plans = codebook_arguments(0)
     nowhere = Pair(np.zeros((BATCH, DIM), np.float32), np.zeros((BATCH, DIM), np.float32))
-    parts = codebook_losses(nowhere, teacher, codes, plans, temperature=0.1)
-    np.testing.assert_allclose([parts.text_to_code, parts.image_to_code], np.log(CODES), rtol=1e-5)
+    given = nowhere._asdict(), teacher._asdict(), codes, plans._asdict()
+    for predicted in code_losses(*given, temperature=0.1).predicted.values():
+        np.testing.assert_allclose(predicted, np.log(CODES), rtol=1e-5)
 
 
 def test_codebook_losses_teach_neither_teacher_nor_plan_and_the_student_by_predictions_alone():
-    arguments = codebook_arguments(1)
+    student, teacher, codes, plans = codebook_arguments(1)
+    arguments = student._asdict(), teacher._asdict(), codes, plans._asdict()
+    parts = {
+        "transport": lambda found: sum(found.transport.values()),
+        "text_to_code": lambda found: found.predicted["text", "image"],
+        "image_to_code": lambda found: found.predicted["image", "text"],
+    }
 
     def gradients(part):
         return jax.grad(
-            lambda *a: getattr(codebook_losses(*a, temperature=0.1), part), argnums=(0, 1, 2, 3)
+            lambda *a: part(code_losses(*a, temperature=0.1)).sum(), argnums=(0, 1, 2, 3)
         )(*arguments)
 
     reached = {
-        part: [bool(np.any(np.asarray(g) != 0)) for g in jax.tree.leaves(gradients(part))]
-        for part in ("transport", "text_to_code", "image_to_code")
+        name: [bool(np.any(np.asarray(g) != 0)) for g in jax.tree.leaves(gradients(part))]
+        for name, part in parts.items()
     }
     # student image, student text, teacher image, teacher text, codes, plan image, plan text
     assert reached == {

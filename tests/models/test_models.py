@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from codebook_jax.method.numerics import unit
 from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives
 from codebook_jax.models.layers import dropout
@@ -247,8 +248,8 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
 
 def test_a_row_of_zeros_has_no_direction_and_a_finite_gradient():
     x = jnp.array([[0.0, 0.0], [3.0, 4.0]])
-    unit, gradient = jax.jit(jax.value_and_grad(lambda x: (codis.unit(x) ** 3).sum()))(x)
-    np.testing.assert_allclose(unit, 0.6**3 + 0.8**3, rtol=1e-6)
+    cubes, gradient = jax.jit(jax.value_and_grad(lambda x: (unit(x) ** 3).sum()))(x)
+    np.testing.assert_allclose(cubes, 0.6**3 + 0.8**3, rtol=1e-6)
     assert np.isfinite(gradient).all()
 
 

@@ -17,7 +17,7 @@ from small_run import SMALL
 
 from codebook_jax import build
 from codebook_jax.data.text import Vocabulary
-from codebook_jax.method.codebook import sinkhorn, transport_plan
+from codebook_jax.method.assignment import make_plan, sinkhorn
 from codebook_jax.models.bert import gather_in_groups
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.collectives import axes_of, collectives
@@ -221,7 +221,7 @@ def test_an_iteration_of_both_transports_is_two_sums_over_the_shards(mesh, reque
 def test_two_transports_together_send_as_often_as_one():
     mesh = sharding.make_mesh(8, 1, 1)
     assign = sinkhorn(epsilon=0.05, iterations=ITERATIONS)
-    solve = lambda cost: transport_plan(cost, assign)  # noqa: E731
+    solve = lambda cost: make_plan(cost, assign)  # noqa: E731
     count = lambda sent: sum(c.times for c in sent.found if c.times > 1)  # noqa: E731
     both = rows_of(mesh, 2, ROWS, CODES, spec=P(None, ("data", "fsdp")))
     one = rows_of(mesh, ROWS, CODES)

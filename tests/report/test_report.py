@@ -16,7 +16,7 @@ from codebook_jax import report
 from codebook_jax.data.sources.record import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Features, Gallery
-from codebook_jax.models.codis import unit
+from codebook_jax.method.numerics import unit
 from codebook_jax.report import charts, run
 from codebook_jax.report.curves import curves
 from codebook_jax.report.gallery import answers_of, explore_codebook, words_of

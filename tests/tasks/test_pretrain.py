@@ -26,9 +26,8 @@ from small_task import (
 )
 
 from codebook_jax.method.codebook import soft_codes
-from codebook_jax.method.pair import Pair
 from codebook_jax.parallel import sharding
-from codebook_jax.tasks.draws import draw_inputs
+from codebook_jax.tasks.draws import Pair, draw_inputs
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 
@@ -184,7 +183,7 @@ def test_queue_samples_join_the_transport_and_give_no_rows_to_the_loss(five):
     plan = jax.jit(task.assign)(Pair(*features), state)
     assert plan.shape == (2, BATCH + 24, 12)
     codes = reference.unit(state.student["codebook"]["codes"])
-    for modality, queue in enumerate((state.queue.image, state.queue.text)):
+    for modality, queue in enumerate(state.queue.features.values()):
         rows = np.concatenate([features[modality], queue[:BATCH][::-1]])
         cost = reference.costs(rows, codes)
         expected = reference.sinkhorn_plan(cost, epsilon=0.05, iterations=20)

@@ -16,10 +16,9 @@ from codebook_jax.data.text import Vocabulary
 from codebook_jax.method import teacher
 from codebook_jax.method.masking import MaskedText
 from codebook_jax.method.matching import draw_negatives
-from codebook_jax.method.pair import Pair
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
-from codebook_jax.tasks.draws import Inputs
+from codebook_jax.tasks.draws import Inputs, Pair
 from codebook_jax.weights import layouts, start
 from codebook_jax.weights.fill import fill
 from codebook_jax.weights.write import to_albef
@@ -68,7 +67,7 @@ def state(task, weights):
 @pytest.fixture(scope="module")
 def averaged(state, golden):
     """The state as ALBEF's forward sees it: it averages the teacher first."""
-    towers = teacher.average(state.teacher, state.student["towers"], golden["in/momentum"])
+    towers = teacher.momentum_average(state.teacher, state.student["towers"], golden["in/momentum"])
     return state.replace(teacher=towers, step=jnp.int32(ALPHA_STEPS))
 
 
@@ -184,7 +183,7 @@ def test_the_queue_after_the_step_is_albefs(stepped, golden):
         found = getattr(stepped.queue, name).T
         np.testing.assert_allclose(found, golden[f"out/{name}_queue_after"], rtol=0, atol=1e-5)
     assert stepped.queue.cursor == golden["out/queue_ptr_after"][0]
-    assert not np.allclose(stepped.queue.image.T, golden["state/image_queue"])
+    assert not np.allclose(stepped.queue.features["image"].T, golden["state/image_queue"])
 
 
 @pytest.mark.parametrize(

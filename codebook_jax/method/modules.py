@@ -1,0 +1,58 @@
+"""The codebook as a module for NNX, and as a pair of functions for plain trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from codebook_jax.method.numerics import require, unit
+from codebook_jax.method.objective import CodebookAux, Features, codebook_alignment
+
+
+class CodebookAlignment(nnx.Module):
+    """A learnable codebook, whose call is `codebook_alignment`; `options` are its own.
+
+    >>> align = CodebookAlignment(codes=16, dim=4, rngs=nnx.Rngs(0), temperature=0.1)
+    >>> loss, aux = align({"audio": jnp.eye(4), "text": jnp.eye(4)})
+    """
+
+    def __init__(self, *, codes: int, dim: int, rngs: nnx.Rngs, **options: Any) -> None:
+        self.codes = nnx.Param(init_codes(rngs.params(), codes, dim))
+        self.options = options
+
+    def __call__(self, student: Features, **options: Any) -> tuple[Float[Array, ""], CodebookAux]:
+        return codebook_alignment(student, self.codes[...], **{**self.options, **options})
+
+
+class Functions(NamedTuple):
+    """`init(key) -> parameters` and `apply(parameters, student, ...) -> (loss, aux)`."""
+
+    init: Callable[[Key[Array, ""]], dict[str, Array]]
+    apply: Callable[..., tuple[Float[Array, ""], CodebookAux]]
+
+
+def codebook_functions(*, codes: int, dim: int, **options: Any) -> Functions:
+    """`CodebookAlignment` for parameters kept in plain trees, as with optax alone.
+
+    >>> init, apply = codebook_functions(codes=16, dim=4)
+    >>> parameters = init(jax.random.key(0))
+    >>> loss, aux = apply(parameters, {"audio": jnp.eye(4), "text": jnp.eye(4)})
+    """
+
+    def apply(
+        parameters: dict[str, Array], student: Features, **own: Any
+    ) -> tuple[Float[Array, ""], CodebookAux]:
+        return codebook_alignment(student, parameters["codes"], **{**options, **own})
+
+    return Functions(lambda key: {"codes": init_codes(key, codes, dim)}, apply)
+
+
+def init_codes(key: Key[Array, ""], codes: int, dim: int) -> Float[Array, "codes dim"]:
+    """Unit vectors in random directions, float32."""
+    require(codes >= 1 and dim >= 1, f"codes={codes} and dim={dim} must be 1 or more")
+    return unit(jax.random.normal(key, (codes, dim), jnp.float32))
