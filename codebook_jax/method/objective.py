@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from codebook_jax.method import alignment, codebook, ordering
@@ -42,16 +43,16 @@ def _anywhere(loss: Callable[..., Any]) -> Callable[..., Any]:
         axes = [n for n, own in zip(mesh.axis_names, mesh.axis_types, strict=True) if own == kind]
         if not axes:
             return loss(*arguments, **options)
-        call = lambda args, arrays: loss(*args, **arrays, **fixed)  # noqa: E731
-        fixed = {name: value for name, value in options.items() if name in _FIXED}
-        arrays = {name: value for name, value in options.items() if name not in _FIXED}
+        call = lambda args, arrays: loss(*args, **options | arrays)  # noqa: E731
+        arrays = {name: value for name, value in options.items() if _has_arrays(value)}
         whole = jax.sharding.PartitionSpec()
         return jax.sharding.auto_axes(call, axes=tuple(axes), out_sharding=whole)(arguments, arrays)
 
     return split
 
 
-_FIXED = ("assign", "order", "same")  # options that are no arrays
+def _has_arrays(value: object) -> bool:
+    return any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
 
 
 @flax.struct.dataclass
@@ -60,9 +61,7 @@ class CodebookAux:
 
     per_sample: Float[Array, " batch"]  # their mean is the loss if nothing was left out
     transport: dict[str, Float[Array, ""]]  # codewords towards the features they were given
-    predicted: dict[
-        str, Float[Array, ""]
-    ]  # "a to b": a's student predicts the codes of b's teacher
+    predicted: dict[str, Float[Array, ""]]  # "a to b": a's student predicts b's codes
     assignments: dict[str, Float[Array, "batch *steps codes"]]  # soft codes; rows sum to 1
     alignments: dict[str, Float[Array, "batch steps others"]]  # of sequences, "a to b" with a < b
     perplexity: dict[str, Float[Array, ""]]  # exp(entropy) of the batch's winning codewords

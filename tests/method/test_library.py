@@ -1,5 +1,6 @@
 """The objective as others call it: any number of named modalities, masks, sequences, errors."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -29,14 +30,24 @@ def codes_of(seed, dtype=np.float32):
     return np.random.default_rng(seed).normal(size=(CODES, DIM)).astype(dtype)
 
 
-def aligned(student, codes, **options):
-    return method.codebook_alignment(student, codes, assign=ASSIGN, **options)
+def aligned(student, codes, order=None, **arrays):
+    return _aligned(student, codes, arrays, order=order)
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _aligned(student, codes, arrays, *, order):
+    return method.codebook_alignment(student, codes, assign=ASSIGN, order=order, **arrays)
+
+
+_instance = jax.jit(method.instance_alignment, static_argnames=("intra_weight", "same"))
 
 
 def one_loss(loss, student, other):
     if loss == "codebook":
         return aligned(student, codes_of(9, np.float32), teacher=other)
-    return method.instance_alignment(student, other, temperature=0.2, alpha=0.3)
+    if loss == "clip":
+        return _instance(student, intra_weight=0)
+    return _instance(student, other, temperature=0.2, alpha=0.3)
 
 
 # -- values
@@ -72,7 +83,7 @@ def test_instance_alignment_without_teacher_within_or_queue_is_clip_s():
     image, text = (reference.unit(x.astype(np.float64)) for x in both.values())
     logits = image @ text.T / 0.07
     clip = -np.mean([np.diag(log_softmax(logits, axis=axis)).mean() for axis in (0, 1)])
-    loss, aux = method.instance_alignment(both, intra_weight=0)
+    loss, aux = _instance(both, intra_weight=0)
     np.testing.assert_allclose(loss, clip, rtol=1e-5)
     np.testing.assert_allclose(aux.per_sample.mean(), clip, rtol=1e-5)
 
@@ -80,13 +91,13 @@ def test_instance_alignment_without_teacher_within_or_queue_is_clip_s():
 def test_the_queue_and_ids_change_what_a_sample_is_compared_with():
     both = features(0, "image", "text")
     queue = method.empty_queue(tuple(both), size=32, dim=DIM)
-    plain, _ = method.instance_alignment(both, both, queue=queue)  # nothing in it yet
-    assert plain == method.instance_alignment(both, both)[0]
+    plain, _ = _instance(both, both, queue=queue)  # nothing in it yet
+    assert plain == _instance(both, both)[0]
     queue = method.enqueue(queue, features(1, "image", "text"))
-    assert method.instance_alignment(both, both, queue=queue)[0] > plain
+    assert _instance(both, both, queue=queue)[0] > plain
     twins = np.arange(BATCH) // 2
-    assert method.instance_alignment(both, both, ids=twins)[0] < plain
-    same = method.instance_alignment(both, both, ids=twins, same="negative")[0]
+    assert _instance(both, both, ids=twins)[0] < plain
+    same = _instance(both, both, ids=twins, same="negative")[0]
     np.testing.assert_allclose(same, plain, rtol=1e-6)
 
 
@@ -101,7 +112,7 @@ def test_sequences_of_one_step_are_plain_features():
         def loss(z, codes):
             return aligned(z, codes, teacher=taught, order=order)[0]
 
-        return jax.value_and_grad(loss, argnums=(0, 1))(z, codes)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(z, codes)
 
     plain = jax.tree.leaves(of(student, teacher))
     for order in (None, method.Order()):
@@ -156,7 +167,7 @@ def test_rows_that_are_not_there_or_not_finite_are_as_if_left_out(steps):
     broken = {n: x.copy() for n, x in student.items()}
     broken["a"][3], broken["b"][3] = np.nan, np.inf
     loss = lambda z: aligned(z, codes_of(2), teacher=teacher)  # noqa: E731
-    (found, aux), gradient = jax.value_and_grad(loss, has_aux=True)(broken)
+    (found, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(broken)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert int(aux.dropped["a"]) == max(1, *steps, 0) and aux.per_sample[3] == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -169,8 +180,8 @@ def test_instance_alignment_leaves_out_a_row_that_is_not_finite():
     for part in (student, teacher):
         for each in part.values():
             each[3] = np.nan
-    found, aux = method.instance_alignment(student, teacher)
-    np.testing.assert_allclose(found, method.instance_alignment(*left)[0], rtol=1e-5)
+    found, aux = _instance(student, teacher)
+    np.testing.assert_allclose(found, _instance(*left)[0], rtol=1e-5)
     assert aux.dropped == {"a": 1, "b": 1}
 
 
@@ -189,13 +200,13 @@ def test_one_row_and_one_code_are_no_special_case():
     one = features(0, "a", "b", shape=(1, DIM))
     loss, aux = aligned(one, codes_of(1)[:1])
     assert np.isfinite(loss) and aux.perplexity == {"a": 1, "b": 1}
-    assert method.instance_alignment(one, intra_weight=0)[0] == 0
+    assert _instance(one, intra_weight=0)[0] == 0
 
 
 # -- transformations and devices
 
 
-@pytest.mark.parametrize("loss", ["codebook", "instance"])
+@pytest.mark.parametrize("loss", ["codebook", "instance", "clip"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_eight_devices_give_the_loss_and_gradient_of_one(loss, kind):
     student, teacher = features(0, "a", "b"), features(1, "a", "b")
@@ -215,8 +226,10 @@ def test_gradients_of_the_codebook_loss_are_central_differences(name):
     with jax.enable_x64(True):
         student, codes = features(0, "a", "b", dtype=np.float64), codes_of(1, np.float64)
         teacher = features(2, "a", "b", dtype=np.float64)
-        fixed = method.codebook_alignment(student, codes, teacher=teacher, assign=assign)[1]
+        given = dict(teacher=teacher, assign=assign)
+        fixed = jax.jit(lambda *z: method.codebook_alignment(*z, **given)[1])(student, codes)
 
+        @jax.jit
         def loss(z, codes):  # the assignment passes no gradient, so it is held
             hold = lambda cost, here: fixed.assignments[place.pop(0)] / BATCH  # noqa: E731
             place = ["a", "b"]
@@ -226,9 +239,8 @@ def test_gradients_of_the_codebook_loss_are_central_differences(name):
         direction = jax.tree.map(lambda x: np.random.default_rng(3).normal(size=x.shape), at)
         step = lambda h: jax.tree.map(lambda x, d: x + h * d, at, direction)  # noqa: E731
         slope = (loss(*step(1e-5)) - loss(*step(-1e-5))) / 2e-5
-        gradient = jax.grad(
-            lambda *z: method.codebook_alignment(*z, teacher=teacher, assign=assign)[0], (0, 1)
-        )(*at)
+        whole = lambda *z: method.codebook_alignment(*z, **given)[0]  # noqa: E731
+        gradient = jax.jit(jax.grad(whole, (0, 1)))(*at)
         along = sum(np.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)),
                                                   strict=True))  # fmt: skip
     np.testing.assert_allclose(along, slope, rtol=1e-6)
