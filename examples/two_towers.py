@@ -44,16 +44,25 @@ def step(towers, optimizer, images, numbers):
     return loss, aux.perplexity["image"]
 
 
-if __name__ == "__main__":
-    draw, towers = np.random.default_rng(0), Towers(nnx.Rngs(0))
+def trained(draw, steps=300):
+    towers = Towers(nnx.Rngs(0))
     optimizer = nnx.Optimizer(towers, optax.adam(2e-3), wrt=nnx.Param)
-    for i in range(300):
+    for i in range(steps):
         numbers = draw.integers(0, 100, 64)
         images = np.stack([picture(number, draw) for number in numbers])
         loss, used = step(towers, optimizer, images, numbers)
         if i % 50 == 0:
             print(f"step {i}: loss {loss:.2f}, {used:.0f} codewords in use")
+    return towers
+
+
+def found(queries, candidates):
+    cosines = method.unit(queries) @ method.unit(candidates).T
+    return int(jnp.sum(jnp.argmax(cosines, axis=1) == jnp.arange(len(queries))))
+
+
+if __name__ == "__main__":
+    draw = np.random.default_rng(0)
+    towers = trained(draw)
     z = towers(np.stack([picture(number, draw) for number in range(100)]), TEXTS)
-    cosines = method.unit(z["image"]) @ method.unit(z["text"]).T
-    found = int(jnp.sum(jnp.argmax(cosines, axis=1) == jnp.arange(100)))
-    print(f"{found} of 100 new pictures find their name")
+    print(f"{found(z['image'], z['text'])} of 100 new pictures find their name")

@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples"
 
 def run(name):
     path = EXAMPLES / name
-    assert len(path.read_text().splitlines()) <= 60
+    assert sum(bool(line.strip()) for line in path.read_text().splitlines()) <= 60
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
     return done.stdout
 
@@ -25,6 +25,13 @@ def test_two_towers_learn_which_name_is_whose_in_a_loop_of_their_own():
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
     assert losses[-1] < 0.6 * losses[0]
     assert int(re.search(r"(\d+) of 100 new pictures", said)[1]) >= 60  # chance: 1
+
+
+def test_a_third_modality_joins_a_frozen_codebook_and_changes_nothing_old():
+    said = run("third_modality.py")
+    found = [int(number) for number in re.findall(r": (\d+)", said.partition("sounds:")[2])]
+    assert len(found) == 6 and min(found) >= 25  # chance: 1
+    assert "old embeddings unchanged: True" in said
 
 
 def test_the_lines_of_the_page_are_a_loss_with_a_gradient():
