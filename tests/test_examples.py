@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -27,6 +28,7 @@ def test_two_towers_learn_which_name_is_whose_in_a_loop_of_their_own():
     assert int(re.search(r"(\d+) of 100 new pictures", said)[1]) >= 60  # chance: 1
 
 
+@pytest.mark.slow
 def test_a_third_modality_joins_a_frozen_codebook_and_changes_nothing_old():
     said = run("third_modality.py")
     found = [int(number) for number in re.findall(r": (\d+)", said.partition("sounds:")[2])]
