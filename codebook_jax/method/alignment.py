@@ -16,7 +16,7 @@ Features = Mapping[str, Float[Array, "batch dim"]]
 
 def cross_entropies(
     student: Features,
-    teacher: Features,
+    teacher: Features | None,
     queue: Queue | None,
     ids: Int[Array, " batch"],
     *,
@@ -28,15 +28,17 @@ def cross_entropies(
     """How well every student feature finds its own sample among teacher features of the batch and
     the queue: of each modality's queries among each modality's candidates, sorted by name.
 
-    Features have length one. A target is the sample itself (1 - alpha) mixed with what the
-    teacher's own feature finds (alpha). `same` decides about other rows of the batch with the
-    query's id: "ignore" leaves them out of the softmax, "negative" keeps them (ALBEF). Rows that
-    are not `valid` are no candidates.
+    Features have length one. Teacher features get no gradient; without a teacher, the students are
+    each other's candidates and all learn, as CLIP's (Radford et al. 2021, 2.3). A target is the
+    sample itself (1 - alpha) mixed with what the teacher's own feature finds (alpha). `same`
+    decides about other rows of the batch with the query's id: "ignore" leaves them out of the
+    softmax, "negative" keeps them (ALBEF). Rows that are not `valid` are no candidates.
     Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3.
     """
     names = sorted(student)
+    candidates = student if teacher is None else jax.lax.stop_gradient(dict(teacher))
     rows = jnp.concatenate([student[name] for name in names])
-    soft_rows = jnp.concatenate([teacher[name] for name in names])
+    soft_rows = jax.lax.stop_gradient(jnp.concatenate([candidates[name] for name in names]))
     batch = len(ids)
     require(same in ("ignore", "negative"), f'same="{same}" is not "ignore" or "negative".')
     in_batch = jnp.ones((batch, batch), bool)
@@ -51,7 +53,7 @@ def cross_entropies(
         allowed = jnp.concatenate([in_batch, in_queue], axis=-1)
     # [modalities batch, modalities, batch + queue]: queries of each modality, candidates of each.
     logits, soft = (
-        jnp.where(allowed, _similarities(part, teacher, queue, names) / temperature, NEVER)
+        jnp.where(allowed, _similarities(part, candidates, queue, names) / temperature, NEVER)
         for part in (rows, soft_rows)
     )
     own = jnp.tile(jnp.eye(batch, allowed.shape[-1], dtype=logits.dtype), (len(names), 1))[:, None]
@@ -78,16 +80,13 @@ def alignment_loss(
 
 
 def _similarities(
-    rows: Float[Array, "rows dim"], teacher: Features, queue: Queue | None, names: list[str]
+    rows: Float[Array, "rows dim"], candidates: Features, queue: Queue | None, names: list[str]
 ) -> Float[Array, "rows modalities candidates"]:
-    """Cosines of rows to each modality's candidates, batch before queue; these get no gradient."""
-    parts = [teacher] if queue is None else [teacher, queue.features]
+    """Cosines of rows to each modality's candidates, batch before queue."""
+    parts = [candidates] if queue is None else [candidates, jax.lax.stop_gradient(queue.features)]
     cosines = [
         jnp.einsum(
-            "rd,mcd->rmc",
-            rows,
-            jax.lax.stop_gradient(jnp.stack([part[name] for name in names])),
-            precision="highest",
+            "rd,mcd->rmc", rows, jnp.stack([part[name] for name in names]), precision="highest"
         )
         for part in parts
     ]

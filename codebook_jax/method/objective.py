@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from codebook_jax.method import alignment, codebook, ordering
 from codebook_jax.method.assignment import (
@@ -27,11 +27,16 @@ from codebook_jax.method.assignment import (
     row_error,
     sinkhorn,
 )
+from codebook_jax.method.checks import (
+    Features,
+    Masks,
+    check_candidates,
+    check_codes,
+    check_features,
+    check_positive,
+)
 from codebook_jax.method.numerics import require, unit
 from codebook_jax.method.queue import Queue
-
-Features = Mapping[str, Float[Array, "batch *steps dim"]]
-Masks = Mapping[str, Bool[Array, " batch *steps"]]
 
 
 def _anywhere(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +58,15 @@ def _anywhere(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 def _has_arrays(value: object) -> bool:
     return any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
+
+
+class _Usable(NamedTuple):
+    """Features of length one, zeros in place of rows that do not count."""
+
+    student: dict[str, Float[Array, "batch *steps dim"]]
+    teacher: dict[str, Float[Array, "batch *steps dim"]]
+    here: dict[str, Bool[Array, " batch *steps"]]  # which rows count
+    dropped: dict[str, Int[Array, ""]]  # how many that are there do not, since they are not finite
 
 
 @flax.struct.dataclass
@@ -113,15 +127,26 @@ def codebook_alignment(
     >>> print(f"{loss:.4f}", aux.perplexity["text"])
     0.0003 4.0
     """
-    _check(student, teacher, valid)
-    _check_codes(student, codes)
-    names, sequences = sorted(student), next(iter(student.values())).ndim == 3
+    check_features(student, teacher, valid)
+    check_codes(student, codes)
+    sequences = next(iter(student.values())).ndim == 3
     require(sequences or order is None, "order is for sequences, but features are [batch, dim]")
-    _positive("temperature", temperature)
-    student, teacher, here, dropped = _usable(student, teacher, valid)
-    finite = jnp.all(jnp.isfinite(codes))
-    codes = unit(codes)
-    plans = {name: _plan(teacher[name], codes, assign or sinkhorn(), here[name]) for name in names}
+    check_positive("temperature", temperature)
+    usable = _usable(student, teacher, valid)
+    loss, aux = _codebook_alignment(usable, unit(codes), assign or sinkhorn(), order, temperature)
+    return jnp.where(jnp.all(jnp.isfinite(codes)), loss, jnp.nan), aux
+
+
+def _codebook_alignment(
+    usable: _Usable,
+    codes: Float[Array, "codes dim"],
+    assign: Assign,
+    order: ordering.Order | None,
+    temperature: float,
+) -> tuple[Float[Array, ""], CodebookAux]:
+    student, teacher, here, dropped = usable
+    names, sequences = sorted(student), next(iter(student.values())).ndim == 3
+    plans = {name: _plan(teacher[name], codes, assign, here[name]) for name in names}
     assignment = {
         name: codebook.soft_codes(plan, len(plan)).reshape(*here[name].shape, -1)
         for name, plan in plans.items()
@@ -143,7 +168,7 @@ def codebook_alignment(
     predicted = {" to ".join(pair): _mean(*each) for pair, each in predicted.items()}
     loss = scale_one * sum(transport.values()) + scale_two * sum(predicted.values())
     used = {name: _usage(assignment[name], here[name]) for name in names}
-    return jnp.where(finite, loss, jnp.nan), CodebookAux(
+    return loss, CodebookAux(
         per_sample=per_sample,
         transport=transport,
         predicted=predicted,
@@ -185,8 +210,8 @@ def instance_alignment(
 
     Args:
         student: two or more named modalities, [batch, dim] each; scaled to length one inside.
-        teacher: features like the student's; they get no gradient. None: the student's own, and
-            then `intra_weight` must be 0, since a feature finds itself.
+        teacher: features like the student's; they get no gradient. None: the student's own, which
+            learn as candidates too; then `intra_weight` must be 0, since a feature finds itself.
         queue: earlier teacher features, more candidates.
         ids: rows with one id match each other; None: all differ.
         temperature: of the softmax; may be learned.
@@ -207,36 +232,27 @@ def instance_alignment(
     >>> print(f"{loss:.4f}")
     0.0001
     """
-    _check(student, teacher, None)
-    shape = next(iter(student.values())).shape
-    require(len(shape) == 2, f"features of shape {shape} cannot be compared: give [batch, dim]")
-    _positive("temperature", temperature)
-    require(
-        teacher is not None or intra_weight == 0,
-        f"intra_weight={intra_weight} needs a teacher: without one, a feature finds itself; give 0",
-    )
-    require(
-        ids is None or ids.shape == shape[:1],
-        f"ids are {getattr(ids, 'shape', ())}, not {shape[:1]}",
-    )
+    check_features(student, teacher, None)
+    check_candidates(student, teacher, queue, ids, intra_weight)
+    check_positive("temperature", temperature)
     if queue is not None:
-        kept = {name: each.shape for name, each in queue.features.items()}
-        fits = sorted(kept) == sorted(student) and all(s[1:] == shape[1:] for s in kept.values())
-        require(fits, f"a queue of {kept} does not go with features of {_shapes(student)}")
         kept = {name: unit(each) for name, each in queue.features.items()}
         queue = dataclasses.replace(queue, features=kept)
-    student, teacher, here, dropped = _usable(student, teacher, None)
-    found = alignment.cross_entropies(
-        student,
-        teacher,
-        queue,
-        jnp.arange(shape[0]) if ids is None else ids,
-        temperature=temperature,
-        alpha=alpha,
-        same=same,
-        valid=here,
-    )
-    names = sorted(student)
+    usable = _usable(student, teacher, None)
+    taught = None if teacher is None else usable.teacher
+    if ids is None:
+        ids = jnp.arange(len(next(iter(student.values()))), dtype=jnp.int32)
+    options = dict(temperature=temperature, alpha=alpha, same=same, valid=usable.here)
+    found = alignment.cross_entropies(usable.student, taught, queue, ids, **options)
+    loss, per_sample, directions = _mean_of_directions(found, usable.here, intra_weight)
+    return loss, InstanceAux(per_sample, directions, usable.dropped)
+
+
+def _mean_of_directions(
+    found: Float[Array, "modalities batch modalities"], here: Masks, intra_weight: float
+) -> tuple[Float[Array, ""], Float[Array, " batch"], dict[str, Float[Array, ""]]]:
+    """The weighted mean of cross-entropies of usable rows, of each sample, of each direction."""
+    names = sorted(here)
     rows = jnp.stack([here[name] for name in names], axis=1)  # [batch, modalities]
     both = rows.T[:, :, None] & rows[None]
     found = jnp.where(both, found, 0)
@@ -246,8 +262,7 @@ def instance_alignment(
         f"{a} to {b}": by_direction[i, j] for i, a in enumerate(names) for j, b in enumerate(names)
     }
     per_sample = jnp.einsum("abm,am->b", found, weights) / weights.sum()
-    loss = jnp.sum(by_direction * weights) / weights.sum()
-    return loss, InstanceAux(per_sample, directions, dropped)
+    return jnp.sum(by_direction * weights) / weights.sum(), per_sample, directions
 
 
 def _plan(
@@ -297,12 +312,7 @@ def _usage(
     return perplexity[0], unused[0]
 
 
-def _usable(
-    student: Features, teacher: Features | None, valid: Masks | None
-) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """Unit features with zeros in place of rows that are not finite; which rows count; how many
-    that are there do not.
-    """
+def _usable(student: Features, teacher: Features | None, valid: Masks | None) -> _Usable:
     given = dict(student) if teacher is None else teacher
     learned, fixed, here, dropped = {}, {}, {}, {}
     for name, features in student.items():
@@ -312,62 +322,4 @@ def _usable(
         learned[name], fixed[name] = (
             unit(jnp.where(here[name][..., None], x, 0)) for x in (features, given[name])
         )
-    return learned, jax.lax.stop_gradient(fixed), here, dropped
-
-
-def _check(student: Features, teacher: Features | None, valid: Masks | None) -> None:
-    """Raises ValueError, with both shapes or names, if these do not belong together."""
-    for what, given in (("student", student), ("teacher", teacher), ("valid", valid)):
-        require(
-            given is None or isinstance(given, Mapping),
-            f"{what} must map names of modalities to arrays, but is a {type(given).__name__}",
-        )
-    require(
-        len(student) >= 2, f"student has the modalities {sorted(student)}: two or more are needed"
-    )
-    for name, features in student.items():
-        require(
-            features.ndim in (2, 3) and 0 not in features.shape,
-            f"student[{name!r}] is {features.shape}: [batch, dim] or [batch, steps, dim], at least "
-            "one of each, is needed",
-        )
-    first, *others = student
-    for name in others:
-        one, other = student[first].shape, student[name].shape
-        require(
-            (one[0], one[-1], len(one)) == (other[0], other[-1], len(other)),
-            f"student[{first!r}] is {one} but student[{name!r}] is {other}: batch, dim and number "
-            "of axes must be equal",
-        )
-    if teacher is not None:
-        require(
-            _shapes(teacher) == _shapes(student),
-            f"teacher is {_shapes(teacher)} but student {_shapes(student)}: they must be equal",
-        )
-    for name, mask in (valid or {}).items():
-        require(
-            name in student, f"valid[{name!r}] is of no modality of the student: {sorted(student)}"
-        )
-        shape = student[name].shape[:-1]
-        require(
-            mask.shape == shape,
-            f"valid[{name!r}] is {mask.shape}, not {shape} as student[{name!r}]",
-        )
-
-
-def _check_codes(student: Features, codes: Float[Array, "codes dim"]) -> None:
-    name, features = next(iter(student.items()))
-    require(
-        codes.ndim == 2 and codes.shape[1] == features.shape[-1] and len(codes) >= 1,
-        f"codes are {codes.shape} but student[{name!r}] is {features.shape}: [codes, dim] with the "
-        "same dim is needed",
-    )
-
-
-def _shapes(features: Mapping[str, Shaped[Array, "..."]]) -> dict[str, tuple[int, ...]]:
-    return {name: features[name].shape for name in sorted(features)}
-
-
-def _positive(name: str, value: Float[Array, ""] | float) -> None:
-    if not isinstance(value, jax.core.Tracer):
-        require(float(value) > 0, f"{name}={value} must be above 0")
+    return _Usable(learned, jax.lax.stop_gradient(fixed), here, dropped)

@@ -88,6 +88,22 @@ def test_instance_alignment_without_teacher_within_or_queue_is_clip_s():
     np.testing.assert_allclose(aux.per_sample.mean(), clip, rtol=1e-5)
 
 
+def test_without_teacher_candidates_learn_too_and_with_one_they_do_not():
+    with jax.enable_x64(True):
+        z = features(0, "image", "text", dtype=np.float64)
+        clip = jax.jit(lambda z: method.instance_alignment(z, intra_weight=0)[0])
+        way = features(1, "image", "text", dtype=np.float64)
+        slope = (clip(moved(z, way, 1e-5)) - clip(moved(z, way, -1e-5))) / 2e-5
+        gradient = jax.jit(jax.grad(clip))(z)
+        np.testing.assert_allclose(sum(np.sum(gradient[n] * way[n]) for n in z), slope, rtol=1e-6)
+    taught = jax.jit(jax.grad(lambda z, t: method.instance_alignment(z, t)[0], 1))(z, z)
+    assert all(np.all(np.asarray(part) == 0) for part in taught.values())
+
+
+def moved(z, way, step):
+    return {name: each + step * way[name] for name, each in z.items()}
+
+
 def test_the_queue_and_ids_change_what_a_sample_is_compared_with():
     both = features(0, "image", "text")
     queue = method.empty_queue(tuple(both), size=32, dim=DIM)

@@ -160,7 +160,7 @@ def test_losses_and_queue_of_five_steps_are_the_references_on_what_the_towers_sa
             )
         ring.enqueue(found.teacher)
         np.testing.assert_array_equal(after.queue.valid, ring.valid)
-        np.testing.assert_allclose(after.queue.features, ring.rows, atol=1e-6)
+        np.testing.assert_allclose(list(after.queue.features.values()), ring.rows, atol=1e-6)
         assert scalars["queue/filled"] == ring.valid.sum()
 
 

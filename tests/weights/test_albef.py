@@ -180,7 +180,7 @@ def test_every_gradient_has_the_norm_of_albefs(task, stepped, golden):
 
 def test_the_queue_after_the_step_is_albefs(stepped, golden):
     for name in ("image", "text"):
-        found = getattr(stepped.queue, name).T
+        found = stepped.queue.features[name].T
         np.testing.assert_allclose(found, golden[f"out/{name}_queue_after"], rtol=0, atol=1e-5)
     assert stepped.queue.cursor == golden["out/queue_ptr_after"][0]
     assert not np.allclose(stepped.queue.features["image"].T, golden["state/image_queue"])
