@@ -6,7 +6,7 @@ import re
 import griffe
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:]+)[^)]*\)")
-FIELD_COMMENT = re.compile(r"  # (.+)$")
+FIELD_COMMENT = re.compile(r"  # (?!noqa)(.+)$")
 EXAMPLE = re.compile(r"^>>> .*(\n.+)*", re.MULTILINE)
 
 
@@ -33,6 +33,7 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", obj.docstring.value)
 
     def on_package(self, *, pkg: griffe.Module, **_) -> None:
-        """A name that a package takes from its modules appears once, in its module."""
+        """Sorts modules by name; a name that a package imports from them is shown there alone."""
         for module in pkg.modules.values():
+            module.members = dict(sorted(module.members.items()))
             module.exports = None
