@@ -9,14 +9,16 @@ import pytest
 from scipy.optimize import linprog
 from scipy.special import logsumexp
 
+from codebook_jax.method import ordering
 from codebook_jax.method.ordering import (
     Order,
-    align_steps,
     carry,
     order_costs,
     sequence_similarities,
     sequence_similarity,
 )
+
+align_steps = jax.jit(ordering.align_steps, static_argnames=("order", "epsilon"))
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "alignments.npz"
 ENOUGH = 3000  # iterations after which nothing changes

@@ -44,7 +44,15 @@ def test_an_unknown_assignment_is_refused_with_the_known_ones():
         task.check(task.config)
 
 
-@pytest.mark.parametrize("solver", ["swav", "unbalanced", "nearest", "softmax"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        "nearest",
+        "softmax",
+        pytest.param("swav", marks=pytest.mark.slow),
+        pytest.param("unbalanced", marks=pytest.mark.slow),
+    ],
+)
 def test_what_an_assignment_remembers_is_saved_and_goes_on_bit_for_bit(solver, tmp_path):
     task = task_on(1, 1, 1, **{"codebook.solver": solver, "codebook.move_unused_after": 2})
     first, batches = jax.device_get(task.init_state(0)), [batch_of(seed) for seed in range(4)]
@@ -67,6 +75,7 @@ def test_what_an_assignment_remembers_is_saved_and_goes_on_bit_for_bit(solver, t
     assert_close(again[-1], states[-1], rtol=0)
 
 
+@pytest.mark.slow
 def test_nearest_codes_on_eight_devices_are_those_of_one():
     changes = {"codebook.solver": "nearest", "codebook.move_unused_after": 2}
     one, eight = task_on(1, 1, 1, **changes), task_on(4, 2, 1, **changes)
