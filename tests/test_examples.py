@@ -21,6 +21,7 @@ def run(name):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_towers_learn_which_name_is_whose_in_a_loop_of_their_own():
     said = run("two_towers.py")
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
