@@ -62,20 +62,19 @@ def cross_entropies(
     return found.reshape(len(names), batch, len(names))
 
 
-def direction_weights(
-    modalities: int, intra_weight: float, dtype: jnp.dtype
-) -> Float[Array, "modalities modalities"]:
-    """Weights of the directions: 1 between modalities, `intra_weight` (0: ALBEF's) within one."""
-    weights = jnp.full((modalities, modalities), 1.0, dtype)
-    return jnp.where(jnp.eye(modalities, dtype=bool), jnp.asarray(intra_weight, dtype), weights)
-
-
 def alignment_loss(
     found: Float[Array, "modalities batch modalities"], *, intra_weight: float
 ) -> Float[Array, ""]:
-    """The weighted mean over the directions of `cross_entropies`."""
-    by_direction = found.mean(axis=1)  # [query modality, candidates']
-    weights = direction_weights(len(found), intra_weight, found.dtype)
+    """The mean over the batch and the directions of `cross_entropies`."""
+    return mean_of_directions(found.mean(axis=1), intra_weight=intra_weight)
+
+
+def mean_of_directions(
+    by_direction: Float[Array, "modalities modalities"], *, intra_weight: float
+) -> Float[Array, ""]:
+    """The mean weighted with 1 between modalities and `intra_weight` (0: ALBEF's) within one."""
+    within = jnp.eye(len(by_direction), dtype=bool)
+    weights = jnp.where(within, intra_weight, 1).astype(by_direction.dtype)
     return jnp.sum(by_direction * weights) / weights.sum()
 
 

@@ -256,13 +256,12 @@ def _mean_of_directions(
     rows = jnp.stack([here[name] for name in names], axis=1)  # [batch, modalities]
     both = rows.T[:, :, None] & rows[None]
     found = jnp.where(both, found, 0)
-    weights = alignment.direction_weights(len(names), intra_weight, found.dtype)
     by_direction = found.sum(axis=1) / jnp.maximum(both.sum(axis=1), 1)
     directions = {
         f"{a} to {b}": by_direction[i, j] for i, a in enumerate(names) for j, b in enumerate(names)
     }
-    per_sample = jnp.einsum("abm,am->b", found, weights) / weights.sum()
-    return jnp.sum(by_direction * weights) / weights.sum(), per_sample, directions
+    mean = functools.partial(alignment.mean_of_directions, intra_weight=intra_weight)
+    return mean(by_direction), jax.vmap(mean, in_axes=1)(found), directions
 
 
 def _plan(
@@ -282,7 +281,7 @@ def _carried(
     """What each modality's steps predict of another's, carried over their alignment; and that."""
     targets, alignments = {}, {}
     for a, b in itertools.combinations(sorted(teacher), 2):
-        cost = 1 - jnp.einsum("bnd,bmd->bnm", teacher[a], teacher[b], precision="highest")
+        cost = 1 - ordering.cosines(teacher[a], teacher[b])
         plan = ordering.align_steps(cost, order, here[a], here[b])
         alignments[f"{a} to {b}"] = plan
         targets[b, a] = ordering.carry(plan, assignment[a])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from codebook_jax.method.numerics import NEVER, wide_enough
+from codebook_jax.method.numerics import NEVER, require, wide_enough
 
 
 class Order(NamedTuple):
@@ -72,8 +72,7 @@ def align_steps(
     dummy takes a fixed mass, so what it costs does not matter). The entropy includes what goes to
     the dummies. Raises ValueError as `order_costs` does.
     """
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon} is not above 0.")
+    require(epsilon > 0, f"epsilon={epsilon} is not above 0.")
     _check_steps("valid_n", valid_n, cost, 1)
     _check_steps("valid_m", valid_m, cost, 2)
     cost = jax.lax.stop_gradient(cost).astype(wide_enough(cost.dtype))
@@ -128,7 +127,7 @@ def sequence_similarity(
     _check_steps("z_m", z_m, plan, 2)
     z_n, z_m, plan = _widened(z_n, z_m, plan)
     z_n, z_m = _where_mass(plan.sum(2), z_n), _where_mass(plan.sum(1), z_m)
-    return jnp.sum(plan * _cosines(z_n, z_m), axis=(1, 2))
+    return jnp.sum(plan * cosines(z_n, z_m), axis=(1, 2))
 
 
 def sequence_similarities(
@@ -149,7 +148,7 @@ def sequence_similarities(
     def against_all(one: tuple[Array, Array]) -> Array:
         """One sequence's similarity to all of b."""
         z, valid = (jnp.broadcast_to(part, (len(z_b), *part.shape)) for part in one)
-        plan = align_steps(1 - _cosines(z, z_b), order, valid, valid_b, epsilon=epsilon)
+        plan = align_steps(1 - cosines(z, z_b), order, valid, valid_b, epsilon=epsilon)
         return sequence_similarity(z, z_b, plan)
 
     return jax.lax.map(against_all, (z_a, valid_a))
@@ -175,7 +174,10 @@ def _count(here: Bool[Array, "batch steps"], kind: jnp.dtype) -> Float[Array, "b
     return jnp.maximum(jnp.sum(here, axis=1, keepdims=True, dtype=kind), 1)
 
 
-def _cosines(z_n: Array, z_m: Array) -> Array:
+def cosines(
+    z_n: Float[Array, "batch n dim"], z_m: Float[Array, "batch m dim"]
+) -> Float[Array, "batch n m"]:
+    """Of every step with every step of the other sequence; features have length one."""
     return jnp.einsum("bnd,bmd->bnm", z_n, z_m, precision="highest")
 
 
@@ -195,14 +197,13 @@ def _check_order(order: Order) -> None:
         ("slack", 0 < order.slack <= 1, "above 0 and at most 1"),
         ("iterations", order.iterations >= 1, "at least 1"),
     ):
-        if not fits:
-            raise ValueError(f"order.{field}={getattr(order, field)} must be {limits}.")
+        require(fits, f"order.{field}={getattr(order, field)} must be {limits}.")
 
 
 def _check_steps(name: str, array: Array, other: Array, axis: int) -> None:
     """Refuses [batch, steps, ...] if `other` has another batch or other steps on `axis`."""
-    if array.shape[:2] != (other.shape[0], other.shape[axis]):
-        raise ValueError(
-            f"{name} {array.shape} and {other.shape}, the costs or the plan, differ in the batch "
-            f"or the steps: they are axes 0 and {axis} of the latter."
-        )
+    require(
+        array.shape[:2] == (other.shape[0], other.shape[axis]),
+        f"{name} {array.shape} and {other.shape}, the costs or the plan, differ in the batch "
+        f"or the steps: they are axes 0 and {axis} of the latter.",
+    )

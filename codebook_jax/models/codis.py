@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from codebook_jax.data import augment
+from codebook_jax.method.modules import init_codes
 from codebook_jax.method.numerics import key_of, own_settings, unit, wide_enough
 from codebook_jax.models.bert import DropoutKey, FusionEncoder, TextEncoder
 from codebook_jax.models.layers import Compute, Dense, LayerNorm, gelu
@@ -152,11 +153,10 @@ def init_student(
     """Fresh parameters of the student, float32. Codewords are unit vectors in random directions."""
     tower_key, code_key = jax.random.split(key)
     towers, matching = _modules(config, vocabulary_size, None, tower_key)
-    codes = jax.random.normal(code_key, (config.codebook.size, config.model.dim), jnp.float32)
     return {
         "towers": nnx.to_pure_dict(nnx.state(towers)),
         "matching": nnx.to_pure_dict(nnx.state(matching)),
-        "codebook": {"codes": unit(codes)},
+        "codebook": {"codes": init_codes(code_key, config.codebook.size, config.model.dim)},
         "temperature": jnp.float32(config.alignment.temperature),
     }
 
