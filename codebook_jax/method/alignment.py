@@ -73,8 +73,8 @@ def mean_of_directions(
     by_direction: Float[Array, "modalities modalities"], *, intra_weight: float
 ) -> Float[Array, ""]:
     """The mean weighted with 1 between modalities and `intra_weight` (0: ALBEF's) within one."""
-    within = jnp.eye(len(by_direction), dtype=bool)
-    weights = jnp.where(within, intra_weight, 1).astype(by_direction.dtype)
+    own = jnp.eye(len(by_direction), dtype=by_direction.dtype)  # its dtype under 64 bits too
+    weights = 1 - own + intra_weight * own
     return jnp.sum(by_direction * weights) / weights.sum()
 
 

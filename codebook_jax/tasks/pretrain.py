@@ -180,7 +180,7 @@ class Pretraining(Task):
                 temperature=config.codebook.temperature,
             )
             parts = {
-                "transport": jnp.stack(Pair(**found.transport)).mean(axis=1).sum(),
+                "transport": sum(part.mean() for part in found.transport.values()),
                 "text_to_code": found.predicted["text", "image"].mean(),
                 "image_to_code": found.predicted["image", "text"].mean(),
             }
