@@ -162,6 +162,9 @@ COMMON = {
     "check.near_bits": Field(whole(0, 15), FREE),  # more would match unrelated pictures
     "check.max_bad_share": Field(SHARE, FREE),
 }
+# What every task with a codebook says of it.
+OF_CODEBOOKS = ("size", "temperature", "solver", "epsilon", "iterations", "swav_iterations")
+OF_CODEBOOKS += ("ipot_beta", "tau", "freeze_steps")
 # The fields of pre-training.
 PRETRAINING = {
     "losses.*": Field(NOT_NEGATIVE),
@@ -191,7 +194,22 @@ PRETRAINING = {
     "itm.groups": Field(whole(0), FIXED),
     "mlm.*": Field(SHARE),
 }
-FIELDS = COMMON | PRETRAINING
+# The fields of sequences: some of those, and how steps are aligned.
+SEQUENCES = {
+    name: field
+    for name, field in PRETRAINING.items()
+    if name.startswith(("losses.", "alignment.temperature", "teacher.momentum"))
+    or name in {f"codebook.{own}" for own in OF_CODEBOOKS}
+} | {
+    "sequences.max_*": Field(whole(1), FIXED),
+    "sequences.ordered": Field(FLAG),
+    "sequences.locality": Field(Number()),
+    "sequences.spread": Field(POSITIVE),
+    "sequences.width": Field(POSITIVE),
+    "sequences.slack": Field(Number(above=0, most=1)),
+    "sequences.iterations": Field(whole(1)),
+}
+FIELDS = COMMON | PRETRAINING | SEQUENCES
 
 
 def field_of(name: str, fields: Mapping[str, Field] = FIELDS) -> Field | None:
@@ -206,14 +224,18 @@ def restart_of(name: str) -> str:
     return LEARNED if field is None else field.restart
 
 
-def check_fields(config: ml_collections.ConfigDict, fields: Mapping[str, Field] = FIELDS) -> None:
-    """Raises UserError, with the field and its value, if a field is missing or breaks its rule."""
+def check_fields(
+    config: ml_collections.ConfigDict, needed: Mapping[str, Field] = COMMON
+) -> None:
+    """Raises UserError, with the field and its value, if one breaks its rule, or if one of the
+    `needed`, which may be a task's own, is missing.
+    """
     values = flat(config.to_dict())
-    for name in fields:
+    for name in needed:
         if "*" not in name and name not in values:
             raise UserError(f"config.{name} is missing: set it as configs/base.py does")
     for name, value in values.items():
-        field = field_of(name, fields)
+        field = field_of(name, FIELDS | needed)
         if field is not None and not field.rule.accepts(value):
             raise UserError(f"config.{name}={value!r} cannot be used: give {field.rule}")
 

@@ -20,6 +20,7 @@ from codebook_jax.errors import UserError
 from codebook_jax.models.codis import Model
 from codebook_jax.parallel import sharding
 
+_IMAGES = ("image", "images")
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, out of how many
 
 
@@ -63,7 +64,7 @@ def encode_source(
     count = min(images or len(source), len(source))
     max_tokens = config.model.text.max_tokens
     rows = rows_over_shards(min(config.evaluation.batch, count), model.mesh)
-    outputs = functools.partial(_Outputs, model.mesh, rows)
+    outputs = functools.partial(Outputs, model.mesh, rows)
     of_images = {name: outputs(count, with_tokens=name in with_tokens) for name in towers}
     kept: list[tuple[int, Record]] = []
     unreadable: list[str] = []
@@ -76,7 +77,7 @@ def encode_source(
             for name, weights in towers.items():
                 of_images[name].add(functools.partial(model.encode_images, weights), pixels)
         progress("images", chunk[-1][0] + 1, count)
-    _report_unreadable(source, unreadable, count)
+    report_unreadable(source, unreadable, count)
     captions = [caption for _, record in kept for caption in record.captions]
     tokens, lengths, truncated = tokenizer.encode(captions, max_tokens)
     if truncated:
@@ -111,7 +112,7 @@ def rows_over_shards(rows: int, mesh: jax.sharding.Mesh) -> int:
     return -(-rows // shards) * shards
 
 
-class _Outputs:
+class Outputs:
     """Features and, `with_tokens`, tokens of up to `total` inputs, in arrays allocated once."""
 
     def __init__(
@@ -159,12 +160,16 @@ def _read(
                 yield [job.result() for job in running]
 
 
-def _report_unreadable(source: Source, unreadable: Sequence[str], count: int) -> None:
+def report_unreadable(
+    source: Source, unreadable: Sequence[str], count: int, kinds: tuple[str, str] = _IMAGES
+) -> None:
+    """Says how many of `count` could not be read, and why the first; UserError if none could."""
+    one, several = kinds
     first = f" (first: {unreadable[0]})" if unreadable else ""
     if len(unreadable) == count:
-        raise UserError(f"{source!r} has no image to evaluate: 0 of {count:,} could be read{first}")
+        raise UserError(f"{source!r} has no {one} to evaluate: 0 of {count:,} could be read{first}")
     if unreadable:
-        left_out = f"{len(unreadable):,} of {count:,} images could not be read"
+        left_out = f"{len(unreadable):,} of {count:,} {several} could not be read"
         say(f"{left_out} and are left out with their captions{first}")
 
 

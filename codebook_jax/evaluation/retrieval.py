@@ -104,18 +104,27 @@ def format_table(results: Mapping[str, Recalls]) -> str:
         head += f"; {first['left_out']:,} unreadable images left out"
     if first["truncated"]:
         head += f"; {first['truncated']:,} captions cut to the model's length"
+    lines = recall_table(results, head, ("image to text", "text to image"))
+    lines += [f"{name} is no better than chance" for name in results if at_chance(results[name])]
+    return "\n".join(lines)
+
+
+def recall_table(
+    results: Mapping[str, Recalls], head: str, sides: tuple[str, str]
+) -> list[str]:
+    """The lines of a table: a head, then each protocol's recalls and chance, in both directions."""
+    first = next(iter(results.values()))
     names = [f"{prefix}{k}" for prefix in ("txt_r", "img_r") for k in RANKS]
     chances = [name.replace("_r", "_chance_r") for name in names]
     rows = {"recall, %": [f"R@{k}" for k in RANKS] * 2}
     rows |= {title: [f"{values[name]:.2f}" for name in names] for title, values in results.items()}
     rows["chance"] = [f"{first[name]:.2f}" for name in chances]
     width, half = max(map(len, rows)), 8 * len(RANKS)
-    lines = [head, f"{'':{width}} {'image to text':>{half}}   {'text to image':>{half}}"]
+    lines = [head, f"{'':{width}} {sides[0]:>{half}}   {sides[1]:>{half}}"]
     for title, cells in rows.items():
         line = "".join(f"{cell:>8}" for cell in cells)
         lines.append(f"{title:{width}} {line[:half]}   {line[half:]}")
-    lines += [f"{name} is no better than chance" for name in results if at_chance(results[name])]
-    return "\n".join(lines)
+    return lines
 
 
 def at_chance(values: Recalls) -> bool:

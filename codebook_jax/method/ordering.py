@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float
 
 from codebook_jax.method.numerics import NEVER, require, wide_enough
 
+CELLS_AT_ONCE = 2**22  # of step by step costs: 16 MB each of a few arrays
+
 
 class Order(NamedTuple):
     """How sequences are aligned; Python numbers, static under jit (Su & Hua 2017, 3)."""
@@ -139,11 +141,13 @@ def sequence_similarities(
     *,
     epsilon: float = 0.1,
 ) -> Float[Array, "a b"]:
-    """The similarity of every pair of sequences, for retrieval; one row at a time, of b n m costs.
+    """The similarity of every pair of sequences, for retrieval and contrast.
 
-    Features are of length one. `order` and `epsilon` are those of `align_steps`.
+    Features are of length one. `order` and `epsilon` are those of `align_steps`. Rows are compared
+    as many at once as make CELLS_AT_ONCE costs.
     """
     z_a, z_b = _widened(z_a, z_b)
+    rows = max(1, CELLS_AT_ONCE // (z_a.shape[1] * len(z_b) * z_b.shape[1]))
 
     def against_all(one: tuple[Array, Array]) -> Array:
         """One sequence's similarity to all of b."""
@@ -151,7 +155,7 @@ def sequence_similarities(
         plan = align_steps(1 - cosines(z, z_b), order, valid, valid_b, epsilon=epsilon)
         return sequence_similarity(z, z_b, plan)
 
-    return jax.lax.map(against_all, (z_a, valid_a))
+    return jax.lax.map(against_all, (z_a, valid_a), batch_size=min(rows, len(z_a)))
 
 
 def _transport(log_kernel: Array, rows: Array, columns: Array, iterations: int) -> Array:

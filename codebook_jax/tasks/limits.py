@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from codebook_jax.config import check_fields, flat, with_fields
+from codebook_jax.config import COMMON, PRETRAINING, check_fields, flat, with_fields
 from codebook_jax.errors import UserError
 from codebook_jax.method import assignment
 
@@ -26,14 +26,30 @@ ASSIGNMENTS: dict[str, Callable[[ml_collections.ConfigDict], assignment.Assign]]
 PAIRS = "name your pairs, e.g. json:PATH, or scenes"
 
 
+Fit = tuple[str, Callable[..., bool], str]
+
+
 def _divides(whole: int, part: int) -> bool:
     return whole % part == 0
 
 
-# Fields, whether their values fit, and what is needed.
-FITTING = (
+# Fields, whether their values fit, and what is needed: of every task that has the towers ...
+COMMON_FITTING = (
     ("data.train", bool, PAIRS),
     ("data.eval", bool, PAIRS),
+    (
+        "alignment.temperature_min alignment.temperature alignment.temperature_max",
+        lambda least, first, most: least <= first <= most,
+        "the first temperature must lie in its range",
+    ),
+    ("model.text.max_tokens model.text.max_positions", operator.le, "each token needs a position"),
+    ("model.image.size_px model.image.patch_px", _divides, "patches must fill the image"),
+    ("model.image.width model.image.heads", _divides, "the heads must divide the width"),
+    ("model.text.width model.text.heads", _divides, "the heads must divide the width"),
+)
+# ... and of pre-training.
+FITTING = (
+    *COMMON_FITTING,
     (
         "losses.alignment losses.codebook losses.matching losses.masked_lm",
         lambda *weights: any(weights),
@@ -42,24 +58,20 @@ FITTING = (
     ("codebook.solver", ASSIGNMENTS.__contains__, f"give one of {', '.join(ASSIGNMENTS)}"),
     ("queue.size data.global_batch", operator.ge, "the queue must hold at least one batch"),
     ("codebook.queue_samples queue.size", operator.le, "the queue does not hold so many"),
-    (
-        "alignment.temperature_min alignment.temperature alignment.temperature_max",
-        lambda least, first, most: least <= first <= most,
-        "the first temperature must lie in its range",
-    ),
     ("mlm.mask_share mlm.random_share", lambda *both: sum(both) <= 1, "their sum is at most 1"),
-    ("model.text.max_tokens model.text.max_positions", operator.le, "each token needs a position"),
-    ("model.image.size_px model.image.patch_px", _divides, "patches must fill the image"),
-    ("model.image.width model.image.heads", _divides, "the heads must divide the width"),
-    ("model.text.width model.text.heads", _divides, "the heads must divide the width"),
 )
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError, with the fields and their values, if no pre-training can start so."""
-    check_fields(config)
+    check_fields(config, COMMON | PRETRAINING)
+    check_fitting(config, FITTING)
+
+
+def check_fitting(config: ml_collections.ConfigDict, fitting: tuple[Fit, ...]) -> None:
+    """Raises UserError, with the fields and their values, for the first that do not fit."""
     values = flat(config.to_dict())
-    for names, fit, needed in FITTING:
+    for names, fit, needed in fitting:
         if not fit(*(values[name] for name in names.split())):
             given = ", ".join(f"config.{name}={values[name]!r}" for name in names.split())
             raise UserError(f"{given} cannot be used: {needed}")

@@ -32,7 +32,15 @@ from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer, running
 from codebook_jax.tasks.draws import Inputs, Pair, draw_inputs
-from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
+from codebook_jax.tasks.state import (
+    Learned,
+    Plan,
+    Targets,
+    Taught,
+    TrainState,
+    if_good,
+    updates,
+)
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
 
@@ -96,7 +104,7 @@ class Pretraining(Task):
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         after = self.remember(self.learn(state, gradients), taught.features, plan)
-        after = _if_good(good, after, state)
+        after = if_good(good, after, state)
         scalars = {"loss": loss, **scalars, "gradient_norm": gradient_norm, "bad_step": ~good}
         return after, scalars | self.report(state, after, inputs, plan)
 
@@ -245,12 +253,12 @@ class Pretraining(Task):
     @jax.named_scope("learn")
     def learn(self, state: TrainState, gradients: PyTree) -> TrainState:
         """The student after the optimizer, the teacher after its average."""
-        frozen = _updates(state) < self.config.codebook.freeze_steps
+        frozen = updates(state) < self.config.codebook.freeze_steps
         frozen |= isinstance(state.running, assignment.RunningCodes)
         of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
         gradients = {**gradients, "codebook": of_codes}
         updates, moments = self.optimizer.update(gradients, state.moments, state.student)
-        student = optax.apply_updates(state.student, updates)
+        student = optax.applyupdates(state.student, updates)
         low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
         student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
         averaged = teacher.momentum_average(state.teacher, student["towers"], self.momentum(state))
@@ -283,7 +291,7 @@ class Pretraining(Task):
         scalars = {
             "temperature": before.student["temperature"],
             "alpha": self.alpha(before),
-            "learning_rate": self.rate(_updates(before)),
+            "learning_rate": self.rate(updates(before)),
             "teacher/momentum": self.momentum(before),
             "queue/filled": after.queue.filled,
             "bad_in_row": after.bad_in_row,
@@ -302,12 +310,12 @@ class Pretraining(Task):
 
     def alpha(self, state: TrainState) -> Array:
         """Weight of the teacher's soft targets: 0, rising over the first `teacher.alpha_steps`."""
-        ramp = _updates(state).astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
+        ramp = updates(state).astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
         return jnp.float32(self.config.teacher.alpha) * jnp.minimum(ramp, 1)
 
     def momentum(self, state: TrainState) -> Array:
         of = self.config.teacher
-        return teacher.momentum_at(_updates(state), momentum=of.momentum, ramp=of.momentum_ramp)
+        return teacher.momentum_at(updates(state), momentum=of.momentum, ramp=of.momentum_ramp)
 
     # -- evaluation
 
@@ -376,22 +384,7 @@ def _likeliest(scores: Float[Array, "*some choices"]) -> Int[Array, "*some"]:
     return jax.lax.argmax(scores, scores.ndim - 1, jnp.int32)
 
 
-def _updates(state: TrainState) -> Array:
-    """Steps that changed the parameters, which the schedules count."""
-    return state.step - state.bad_total
-
-
 def _at_positions(
     states: Float[Array, "texts tokens width"], positions: Int[Array, "texts slots"]
 ) -> Float[Array, "texts slots width"]:
     return jnp.take_along_axis(states, positions[:, :, None], axis=1)
-
-
-def _if_good(good: Array, after: TrainState, before: TrainState) -> TrainState:
-    """The state after a good step; a bad one changes only the counts and the position."""
-    chosen = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
-    return chosen.replace(
-        step=before.step + 1,
-        bad_in_row=jnp.where(good, 0, before.bad_in_row + 1),
-        bad_total=before.bad_total + (~good).astype(jnp.int32),
-    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import flax.struct
-from jaxtyping import Array, Float, Int, PyTree
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from codebook_jax.method.codebook import Usage
 from codebook_jax.method.queue import Queue
@@ -13,6 +15,7 @@ from codebook_jax.tasks.draws import Pair
 from codebook_jax.tasks.running import Running
 
 Plan = Float[Array, "2 rows codes"]
+Counted = TypeVar("Counted")  # a state with step, bad_in_row and bad_total as `TrainState` has them
 
 
 @flax.struct.dataclass
@@ -52,3 +55,18 @@ class Learned(NamedTuple):
     image_tokens: Float[Array, "batch patches width"]
     text_states: Float[Array, "batch tokens width"]
     masked_states: Float[Array, "batch tokens width"] | None  # of the texts with hidden words
+
+
+def updates(state: Counted) -> Int[Array, ""]:
+    """Steps that changed the parameters, which the schedules count."""
+    return state.step - state.bad_total
+
+
+def if_good(good: Bool[Array, ""], after: Counted, before: Counted) -> Counted:
+    """The state after a good step; a bad one changes only the counts and the position."""
+    chosen = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+    return chosen.replace(
+        step=before.step + 1,
+        bad_in_row=jnp.where(good, 0, before.bad_in_row + 1),
+        bad_total=before.bad_total + (~good).astype(jnp.int32),
+    )

@@ -1,0 +1,301 @@
+"""Sequences in order, such as the frames and the sentences of a story, aligned step by step.
+
+Frames and sentences go through the image and the text tower. The teacher's steps choose codewords;
+order-preserving transport aligns the steps of each story, and every step's student predicts the
+codes of the steps that it is aligned with (`method.codebook_alignment`). Besides, whole stories
+find each other in the batch by the similarity of their aligned steps.
+Source: Duan et al. 2022, 3.1, for steps; Su & Hua 2017 for the alignment.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped, UInt8
+
+from codebook_jax import method
+from codebook_jax.config import COMMON, SEQUENCES, check_fields
+from codebook_jax.data.batch import StoryBatch
+from codebook_jax.data.sources import Source
+from codebook_jax.data.text import Tokenizer, Vocabulary
+from codebook_jax.evaluation import stories
+from codebook_jax.evaluation.encoding import Progress
+from codebook_jax.evaluation.retrieval import recalls_of
+from codebook_jax.method import ordering
+from codebook_jax.method.numerics import NEVER, key_of
+from codebook_jax.models import codis
+from codebook_jax.parallel import sharding
+from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
+from codebook_jax.tasks import limits, optimizer
+from codebook_jax.tasks.state import if_good, updates
+from codebook_jax.tasks.task import Evaluation, Items, Task
+
+
+@flax.struct.dataclass
+class SequenceState:
+    """The state of one run; its fields mean what they mean in `TrainState`."""
+
+    step: Int[Array, ""]
+    student: PyTree
+    teacher: PyTree
+    moments: PyTree
+    bad_in_row: Int[Array, ""]
+    bad_total: Int[Array, ""]
+
+
+class Steps(NamedTuple):
+    """Arrays of every step of a batch's stories."""
+
+    frames: Shaped[Array, "batch frames ..."]
+    sentences: Shaped[Array, "batch sentences ..."]
+
+
+class Embedded(NamedTuple):
+    """What the towers make of a batch: features of length one."""
+
+    features: Steps
+
+
+class Sequences(Task):
+    """The jitted programs of a run on stories; holds no parameters."""
+
+    stories = True
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
+    ) -> None:
+        self.model = codis.Model(config, vocabulary.size, mesh)
+        self.rate, self.optimizer = optimizer.from_config(config)
+        self.assignment = limits.ASSIGNMENTS[config.codebook.solver](config.codebook)
+        self.order = order_of(config) if config.sequences.ordered else None
+        self.passes = Passes(config.optimizer.accumulation, mesh)
+        super().__init__(config, vocabulary, mesh)
+
+    @staticmethod
+    def check(config: ml_collections.ConfigDict) -> None:
+        """Raises UserError, with the fields and their values, if no run on stories can start so."""
+        check_fields(config, COMMON | SEQUENCES)
+        limits.check_fitting(config, FITTING)
+
+    @staticmethod
+    def checkpoint_items() -> Items:
+        return Items(("student", "teacher", "moments"), "student", ("student", "teacher"))
+
+    def fresh(self, key: Key[Array, ""]) -> SequenceState:
+        """A state whose teacher is a copy of the student."""
+        student = codis.init_student(self.config, self.vocabulary.size, key)
+        return SequenceState(
+            step=jnp.int32(0),
+            student=student,
+            teacher=jax.tree.map(jnp.copy, student["towers"]),
+            moments=self.optimizer.init(student),
+            bad_in_row=jnp.int32(0),
+            bad_total=jnp.int32(0),
+        )
+
+    def abstract_batch(self) -> StoryBatch:
+        """Shapes, types and shardings of a global batch."""
+        model, of = self.config.model, self.config.sequences
+        rows, side = self.config.data.global_batch, model.image.size_px
+        frames, number = ((rows, of.max_frames, side, side, 3), np.uint8), ((rows,), np.int32)
+        tokens = ((rows, of.max_sentences, model.text.max_tokens), np.int32)
+        lengths = ((rows, of.max_sentences), np.int32)
+        fields = frames, frames, number, tokens, lengths, number, number, number
+        place = sharding.batch_sharding(self.mesh)
+        return StoryBatch(*(jax.ShapeDtypeStruct(*field, sharding=place) for field in fields))
+
+    def batches(
+        self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
+    ) -> AbstractContextManager[Iterator[StoryBatch]]:
+        """This process's rows of every batch from `start_step` on."""
+        return super().batches(source, tokenizer, start_step=start_step, workers=workers)
+
+    # -- the step
+
+    def update(self, state: SequenceState, batch: StoryBatch) -> tuple[SequenceState, Scalars]:
+        """One step; if its loss or gradient is not finite, only the counts change."""
+        key = jax.random.fold_in(key_of(self.config.seed), state.step)
+        taught = self.passes.over(functools.partial(self.teach, state.teacher), batch)
+        objective = Objective(
+            self.embed,
+            functools.partial(self.compare, batch, taught.features),
+            lambda *_: (jnp.float32(0), {}),  # no losses of single passes
+            direct=("codebook", "temperature"),
+        )
+        given = objective, state.student, batch, taught, key
+        (loss, scalars), gradients = self.passes.gradients(*given)
+        gradient_norm = optax.tree.norm(gradients)
+        good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        after = if_good(good, self.learn(state, gradients), state)
+        return after, {
+            "loss": loss,
+            **scalars,
+            "temperature": state.student["temperature"],
+            "learning_rate": self.rate(updates(state)),
+            "teacher/momentum": self.momentum(state),
+            "gradient_norm": gradient_norm,
+            "bad_step": ~good,
+            "bad_in_row": after.bad_in_row,
+            "bad_total": after.bad_total,
+        }
+
+    @jax.named_scope("teach")
+    def teach(self, towers: PyTree, batch: StoryBatch) -> Embedded:
+        """The teacher's features of its view of the frames and of the sentences."""
+        found = self._embed(towers, batch.teacher_frames, batch, None)
+        return jax.lax.stop_gradient(found)
+
+    @jax.named_scope("embed")
+    def embed(self, student: PyTree, batch: StoryBatch, key: Key[Array, ""]) -> Embedded:
+        """The student's features of its view of the frames and of the sentences."""
+        return self._embed(student["towers"], batch.frames, batch, key)
+
+    @jax.named_scope("compare")
+    def compare(
+        self, batch: StoryBatch, taught: Steps, features: Steps, own: Mapping[str, PyTree]
+    ) -> tuple[Array, Scalars]:
+        """The losses of the global batch, weighted; `own` has codebook and temperature."""
+        config, scalars, loss = self.config, {}, jnp.float32(0)
+        here = Steps(
+            _first(batch.frame_count, features.frames.shape[1]),
+            _first(batch.sentence_count, features.sentences.shape[1]),
+        )
+        if config.losses.codebook:
+            scalars["loss/codebook"], aux = method.codebook_alignment(
+                features._asdict(),
+                own["codebook"]["codes"],
+                teacher=taught._asdict(),
+                valid=here._asdict(),
+                assign=self.assignment,
+                order=self.order,
+                temperature=config.codebook.temperature,
+            )
+            broken = sum(aux.dropped.values()) > 0  # steps that are not finite: a bad step
+            loss += config.losses.codebook * jnp.where(broken, jnp.nan, scalars["loss/codebook"])
+            for name in Steps._fields:
+                scalars[f"codebook/perplexity_{name}"] = aux.perplexity[name]
+                scalars[f"codebook/unused_share_{name}"] = aux.unused_share[name]
+            scalars["transport/column_error"] = jnp.stack([*aux.column_error.values()]).max()
+        if config.losses.alignment:
+            everyone = features, here, batch.example
+            (frames, sentences), here, story = sharding.whole(everyone, self.mesh)
+            alike = method.sequence_similarities(
+                frames, sentences, self.order, *here, epsilon=config.sequences.spread
+            )
+            scalars["loss/alignment"] = contrast(alike / own["temperature"], story)
+            loss += config.losses.alignment * scalars["loss/alignment"]
+        return loss, scalars
+
+    @jax.named_scope("learn")
+    def learn(self, state: SequenceState, gradients: PyTree) -> SequenceState:
+        """The student after the optimizer, the teacher after its average."""
+        frozen = updates(state) < self.config.codebook.freeze_steps
+        of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
+        gradients = {**gradients, "codebook": of_codes}
+        changes, moments = self.optimizer.update(gradients, state.moments, state.student)
+        student = optax.apply_updates(state.student, changes)
+        low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
+        student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
+        momentum = self.momentum(state)
+        averaged = method.momentum_average(state.teacher, student["towers"], momentum)
+        return state.replace(student=student, moments=moments, teacher=averaged)
+
+    def momentum(self, state: SequenceState) -> Float[Array, ""]:
+        of = self.config.teacher
+        return method.momentum_at(updates(state), momentum=of.momentum, ramp=of.momentum_ramp)
+
+    def _embed(
+        self,
+        towers: PyTree,
+        frames: UInt8[Array, "batch frames side side 3"],
+        batch: StoryBatch,
+        key: Key[Array, ""] | None,
+    ) -> Embedded:
+        """All steps as rows of the towers; each story's steps stay on the device that has it."""
+        towers, together = self.model.towers(towers), lambda x: x.reshape(-1, *x.shape[2:])
+        image, _ = towers.embed_images(self.model.pixels(together(frames)))
+        text, _ = towers.embed_texts(together(batch.tokens), together(batch.text_length), key)
+        return Embedded(Steps(*(x.reshape(len(frames), -1, x.shape[-1]) for x in (image, text))))
+
+    # -- evaluation
+
+    def evaluate(
+        self,
+        state: SequenceState,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        images: int,
+        final: bool,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Retrieval of whole stories, and right order against shuffled, by student and teacher."""
+        towers = {"student": state.student["towers"], "teacher": state.teacher}
+        found = stories.encode_stories(
+            self.model,
+            towers,
+            source,
+            tokenizer,
+            self.config,
+            stories=images,
+            progress=progress or (lambda *_: None),
+        )
+        results = {
+            f"{name}/{how}": recalls
+            for name, encoded in found.items()
+            for how, recalls in stories.evaluate(encoded, order_of(self.config)).items()
+        }
+        return Evaluation(
+            results,
+            stories.flat(results),
+            score=float(np.mean(list(recalls_of(results["student/ordered"]).values()))),
+            metric="mean of the recalls of student/ordered in validation",
+            summary=stories.summary(results["student/ordered"]),
+            table=stories.format_table(results),
+        )
+
+
+def order_of(config: ml_collections.ConfigDict) -> ordering.Order:
+    """The order that `config.sequences` describes."""
+    return ordering.Order(*(config.sequences[field] for field in ordering.Order._fields))
+
+
+def contrast(
+    logits: Float[Array, "batch batch"], story: Int[Array, " batch"]
+) -> Float[Array, ""]:
+    """The mean cross-entropy of finding the own row and the own column, as CLIP's (Radford et al.
+    2021, 2.3). Other rows of the same story are left out.
+    """
+    other = (story[:, None] != story[None]) | jnp.eye(len(story), dtype=bool)
+    logits = jnp.where(other, logits, NEVER)
+    found = [jnp.diagonal(jax.nn.log_softmax(logits, axis=axis)) for axis in (0, 1)]
+    return -jnp.stack(found).mean()
+
+
+def _first(counts: Int[Array, " batch"], most: int) -> Bool[Array, "batch most"]:
+    return jnp.arange(most, dtype=counts.dtype) < counts[:, None]
+
+
+# Fields, whether their values fit, and what is needed.
+FITTING = (
+    *limits.COMMON_FITTING,
+    (
+        "losses.alignment losses.codebook",
+        lambda *weights: any(weights),
+        "give one a weight, or nothing is learned",
+    ),
+    (
+        "codebook.solver",
+        lambda name: name in limits.ASSIGNMENTS and name not in ("nearest", "softmax"),
+        "give one by transport: sinkhorn, ipot, swav or unbalanced",
+    ),
+)
