@@ -78,8 +78,9 @@ def build_training(
         config = with_fields(config, {"mesh.fsdp": before.mesh.fsdp})
     mesh = sharding.mesh_of(config.mesh)
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
-    source = source_of(config, config.data.train, "train")
-    validation = source_of(config, config.data.eval, "validation")
+    stories = task_class(config).stories
+    source = source_of(config, config.data.train, "train", stories=stories)
+    validation = source_of(config, config.data.eval, "validation", stories=stories)
     start = () if saved else weights.read_start(config)
     asked = weights.adopted(config, start, record)
     for name, (old, new) in changed_fields(config.to_dict(), asked.to_dict()).items():

@@ -22,3 +22,20 @@ class Batch(NamedTuple):
     image_id: Int32[Array | np.ndarray, " batch"]  # equal for pairs of one image, within a source
     example: Int32[Array | np.ndarray, " batch"]  # index in the source, for reports
     skipped: Int32[Array | np.ndarray, " batch"]  # unreadable records skipped before this one
+
+
+class StoryBatch(NamedTuple):
+    """One step's stories, as in `Batch`; padded frames and sentences follow the real ones."""
+
+    # The student's crop: one for all frames of a story, so that what moves keeps its path; black
+    # where padded.
+    frames: UInt8[Array | np.ndarray, "batch frames side side 3"]
+    teacher_frames: UInt8[Array | np.ndarray, "batch frames side side 3"]  # the teacher's crop
+    frame_count: Int32[Array | np.ndarray, " batch"]  # frames before the padding
+    tokens: Int32[Array | np.ndarray, "batch sentences tokens"]  # all padding where padded
+    text_length: Int32[
+        Array | np.ndarray, "batch sentences"
+    ]  # 1 where padded, so that no row is empty
+    sentence_count: Int32[Array | np.ndarray, " batch"]  # sentences before the padding
+    example: Int32[Array | np.ndarray, " batch"]  # index in the source, for reports
+    skipped: Int32[Array | np.ndarray, " batch"]  # unreadable stories skipped before this one

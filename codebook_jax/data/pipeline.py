@@ -10,22 +10,22 @@ import itertools
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from codebook_jax.console import say
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.crops import random_crops
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.mirror import mirrored
-from codebook_jax.data.sources import Source
+from codebook_jax.data.sources import Record, Source, Story
 from codebook_jax.data.sources.mixture import training_order
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.errors import UserError
@@ -36,9 +36,44 @@ _NAMED = 3  # unreadable images that a stream prints
 _ROWS_A_TASK = 8  # per thread: enough for little overhead, few enough to occupy all threads
 _READERS = 2  # batches made at once: threads need not wait for the previous batch's tokens
 
+Told = TypeVar("Told")  # what a row holds besides its pictures
+Made = TypeVar("Made", bound=tuple)  # a batch
+
+
+class Spec(Protocol[Told, Made]):
+    """What the batches hold, and how they are made of records."""
+
+    seed: int
+    global_batch: int
+    rows: Sequence[int] | np.ndarray | slice  # of the global batch, that this process makes
+    records: str  # what the source has, for messages
+    replacement: str  # what happens to a record that cannot be read
+
+    def pictures(self, rows: int) -> UInt8[np.ndarray, "views rows ..."]:
+        """Where the pictures of so many rows are to be written."""
+
+    def read(
+        self,
+        record: Record | Story,
+        rng: np.random.Generator,
+        pictures: UInt8[np.ndarray, "views ..."],
+    ) -> Told:
+        """Writes all of a row's `pictures`, and returns what else it holds. Its draws depend on
+        `rng` alone. Raises UnreadableImage.
+        """
+
+    def batch(
+        self,
+        pictures: UInt8[np.ndarray, "views rows ..."],
+        told: Sequence[Told],
+        tokenizer: Tokenizer,
+        numbers: Mapping[str, Int32[np.ndarray, " rows"]],
+    ) -> Made:
+        """The batch of these rows; `numbers` are its fields `example` and `skipped`."""
+
 
 class BatchSpec(NamedTuple):
-    """What the batches hold."""
+    """Batches of pairs, and what they hold."""
 
     seed: int
     global_batch: int
@@ -50,8 +85,47 @@ class BatchSpec(NamedTuple):
     flip: bool  # half the rows are mirrored on the device, with left and right swapped in captions
     views: int  # 2: the teacher gets its own crop of the image; 1: the student's
 
+    records = "pairs"
+    replacement = "an image cannot be read and is replaced by the next one"
 
-class BatchStream(Iterator[Batch]):
+    def pictures(self, rows: int) -> UInt8[np.ndarray, "views rows size size 3"]:
+        return np.empty((self.views, rows, self.size_px, self.size_px, 3), np.uint8)
+
+    def read(
+        self,
+        record: Record,
+        rng: np.random.Generator,
+        pictures: UInt8[np.ndarray, "views size size 3"],
+    ) -> tuple[str, bool, int]:
+        """(caption, whether its picture is to be mirrored, image_id)"""
+        drawn, flipped = rng.random(2)
+        picture = Picture(record.image)
+        random_crops(picture, rng, pictures, scale=self.crop_scale, ratio=self.crop_ratio)
+        caption = record.captions[int(drawn * len(record.captions))]
+        other = mirrored(caption) if self.flip and flipped < 0.5 else None
+        return caption if other is None else other, other is not None, record.image_id
+
+    def batch(
+        self,
+        pictures: UInt8[np.ndarray, "views rows size size 3"],
+        told: Sequence[tuple[str, bool, int]],
+        tokenizer: Tokenizer,
+        numbers: Mapping[str, Int32[np.ndarray, " rows"]],
+    ) -> Batch:
+        captions, flips, image_ids = zip(*told, strict=True)
+        tokens, lengths, _ = tokenizer.encode(captions, self.max_tokens)
+        return Batch(
+            image=pictures[0],
+            teacher_image=pictures[-1],
+            flip=np.array(flips, bool),
+            tokens=tokens,
+            text_length=lengths,
+            image_id=np.array(image_ids, np.int32),
+            **numbers,
+        )
+
+
+class BatchStream(Iterator[Made]):
     """Batches from `start_step` on, endlessly; `close()` ends its threads and worker processes.
 
     An epoch has every record of the source once, in a new order, each with one caption, and the
@@ -63,7 +137,7 @@ class BatchStream(Iterator[Batch]):
         self,
         source: Source,
         tokenizer: Tokenizer,
-        spec: BatchSpec,
+        spec: Spec[Told, Made],
         *,
         workers: int = 0,
         threads: int = 1,
@@ -93,13 +167,13 @@ class BatchStream(Iterator[Batch]):
             batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         self._batches = iter(batches)
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Made:
         batch, unreadable = next(self._batches)
         if batch is None:
             raise UserError(*unreadable)
         for sentence in unreadable[: self._unnamed]:
             self._unnamed -= 1
-            say(f"an image cannot be read and is replaced by the next one: {sentence}")
+            say(f"{self._maker.spec.replacement}: {sentence}")
         return batch
 
     def close(self) -> None:
@@ -135,14 +209,12 @@ class BadRate:
             )
 
 
-# Of a row: its example, image_id, caption and flip, and why each record before it was unreadable.
-_Row = tuple[int, int, str, bool, list[str]]
-
-
-class _Maker:
+class _Maker(Generic[Told, Made]):
     """Makes the batch of a step. Pickled into a worker process, it has threads of its own there."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, spec: BatchSpec, threads: int) -> None:
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, spec: Spec[Told, Made], threads: int
+    ) -> None:
         self.source, self.tokenizer, self.spec, self.threads = source, tokenizer, spec, threads
         self._rows = np.arange(spec.global_batch)[spec.rows]
         self._order = training_order(source, spec.seed)
@@ -151,62 +223,51 @@ class _Maker:
     def __reduce__(self) -> tuple:
         return _Maker, (self.source, self.tokenizer, self.spec, self.threads)
 
-    def __call__(self, step: int) -> tuple[Batch | None, list[str]]:
+    def __call__(self, step: int) -> tuple[Made | None, list[str]]:
         """(batch, a sentence on each of the first unreadable images), or (None, [a user error]):
         exceptions lose their type on the way from a worker process.
         """
-        count, size_px = len(self._rows), self.spec.size_px
+        count = len(self._rows)
         positions = (int(step) * self.spec.global_batch + self._rows).tolist()
-        views = np.empty((self.spec.views, count, size_px, size_px, 3), np.uint8)
+        pictures = self.spec.pictures(count)
 
-        def read(start: int) -> list[_Row]:
+        def read(start: int) -> list[tuple[Told, int, list[str]]]:
             part = range(start, min(start + _ROWS_A_TASK, count))
-            return [self._read(positions[row], views[:, row]) for row in part]
+            return [self._read(positions[row], pictures[:, row]) for row in part]
 
         run = map if self.threads == 1 else self.pool.map
         try:
             rows = [row for part in run(read, range(0, count, _ROWS_A_TASK)) for row in part]
         except UserError as error:
             return None, [str(error)]
-        examples, image_ids, captions, flips, unreadable = zip(*rows, strict=True)
-        tokens, lengths, _ = self.tokenizer.encode(captions, self.spec.max_tokens)
-        batch = Batch(
-            image=views[0],
-            teacher_image=views[-1],
-            flip=np.array(flips, bool),
-            tokens=tokens,
-            text_length=lengths,
-            image_id=np.array(image_ids, np.int32),
-            example=np.array(examples, np.int32),
-            skipped=np.array(list(map(len, unreadable)), np.int32),
-        )
+        told, examples, unreadable = zip(*rows, strict=True)
+        numbers = {
+            "example": np.array(examples, np.int32),
+            "skipped": np.array(list(map(len, unreadable)), np.int32),
+        }
+        batch = self.spec.batch(pictures, told, self.tokenizer, numbers)
         return batch, list(itertools.chain(*unreadable))[:_NAMED]
 
-    def _read(self, position: int, views: UInt8[np.ndarray, "views size size 3"]) -> _Row:
-        """The record at this position of the run, or the next readable one, cropped into `views`.
+    def _read(
+        self, position: int, pictures: UInt8[np.ndarray, "views ..."]
+    ) -> tuple[Told, int, list[str]]:
+        """What the spec reads of the record at this position of the run, or of the next readable
+        one; its index; and why each record before it was unreadable.
 
         The random draws depend only on the position, in a fixed order, whichever record is used.
         """
-        spec, first = self.spec, int(self._order[position])
+        seed, first = self.spec.seed % 2**64, int(self._order[position])
         unreadable: list[str] = []
         for further in range(min(len(self.source), MOST_SUBSTITUTES)):
             example = (first + further) % len(self.source)
-            rng = np.random.Generator(np.random.Philox(key=[spec.seed % 2**64, position]))
-            drawn, flipped = rng.random(2)
+            rng = np.random.Generator(np.random.Philox(key=[seed, position]))
             try:
-                record = self.source[example]
-                picture = Picture(record.image)
-                random_crops(picture, rng, views, scale=spec.crop_scale, ratio=spec.crop_ratio)
+                return self.spec.read(self.source[example], rng, pictures), example, unreadable
             except UnreadableImage as error:
                 unreadable.append(str(error))
-                continue
-            caption = record.captions[int(drawn * len(record.captions))]
-            other = mirrored(caption) if spec.flip and flipped < 0.5 else None
-            flip = other is not None
-            return example, record.image_id, other if flip else caption, flip, unreadable
         raise UserError(
-            f"{self.source!r}: none of {len(unreadable):,} pairs in a row could be read (first: "
-            f"{unreadable[0]}): check config.data.image_root and the files"
+            f"{self.source!r}: none of {len(unreadable):,} {self.spec.records} in a row could be "
+            f"read (first: {unreadable[0]}): check config.data.image_root and the files"
         )
 
 

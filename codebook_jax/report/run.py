@@ -144,11 +144,11 @@ def what_is_seen(
 
 def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dict[str, Any] | None:
     """What the checkpoint best in validation sees in the test data; None before the first, and for
-    a task without towers.
+    a task without towers or of stories.
     """
     config, model = parts.config, getattr(parts.task, "model", None)
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
-        if model is None or checkpoints.step_to_use() is None:
+        if model is None or parts.task.stories or checkpoints.step_to_use() is None:
             return None
     restored = build.restore_trained(parts, workdir, ("student",))
     student = restored.state.student

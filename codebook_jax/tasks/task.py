@@ -10,7 +10,7 @@ import abc
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import ml_collections
@@ -58,6 +58,7 @@ class Task(abc.ABC):
     `batches` and `abstract_batch`, with at least the fields `example` and `skipped` of `Batch`.
     """
 
+    stories: ClassVar[bool] = False  # whether its data are stories, not pairs
     step: jax.stages.Wrapped  # `update`, jitted over the mesh; donates the state
 
     def __init__(

@@ -155,9 +155,10 @@ def test_an_evaluation_is_shown_though_it_cannot_be_written(tmp_path, monkeypatc
         (tmp_path / "eval.json").mkdir()  # since it was looked at
         return Evaluation({"student/dual": {}}, {}, 0.0, "", "", "R@1 12.34")
 
-    task = SimpleNamespace(checkpoint_items=Pretraining.checkpoint_items, evaluate=evaluated)
+    parts = dict(checkpoint_items=Pretraining.checkpoint_items, evaluate=evaluated)
+    task = SimpleNamespace(**parts, stories=False)
     monkeypatch.setattr(build, "restore_trained", lambda *_: SimpleNamespace(state=None))
-    monkeypatch.setattr(evaluate, "source_of", lambda *_: [])
+    monkeypatch.setattr(evaluate, "source_of", lambda *_, **__: [])
     parts = SimpleNamespace(config=config_of(), task=task, tokenizer=None)
     monkeypatch.setattr(build, "build_trained", lambda *_: parts)
     with pytest.raises(UserError, match="eval.json cannot be written"):

@@ -1,8 +1,8 @@
-"""Sources of images and captions, read by index, so that any process and any worker can read any
-part. `opening` opens the source that a config names; the other modules each read one format.
+"""Sources of pairs or stories, read by index, so that any process and any worker can read any part.
+`opening` opens the source that a config names; the other modules each read one format.
 """
 
 from codebook_jax.data.sources.opening import open_source, source_of
-from codebook_jax.data.sources.record import ROLES, Record, Source
+from codebook_jax.data.sources.record import ROLES, Record, Source, Story
 
-__all__ = ["ROLES", "Record", "Source", "open_source", "source_of"]
+__all__ = ["ROLES", "Record", "Source", "Story", "open_source", "source_of"]

@@ -58,6 +58,8 @@ def open_source(spec: str, *, role: str, **settings: str | int) -> Source:
     if len(opened) == 1:
         return opened[0][0]
     sources, weights = zip(*opened, strict=True)
+    if any(source.stories for source in sources):
+        raise UserError(f"{spec!r}: stories are read from one source alone: put them in one file")
     weighted = sum(weight is not None for weight in weights)
     if weighted and (weighted < len(weights) or role != "train"):
         how_many = f"{weighted} of {len(weights)} {role} sources have a weight"
@@ -65,12 +67,27 @@ def open_source(spec: str, *, role: str, **settings: str | int) -> Source:
     return Mixture(sources, weights if weighted else None)
 
 
-def source_of(config: ml_collections.ConfigDict, spec: str, role: str) -> Source:
-    """The source that `spec` names, for `role`, with the fields of `config`."""
+def source_of(
+    config: ml_collections.ConfigDict, spec: str, role: str, *, stories: bool = False
+) -> Source:
+    """The source that `spec` names, for `role`, with the fields of `config`; raises UserError too
+    if its records are not `stories`, or are and should not be.
+    """
     names = ("scenes_examples", "image_root", "path_map", "damaged_shards")
     settings = {name: config.data[name] for name in names}
     settings |= {"size_px": config.model.image.size_px, "seed": config.seed}
-    return open_source(spec, role=role, **settings)
+    source = open_source(spec, role=role, **settings)
+    if source.stories and not stories:
+        raise UserError(
+            f"{spec} lists stories (frames and captions in order), not pairs of an image and a "
+            "text: train on them with configs/sequences.py"
+        )
+    if stories and not source.stories:
+        raise UserError(
+            f"{spec} lists pairs of an image and a text, not stories: name a json: file of "
+            '{"frames": [PATHS], "captions": [TEXTS]}, or scenes:stories'
+        )
+    return source
 
 
 def split_specs(spec: str) -> list[str]:

@@ -31,9 +31,18 @@ class Record(NamedTuple):
     image_id: int  # equal for the same image; from 0, below the source's `listed`
 
 
-class Source(Protocol):
-    """Records by index. It can be pickled and read from several threads."""
+class Story(NamedTuple):
+    """Frames and the sentences that tell them, both in order; neither is empty."""
 
+    frames: tuple[np.ndarray | bytes | str, ...]  # each as `Record.image`
+    captions: tuple[str, ...]  # one sentence each
+    story_id: int  # its index in the source
+
+
+class Source(Protocol):
+    """Records, or stories, by index. It can be pickled and read from several threads."""
+
+    stories: bool = False  # whether its records are stories
     form: str  # the scheme and place that name it
     place: str
     listed: int  # records, including those left out
@@ -42,13 +51,13 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record | Story:
         """Raises UnreadableImage if the source must read the image itself and cannot, and
         WithoutCaption if reading shows that there is no caption.
         """
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of a record, without making its image."""
+        """The captions of a record, or the sentences of a story, without making an image."""
 
     def name(self, index: int) -> str:
         """The name of a record in the source (path, key or id), without reading its image."""
@@ -59,7 +68,8 @@ class Source(Protocol):
 
     def __repr__(self) -> str:
         """A description of the source, without memory addresses; packed folders compare it."""
-        return f"{self.form}({self.place!r}, images={len(self)})"
+        records = "stories" if self.stories else "images"
+        return f"{self.form}({self.place!r}, {records}={len(self)})"
 
 
 def sample_captions(source: Source, most: int = VOCABULARY_CAPTIONS) -> Iterator[str]:
