@@ -21,12 +21,15 @@ from codebook_jax.parallel import memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints, Restored
-from codebook_jax.tasks import pretrain
+from codebook_jax.tasks import pretrain, sequences
 from codebook_jax.tasks.task import Task
 from codebook_jax.weights import start as weights
 
 Batches = AbstractContextManager[Iterator[NamedTuple]]
-TASKS: dict[str, type[Task]] = {"pretrain": pretrain.Pretraining}  # by config.task
+TASKS: dict[str, type[Task]] = {  # by config.task
+    "pretrain": pretrain.Pretraining,
+    "sequences": sequences.Sequences,
+}
 
 
 class Parts(NamedTuple):

@@ -224,9 +224,7 @@ def restart_of(name: str) -> str:
     return LEARNED if field is None else field.restart
 
 
-def check_fields(
-    config: ml_collections.ConfigDict, needed: Mapping[str, Field] = COMMON
-) -> None:
+def check_fields(config: ml_collections.ConfigDict, needed: Mapping[str, Field] = COMMON) -> None:
     """Raises UserError, with the field and its value, if one breaks its rule, or if one of the
     `needed`, which may be a task's own, is missing.
     """

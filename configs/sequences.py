@@ -42,10 +42,14 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
             max_frames=6 if tiny else 16,  # of a longer story, evenly spaced ones are read
             max_sentences=6 if tiny else 16,
             ordered=True,  # false: steps are aligned as a bag, which knows no order
-            locality=0.5,  # lambda1: reward for steps at the same relative place; ours: the authors' 50 swamps cosines
-            spread=0.1,  # lambda2: weight of the diagonal prior, and the entropic epsilon; Su & Hua
-            width=1.0,  # delta: standard deviation of the prior, in steps off the diagonal; Su & Hua
-            slack=1.0,  # share of either side that is matched; below 1, part of a story may speak of nothing shown
+            # lambda1: reward for steps at the same relative place; the authors' 50 swamps cosines
+            locality=0.5,
+            # lambda2: weight of the diagonal prior, and the entropic epsilon; Su & Hua
+            spread=0.1,
+            # delta: standard deviation of the prior, in steps off the diagonal; Su & Hua
+            width=1.0,
+            # share of either side that is matched; below 1, narration may speak of nothing shown
+            slack=1.0,
             iterations=100,  # Sinkhorn's
         )
         config.data.train = config.data.eval = "scenes:stories"

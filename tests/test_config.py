@@ -8,24 +8,29 @@ import ml_collections
 import pytest
 from small_run import ROOT
 
+from codebook_jax.build import check
 from codebook_jax.config import FIELDS, Field, Number, check_fields, field_of, flat, whole
 from codebook_jax.errors import UserError
-from codebook_jax.tasks.limits import check
 from configs import base
 
 RECIPES = [("base.py", size) for size in base.SIZES]
 RECIPES += [("albef.py", size) for size in base.SIZES] + [("pretrain_4m.py", "base")]
-NAMES = list(flat(base.get_config("tiny").to_dict()))
-NUMBERS = [name for name in NAMES if isinstance(field_of(name).rule, Number)]
+RECIPES += [("sequences.py", size) for size in base.SIZES]
 
 
 def shipped(file, size):
     return runpy.run_path(str(ROOT / "configs" / file))["get_config"](size)
 
 
+OF_STORIES = shipped("sequences.py", "tiny")
+NAMES = list(flat(base.get_config("tiny").to_dict()) | flat(OF_STORIES.to_dict()))
+NUMBERS = [name for name in NAMES if isinstance(field_of(name).rule, Number)]
+
+
 def config_of(**fields):
-    """The tiny config with these fields, of whatever type."""
-    values = base.get_config("tiny").to_dict()
+    """A tiny config that has these fields, with these values, of whatever type."""
+    of_stories = any(name.startswith("sequences.") for name in fields)
+    values = (OF_STORIES if of_stories else base.get_config("tiny")).to_dict()
     for name, value in fields.items():
         *sections, last = name.split(".")
         functools.reduce(dict.__getitem__, sections, values)[last] = value
@@ -103,6 +108,8 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(name, value):
         ({"model.image.size_px": 65}, ("size_px=65", "patch_px=8")),
         ({"model.image.heads": 3}, ("model.image.width=128", "model.image.heads=3")),
         ({"model.text.heads": 3}, ("model.text.width=128", "model.text.heads=3")),
+        ({"sequences.ordered": True, "losses.alignment": 0, "losses.codebook": 0}, ("losses.",)),
+        ({"sequences.ordered": True, "codebook.solver": "nearest"}, ("solver='nearest'",)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

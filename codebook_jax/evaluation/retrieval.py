@@ -109,9 +109,7 @@ def format_table(results: Mapping[str, Recalls]) -> str:
     return "\n".join(lines)
 
 
-def recall_table(
-    results: Mapping[str, Recalls], head: str, sides: tuple[str, str]
-) -> list[str]:
+def recall_table(results: Mapping[str, Recalls], head: str, sides: tuple[str, str]) -> list[str]:
     """The lines of a table: a head, then each protocol's recalls and chance, in both directions."""
     first = next(iter(results.values()))
     names = [f"{prefix}{k}" for prefix in ("txt_r", "img_r") for k in RANKS]

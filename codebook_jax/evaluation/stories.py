@@ -27,7 +27,6 @@ from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation.encoding import Outputs, Progress, report_unreadable, rows_over_shards
 from codebook_jax.evaluation.recall import chance_at_k, recall_at_k
 from codebook_jax.evaluation.retrieval import Recalls, recall_table, recalls_of
-from codebook_jax.method.numerics import unit
 from codebook_jax.method.ordering import (
     Order,
     align_steps,
@@ -133,7 +132,9 @@ class _Encoder:
         mesh: jax.sharding.Mesh,
     ) -> None:
         self._rows, self._waiting = rows, ()
-        self._encode = {name: functools.partial(encode, weights) for name, weights in towers.items()}
+        self._encode = {
+            name: functools.partial(encode, weights) for name, weights in towers.items()
+        }
         self._found = {name: Outputs(mesh, rows, total, with_tokens=False) for name in towers}
 
     def add(self, *inputs: np.ndarray) -> None:
@@ -166,7 +167,8 @@ def evaluate(stories: Stories, order: Order) -> dict[str, Recalls]:
         "left_out": stories.left_out,
         "shortened": stories.shortened,
     }
-    places = np.stack([_shuffled(here, int(at)) for here, at in zip(stories.sentences.here, ids)])
+    order_seeds = zip(stories.sentences.here, stories.positions, strict=True)
+    places = np.stack([_shuffled(here, int(at)) for here, at in order_seeds])
     several = stories.sentences.here.sum(axis=1) > 1
     shuffled = stories.sentences.reordered(places)
     results = {}
@@ -233,10 +235,7 @@ def _comparisons(order: Order) -> dict:
         )
         for each in (order, None)
     )
-    mean = (
-        lambda a, b: np.sum(_mean(a) * _mean(b), axis=-1),
-        lambda a, b: _mean(a) @ _mean(b).T,
-    )
+    mean = (lambda a, b: np.sum(_mean(a) * _mean(b), axis=-1), lambda a, b: _mean(a) @ _mean(b).T)
     return {"ordered": ordered, "bag": bag, "mean": mean}
 
 
@@ -274,9 +273,7 @@ def _shuffled(here: Bool[np.ndarray, " steps"], story: int) -> Int[np.ndarray, "
     return places
 
 
-def _steps(
-    features: Float[np.ndarray, "all dim"], counts: Sequence[int], most: int
-) -> Steps:
+def _steps(features: Float[np.ndarray, "all dim"], counts: Sequence[int], most: int) -> Steps:
     """The features of all steps in a row as one row of steps for each story."""
     here = np.arange(most) < np.array(counts)[:, None]
     padded = np.zeros((*here.shape, features.shape[-1]), features.dtype)

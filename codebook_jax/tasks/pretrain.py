@@ -32,15 +32,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer, running
 from codebook_jax.tasks.draws import Inputs, Pair, draw_inputs
-from codebook_jax.tasks.state import (
-    Learned,
-    Plan,
-    Targets,
-    Taught,
-    TrainState,
-    if_good,
-    updates,
-)
+from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState, if_good, updates_of
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
 
@@ -253,12 +245,12 @@ class Pretraining(Task):
     @jax.named_scope("learn")
     def learn(self, state: TrainState, gradients: PyTree) -> TrainState:
         """The student after the optimizer, the teacher after its average."""
-        frozen = updates(state) < self.config.codebook.freeze_steps
+        frozen = updates_of(state) < self.config.codebook.freeze_steps
         frozen |= isinstance(state.running, assignment.RunningCodes)
         of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
         gradients = {**gradients, "codebook": of_codes}
         updates, moments = self.optimizer.update(gradients, state.moments, state.student)
-        student = optax.applyupdates(state.student, updates)
+        student = optax.apply_updates(state.student, updates)
         low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
         student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
         averaged = teacher.momentum_average(state.teacher, student["towers"], self.momentum(state))
@@ -291,7 +283,7 @@ class Pretraining(Task):
         scalars = {
             "temperature": before.student["temperature"],
             "alpha": self.alpha(before),
-            "learning_rate": self.rate(updates(before)),
+            "learning_rate": self.rate(updates_of(before)),
             "teacher/momentum": self.momentum(before),
             "queue/filled": after.queue.filled,
             "bad_in_row": after.bad_in_row,
@@ -310,12 +302,12 @@ class Pretraining(Task):
 
     def alpha(self, state: TrainState) -> Array:
         """Weight of the teacher's soft targets: 0, rising over the first `teacher.alpha_steps`."""
-        ramp = updates(state).astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
+        ramp = updates_of(state).astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
         return jnp.float32(self.config.teacher.alpha) * jnp.minimum(ramp, 1)
 
     def momentum(self, state: TrainState) -> Array:
         of = self.config.teacher
-        return teacher.momentum_at(updates(state), momentum=of.momentum, ramp=of.momentum_ramp)
+        return teacher.momentum_at(updates_of(state), momentum=of.momentum, ramp=of.momentum_ramp)
 
     # -- evaluation
 

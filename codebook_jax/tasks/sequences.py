@@ -10,8 +10,7 @@ Source: Duan et al. 2022, 3.1, for steps; Su & Hua 2017 for the alignment.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -26,6 +25,7 @@ from codebook_jax import method
 from codebook_jax.config import COMMON, SEQUENCES, check_fields
 from codebook_jax.data.batch import StoryBatch
 from codebook_jax.data.sources import Source
+from codebook_jax.data.stories import StorySpec
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.evaluation import stories
 from codebook_jax.evaluation.encoding import Progress
@@ -36,7 +36,7 @@ from codebook_jax.models import codis
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer
-from codebook_jax.tasks.state import if_good, updates
+from codebook_jax.tasks.state import if_good, updates_of
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
 
@@ -113,11 +113,20 @@ class Sequences(Task):
         place = sharding.batch_sharding(self.mesh)
         return StoryBatch(*(jax.ShapeDtypeStruct(*field, sharding=place) for field in fields))
 
-    def batches(
-        self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
-    ) -> AbstractContextManager[Iterator[StoryBatch]]:
-        """This process's rows of every batch from `start_step` on."""
-        return super().batches(source, tokenizer, start_step=start_step, workers=workers)
+    def batch_spec(self) -> StorySpec:
+        data, model, of = self.config.data, self.config.model, self.config.sequences
+        return StorySpec(
+            seed=self.config.seed,
+            global_batch=data.global_batch,
+            rows=sharding.process_rows(self.mesh, data.global_batch),
+            size_px=model.image.size_px,
+            max_frames=of.max_frames,
+            max_sentences=of.max_sentences,
+            max_tokens=model.text.max_tokens,
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            views=1 if data.teacher_view == "same" else 2,
+        )
 
     # -- the step
 
@@ -140,7 +149,7 @@ class Sequences(Task):
             "loss": loss,
             **scalars,
             "temperature": state.student["temperature"],
-            "learning_rate": self.rate(updates(state)),
+            "learning_rate": self.rate(updates_of(state)),
             "teacher/momentum": self.momentum(state),
             "gradient_norm": gradient_norm,
             "bad_step": ~good,
@@ -198,7 +207,7 @@ class Sequences(Task):
     @jax.named_scope("learn")
     def learn(self, state: SequenceState, gradients: PyTree) -> SequenceState:
         """The student after the optimizer, the teacher after its average."""
-        frozen = updates(state) < self.config.codebook.freeze_steps
+        frozen = updates_of(state) < self.config.codebook.freeze_steps
         of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
         gradients = {**gradients, "codebook": of_codes}
         changes, moments = self.optimizer.update(gradients, state.moments, state.student)
@@ -211,7 +220,7 @@ class Sequences(Task):
 
     def momentum(self, state: SequenceState) -> Float[Array, ""]:
         of = self.config.teacher
-        return method.momentum_at(updates(state), momentum=of.momentum, ramp=of.momentum_ramp)
+        return method.momentum_at(updates_of(state), momentum=of.momentum, ramp=of.momentum_ramp)
 
     def _embed(
         self,
@@ -269,9 +278,7 @@ def order_of(config: ml_collections.ConfigDict) -> ordering.Order:
     return ordering.Order(*(config.sequences[field] for field in ordering.Order._fields))
 
 
-def contrast(
-    logits: Float[Array, "batch batch"], story: Int[Array, " batch"]
-) -> Float[Array, ""]:
+def contrast(logits: Float[Array, "batch batch"], story: Int[Array, " batch"]) -> Float[Array, ""]:
     """The mean cross-entropy of finding the own row and the own column, as CLIP's (Radford et al.
     2021, 2.3). Other rows of the same story are left out.
     """

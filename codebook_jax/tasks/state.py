@@ -57,7 +57,7 @@ class Learned(NamedTuple):
     masked_states: Float[Array, "batch tokens width"] | None  # of the texts with hidden words
 
 
-def updates(state: Counted) -> Int[Array, ""]:
+def updates_of(state: Counted) -> Int[Array, ""]:
     """Steps that changed the parameters, which the schedules count."""
     return state.step - state.bad_total
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Key
 
 from codebook_jax.config import check_fields
 from codebook_jax.data.batch import Batch
-from codebook_jax.data.pipeline import BatchSpec, BatchStream
+from codebook_jax.data.pipeline import BatchSpec, BatchStream, Spec
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.errors import UserError
@@ -55,7 +55,7 @@ class Task(abc.ABC):
 
     A task must define `checkpoint_items`, `fresh`, `update` and `evaluate`, all for the global
     batch; the rest suits batches of pairs of an image and a text. Another kind of batch needs
-    `batches` and `abstract_batch`, with at least the fields `example` and `skipped` of `Batch`.
+    `batch_spec` and `abstract_batch`, with at least the fields `example` and `skipped` of `Batch`.
     """
 
     stories: ClassVar[bool] = False  # whether its data are stories, not pairs
@@ -160,14 +160,10 @@ class Task(abc.ABC):
         place = sharding.batch_sharding(self.mesh)
         return Batch(*(jax.ShapeDtypeStruct(*field, sharding=place) for field in fields))
 
-    def batches(
-        self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
-    ) -> AbstractContextManager[Iterator[Batch]]:
-        """This process's rows of every batch from `start_step` on; leaving the context ends the
-        worker processes.
-        """
+    def batch_spec(self) -> Spec:
+        """What this process's rows of a batch hold."""
         data, model = self.config.data, self.config.model
-        spec = BatchSpec(
+        return BatchSpec(
             seed=self.config.seed,
             global_batch=data.global_batch,
             rows=sharding.process_rows(self.mesh, data.global_batch),
@@ -178,7 +174,15 @@ class Task(abc.ABC):
             flip=data.flip,
             views=1 if data.teacher_view == "same" else 2,
         )
+
+    def batches(
+        self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """This process's rows of every batch from `start_step` on; leaving the context ends the
+        worker processes.
+        """
+        data = self.config.data
         making = {"workers": workers, "threads": data.threads, "prefetch": data.prefetch}
         return contextlib.closing(
-            BatchStream(source, tokenizer, spec, **making, start_step=start_step)
+            BatchStream(source, tokenizer, self.batch_spec(), **making, start_step=start_step)
         )
