@@ -1,4 +1,4 @@
-"""The step on stories: its losses beside NumPy's, and the same on eight devices or in two passes."""
+"""The step on stories: losses beside NumPy's; eight devices or two passes give the same."""
 
 import runpy
 from types import SimpleNamespace
