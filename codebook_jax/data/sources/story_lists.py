@@ -17,8 +17,7 @@ from codebook_jax.errors import UserError
 
 FRAMES, CAPTIONS, ID = "frames", "captions", "id"
 _EXPECTED = (
-    'every entry of a file of stories is {"frames": [PATHS], "captions": [TEXTS]}; "id" is '
-    'optional'
+    'every entry of a file of stories is {"frames": [PATHS], "captions": [TEXTS]}; "id" is optional'
 )
 
 
