@@ -33,10 +33,10 @@ _THREE_UNSEEN = ("{r} {B} is {A}, and {s} {t} is {C}", "there is {A}, {B} and {C
 HARD_WORDINGS = ("{A} {r} {B}", "{A} is {r} {B}", "there is {A} {r} {B}", "{A} that is {r} {B}")
 
 
-def training_captions(scene: Scene) -> tuple[str, ...]:
-    """Four captions of the scene in training's wordings; some may be the same."""
+def training_captions(scene: Scene, count: int = CAPTIONS) -> tuple[str, ...]:
+    """Captions of the scene in training's wordings; some may be the same."""
     draw = random.Random(scene.wording_seed)
-    return tuple(_caption(scene, draw, _TWO, _THREE) for _ in range(CAPTIONS))
+    return tuple(_caption(scene, draw, _TWO, _THREE) for _ in range(count))
 
 
 def evaluation_caption(scene: Scene) -> str:

@@ -39,6 +39,7 @@ _SKEW = 0.6  # greatest distance across a relation's axis, as a share of that al
 
 Kind = tuple[str, str]  # (colour, shape)
 Paint = tuple[int, int, int]
+Look = tuple[str, Paint]  # (size, paint)
 Choice = TypeVar("Choice")
 
 
@@ -105,10 +106,16 @@ def held_out(first: Kind, second: Kind) -> str | None:
 
 
 @functools.cache
-def held_out_pairs(split: str) -> tuple[tuple[Kind, Kind], ...]:
-    """Every two that only `split` shows together, in both orders."""
+def held_out_pairs(split: str | None) -> tuple[tuple[Kind, Kind], ...]:
+    """Every two that only `split` shows together, in both orders; None: those of training."""
     kinds = itertools.product(COLOURS, SHAPES)
     return tuple(pair for pair in itertools.permutations(kinds, 2) if held_out(*pair) == split)
+
+
+@functools.cache
+def partners(kind: Kind, split: str | None) -> tuple[Kind, ...]:
+    """The kinds that `held_out_pairs` shows together with this one."""
+    return tuple(second for first, second in held_out_pairs(split) if first == kind)
 
 
 def draw_scene(draw: random.Random, split: str | None) -> Scene:
@@ -131,8 +138,19 @@ def _draw_kinds(draw: random.Random, count: int, split: str | None) -> list[Kind
 
 
 def place(draw: random.Random, kinds: Sequence[Kind]) -> tuple[SceneObject, ...] | None:
+    """Objects of these kinds with sizes and shades drawn anew, as `arrange` places them."""
+    return arrange(draw, kinds, [draw_look(draw, kind) for kind in kinds])
+
+
+def draw_look(draw: random.Random, kind: Kind) -> Look:
+    """A size, and a shade of the kind's colour."""
+    return pick(draw, tuple(SIZES)), _shade(draw, COLOURS[kind[0]])
+
+
+def arrange(
+    draw: random.Random, kinds: Sequence[Kind], looks: Sequence[Look]
+) -> tuple[SceneObject, ...] | None:
     """The objects, apart from each other and each clearly related to another; None: not found."""
-    looks = [(pick(draw, tuple(SIZES)), _shade(draw, COLOURS[colour])) for colour, _ in kinds]
     for _ in range(50):
         objects = tuple(
             SceneObject(*kind, size, _position(draw), _position(draw), paint)

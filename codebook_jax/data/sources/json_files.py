@@ -1,10 +1,12 @@
 """Pairs in ALBEF's JSON format, a list or one object per line: {"image": path below the image root,
 "caption": text or list of texts, "image_id": optional int or text}. The keys may have other names.
+If the first entry has "frames" instead of an image, all are stories: see `story_lists`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -13,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from codebook_jax.data.sources.listed import Listed, open_text, pair_in
-from codebook_jax.data.sources.record import Request
+from codebook_jax.data.sources.record import Request, Source
 from codebook_jax.data.sources.rows import Parts
+from codebook_jax.data.sources.story_lists import FRAMES, ListedStories
 from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
@@ -23,14 +26,19 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _BETWEEN = re.compile(r"[ \t\n\r]*,?[ \t\n\r]*")  # a missing or a last comma does no harm
 
 
-def open_json(request: Request) -> Listed:
+def open_json(request: Request) -> Source:
     """`json:PATH`; for usable.jsonl, the image root is the one that check-data recorded."""
     usual = Parts("image", "caption", "image_id")._asdict()
     parts = Parts(**{part: key or usual[part] for part, key in request.keys.items()})
+    entries = read_json(request.place)
+    first = list(itertools.islice(entries, 1))
+    entries = itertools.chain(first, entries)
+    if any(isinstance(it, dict) and FRAMES in it and parts.image not in it for _, it in first):
+        return ListedStories(request, entries)
     listed, image_root = _checked(request.place)
     if image_root:  # one in the options still wins
         request = request._replace(settings=request.settings._replace(image_root=image_root))
-    pairs = (pair_in(where, entry, parts) for where, entry in read_json(request.place))
+    pairs = (pair_in(where, entry, parts) for where, entry in entries)
     source = Listed(request, pairs)
     source.listed = max(listed, source.listed)
     return source

@@ -14,7 +14,7 @@ import numpy as np
 
 from codebook_jax.data.sources.record import NO_CAPTION, Record, Request, Source, checked
 from codebook_jax.data.sources.rows import Parts, names_in
-from codebook_jax.data.sources.texts import Texts, not_utf8, numbered, short_hash
+from codebook_jax.data.sources.texts import TextLists, Texts, not_utf8, numbered, short_hash
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
@@ -46,15 +46,13 @@ class Listed(Source):
         self.left_out: list[tuple[str, str]] = []
         entries = self._usable(entries)
         content, keys = hashlib.sha256(f"{self.form} 1".encode()), array("Q")
-        self._images, self._captions, self._first = Texts(), Texts(), array("q", [0])
+        self._images, self._captions = Texts(), TextLists()
         for entry in _merged(entries) if request.merge else entries:
             summary = repr((entry.image, entry.captions, entry.key))
             content.update(summary.encode("utf-8", "surrogatepass"))
             keys.append(short_hash(repr(entry.key)))  # a dict of millions of keys takes gigabytes
             self._images.append(entry.image)
-            for caption in entry.captions:
-                self._captions.append(caption)
-            self._first.append(len(self._captions))
+            self._captions.append(entry.captions)
         if not len(self):
             without = f" ({self.left_out[0][1]}, ...)" if self.left_out else ""
             cure = "give a file of pairs, or name the key or column of captions"
@@ -80,8 +78,7 @@ class Listed(Source):
         return Record(path, self.captions(index), int(self._ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        first, stop = self._first[checked(index, len(self)) : index + 2]
-        return tuple(self._captions[place] for place in range(first, stop))
+        return self._captions[checked(index, len(self))]
 
     def name(self, index: int) -> str:
         return self._images[checked(index, len(self))]
@@ -156,7 +153,7 @@ class Folders:
         """The path on this machine of an image that `check` has let through."""
         return os.path.join(*self._split(image)[:2])
 
-    def check(self, where: str, image: str) -> str:
+    def check(self, where: str, image: str, key: str = "image") -> str:
         """A listed path as it is if a rule of the map matches, else relative to the root; raises
         UserError, naming the entry at `where`, if it leads out of the folder or is a URL.
         """
@@ -176,7 +173,7 @@ class Folders:
                 "of the paths to a folder here: --config.data.path_map=/export/home=/data"
             )
         if wrong:
-            raise UserError(f'{where}, key "image": {image!r} {wrong}')
+            raise UserError(f'{where}, key "{key}": {image!r} {wrong}')
         return image if is_mapped else path[len(inside) :]
 
     def _split(self, image: str) -> tuple[str, str, bool]:

@@ -19,7 +19,7 @@ from codebook_jax.data.sources.json_files import open_json
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import PARTS, Request, Settings, Source
 from codebook_jax.data.sources.records import Records
-from codebook_jax.data.sources.scenes import Scenes
+from codebook_jax.data.sources.scenes import open_scenes
 from codebook_jax.data.sources.tables import open_table
 from codebook_jax.data.sources.tar import Shards
 from codebook_jax.errors import UserError, did_you_mean
@@ -35,7 +35,7 @@ _KEYS = tuple(f"{part}_key" for part in PARTS)
 _TABLE = ("image_root", *_KEYS, "quotes")
 _IMAGES = ("image_root", "per")
 SCHEMES = {
-    "scenes": Scheme(Scenes, "scenes"),
+    "scenes": Scheme(open_scenes, "scenes"),
     "json": Scheme(open_json, "json:PAIRS.json(l)", ("image_root", *_KEYS)),
     "csv": Scheme(open_table, "csv:PAIRS.csv", _TABLE),
     "tsv": Scheme(open_table, "tsv:PAIRS.tsv", _TABLE),

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from codebook_jax.data import scenes
-from codebook_jax.data.sources.record import Record, Request, Source, checked, digest
+from codebook_jax.data.scenes import stories
+from codebook_jax.data.sources.record import Record, Request, Source, Story, checked, digest
 from codebook_jax.errors import UserError
+
+
+def open_scenes(request: Request) -> Source:
+    """`scenes`, `scenes:hard` or `scenes:stories`."""
+    return SceneStories(request) if request.place == "stories" else Scenes(request)
 
 
 class Scenes(Source):
@@ -15,7 +21,7 @@ class Scenes(Source):
     def __init__(self, request: Request) -> None:
         self._settings, role, hard = request.settings, request.role, request.place == "hard"
         if request.place and (not hard or role == "train"):
-            cure = "use scenes or, for config.data.eval and .test, scenes:hard"
+            cure = "use scenes, scenes:stories or, for config.data.eval and .test, scenes:hard"
             raise UserError(f"scenes:{request.place} is no source for {role} data: {cure}")
         self._chosen, seed = None, self._settings.seed
         self.listed = self._settings.scenes_examples
@@ -50,3 +56,45 @@ class Scenes(Source):
             return scene, (caption,)
         scene = scenes.training_scene(self._settings.seed, number)
         return scene, scenes.training_captions(scene)
+
+
+class SceneStories(Source):
+    """`scenes:stories`: training stories, drawn with the seed; for evaluation the 400 stories of a
+    split, of which 2k and 2k + 1 differ in their order alone.
+    """
+
+    stories = True
+
+    def __init__(self, request: Request) -> None:
+        self._settings, self._chosen = request.settings, None
+        self.listed, seed = self._settings.scenes_examples, self._settings.seed
+        content = f"train, seed={seed}, examples={self.listed}"
+        if request.role != "train":
+            self._chosen = stories.evaluation_stories(request.role)
+            self.listed, content = len(self._chosen), request.role
+        self._repr = f"scenes:stories({content})"
+        versions = f"scenes {scenes.WORLD} stories {stories.STORIES}"
+        self._fingerprint = digest([f"{versions} {content} {self.listed}"])
+
+    def __len__(self) -> int:
+        return self.listed
+
+    def __getitem__(self, index: int) -> Story:
+        frames, captions = self._story(index)
+        side_px = self._settings.size_px
+        return Story(tuple(scenes.render(scene, side_px) for scene in frames), captions, index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._story(index).captions
+
+    def name(self, index: int) -> str:
+        return f"{self._repr} {checked(index, len(self))}"
+
+    def __repr__(self) -> str:
+        return self._repr
+
+    def _story(self, index: int) -> stories.SceneStory:
+        number = checked(index, len(self))
+        if self._chosen:
+            return self._chosen[number]
+        return stories.training_story(self._settings.seed, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -24,6 +25,25 @@ class Texts:
     def append(self, text: str) -> None:
         self._packed += text.encode("utf-8", "surrogatepass")
         self._starts.append(len(self._packed))
+
+
+class TextLists:
+    """A growing sequence of lists of texts, stored in the same way."""
+
+    def __init__(self) -> None:
+        self._texts, self._starts = Texts(), array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> tuple[str, ...]:
+        start, stop = self._starts[index : index + 2]
+        return tuple(self._texts[place] for place in range(start, stop))
+
+    def append(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self._texts.append(text)
+        self._starts.append(len(self._texts))
 
 
 def numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
