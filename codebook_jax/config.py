@@ -198,7 +198,7 @@ PRETRAINING = {
 SEQUENCES = {
     name: field
     for name, field in PRETRAINING.items()
-    if name.startswith(("losses.", "alignment.temperature", "teacher.momentum"))
+    if name.startswith(("losses.", "alignment.intra", "alignment.temperature", "teacher.momentum"))
     or name in {f"codebook.{own}" for own in OF_CODEBOOKS}
 } | {
     "sequences.max_*": Field(whole(1), FIXED),

@@ -16,7 +16,7 @@ _BASE = runpy.run_path(str(Path(__file__).with_name("base.py")))
 # Of pre-training, not of sequences.
 _NOT_USED = {
     "losses": ("matching", "masked_lm"),
-    "alignment": ("intra_weight", "same_image"),
+    "alignment": ("same_image",),
     "codebook": (
         "queue_samples",
         "window_samples",
@@ -53,7 +53,6 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
             iterations=100,  # Sinkhorn's
         )
         config.data.train = config.data.eval = "scenes:stories"
-        config.data.teacher_view = "same"  # "independent": its own crop
         config.evaluation.rerank_top_k = 0
         if tiny:
             config.data.global_batch = 16  # stories, of up to 6 frames

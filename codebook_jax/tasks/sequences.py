@@ -2,8 +2,8 @@
 
 Frames and sentences go through the image and the text tower. The teacher's steps choose codewords;
 order-preserving transport aligns the steps of each story, and every step's student predicts the
-codes of the steps that it is aligned with (`method.codebook_alignment`). Besides, whole stories
-find each other in the batch by the similarity of their aligned steps.
+codes of the steps that it is aligned with (`method.codebook_alignment`). Besides, every step finds
+itself and the steps that it is aligned with among all steps of the batch (`step_alignment`).
 Source: Duan et al. 2022, 3.1, for steps; Su & Hua 2017 for the alignment.
 """
 
@@ -31,6 +31,7 @@ from codebook_jax.evaluation import stories
 from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.evaluation.retrieval import recalls_of
 from codebook_jax.method import ordering
+from codebook_jax.method.alignment import mean_of_directions
 from codebook_jax.method.numerics import NEVER, key_of
 from codebook_jax.models import codis
 from codebook_jax.parallel import sharding
@@ -195,12 +196,20 @@ class Sequences(Task):
                 scalars[f"codebook/unused_share_{name}"] = aux.unused_share[name]
             scalars["transport/column_error"] = jnp.stack([*aux.column_error.values()]).max()
         if config.losses.alignment:
-            everyone = features, here, batch.example
-            (frames, sentences), here, story = sharding.whole(everyone, self.mesh)
-            alike = method.sequence_similarities(
-                frames, sentences, self.order, *here, epsilon=config.sequences.spread
+            # Whole on every device: see `Pretraining.alignment_and_codebook`.
+            everyone = features, taught, here, batch.example
+            features, taught, here, story = sharding.whole(everyone, self.mesh)
+            cost = 1 - ordering.cosines(*taught)
+            plan = method.align_steps(cost, self.order, *here, epsilon=config.sequences.spread)
+            scalars["loss/alignment"] = step_alignment(
+                features,
+                taught,
+                plan,
+                here,
+                story,
+                temperature=own["temperature"],
+                intra_weight=config.alignment.intra_weight,
             )
-            scalars["loss/alignment"] = contrast(alike / own["temperature"], story)
             loss += config.losses.alignment * scalars["loss/alignment"]
         return loss, scalars
 
@@ -278,14 +287,46 @@ def order_of(config: ml_collections.ConfigDict) -> ordering.Order:
     return ordering.Order(*(config.sequences[field] for field in ordering.Order._fields))
 
 
-def contrast(logits: Float[Array, "batch batch"], story: Int[Array, " batch"]) -> Float[Array, ""]:
-    """The mean cross-entropy of finding the own row and the own column, as CLIP's (Radford et al.
-    2021, 2.3). Other rows of the same story are left out.
+def step_alignment(
+    student: Steps,
+    teacher: Steps,
+    plan: Float[Array, "batch frames sentences"],
+    here: Steps,
+    story: Int[Array, " batch"],
+    *,
+    temperature: Float[Array, ""],
+    intra_weight: float,
+) -> Float[Array, ""]:
+    """Instance alignment of steps: each finds the teacher's steps of the other side that it is
+    aligned with, and itself on its own side, among all steps of the batch.
+
+    Between sides, any aligned step will do (MIL-NCE; Miech et al. 2020): -log sum_j w_j p_j with the
+    step's row w of the `plan`, scaled to sum 1, and p = softmax(cosines / temperature). The mean
+    over the steps of a story, over the stories and over the four directions (`intra_weight`: those
+    within a side). Other rows of the same story are left out. With one step each, this is CODIS's
+    loss without a queue at alpha 0 (Duan et al. 2022, 3.2).
     """
     other = (story[:, None] != story[None]) | jnp.eye(len(story), dtype=bool)
-    logits = jnp.where(other, logits, NEVER)
-    found = [jnp.diagonal(jax.nn.log_softmax(logits, axis=axis)) for axis in (0, 1)]
-    return -jnp.stack(found).mean()
+    plans = {(0, 1): plan, (1, 0): jnp.swapaxes(plan, 1, 2)}
+    for side, there in enumerate(here):
+        plans[side, side] = there[:, :, None] * jnp.eye(there.shape[1], dtype=plan.dtype)
+
+    def direction(a: int, b: int) -> Float[Array, ""]:
+        cosines = jnp.einsum("and,bmd->anbm", student[a], teacher[b], precision="highest")
+        allowed = here[b][None, None] & other[:, None, :, None]
+        logits = jnp.where(allowed, cosines / temperature, NEVER)
+        log_p = jax.nn.log_softmax(logits, axis=(2, 3))
+        own = jnp.einsum("anam->anm", log_p)  # of the steps of the same story
+        mass = plans[a, b].sum(axis=2)
+        matched = mass > 0
+        weights = plans[a, b] / jnp.where(matched, mass, 1)[:, :, None]
+        log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), NEVER)
+        found = -jax.nn.logsumexp(log_weights + own, axis=2)
+        found = jnp.sum(jnp.where(matched, found, 0), axis=1) / jnp.maximum(matched.sum(axis=1), 1)
+        return jnp.sum(found) / jnp.maximum(matched.any(axis=1).sum(), 1)
+
+    by_direction = jnp.stack([jnp.stack([direction(a, b) for b in (0, 1)]) for a in (0, 1)])
+    return mean_of_directions(by_direction, intra_weight=intra_weight)
 
 
 def _first(counts: Int[Array, " batch"], most: int) -> Bool[Array, "batch most"]:

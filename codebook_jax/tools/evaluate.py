@@ -36,7 +36,7 @@ def evaluate(
     source = source_of(config, spec, "test", stories=parts.task.stories)
     limited = 0 < images < len(source)
     first = f", limited to the first {images} by config.evaluation.images" if limited else ""
-    say(f"test data {spec}: {len(source):,} images{first}")
+    say(f"test data {spec}: {len(source):,} {source.evaluated}{first}")
     with Stages("evaluated") as stages:
         progress = stages if jax.process_index() == 0 else None
         found = parts.task.evaluate(

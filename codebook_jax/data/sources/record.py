@@ -68,8 +68,17 @@ class Source(Protocol):
 
     def __repr__(self) -> str:
         """A description of the source, without memory addresses; packed folders compare it."""
-        records = "stories" if self.stories else "images"
-        return f"{self.form}({self.place!r}, {records}={len(self)})"
+        return f"{self.form}({self.place!r}, {self.evaluated}={len(self)})"
+
+    @property
+    def learned(self) -> str:
+        """What training learns from, for messages."""
+        return "stories" if self.stories else "pairs"
+
+    @property
+    def evaluated(self) -> str:
+        """What an evaluation counts, for messages."""
+        return "stories" if self.stories else "images"
 
 
 def sample_captions(source: Source, most: int = VOCABULARY_CAPTIONS) -> Iterator[str]:
