@@ -300,8 +300,8 @@ def step_alignment(
     """Instance alignment of steps: each finds the teacher's steps of the other side that it is
     aligned with, and itself on its own side, among all steps of the batch.
 
-    Between sides, any aligned step will do (MIL-NCE; Miech et al. 2020): -log sum_j w_j p_j with the
-    step's row w of the `plan`, scaled to sum 1, and p = softmax(cosines / temperature). The mean
+    Between sides, any aligned step will do (MIL-NCE; Miech et al. 2020): -log sum_j w_j p_j with
+    the row w of the `plan`, scaled to sum 1, and p = softmax(cosines / temperature). The mean
     over the steps of a story, over the stories and over the four directions (`intra_weight`: those
     within a side). Other rows of the same story are left out. With one step each, this is CODIS's
     loss without a queue at alpha 0 (Duan et al. 2022, 3.2).
