@@ -14,7 +14,8 @@ from codebook_jax.tasks.limits import check
 from configs import base
 
 RECIPES = [("base.py", size) for size in base.SIZES]
-RECIPES += [("albef.py", size) for size in base.SIZES] + [("pretrain_4m.py", "base")]
+RECIPES += [(file, size) for file in ("albef.py", "clip.py") for size in base.SIZES]
+RECIPES += [("pretrain_4m.py", "base")]
 NAMES = list(flat(base.get_config("tiny").to_dict()))
 NUMBERS = [name for name in NAMES if isinstance(field_of(name).rule, Number)]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import flax.struct
-from jaxtyping import Array, Float, Int, PyTree
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from codebook_jax.method.codebook import Usage
 from codebook_jax.method.queue import Queue
@@ -17,17 +19,39 @@ Plan = Float[Array, "2 rows codes"]
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of one run, without its randomness, which follows from the seed and the step."""
+    """The state of one run, without its randomness, which follows from the seed and the step; what
+    its config does not use is None.
+    """
 
     step: Int[Array, ""]  # steps done, skipped ones too: the position in the data
     student: PyTree  # parameters, float32; the optimizer changes them
-    teacher: PyTree  # like student["towers"], in its own buffers; `momentum_average` changes it
+    # like student["towers"], in its own buffers; `momentum_average` changes it
+    teacher: PyTree | None
     moments: PyTree  # of the optimizer
-    queue: Queue  # newest teacher features
-    usage: Usage  # which codewords won lately
+    queue: Queue | None  # newest teacher features
+    usage: Usage | None  # which codewords won lately
     bad_in_row: Int[Array, ""]  # steps skipped since the last good one because they were not finite
     bad_total: Int[Array, ""]  # in all
     running: Running | None = None  # none of the solvers by transport
+
+    @property
+    def updates(self) -> Int[Array, ""]:
+        """Steps that changed the parameters, which the schedules count."""
+        return self.step - self.bad_total
+
+    @property
+    def teaching(self) -> PyTree:
+        """The towers whose features teach: the teacher's or, without one, the student's own."""
+        return self.student["towers"] if self.teacher is None else self.teacher
+
+    def then(self, good: Bool[Array, ""], after: TrainState) -> TrainState:
+        """`after` if the step was good; a bad one changes only the counts and the position."""
+        chosen = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, self)
+        return chosen.replace(
+            step=self.step + 1,
+            bad_in_row=jnp.where(good, 0, self.bad_in_row + 1),
+            bad_total=self.bad_total + (~good).astype(jnp.int32),
+        )
 
 
 class Taught(NamedTuple):
