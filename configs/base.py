@@ -177,7 +177,9 @@ def model(at: types.SimpleNamespace, *, remat: str) -> dict[str, Any]:
             position_std=at.position_std,  # of initial position embeddings; ViT: 0.02; ours: positions matter in a short run
         ),
         text=dict(
-            **at.text,  # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`
+            # max_tokens: ALBEF 30; tiny 24 holds every caption of `scenes`. fusion_depth 0: no fusion
+            # encoder, and so no matching, masked words or re-ranking
+            **at.text,
             mlp_width=0,  # inside the feed-forward part; 0: four times the width (BERT)
             layer_norm_eps=1e-12,  # BERT
             init_std=at.text_init_std,  # of initial matrices, also in fusion encoder and heads; BERT: 0.02; ours
@@ -201,7 +203,7 @@ def objective(at: types.SimpleNamespace) -> dict[str, Any]:
             temperature_max=0.5,  # ALBEF
         ),
         codebook=dict(
-            size=at.codes,  # paper: 4000
+            size=at.codes,  # paper: 4000; 0, with losses.codebook=0: none
             temperature=0.1,  # gamma; SwAV
             solver="sinkhorn",  # "sinkhorn" (ours: deterministic cost) | "ipot" (paper) | "swav" | "unbalanced" | without transport: "nearest" | "softmax"
             epsilon=0.05,  # Sinkhorn's, absolute; SwAV
@@ -218,12 +220,13 @@ def objective(at: types.SimpleNamespace) -> dict[str, Any]:
             window_samples=16_384,  # codeword usage is counted over these
         ),
         teacher=dict(
+            use=True,  # false: none is kept, and the student's own features are the candidates (CLIP)
             momentum=at.momentum,  # paper: 0.995
             momentum_ramp=at.momentum_ramp,  # min(momentum, (1+s)/(10+s)): ours, short runs cannot wait 1/(1-m) steps
             alpha=0.4,  # weight of soft targets; ALBEF
             alpha_steps=-1,  # linear from 0 over these; -1: one epoch (ALBEF)
         ),
-        # ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
+        # 0: none; ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
         queue=dict(size=at.queue),
         # negatives are drawn inside equal groups; 0: data shards x accumulation (ALBEF: one per GPU)
         itm=dict(groups=0),

@@ -25,7 +25,7 @@ _NOT_USED = {
         "softmax_temperature",
         "center_momentum",
     ),
-    "teacher": ("alpha", "alpha_steps"),
+    "teacher": ("use", "alpha", "alpha_steps"),
 }
 
 
@@ -52,6 +52,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
             slack=1.0,
             iterations=100,  # Sinkhorn's
         )
+        config.model.text.fusion_depth = 0
         config.data.train = config.data.eval = "scenes:stories"
         config.evaluation.rerank_top_k = 0
         if tiny:

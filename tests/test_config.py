@@ -14,7 +14,8 @@ from codebook_jax.errors import UserError
 from configs import base
 
 RECIPES = [("base.py", size) for size in base.SIZES]
-RECIPES += [("albef.py", size) for size in base.SIZES] + [("pretrain_4m.py", "base")]
+RECIPES += [(file, size) for file in ("albef.py", "clip.py") for size in base.SIZES]
+RECIPES += [("pretrain_4m.py", "base")]
 RECIPES += [("sequences.py", size) for size in base.SIZES]
 
 

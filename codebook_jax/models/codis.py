@@ -1,7 +1,8 @@
 """CODIS assembled: the parts that have a teacher (`Towers`), and those that only the student has.
 
 The student's parameters are {"towers", "matching", "codebook", "temperature"}, a nested dict of
-float32 arrays; the teacher's are a second tree like "towers", run through the same graph.
+float32 arrays; the teacher's are a second tree like "towers", run through the same graph. Without
+fusion layers there are no heads for matching and masked words, without codewords no codebook.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class MatchingHead(nnx.Module):
 
 
 class Towers(nnx.Module):
-    """The three encoders, the projections to the joint space, and the masked-word head."""
+    """The encoders, the projections to the joint space, and the masked-word head, which reads the
+    fusion encoder: with `fusion_depth` 0 both are None.
+    """
 
     def __init__(
         self, model: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
@@ -69,10 +72,12 @@ class Towers(nnx.Module):
         image, text, common = model.image, model.text, dict(dtype=compute.dtype, rngs=rngs)
         self.image = VisionTransformer(image, compute, rngs)
         self.text = TextEncoder(text, vocabulary_size, compute, rngs)
-        self.fusion = FusionEncoder(text, image.width, compute, rngs)
+        fused = text.fusion_depth > 0
+        self.fusion = FusionEncoder(text, image.width, compute, rngs) if fused else None
         self.image_projection = Dense(image.width, model.dim, std=image.init_std, **common)
         self.text_projection = Dense(text.width, model.dim, std=text.init_std, **common)
-        self.masked_words = MaskedWordHead(text, vocabulary_size, compute, rngs)
+        head = MaskedWordHead(text, vocabulary_size, compute, rngs) if fused else None
+        self.masked_words = head
 
     def embed_images(self, images: Float[Array, "rows side side 3"]) -> Encoded:
         """Normalised images through their encoder and projection."""
@@ -105,7 +110,7 @@ class Model:
     ) -> None:
         make = own_settings(functools.partial(_modules, config, vocabulary_size, mesh))
         towers, matching = nnx.eval_shape(make, key_of(0))
-        self._towers, self._matching = nnx.graphdef(towers), nnx.graphdef(matching)
+        self._towers, self._matching = nnx.graphdef(towers), matching and nnx.graphdef(matching)
         self._dtype, self.mesh = jnp.dtype(config.model.dtype), mesh
         self.encode_images = jax.jit(own_settings(self._encode_images))
         self.encode_texts = jax.jit(own_settings(self._encode_texts))
@@ -153,21 +158,26 @@ def init_student(
     """Fresh parameters of the student, float32. Codewords are unit vectors in random directions."""
     tower_key, code_key = jax.random.split(key)
     towers, matching = _modules(config, vocabulary_size, None, tower_key)
-    return {
+    student = {
         "towers": nnx.to_pure_dict(nnx.state(towers)),
-        "matching": nnx.to_pure_dict(nnx.state(matching)),
-        "codebook": {"codes": init_codes(code_key, config.codebook.size, config.model.dim)},
         "temperature": jnp.float32(config.alignment.temperature),
     }
+    if matching is not None:
+        student["matching"] = nnx.to_pure_dict(nnx.state(matching))
+    if size := config.codebook.size:
+        student["codebook"] = {"codes": init_codes(code_key, size, config.model.dim)}
+    return student
 
 
 def _modules(
     config: ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None, key: Key[Array, ""]
-) -> tuple[Towers, MatchingHead]:
+) -> tuple[Towers, MatchingHead | None]:
     model, rngs, dtype = config.model, nnx.Rngs(params=key), jnp.dtype(config.model.dtype)
     attention = model.attention
     if attention == "auto":
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
     compute = Compute(dtype, model.remat, model.scan_unroll, attention, mesh)
     towers = Towers(model, vocabulary_size, compute, rngs)
+    if towers.fusion is None:
+        return towers, None
     return towers, MatchingHead(model.text.width, std=model.text.init_std, rngs=rngs)

@@ -261,7 +261,7 @@ def _items(state: PyTree, alone: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The state as named items, each a nested dict with string keys, whatever it is built of."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     rest = traverse_util.unflatten_dict({_names(path): leaf for path, leaf in leaves})
-    return {name: rest.pop(name, {}) for name in alone} | {REST: rest}
+    return {name: rest.pop(name) for name in alone if name in rest} | {REST: rest}
 
 
 def _state(like: PyTree, trees: dict[str, Any], alone: Sequence[str]) -> PyTree:

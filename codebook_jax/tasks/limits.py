@@ -56,7 +56,31 @@ FITTING = (
         "give one a weight, or nothing is learned",
     ),
     ("codebook.solver", ASSIGNMENTS.__contains__, f"give one of {', '.join(ASSIGNMENTS)}"),
-    ("queue.size data.global_batch", operator.ge, "the queue must hold at least one batch"),
+    (
+        "losses.codebook codebook.size",
+        lambda weight, size: size > 1 or size == weight == 0,
+        "the loss needs two codewords or more; without it, 0 keeps none",
+    ),
+    (
+        "queue.size data.global_batch",
+        lambda size, batch: size == 0 or size >= batch,
+        "the queue must hold at least one batch, or nothing (0)",
+    ),
+    (
+        "teacher.use teacher.alpha queue.size alignment.intra_weight",
+        lambda use, *needs: use or not any(needs),
+        "all but the first need a teacher: without one, give them 0",
+    ),
+    (
+        "teacher.use data.teacher_view",
+        lambda use, view: use or view == "same",
+        "there is no teacher to see a view of its own: give same",
+    ),
+    (
+        "model.text.fusion_depth losses.matching losses.masked_lm evaluation.rerank_top_k",
+        lambda depth, *needs: depth or not any(needs),
+        "all but the first need a fusion encoder: without one, give them 0",
+    ),
     ("codebook.queue_samples queue.size", operator.le, "the queue does not hold so many"),
     ("mlm.mask_share mlm.random_share", lambda *both: sum(both) <= 1, "their sum is at most 1"),
 )
@@ -75,6 +99,21 @@ def check_fitting(config: ml_collections.ConfigDict, fitting: tuple[Fit, ...]) -
         if not fit(*(values[name] for name in names.split())):
             given = ", ".join(f"config.{name}={values[name]!r}" for name in names.split())
             raise UserError(f"{given} cannot be used: {needed}")
+
+
+def check_export(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError if the model lacks what `config.export` asks for."""
+    asked, has = config.export, {"a teacher": config.teacher.use}
+    if asked.format == "albef":
+        fused = config.model.text.fusion_depth
+        has |= {"a fusion encoder": fused, "a queue": config.queue.size}
+    elif not asked.teacher:
+        return
+    if lacks := [part for part, there in has.items() if not there]:
+        raise UserError(
+            f"config.export.format={asked.format!r} with config.export.teacher={asked.teacher!r} "
+            f"cannot be written: this model has not {' and '.join(lacks)}"
+        )
 
 
 def resolve(

@@ -32,7 +32,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer, running
 from codebook_jax.tasks.draws import Inputs, Pair, draw_inputs
-from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState, if_good, updates_of
+from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
 
@@ -59,6 +59,7 @@ class Pretraining(Task):
     @staticmethod
     def export_items(config: ml_collections.ConfigDict) -> tuple[str, ...]:
         """The student; with its teacher if asked, ALBEF's format with the queue too."""
+        limits.check_export(config)
         if config.export.format == "albef":
             return "student", "teacher", "queue"
         teacher = config.export.format == "codis" and config.export.teacher
@@ -66,18 +67,19 @@ class Pretraining(Task):
 
     def fresh(self, key: Key[Array, ""]) -> TrainState:
         """A state whose teacher is a copy of the student and whose queues are empty."""
-        config = self.config
+        config, dim = self.config, self.config.model.dim
         student = codis.init_student(config, self.vocabulary.size, key)
+        of, size, kept = config.codebook, config.queue.size, config.teacher.use
         return TrainState(
             step=jnp.int32(0),
             student=student,
-            teacher=jax.tree.map(jnp.copy, student["towers"]),
+            teacher=jax.tree.map(jnp.copy, student["towers"]) if kept else None,
             moments=self.optimizer.init(student),
-            queue=empty_queue(Pair._fields, size=config.queue.size, dim=config.model.dim),
-            usage=codebook.empty_usage(config.codebook.window_samples),
+            queue=empty_queue(Pair._fields, size=size, dim=dim) if size else None,
+            usage=codebook.empty_usage(of.window_samples) if of.size else None,
             bad_in_row=jnp.int32(0),
             bad_total=jnp.int32(0),
-            running=running.first(config.codebook, student["codebook"]["codes"]),
+            running=running.first(of, student["codebook"]["codes"]) if of.size else None,
         )
 
     # -- the step
@@ -88,7 +90,7 @@ class Pretraining(Task):
         draw_key, dropout_key = jax.random.split(key)
         with jax.named_scope("draw"):
             inputs = draw_inputs(batch, draw_key, self.config, self.vocabulary)
-        taught = self.passes.over(functools.partial(self.teach, state.teacher), inputs)
+        taught = self.passes.over(functools.partial(self.teach, state.teaching), inputs)
         plan = self.assign(taught.features, state)
         objective = self.objective(state, Targets(taught.features, plan, batch.image_id))
         given = objective, state.student, inputs, taught, dropout_key
@@ -96,7 +98,7 @@ class Pretraining(Task):
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         after = self.remember(self.learn(state, gradients), taught.features, plan)
-        after = if_good(good, after, state)
+        after = state.then(good, after)
         scalars = {"loss": loss, **scalars, "gradient_norm": gradient_norm, "bad_step": ~good}
         return after, scalars | self.report(state, after, inputs, plan)
 
@@ -106,7 +108,7 @@ class Pretraining(Task):
             self.embed,
             functools.partial(self.alignment_and_codebook, state, targets),
             functools.partial(self.matching_and_masked_words, state),
-            direct=("codebook", "temperature"),
+            direct=tuple(name for name in ("codebook", "temperature") if name in state.student),
         )
 
     @jax.named_scope("teach")
@@ -161,7 +163,7 @@ class Pretraining(Task):
             candidates, candidate_id = sharding.whole(everyone, self.mesh)
             found = alignment.cross_entropies(
                 features._asdict(),
-                candidates._asdict(),
+                None if state.teacher is None else candidates._asdict(),
                 state.queue,
                 candidate_id,
                 temperature=own["temperature"],
@@ -232,7 +234,7 @@ class Pretraining(Task):
             logits = towers.word_logits(masked)
             scalars["loss/masked_lm"] = masked_word_loss(
                 logits,
-                self.model.towers(state.teacher).word_logits(taught.masked_states),
+                self.model.towers(state.teaching).word_logits(taught.masked_states),
                 inputs.masked.words,
                 inputs.word_weight,
                 alpha=self.alpha(state),
@@ -245,21 +247,26 @@ class Pretraining(Task):
     @jax.named_scope("learn")
     def learn(self, state: TrainState, gradients: PyTree) -> TrainState:
         """The student after the optimizer, the teacher after its average."""
-        frozen = updates_of(state) < self.config.codebook.freeze_steps
-        frozen |= isinstance(state.running, assignment.RunningCodes)
-        of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
-        gradients = {**gradients, "codebook": of_codes}
+        if "codebook" in gradients:
+            frozen = state.updates < self.config.codebook.freeze_steps
+            frozen |= isinstance(state.running, assignment.RunningCodes)
+            of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
+            gradients = {**gradients, "codebook": of_codes}
         updates, moments = self.optimizer.update(gradients, state.moments, state.student)
         student = optax.apply_updates(state.student, updates)
         low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
         student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
+        after = state.replace(student=student, moments=moments)
+        if state.teacher is None:
+            return after
         averaged = teacher.momentum_average(state.teacher, student["towers"], self.momentum(state))
-        return state.replace(student=student, moments=moments, teacher=averaged)
+        return after.replace(teacher=averaged)
 
     @jax.named_scope("remember")
     def remember(self, state: TrainState, features: Pair, plan: Plan | None) -> TrainState:
         """The queues with the teacher's features, and the codewords that won them."""
-        state = state.replace(queue=enqueue(state.queue, features._asdict()))
+        if state.queue is not None:
+            state = state.replace(queue=enqueue(state.queue, features._asdict()))
         if plan is None:
             return state
         winners = _likeliest(plan[:, : features.image.shape[0]])
@@ -282,13 +289,14 @@ class Pretraining(Task):
         """The metrics besides the losses."""
         scalars = {
             "temperature": before.student["temperature"],
-            "alpha": self.alpha(before),
-            "learning_rate": self.rate(updates_of(before)),
-            "teacher/momentum": self.momentum(before),
-            "queue/filled": after.queue.filled,
+            "learning_rate": self.rate(before.updates),
             "bad_in_row": after.bad_in_row,
             "bad_total": after.bad_total,
         }
+        if before.teacher is not None:
+            scalars |= {"alpha": self.alpha(before), "teacher/momentum": self.momentum(before)}
+        if after.queue is not None:
+            scalars["queue/filled"] = after.queue.filled
         if inputs.allowed is not None:
             alone = ~inputs.allowed.any(axis=1)
             scalars["matching/without_negative"] = jnp.sum(alone, dtype=jnp.int32)
@@ -302,12 +310,12 @@ class Pretraining(Task):
 
     def alpha(self, state: TrainState) -> Array:
         """Weight of the teacher's soft targets: 0, rising over the first `teacher.alpha_steps`."""
-        ramp = updates_of(state).astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
+        ramp = state.updates.astype(jnp.float32) / max(self.config.teacher.alpha_steps, 1)
         return jnp.float32(self.config.teacher.alpha) * jnp.minimum(ramp, 1)
 
     def momentum(self, state: TrainState) -> Array:
         of = self.config.teacher
-        return teacher.momentum_at(updates_of(state), momentum=of.momentum, ramp=of.momentum_ramp)
+        return teacher.momentum_at(state.updates, momentum=of.momentum, ramp=of.momentum_ramp)
 
     # -- evaluation
 
@@ -321,12 +329,15 @@ class Pretraining(Task):
         final: bool,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Retrieval by student and teacher; re-ranked if `final` or always so configured."""
-        asked = self.config.evaluation
-        rerank = asked.rerank_top_k > 0 and (final or asked.rerank_on_schedule)
+        """Retrieval by student and teacher; re-ranked, with a fusion encoder, if `final` or always
+        so configured.
+        """
+        asked, fused = self.config.evaluation, self.config.model.text.fusion_depth > 0
+        rerank = fused and asked.rerank_top_k > 0 and (final or asked.rerank_on_schedule)
+        both = {"student": state.student["towers"], "teacher": state.teacher}
         results = retrieval.evaluate(
             self.model,
-            {"student": state.student["towers"], "teacher": state.teacher},
+            {name: towers for name, towers in both.items() if towers is not None},
             source,
             tokenizer,
             self.config,

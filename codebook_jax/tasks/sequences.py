@@ -37,12 +37,12 @@ from codebook_jax.models import codis
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer
-from codebook_jax.tasks.state import if_good, updates_of
+from codebook_jax.tasks.state import Counting
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
 
 @flax.struct.dataclass
-class SequenceState:
+class SequenceState(Counting):
     """The state of one run; its fields mean what they mean in `TrainState`."""
 
     step: Int[Array, ""]
@@ -145,12 +145,12 @@ class Sequences(Task):
         (loss, scalars), gradients = self.passes.gradients(*given)
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        after = if_good(good, self.learn(state, gradients), state)
+        after = state.then(good, self.learn(state, gradients))
         return after, {
             "loss": loss,
             **scalars,
             "temperature": state.student["temperature"],
-            "learning_rate": self.rate(updates_of(state)),
+            "learning_rate": self.rate(state.updates),
             "teacher/momentum": self.momentum(state),
             "gradient_norm": gradient_norm,
             "bad_step": ~good,
@@ -216,7 +216,7 @@ class Sequences(Task):
     @jax.named_scope("learn")
     def learn(self, state: SequenceState, gradients: PyTree) -> SequenceState:
         """The student after the optimizer, the teacher after its average."""
-        frozen = updates_of(state) < self.config.codebook.freeze_steps
+        frozen = state.updates < self.config.codebook.freeze_steps
         of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
         gradients = {**gradients, "codebook": of_codes}
         changes, moments = self.optimizer.update(gradients, state.moments, state.student)
@@ -229,7 +229,7 @@ class Sequences(Task):
 
     def momentum(self, state: SequenceState) -> Float[Array, ""]:
         of = self.config.teacher
-        return method.momentum_at(updates_of(state), momentum=of.momentum, ramp=of.momentum_ramp)
+        return method.momentum_at(state.updates, momentum=of.momentum, ramp=of.momentum_ramp)
 
     def _embed(
         self,

@@ -68,8 +68,9 @@ class Codis:
         self._encoder = "teacher" if "teacher" in items else "student"
         self._student = items["student"]
         self._towers = items.get("teacher", self._student["towers"])
+        none = {"codes": jnp.zeros((0, config.model.dim), jnp.float32)}
         self.codewords: Float32[np.ndarray, "codes dim"] = np.asarray(
-            unit(self._student["codebook"]["codes"])
+            unit(self._student.get("codebook", none)["codes"])
         )
 
     @property
@@ -97,6 +98,11 @@ class Codis:
         A single image is paired with every text, a single text with every image. It is more
         accurate and slower than features: find candidates with features, and order them with it.
         """
+        if not self.config.model.text.fusion_depth:
+            raise UserError(
+                "this model has no fusion encoder to match with: compare the features of "
+                "encode_image and encode_text"
+            )
         pictures, texts = picture_list(images), text_list(texts)
         if len(pictures) != len(texts) and 1 not in (len(pictures), len(texts)):
             raise UserError(
@@ -134,6 +140,8 @@ class Codis:
             raise UserError(
                 "codes takes either images=... or texts=..., not both: call it once for each"
             )
+        if not len(self.codewords):
+            raise UserError("this model has no codebook: its features are of use without codes")
         if not isinstance(top_k, int | np.integer) or not 1 <= top_k <= len(self.codewords):
             raise UserError(
                 f"top_k={top_k!r} is not a whole number between 1 and the {len(self.codewords):,} "

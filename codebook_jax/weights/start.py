@@ -138,7 +138,7 @@ def initial(
         arrays = copy | arrays
     if "queue/image" in shapes:
         rest.append(f"queues: {'loaded' if 'queue/image' in arrays else 'empty'}")
-    return Initial(arrays, "\n".join([*table, "; ".join(rest)]))
+    return Initial(arrays, "\n".join([*table, *filter(None, ["; ".join(rest)])]))
 
 
 def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
