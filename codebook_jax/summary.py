@@ -23,10 +23,11 @@ def announce(parts: build.Parts) -> None:
     parameters = build.trained_parameters(parts.task) / 1e6
     devices, processes = mesh.devices.size, jax.process_count()
     shards, batch = sharding.data_shards(mesh), config.data.global_batch
+    records = _records(parts.source)
     say(f"model       {config.task}, size {config.size}: {parameters:,.1f} M trained parameters")
     say(
         f"devices     {_count(devices, 'device')} ({mesh.devices.flat[0].device_kind}), "
-        f"{_count(processes, 'process', 'es')}; a batch of {batch} pairs = "
+        f"{_count(processes, 'process', 'es')}; a batch of {batch} {records} = "
         f"{_count(shards, 'data shard')} x {batch // shards} "
         f"(accumulation {config.optimizer.accumulation})"
     )
@@ -36,11 +37,12 @@ def announce(parts: build.Parts) -> None:
     sample = list(sample_captions(parts.source, SAMPLED))
     captions = f"{len(sample):,} training captions"
     say(f"words       {said_unknown(*unknown_in(sample, parts.tokenizer), captions)}")
-    say(f"validation  {_validation(config, len(parts.validation))}")
+    say(f"validation  {_validation(config, parts.validation)}")
     if len(parts.source) < batch:
         say(
             f"warning: config.data.global_batch={batch} is more than the {len(parts.source)} "
-            "training pairs, so a step repeats pairs: set it to that or less, or give more data"
+            f"training {records}, so a step repeats {records}: set it to that or less, or give "
+            "more data"
         )
     if devices > 1:
         say(f"mesh {sharding.described_axes(mesh, config.mesh.slices)}")
@@ -68,9 +70,10 @@ def next_steps(step: int, workdir: Path) -> str:
 
 
 def amount(source: Source, global_batch: int, steps: int) -> list[str]:
-    """Sentences on how many of the listed pairs are used and how long an epoch is."""
-    pairs, listed = len(source), source.listed
-    share = f" of {listed:,} listed pairs ({pairs / listed:.1%})" if listed > pairs else " pairs"
+    """Sentences on how many of the listed records are used and how long an epoch is."""
+    pairs, listed, share = len(source), source.listed, f" {_records(source)}"
+    if listed > pairs:
+        share = f" of {listed:,} listed{share} ({pairs / listed:.1%})"
     epochs = f"{steps * global_batch / pairs:.3g}"
     sentences = [
         f"{pairs:,}{share}; an epoch is {pairs / global_batch:,.1f} steps, {steps:,} steps are "
@@ -85,17 +88,22 @@ def amount(source: Source, global_batch: int, steps: int) -> list[str]:
     return sentences
 
 
-def _validation(config: ml_collections.ConfigDict, listed: int) -> str:
-    """On which images a training run validates, and when."""
-    spec = config.data.eval
+def _validation(config: ml_collections.ConfigDict, source: Source) -> str:
+    """On which images or stories a training run validates, and when."""
+    spec, listed = config.data.eval, len(source)
+    what = "stories" if source.stories else "images"
     if config.data.train.split(":")[0] != "scenes" and _named(spec) != spec:
         spec = f"{_named(spec)}: name your own with --config.data.eval"
     every = config.evaluation.every_steps
     when = f"every {every:,} steps and at the end" if every else "at the end"
     images = build.validation_images(config)
     if not images or images >= listed:
-        return f"all {listed:,} images of {spec}, {when}"
-    return f"{images:,} of {listed:,} images of {spec} (config.evaluation.images), {when}"
+        return f"all {listed:,} {what} of {spec}, {when}"
+    return f"{images:,} of {listed:,} {what} of {spec} (config.evaluation.images), {when}"
+
+
+def _records(source: Source) -> str:
+    return "stories" if source.stories else "pairs"
 
 
 def _named(spec: str) -> str:
