@@ -60,7 +60,7 @@ def test_a_batch_has_the_types_and_shapes_of_its_fields(stream):
 
 @pytest.mark.parametrize(
     ("start", "reading"),
-    [(0, dict(threads=1, prefetch=1)), (0, dict(threads=5, prefetch=7)), (3, dict(workers=2))],
+    [(0, dict(threads=1, prefetch=1)), (0, dict(threads=5, prefetch=7)), (3, dict(workers=1))],
 )
 def test_rows_are_the_same_from_any_step_and_however_they_are_read(stream, start, reading):
     expected = digests(taken(stream(stories_source()), 8))  # over an epoch of 50 stories
