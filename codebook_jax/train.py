@@ -64,7 +64,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
             Pace(start=step, steps=steps, global_batch=batch) as pace,
             parts.device.explaining(parts.compiled) if parts.compiled else contextlib.nullcontext(),
         ):
-            bad_rate = BadRate(config.data.max_bad_rate, meta["unreadable"])
+            bad_rate = BadRate(config.data.max_bad_rate, meta["unreadable"], parts.task.stories)
             run = Run(parts, checkpoints, metrics, pace, stop, bad_rate, state, step)
             try:
                 run.finish()

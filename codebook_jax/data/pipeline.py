@@ -186,10 +186,11 @@ class BatchStream(Iterator[Made]):
 
 @dataclasses.dataclass
 class BadRate:
-    """Counts unreadable images, and stops the run if there are too many."""
+    """Counts unreadable records, and stops the run if there are too many."""
 
     max_rate: float
     unreadable: int  # since the first start of the run; those before this start are not judged
+    stories: bool = False  # whether the records are stories, which check-data does not read
     bad: int = 0  # since this start
     tried: int = 0
 
@@ -202,10 +203,12 @@ class BadRate:
         self.tried += unreadable + read
         margin = 2 * math.sqrt(self.bad) if self.max_rate > 0 else 0
         if self.bad > self.max_rate * self.tried + margin:
+            cure = "--mode=check-data finds them all and lists the good ones"
             raise UserError(
-                f"{self.bad:,} of {self.tried:,} images could not be read, more than "
-                f"config.data.max_bad_rate={self.max_rate:g} allows (the first are named above): "
-                "--mode=check-data finds them all and lists the good ones; or raise the rate"
+                f"{self.bad:,} of {self.tried:,} {'stories' if self.stories else 'images'} could "
+                f"not be read, more than config.data.max_bad_rate={self.max_rate:g} allows (the "
+                f"first are named above): {'repair the files' if self.stories else cure}; or raise "
+                "the rate"
             )
 
 

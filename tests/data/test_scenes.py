@@ -5,8 +5,10 @@ import itertools
 import re
 
 import numpy as np
+from small_stories import told_frames
 
 from codebook_jax.data import scenes
+from codebook_jax.data.scenes import stories
 from codebook_jax.data.scenes.world import COLOURS, SHAPES, Background, Scene, SceneObject
 
 SIZE_OF = {"small": "small", "tiny": "small", "large": "large", "big": "large"}
@@ -30,6 +32,9 @@ def with_captions():
     for split in ("validation", "test"):
         yield from scenes.evaluation_scenes(split)
         yield from scenes.hard_scenes(split)
+    told = [stories.training_story(0, index) for index in range(200)]
+    for story in (*told, *stories.evaluation_stories("test")):
+        yield from ((scene, caption) for _, scene, caption in told_frames(story))
 
 
 def parse(scene, caption):
