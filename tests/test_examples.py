@@ -9,16 +9,17 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-def run(name):
+def run(name, *arguments):
     path = EXAMPLES / name
     assert sum(bool(line.strip()) for line in path.read_text().splitlines()) <= 60
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
-    return done.stdout
+    command = [sys.executable, str(path), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow
@@ -35,6 +36,13 @@ def test_a_third_modality_joins_a_frozen_codebook_and_changes_nothing_old():
     found = [int(number) for number in re.findall(r": (\d+)", said.partition("sounds:")[2])]
     assert len(found) == 6 and min(found) >= 25  # chance: 1
     assert "old embeddings unchanged: True" in said
+
+
+@pytest.mark.slow
+def test_stories_are_aligned_though_only_their_order_is_known(tmp_path):
+    said = run("stories.py", tmp_path / "alignment.png")
+    assert int(re.search(r"(\d+)% of the names", said)[1]) >= 85  # chance: 17
+    assert Image.open(tmp_path / "alignment.png").size == (540, 630)
 
 
 def test_the_lines_of_the_page_are_a_loss_with_a_gradient():
