@@ -58,14 +58,14 @@ def ran(command, environment=None, **options):
     )
 
 
-def config_of(**changes):
-    config = base.get_config("tiny")
+def config_of(recipe=base, **changes):
+    config = recipe.get_config("tiny")
     config.update_from_flattened_dict(SMALL | changes)
     return config.lock()
 
 
-def command(workdir, **changes):
+def command(workdir, recipe="base", **changes):
     fields = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
-    config = f"--config={ROOT / 'configs' / 'base.py'}:tiny"
+    config = f"--config={ROOT / 'configs' / recipe}.py:tiny"
     program = [sys.executable, str(ROOT / "tests" / "faulty_run.py")]
     return [*program, config, f"--workdir={workdir}", *fields]

@@ -17,6 +17,10 @@ RECIPES = [("base.py", size) for size in base.SIZES]
 RECIPES += [(file, size) for file in ("albef.py", "clip.py") for size in base.SIZES]
 RECIPES += [("pretrain_4m.py", "base")]
 RECIPES += [("sequences.py", size) for size in base.SIZES]
+NO_TEACHER = {"teacher.use": False, "teacher.alpha": 0.0, "queue.size": 0}
+NO_TEACHER |= {"alignment.intra_weight": 0.0, "data.teacher_view": "same"}
+NO_FUSION = {"losses.matching": 0.0, "losses.masked_lm": 0.0, "evaluation.rerank_top_k": 0}
+NO_FUSION |= {"model.text.fusion_depth": 0}
 
 
 def shipped(file, size):
@@ -101,6 +105,19 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(name, value):
         ({"data.eval": ""}, ("data.eval=''",)),
         ({f"losses.{name}": 0.0 for name in base.get_config().losses}, ("losses.alignment=0.0",)),
         ({"queue.size": 63}, ("queue.size=63", "data.global_batch=64")),
+        ({"queue.size": 0, "codebook.queue_samples": 1}, ("queue_samples=1", "queue.size=0")),
+        ({"codebook.size": 1}, ("losses.codebook=1.0", "codebook.size=1")),
+        ({"codebook.size": 0}, ("losses.codebook=1.0", "codebook.size=0")),
+        ({"losses.codebook": 0, "codebook.size": 1}, ("codebook.size=1",)),
+        ({"teacher.use": False}, ("teacher.use=False", "teacher.alpha=0.4", "intra_weight=1.0")),
+        (NO_TEACHER | {"teacher.alpha": 0.4}, ("teacher.use=False", "teacher.alpha=0.4")),
+        (NO_TEACHER | {"queue.size": 64}, ("teacher.use=False", "queue.size=64")),
+        (NO_TEACHER | {"alignment.intra_weight": 0.5}, ("use=False", "intra_weight=0.5")),
+        (NO_TEACHER | {"data.teacher_view": "independent"}, ("use=False", "='independent'")),
+        ({"model.text.fusion_depth": 0}, ("fusion_depth=0", "losses.matching=1.0")),
+        (NO_FUSION | {"losses.matching": 0.5}, ("fusion_depth=0", "losses.matching=0.5")),
+        (NO_FUSION | {"losses.masked_lm": 0.5}, ("fusion_depth=0", "losses.masked_lm=0.5")),
+        (NO_FUSION | {"evaluation.rerank_top_k": 9}, ("fusion_depth=0", "rerank_top_k=9")),
         ({"codebook.queue_samples": 65}, ("codebook.queue_samples=65", "queue.size=64")),
         ({"alignment.temperature": 0.6}, ("temperature=0.6", "temperature_max=0.5")),
         ({"alignment.temperature_min": 0.7}, ("temperature_min=0.7", "temperature_max=0.5")),
@@ -118,6 +135,20 @@ def test_fields_that_do_not_fit_together_are_refused_with_both(changes, numbers)
     with pytest.raises(UserError) as refusal:
         check(config_of(**changes))
     assert all(number in str(refusal.value) for number in numbers)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        NO_TEACHER,
+        NO_FUSION,
+        {"queue.size": 0},
+        {"losses.codebook": 0.0, "codebook.size": 0},
+        {"losses.codebook": 0.0},
+    ],
+)
+def test_each_part_can_be_left_out_alone(changes):
+    check(config_of(**changes))
 
 
 def test_a_field_that_a_config_file_lacks_is_named():

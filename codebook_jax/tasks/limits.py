@@ -103,16 +103,14 @@ def check_fitting(config: ml_collections.ConfigDict, fitting: tuple[Fit, ...]) -
 
 def check_export(config: ml_collections.ConfigDict) -> None:
     """Raises UserError if the model lacks what `config.export` asks for."""
-    asked, has = config.export, {"a teacher": config.teacher.use}
-    if asked.format == "albef":
-        fused = config.model.text.fusion_depth
-        has |= {"a fusion encoder": fused, "a queue": config.queue.size}
-    elif not asked.teacher:
-        return
-    if lacks := [part for part, there in has.items() if not there]:
+    form, teacher = config.export.format, config.export.teacher
+    needs = {"teacher": config.teacher.use} if form == "albef" or teacher else {}
+    if form == "albef":
+        needs |= {"fusion encoder": config.model.text.fusion_depth, "queue": config.queue.size}
+    if lacks := [f"no {part}" for part, there in needs.items() if not there]:
         raise UserError(
-            f"config.export.format={asked.format!r} with config.export.teacher={asked.teacher!r} "
-            f"cannot be written: this model has not {' and '.join(lacks)}"
+            f"config.export.format={form!r} with config.export.teacher={teacher!r} cannot be "
+            f"written: this model has {', '.join(lacks)}"
         )
 
 

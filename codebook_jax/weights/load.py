@@ -141,7 +141,9 @@ class Codis:
                 "codes takes either images=... or texts=..., not both: call it once for each"
             )
         if not len(self.codewords):
-            raise UserError("this model has no codebook: its features are of use without codes")
+            raise UserError(
+                "this model has no codebook: use the features of encode_image and encode_text"
+            )
         if not isinstance(top_k, int | np.integer) or not 1 <= top_k <= len(self.codewords):
             raise UserError(
                 f"top_k={top_k!r} is not a whole number between 1 and the {len(self.codewords):,} "
