@@ -58,6 +58,6 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         config.evaluation.rerank_top_k = 0
         if tiny:
             config.data.global_batch = 16  # stories, of up to 6 frames
-            config.train.steps = 400
+            config.train.steps = 200
             config.optimizer.warmup_steps = 40
     return config.lock()

@@ -91,6 +91,12 @@ class Sequences(Task):
     def checkpoint_items() -> Items:
         return Items(("student", "teacher", "moments"), "student", ("student", "teacher"))
 
+    @classmethod
+    def export_items(cls, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+        """The student, with its teacher if asked; as codis alone."""
+        items = super().export_items(config)
+        return (*items, "teacher") if config.export.teacher else items
+
     def fresh(self, key: Key[Array, ""]) -> SequenceState:
         """A state whose teacher is a copy of the student."""
         student = codis.init_student(self.config, self.vocabulary.size, key)

@@ -34,7 +34,7 @@ from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
-TASK = "pretrain"  # the config.task whose models can be loaded
+LOADED = ("pretrain", "sequences")  # the values of config.task whose models can be loaded
 BUCKETS = (1, 4, 16, 64)  # rows that calls are padded to; one compiled program each
 Tokenised = tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, " texts"]]  # and lengths
 READERS = min(8, os.cpu_count() or 1)  # threads that decode images
@@ -228,11 +228,11 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     with reading(folder / MANIFEST):
         manifest = parse_json((folder / MANIFEST).read_bytes())
         number, items, step = (manifest[field] for field in ("format", "items", "step"))
-        task = manifest.get("task", TASK)
-    if (number, task) != (FORMAT, TASK):
+        task = manifest.get("task", LOADED[0])
+    if number != FORMAT or task not in LOADED:
         raise UserError(
             f"{folder} is an export of format {number} and task={task!r}, but this codebook_jax "
-            f"loads format {FORMAT} and task={TASK!r}: install the version it was written with, or "
+            f"loads format {FORMAT} of {' and '.join(LOADED)}: install the version it was written with, or "
             "read its arrays with orbax.checkpoint's StandardCheckpointer().restore"
         )
     if teacher and "teacher" not in items:

@@ -82,8 +82,8 @@ def test_a_run_on_stories_does_all_that_the_program_does(one_device_environment,
     assert results["student/ordered"]["stories"] == 12
     assert results["student/mean"]["right_order"] == results["student/bag"]["right_order"] == 50
     assert "report:" in run(environment, straight, "--mode=report")
-    run(environment, straight, "--mode=export")
-    model = codebook_jax.load(straight / "export")
+    run(environment, straight, "--mode=export", "--config.export.teacher=true")
+    model = codebook_jax.load(straight / "export", teacher=True)
     found = model.encode_text(["a red circle left of a blue square"])
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1, atol=1e-5)
 
