@@ -15,6 +15,7 @@ from small_data import tokenizer_of
 from small_run import ROOT, config_of
 
 from codebook_jax import build, console, summary
+from codebook_jax.data.sources import Source
 from codebook_jax.parallel import sharding
 
 FULL = "/dev/full"
@@ -181,7 +182,7 @@ def test_a_platform_that_is_not_here_is_refused_with_what_is(asked, call, words)
     assert all(word in said for word in words)
 
 
-class Pairs(list):
+class Pairs(list, Source):
     listed = 5
 
     def captions(self, index):
@@ -193,7 +194,7 @@ def test_a_training_set_smaller_than_a_batch_is_warned_of_with_both_numbers(caps
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         config, source = config_of(**{"data.global_batch": 8}), Pairs(range(count))
         words = tokenizer_of(source, tmp_path / str(count), 300)
-        summary.announce(build.Parts(config, mesh, source, range(7), words, OneWeight()))
+        summary.announce(build.Parts(config, mesh, source, source, words, OneWeight()))
         return capsys.readouterr().out
 
     small = announced(5)
