@@ -232,8 +232,8 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     if number != FORMAT or task not in LOADED:
         raise UserError(
             f"{folder} is an export of format {number} and task={task!r}, but this codebook_jax "
-            f"loads format {FORMAT} of {' and '.join(LOADED)}: install the version it was written with, or "
-            "read its arrays with orbax.checkpoint's StandardCheckpointer().restore"
+            f"loads format {FORMAT} of {' and '.join(LOADED)}: install the version it was written "
+            "with, or read its arrays with orbax.checkpoint's StandardCheckpointer().restore"
         )
     if teacher and "teacher" not in items:
         raise UserError(
