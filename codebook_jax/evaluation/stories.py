@@ -38,7 +38,12 @@ from codebook_jax.models.codis import Model
 
 TIED = 1e-5  # similarities this close are equal: sums in another order differ by rounding
 # of the recalls of each protocol in metrics.jsonl
-PREFIXES = {"student/bag": "bag_", "student/mean": "mean_", "teacher/ordered": "teacher_"}
+PREFIXES = {
+    "student/ordered": "",
+    "student/bag": "bag_",
+    "student/mean": "mean_",
+    "teacher/ordered": "teacher_",
+}
 
 
 class Steps(NamedTuple):

@@ -17,14 +17,15 @@ from codebook_jax.console import say
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.errors import UserError, reason
+from codebook_jax.evaluation import retrieval, stories
 from codebook_jax.evaluation.encoding import Gallery, encode_source
 from codebook_jax.evaluation.recall import recall_at_k
-from codebook_jax.evaluation.retrieval import PREFIXES
 from codebook_jax.files import check_outputs, parse_json
 from codebook_jax.method.numerics import unit
 from codebook_jax.report.curves import Row, columns_of, curves
 from codebook_jax.report.gallery import PICTURES, examples, explore_codebook
 from codebook_jax.report.page import FILE, Pictures, write_page
+from codebook_jax.report.stories import aligned_stories
 from codebook_jax.run import metrics
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints
@@ -97,12 +98,14 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
     elif evaluations:
         step = evaluations[-1]["step"]
         values = {name.removeprefix("eval/"): value for name, value in evaluations[-1].items()}
-        for protocol, prefix in PREFIXES.items():
+        stories_too = "eval/stories" in evaluations[-1]
+        for protocol, prefix in (stories.PREFIXES if stories_too else retrieval.PREFIXES).items():
             own = {name[len(prefix) :]: values[name] for name in values if name.startswith(prefix)}
             protocols |= {protocol: values | own} if own else {}
-    if "img_chance_r1" not in protocols.get("student/dual", ()):
+    first = next(iter(protocols.values()), {})
+    if "img_chance_r1" not in first:
         return None  # another task's, or an earlier version's
-    return {"step": step, "protocols": protocols}
+    return {"step": step, "protocols": protocols, "first": first}
 
 
 def what_is_seen(
@@ -144,16 +147,19 @@ def what_is_seen(
 
 def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dict[str, Any] | None:
     """What the checkpoint best in validation sees in the test data; None before the first, and for
-    a task without towers or of stories.
+    a task without towers.
     """
     config, model = parts.config, getattr(parts.task, "model", None)
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
-        if model is None or parts.task.stories or checkpoints.step_to_use() is None:
+        if model is None or checkpoints.step_to_use() is None:
             return None
     restored = build.restore_trained(parts, workdir, ("student",))
     student = restored.state.student
     spec = config.data.test or config.data.eval
-    source = source_of(config, spec, "test")
+    source = source_of(config, spec, "test", stories=parts.task.stories)
+    seen = {"step": restored.step, "data": spec, "stories": None, "codebook": None}
+    if parts.task.stories:
+        return seen | {"stories": aligned_stories(parts, student["towers"], source, pictures)}
     images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)
     say(f"test data {spec}: {images:,} of {len(source):,} images")
     towers = {"student": student["towers"]}
@@ -163,5 +169,4 @@ def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dic
         everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
         codes = jax.jit(unit, out_shardings=everywhere)(student["codebook"]["codes"])
         codewords = np.asarray(codes)
-    seen = what_is_seen(gallery, source, codewords, config, pictures)
-    return seen | {"step": restored.step, "data": spec}
+    return seen | what_is_seen(gallery, source, codewords, config, pictures)

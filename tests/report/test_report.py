@@ -82,7 +82,7 @@ def page_with(path, *, images, codes):
     codewords = np.asarray(unit(rng.normal(size=(codes, 8))))
     pictures = Pictures()
     seen = run.what_is_seen(gallery, Colours(captions[::2]), codewords, config_of(), pictures)
-    seen |= {"step": 40, "data": "made up"}
+    seen |= {"step": 40, "data": "made up", "stories": None}
     return page_of(path, rows_of(50), seen=seen, pictures=pictures)
 
 
