@@ -92,6 +92,7 @@ def test_the_loss_and_its_gradient_in_every_parameter_are_clips(one):
     assert scalars[0].keys() == names | {"learning_rate", "bad_step", "bad_in_row", "bad_total"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes, passes", [((8, 1, 1), 1), ((2, 2, 2), 2)])
 def test_steps_on_eight_devices_in_one_pass_and_in_two_are_those_of_one_device(one, sizes, passes):
     _, first, states, scalars = one
@@ -106,6 +107,7 @@ def test_steps_on_eight_devices_in_one_pass_and_in_two_are_those_of_one_device(o
         np.testing.assert_allclose(leaf, named(states[-1].student)[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_without_a_teacher_every_other_loss_is_that_of_a_teacher_who_equals_the_student():
     plain = {"teacher.alpha": 0.0, "alignment.intra_weight": 0.0, "data.teacher_view": "same"}
     first = batch_of(0)
