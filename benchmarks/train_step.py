@@ -10,6 +10,7 @@ of a step without those that are computed again (`model.remat`).
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -119,7 +120,7 @@ def machine() -> dict[str, object]:
     return found | {"cores": os.cpu_count(), "python": platform.python_version()}
 
 
-def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
+def random_task(size: str, fields: dict[str, object], recipe: str = "base") -> tuple[Any, Any]:
     """The pre-training task of a size over all devices, and a random batch placed for it."""
     import numpy as np
 
@@ -127,9 +128,8 @@ def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
     from codebook_jax.data.text import Vocabulary
     from codebook_jax.parallel import sharding
     from codebook_jax.tasks import pretrain
-    from configs import base
 
-    config = base.get_config(size)
+    config = importlib.import_module(f"configs.{recipe}").get_config(size)
     config.update_from_flattened_dict(fields)
     mesh = sharding.make_mesh(-1, 1, 1)
     config = pretrain.Pretraining.resolve(
@@ -159,18 +159,21 @@ def random_task(size: str, fields: dict[str, object]) -> tuple[Any, Any]:
     return task, sharding.put_batch(batch, mesh)
 
 
-def measure(size: str, fields: dict[str, object], steps: int) -> dict[str, float]:
+def measure(
+    size: str, fields: dict[str, object], steps: int, recipe: str = "base"
+) -> dict[str, float]:
     """The median seconds of a step, and the other figures of a row."""
     import jax
     import numpy as np
 
     from codebook_jax.tools.plan import products
 
-    plain, batch = random_task(size, fields | {"model.remat": "none"})
+    plain, batch = random_task(size, fields | {"model.remat": "none"}, recipe)
     operations = products(plain.step.trace(plain.abstract_state(), batch).jaxpr.jaxpr)
-    task, batch = random_task(size, fields)
+    task, batch = random_task(size, fields, recipe)
     pairs = len(batch.tokens)
     state = task.init_state(0)
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     began = time.perf_counter()
     step = task.step.lower(state, batch).compile()
     compiled = time.perf_counter() - began
@@ -189,6 +192,7 @@ def measure(size: str, fields: dict[str, object], steps: int) -> dict[str, float
         "pairs_per_s": pairs / seconds,
         "compile_s": compiled,
         "peak_gb": peak / 1e9,
+        "state_mb": state_bytes / 1e6,
         "operations": operations,
     }
 

@@ -1,0 +1,105 @@
+"""Is transport needed? The assignments to codewords on the same data, seeds and steps: `python
+benchmarks/assignment.py`.
+
+Every run is the ordinary command at size `tiny` (recalls.py) without matching and masked words, so
+that two towers learn from alignment and codebook alone; the first row has no codebook. Codebook
+figures are those of the last logged step. `--time` instead takes the time of one assignment of the
+features of both modalities.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from recalls import ROOT, Variant, compare, parser
+
+sys.path.insert(0, str(ROOT))
+
+from codebook_jax.tasks.limits import ASSIGNMENTS
+
+TWO_TOWERS = ("losses.matching=0", "losses.masked_lm=0")
+COLUMNS = {
+    "codebook/perplexity": ".0f",
+    "codebook/unused_share": ".1%",
+    "codebook/agreement": ".2f",
+    "transport/column_error": ".3f",
+}
+BATCHES = (64, 512, 4096)
+CODES = (512, 4000, 16_000)
+TIMES = ROOT / "benchmarks" / "results" / "assignment_time.json"
+
+
+def main() -> None:
+    options = parser(__doc__, name="assignment", steps=240)
+    options.add_argument("--time", action="store_true", help="time assignments instead")
+    options.add_argument("--batches", type=int, nargs="*", default=BATCHES)
+    given = options.parse_args()
+    if given.time:
+        write_times(given.batches)
+        return
+    variants = {"none": Variant(fields=("losses.codebook=0", *TWO_TOWERS))}
+    for solver in ASSIGNMENTS:
+        variants[solver] = Variant(fields=(f"codebook.solver={solver}", *TWO_TOWERS))
+    compare(variants, given, COLUMNS)
+
+
+def write_times(batches: list[int]) -> None:
+    """Prints and keeps the milliseconds of one assignment, by solver and size."""
+    found = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    print(
+        f"| features x codewords | {' | '.join(ASSIGNMENTS)} |\n|{'---|' * (1 + len(ASSIGNMENTS))}"
+    )
+    for batch in batches:
+        for codes in CODES:
+            row = {name: milliseconds(name, batch, codes) for name in ASSIGNMENTS}
+            found[f"{batch} x {codes}"] = row
+            cells = [f"{one:.3g}" if one < 100 else f"{one:,.0f}" for one in row.values()]
+            print(f"| {batch:,} x {codes:,} | {' | '.join(cells)} |", flush=True)
+            TIMES.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def milliseconds(solver: str, batch: int, codes: int, *, most_s: float = 3.0) -> float:
+    """The median of up to nine runs within `most_s` seconds, three at least, after a warm-up.
+
+    What a step does: the plan of both modalities and, without transport, the update of codewords or
+    centre (tasks/running.py).
+    """
+    import jax
+    import numpy as np
+
+    from codebook_jax.method import assignment, codebook
+    from codebook_jax.method.numerics import unit
+    from codebook_jax.tasks import running
+    from configs import base
+
+    config = base.get_config("tiny")
+    config.codebook.solver = solver
+    keys = jax.random.split(jax.random.key(0))
+    features = unit(jax.random.normal(keys[0], (2, batch, config.model.dim)))
+    words = unit(jax.random.normal(keys[1], (codes, config.model.dim)))
+    costs = assignment.codeword_costs(features, words)
+    memory = running.first(config.codebook, words)
+
+    @jax.jit
+    def step(memory, features, costs):
+        moved = running.centred(memory, costs)
+        plan = assignment.make_plan(moved, ASSIGNMENTS[solver](config.codebook))
+        if memory is None:
+            return plan
+        rows, flat = features.reshape(2 * batch, -1), costs.reshape(2 * batch, -1)
+        soft = codebook.soft_codes(plan, batch).reshape(flat.shape)
+        return plan, running.advance(config.codebook, memory, rows, flat, soft)
+
+    jax.block_until_ready(step(memory, features, costs))
+    times = []
+    while len(times) < 3 or (sum(times) < most_s and len(times) < 9):
+        began = time.perf_counter()
+        jax.block_until_ready(step(memory, features, costs))
+        times.append(time.perf_counter() - began)
+    return 1000 * float(np.median(times))
+
+
+if __name__ == "__main__":
+    main()
