@@ -80,7 +80,7 @@ def source_of(
     if source.stories and not stories:
         raise UserError(
             f"{spec} lists stories (frames and captions in order), not pairs of an image and a "
-            "text: they are for training with configs/sequences.py; check-data and prepare take pairs"
+            "text: train on them with configs/sequences.py; check-data and prepare take pairs"
         )
     if stories and not source.stories:
         raise UserError(
