@@ -1,5 +1,10 @@
 """Small sources, tokenizers and streams of batches."""
 
+import hashlib
+import itertools
+
+import numpy as np
+
 from codebook_jax.data.pipeline import BatchSpec, BatchStream
 from codebook_jax.data.sources import open_source
 from codebook_jax.data.sources.record import sample_captions
@@ -32,3 +37,14 @@ def stream_of(source, tokenizer, **changes):
     spec = dict(seed=0, global_batch=BATCH, rows=slice(None), size_px=24, max_tokens=24)
     spec |= dict(crop_scale=(0.5, 1.0), crop_ratio=(0.75, 4 / 3), flip=False, views=2) | changes
     return BatchStream(source, tokenizer, BatchSpec(**spec), **making)
+
+
+def taken(stream, count):
+    return list(itertools.islice(stream, count))
+
+
+def digests(batches):
+    return [
+        hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in batch)).hexdigest()
+        for batch in batches
+    ]

@@ -1,9 +1,12 @@
 """A whole small run; `straight` in conftest.py trains one per test session."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from codebook_jax.run.metrics import read_rows
 from configs import base
 from launch import local
 
@@ -56,6 +59,17 @@ def ran(command, environment=None, **options):
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=ROOT, **options
     )
+
+
+def kill_after(command, environment, workdir, step):
+    """Starts a run and kills it once it has logged `step`."""
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=ROOT)
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or max([0, *(row["step"] for row in read_rows(metrics))]) < step:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def config_of(recipe=base, **changes):

@@ -2,8 +2,6 @@
 files skipped.
 """
 
-import hashlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 from beartype.door import is_bearable
 from jaxtyping import jaxtyped
-from small_data import BATCH, scenes_source, stream_of, tokenizer_of
+from small_data import BATCH, digests, scenes_source, stream_of, taken, tokenizer_of
 
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.images import UnreadableImage
@@ -66,17 +64,6 @@ def stream(tokenizer):
     yield open_stream
     for one in opened:
         one.close()
-
-
-def taken(stream, count):
-    return list(itertools.islice(stream, count))
-
-
-def digests(batches):
-    return [
-        hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in batch)).hexdigest()
-        for batch in batches
-    ]
 
 
 @pytest.fixture

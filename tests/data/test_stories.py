@@ -2,7 +2,6 @@
 wherever they are read.
 """
 
-import hashlib
 import itertools
 import typing
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from beartype.door import is_bearable
 from jaxtyping import jaxtyped
-from small_data import tokenizer_of
+from small_data import digests, taken, tokenizer_of
 from small_stories import BATCH, Numbered, stories_source, stream_of_stories
 
 from codebook_jax.data.batch import StoryBatch
@@ -37,17 +36,6 @@ def stream(tokenizer):
     yield open_stream
     for one in opened:
         one.close()
-
-
-def taken(stream, count):
-    return list(itertools.islice(stream, count))
-
-
-def digests(batches):
-    return [
-        hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in batch)).hexdigest()
-        for batch in batches
-    ]
 
 
 def test_a_batch_has_the_types_and_shapes_of_its_fields(stream):

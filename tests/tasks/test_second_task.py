@@ -1,16 +1,14 @@
 """A task of one file (probe.py) is trained, resumed, evaluated and exported by the same program."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from probe import Probe
-from small_run import ROOT, SMALL
+from small_run import ROOT, SMALL, kill_after
 
 from codebook_jax import build
 from codebook_jax.errors import UserError
@@ -42,19 +40,6 @@ def run(environment, workdir, *more):
     return done.stdout
 
 
-def kill_after(environment, workdir, step):
-    """Starts a run and kills it once it has logged `step`."""
-    process = subprocess.Popen(
-        command(workdir), env=environment, stdout=subprocess.DEVNULL, cwd=ROOT
-    )
-    metrics = workdir / "metrics.jsonl"
-    while not metrics.exists() or max([0, *(row["step"] for row in read_rows(metrics))]) < step:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_task_of_one_file_does_all_that_the_program_does(
     devices, one_device_environment, tmp_path
@@ -65,7 +50,7 @@ def test_a_task_of_one_file_does_all_that_the_program_does(
     environment = one_device_environment | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert f"{devices} device" in run(environment, straight)
-    kill_after(environment, killed, step=12)
+    kill_after(command(killed), environment, killed, step=12)
     assert "resuming at step" in run(environment, killed)
     for item in ("head", "rest"):
         one, other = (

@@ -1,18 +1,14 @@
 """A run on stories: killed, resumed bit for bit, evaluated, reported, exported, loaded."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from small_run import ROOT, SMALL, ran
+from small_run import ROOT, SMALL, kill_after, ran
 
 import codebook_jax
 from codebook_jax.run.checkpoint import read_arrays
-from codebook_jax.run.metrics import read_rows
 
 STEPS = 30
 FIELDS = {
@@ -47,25 +43,13 @@ def run(environment, workdir, *more):
     return done.stdout
 
 
-def kill_after(environment, workdir, step):
-    process = subprocess.Popen(
-        command(workdir), env=environment, stdout=subprocess.DEVNULL, cwd=ROOT
-    )
-    metrics = workdir / "metrics.jsonl"
-    while not metrics.exists() or max([0, *(row["step"] for row in read_rows(metrics))]) < step:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 def test_a_run_on_stories_does_all_that_the_program_does(one_device_environment, tmp_path):
     environment = one_device_environment
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     said = run(environment, straight)
     assert "a batch of 4 stories" in said and "12 of 400 stories of scenes:stories" in said
-    kill_after(environment, killed, step=14)
+    kill_after(command(killed), environment, killed, step=14)
     assert "resuming at step" in run(environment, killed)
     for item in ("student", "teacher", "moments", "rest"):
         one, other = (
