@@ -56,8 +56,8 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         config.model.text.fusion_depth = 0
         config.data.train = config.data.eval = "scenes:stories"
         config.evaluation.rerank_top_k = 0
+        config.data.global_batch = 16 if tiny else config.data.global_batch // 16  # stories
         if tiny:
-            config.data.global_batch = 16  # stories, of up to 6 frames
             config.train.steps = 200
             config.optimizer.warmup_steps = 40
     return config.lock()

@@ -41,6 +41,22 @@ from codebook_jax.tasks.state import Counting
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
 
+# Fields, whether their values fit, and what is needed.
+FITTING = (
+    *limits.COMMON_FITTING,
+    (
+        "losses.alignment losses.codebook",
+        lambda *weights: any(weights),
+        "give one a weight, or nothing is learned",
+    ),
+    (
+        "codebook.solver",
+        lambda name: name in limits.ASSIGNMENTS and name not in ("nearest", "softmax"),
+        "give one by transport: sinkhorn, ipot, swav or unbalanced",
+    ),
+)
+
+
 @flax.struct.dataclass
 class SequenceState(Counting):
     """The state of one run; its fields mean what they mean in `TrainState`."""
@@ -337,19 +353,3 @@ def step_alignment(
 
 def _first(counts: Int[Array, " batch"], most: int) -> Bool[Array, "batch most"]:
     return jnp.arange(most, dtype=counts.dtype) < counts[:, None]
-
-
-# Fields, whether their values fit, and what is needed.
-FITTING = (
-    *limits.COMMON_FITTING,
-    (
-        "losses.alignment losses.codebook",
-        lambda *weights: any(weights),
-        "give one a weight, or nothing is learned",
-    ),
-    (
-        "codebook.solver",
-        lambda name: name in limits.ASSIGNMENTS and name not in ("nearest", "softmax"),
-        "give one by transport: sinkhorn, ipot, swav or unbalanced",
-    ),
-)
