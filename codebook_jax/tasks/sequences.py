@@ -40,7 +40,6 @@ from codebook_jax.tasks import limits, optimizer
 from codebook_jax.tasks.state import Counting
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
-
 # Fields, whether their values fit, and what is needed.
 FITTING = (
     *limits.COMMON_FITTING,
