@@ -48,7 +48,8 @@ def mask_words(
     `slots` is at most the number of tokens (else JAX raises ValueError). Source: Devlin et al.
     2019, 3.1. Departure: the fixed number of slots.
 
-    >>> text, masking = jnp.array([[1, 7, 8, 2]]), Masking(1.0, slots=3, mask_share=1.0, random_share=0)
+    >>> text = jnp.array([[1, 7, 8, 2]])
+    >>> masking = Masking(probability=1.0, slots=3, mask_share=1.0, random_share=0.0)
     >>> options = dict(special_ids=(0, 1, 2, 3), mask_id=3, vocabulary_size=10)
     >>> hidden = mask_words(jax.random.key(0), text, masking, **options)
     >>> print(hidden.tokens, hidden.used)
