@@ -3,6 +3,7 @@
 `assign(cost, valid) -> plan`: costs [batch, codes] and which rows are there to a plan whose rows
 sum to 1 / (number of valid rows) exactly. By transport, columns sum to 1 / codes as far as the
 iterations reached: `column_error` tells how far. This is the only importer of ott.
+In equations, T is the plan, D the costs, N the number of valid rows and K that of codewords.
 Source: Duan et al. 2022, 3.1.
 """
 
@@ -61,7 +62,7 @@ def make_plan(
     the others. `valid` None means all. No gradient passes. Source: Duan et al. 2022, 3.1.
 
     >>> cost = jnp.array([[0.0, 1.0], [0.0, 1.0]])
-    >>> make_plan(cost, sinkhorn(epsilon=0.05, iterations=50))  # codes get equal mass
+    >>> make_plan(cost, sinkhorn(epsilon=0.05, iterations=50))  # equal mass
     Array([[0.25, 0.25],
            [0.25, 0.25]], dtype=float32)
     >>> make_plan(cost, nearest())
@@ -81,15 +82,16 @@ def make_plan(
 def sinkhorn(*, epsilon: float = 0.05, iterations: int = 50) -> Assign:
     """Entropic transport, by ott; codewords get equal mass. `epsilon` is in units of the costs.
 
-        min_T sum_ij T_ij D_ij + epsilon sum_ij T_ij log T_ij, rows sum to 1/N, columns to 1/K
+        min_T sum_ij T_ij D_ij + epsilon sum_ij T_ij log T_ij
 
-    Raises ValueError unless `epsilon` is above 0 and `iterations` at least 1. Source: Cuturi 2013,
-    3 and 4. Departure: the log domain, and a last row update.
+    over T whose rows sum to 1/N and columns to 1/K. Raises ValueError unless `epsilon` is above 0
+    and `iterations` at least 1. Source: Cuturi 2013, 3 and 4. Departure: the log domain, and a last
+    row update.
 
-    >>> cost = jnp.array([[0.0, 0.2], [0.0, 0.8]])  # both are nearest to the first codeword
-    >>> print((100 * make_plan(cost, sinkhorn())).round())  # percent of the mass
-    [[ 0. 50.]
-     [50.  0.]]
+    >>> cost = jnp.array([[0.0, 0.2], [0.0, 0.4]])  # both prefer the first
+    >>> print((100 * make_plan(cost, sinkhorn())).round())  # percent of mass
+    [[ 6. 44.]
+     [44.  6.]]
     """
     return unbalanced(epsilon=epsilon, tau=1.0, iterations=iterations)
 
@@ -111,7 +113,7 @@ def swav(*, epsilon: float = 0.05, iterations: int = 3) -> Assign:
 def unbalanced(*, epsilon: float = 0.05, tau: float = 0.9, iterations: int = 50) -> Assign:
     """Transport whose codewords are only pulled towards equal mass, by ott.
 
-        min_T sum_ij T_ij D_ij + epsilon sum_ij T_ij log T_ij + rho KL(columns, 1/K)
+        min_T sum_ij (T_ij D_ij + epsilon T_ij log T_ij) + rho KL(columns, 1/K)
 
     over T whose rows sum to 1/N, at tau = rho / (rho + epsilon): 1 is `sinkhorn`, towards 0 every
     feature chooses alone. For data whose concepts are not equally frequent. Raises ValueError as
@@ -152,7 +154,7 @@ def unbalanced(*, epsilon: float = 0.05, tau: float = 0.9, iterations: int = 50)
 def ipot(*, beta: float = 0.5, iterations: int = 50) -> Assign:
     """The inexact proximal point method, with one Sinkhorn sweep for a and b per iteration.
 
-        T <- diag(a) (exp(-D / beta) T) diag(b), entry by entry, from T = 1
+        T_ij <- a_i exp(-D_ij / beta) T_ij b_j, from T_ij = 1
 
     Near the plan of `sinkhorn` at epsilon = beta / iterations. Raises ValueError unless `beta` is
     above 0 and `iterations` at least 1. Source: Xie et al. 2018, algorithm 1. Departure: log
@@ -241,7 +243,8 @@ def update_center(
     The mean is over rows that are valid and finite; without any, `center` stays. Source: DINO
     (Caron et al. 2021, 3.1).
 
-    >>> print(update_center(jnp.zeros(2), jnp.array([[0.0, 1.0], [0.5, 1.0]]), momentum=0.0))
+    >>> cost = jnp.array([[0.0, 1.0], [0.5, 1.0]])
+    >>> print(update_center(jnp.zeros(2), cost, momentum=0.0))
     [0.75 0.  ]
     """
     rows = 1 - jax.lax.stop_gradient(cost).reshape(-1, cost.shape[-1])
@@ -294,8 +297,8 @@ def update_codes(
 
     The mean of a codeword that none chose stays. Source: VQ-VAE (van den Oord et al. 2017, A.1).
 
-    >>> start = running_codes(jnp.eye(2))
-    >>> new = update_codes(start, jnp.array([[0.0, 3.0], [0.0, 0.0]]), jnp.array([3.0, 0.0]), 0.5)
+    >>> sums, counts = jnp.array([[0.0, 3.0], [0.0, 0.0]]), jnp.array([3.0, 0.0])
+    >>> new = update_codes(running_codes(jnp.eye(2)), sums, counts, 0.5)
     >>> print(new.means, new.sizes, new.idle)
     [[0.25 0.75]
      [0.   1.  ]] [2.  0.5] [0 1]
@@ -322,7 +325,8 @@ def move_unused(
 
     >>> codes = running_codes(jnp.eye(2)).replace(idle=jnp.array([0, 9]))
     >>> rows = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
-    >>> print(move_unused(codes, rows, codeword_costs(rows, codes.codes), window=5).means)
+    >>> cost = codeword_costs(rows, codes.codes)
+    >>> print(move_unused(codes, rows, cost, window=5).means)
     [[ 1.  0.]
      [-1.  0.]]
     """

@@ -26,7 +26,8 @@ def soft_codes(
 
     Source: Duan et al. 2022, 3.1.
 
-    >>> print(soft_codes(jnp.array([[0.125, 0.125], [0.0, 0.25], [0.5, 0.0]]), batch=2))
+    >>> plan = jnp.array([[0.125, 0.125], [0.0, 0.25], [0.5, 0.0]])
+    >>> print(soft_codes(plan, batch=2))
     [[0.5 0.5]
      [0.  1. ]]
     """

@@ -24,7 +24,7 @@ class Masking(NamedTuple):
 
     Source: Devlin et al. 2019, 3.1, whose shares are these:
 
-    >>> Masking(probability=0.15, slots=8, mask_share=0.8, random_share=0.1).mask_share
+    >>> Masking(0.15, slots=8, mask_share=0.8, random_share=0.1).mask_share
     0.8
     """
 
@@ -49,7 +49,7 @@ def mask_words(
     2019, 3.1. Departure: the fixed number of slots.
 
     >>> text = jnp.array([[1, 7, 8, 2]])
-    >>> masking = Masking(probability=1.0, slots=3, mask_share=1.0, random_share=0.0)
+    >>> masking = Masking(1.0, slots=3, mask_share=1.0, random_share=0.0)
     >>> options = dict(special_ids=(0, 1, 2, 3), mask_id=3, vocabulary_size=10)
     >>> hidden = mask_words(jax.random.key(0), text, masking, **options)
     >>> print(hidden.tokens, hidden.used)
@@ -88,12 +88,13 @@ def masked_word_loss(
 ) -> Float[Array, ""]:
     """Weighted cross-entropies, summed, to the true word and to the teacher's distribution p'.
 
-        loss = - sum_i w_i ((1 - alpha) log p_i[word_i] + alpha sum_k p'_i[k] log p_i[k])
+        loss = - sum_i w_i ((1 - alpha) log p_i[word_i] + alpha p'_i . log p_i)
 
     `alpha` is from 0 to 1; the teacher gets no gradient. Source: Li et al. 2021, 3.2 and 3.3.
 
-    >>> logits, alpha = jnp.zeros((1, 8)), jnp.float32(0.4)  # 8 words, all as likely
-    >>> loss = masked_word_loss(logits, logits, jnp.array([3]), jnp.ones(1), alpha=alpha)
+    >>> even, word = jnp.zeros((1, 8)), jnp.array([3])  # 8 words, all as likely
+    >>> alpha = jnp.float32(0.4)
+    >>> loss = masked_word_loss(even, even, word, jnp.ones(1), alpha=alpha)
     >>> print(f"{loss:.3f}")  # log 8
     2.079
     """

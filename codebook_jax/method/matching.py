@@ -13,8 +13,8 @@ def may_be_negatives(image_id: Int[Array, " rows"], groups: int) -> Bool[Array, 
     """Which members of its group each row may take as a negative: those of other images.
 
     The rows split into `groups` equal contiguous groups; JAX raises TypeError if they do not.
-    Source: Li et al. 2021, 3.2. Departure: every row with the same id is left out, not the row
-    alone.
+    Source: Li et al. 2021, 3.2. Departure: every row with the same id is left out, not only
+    the row itself.
 
     >>> print(may_be_negatives(jnp.array([5, 5, 5, 6]), groups=2))
     [[False False]
@@ -44,7 +44,8 @@ def draw_negatives(
 
     >>> z, allowed = jnp.eye(3), may_be_negatives(jnp.arange(3), groups=1)
     >>> noise = jnp.zeros((3, 3)).at[:, 2].set(0.5)
-    >>> print(draw_negatives(z, z, allowed, noise, 1, temperature=jnp.float32(0.07)))
+    >>> tau = jnp.float32(0.07)
+    >>> print(draw_negatives(z, z, allowed, noise, 1, temperature=tau))
     [2 2 0]
     """
     split = lambda x: x.reshape(groups, -1, x.shape[-1])  # noqa: E731
@@ -61,7 +62,8 @@ def matching_loss(
 
     Class 1 means match. Source: Li et al. 2021, 3.2.
 
-    >>> loss = matching_loss(jnp.zeros((2, 2)), jnp.array([True, False]), jnp.full(2, 0.5))
+    >>> match, weights = jnp.array([True, False]), jnp.full(2, 0.5)
+    >>> loss = matching_loss(jnp.zeros((2, 2)), match, weights)
     >>> print(f"{loss:.3f}")  # log 2
     0.693
     """

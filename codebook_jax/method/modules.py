@@ -20,7 +20,7 @@ class CodebookAlignment(nnx.Module):
     `codes` starts as `init_codes` has it; options of a call replace those of the module. Raises
     ValueError as these two functions do. Source: Duan et al. 2022, 3.1.
 
-    >>> align = CodebookAlignment(codes=16, dim=4, rngs=nnx.Rngs(0), temperature=0.1)
+    >>> align = CodebookAlignment(codes=16, dim=4, rngs=nnx.Rngs(0))
     >>> loss, aux = align({"audio": jnp.eye(4), "text": jnp.eye(4)})
     >>> aux.assignments["text"].shape
     (4, 16)
@@ -66,7 +66,8 @@ def init_codes(key: Key[Array, ""], codes: int, dim: int) -> Float[Array, "codes
 
     Raises ValueError unless `codes` and `dim` are at least 1. Source: ours.
 
-    >>> print(jnp.linalg.norm(init_codes(jax.random.key(0), 2, 3), axis=1).round())
+    >>> codes = init_codes(jax.random.key(0), codes=2, dim=3)
+    >>> print(jnp.linalg.norm(codes, axis=1).round())
     [1. 1.]
     """
     require(codes >= 1 and dim >= 1, f"codes={codes} and dim={dim} must be 1 or more")

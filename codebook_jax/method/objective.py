@@ -105,7 +105,8 @@ def codebook_alignment(
     With z and z' the features, c the codewords, q the teacher's soft codes (`assign`) and p =
     softmax(z . c / temperature), of M modalities:
 
-        loss = 2/M sum_a mean q_a . (1 - z'_a . c) - 2/(M (M - 1)) sum_{a != b} mean q_b . log p_a
+        loss = 2/M sum_a mean q_a . (1 - z'_a . c)
+             - 2/(M (M - 1)) sum_{a != b} mean q_b . log p_a
 
     Of sequences, step i of a predicts sum_j A_ij q_b,j, scaled to sum 1, with A of `align_steps`.
 
@@ -212,8 +213,9 @@ def instance_alignment(
 
     With z and z' the features, A_b the z'_b of batch and queue, w_ab = 1 and w_aa = `intra_weight`:
 
-        loss = - sum_ab w_ab mean y_ab . log softmax(z_a . A_b / temperature) / sum_ab w_ab
-        y_ab = (1 - alpha) onehot(own) + alpha softmax(z'_a . A_b / temperature), without gradient
+        loss = - sum_ab w_ab mean y_ab . log softmax(z_a . A_b / temperature)
+               / sum_ab w_ab
+        y_ab = (1 - alpha) onehot(own) + alpha softmax(z'_a . A_b / temperature)
 
     Args:
         student: two or more named modalities, [batch, dim] each; scaled to length one inside.
@@ -222,7 +224,7 @@ def instance_alignment(
         queue: earlier teacher features, more candidates.
         ids: rows with one id match each other; None: all differ.
         temperature: above 0; may be learned.
-        alpha: from 0 to 1, the share of the teacher's own softmax in the target.
+        alpha: from 0 to 1, the share of the teacher's own softmax in the target; no gradient.
         intra_weight: of the directions within a modality; 0: CLIP's and ALBEF's.
         same: "ignore" leaves other rows with the query's id out; "negative" keeps them (ALBEF).
 

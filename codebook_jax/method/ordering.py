@@ -24,8 +24,9 @@ class Order(NamedTuple):
 
     Source: Su & Hua 2017, 3; slack: Chapel et al. 2020, 3.
 
-    >>> cost, here = jnp.ones((1, 3, 3)), jnp.ones((1, 3), bool)  # all steps alike: places decide
-    >>> print((100 * align_steps(cost, Order(locality=1.0), here, here)[0]).round())
+    >>> cost, here = jnp.ones((1, 3, 3)), jnp.ones((1, 3), bool)  # all steps alike
+    >>> plan = align_steps(cost, Order(locality=1.0), here, here)
+    >>> print((100 * plan[0]).round())
     [[26.  7.  0.]
      [ 7. 20.  7.]
      [ 0.  7. 26.]]
@@ -71,8 +72,8 @@ def align_steps(
 ) -> Float[Array, "batch n m"]:
     """The plan A that matches the steps of each pair, with marginals 1/N and 1/M on valid steps.
 
-        min_A sum_ij A_ij C_ij + spread sum_ij A_ij log A_ij
-        C = cost - locality / (r^2 + 1) + spread r^2 / (2 width^2 (1/N^2 + 1/M^2)), r = i/N - j/M
+        min_A sum_ij A_ij C_ij + spread sum_ij A_ij log A_ij, with r = i/N - j/M and
+        C = cost - locality / (r^2 + 1) + spread r^2 / (2 width^2 (1/N^2 + 1/M^2))
 
     `cost` is that of the steps alone, such as 1 - cosine. `order` None ignores the order: C is
     `cost`, and `epsilon`, not used otherwise, stands for spread. Rows sum to 1/N exactly (the last
@@ -87,8 +88,8 @@ def align_steps(
     the dummies. Raises ValueError for an `order` or `epsilon` out of range and for masks that do
     not fit `cost`. Source: Su & Hua 2017, 3.
 
-    >>> frames = texts = jnp.array([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])  # A, B, A again
-    >>> cost, here = 1 - cosines(frames, texts), jnp.ones((1, 3), bool)
+    >>> cost = jnp.array([[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+    >>> here = jnp.ones((1, 3), bool)  # steps A, B, A in both
     >>> print((100 * align_steps(cost, Order(), here, here)[0]).round())
     [[31.  0.  2.]
      [ 0. 33.  0.]
@@ -175,9 +176,9 @@ def sequence_similarities(
     as many at once as make CELLS_AT_ONCE costs. Raises ValueError as `align_steps` does. Source: as
     `sequence_similarity`.
 
-    >>> z = jnp.stack([jnp.eye(3), jnp.eye(3)[::-1]])  # the same steps forwards and backwards
-    >>> here = jnp.ones((2, 3), bool)
-    >>> print((100 * sequence_similarities(z, z, Order(locality=5.0), here, here)).round())
+    >>> z = jnp.stack([jnp.eye(3), jnp.eye(3)[::-1]])  # forwards and backwards
+    >>> order, here = Order(locality=5.0), jnp.ones((2, 3), bool)
+    >>> print((100 * sequence_similarities(z, z, order, here, here)).round())
     [[100.  33.]
      [ 33. 100.]]
     """

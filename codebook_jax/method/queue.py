@@ -19,7 +19,8 @@ class Queue:
 
     `empty_queue` makes the first. A pytree, which may be part of a train state.
 
-    >>> queue = enqueue(empty_queue(("text",), size=2, dim=1), {"text": jnp.ones((1, 1))})
+    >>> queue = empty_queue(("text",), size=2, dim=1)
+    >>> queue = enqueue(queue, {"text": jnp.ones((1, 1))})
     >>> print(queue.valid, queue.cursor)
     [ True False] 1
     """
@@ -101,7 +102,8 @@ def newest(
     2020, 3.1).
 
     >>> queue = empty_queue(("text",), size=4, dim=1)
-    >>> features, here = newest(enqueue(queue, {"text": jnp.array([[1.0], [2.0]])}), 3)
+    >>> queue = enqueue(queue, {"text": jnp.array([[1.0], [2.0]])})
+    >>> features, here = newest(queue, 3)
     >>> print(features["text"].ravel(), here)
     [2. 1. 0.] [ True  True False]
     """

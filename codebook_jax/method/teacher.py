@@ -16,7 +16,8 @@ def momentum_at(step: Int[Array, ""], *, momentum: float, ramp: bool) -> Float[A
     1 / (1 - momentum) steps.
 
     >>> for step in (0, 90, 9000):
-    ...     print(f"{momentum_at(jnp.int32(step), momentum=0.995, ramp=True):.3f}")
+    ...     momentum = momentum_at(jnp.int32(step), momentum=0.995, ramp=True)
+    ...     print(f"{momentum:.3f}")
     0.100
     0.910
     0.995
