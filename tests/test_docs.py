@@ -1,5 +1,7 @@
 """The commands and code of the pages run, on a few pictures laid out as the data sets are."""
 
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -13,7 +15,7 @@ from small_packing import jpeg
 from small_run import ROOT, SMALL
 from tar_files import write as write_tar
 
-from codebook_jax import build, main, summary
+from codebook_jax import build, main, method, summary
 from codebook_jax.data.images import decode
 from codebook_jax.data.sources import source_of
 from codebook_jax.data.sources.opening import SCHEMES
@@ -223,6 +225,20 @@ def test_the_page_names_every_scheme_with_its_options():
             known |= set(SCHEMES["json"].options)
         told |= dict.fromkeys(re.findall(r"`(\w+)", names), known)
     assert told == {name: set(scheme.options) for name, scheme in SCHEMES.items()}
+
+
+def test_every_public_function_of_the_method_has_an_example_and_names_its_source():
+    lacking = {}
+    for name in method.__all__:
+        public = getattr(method, name)
+        struct = dataclasses.is_dataclass(public) or hasattr(public, "_fields")
+        if struct or not (inspect.isfunction(public) or inspect.isclass(public)):
+            continue
+        text = inspect.getdoc(public) or ""
+        needed = {"an example": ">>> ", "a source": r"\bSource\b|\bet al\.|\bours\b"}
+        lacking[name] = [what for what, sign in needed.items() if not re.search(sign, text)]
+    assert {"align_steps", "CodebookAlignment", "unit"} <= lacking.keys()
+    assert not {name: parts for name, parts in lacking.items() if parts}
 
 
 def test_the_table_of_faults_is_that_of_the_figures(monkeypatch):

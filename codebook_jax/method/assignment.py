@@ -3,6 +3,7 @@
 `assign(cost, valid) -> plan`: costs [batch, codes] and which rows are there to a plan whose rows
 sum to 1 / (number of valid rows) exactly. By transport, columns sum to 1 / codes as far as the
 iterations reached: `column_error` tells how far. This is the only importer of ott.
+In equations, T is the plan, D the costs, N the number of valid rows and K that of codewords.
 Source: Duan et al. 2022, 3.1.
 """
 
@@ -35,7 +36,14 @@ Assign = Callable[
 def codeword_costs(
     features: Float[Array, "*some batch dim"], codes: Float[Array, "codes dim"]
 ) -> Float[Array, "*some batch codes"]:
-    """Cosine distance 1 - z.c of unit vectors, in at least float32 (Duan et al. 2022, 3.1)."""
+    """Cosine distances 1 - z . c, from 0 to 2, of features and codewords of length one (`unit`).
+
+    In at least float32. Source: Duan et al. 2022, 3.1.
+
+    >>> print(codeword_costs(jnp.array([[1.0, 0.0], [-1.0, 0.0]]), jnp.eye(2)))
+    [[0. 1.]
+     [2. 1.]]
+    """
     kind = wide_enough(features.dtype, codes.dtype)
     features, codes = features.astype(kind), codes.astype(kind)
     return 1 - jnp.einsum("...bd,kd->...bk", features, codes, precision="highest")
@@ -51,10 +59,10 @@ def make_plan(
 
     Leading axes are separate problems, solved in one batched call. Rows sum to 1 / (number of valid
     rows); a row that is not `valid`, or whose cost is not finite, gets no mass and takes none from
-    the others. `valid` None means all. No gradient passes.
+    the others. `valid` None means all. No gradient passes. Source: Duan et al. 2022, 3.1.
 
     >>> cost = jnp.array([[0.0, 1.0], [0.0, 1.0]])
-    >>> make_plan(cost, sinkhorn(epsilon=0.05, iterations=50))  # codes get equal mass
+    >>> make_plan(cost, sinkhorn(epsilon=0.05, iterations=50))  # equal mass
     Array([[0.25, 0.25],
            [0.25, 0.25]], dtype=float32)
     >>> make_plan(cost, nearest())
@@ -72,9 +80,18 @@ def make_plan(
 
 
 def sinkhorn(*, epsilon: float = 0.05, iterations: int = 50) -> Assign:
-    """Entropic transport at the absolute `epsilon`, by ott; codewords get equal mass (Cuturi 2013).
+    """Entropic transport, by ott; codewords get equal mass. `epsilon` is in units of the costs.
 
-    Departure: the log domain, and a last row update.
+        min_T sum_ij T_ij D_ij + epsilon sum_ij T_ij log T_ij
+
+    over T whose rows sum to 1/N and columns to 1/K. Raises ValueError unless `epsilon` is above 0
+    and `iterations` at least 1. Source: Cuturi 2013, 3 and 4. Departure: the log domain, and a last
+    row update.
+
+    >>> cost = jnp.array([[0.0, 0.2], [0.0, 0.4]])  # both prefer the first
+    >>> print((100 * make_plan(cost, sinkhorn())).round())  # percent of mass
+    [[ 6. 44.]
+     [44.  6.]]
     """
     return unbalanced(epsilon=epsilon, tau=1.0, iterations=iterations)
 
@@ -82,17 +99,30 @@ def sinkhorn(*, epsilon: float = 0.05, iterations: int = 50) -> Assign:
 def swav(*, epsilon: float = 0.05, iterations: int = 3) -> Assign:
     """The same sweeps as `sinkhorn`, but three: SwAV's cheap default (Caron et al. 2020, 3.1).
 
-    Codewords get equal mass only roughly; `column_error` says how far they are from it.
+    Codewords get equal mass only roughly; `column_error` says how far they are from it. Raises
+    ValueError as `sinkhorn` does.
+
+    >>> cost = jnp.array([[0.0, 0.2], [0.0, 0.8]])
+    >>> print((100 * make_plan(cost, swav())).round())
+    [[ 7. 43.]
+     [50.  0.]]
     """
     return sinkhorn(epsilon=epsilon, iterations=iterations)
 
 
 def unbalanced(*, epsilon: float = 0.05, tau: float = 0.9, iterations: int = 50) -> Assign:
-    """Transport whose codewords are only pulled towards equal mass, by ott (Chizat et al. 2018).
+    """Transport whose codewords are only pulled towards equal mass, by ott.
 
-    `tau` = rho / (rho + epsilon), where rho weighs the divergence of the columns from 1 / codes: 1
-    is `sinkhorn`, towards 0 every feature chooses alone. For data whose concepts are not equally
-    frequent.
+        min_T sum_ij (T_ij D_ij + epsilon T_ij log T_ij) + rho KL(columns, 1/K)
+
+    over T whose rows sum to 1/N, at tau = rho / (rho + epsilon): 1 is `sinkhorn`, towards 0 every
+    feature chooses alone. For data whose concepts are not equally frequent. Raises ValueError as
+    `sinkhorn` does, and unless 0 < tau <= 1. Source: Chizat et al. 2018.
+
+    >>> cost = jnp.array([[0.0, 0.2], [0.0, 0.8]])
+    >>> print((100 * make_plan(cost, unbalanced(tau=0.5))).round())
+    [[42.  8.]
+     [50.  0.]]
     """
     require(epsilon > 0, f"epsilon={epsilon} must be above 0")
     require(0 < tau <= 1, f"tau={tau} must be above 0 and at most 1")
@@ -122,10 +152,18 @@ def unbalanced(*, epsilon: float = 0.05, tau: float = 0.9, iterations: int = 50)
 
 
 def ipot(*, beta: float = 0.5, iterations: int = 50) -> Assign:
-    """The inexact proximal point method, one sweep per outer iteration (Xie et al. 2018).
+    """The inexact proximal point method, with one Sinkhorn sweep for a and b per iteration.
 
-    Near the plan of `sinkhorn` at epsilon = beta / iterations. Departure: log potentials, since the
-    plan itself underflows, and a last row update.
+        T_ij <- a_i exp(-D_ij / beta) T_ij b_j, from T_ij = 1
+
+    Near the plan of `sinkhorn` at epsilon = beta / iterations. Raises ValueError unless `beta` is
+    above 0 and `iterations` at least 1. Source: Xie et al. 2018, algorithm 1. Departure: log
+    potentials, since the plan itself underflows, and a last row update.
+
+    >>> cost = jnp.array([[0.0, 0.2], [0.0, 0.8]])
+    >>> print((100 * make_plan(cost, ipot())).round())
+    [[ 0. 50.]
+     [50.  0.]]
     """
     require(beta > 0, f"beta={beta} must be above 0")
     at_least_once(iterations)
@@ -151,9 +189,14 @@ def ipot(*, beta: float = 0.5, iterations: int = 50) -> Assign:
 
 
 def nearest() -> Assign:
-    """No transport: each feature takes its nearest codeword.
+    """No transport: T_ij is 1/N for the codeword j nearest to feature i, the first if some tie.
 
-    For codes that are averages of what chose them: `update_codes`.
+    For codes that are averages of what chose them: `update_codes`. Source: van den Oord et al.
+    2017, 3.1.
+
+    >>> print(make_plan(jnp.array([[0.0, 0.2], [0.0, 0.8]]), nearest()))
+    [[0.5 0. ]
+     [0.5 0. ]]
     """
 
     def assign(cost: Array, here: Array) -> Array:
@@ -165,10 +208,16 @@ def nearest() -> Assign:
 
 
 def softmax(*, temperature: float = 0.04, center: Float[Array, " codes"] | None = None) -> Assign:
-    """No transport: each feature's own soft code, softmax((1 - cost - center) / temperature).
+    """No transport: each feature's own soft code, softmax((1 - D_i - center) / temperature) / N.
 
     `center` is the running mean of the cosines with each codeword (`update_center`), which keeps a
-    few codewords from winning everything (DINO: Caron et al. 2021, 3.1).
+    few codewords from winning everything. Raises ValueError unless `temperature` is above 0.
+    Source: DINO (Caron et al. 2021, 3.1).
+
+    >>> cost = jnp.array([[0.0, 0.2], [0.0, 0.8]])
+    >>> print((100 * make_plan(cost, softmax(temperature=0.2))).round())
+    [[37. 13.]
+     [49.  1.]]
     """
     require(temperature > 0, f"temperature={temperature} must be above 0")
 
@@ -187,7 +236,17 @@ def update_center(
     momentum: float = 0.9,
     valid: Bool[Array, "*some batch"] | None = None,
 ) -> Float[Array, " codes"]:
-    """The running mean of the cosines 1 - cost of valid rows with each codeword, one batch on."""
+    """The running mean of the cosines with each codeword, which `softmax` subtracts, one batch on.
+
+        center <- momentum center + (1 - momentum) mean_i (1 - D_i)
+
+    The mean is over rows that are valid and finite; without any, `center` stays. Source: DINO
+    (Caron et al. 2021, 3.1).
+
+    >>> cost = jnp.array([[0.0, 1.0], [0.5, 1.0]])
+    >>> print(update_center(jnp.zeros(2), cost, momentum=0.0))
+    [0.75 0.  ]
+    """
     rows = 1 - jax.lax.stop_gradient(cost).reshape(-1, cost.shape[-1])
     here = jnp.ones(len(rows), bool) if valid is None else valid.ravel()
     here = (here & jnp.all(jnp.isfinite(rows), axis=1)).astype(rows.dtype)
@@ -198,7 +257,10 @@ def update_center(
 
 @flax.struct.dataclass
 class RunningCodes:
-    """Codewords as running means of the features that chose them; `codes` are their directions."""
+    """Codewords as running means of the features that chose them; `codes` are their directions.
+
+    `running_codes` starts them, `update_codes` and `move_unused` return new ones.
+    """
 
     means: Float[Array, "codes dim"]
     sizes: Float[Array, " codes"]  # running number of features that chose each
@@ -211,7 +273,13 @@ class RunningCodes:
 
 
 def running_codes(codes: Float[Array, "codes dim"]) -> RunningCodes:
-    """Running means that start at these codewords."""
+    """Running means that start at these codewords, as if one feature had chosen each.
+
+    Source: ours.
+
+    >>> print(running_codes(jnp.array([[3.0, 4.0]])).sizes)
+    [1.]
+    """
     size = len(codes)
     return RunningCodes(unit(codes), jnp.ones(size, codes.dtype), jnp.zeros(size, jnp.int32))
 
@@ -224,8 +292,16 @@ def update_codes(
 ) -> RunningCodes:
     """The running means after a batch in which `counts` features, with `sums`, chose each codeword.
 
-    A codeword that none chose stays where it is. Exponential averages of size and mean, as in
-    VQ-VAE (van den Oord et al. 2017, A.1).
+        means <- (decay sizes means + (1 - decay) sums) / (new sizes)
+        sizes <- decay sizes + (1 - decay) counts
+
+    The mean of a codeword that none chose stays. Source: VQ-VAE (van den Oord et al. 2017, A.1).
+
+    >>> sums, counts = jnp.array([[0.0, 3.0], [0.0, 0.0]]), jnp.array([3.0, 0.0])
+    >>> new = update_codes(running_codes(jnp.eye(2)), sums, counts, 0.5)
+    >>> print(new.means, new.sizes, new.idle)
+    [[0.25 0.75]
+     [0.   1.  ]] [2.  0.5] [0 1]
     """
     sizes = decay * codes.sizes + (1 - decay) * counts
     chosen = counts > 0
@@ -244,8 +320,15 @@ def move_unused(
 ) -> RunningCodes:
     """Codewords that no feature chose for `window` updates go to the features served worst.
 
-    One codeword for each feature, the one farthest from its nearest codeword first; a feature whose
-    cost is not finite draws none.
+    At most one codeword for each feature, the one with the largest min_j cost_ij first; a feature
+    whose cost is not finite draws none. A codeword that moved has size 1 again. Source: ours.
+
+    >>> codes = running_codes(jnp.eye(2)).replace(idle=jnp.array([0, 9]))
+    >>> rows = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    >>> cost = codeword_costs(rows, codes.codes)
+    >>> print(move_unused(codes, rows, cost, window=5).means)
+    [[ 1.  0.]
+     [-1.  0.]]
     """
     here = jnp.all(jnp.isfinite(cost), axis=1)
     worst = jnp.argsort(jnp.where(here, -cost.min(axis=1), jnp.inf))
@@ -261,14 +344,26 @@ def move_unused(
 
 
 def column_error(plan: Float[Array, "*some batch codes"]) -> Float[Array, "*some"]:
-    """Total L1 distance of the column sums from the uniform marginal 1 / codes."""
+    """sum_j |sum_i T_ij - 1/K|: how far codewords are from equal mass, from 0 to 2 (1 - 1/K).
+
+    Source: Altschuler et al. 2017, who stop Sinkhorn's iterations by it.
+
+    >>> print(column_error(jnp.array([[0.5, 0.0], [0.5, 0.0]])))
+    1.0
+    """
     return jnp.abs(plan.sum(-2) - 1 / plan.shape[-1]).sum(-1)
 
 
 def row_error(
     plan: Float[Array, "*some batch codes"], valid: Bool[Array, "*some batch"] | None = None
 ) -> Float[Array, "*some"]:
-    """Total L1 distance of the row sums from the uniform marginal over the valid rows."""
+    """sum_i |sum_j T_ij - u_i|, where u_i is 1/N for each of N valid rows and 0 for the others.
+
+    `valid` None means all. Source: as `column_error`.
+
+    >>> print(row_error(jnp.array([[0.5, 0.0], [0.0, 0.25]])))
+    0.25
+    """
     rows = plan.sum(-1)
     here = jnp.ones(rows.shape, bool) if valid is None else valid
     here = here.astype(rows.dtype)

@@ -22,7 +22,15 @@ from codebook_jax.method.assignment import column_error, row_error
 def soft_codes(
     plan: Float[Array, "*some rows codes"], batch: int
 ) -> Float[Array, "*some batch codes"]:
-    """q = N T of the batch's rows: each sums to 1, except for a row left out of the assignment."""
+    """q = N T of the plan's first `batch` rows: each sums to 1, or to 0 if it was left out.
+
+    Source: Duan et al. 2022, 3.1.
+
+    >>> plan = jnp.array([[0.125, 0.125], [0.0, 0.25], [0.5, 0.0]])
+    >>> print(soft_codes(plan, batch=2))
+    [[0.5 0.5]
+     [0.  1. ]]
+    """
     rows = plan[..., :batch, :]
     mass = rows.sum(axis=-1, keepdims=True)
     return rows / jnp.where(mass > 0, mass, 1)

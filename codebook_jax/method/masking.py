@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class MaskedText(NamedTuple):
-    """Texts with words hidden; `slots` is the fixed maximum of hidden words per text."""
+    """Texts with words hidden, as `mask_words` returns them; `slots` is that of `Masking`."""
 
     tokens: Int[Array, "texts tokens"]  # what the model reads
     positions: Int[Array, "texts slots"]  # of the hidden words; 0 in an unused slot
@@ -20,7 +20,13 @@ class MaskedText(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """How words are hidden; the source's values are 0.15, 0.8 and 0.1."""
+    """How `mask_words` hides words; the shares are from 0 to 1.
+
+    Source: Devlin et al. 2019, 3.1, whose shares are these:
+
+    >>> Masking(0.15, slots=8, mask_share=0.8, random_share=0.1).mask_share
+    0.8
+    """
 
     probability: float  # of each word
     slots: int  # at most so many words per text
@@ -39,7 +45,15 @@ def mask_words(
 ) -> MaskedText:
     """Hides words, never a special token, nor puts one in; a random excess over `slots` stays.
 
-    Source: Devlin et al. 2019, 3.1. Departure: the fixed number of slots.
+    `slots` is at most the number of tokens (else JAX raises ValueError). Source: Devlin et al.
+    2019, 3.1. Departure: the fixed number of slots.
+
+    >>> text = jnp.array([[1, 7, 8, 2]])
+    >>> masking = Masking(1.0, slots=3, mask_share=1.0, random_share=0.0)
+    >>> options = dict(special_ids=(0, 1, 2, 3), mask_id=3, vocabulary_size=10)
+    >>> hidden = mask_words(jax.random.key(0), text, masking, **options)
+    >>> print(hidden.tokens, hidden.used)
+    [[1 3 3 2]] [[ True  True False]]
     """
     choose_key, lot_key, kind_key, word_key = jax.random.split(key, 4)
     chosen = jax.random.bernoulli(choose_key, jnp.float32(masking.probability), tokens.shape)
@@ -72,9 +86,17 @@ def masked_word_loss(
     *,
     alpha: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Weighted cross-entropies, summed, to the true word (1 - alpha) and the teacher's (alpha).
+    """Weighted cross-entropies, summed, to the true word and to the teacher's distribution p'.
 
-    Source: Li et al. 2021, 3.2 and 3.3.
+        loss = - sum_i w_i ((1 - alpha) log p_i[word_i] + alpha p'_i . log p_i)
+
+    `alpha` is from 0 to 1; the teacher gets no gradient. Source: Li et al. 2021, 3.2 and 3.3.
+
+    >>> even, word = jnp.zeros((1, 8)), jnp.array([3])  # 8 words, all as likely
+    >>> alpha = jnp.float32(0.4)
+    >>> loss = masked_word_loss(even, even, word, jnp.ones(1), alpha=alpha)
+    >>> print(f"{loss:.3f}")  # log 8
+    2.079
     """
     log_p = jax.nn.log_softmax(logits)
     soft = jax.lax.stop_gradient(jax.nn.softmax(teacher_logits))

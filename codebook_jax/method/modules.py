@@ -17,8 +17,13 @@ from codebook_jax.method.objective import CodebookAux, Features, codebook_alignm
 class CodebookAlignment(nnx.Module):
     """A learnable codebook, whose call is `codebook_alignment`; `options` are its own.
 
-    >>> align = CodebookAlignment(codes=16, dim=4, rngs=nnx.Rngs(0), temperature=0.1)
+    `codes` starts as `init_codes` has it; options of a call replace those of the module. Raises
+    ValueError as these two functions do. Source: Duan et al. 2022, 3.1.
+
+    >>> align = CodebookAlignment(codes=16, dim=4, rngs=nnx.Rngs(0))
     >>> loss, aux = align({"audio": jnp.eye(4), "text": jnp.eye(4)})
+    >>> aux.assignments["text"].shape
+    (4, 16)
     """
 
     def __init__(self, *, codes: int, dim: int, rngs: nnx.Rngs, **options: Any) -> None:
@@ -39,9 +44,13 @@ class Functions(NamedTuple):
 def codebook_functions(*, codes: int, dim: int, **options: Any) -> Functions:
     """`CodebookAlignment` for parameters kept in plain trees, as with optax alone.
 
+    Raises ValueError as it does. Source: Duan et al. 2022, 3.1.
+
     >>> init, apply = codebook_functions(codes=16, dim=4)
     >>> parameters = init(jax.random.key(0))
     >>> loss, aux = apply(parameters, {"audio": jnp.eye(4), "text": jnp.eye(4)})
+    >>> aux.assignments["text"].shape
+    (4, 16)
     """
 
     def apply(
@@ -53,6 +62,13 @@ def codebook_functions(*, codes: int, dim: int, **options: Any) -> Functions:
 
 
 def init_codes(key: Key[Array, ""], codes: int, dim: int) -> Float[Array, "codes dim"]:
-    """Unit vectors in random directions, float32."""
+    """Unit vectors in random directions, float32.
+
+    Raises ValueError unless `codes` and `dim` are at least 1. Source: ours.
+
+    >>> codes = init_codes(jax.random.key(0), codes=2, dim=3)
+    >>> print(jnp.linalg.norm(codes, axis=1).round())
+    [1. 1.]
+    """
     require(codes >= 1 and dim >= 1, f"codes={codes} and dim={dim} must be 1 or more")
     return unit(jax.random.normal(key, (codes, dim), jnp.float32))

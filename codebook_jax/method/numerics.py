@@ -32,7 +32,14 @@ def wide_enough(*dtypes: DTypeLike) -> jnp.dtype:
 
 
 def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
-    """Rows scaled to length one, in at least float32; zeros stay, with a finite gradient."""
+    """x / max(|x|, 1e-12): rows of length one, in at least float32.
+
+    Zeros stay, with a finite gradient. Source: ours, with the floor of PyTorch's `normalize`.
+
+    >>> print(unit(jnp.array([[0.0, 4.0], [0.0, 0.0]])))
+    [[0. 1.]
+     [0. 0.]]
+    """
     x = x.astype(wide_enough(x.dtype))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 

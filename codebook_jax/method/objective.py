@@ -71,7 +71,10 @@ class _Usable(NamedTuple):
 
 @flax.struct.dataclass
 class CodebookAux:
-    """What `codebook_alignment` computed on its way, by modality or by pair "a to b"."""
+    """What `codebook_alignment` computed on its way, by modality or by pair "a to b".
+
+    `loss, aux = codebook_alignment(...)`; under `jax.grad`, pass `has_aux=True`.
+    """
 
     per_sample: Float[Array, " batch"]  # their mean is the loss if nothing was left out
     transport: dict[str, Float[Array, ""]]  # codewords towards the features they were given
@@ -102,7 +105,10 @@ def codebook_alignment(
     With z and z' the features, c the codewords, q the teacher's soft codes (`assign`) and p =
     softmax(z . c / temperature), of M modalities:
 
-        loss = 2/M sum_a mean q_a . (1 - z'_a . c) - 2/(M (M - 1)) sum_{a != b} mean q_b . log p_a
+        loss = 2/M sum_a mean q_a . (1 - z'_a . c)
+             - 2/(M (M - 1)) sum_{a != b} mean q_b . log p_a
+
+    Of sequences, step i of a predicts sum_j A_ij q_b,j, scaled to sum 1, with A of `align_steps`.
 
     Args:
         student: two or more named modalities, [batch, dim] each, or sequences [batch, steps, dim].
@@ -112,15 +118,15 @@ def codebook_alignment(
         valid: which rows or steps are there; None, or a name left out: all.
         assign: `sinkhorn()` by default; also `swav`, `ipot`, `unbalanced`, `nearest`, `softmax`.
         order: of sequences, how their steps are aligned; None aligns them as a bag.
-        temperature: of p.
+        temperature: of p; above 0.
 
     Returns:
         The loss and `CodebookAux`. The loss is NaN if a codeword is not finite.
 
     Raises:
-        ValueError: names or shapes do not fit together.
+        ValueError: names or shapes do not fit together, or a number is out of range.
 
-    Source: Duan et al. 2022, 3.1; temperature as SwAV's (Caron et al. 2020).
+    Source: Duan et al. 2022, 3.1; temperature as SwAV's (Caron et al. 2020, 3.1); `order`: ours.
 
     >>> z = {"audio": jnp.eye(4), "text": jnp.eye(4)}
     >>> loss, aux = codebook_alignment(z, jnp.eye(4))
@@ -184,7 +190,7 @@ def _codebook_alignment(
 
 @flax.struct.dataclass
 class InstanceAux:
-    """What `instance_alignment` computed on its way."""
+    """What `instance_alignment` computed on its way, for `jax.grad` with `has_aux=True`."""
 
     per_sample: Float[Array, " batch"]  # their mean is the loss if nothing was left out
     directions: dict[str, Float[Array, ""]]  # "a to b": a's students find teachers of b
@@ -205,8 +211,11 @@ def instance_alignment(
 ) -> tuple[Float[Array, ""], InstanceAux]:
     """Every sample finds itself among the teacher features of the batch and the queue.
 
-    The mean of cross-entropies over all directions between M modalities, and within each of them
-    with `intra_weight` (0: between them alone, as CLIP's and ALBEF's).
+    With z and z' the features, A_b the z'_b of batch and queue, w_ab = 1 and w_aa = `intra_weight`:
+
+        loss = - sum_ab w_ab mean y_ab . log softmax(z_a . A_b / temperature)
+               / sum_ab w_ab
+        y_ab = (1 - alpha) onehot(own) + alpha softmax(z'_a . A_b / temperature)
 
     Args:
         student: two or more named modalities, [batch, dim] each; scaled to length one inside.
@@ -214,16 +223,16 @@ def instance_alignment(
             learn as candidates too; then `intra_weight` must be 0, since a feature finds itself.
         queue: earlier teacher features, more candidates.
         ids: rows with one id match each other; None: all differ.
-        temperature: of the softmax; may be learned.
-        alpha: share of the teacher's own softmax in the target.
-        intra_weight: of the directions within a modality.
+        temperature: above 0; may be learned.
+        alpha: from 0 to 1, the share of the teacher's own softmax in the target; no gradient.
+        intra_weight: of the directions within a modality; 0: CLIP's and ALBEF's.
         same: "ignore" leaves other rows with the query's id out; "negative" keeps them (ALBEF).
 
     Returns:
         The loss and `InstanceAux`.
 
     Raises:
-        ValueError: names or shapes do not fit together.
+        ValueError: names or shapes do not fit together, or an option is out of range.
 
     Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3.
 

@@ -20,7 +20,17 @@ CELLS_AT_ONCE = 2**22  # of step by step costs: 16 MB each of a few arrays
 
 
 class Order(NamedTuple):
-    """How sequences are aligned; Python numbers, static under jit (Su & Hua 2017, 3)."""
+    """How `align_steps` matches two sequences; Python numbers, static under jit.
+
+    Source: Su & Hua 2017, 3; slack: Chapel et al. 2020, 3.
+
+    >>> cost, here = jnp.ones((1, 3, 3)), jnp.ones((1, 3), bool)  # all steps alike
+    >>> plan = align_steps(cost, Order(locality=1.0), here, here)
+    >>> print((100 * plan[0]).round())
+    [[26.  7.  0.]
+     [ 7. 20.  7.]
+     [ 0.  7. 26.]]
+    """
 
     locality: float = 0.5  # lambda1: reward for steps at the same relative place
     spread: float = 0.1  # lambda2: weight of the diagonal prior, and the entropic epsilon
@@ -62,8 +72,11 @@ def align_steps(
 ) -> Float[Array, "batch n m"]:
     """The plan A that matches the steps of each pair, with marginals 1/N and 1/M on valid steps.
 
-    `cost` is that of the steps alone, such as 1 - cosine. `order` None ignores the order: entropic
-    transport of `cost` at `epsilon`, which is not used otherwise. Rows sum to 1/N exactly (the last
+        min_A sum_ij A_ij C_ij + spread sum_ij A_ij log A_ij, with r = i/N - j/M and
+        C = cost - locality / (r^2 + 1) + spread r^2 / (2 width^2 (1/N^2 + 1/M^2))
+
+    `cost` is that of the steps alone, such as 1 - cosine. `order` None ignores the order: C is
+    `cost`, and `epsilon`, not used otherwise, stands for spread. Rows sum to 1/N exactly (the last
     update is theirs), columns to 1/M as far as the iterations reached. A step that is not valid, or
     has no finite cost, gets no mass and no place in the order; another cost that is not finite
     forbids its pair. If a sequence has no steps, the plan is zero. No gradient passes.
@@ -72,7 +85,15 @@ def align_steps(
     other dummy, so the real steps of either sequence leave 1 - s to it and match s: rows sum to at
     most 1/N, the plan to s as far as the iterations reached (Chapel et al., NeurIPS 2020, 3; a
     dummy takes a fixed mass, so what it costs does not matter). The entropy includes what goes to
-    the dummies. Raises ValueError as `order_costs` does.
+    the dummies. Raises ValueError for an `order` or `epsilon` out of range and for masks that do
+    not fit `cost`. Source: Su & Hua 2017, 3.
+
+    >>> cost = jnp.array([[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+    >>> here = jnp.ones((1, 3), bool)  # steps A, B, A in both
+    >>> print((100 * align_steps(cost, Order(), here, here)[0]).round())
+    [[31.  0.  2.]
+     [ 0. 33.  0.]
+     [ 2.  0. 31.]]
     """
     require(epsilon > 0, f"epsilon={epsilon} is not above 0.")
     _check_steps("valid_n", valid_n, cost, 1)
@@ -124,7 +145,15 @@ def sequence_similarity(
     z_m: Float[Array, "batch m dim"],
     plan: Float[Array, "batch n m"],
 ) -> Float[Array, " batch"]:
-    """sum_ij A_ij z_i . z_j; features of steps without mass do not count, whatever they are."""
+    """sum_ij A_ij z_i . z_j of two sequences aligned by A, from -1 to 1 for steps of length one.
+
+    Features of steps without mass do not count, whatever they are. Raises ValueError if the shapes
+    do not fit together. Source: Su & Hua 2017, 3, whose distance is sum_ij A_ij (1 - z_i . z_j).
+
+    >>> z, plan = jnp.eye(2)[None], jnp.eye(2)[None] / 2
+    >>> print(sequence_similarity(z, z, plan))
+    [1.]
+    """
     _check_steps("z_n", z_n, plan, 1)
     _check_steps("z_m", z_m, plan, 2)
     z_n, z_m, plan = _widened(z_n, z_m, plan)
@@ -144,7 +173,14 @@ def sequence_similarities(
     """The similarity of every pair of sequences, for retrieval and contrast.
 
     Features are of length one. `order` and `epsilon` are those of `align_steps`. Rows are compared
-    as many at once as make CELLS_AT_ONCE costs.
+    as many at once as make CELLS_AT_ONCE costs. Raises ValueError as `align_steps` does. Source: as
+    `sequence_similarity`.
+
+    >>> z = jnp.stack([jnp.eye(3), jnp.eye(3)[::-1]])  # forwards and backwards
+    >>> order, here = Order(locality=5.0), jnp.ones((2, 3), bool)
+    >>> print((100 * sequence_similarities(z, z, order, here, here)).round())
+    [[100.  33.]
+     [ 33. 100.]]
     """
     z_a, z_b = _widened(z_a, z_b)
     rows = max(1, CELLS_AT_ONCE // (z_a.shape[1] * len(z_b) * z_b.shape[1]))

@@ -15,7 +15,15 @@ from codebook_jax.method.numerics import require
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Queue:
-    """The newest teacher features of named modalities, a ring; only `enqueue` makes a new one."""
+    """The newest teacher features of named modalities, a ring; only `enqueue` makes a new one.
+
+    `empty_queue` makes the first. A pytree, which may be part of a train state.
+
+    >>> queue = empty_queue(("text",), size=2, dim=1)
+    >>> queue = enqueue(queue, {"text": jnp.ones((1, 1))})
+    >>> print(queue.valid, queue.cursor)
+    [ True False] 1
+    """
 
     features: dict[str, Float[Array, "queue dim"]]
     cursor: Int[Array, ""]  # where the next feature goes
@@ -44,6 +52,7 @@ class Queue:
 def empty_queue(names: Sequence[str], *, size: int, dim: int) -> Queue:
     """A queue of the newest `size` features of each modality, in which nothing is valid yet.
 
+    Raises ValueError unless `size` is at least 1. Source: MoCo (He et al. 2020, 3.2). Departure:
     MoCo's and ALBEF's start from random features.
 
     >>> queue = empty_queue(("audio", "text"), size=4, dim=2)
@@ -58,7 +67,17 @@ def empty_queue(names: Sequence[str], *, size: int, dim: int) -> Queue:
 
 
 def enqueue(queue: Queue, features: Mapping[str, Float[Array, "batch dim"]]) -> Queue:
-    """The queue with a batch of features in place of its oldest; at most as many as it holds."""
+    """The queue with a batch of features in place of its oldest.
+
+    Raises ValueError if the features' names are not the queue's or they are more than it holds.
+    Source: MoCo (He et al. 2020, 3.2); Li et al. 2021, 3.2.
+
+    >>> queue = empty_queue(("text",), size=2, dim=1)
+    >>> for value in (1.0, 2.0, 3.0):
+    ...     queue = enqueue(queue, {"text": jnp.full((1, 1), value)})
+    >>> print(queue.features["text"].ravel())
+    [3. 2.]
+    """
     require(
         sorted(features) == sorted(queue.features),
         f"features of {sorted(features)} do not go into a queue of {sorted(queue.features)}",
@@ -77,7 +96,17 @@ def enqueue(queue: Queue, features: Mapping[str, Float[Array, "batch dim"]]) -> 
 def newest(
     queue: Queue, count: int
 ) -> tuple[dict[str, Float[Array, "count dim"]], Bool[Array, " count"]]:
-    """The `count` newest features, and which of them exist already."""
+    """The `count` newest features, newest first, and which of them exist already.
+
+    `count` is at most the queue's size. Source: SwAV, "Working with small batches" (Caron et al.
+    2020, 3.1).
+
+    >>> queue = empty_queue(("text",), size=4, dim=1)
+    >>> queue = enqueue(queue, {"text": jnp.array([[1.0], [2.0]])})
+    >>> features, here = newest(queue, 3)
+    >>> print(features["text"].ravel(), here)
+    [2. 1. 0.] [ True  True False]
+    """
     back = jnp.arange(count, dtype=jnp.int32)
     places = (queue.cursor - 1 - back) % len(queue.valid)
     return {name: ring[places] for name, ring in queue.features.items()}, back < queue.filled
