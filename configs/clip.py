@@ -1,10 +1,10 @@
 """Late fusion as CLIP and ALIGN in every size:
 --config=configs/clip.py[:tiny|small|base|large|huge].
 
-Radford et al., ICML 2021, 2.3; Jia et al., ICML 2021, 3.2: two towers whose features meet in one
-contrast within the batch, in both directions. No teacher, queue, fusion encoder, matching, masked
-words or codebook. The text tower has all of BERT's layers, those that the other recipes give to the
-fusion encoder too. All else is as in configs/base.py.
+Radford et al., ICML 2021, 2.3; Jia et al., ICML 2021, 3.2: two towers trained by one contrastive
+loss within the batch, in both directions. No teacher, queue, fusion encoder, matching, masked
+words or codebook. The text tower has all of BERT's layers, including those that the other recipes
+use in the fusion encoder. All else is as in configs/base.py.
 """
 
 import runpy

@@ -4,7 +4,7 @@
 Data: json:STORIES.json, a list of {"frames": [paths in order], "captions": [sentences in order]}
 (visual stories, instruction steps, subtitles), or the built-in scenes:stories. The towers, the
 codebook and the optimizer are those of configs/base.py, with two losses: the code loss of every
-step, carried over the alignment, and a contrast between the stories of a batch.
+step, carried over the alignment, and a contrast among all steps of a batch.
 """
 
 import runpy
@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_collections
 
 _BASE = runpy.run_path(str(Path(__file__).with_name("base.py")))
-# Of pre-training, not of sequences.
+# Fields of pre-training that this task does not have.
 _NOT_USED = {
     "losses": ("matching", "masked_lm"),
     "alignment": ("same_image",),
@@ -49,7 +49,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
             spread=0.2,
             # delta: standard deviation of the prior, in steps off the diagonal; Su & Hua
             width=1.0,
-            # share of either side that is matched; below 1, narration may speak of nothing shown
+            # share of either side that is matched; below 1, narration may mention what is not shown
             slack=1.0,
             iterations=100,  # Sinkhorn's
         )

@@ -16,7 +16,7 @@ from codebook_jax.data.text import Tokenizer
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
-    """The places of at most `most` of `count` things, in order, with the first and the last."""
+    """The places of at most `most` of `count` things, in order: the first, ..., the last."""
     chosen = min(count, most)
     return [number * (count - 1) // max(1, chosen - 1) for number in range(chosen)]
 

@@ -37,7 +37,7 @@ from codebook_jax.method.ordering import (
 from codebook_jax.models.codis import Model
 
 TIED = 1e-5  # similarities this close are equal: sums in another order differ by rounding
-# of the recalls of each protocol in metrics.jsonl
+# of the names of each protocol's figures in metrics.jsonl; the teacher's others are in eval.json
 PREFIXES = {
     "student/ordered": "",
     "student/bag": "bag_",
@@ -162,8 +162,8 @@ class _Encoder:
 
 def evaluate(stories: Stories, order: Order) -> dict[str, Recalls]:
     """By `ordered`, `bag` and `mean`: R@k in percent (`txt_r1`: frames find their sentences, ...,
-    `img_r1`, ...), chance levels, and `right_order`: of the stories with sentences that can be
-    shuffled, the percentage whose own order is more similar than a shuffled one (ties count half).
+    `img_r1`, ...), chance levels, and `right_order`: of the stories with two or more
+    sentences, the percentage whose own order is more similar than a shuffled one (ties count half).
     """
     ids = np.arange(len(stories.positions))
     shared = chance_at_k(ids, ids) | {
@@ -172,8 +172,8 @@ def evaluate(stories: Stories, order: Order) -> dict[str, Recalls]:
         "left_out": stories.left_out,
         "shortened": stories.shortened,
     }
-    order_seeds = zip(stories.sentences.here, stories.positions, strict=True)
-    places = np.stack([_shuffled(here, int(at)) for here, at in order_seeds])
+    each = zip(stories.sentences.here, stories.positions, strict=True)
+    places = np.stack([_shuffled(here, int(position)) for here, position in each])
     several = stories.sentences.here.sum(axis=1) > 1
     shuffled = stories.sentences.reordered(places)
     results = {}
@@ -232,36 +232,29 @@ def counted(found: Recalls) -> str:
 
 
 def _comparisons(order: Order) -> dict:
-    """By name, the similarities of stories to sentences: each to its own row, and all to all."""
+    """By name, similarities of frames to sentences: of each story to its own, and of all to all."""
     ordered, bag = (
-        (
-            functools.partial(_aligned, order=each, epsilon=order.spread),
-            functools.partial(_all_aligned, order=each, epsilon=order.spread),
-        )
+        (functools.partial(_aligned, order=each), functools.partial(_all_aligned, order=each))
         for each in (order, None)
     )
     mean = (lambda a, b: np.sum(_mean(a) * _mean(b), axis=-1), lambda a, b: _mean(a) @ _mean(b).T)
     return {"ordered": ordered, "bag": bag, "mean": mean}
 
 
-@functools.partial(jax.jit, static_argnames=("order", "epsilon"))
-def _aligned(a: Steps, b: Steps, *, order: Order | None, epsilon: float) -> Array:
-    return sequence_similarity(a.features, b.features, _plans(a, b, order, epsilon))
-
-
-@functools.partial(jax.jit, static_argnames=("order", "epsilon"))
-def _all_aligned(a: Steps, b: Steps, *, order: Order | None, epsilon: float) -> Array:
-    return sequence_similarities(a.features, b.features, order, a.here, b.here, epsilon=epsilon)
+@functools.partial(jax.jit, static_argnames="order")
+def _aligned(a: Steps, b: Steps, *, order: Order | None) -> Array:
+    return sequence_similarity(a.features, b.features, _alignments(a, b, order))
 
 
 @functools.partial(jax.jit, static_argnames="order")
+def _all_aligned(a: Steps, b: Steps, *, order: Order | None) -> Array:
+    return sequence_similarities(a.features, b.features, order, a.here, b.here)
+
+
+@functools.partial(jax.jit, static_argnums=2)
 def _alignments(a: Steps, b: Steps, order: Order | None) -> Array:
-    return _plans(a, b, order, Order().spread)
-
-
-def _plans(a: Steps, b: Steps, order: Order | None, epsilon: float) -> Array:
     cost = 1 - cosines(jnp.asarray(a.features), jnp.asarray(b.features))
-    return align_steps(cost, order, a.here, b.here, epsilon=epsilon)
+    return align_steps(cost, order, a.here, b.here)
 
 
 def _mean(steps: Steps) -> Float[np.ndarray, "stories dim"]:
@@ -270,7 +263,7 @@ def _mean(steps: Steps) -> Float[np.ndarray, "stories dim"]:
 
 
 def _shuffled(here: Bool[np.ndarray, " steps"], story: int) -> Int[np.ndarray, " steps"]:
-    """Another order of the first steps, which are there; always the same of a story."""
+    """Another order of the first steps, which are there; always the same for one story."""
     places, count = np.arange(len(here)), int(here.sum())
     draw = np.random.Generator(np.random.Philox(key=[story, 0]))
     while count > 1 and (places[:count] == np.arange(count)).all():
@@ -279,7 +272,7 @@ def _shuffled(here: Bool[np.ndarray, " steps"], story: int) -> Int[np.ndarray, "
 
 
 def _steps(features: Float[np.ndarray, "all dim"], counts: Sequence[int], most: int) -> Steps:
-    """The features of all steps in a row as one row of steps for each story."""
+    """Splits the features of all steps, one after the other, into one padded row per story."""
     here = np.arange(most) < np.array(counts)[:, None]
     padded = np.zeros((*here.shape, features.shape[-1]), features.dtype)
     padded[here] = features

@@ -295,6 +295,9 @@ def _carried(
         alignments[f"{a} to {b}"] = plan
         targets[b, a] = ordering.carry(plan, assignment[a])
         targets[a, b] = ordering.carry(jnp.swapaxes(plan, 1, 2), assignment[b])
+        if order is not None and order.slack < 1:  # steps count by how much of them is matched
+            targets[b, a] *= ordering.matched(plan, 1)[:, :, None]
+            targets[a, b] *= ordering.matched(plan, 2)[:, :, None]
     return targets, alignments
 
 

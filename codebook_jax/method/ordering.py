@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from codebook_jax.method.numerics import NEVER, require, wide_enough
 
-CELLS_AT_ONCE = 2**22  # of step by step costs: 16 MB each of a few arrays
+CELLS_AT_ONCE = 2**22  # costs at once: a few float32 arrays of 16 MB each
 
 
 class Order(NamedTuple):
@@ -140,6 +140,21 @@ def carry(
     return jnp.where(mass > 0, carried / jnp.where(mass > 0, mass, 1), 0)
 
 
+def matched(plan: Float[Array, "batch n m"], axis: int) -> Float[Array, "batch steps"]:
+    """The share, 0 to 1, of each step's mass that is matched: all without slack. Sums over `axis`,
+    that of the other side's steps.
+    """
+    mass = plan.sum(axis=axis)
+    return jnp.minimum(mass * jnp.sum(mass > 0, axis=1, keepdims=True), 1)
+
+
+def cosines(
+    z_n: Float[Array, "batch n dim"], z_m: Float[Array, "batch m dim"]
+) -> Float[Array, "batch n m"]:
+    """Of every step with every step of the other sequence; features have length one."""
+    return jnp.einsum("bnd,bmd->bnm", z_n, z_m, precision="highest")
+
+
 def sequence_similarity(
     z_n: Float[Array, "batch n dim"],
     z_m: Float[Array, "batch m dim"],
@@ -173,7 +188,7 @@ def sequence_similarities(
     """The similarity of every pair of sequences, for retrieval and contrast.
 
     Features are of length one. `order` and `epsilon` are those of `align_steps`. Rows are compared
-    as many at once as make CELLS_AT_ONCE costs. Raises ValueError as `align_steps` does. Source: as
+    in chunks of about CELLS_AT_ONCE costs. Raises ValueError as `align_steps` does. Source: as
     `sequence_similarity`.
 
     >>> z = jnp.stack([jnp.eye(3), jnp.eye(3)[::-1]])  # forwards and backwards
@@ -210,15 +225,8 @@ def _transport(log_kernel: Array, rows: Array, columns: Array, iterations: int) 
 
 
 def _count(here: Bool[Array, "batch steps"], kind: jnp.dtype) -> Float[Array, "batch 1"]:
-    """N, at least 1."""
+    """The number of valid steps, at least 1."""
     return jnp.maximum(jnp.sum(here, axis=1, keepdims=True, dtype=kind), 1)
-
-
-def cosines(
-    z_n: Float[Array, "batch n dim"], z_m: Float[Array, "batch m dim"]
-) -> Float[Array, "batch n m"]:
-    """Of every step with every step of the other sequence; features have length one."""
-    return jnp.einsum("bnd,bmd->bnm", z_n, z_m, precision="highest")
 
 
 def _where_mass(mass: Float[Array, "batch steps"], values: Array) -> Array:
@@ -244,6 +252,6 @@ def _check_steps(name: str, array: Array, other: Array, axis: int) -> None:
     """Refuses [batch, steps, ...] if `other` has another batch or other steps on `axis`."""
     require(
         array.shape[:2] == (other.shape[0], other.shape[axis]),
-        f"{name} {array.shape} and {other.shape}, the costs or the plan, differ in the batch "
-        f"or the steps: they are axes 0 and {axis} of the latter.",
+        f"{name} {array.shape} does not fit the costs or the plan {other.shape}: batch and steps "
+        f"are axes 0 and {axis} there.",
     )

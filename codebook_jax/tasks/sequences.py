@@ -2,8 +2,8 @@
 
 Frames and sentences go through the image and the text tower. The teacher's steps choose codewords;
 order-preserving transport aligns the steps of each story, and every step's student predicts the
-codes of the steps that it is aligned with (`method.codebook_alignment`). Besides, every step finds
-itself and the steps that it is aligned with among all steps of the batch (`step_alignment`).
+codes of the steps that it is aligned with (`method.codebook_alignment`). In addition, every step
+finds itself and the steps that it is aligned with among all of the batch (`step_alignment`).
 Source: Duan et al. 2022, 3.1, for steps; Su & Hua 2017 for the alignment.
 """
 
@@ -40,7 +40,7 @@ from codebook_jax.tasks import limits, optimizer
 from codebook_jax.tasks.state import Counting
 from codebook_jax.tasks.task import Evaluation, Items, Task
 
-# Fields, whether their values fit, and what is needed.
+# Fields, a test of their values, and what is needed if it fails.
 FITTING = (
     *limits.COMMON_FITTING,
     (
@@ -76,7 +76,7 @@ class Steps(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """What the towers make of a batch: features of length one."""
+    """What `Passes` takes from a run of the towers."""
 
     features: Steps
 
@@ -84,7 +84,7 @@ class Embedded(NamedTuple):
 class Sequences(Task):
     """The jitted programs of a run on stories; holds no parameters."""
 
-    stories = True
+    stories = True  # its data
 
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
@@ -98,7 +98,7 @@ class Sequences(Task):
 
     @staticmethod
     def check(config: ml_collections.ConfigDict) -> None:
-        """Raises UserError, with the fields and their values, if no run on stories can start so."""
+        """Raises UserError, naming the fields, if no run on stories can start with this config."""
         check_fields(config, COMMON | SEQUENCES)
         limits.check_fitting(config, FITTING)
 
@@ -108,7 +108,7 @@ class Sequences(Task):
 
     @classmethod
     def export_items(cls, config: ml_collections.ConfigDict) -> tuple[str, ...]:
-        """The student, with its teacher if asked; as codis alone."""
+        """The student, and its teacher if asked; `codis` is the only format."""
         items = super().export_items(config)
         return (*items, "teacher") if config.export.teacher else items
 
@@ -197,9 +197,10 @@ class Sequences(Task):
         """The losses of the global batch, weighted; `own` has codebook and temperature."""
         config, scalars, loss = self.config, {}, jnp.float32(0)
         here = Steps(
-            _first(batch.frame_count, features.frames.shape[1]),
-            _first(batch.sentence_count, features.sentences.shape[1]),
+            _present(batch.frame_count, features.frames.shape[1]),
+            _present(batch.sentence_count, features.sentences.shape[1]),
         )
+        plan = None
         if config.losses.codebook:
             scalars["loss/codebook"], aux = method.codebook_alignment(
                 features._asdict(),
@@ -210,18 +211,18 @@ class Sequences(Task):
                 order=self.order,
                 temperature=config.codebook.temperature,
             )
-            broken = sum(aux.dropped.values()) > 0  # steps that are not finite: a bad step
+            broken = sum(aux.dropped.values()) > 0  # a feature is not finite: skip the update
+            (plan,) = aux.alignments.values()
             loss += config.losses.codebook * jnp.where(broken, jnp.nan, scalars["loss/codebook"])
             for name in Steps._fields:
                 scalars[f"codebook/perplexity_{name}"] = aux.perplexity[name]
-                scalars[f"codebook/unused_share_{name}"] = aux.unused_share[name]
             scalars["transport/column_error"] = jnp.stack([*aux.column_error.values()]).max()
         if config.losses.alignment:
             # Whole on every device: see `Pretraining.alignment_and_codebook`.
-            everyone = features, taught, here, batch.example
-            features, taught, here, story = sharding.whole(everyone, self.mesh)
-            cost = 1 - ordering.cosines(*taught)
-            plan = method.align_steps(cost, self.order, *here, epsilon=config.sequences.spread)
+            if plan is None:
+                plan = method.align_steps(1 - ordering.cosines(*taught), self.order, *here)
+            everyone = features, taught, plan, here, batch.example
+            features, taught, plan, here, story = sharding.whole(everyone, self.mesh)
             scalars["loss/alignment"] = step_alignment(
                 features,
                 taught,
@@ -293,12 +294,13 @@ class Sequences(Task):
             for name, encoded in found.items()
             for how, recalls in stories.evaluate(encoded, order_of(self.config)).items()
         }
+        chosen = "student/bag" if self.order is None else "student/ordered"
         return Evaluation(
             results,
             stories.flat(results),
-            score=float(np.mean(list(recalls_of(results["student/ordered"]).values()))),
-            metric="mean of the recalls of student/ordered in validation",
-            summary=stories.summary(results["student/ordered"]),
+            score=float(np.mean(list(recalls_of(results[chosen]).values()))),
+            metric=f"mean of the recalls of {chosen} in validation",
+            summary=stories.summary(results[chosen]),
             table=stories.format_table(results),
         )
 
@@ -322,10 +324,11 @@ def step_alignment(
     aligned with, and itself on its own side, among all steps of the batch.
 
     Between sides, any aligned step will do (MIL-NCE; Miech et al. 2020): -log sum_j w_j p_j with
-    the row w of the `plan`, scaled to sum 1, and p = softmax(cosines / temperature). The mean
-    over the steps of a story, over the stories and over the four directions (`intra_weight`: those
-    within a side). Other rows of the same story are left out. With one step each, this is CODIS's
-    loss without a queue at alpha 0 (Duan et al. 2022, 3.2).
+    the row w of the `plan`, scaled to sum 1, and p = softmax(cosines / temperature); with slack,
+    a step counts by the share of it that is matched. The mean over the steps of a story, over the
+    stories, and over the four directions, those within a side weighted by `intra_weight`. Other
+    copies of the story in the batch are no candidates. With one step each, this is CODIS's loss
+    without a queue at alpha 0 (Duan et al. 2022, 3.2).
     """
     other = (story[:, None] != story[None]) | jnp.eye(len(story), dtype=bool)
     plans = {(0, 1): plan, (1, 0): jnp.swapaxes(plan, 1, 2)}
@@ -343,12 +346,14 @@ def step_alignment(
         weights = plans[a, b] / jnp.where(matched, mass, 1)[:, :, None]
         log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1)), NEVER)
         found = -jax.nn.logsumexp(log_weights + own, axis=2)
-        found = jnp.sum(jnp.where(matched, found, 0), axis=1) / jnp.maximum(matched.sum(axis=1), 1)
+        found = jnp.where(matched, found * ordering.matched(plans[a, b], 2), 0)
+        found = found.sum(axis=1) / jnp.maximum(matched.sum(axis=1), 1)
         return jnp.sum(found) / jnp.maximum(matched.any(axis=1).sum(), 1)
 
     by_direction = jnp.stack([jnp.stack([direction(a, b) for b in (0, 1)]) for a in (0, 1)])
     return mean_of_directions(by_direction, intra_weight=intra_weight)
 
 
-def _first(counts: Int[Array, " batch"], most: int) -> Bool[Array, "batch most"]:
+def _present(counts: Int[Array, " batch"], most: int) -> Bool[Array, "batch most"]:
+    """Which of `most` places hold a step."""
     return jnp.arange(most, dtype=counts.dtype) < counts[:, None]

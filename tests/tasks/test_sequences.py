@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from small_run import ROOT
 from small_task import CONFIG, VOCABULARY, assert_close, run
 
 from codebook_jax.data.batch import StoryBatch
 from codebook_jax.parallel import sharding
-from codebook_jax.tasks.sequences import Sequences, contrast, order_of
+from codebook_jax.tasks.sequences import Sequences, Steps, order_of, step_alignment
 
 pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 
@@ -94,18 +94,32 @@ def plan_of(cost, order):
 
 
 def test_the_losses_are_those_of_numpy(one):
-    """The contrast of aligned stories and the codes carried over the alignment, in loops."""
+    """Steps find those they are aligned with, and codes are carried over the alignment."""
     task, batch, student = one.task, BATCHES[0], one.first.student
     order, config = order_of(task.config), task.config
     frames, sentences = features_of(task, student, batch)
     n, m = batch.frame_count, batch.sentence_count
-    alike = np.zeros((STORIES, STORIES))
-    for a in range(STORIES):
-        for b in range(STORIES):
-            cosines = frames[a, : n[a]] @ sentences[b, : m[b]].T
-            alike[a, b] = (plan_of(1 - cosines, order) * cosines).sum()
-    logits = alike / config.alignment.temperature
-    expected = -np.mean([np.diag(log_softmax(logits, axis=axis)) for axis in (0, 1)])
+    plans = {}
+    for at in range(STORIES):
+        cosines = frames[at, : n[at]] @ sentences[at, : m[at]].T
+        plans[at] = plan_of(1 - cosines, order)
+    everything = {"v": (frames, n), "t": (sentences, m)}
+    directions = {}
+    for a, (queries, own_steps) in everything.items():
+        for b, (candidates, steps) in everything.items():
+            rows = np.concatenate([candidates[at, : steps[at]] for at in range(STORIES)])
+            starts = np.cumsum([0, *steps])
+            of_stories = []
+            for at in range(STORIES):
+                logits = queries[at, : own_steps[at]] @ rows.T / config.alignment.temperature
+                p = softmax(logits, axis=1)[:, starts[at] : starts[at + 1]]
+                plan = {"vt": plans[at], "tv": plans[at].T}.get(a + b, np.eye(own_steps[at]))
+                weights = plan / plan.sum(axis=1, keepdims=True)
+                of_stories.append(-np.log((weights * p).sum(axis=1)).mean())
+            directions[a + b] = np.mean(of_stories)
+    intra = config.alignment.intra_weight
+    expected = directions["vt"] + directions["tv"] + intra * (directions["vv"] + directions["tt"])
+    expected /= 2 + 2 * intra
     np.testing.assert_allclose(one.scalars[0]["loss/alignment"], expected, rtol=2e-5)
 
     codes = np.asarray(student["codebook"]["codes"], np.float64)
@@ -126,7 +140,7 @@ def test_the_losses_are_those_of_numpy(one):
     transport, predicted = np.zeros(2), np.zeros(2)
     for at in range(STORIES):
         v, t = slice(n[at]), slice(m[at])
-        plan = plan_of(1 - frames[at, v] @ sentences[at, t].T, order)
+        plan = plans[at]
         to_text = plan.T @ q["v"][at, v] / plan.sum(axis=0)[:, None]
         to_frames = plan @ q["t"][at, t] / plan.sum(axis=1)[:, None]
         transport += [
@@ -179,9 +193,23 @@ def test_a_step_that_is_not_finite_changes_only_the_counts(one):
     assert_close(states[0].moments, before.moments, rtol=0)
 
 
-def test_another_row_of_the_same_story_is_no_negative():
-    logits = np.array([[0.0, 9.0, 1.0], [9.0, 0.0, 1.0], [1.0, 1.0, 0.0]], np.float32)
-    found = contrast(logits, np.array([4, 4, 5]))
-    kept = np.where([[1, 0, 1], [0, 1, 1], [1, 1, 1]], logits, -np.inf)
+def one_step_each(cosines, plan=1.0, story=(4, 4, 5)):
+    """`step_alignment` of three stories of one frame and one sentence with these cosines."""
+    frames, sentences = np.eye(3)[:, None], np.asarray(cosines, np.float64).T[:, None]
+    sides, here = Steps(frames, sentences), Steps(np.ones((3, 1), bool), np.ones((3, 1), bool))
+    plan = np.full((3, 1, 1), plan)
+    options = dict(temperature=1.0, intra_weight=0.0)
+    return step_alignment(sides, sides, plan, here, np.array(story), **options)
+
+
+def test_another_row_of_the_same_story_is_no_candidate():
+    cosines = np.array([[0.0, 9.0, 1.0], [9.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    kept = np.where([[1, 0, 1], [0, 1, 1], [1, 1, 1]], cosines, -np.inf)
     expected = -np.mean([np.diag(log_softmax(kept, axis=axis)) for axis in (0, 1)])
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(one_step_each(cosines), expected, rtol=1e-6)
+
+
+def test_a_step_counts_by_the_share_of_it_that_is_matched():
+    cosines = np.random.default_rng(0).normal(size=(3, 3))
+    whole, part = one_step_each(cosines), one_step_each(cosines, plan=0.25)
+    np.testing.assert_allclose(part, 0.25 * whole, rtol=1e-6)
