@@ -170,7 +170,15 @@ def test_padding_means_nothing(one):
         np.testing.assert_allclose(scalars[0][name], value, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("sizes, passes", [((4, 2, 1), 1), ((1, 1, 1), 2), ((2, 2, 2), 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes, passes",
+    [
+        ((4, 2, 1), 1),
+        pytest.param((1, 1, 1), 2, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), 2, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_eight_devices_and_two_passes_give_the_steps_of_one(sizes, passes, one):
     task = task_on(*sizes, **{"optimizer.accumulation": passes})
     states, scalars = run(task, one.first, BATCHES)
@@ -195,9 +203,9 @@ def test_a_step_that_is_not_finite_changes_only_the_counts(one):
 
 def one_step_each(cosines, plan=1.0, story=(4, 4, 5)):
     """`step_alignment` of three stories of one frame and one sentence with these cosines."""
-    frames, sentences = np.eye(3)[:, None], np.asarray(cosines, np.float64).T[:, None]
+    frames, sentences = (np.array(x, np.float32)[:, None] for x in (np.eye(3), cosines.T))
     sides, here = Steps(frames, sentences), Steps(np.ones((3, 1), bool), np.ones((3, 1), bool))
-    plan = np.full((3, 1, 1), plan)
+    plan = np.full((3, 1, 1), plan, np.float32)
     options = dict(temperature=1.0, intra_weight=0.0)
     return step_alignment(sides, sides, plan, here, np.array(story), **options)
 
