@@ -1,4 +1,4 @@
-"""Stories: only which names tell which pictures, in order, is known; beside two_towers.py."""
+"""Stories: which name belongs to which picture is not told, only their order; see two_towers.py."""
 
 import sys
 
@@ -11,12 +11,12 @@ from two_towers import NAMES, TEXTS, Towers, picture
 
 from codebook_jax import method
 
-FRAMES, SENTENCES = 6, 5  # one frame is not told
+FRAMES, SENTENCES = 6, 5  # one frame has no name
 ORDER = method.Order(locality=0.5, spread=0.1, width=1.0)
 
 
 def stories(count, draw):
-    """Pictures [count, 6, pixels], names [count, 5, letters], and which picture each name tells."""
+    """Pictures [count, 6, pixels], names [count, 5, letters], and which picture each belongs to."""
     numbers = draw.integers(0, 100, (count, FRAMES))
     told = np.sort(draw.random((count, FRAMES)).argsort(axis=1)[:, :SENTENCES], axis=1)
     pictures = np.stack([picture(number, draw) for number in numbers.ravel()])
@@ -73,5 +73,5 @@ if __name__ == "__main__":
     pictures, texts, told, names = stories(100, draw)
     plan = np.asarray(aligned(embed(towers, pictures, texts)))
     right = (plan.argmax(axis=1) == told).mean()
-    print(f"{right:.0%} of the names are aligned most with the picture that they tell")
+    print(f"{right:.0%} of the names are aligned most with their picture")
     drawn(plan[0], pictures[0], names[0]).save(sys.argv[1] if sys.argv[1:] else "alignment.png")

@@ -1,5 +1,5 @@
 """Stories of the built-in world: two objects change and move from frame to frame, and a sentence
-tells each frame, or each but one.
+describes each frame, or each but one.
 
 Everything depends only on (split, seed, index). The two objects of a frame may be shown together in
 the split, as in single scenes, so no sentence occurs in two splits. Sentences tell the state of a
@@ -89,7 +89,7 @@ def _draw_pairs(
     draw: random.Random, count: int, split: str | None
 ) -> list[tuple[Kind, Kind]] | None:
     """The kinds of each frame's two objects, of which one and the other change in turn; no two
-    frames have the same. None: the split has no such story from where it began.
+    frames have the same. None if the first pair cannot be continued.
     """
     pairs = [world.pick(draw, world.held_out_pairs(split))]
     changing = int(2 * draw.random())
@@ -107,8 +107,8 @@ def _draw_pairs(
 
 
 def _reordered(draw: random.Random, steps: Sequence[Step]) -> list[Step]:
-    """The steps in an order that neighbours changing places once cannot give, neither of the frames
-    nor of the sentences.
+    """The steps in another order, at least two swaps of neighbours away for frames and for
+    sentences.
     """
     told = [number for number, (_, caption) in enumerate(steps) if caption is not None]
     while True:
