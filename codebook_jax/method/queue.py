@@ -56,7 +56,8 @@ def empty_queue(names: Sequence[str], *, size: int, dim: int) -> Queue:
     MoCo's and ALBEF's start from random features.
 
     >>> queue = empty_queue(("audio", "text"), size=4, dim=2)
-    >>> queue = enqueue(queue, {"audio": jnp.ones((3, 2)), "text": jnp.zeros((3, 2))})
+    >>> three = jnp.ones((3, 2))
+    >>> queue = enqueue(queue, {"audio": three, "text": three})
     >>> queue.valid
     Array([ True,  True,  True, False], dtype=bool)
     """
