@@ -36,7 +36,7 @@ class Number(NamedTuple):
         words = ("of at least", "at most", "above", "below")
         limits = zip(words, self[:4], strict=True)
         named = [f"{word} {limit:g}" for word, limit in limits if not math.isinf(limit)]
-        return f"a {'whole ' * self.whole}number {' and '.join(named)}"
+        return f"a {'whole' if self.whole else 'finite'} number {' and '.join(named)}".rstrip()
 
 
 class Kind(NamedTuple):
@@ -206,8 +206,8 @@ SEQUENCES = {
     "sequences.max_*": Field(whole(1), FIXED),
     "sequences.ordered": Field(FLAG),
     "sequences.locality": Field(Number()),
-    "sequences.spread": Field(POSITIVE),
-    "sequences.width": Field(POSITIVE),
+    "sequences.spread": Field(Number(1e-3)),
+    "sequences.width": Field(Number(1e-3)),
     "sequences.slack": Field(Number(above=0, most=1)),
     "sequences.iterations": Field(whole(1)),
 }

@@ -128,6 +128,7 @@ def test_a_value_that_cannot_work_is_refused_with_its_field(name, value):
         ({"model.text.heads": 3}, ("model.text.width=128", "model.text.heads=3")),
         ({"sequences.ordered": True, "losses.alignment": 0, "losses.codebook": 0}, ("losses.",)),
         ({"sequences.ordered": True, "codebook.solver": "nearest"}, ("solver='nearest'",)),
+        ({"sequences.ordered": True, "codebook.size": 1}, ("codebook.size=1",)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -182,10 +182,12 @@ def evaluate(stories: Stories, order: Order) -> dict[str, Recalls]:
             np.asarray(of_pairs(stories.frames, told))[several]
             for told in (stories.sentences, shuffled)
         )
-        chosen = np.where(np.abs(own - other) <= TIED, 0.5, own > other)
         scores = np.asarray(of_all(stories.frames, stories.sentences), np.float64)
-        right = {"right_order": 100 * float(chosen.mean()), "right_order_chance": 50.0}
-        results[name] = recall_at_k(scores, ids, ids) | (right if several.any() else {}) | shared
+        results[name] = recall_at_k(scores, ids, ids) | shared
+        if several.any():
+            chosen = np.where(np.abs(own - other) <= TIED, 0.5, own > other)
+            right = 100 * float(chosen.mean())
+            results[name] |= {"right_order": right, "right_order_chance": 50.0}
     return results
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from codebook_jax.method.numerics import require
@@ -43,6 +44,8 @@ def check_features(student: Features, teacher: Features | None, valid: Masks | N
             given is None or isinstance(given, Mapping),
             f"{what} must map names of modalities to arrays, but is a {type(given).__name__}",
         )
+        for name, array in (given or {}).items():
+            check_array(f"{what}[{name!r}]", array)
     require(
         len(student) >= 2, f"student has the modalities {sorted(student)}: two or more are needed"
     )
@@ -77,6 +80,7 @@ def check_features(student: Features, teacher: Features | None, valid: Masks | N
 
 
 def check_codes(student: Features, codes: Float[Array, "codes dim"]) -> None:
+    check_array("codes", codes)
     name, features = next(iter(student.items()))
     require(
         codes.ndim == 2 and codes.shape[1] == features.shape[-1] and len(codes) >= 1,
@@ -89,6 +93,16 @@ def _shapes(features: Mapping[str, Shaped[Array, "..."]]) -> dict[str, tuple[int
     return {name: features[name].shape for name in sorted(features)}
 
 
+def check_array(name: str, value: object) -> None:
+    require(
+        hasattr(value, "shape") and hasattr(value, "dtype"),
+        f"{name} must be an array, but is a {type(value).__name__}",
+    )
+
+
 def check_positive(name: str, value: Float[Array, ""] | float) -> None:
-    if not isinstance(value, jax.core.Tracer):
-        require(float(value) > 0, f"{name}={value} must be above 0")
+    if isinstance(value, jax.core.Tracer):
+        return
+    kinds = int | float | np.number | np.ndarray | jax.Array
+    scalar = isinstance(value, kinds) and np.ndim(value) == 0
+    require(scalar and value > 0, f"{name}={value!r} must be a number above 0")

@@ -44,6 +44,13 @@ def unit(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
+def unit_of_any(x: Float[Array, "*some dim"]) -> Float[Array, "*some dim"]:
+    """`unit` of rows as large or as small as floats can be, whose squares they cannot hold."""
+    x = x.astype(wide_enough(x.dtype))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    return unit(x / jnp.where(largest > 0, largest, 1))
+
+
 def require(usable: bool, sentence: str) -> None:
     """Raises ValueError with the sentence, which says what was given and what is needed."""
     if not usable:

@@ -35,7 +35,7 @@ from codebook_jax.method.checks import (
     check_features,
     check_positive,
 )
-from codebook_jax.method.numerics import require, unit
+from codebook_jax.method.numerics import require, unit_of_any
 from codebook_jax.method.queue import Queue
 
 
@@ -139,7 +139,9 @@ def codebook_alignment(
     require(sequences or order is None, "order is for sequences, but features are [batch, dim]")
     check_positive("temperature", temperature)
     usable = _usable(student, teacher, valid)
-    loss, aux = _codebook_alignment(usable, unit(codes), assign or sinkhorn(), order, temperature)
+    loss, aux = _codebook_alignment(
+        usable, unit_of_any(codes), assign or sinkhorn(), order, temperature
+    )
     return jnp.where(jnp.all(jnp.isfinite(codes)), loss, jnp.nan), aux
 
 
@@ -245,7 +247,7 @@ def instance_alignment(
     check_candidates(student, teacher, queue, ids, intra_weight)
     check_positive("temperature", temperature)
     if queue is not None:
-        kept = {name: unit(each) for name, each in queue.features.items()}
+        kept = {name: unit_of_any(each) for name, each in queue.features.items()}
         queue = dataclasses.replace(queue, features=kept)
     usable = _usable(student, teacher, None)
     taught = None if teacher is None else usable.teacher
@@ -329,8 +331,9 @@ def _usable(student: Features, teacher: Features | None, valid: Masks | None) ->
     for name, features in student.items():
         there = (valid or {}).get(name, jnp.ones(features.shape[:-1], bool))
         finite = jnp.isfinite(features).all(-1) & jnp.isfinite(given[name]).all(-1)
+        there = jnp.asarray(there).astype(bool)
         here[name], dropped[name] = there & finite, jnp.sum(there & ~finite)
         learned[name], fixed[name] = (
-            unit(jnp.where(here[name][..., None], x, 0)) for x in (features, given[name])
+            unit_of_any(jnp.where(here[name][..., None], x, 0)) for x in (features, given[name])
         )
     return _Usable(learned, jax.lax.stop_gradient(fixed), here, dropped)

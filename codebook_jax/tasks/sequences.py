@@ -43,6 +43,7 @@ from codebook_jax.tasks.task import Evaluation, Items, Task
 # Fields, a test of their values, and what is needed if it fails.
 FITTING = (
     *limits.COMMON_FITTING,
+    ("codebook.size", lambda size: size > 1, "give two codewords or more"),
     (
         "losses.alignment losses.codebook",
         lambda *weights: any(weights),

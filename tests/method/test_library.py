@@ -174,6 +174,24 @@ def test_codes_are_carried_over_the_alignment_as_in_loops(slack):
 # -- masks, and what is not finite
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-25])
+def test_features_and_codes_may_be_as_large_or_small_as_floats_are(size):
+    student, codes = features(0, "a", "b"), codes_of(1)
+    expected, _ = aligned(student, codes)
+    other = {name: size * each for name, each in student.items()}
+    found, aux = aligned(other, size * codes)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not any(aux.dropped.values())
+
+
+def test_a_mask_of_numbers_is_one_of_truths():
+    student, codes = features(0, "a", "b"), codes_of(1)
+    mask = np.arange(len(student["a"])) % 3
+    expected, _ = aligned(student, codes, valid={"a": mask > 0})
+    found, _ = aligned(student, codes, valid={"a": mask.astype(np.float32)})
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("steps", [(), (3,)])
 def test_rows_that_are_not_there_or_not_finite_are_as_if_left_out(steps):
     shape = (BATCH, *steps, DIM)
@@ -307,7 +325,14 @@ def test_the_module_and_the_functions_are_the_loss_with_codes_that_learn():
         (dict(teacher={"a": np.ones((4, 3))}), "teacher is .* but student"),
         (dict(valid={"c": np.ones(4, bool)}), r"valid\['c'\] is of no modality"),
         (dict(valid={"a": np.ones(5, bool)}), r"valid\['a'\] is \(5,\), not \(4,\)"),
+        (
+            dict(student={"a": [[1.0]], "b": np.ones((1, 1))}),
+            r"student\['a'\] must be an array.*list",
+        ),
+        (dict(codes=[[1.0, 2.0, 3.0]]), "codes must be an array, but is a list"),
+        (dict(valid={"a": [True] * 4}), r"valid\['a'\] must be an array, but is a list"),
         (dict(temperature=0.0), "temperature=0.0"),
+        (dict(temperature=None), "temperature=None must be a number above 0"),
         (dict(order=method.Order()), "order is for sequences"),
     ],
 )
