@@ -47,6 +47,7 @@ SCHEMES = {
     "tfds": Scheme(open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
     "hf": Scheme(open_hugging_face, "hf:NAME_OR_FOLDER:SPLIT", _KEYS),
 }
+_A_STORY = 'a story is {"frames": [PATHS], "captions": [TEXTS]}'
 _SPEC = re.compile(r"(?:(\w+)(?::|(?=\?)|$))?(.*?)(?:\?(\w+=[^?]*))?", re.DOTALL)
 
 
@@ -76,7 +77,12 @@ def source_of(
     names = ("scenes_examples", "image_root", "path_map", "damaged_shards")
     settings = {name: config.data[name] for name in names}
     settings |= {"size_px": config.model.image.size_px, "seed": config.seed}
-    source = open_source(spec, role=role, **settings)
+    try:
+        source = open_source(spec, role=role, **settings)
+    except UserError as error:
+        if stories and spec.startswith("json:"):
+            raise UserError(f"{error}; {_A_STORY}") from None
+        raise
     if source.stories and not stories:
         raise UserError(
             f"{spec} lists stories (frames and captions in order), not pairs of an image and a "
@@ -84,8 +90,8 @@ def source_of(
         )
     if stories and not source.stories:
         raise UserError(
-            f"{spec} lists pairs of an image and a text, not stories: name a json: file of "
-            '{"frames": [PATHS], "captions": [TEXTS]}, or scenes:stories'
+            f"{spec} lists pairs of an image and a text, not stories: name scenes:stories or a "
+            f"json: file in which {_A_STORY}"
         )
     return source
 

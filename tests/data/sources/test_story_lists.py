@@ -147,6 +147,9 @@ def test_runs_of_pairs_refuse_stories_and_runs_of_stories_pairs(tmp_path, spec):
     for other in (f"json:{pairs}", "scenes"):
         with pytest.raises(UserError, match=r"lists pairs .*scenes:stories"):
             source_of(config, other, "train", stories=True)
+    others = write(tmp_path / "others.json", [{"images": ["a.jpg"], "sentences": ["one"]}])
+    with pytest.raises(UserError, match=r'no key "image" .* a story is {"frames": '):
+        source_of(config, f"json:{others}", "train", stories=True)
 
 
 def test_a_large_file_is_held_without_an_object_a_story(tmp_path):
