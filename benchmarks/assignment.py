@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def write_times(batches: list[int]) -> None:
-    """Prints and keeps the milliseconds of one assignment, by solver and size."""
+    """Prints and keeps the milliseconds of one assignment: wall, and (summed over the cores)."""
     found = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     heads = ["features x codewords", *ASSIGNMENTS]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
@@ -54,7 +54,7 @@ def write_times(batches: list[int]) -> None:
         for codes in CODES:
             row = {name: milliseconds(name, batch, codes) for name in ASSIGNMENTS}
             found[f"{batch} x {codes}"] = row
-            cells = [f"{one['wall']:,.1f}" for one in row.values()]
+            cells = [f"{one['wall']:,.1f} ({one['cores']:,.1f})" for one in row.values()]
             print(f"| {batch:,} x {codes:,} | {' | '.join(cells)} |", flush=True)
             TIMES.write_text(json.dumps(found, indent=1) + "\n")
 
