@@ -64,7 +64,8 @@ def compare(
             workdir = Path(options.runs) / f"{name}-{variant}-{seed}-{options.steps}"
             shared = [f"seed={seed}", f"train.steps={options.steps}"]
             shared += ["evaluation.every_steps=0", "evaluation.rerank_top_k=0"]
-            recalls = run(workdir.resolve(), recipe, [*data[name], *shared, *changed])
+            of_data = [f for f in data[name] if recipe != "clip" or not f.startswith("queue.")]
+            recalls = run(workdir.resolve(), recipe, [*of_data, *shared, *changed])
             row = key | recalls | last_logged(workdir, columns)
             rows.append(row)
             out.write_text(json.dumps(rows, indent=1) + "\n")
