@@ -230,9 +230,7 @@ class Run:
         if share < INPUT_BOUND_SHARE or self.warned_input_bound or self.step < 2:
             return
         self.warned_input_bound, data = True, self.config.data
-        packed = (
-            "" if self.parts.source.stories else ", or pack smaller pictures with --mode=prepare"
-        )
+        packed = "" if self.parts.task.stories else ", or pack smaller pictures with --mode=prepare"
         say(
             f"input-bound: {share:.0%} of the step time is spent waiting for data; raise "
             f"config.data.threads (now {data.threads}) or config.data.workers (now "
