@@ -5,6 +5,7 @@ import signal
 import subprocess
 
 import numpy as np
+import pytest
 from PIL import Image
 from small_run import ROOT, command
 
@@ -34,6 +35,7 @@ def write_pairs(folder):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_on_files_of_which_some_are_bad_ends_and_counts_each_once_an_epoch(
     one_device_environment, tmp_path
 ):

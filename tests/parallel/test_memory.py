@@ -79,6 +79,7 @@ def need_of(changes):
     return toy(math.inf).compile(make_toy(changes)).need
 
 
+@pytest.mark.slow
 def test_xla_recomputes_what_remat_says_and_gathers_weights_but_no_rows_for_fsdp():
     step_of = lambda **changes: (  # noqa: E731
         Memory(make_real, math.inf, planned=True).compile(make_real(changes)).need.step

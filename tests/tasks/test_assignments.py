@@ -48,7 +48,7 @@ def test_an_unknown_assignment_is_refused_with_the_known_ones():
     "solver",
     [
         "nearest",
-        "softmax",
+        pytest.param("softmax", marks=pytest.mark.slow),
         pytest.param("swav", marks=pytest.mark.slow),
         pytest.param("unbalanced", marks=pytest.mark.slow),
     ],

@@ -101,6 +101,7 @@ def test_eight_devices_that_split_every_layer_make_the_steps_of_one_and_hold_a_p
     assert held["student/codebook/codes"] == (16 // 8, 8)
 
 
+@pytest.mark.slow
 def test_two_steps_on_data_and_tensor_are_those_of_one_device(one):
     assert_steps_are_those_of_one(task_on(sharding.make_mesh(4, 1, 2)), one)
 

@@ -40,7 +40,7 @@ def run(environment, workdir, *more):
     return done.stdout
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_task_of_one_file_does_all_that_the_program_does(
     devices, one_device_environment, tmp_path
 ):

@@ -88,6 +88,7 @@ def group_is_gone(group):
     return False
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_with_the_bytes_of_a_packing_left_alone(
     server, tmp_path
 ):

@@ -207,6 +207,7 @@ export.export(config, workdir)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_split_the_weights_import_and_export_them_bit_for_bit(albef, tmp_path):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     arguments = [Path(__file__).parents[1], albef.file, albef.tokenizer, tmp_path / "run"]
