@@ -65,7 +65,8 @@ def compare(
             shared = [f"seed={seed}", f"train.steps={options.steps}"]
             shared += ["evaluation.every_steps=0", "evaluation.rerank_top_k=0"]
             of_data = [f for f in data[name] if recipe != "clip" or not f.startswith("queue.")]
-            recalls = run(workdir.resolve(), recipe, [*of_data, *shared, *changed])
+            results = run(workdir.resolve(), recipe, [*of_data, *shared, *changed])
+            recalls = {name: results["student/dual"][name] for name in NAMES}
             row = key | recalls | last_logged(workdir, columns)
             rows.append(row)
             out.write_text(json.dumps(rows, indent=1) + "\n")
@@ -92,8 +93,8 @@ def emoji_fields(folder: Path) -> list[str]:
     ]
 
 
-def run(workdir: Path, recipe: str, fields: list[str]) -> dict[str, float]:
-    """Trains and evaluates; returns the recalls in percent."""
+def run(workdir: Path, recipe: str, fields: list[str]) -> dict[str, dict[str, float]]:
+    """Trains `configs/RECIPE.py:tiny` and evaluates it; returns eval.json, by protocol."""
     command = [sys.executable, "-m", "codebook_jax.main", f"--workdir={workdir}"]
     config = [
         f"--config={ROOT / 'configs' / recipe}.py:tiny",
@@ -103,8 +104,7 @@ def run(workdir: Path, recipe: str, fields: list[str]) -> dict[str, float]:
         done = subprocess.run([*command, *config, *extra], capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             sys.exit(done.stdout[-2000:] + done.stderr[-3000:])
-    results = json.loads((workdir / "eval.json").read_text())["student/dual"]
-    return {name: results[name] for name in NAMES}
+    return json.loads((workdir / "eval.json").read_text())
 
 
 def last_logged(workdir: Path, names: dict[str, str]) -> dict[str, float]:

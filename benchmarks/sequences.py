@@ -11,16 +11,15 @@ import argparse
 import itertools
 import json
 import resource
-import subprocess
-import sys
 from pathlib import Path
+
+from recalls import ROOT, run
 
 from codebook_jax import build
 from codebook_jax.data.sources import source_of
 from codebook_jax.evaluation import stories
 from codebook_jax.method import Order
 
-ROOT = Path(__file__).parent.parent
 NAMES = ("txt_r1", "img_r1", "right_order")
 LOCALITIES, SPREADS, WIDTHS = (0.5, 1.0, 2.0), (0.05, 0.1, 0.2), (0.5, 1.0, 2.0)
 
@@ -43,7 +42,9 @@ def main() -> None:
         trained = "in order" if ordered else "as a bag"
         workdir = Path(options.runs) / f"{'ordered' if ordered else 'bag'}-{seed}"
         fields = [f"sequences.ordered={ordered}", f"seed={seed}", *options.fields]
-        results, seconds = run(workdir, fields)
+        before = children_seconds()
+        results = run(workdir.resolve(), "sequences", fields)
+        seconds = children_seconds() - before
         for how, found in results.items():
             figures = {name: found[name] for name in NAMES}
             rows.append({"ordered": ordered, "seed": seed, "protocol": how} | figures)
@@ -54,20 +55,8 @@ def main() -> None:
     out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def run(workdir: Path, fields: list[str]) -> tuple[dict[str, dict[str, float]], float]:
-    """Trains and evaluates; the test results by protocol, and the CPU seconds of both."""
-    command = [sys.executable, "-m", "codebook_jax.main", f"--workdir={workdir}"]
-    config = f"--config={ROOT / 'configs' / 'sequences.py'}:tiny"
-    given = [f"--config.{field}" for field in fields]
-    before = children_seconds()
-    for more in ([config, *given], ["--mode=eval"]):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
-        if done.returncode:
-            sys.exit(done.stdout[-2000:] + done.stderr[-3000:])
-    return json.loads((ROOT / workdir / "eval.json").read_text()), children_seconds() - before
-
-
 def children_seconds() -> float:
+    """CPU seconds of the commands that have been run."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -39,6 +39,19 @@ def stream_of(source, tokenizer, **changes):
     return BatchStream(source, tokenizer, BatchSpec(**spec), **making)
 
 
+def streams(make, tokenizer):
+    """For a fixture: a function that opens streams, which are closed after the test."""
+    opened = []
+
+    def open_stream(source, **changes):
+        opened.append(make(source, tokenizer, **changes))
+        return opened[-1]
+
+    yield open_stream
+    for one in opened:
+        one.close()
+
+
 def taken(stream, count):
     return list(itertools.islice(stream, count))
 

@@ -112,6 +112,7 @@ class BatchSpec(NamedTuple):
         tokenizer: Tokenizer,
         numbers: Mapping[str, Int32[np.ndarray, " rows"]],
     ) -> Batch:
+        """The batch of these rows; `numbers` are its fields `example` and `skipped`."""
         captions, flips, image_ids = zip(*told, strict=True)
         tokens, lengths, _ = tokenizer.encode(captions, self.max_tokens)
         return Batch(

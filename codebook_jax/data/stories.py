@@ -70,6 +70,7 @@ class StorySpec(NamedTuple):
         tokenizer: Tokenizer,
         numbers: Mapping[str, Int32[np.ndarray, " rows"]],
     ) -> StoryBatch:
+        """The batch of these rows; `numbers` are its fields `example` and `skipped`."""
         frame_counts, sentences = zip(*told, strict=True)
         counts = np.array(list(map(len, sentences)), np.int32)
         real = np.arange(self.max_sentences) < counts[:, None]

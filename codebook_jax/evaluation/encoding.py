@@ -20,7 +20,6 @@ from codebook_jax.errors import UserError
 from codebook_jax.models.codis import Model
 from codebook_jax.parallel import sharding
 
-_IMAGES = ("image", "images")
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, out of how many
 
 
@@ -161,10 +160,13 @@ def _read(
 
 
 def report_unreadable(
-    source: Source, unreadable: Sequence[str], count: int, kinds: tuple[str, str] = _IMAGES
+    source: Source,
+    unreadable: Sequence[str],
+    count: int,
+    one: str = "image",
+    several: str = "images",
 ) -> None:
     """Says how many of `count` could not be read, and why the first; UserError if none could."""
-    one, several = kinds
     first = f" (first: {unreadable[0]})" if unreadable else ""
     if len(unreadable) == count:
         raise UserError(f"{source!r} has no {one} to evaluate: 0 of {count:,} could be read{first}")

@@ -103,7 +103,7 @@ def encode_stories(
         frame_counts.append(len(frames))
         told.append([story.captions[at] for at in evenly_spaced(len(story.captions), sentences_of)])
         shortened += len(story.frames) > len(frames) or len(story.captions) > len(told[-1])
-    report_unreadable(source, unreadable, count, ("story", "stories"))
+    report_unreadable(source, unreadable, count, "story", "stories")
     if shortened:
         say(
             f"{shortened:,} of {len(kept):,} stories have more than {frames_of} frames or "

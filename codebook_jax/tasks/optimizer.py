@@ -1,4 +1,4 @@
-"""AdamW: the learning rate over the steps, and where weight decay applies."""
+"""AdamW: the learning rate over the steps, where weight decay applies, and an update."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from codebook_jax.method.numerics import default_types
 
@@ -39,6 +39,27 @@ def from_config(
             return chain.update(updates, state, params)
 
     return rate, optax.GradientTransformation(chain.init, update)
+
+
+def updated(
+    config: ml_collections.ConfigDict,
+    optimizer: optax.GradientTransformation,
+    gradients: dict[str, PyTree],
+    student: dict[str, PyTree],
+    moments: PyTree,
+    *,
+    frozen: Bool[Array, ""] | bool,
+) -> tuple[dict[str, PyTree], PyTree]:
+    """Student and moments after an update: the codebook, if there is one, gets no gradient while
+    `frozen`, and the temperature stays in the range of `config.alignment`.
+    """
+    if "codebook" in gradients:
+        of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
+        gradients = {**gradients, "codebook": of_codes}
+    updates, moments = optimizer.update(gradients, moments, student)
+    student = optax.apply_updates(student, updates)
+    low, high = (config.alignment[f"temperature_{end}"] for end in ("min", "max"))
+    return {**student, "temperature": jnp.clip(student["temperature"], low, high)}, moments
 
 
 def decayed(parameters: PyTree) -> PyTree:

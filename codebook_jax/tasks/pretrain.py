@@ -247,15 +247,10 @@ class Pretraining(Task):
     @jax.named_scope("learn")
     def learn(self, state: TrainState, gradients: PyTree) -> TrainState:
         """The student after the optimizer, the teacher after its average."""
-        if "codebook" in gradients:
-            frozen = state.updates < self.config.codebook.freeze_steps
-            frozen |= isinstance(state.running, assignment.RunningCodes)
-            of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
-            gradients = {**gradients, "codebook": of_codes}
-        updates, moments = self.optimizer.update(gradients, state.moments, state.student)
-        student = optax.apply_updates(state.student, updates)
-        low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
-        student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
+        frozen = state.updates < self.config.codebook.freeze_steps
+        frozen |= isinstance(state.running, assignment.RunningCodes)
+        given = gradients, state.student, state.moments
+        student, moments = optimizer.updated(self.config, self.optimizer, *given, frozen=frozen)
         after = state.replace(student=student, moments=moments)
         if state.teacher is None:
             return after

@@ -137,19 +137,10 @@ class Sequences(Task):
         return StoryBatch(*(jax.ShapeDtypeStruct(*field, sharding=place) for field in fields))
 
     def batch_spec(self) -> StorySpec:
-        data, model, of = self.config.data, self.config.model, self.config.sequences
-        return StorySpec(
-            seed=self.config.seed,
-            global_batch=data.global_batch,
-            rows=sharding.process_rows(self.mesh, data.global_batch),
-            size_px=model.image.size_px,
-            max_frames=of.max_frames,
-            max_sentences=of.max_sentences,
-            max_tokens=model.text.max_tokens,
-            crop_scale=data.crop_scale,
-            crop_ratio=data.crop_ratio,
-            views=1 if data.teacher_view == "same" else 2,
-        )
+        """What this process's rows of a batch hold: as for pairs, but nothing is mirrored."""
+        shared, of = super().batch_spec()._asdict(), self.config.sequences
+        del shared["flip"]
+        return StorySpec(**shared, max_frames=of.max_frames, max_sentences=of.max_sentences)
 
     # -- the step
 
@@ -240,12 +231,8 @@ class Sequences(Task):
     def learn(self, state: SequenceState, gradients: PyTree) -> SequenceState:
         """The student after the optimizer, the teacher after its average."""
         frozen = state.updates < self.config.codebook.freeze_steps
-        of_codes = jax.tree.map(lambda x: jnp.where(frozen, 0, x), gradients["codebook"])
-        gradients = {**gradients, "codebook": of_codes}
-        changes, moments = self.optimizer.update(gradients, state.moments, state.student)
-        student = optax.apply_updates(state.student, changes)
-        low, high = (self.config.alignment[f"temperature_{end}"] for end in ("min", "max"))
-        student = {**student, "temperature": jnp.clip(student["temperature"], low, high)}
+        given = gradients, state.student, state.moments
+        student, moments = optimizer.updated(self.config, self.optimizer, *given, frozen=frozen)
         momentum = self.momentum(state)
         averaged = method.momentum_average(state.teacher, student["towers"], momentum)
         return state.replace(student=student, moments=moments, teacher=averaged)
@@ -337,6 +324,7 @@ def step_alignment(
         plans[side, side] = there[:, :, None] * jnp.eye(there.shape[1], dtype=plan.dtype)
 
     def direction(a: int, b: int) -> Float[Array, ""]:
+        """How well steps of side a find those of side b."""
         cosines = jnp.einsum("and,bmd->anbm", student[a], teacher[b], precision="highest")
         allowed = here[b][None, None] & other[:, None, :, None]
         logits = jnp.where(allowed, cosines / temperature, NEVER)

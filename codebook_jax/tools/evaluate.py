@@ -34,10 +34,9 @@ def evaluate(
     restored = build.restore_trained(parts, workdir, parts.task.checkpoint_items().evaluated)
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test", stories=parts.task.stories)
-    what = "stories" if parts.task.stories else "images"
     limited = 0 < images < len(source)
     first = f", limited to the first {images} by config.evaluation.images" if limited else ""
-    say(f"test data {spec}: {len(source):,} {what}{first}")
+    say(f"test data {spec}: {len(source):,} {source.evaluated}{first}")
     with Stages("evaluated") as stages:
         progress = stages if jax.process_index() == 0 else None
         found = parts.task.evaluate(

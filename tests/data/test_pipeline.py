@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from beartype.door import is_bearable
 from jaxtyping import jaxtyped
-from small_data import BATCH, digests, scenes_source, stream_of, taken, tokenizer_of
+from small_data import BATCH, digests, scenes_source, stream_of, streams, taken, tokenizer_of
 
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.images import UnreadableImage
@@ -54,16 +54,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def stream(tokenizer):
-    """Opens streams and closes them after the test."""
-    opened = []
-
-    def open_stream(source, **changes):
-        opened.append(stream_of(source, tokenizer, **changes))
-        return opened[-1]
-
-    yield open_stream
-    for one in opened:
-        one.close()
+    yield from streams(stream_of, tokenizer)
 
 
 @pytest.fixture

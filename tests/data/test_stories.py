@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from beartype.door import is_bearable
 from jaxtyping import jaxtyped
-from small_data import digests, taken, tokenizer_of
+from small_data import digests, streams, taken, tokenizer_of
 from small_stories import BATCH, Numbered, stories_source, stream_of_stories
 
 from codebook_jax.data.batch import StoryBatch
@@ -26,16 +26,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def stream(tokenizer):
-    """Opens streams and closes them after the test."""
-    opened = []
-
-    def open_stream(source, **changes):
-        opened.append(stream_of_stories(source, tokenizer, **changes))
-        return opened[-1]
-
-    yield open_stream
-    for one in opened:
-        one.close()
+    yield from streams(stream_of_stories, tokenizer)
 
 
 def test_a_batch_has_the_types_and_shapes_of_its_fields(stream):

@@ -11,6 +11,7 @@ import pytest
 
 from codebook_jax import build, files, train
 from codebook_jax.build import restore_trained
+from codebook_jax.data.sources import Source
 from codebook_jax.errors import UserError
 from codebook_jax.run.ownership import owned
 from codebook_jax.tasks.pretrain import Pretraining
@@ -150,6 +151,11 @@ def test_two_that_write_one_file_at_once_leave_the_whole_of_one(tmp_path):
     assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
 
 
+class NoImages(Source):
+    def __len__(self):
+        return 0
+
+
 def test_an_evaluation_is_shown_though_it_cannot_be_written(tmp_path, monkeypatch, capsys):
     def evaluated(*_, **__):
         (tmp_path / "eval.json").mkdir()  # since it was looked at
@@ -158,7 +164,7 @@ def test_an_evaluation_is_shown_though_it_cannot_be_written(tmp_path, monkeypatc
     parts = dict(checkpoint_items=Pretraining.checkpoint_items, evaluate=evaluated)
     task = SimpleNamespace(**parts, stories=False)
     monkeypatch.setattr(build, "restore_trained", lambda *_: SimpleNamespace(state=None))
-    monkeypatch.setattr(evaluate, "source_of", lambda *_, **__: [])
+    monkeypatch.setattr(evaluate, "source_of", lambda *_, **__: NoImages())
     parts = SimpleNamespace(config=config_of(), task=task, tokenizer=None)
     monkeypatch.setattr(build, "build_trained", lambda *_: parts)
     with pytest.raises(UserError, match="eval.json cannot be written"):
