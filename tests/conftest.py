@@ -8,7 +8,15 @@ import pytest
 # Saved before the changes below: parallel test processes inherit the environment as the first one
 # has changed it.
 GIVEN_XLA_FLAGS = os.environ.setdefault("XLA_FLAGS_BEFORE_TESTS", os.environ.get("XLA_FLAGS", ""))
-os.environ["XLA_FLAGS"] = GIVEN_XLA_FLAGS + " --xla_force_host_platform_device_count=8"
+# Most of the time would go into compiling programs that run for milliseconds. Runs in processes of
+# their own (`one_device_environment`) are compiled as a user's are.
+COMPILE_FAST = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
+os.environ["XLA_FLAGS"] = (
+    f"{COMPILE_FAST} {GIVEN_XLA_FLAGS} --xla_force_host_platform_device_count=8"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # many processes, plans and, in a folder of their own, launchers: what a change rarely touches
@@ -43,16 +51,6 @@ def one_device_environment(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
     return {**os.environ, "XLA_FLAGS": GIVEN_XLA_FLAGS, **settings}
-
-
-@pytest.fixture(scope="module")
-def programs_that_compile_fast():
-    """Turns off XLA's optimizations, for modules that do not test speed."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

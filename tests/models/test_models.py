@@ -16,8 +16,6 @@ from codebook_jax.models.bert import Negatives
 from codebook_jax.models.layers import dropout
 from configs import base
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 VOCABULARY = 30_522  # BERT's, uncased
 TINY = {
     "model.image.size_px": 21,

@@ -15,8 +15,6 @@ from codebook_jax.weights.files import read_weights
 from codebook_jax.weights.fill import fill, fitted_positions
 from configs import base
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 
 def config_of(image="vit", **text):
     config = base.get_config("tiny")

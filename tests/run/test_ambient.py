@@ -33,8 +33,6 @@ OTHERS = {  # together, each as far from its default as it goes
 }
 VOCABULARY = Vocabulary(200, 0, 1, 2, 3, (0, 1, 2, 3))
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 
 @pytest.fixture
 def set_to():

@@ -12,8 +12,6 @@ from codebook_jax.errors import UserError
 from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.tasks.limits import ASSIGNMENTS
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 
 def all_on_one(section):
     """Each feature's whole mass on the codeword nearest to it."""

@@ -11,8 +11,6 @@ from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from configs import clip
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 OFF = ("losses.matching", "model.text.fusion_depth", "codebook.size", "queue.size")
 BATCHES = [batch_of(seed) for seed in range(2)]
 NO_TEACHER = {"teacher.use": False, "queue.size": 0}

@@ -14,8 +14,6 @@ from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from configs import base
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 DIVIDES_EIGHT_WAYS = {
     "model.image.heads": 8,
     "model.text.heads": 8,

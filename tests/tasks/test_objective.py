@@ -22,8 +22,6 @@ from codebook_jax.parallel import sharding
 from codebook_jax.tasks.draws import Pair
 from codebook_jax.tasks.state import Targets
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 ROWS, QUEUE, FILLED, DIM, CODES, WORDS = 7, 11, 5, 13, 17, 19
 VALID = np.arange(QUEUE) < FILLED
 IMAGE_ID = np.array([3, 1, 3, 2, 3, 1, 0], np.int32)  # three texts of one image, two of another

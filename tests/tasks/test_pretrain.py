@@ -29,8 +29,6 @@ from codebook_jax.method.codebook import soft_codes
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks.draws import Pair, draw_inputs
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 
 @pytest.fixture(scope="module")
 def one():

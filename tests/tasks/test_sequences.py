@@ -14,8 +14,6 @@ from codebook_jax.data.batch import StoryBatch
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks.sequences import Sequences, Steps, order_of, step_alignment
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 STORIES, FRAMES, SENTENCES = 8, 4, 3
 SIDE, TOKENS = CONFIG["model.image.size_px"], CONFIG["model.text.max_tokens"]
 SMALL = {

@@ -29,7 +29,6 @@ from codebook_jax.tools.import_weights import import_weights
 from codebook_jax.weights import start, write
 
 WORDS = VOCABULARY._replace(size=101)
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
 
 
 @pytest.fixture(scope="module")

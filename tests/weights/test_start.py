@@ -29,8 +29,6 @@ from codebook_jax.tasks import pretrain
 from codebook_jax.weights import start
 from codebook_jax.weights.fill import fitted_positions
 
-pytestmark = pytest.mark.usefixtures("programs_that_compile_fast")
-
 
 @pytest.fixture
 def changed(tmp_path):
