@@ -165,12 +165,14 @@ def model(at: types.SimpleNamespace, *, remat: str) -> dict[str, Any]:
     """The encoders."""
     return dict(
         dim=at.dim,  # joint space; paper: 256
+        pool="cls",  # what is projected there: the state of [CLS] (paper) | "mean" of all others in the image, of all in the text
         dtype=at.dtype,  # compute; parameters, softmax, transport and losses stay float32
         remat=remat,  # "none" | "blocks" | "dots": what the backward pass recomputes
         scan_unroll=at.scan_unroll,  # blocks per scan iteration, 1 with remat; 1 compiles fastest, all at once run a third faster on a CPU
         attention="auto",  # "xla", "cudnn", or "auto": cudnn on a GPU in bfloat16
         image=dict(
             **at.image,  # ViT
+            stem="patch",  # a product of each patch's pixels (ViT) | "conv", convolutions in front (Xiao et al. 2021)
             mlp_width=0,  # inside the feed-forward part; 0: four times the width (ViT)
             layer_norm_eps=1e-6,  # ViT
             init_std=at.image_init_std,  # of initial matrices; ViT: 0.02; ours: wider in a narrow encoder
@@ -184,7 +186,8 @@ def model(at: types.SimpleNamespace, *, remat: str) -> dict[str, Any]:
             layer_norm_eps=1e-12,  # BERT
             init_std=at.text_init_std,  # of initial matrices, also in fusion encoder and heads; BERT: 0.02; ours
             value_std=at.value_std,  # of initial attention values and outputs in the text encoder; BERT: 0.02; ours
-            embedding_std=at.embedding_std,  # of initial word, position and segment embeddings; BERT: 0.02; ours
+            embedding_std=at.embedding_std,  # of initial word embeddings; BERT: 0.02; ours
+            position_std=at.embedding_std,  # of initial position and segment embeddings; BERT: 0.02; ours
             dropout=at.dropout,  # on hidden states, BERT: 0.1; tiny: short runs underfit
         ),
     )
@@ -240,8 +243,10 @@ def objective(at: types.SimpleNamespace) -> dict[str, Any]:
 
 
 def optimizer(at: types.SimpleNamespace) -> dict[str, Any]:
-    """AdamW with a warm-up and a cosine."""
+    """AdamW or Muon, with a warm-up and a cosine."""
     return dict(
+        name="adamw",  # ALBEF | "muon" (Jordan 2024): orthogonal steps for matrices inside the network, AdamW for the rest
+        muon_learning_rate=0.02,  # "muon": peak for those matrices; Jordan
         learning_rate=at.learning_rate,  # peak; ALBEF: 1e-4
         learning_rate_ends=at.learning_rate_ends,  # where warm-up starts and cosine ends; ALBEF: 1e-5
         warmup_steps=at.warmup_steps,  # ALBEF: 2000
@@ -266,6 +271,9 @@ def data(at: types.SimpleNamespace) -> dict[str, Any]:
         damaged_shards="refuse",  # "refuse" | "skip" parts of records: or webdataset: that are missing, truncated, repeated or not UTF-8
         scenes_examples=at.examples,  # scenes per epoch
         global_batch=at.batch,  # pairs per step over all devices; paper: 512
+        # so many pairs of alike captions side by side, so that negatives are hard; 0: off (GRIT-VLP, Byun et al. 2022; ours by words)
+        alike=0,
+        alike_window=64,  # batches that they are taken from; the first so many stay as they are
         tokenizer="",  # folder or hub name; empty: byte-level BPE trained on the training captions
         tokenizer_vocabulary=8192,  # largest size of a trained one
         tokenizer_lowercase=True,  # of a trained one: A is a; ALBEF
@@ -298,7 +306,8 @@ def run(at: types.SimpleNamespace) -> dict[str, Any]:
             batch=at.evaluation_batch,
             rerank_top_k=at.rerank_top_k,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
             rerank_on_schedule=False,  # also during training
-            rerank_add_dual=False,  # add the dual encoder's similarity to the matching logit (BLIP does)
+            rerank_score="logit",  # of "match" (ALBEF) | "log_odds": its difference to the other
+            rerank_dual_weight=0.0,  # of the dual encoder's similarity over the temperature, added to it; ALBEF: 0
         ),
         checkpoint=dict(
             every_steps=at.save_every_steps,

@@ -21,6 +21,7 @@ from absl import flags
 from jaxtyping import Int32, UInt8
 
 from codebook_jax.console import say
+from codebook_jax.data.alike import Alike, AlikeOrder
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.crops import random_crops
 from codebook_jax.data.images import Picture, UnreadableImage
@@ -46,6 +47,7 @@ class Spec(Protocol[Told, Made]):
     seed: int
     global_batch: int
     rows: Sequence[int] | np.ndarray | slice  # of the global batch, that this process makes
+    alike: Alike | None  # whether records of alike captions meet
     records: str  # what the source has, for messages
     replacement: str  # what happens to a record that cannot be read
 
@@ -84,6 +86,7 @@ class BatchSpec(NamedTuple):
     crop_ratio: Sequence[float]
     flip: bool  # half the rows are mirrored on the device, with left and right swapped in captions
     views: int  # 2: the teacher gets its own crop of the image; 1: the student's
+    alike: Alike | None = None
 
     records = "pairs"
     replacement = "an image cannot be read and is replaced by the next one"
@@ -222,6 +225,8 @@ class _Maker(Generic[Told, Made]):
         self.source, self.tokenizer, self.spec, self.threads = source, tokenizer, spec, threads
         self._rows = np.arange(spec.global_batch)[spec.rows]
         self._order = training_order(source, spec.seed)
+        if spec.alike is not None:
+            self._order = AlikeOrder(self._order, source, tokenizer, spec.seed, spec.alike)
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def __reduce__(self) -> tuple:

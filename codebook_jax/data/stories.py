@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from codebook_jax.data.alike import Alike
 from codebook_jax.data.batch import StoryBatch
 from codebook_jax.data.crops import random_crops
 from codebook_jax.data.images import Picture
@@ -34,6 +35,7 @@ class StorySpec(NamedTuple):
     crop_scale: Sequence[float]
     crop_ratio: Sequence[float]
     views: int  # 2: the teacher gets its own crop of the story; 1: the student's
+    alike: Alike | None = None
 
     records = "stories"
     replacement = "a frame cannot be read and its story is replaced by the next one"

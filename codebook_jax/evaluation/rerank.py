@@ -1,8 +1,9 @@
-"""Re-ranking: the best candidates of the dual encoder, sorted by their matching logits."""
+"""Re-ranking: the best candidates of the dual encoder, sorted by what the matching head says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -16,20 +17,27 @@ from codebook_jax.parallel import sharding
 TEXTS_A_ROW = 16  # texts that share one projection of an image to the fusion's keys and values
 
 # Image tokens [rows, patches, width], states [rows, texts, tokens, width] and lengths of texts
-# [rows, texts] to the logits of "match" [rows, texts].
+# [rows, texts] to scores [rows, texts], the higher the better they match.
 Match = Callable[[Array, Array, Array], Array]
 
 
+class Scoring(NamedTuple):
+    """What candidates are sorted by: the score of `match` and so much of the cosine."""
+
+    match: Match
+    cosine_weight: float = 0.0
+
+
 def rerank_gallery(
-    match: Match,
+    scoring: Scoring,
     mesh: jax.sharding.Mesh,
     gallery: Gallery,
     similarity: Float[np.ndarray, "images texts"],
     settings: ml_collections.ConfigDict,  # config.evaluation
     progress: Progress,
 ) -> dict[str, float]:
-    """Recalls in percent after sorting every query's best candidates by their matching logits;
-    pairs that are candidates in both directions are scored once (ALBEF scores them twice).
+    """Recalls in percent after sorting every query's best candidates by their scores; pairs that
+    are candidates in both directions are scored once (ALBEF scores them twice).
     """
     texts_of_images = top_candidates(similarity, settings.rerank_top_k)
     images_of_texts = top_candidates(similarity.T, settings.rerank_top_k)
@@ -38,11 +46,11 @@ def rerank_gallery(
     text_keys = images_of_texts * text_count + np.arange(text_count)[:, None]
     keys = np.unique(np.concatenate([image_keys.ravel(), text_keys.ravel()]))
     pairs = np.divmod(keys, text_count)
-    logits = match_pairs(match, mesh, gallery, *pairs, batch=settings.batch, progress=progress)
-    if settings.rerank_add_dual:
-        logits = logits + similarity[pairs]
+    options = dict(batch=settings.batch, progress=progress)
+    scores = match_pairs(scoring.match, mesh, gallery, *pairs, **options)
+    scores = scores + scoring.cosine_weight * similarity[pairs]
     ids = gallery.image_ids, gallery.text_image_ids
-    of_images, of_texts = (logits[np.searchsorted(keys, own)] for own in (image_keys, text_keys))
+    of_images, of_texts = (scores[np.searchsorted(keys, own)] for own in (image_keys, text_keys))
     text_recall = recall_of_queries(promoted(similarity, texts_of_images, of_images), *ids)
     image_order = promoted(similarity.T, images_of_texts, of_texts)
     image_recall = recall_of_queries(image_order, *reversed(ids))
@@ -59,7 +67,7 @@ def match_pairs(
     batch: int,
     progress: Progress,
 ) -> Float[np.ndarray, " pairs"]:
-    """Matching logit of each (image, text) pair of a gallery; `pair_images` ascends. In rows of
+    """Score of each (image, text) pair of a gallery; `pair_images` ascends. In rows of
     TEXTS_A_ROW texts, so that an image's keys and values are projected once per row; every call has
     the same shape, with about as many text tokens as `batch` images have patches.
     """

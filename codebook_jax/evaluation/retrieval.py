@@ -12,7 +12,7 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation.encoding import Progress, encode_source
 from codebook_jax.evaluation.recall import RANKS, chance_at_k, recall_at_k
-from codebook_jax.evaluation.rerank import Match, rerank_gallery
+from codebook_jax.evaluation.rerank import Scoring, rerank_gallery
 from codebook_jax.models.codis import Model
 
 # of the recalls of each protocol in metrics.jsonl
@@ -28,10 +28,10 @@ def evaluate(
     config: ml_collections.ConfigDict,
     *,
     images: int,
-    match: Match | None,
+    scoring: Scoring | None,
     progress: Progress | None = None,
 ) -> dict[str, Recalls]:
-    """Recalls by protocol: `NAME/dual` of each of the `towers` and, with `match`, student/reranked;
+    """Recalls by protocol: `NAME/dual` of each of the `towers`; with `scoring`, student/reranked;
     each with its chance levels, `images`, `images_listed` (of the source), `texts`, `left_out`
     (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked). The gallery,
     and what is raised, are those of `encode_source`.
@@ -44,7 +44,7 @@ def evaluate(
         tokenizer,
         config,
         images=images,
-        with_tokens=("student",) if match else (),
+        with_tokens=("student",) if scoring else (),
         progress=progress,
     )
     ids = encoded.image_ids, encoded.text_image_ids
@@ -62,9 +62,9 @@ def evaluate(
         f"{name}/dual": recall_at_k(scores, *ids) | shared | {"rerank_top_k": 0}
         for name, scores in similarity.items()
     }
-    if match is not None:
+    if scoring is not None:
         reranked = rerank_gallery(
-            match, model.mesh, encoded, similarity["student"], config.evaluation, progress
+            scoring, model.mesh, encoded, similarity["student"], config.evaluation, progress
         )
         shared["rerank_top_k"] = config.evaluation.rerank_top_k
         results["student/reranked"] = reranked | shared

@@ -80,17 +80,18 @@ def mask_words(
 
 def masked_word_loss(
     logits: Float[Array, "*some vocab"],
-    teacher_logits: Float[Array, "*some vocab"],
+    teacher_logits: Float[Array, "*some vocab"] | None,
     words: Int[Array, "*some"],
     weights: Float[Array, "*some"],
     *,
-    alpha: Float[Array, ""],
+    alpha: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, ""]:
     """Weighted cross-entropies, summed, to the true word and to the teacher's distribution p'.
 
         loss = - sum_i w_i ((1 - alpha) log p_i[word_i] + alpha p'_i . log p_i)
 
-    `alpha` is from 0 to 1; the teacher gets no gradient. Source: Li et al. 2021, 3.2 and 3.3.
+    `alpha` is from 0 to 1; the teacher gets no gradient, and without one (None) there is only the
+    true word. Source: Li et al. 2021, 3.2 and 3.3.
 
     >>> even, word = jnp.zeros((1, 8)), jnp.array([3])  # 8 words, all as likely
     >>> alpha = jnp.float32(0.4)
@@ -99,6 +100,8 @@ def masked_word_loss(
     2.079
     """
     log_p = jax.nn.log_softmax(logits)
-    soft = jax.lax.stop_gradient(jax.nn.softmax(teacher_logits))
     true = jnp.take_along_axis(log_p, words[..., None], axis=-1)[..., 0]
+    if teacher_logits is None:
+        return -jnp.sum(weights * true)
+    soft = jax.lax.stop_gradient(jax.nn.softmax(teacher_logits))
     return -jnp.sum(weights * ((1 - alpha) * true + alpha * jnp.sum(soft * log_p, axis=-1)))

@@ -70,6 +70,7 @@ class Towers(nnx.Module):
         self, model: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
     ) -> None:
         image, text, common = model.image, model.text, dict(dtype=compute.dtype, rngs=rngs)
+        self.pool = model.pool
         self.image = VisionTransformer(image, compute, rngs)
         self.text = TextEncoder(text, vocabulary_size, compute, rngs)
         fused = text.fusion_depth > 0
@@ -82,7 +83,8 @@ class Towers(nnx.Module):
     def embed_images(self, images: Float[Array, "rows side side 3"]) -> Encoded:
         """Normalised images through their encoder and projection."""
         tokens = self.image(images)
-        return unit(self.image_projection(tokens[:, 0])), tokens
+        pooled = tokens[:, 1:].mean(axis=1) if self.pool == "mean" else tokens[:, 0]
+        return unit(self.image_projection(pooled)), tokens
 
     def embed_texts(
         self,
@@ -92,7 +94,11 @@ class Towers(nnx.Module):
     ) -> Encoded:
         """Texts through their encoder and projection; with a `key`, hidden states are dropped."""
         states = self.text(tokens, lengths, key)
-        return unit(self.text_projection(states[:, 0])), states
+        pooled = states[:, 0]
+        if self.pool == "mean":
+            here = jnp.arange(states.shape[1], dtype=lengths.dtype) < lengths[:, None]
+            pooled = jnp.mean(states, axis=1, where=here[:, :, None])
+        return unit(self.text_projection(pooled)), states
 
     def word_logits(self, states: Float[Array, "*some width"]) -> Float[Array, "*some vocab"]:
         """Float32 logits of the word at each fused state."""
@@ -102,7 +108,8 @@ class Towers(nnx.Module):
 class Model:
     """The graphs and programs of one size and vocabulary; parameters are arguments.
 
-    `encode_images` and `encode_texts` are compiled, and so is `match`: `pair_logits` of `MATCH`.
+    `encode_images` and `encode_texts` are compiled, and so are `match`, `pair_logits` of `MATCH`,
+    and `match_odds`, by how much it is above the other.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class Model:
         self.encode_images = jax.jit(own_settings(self._encode_images))
         self.encode_texts = jax.jit(own_settings(self._encode_texts))
         self.match = jax.jit(own_settings(lambda *given: self.pair_logits(*given)[..., MATCH]))
+        self.match_odds = jax.jit(own_settings(self._match_odds))
 
     def towers(self, parameters: Parameters) -> Towers:
         """The towers with these parameters, the student's or the teacher's."""
@@ -136,6 +144,10 @@ class Model:
         """Matching logits of each image with each text of its row."""
         fused = self.towers(student["towers"]).fusion(states, lengths, image_tokens)
         return self.match_logits(student["matching"], fused[:, :, 0])
+
+    def _match_odds(self, *given: PyTree) -> Float[Array, "rows texts"]:
+        logits = self.pair_logits(*given)
+        return logits[..., MATCH] - logits[..., 1 - MATCH]
 
     def pixels(self, images: UInt8[Array, "rows side side 3"]) -> Float[Array, "rows side side 3"]:
         """Images as the encoders expect them, in the model's type."""

@@ -132,9 +132,11 @@ def _upper_tail(x: Some) -> tuple[Some, Some]:
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation as in BERT and ViT: the variance in two passes, in float32."""
 
-    def __init__(self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs, *, width: int | None = None
+    ) -> None:
         options = dict(epsilon=spec.layer_norm_eps, dtype=compute.dtype, use_fast_variance=False)
-        super().__init__(spec.width, **options, rngs=rngs)
+        super().__init__(width or spec.width, **options, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
         with default_types(x.dtype):

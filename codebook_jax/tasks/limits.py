@@ -42,8 +42,18 @@ COMMON_FITTING = (
         lambda least, first, most: least <= first <= most,
         "the first temperature must lie in its range",
     ),
+    (
+        "data.global_batch data.alike",
+        lambda batch, alike: alike < 2 or _divides(batch, alike),
+        "groups of alike pairs must fill the batch",
+    ),
     ("model.text.max_tokens model.text.max_positions", operator.le, "each token needs a position"),
     ("model.image.size_px model.image.patch_px", _divides, "patches must fill the image"),
+    (
+        "model.image.stem model.image.patch_px model.image.width",
+        lambda stem, px, width: stem != "conv" or (px in (4, 8, 16, 32) and width % px == 0),
+        "convolutions make patches of 4, 8, 16 or 32, which must divide the width",
+    ),
     ("model.image.width model.image.heads", _divides, "the heads must divide the width"),
     ("model.text.width model.text.heads", _divides, "the heads must divide the width"),
 )
@@ -107,6 +117,13 @@ def check_export(config: ml_collections.ConfigDict) -> None:
     needs = {"teacher": config.teacher.use} if form == "albef" or teacher else {}
     if form == "albef":
         needs |= {"fusion encoder": config.model.text.fusion_depth, "queue": config.queue.size}
+    stem = form != "codis" and config.model.image.stem != "patch"
+    if stem or (form == "albef" and config.model.pool != "cls"):
+        raise UserError(
+            f"config.export.format={form!r} cannot be written: it has no place for "
+            f"config.model.image.stem={config.model.image.stem!r} or "
+            f"config.model.pool={config.model.pool!r}; codis has"
+        )
     if lacks := [f"no {part}" for part, there in needs.items() if not there]:
         raise UserError(
             f"config.export.format={form!r} with config.export.teacher={teacher!r} cannot be "

@@ -1,8 +1,10 @@
-"""AdamW: the learning rate over the steps, where weight decay applies, and an update."""
+"""AdamW or Muon: the learning rate over the steps, where weight decay applies, and an update."""
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,29 +12,52 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from jaxtyping import Array, Bool, PyTree
+from optax import contrib
+from optax.contrib import MuonDimensionNumbers
 
 from codebook_jax.method.numerics import default_types
 
 # Decided by name, since stacked biases have two or more axes (ALBEF and timm decide by the number
 # of axes).
 NO_DECAY = re.compile(r"(^|/)(bias|scale|positions|temperature|codebook)(/|$)")
+FIRST_OR_LAST = re.compile(
+    r"/(patches|conv0|classes)/kernel$"
+)  # layers whose kernels take AdamW's steps
+# The axes of what layers with heads read and give; of all others, the last two.
+HEADS = {
+    "/qkv/": ((-4,), (-2, -1)),
+    "/key_value/": ((-4,), (-2, -1)),
+    "/query/": ((-3,), (-2, -1)),
+    "/out/": ((-3, -2), (-1,)),
+}
 
 
 def from_config(
     config: ml_collections.ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate over the steps, and AdamW after clipping the global norm of the gradient.
+    """AdamW's learning rate over the steps, and the optimizer after clipping the gradient's norm.
 
     The rate is linear from its ends to its peak over the warm-up, then a cosine back to its ends at
-    the last step (ALBEF's). A `clip_norm` of 0 clips nothing.
+    the last step (ALBEF's). A `clip_norm` of 0 clips nothing. With `name` "muon", the matrices
+    inside the network take orthogonal steps at a rate of their own, which follows the same curve to
+    the peak `muon_learning_rate`, and lose as much to weight decay as under AdamW.
     """
     o, steps = config.optimizer, config.train.steps
     peak, ends, warmup = o.learning_rate, o.learning_rate_ends, min(o.warmup_steps, steps - 1)
     cosine = optax.warmup_cosine_decay_schedule(ends, peak, warmup, steps, ends)
     rate = lambda count: cosine(jnp.asarray(count, jnp.float32))  # noqa: E731
     clip = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm > 0 else []
-    adamw = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decayed)
-    chain = optax.chain(*clip, adamw)
+    steps_of = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decayed)
+    if o.name == "muon":
+        ratio = o.muon_learning_rate / peak
+        muon = contrib.muon(
+            lambda count: ratio * rate(count),
+            weight_decay=o.weight_decay / ratio,
+            muon_weight_dimension_numbers=matrices,
+        )
+        kinds = functools.partial(_each, lambda name: "muon" if _axes(name) else "adamw")
+        steps_of = optax.partition({"muon": muon, "adamw": steps_of}, kinds)
+    chain = optax.chain(*clip, steps_of)
 
     def update(updates: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
         with default_types():  # optax corrects its moments in JAX's default float
@@ -64,7 +89,25 @@ def updated(
 
 def decayed(parameters: PyTree) -> PyTree:
     """Which parameters decay: not biases, layer norms, positions, temperature and codebook."""
+    return _each(lambda name: NO_DECAY.search(name) is None, parameters)
+
+
+def matrices(parameters: PyTree) -> PyTree:
+    """The axes of each parameter's matrix, of which Muon makes the steps orthogonal (Jordan 2024):
+    queries, keys and values of all heads are one each. None for what is no matrix inside the
+    network: embeddings, the first layer of pixels, the classes of matching.
+    """
+    return _each(_axes, parameters)
+
+
+def _axes(name: str) -> MuonDimensionNumbers | None:
+    if not name.endswith("/kernel") or FIRST_OR_LAST.search(name):
+        return None
+    inputs, outputs = next((axes for layer, axes in HEADS.items() if layer in name), ((-2,), (-1,)))
+    return MuonDimensionNumbers(inputs, outputs)
+
+
+def _each(of: Callable[[str], object], tree: PyTree) -> PyTree:
+    """`of` each leaf's name."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: NO_DECAY.search(name(path)) is None, parameters
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: of(name(path)), tree)

@@ -22,6 +22,7 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import Progress
+from codebook_jax.evaluation.rerank import Scoring
 from codebook_jax.method import alignment, assignment, codebook, matching, teacher
 from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.numerics import key_of, unit
@@ -115,6 +116,8 @@ class Pretraining(Task):
     def teach(self, towers: PyTree, inputs: Inputs) -> Taught:
         """The teacher's features of its view of the batch, and its states at the hidden words."""
         towers = self.model.towers(towers)
+        if self.config.teacher.alpha == 0:  # then what it reads behind hidden words counts nothing
+            inputs = inputs._replace(masked=None)
         image, image_tokens = towers.embed_images(self.model.pixels(inputs.teacher_image))
         text, _, masked_states = self._read(towers, inputs, None)
         if inputs.masked is not None:
@@ -231,13 +234,11 @@ class Pretraining(Task):
             loss += config.losses.matching * scalars["loss/matching"]
         if inputs.masked is not None:
             masked = _at_positions(fused[:, place("masked")], inputs.masked.positions)
-            logits = towers.word_logits(masked)
+            logits, of_teacher = towers.word_logits(masked), None
+            if taught.masked_states is not None:
+                of_teacher = self.model.towers(state.teaching).word_logits(taught.masked_states)
             scalars["loss/masked_lm"] = masked_word_loss(
-                logits,
-                self.model.towers(state.teaching).word_logits(taught.masked_states),
-                inputs.masked.words,
-                inputs.word_weight,
-                alpha=self.alpha(state),
+                logits, of_teacher, inputs.masked.words, inputs.word_weight, alpha=self.alpha(state)
             )
             right = _likeliest(logits) == inputs.masked.words
             scalars["masked_lm/accuracy"] = jnp.sum(jnp.where(right, inputs.word_weight, 0))
@@ -328,7 +329,12 @@ class Pretraining(Task):
         so configured.
         """
         asked, fused = self.config.evaluation, self.config.model.text.fusion_depth > 0
-        rerank = fused and asked.rerank_top_k > 0 and (final or asked.rerank_on_schedule)
+        scoring = None
+        if fused and asked.rerank_top_k > 0 and (final or asked.rerank_on_schedule):
+            odds = asked.rerank_score == "log_odds"
+            match = self.model.match_odds if odds else self.model.match
+            cosine_weight = asked.rerank_dual_weight / float(state.student["temperature"])
+            scoring = Scoring(functools.partial(match, state.student), cosine_weight)
         both = {"student": state.student["towers"], "teacher": state.teacher}
         results = retrieval.evaluate(
             self.model,
@@ -337,7 +343,7 @@ class Pretraining(Task):
             tokenizer,
             self.config,
             images=images,
-            match=functools.partial(self.model.match, state.student) if rerank else None,
+            scoring=scoring,
             progress=progress,
         )
         dual = results["student/dual"]

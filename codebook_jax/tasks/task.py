@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from codebook_jax.config import check_fields
+from codebook_jax.data.alike import Alike
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BatchSpec, BatchStream, Spec
 from codebook_jax.data.sources import Source
@@ -163,6 +164,8 @@ class Task(abc.ABC):
     def batch_spec(self) -> Spec:
         """What this process's rows of a batch hold."""
         data, model = self.config.data, self.config.model
+        window = data.alike_window * data.global_batch
+        alike = Alike(data.alike, window, model.text.max_tokens) if data.alike > 1 else None
         return BatchSpec(
             seed=self.config.seed,
             global_batch=data.global_batch,
@@ -173,6 +176,7 @@ class Task(abc.ABC):
             crop_ratio=data.crop_ratio,
             flip=data.flip,
             views=1 if data.teacher_view == "same" else 2,
+            alike=alike,
         )
 
     def batches(

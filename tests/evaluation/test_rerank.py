@@ -14,7 +14,7 @@ from codebook_jax.data.sources import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import encode_source
-from codebook_jax.evaluation.rerank import pair_rows, promoted
+from codebook_jax.evaluation.rerank import Scoring, pair_rows, promoted
 from codebook_jax.parallel import sharding
 from configs import base
 
@@ -86,7 +86,7 @@ def config_of(**changes):
     return config
 
 
-def evaluate(source, *, noise=0.3, rerank=True, images=0, **changes):
+def evaluate(source, *, noise=0.3, rerank=True, images=0, cosine_weight=0.0, **changes):
     mesh = sharding.make_mesh(-1, 1, 1)
     oracle = Oracle(mesh, noise)
     return retrieval.evaluate(
@@ -96,7 +96,7 @@ def evaluate(source, *, noise=0.3, rerank=True, images=0, **changes):
         Digits(),
         config_of(**changes),
         images=images,
-        match=oracle.match if rerank else None,
+        scoring=Scoring(oracle.match, cosine_weight) if rerank else None,
     )
 
 
@@ -111,6 +111,14 @@ def test_an_oracle_that_matches_finds_every_pair_among_enough_candidates():
     assert all(reranked[f"{side}_r{k}"] == 100 for side in ("txt", "img") for k in (1, 5, 10))
     assert results["student/dual"]["txt_r1"] < 60
     assert results["student/dual"]["images"] == 37 and results["student/dual"]["texts"] == 37 + 18
+
+
+def test_the_weight_of_the_cosine_decides_between_the_head_and_the_dual_encoder():
+    by_weight = [
+        evaluate(Numbers(37), cosine_weight=weight)["student/reranked"] for weight in (0.0, 1e6)
+    ]
+    dual = evaluate(Numbers(37))["student/dual"]
+    assert recalls(by_weight[1]) == recalls(dual) != recalls(by_weight[0])
 
 
 def test_re_ranking_cannot_find_what_is_not_among_the_candidates():

@@ -254,3 +254,60 @@ def test_a_row_of_zeros_has_no_direction_and_a_finite_gradient():
 def test_a_fresh_codebook_is_of_unit_rows_and_the_temperature_is_the_configs(fresh):
     np.testing.assert_allclose(jnp.linalg.norm(fresh["codebook"]["codes"], axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(fresh["temperature"], 0.07, rtol=1e-6)
+
+
+CONV = {"model.image.size_px": 48, "model.image.patch_px": 16, "model.image.width": 16}
+CONV |= {"model.image.heads": 2, "model.image.stem": "conv", "model.pool": "mean"}
+
+
+def test_the_stem_is_convolutions_with_norms_and_scaled_gelus_between():
+    model = built(**CONV)
+    fresh = codis.init_student(tiny(**CONV), WORDS, jax.random.key(0))["towers"]
+    rng = np.random.default_rng(0)
+    towers = jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), fresh)
+    images = rng.normal(size=(2, 48, 48, 3)).astype(np.float32)
+    x, stem = images, towers["image"]["patches"]
+    kernel = stem["conv0"]["kernel"].reshape(2, 2, 4, 4, 3, -1).transpose(0, 2, 1, 3, 4, 5)
+    kernels = [kernel.reshape(8, 8, 3, -1)]
+    kernels += [
+        stem[name]["kernel"].reshape(3, 3, -1, stem[name]["bias"].size)
+        for name in ("conv1", "conv2")
+    ]
+    for layer, (kernel, stride, pad) in enumerate(zip(kernels, (4, 2, 2), (4, 1, 1), strict=True)):
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), [(pad, 0)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = x + stem[f"conv{layer}"]["bias"]
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        x = x * stem[f"norm{layer}"]["scale"] + stem[f"norm{layer}"]["bias"]
+        x = (jax.nn.gelu(x, approximate=False) - 0.28209479) / 0.588
+    expected = x.reshape(2, 9, 16) @ stem["linear"]["kernel"] + stem["linear"]["bias"]
+    found = jax.jit(lambda towers: model.towers(towers).image.patches(images))(towers)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    # GELU of a standard normal has this mean and standard deviation
+    normal = jax.nn.gelu(rng.normal(size=2_000_000).astype(np.float32), approximate=False)
+    np.testing.assert_allclose([normal.mean(), normal.std()], [0.2821, 0.588], atol=2e-3)
+
+
+def test_the_mean_is_over_the_patches_and_over_the_tokens_of_each_text(inputs):
+    model, towers = (
+        built(**CONV),
+        codis.init_student(tiny(**CONV), WORDS, jax.random.key(0))["towers"],
+    )
+    images = np.random.default_rng(0).normal(size=(4, 48, 48, 3)).astype(np.float32)
+    say = jax.jit(
+        lambda towers: (
+            model.towers(towers).embed_images(images),
+            model.towers(towers).embed_texts(inputs["tokens"], inputs["lengths"]),
+        )
+    )
+    (image, patches), (text, states) = jax.device_get(say(towers))
+    means = {"image": patches[:, 1:].mean(axis=1)}
+    means["text"] = np.stack(
+        [own[:n].mean(axis=0) for own, n in zip(states, inputs["lengths"], strict=True)]
+    )
+    for name, found in {"image": image, "text": text}.items():
+        layer = towers[f"{name}_projection"]
+        expected = means[name] @ layer["kernel"] + layer["bias"]
+        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

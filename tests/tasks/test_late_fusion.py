@@ -6,10 +6,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from small_task import CONFIG, VOCABULARY, assert_close, batch_of, named, run, task_on
 
+from codebook_jax.errors import UserError
 from codebook_jax.method.numerics import own_settings
 from codebook_jax.parallel import sharding
-from codebook_jax.tasks import pretrain
-from configs import clip
+from codebook_jax.tasks import limits, pretrain
+from configs import base, clip
 
 OFF = ("losses.matching", "model.text.fusion_depth", "codebook.size", "queue.size")
 BATCHES = [batch_of(seed) for seed in range(2)]
@@ -119,3 +120,20 @@ def test_without_a_teacher_every_other_loss_is_that_of_a_teacher_who_equals_the_
     assert found[0].keys() == found[1].keys() and len(found[0]) > 10
     for name, expected in found[0].items():
         np.testing.assert_allclose(found[1][name], expected, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("form", "field", "value"),
+    [
+        ("albef", "model.pool", "mean"),
+        ("albef", "model.image.stem", "conv"),
+        ("huggingface", "model.image.stem", "conv"),
+    ],
+)
+def test_a_format_without_a_place_for_a_part_is_refused(form, field, value):
+    config = base.get_config("tiny")
+    config.update_from_flattened_dict({"export.format": form, field: value})
+    with pytest.raises(UserError, match=f"export.format='{form}' .*config.{field}='{value}'"):
+        limits.check_export(config)
+    config.export.format = "codis"
+    limits.check_export(config)

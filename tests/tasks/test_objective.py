@@ -126,6 +126,8 @@ def test_masked_words_mix_the_true_word_with_what_the_teacher_says(alpha, precis
         found = masked_word_loss(logits, soft, words, weights, alpha=precision.dtype.type(alpha))
         expected = reference.masked_words(logits, soft, words, used, alpha=alpha)
         assert_is(found, expected, precision)
+        if alpha == 0:
+            assert masked_word_loss(logits, None, words, weights) == found
 
 
 # -- transport

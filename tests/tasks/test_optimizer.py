@@ -1,11 +1,13 @@
-"""The learning rate at its corners, what decays by name, and AdamW against NumPy."""
+"""The learning rate at its corners, what decays by name, and AdamW and Muon against NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_task import assert_close, batch_of, run, task_on
 
 from codebook_jax.models import codis
+from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.tasks.optimizer import decayed, from_config
 from configs import base
 
@@ -144,3 +146,88 @@ def test_clipping_scales_the_whole_gradient_to_its_norm_and_leaves_a_small_one()
         _, moments = update(gradients, parameters)
         first = [leaf for name, leaf in names(moments).items() if "mu/a" in name]
         np.testing.assert_allclose(first[0], 0.1 * 4.0 * scale, rtol=1e-5, err_msg=str(clip))
+
+
+def newton_schulz(matrix):
+    """Five rounds of Jordan's polynomial, which brings all singular values near 1."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def test_three_steps_of_muon_are_those_of_numpy_each_projection_of_all_heads_a_matrix():
+    layers, width, heads, each = 2, 6, 2, 3
+    config = base.get_config("tiny")
+    config.train.steps = 10
+    config.optimizer.update(name="muon", learning_rate=0.01, learning_rate_ends=0.001)
+    config.optimizer.update(warmup_steps=2, weight_decay=0.02, muon_learning_rate=0.3)
+    rate, transform = from_config(config)
+    shape = (layers, width, 3, heads, each)
+    found = {"blocks": {"qkv": {"kernel": jnp.ones(shape), "bias": jnp.ones(shape[2:])}}}
+    expected, moment = np.ones(shape), np.zeros(shape)
+    moments, update = transform.init(found), jax.jit(transform.update)
+    rng = np.random.default_rng(0)
+    for step in range(3):
+        gradient = rng.normal(size=shape)
+        grown = {"kernel": gradient.astype(np.float32), "bias": np.zeros(shape[2:], np.float32)}
+        updates, moments = update({"blocks": {"qkv": grown}}, moments, found)
+        found = jax.tree.map(jnp.add, found, updates)
+        moment = 0.95 * moment + 0.05 * gradient
+        ahead = 0.95 * moment / (1 - 0.95 ** (step + 2)) + 0.05 * gradient / (
+            1 - 0.95 ** (step + 1)
+        )
+        for layer in range(layers):
+            for part in range(3):
+                of_all_heads = ahead[layer, :, part].reshape(width, -1)
+                direction = newton_schulz(of_all_heads).reshape(width, heads, each)
+                old = expected[layer, :, part]
+                # decay is AdamW's: its rate times 0.02
+                lost = float(rate(step)) * 0.02 * old
+                expected[layer, :, part] = old - 30 * float(rate(step)) * direction - lost
+    np.testing.assert_allclose(found["blocks"]["qkv"]["kernel"], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found["blocks"]["qkv"]["bias"], 1)
+
+
+def test_muon_moves_every_matrix_inside_the_network_by_orthogonal_steps_and_adamw_the_rest():
+    config = base.get_config("tiny")
+    config.optimizer.update(name="muon", warmup_steps=0, weight_decay=0.0, muon_learning_rate=0.5)
+    student = codis.init_student(config, 50, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    draw = lambda x: np.float32(rng.normal(size=x.shape))  # noqa: E731
+    rate, transform = from_config(config)
+    update = jax.jit(lambda g, p: transform.update(g, transform.init(p), p)[0])
+    moved = names(jax.device_get(update(jax.tree.map(draw, student), student)))
+    kernels = {name for name in moved if name.endswith("kernel")}
+    by_adamw = {"towers/image/patches/kernel", "matching/classes/kernel"}
+    assert len(kernels - by_adamw) == 18
+    for name in moved.keys() - kernels | by_adamw:  # the first step of Adam has one size
+        np.testing.assert_allclose(np.abs(moved[name]), rate(0), rtol=1e-3, err_msg=name)
+    for name in kernels - by_adamw:
+        step, count = moved[name], len(moved[name]) if "/blocks/" in name else 1
+        if name.endswith(("qkv/kernel", "key_value/kernel")):  # [layers, inputs, 3, heads, each]
+            step, count = np.moveaxis(step, 2, 1), count * step.shape[2]
+        step = step.reshape(count, 512 if "down" in name else 128, -1)
+        size = np.linalg.svd(step / (0.5 * rate(0) / 0.0015), compute_uv=False)
+        wider = max(1, step.shape[2] / step.shape[1]) ** 0.5
+        assert size.max() < 1.3 * wider and np.mean(size > 0.6 * wider) > 0.95, name
+
+
+@pytest.mark.slow
+def test_a_run_with_muon_a_stem_and_means_goes_on_bit_for_bit_and_alike_on_eight_devices(tmp_path):
+    changes = {"optimizer.name": "muon", "model.image.stem": "conv", "model.pool": "mean"}
+    changes["teacher.alpha"] = 0.0  # the teacher reads no hidden words
+    one, eight = (task_on(*sizes, **changes) for sizes in ((1, 1, 1), (2, 2, 2)))
+    one.check(one.config)
+    first, batches = jax.device_get(one.init_state(0)), [batch_of(seed) for seed in range(3)]
+    states, scalars = run(one, first, batches)
+    assert all(np.isfinite(row["loss"]) for row in scalars)
+    with Checkpoints(tmp_path, one.checkpoint_items().alone, keep=3) as checkpoints:
+        checkpoints.save(2, jax.device_put(states[1], one.shardings), {})
+        checkpoints.wait()
+        restored = checkpoints.restore_newest(one.abstract_state())
+    again, _ = run(one, restored.state, batches[2:])
+    assert_close(again[-1], states[-1], rtol=0)
+    spread, _ = run(eight, first, batches[:1])
+    assert_close(spread[0], states[0], rtol=1e-4)

@@ -1,0 +1,88 @@
+"""Groups of alike captions: a function of seed and position, the same records, the most alike."""
+
+import numpy as np
+import pytest
+from small_data import BATCH, digests, scenes_source, stream_of, streams, taken, tokenizer_of
+
+from codebook_jax.data.alike import Alike, groups_of_alike
+from codebook_jax.errors import UserError
+from codebook_jax.tasks import limits
+from configs import base
+
+GROUP, WINDOW = 4, 2  # a window of so many batches
+ALIKE = Alike(GROUP, WINDOW * BATCH, 24)
+BATCHES = 10  # of 8 of 50 scenes: into the second epoch
+
+
+@pytest.fixture(scope="module")
+def source():
+    return scenes_source()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source, tmp_path_factory):
+    return tokenizer_of(source, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def stream(tokenizer):
+    yield from streams(stream_of, tokenizer)
+
+
+def test_a_window_has_the_records_of_a_plain_one_and_the_first_is_a_plain_one(stream, source):
+    plain, alike = (
+        np.stack([batch.example for batch in taken(stream(source, **changes), BATCHES)])
+        for changes in ({}, {"alike": ALIKE})
+    )
+    np.testing.assert_array_equal(alike[:WINDOW], plain[:WINDOW])
+    windows = [x.reshape(-1, WINDOW * BATCH) for x in (plain, alike)]
+    assert (windows[0][1:] != windows[1][1:]).any(axis=1).all()
+    np.testing.assert_array_equal(*(np.sort(window, axis=1) for window in windows))
+
+
+@pytest.mark.parametrize(
+    ("start", "reading"), [(3, dict(threads=4, prefetch=5)), (5, {}), (2, dict(workers=2))]
+)
+def test_a_stream_of_alike_pairs_is_the_same_from_any_step_and_however_it_is_read(
+    stream, source, start, reading
+):
+    straight = digests(taken(stream(source, alike=ALIKE), BATCHES))
+    other = stream(source, alike=ALIKE, start_step=start, **reading)
+    assert digests(taken(other, BATCHES - start)) == straight[start:]
+    assert digests(taken(stream(source, alike=ALIKE, seed=1), 4))[2:] != straight[2:4]
+
+
+def test_each_group_is_a_record_and_the_free_ones_most_similar_to_it():
+    rng = np.random.default_rng(0)
+    count, size, words = 60, 5, 30
+    record = np.sort(np.concatenate([np.arange(count), rng.integers(0, count, 40)]))
+    # a common first token, rare and frequent words
+    tokens = np.minimum(rng.geometric(0.1, (len(record), 6)), words - 1)
+    tokens[:, 0] = 0
+    groups = groups_of_alike(tokens, record, size, np.random.default_rng(1))
+    np.testing.assert_array_equal(np.sort(groups.ravel()), np.arange(count))
+    has = np.zeros((count, words))
+    has[record[:, None], tokens] = 1
+    weight = has * np.log(count / np.maximum(has.sum(axis=0), 1))
+    similarity = weight @ weight.T
+    norms = np.sqrt(np.diag(similarity))
+    similarity /= norms[:, None] * norms
+    order = np.random.default_rng(1).permutation(count)
+    free, found = set(range(count)), {frozenset(group.tolist()) for group in groups}
+    for first in order:
+        if first in free:
+            (group,) = (group for group in found if first in group)
+            assert group <= free
+            free -= group
+            chosen = sorted(similarity[first, other] for other in group - {first})
+            best = sorted(similarity[first, other] for other in free | group - {first})
+            # similarities are rounded to a thousandth
+            np.testing.assert_allclose(chosen, best[-len(chosen) :], atol=5e-3)
+    assert len(found) == count // size
+
+
+def test_groups_that_do_not_fill_a_batch_are_refused():
+    config = base.get_config("tiny")
+    config.data.alike = 7
+    with pytest.raises(UserError, match="config.data.global_batch=64, config.data.alike=7"):
+        limits.check(config)
