@@ -57,39 +57,43 @@ class AlikeOrder:
     def _arranged(self, which: int) -> Int[np.ndarray, " window"]:
         size, window, most = self._alike
         positions = range(which * window, (which + 1) * window)
-        records = np.array([int(self._order[position]) for position in positions])
-        texts = [self._source.captions(record) for record in records]
+        records, counts = np.unique([int(self._order[at]) for at in positions], return_counts=True)
+        texts = [self._source.captions(record) for record in records.tolist()]
         tokens = self._tokenizer.encode(list(itertools.chain(*texts)), most).tokens
-        of_record = np.repeat(np.arange(window), [len(own) for own in texts])
+        of_record = np.repeat(np.arange(len(records)), [len(own) for own in texts])
         rng = np.random.Generator(np.random.Philox(key=[self._seed, which]))
-        return records[groups_of_alike(tokens, of_record, size, rng).ravel()]
+        return records[groups_of_alike(tokens, of_record, counts, size, rng).ravel()]
 
 
 def groups_of_alike(
     tokens: Int[np.ndarray, "texts tokens"],
     record: Int[np.ndarray, " texts"],
+    counts: Int[np.ndarray, " records"],
     size: int,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "groups size"]:
-    """The records that the texts belong to, each once, in groups of alike ones, in random order.
+    """Groups of alike records in random order; `record` is that of each text, and each record is
+    there as often as `counts` says, in different groups while other records are left.
 
-    One record after another, drawn at random, takes those most similar to it of the free ones: by
-    the cosine of their tokens, which weigh more the fewer records have them (inverse document
-    frequency). `size` must divide the number of records.
+    One record after another, drawn at random, takes those most similar to it: by the cosine of
+    their tokens, which weigh more the fewer records have them (inverse document frequency). `size`
+    must divide the sum of the counts.
     """
-    words = _weighted(tokens, record)
-    count = words.shape[0]
-    free, groups = np.ones(count, bool), []
-    order = np.arange(count)[::-1]  # of two alike, the first is taken
-    for number in rng.permutation(count):
-        if free[number]:
-            scores = words @ words[[number]].toarray().ravel() * count + order
+    words, left, groups = _weighted(tokens, record), counts.copy(), []
+    order = np.arange(len(left))[::-1]  # of two alike, the first is taken
+    for number in rng.permutation(np.repeat(np.arange(len(left)), counts)):
+        if left[number]:
+            scores = words @ words[[number]].toarray().ravel() * len(left) + order
             scores[number] = np.iinfo(np.int64).max
-            scores[~free] = -1
-            members = np.sort(np.argpartition(scores, count - size)[count - size :])
-            free[members] = False
+            members: list[int] = []
+            while len(members) < size:
+                most = min(size - len(members), np.count_nonzero(left))
+                free = np.where(left > 0, scores, -1)
+                taken = np.sort(np.argpartition(free, len(free) - most)[len(free) - most :])
+                left[taken] -= 1
+                members.extend(taken.tolist())
             groups.append(members)
-    return np.stack(groups)[rng.permutation(len(groups))]
+    return np.array(groups)[rng.permutation(len(groups))]
 
 
 def _weighted(

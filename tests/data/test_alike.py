@@ -59,7 +59,8 @@ def test_each_group_is_a_record_and_the_free_ones_most_similar_to_it():
     # a common first token, rare and frequent words
     tokens = np.minimum(rng.geometric(0.1, (len(record), 6)), words - 1)
     tokens[:, 0] = 0
-    groups = groups_of_alike(tokens, record, size, np.random.default_rng(1))
+    once = np.ones(count, int)
+    groups = groups_of_alike(tokens, record, once, size, np.random.default_rng(1))
     np.testing.assert_array_equal(np.sort(groups.ravel()), np.arange(count))
     has = np.zeros((count, words))
     has[record[:, None], tokens] = 1
@@ -79,6 +80,17 @@ def test_each_group_is_a_record_and_the_free_ones_most_similar_to_it():
             # similarities are rounded to a thousandth
             np.testing.assert_allclose(chosen, best[-len(chosen) :], atol=5e-3)
     assert len(found) == count // size
+
+
+def test_a_record_that_a_window_has_several_times_is_in_different_groups():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 6, 24)
+    counts[0] += -counts.sum() % 4
+    tokens = rng.integers(0, 20, (24, 5))
+    groups = groups_of_alike(tokens, np.arange(24), counts, 4, rng)
+    np.testing.assert_array_equal(np.bincount(groups.ravel()), counts)
+    twice = sum(len(set(group.tolist())) < 4 for group in groups)
+    assert twice <= 2  # the last ones have no others left
 
 
 def test_groups_that_do_not_fill_a_batch_are_refused():
