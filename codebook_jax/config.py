@@ -201,6 +201,7 @@ PRETRAINING = {
     "teacher.alpha": Field(SHARE),
     "teacher.alpha_steps": Field(whole(-1)),
     "queue.size": Field(whole(0), FIXED),
+    "queue.ids": Field(FLAG, FIXED, older=False),
     "itm.groups": Field(whole(0), FIXED),
     "mlm.*": Field(SHARE),
 }

@@ -200,7 +200,7 @@ def objective(at: types.SimpleNamespace) -> dict[str, Any]:
         losses=dict(alignment=1.0, codebook=1.0, matching=1.0, masked_lm=1.0),
         alignment=dict(
             intra_weight=1.0,  # paper: intra-modal terms; 0 is ALBEF's ITC
-            same_image="ignore",  # other captions of one image in the batch: "ignore" (ours: they match) | "negative" (ALBEF)
+            same_image="ignore",  # other captions of one image in batch and queue: "ignore" (ours: they match) | "negative" (ALBEF)
             temperature=0.07,  # ALBEF: learned from here
             temperature_min=0.001,  # ALBEF
             temperature_max=0.5,  # ALBEF
@@ -229,8 +229,10 @@ def objective(at: types.SimpleNamespace) -> dict[str, Any]:
             alpha=0.4,  # weight of soft targets; ALBEF
             alpha_steps=-1,  # linear from 0 over these; -1: one epoch (ALBEF)
         ),
-        # 0: none; ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
-        queue=dict(size=at.queue),
+        queue=dict(
+            size=at.queue,  # 0: none; ALBEF: 65 536; tiny 64, ours: a short run learns sooner without old features
+            ids=True,  # it keeps the images' ids, so that alignment.same_image holds for it too; ours: else a queue longer than an epoch is full of matches
+        ),
         # negatives are drawn inside equal groups; 0: data shards x accumulation (ALBEF: one per GPU)
         itm=dict(groups=0),
         mlm=dict(

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import log_softmax, logsumexp, softmax
 
 IMAGE, TEXT = MODALITIES = 0, 1
+EMPTY = -1  # the id of what is not queued yet
 
 
 def unit(rows):
@@ -22,25 +23,28 @@ def unit(rows):
 # -- instance alignment
 
 
-def candidates(own, image_id, valid, same_image):
-    """Places in [batch ; queue] of everything in one query's softmax."""
+def candidates(own, image_id, queued_id, same_image):
+    """Places in [batch ; queue] of everything in one query's softmax; `queued_id` is EMPTY where
+    nothing is queued yet.
+    """
     ignore = {"ignore": True, "negative": False}[same_image]
-    batch = [
-        other
-        for other in range(len(image_id))
-        if other == own or not (ignore and image_id[other] == image_id[own])
+    return [
+        place
+        for place, other in enumerate([*image_id, *queued_id])
+        if place == own or (other != EMPTY and not (ignore and other == image_id[own]))
     ]
-    return batch + [len(image_id) + place for place in np.flatnonzero(valid)]
 
 
-def alignment_targets(teacher, queue, valid, image_id, *, temperature, alpha, same_image="ignore"):
+def alignment_targets(
+    teacher, queue, queued_id, image_id, *, temperature, alpha, same_image="ignore"
+):
     """y [query modality, candidates' modality, B, B + Q]: zero for what is not in the softmax."""
-    targets = np.zeros((2, 2, len(image_id), len(image_id) + len(valid)))
+    targets = np.zeros((2, 2, len(image_id), len(image_id) + len(queued_id)))
     for query in MODALITIES:
         for key in MODALITIES:
             everyone = np.concatenate([_double(teacher[key]), _double(queue[key])])
             for own in range(len(image_id)):
-                here = candidates(own, image_id, valid, same_image)
+                here = candidates(own, image_id, queued_id, same_image)
                 similarities = everyone[here] @ _double(teacher[query][own])
                 targets[query, key, own, here] = alpha * softmax(similarities / temperature)
                 targets[query, key, own, own] += 1 - alpha
@@ -51,7 +55,7 @@ def alignment(
     student,
     teacher,
     queue,
-    valid,
+    queued_id,
     image_id,
     targets,
     *,
@@ -66,7 +70,7 @@ def alignment(
             everyone = np.concatenate([_double(teacher[key]), _double(queue[key])])
             direction = 0.0
             for own in range(len(image_id)):
-                here = candidates(own, image_id, valid, same_image)
+                here = candidates(own, image_id, queued_id, same_image)
                 log_p = log_softmax(everyone[here] @ _double(student[query][own]) / temperature)
                 direction -= targets[query, key, own, here] @ log_p / len(image_id)
             weight = intra_weight if query == key else 1.0
@@ -236,7 +240,7 @@ def decide(said, ring, image_id, noise, *, temperature, codebook, alpha, config)
     targets = alignment_targets(
         said.teacher,
         ring.rows,
-        ring.valid,
+        ring.ids,
         image_id,
         temperature=temperature,
         alpha=alpha,
@@ -267,7 +271,7 @@ def objective(said, decided, ring, image_id, masked, *, temperature, codebook, c
         said.student,
         said.teacher,
         ring.rows,
-        ring.valid,
+        ring.ids,
         image_id,
         decided.targets,
         temperature=temperature,
@@ -317,15 +321,16 @@ class Ring:
     """
 
     def __init__(self, size, dim):
-        self.rows, self.written = np.zeros((2, size, dim)), 0
+        self.rows, self.ids, self.written = np.zeros((2, size, dim)), np.full(size, EMPTY), 0
 
     @property
     def valid(self):
-        return np.arange(self.rows.shape[1]) < self.written
+        return self.ids != EMPTY
 
-    def enqueue(self, features):
-        for both in zip(*features, strict=True):
-            self.rows[:, self.written % self.rows.shape[1]] = both
+    def enqueue(self, features, ids):
+        for *both, own in zip(*features, ids, strict=True):
+            place = self.written % len(self.ids)
+            self.rows[:, place], self.ids[place] = both, own
             self.written += 1
 
     def newest(self, count):

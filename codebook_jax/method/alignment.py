@@ -31,9 +31,9 @@ def cross_entropies(
     Features have length one. Teacher features get no gradient; without a teacher, the students are
     each other's candidates and all learn, as CLIP's (Radford et al. 2021, 2.3). A target is the
     sample itself (1 - alpha) mixed with what the teacher's own feature finds (alpha). `same`
-    decides about other rows of the batch with the query's id: "ignore" leaves them out of the
-    softmax, "negative" keeps them (ALBEF). Rows that are not `valid` are no candidates.
-    Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3.
+    decides about other rows of the batch, and of a queue that remembers ids, with the query's id:
+    "ignore" leaves them out of the softmax, "negative" keeps them (ALBEF). Rows that are not
+    `valid` are no candidates. Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3.
     """
     names = sorted(student)
     candidates = student if teacher is None else jax.lax.stop_gradient(dict(teacher))
@@ -50,6 +50,9 @@ def cross_entropies(
     allowed = in_batch
     if queue is not None:
         in_queue = jnp.broadcast_to(queue.valid, (*in_batch.shape[:-1], len(queue.valid)))
+        if queue.ids is not None and same == "ignore":
+            other = ids[:, None] != queue.ids[None, :]
+            in_queue = in_queue & jnp.tile(other, (len(names), 1))[:, None]
         allowed = jnp.concatenate([in_batch, in_queue], axis=-1)
     # [modalities batch, modalities, batch + queue]: queries of each modality, candidates of each.
     logits, soft = (

@@ -32,6 +32,10 @@ def check_candidates(
     given = getattr(ids, "shape", ())
     require(ids is None or given == shape[:1], f"ids are {given}, not {shape[:1]}")
     if queue is not None:
+        require(
+            queue.ids is None or ids is not None,
+            "the queue remembers the ids of samples (with_ids): give the ids of the batch",
+        )
         kept = {name: each.shape for name, each in queue.features.items()}
         fits = sorted(kept) == sorted(student) and all(s[1:] == shape[1:] for s in kept.values())
         require(fits, f"a queue of {kept} does not go with features of {_shapes(student)}")

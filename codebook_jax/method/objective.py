@@ -228,7 +228,8 @@ def instance_alignment(
         temperature: above 0; may be learned.
         alpha: from 0 to 1, the share of the teacher's own softmax in the target; no gradient.
         intra_weight: of the directions within a modality; 0: CLIP's and ALBEF's.
-        same: "ignore" leaves other rows with the query's id out; "negative" keeps them (ALBEF).
+        same: "ignore" leaves out other rows with the query's id, also of a queue with ids;
+            "negative" keeps them (ALBEF).
 
     Returns:
         The loss and `InstanceAux`.

@@ -28,6 +28,7 @@ class Queue:
     features: dict[str, Float[Array, "queue dim"]]
     cursor: Int[Array, ""]  # where the next feature goes
     filled: Int[Array, ""]  # how many are filled
+    ids: Int[Array, " queue"] | None = None  # of the samples, if it remembers them
 
     @property
     def valid(self) -> Bool[Array, " queue"]:
@@ -39,21 +40,22 @@ class Queue:
         """The arrays by name, as checkpoints call them."""
         names = tuple(sorted(self.features))
         arrays = [*((name, self.features[name]) for name in names)]
-        arrays += [("cursor", self.cursor), ("filled", self.filled)]
+        arrays += [("cursor", self.cursor), ("filled", self.filled), ("ids", self.ids)]
         return [(jax.tree_util.GetAttrKey(name), array) for name, array in arrays], names
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], arrays: Sequence[Array]) -> Queue:
         """A queue of these arrays."""
-        *features, cursor, filled = arrays
-        return cls(dict(zip(names, features, strict=True)), cursor, filled)
+        *features, cursor, filled, ids = arrays
+        return cls(dict(zip(names, features, strict=True)), cursor, filled, ids)
 
 
-def empty_queue(names: Sequence[str], *, size: int, dim: int) -> Queue:
+def empty_queue(names: Sequence[str], *, size: int, dim: int, with_ids: bool = False) -> Queue:
     """A queue of the newest `size` features of each modality, in which nothing is valid yet.
 
-    Raises ValueError unless `size` is at least 1. Source: MoCo (He et al. 2020, 3.2). Departure:
-    MoCo's and ALBEF's start from random features.
+    `with_ids`, it remembers whose features they are, so that `instance_alignment` can leave out the
+    query's own. Raises ValueError unless `size` is at least 1. Source: MoCo (He et al. 2020, 3.2).
+    Departure: MoCo's and ALBEF's start from random features.
 
     >>> queue = empty_queue(("audio", "text"), size=4, dim=2)
     >>> three = jnp.ones((3, 2))
@@ -62,15 +64,20 @@ def empty_queue(names: Sequence[str], *, size: int, dim: int) -> Queue:
     Array([ True,  True,  True, False], dtype=bool)
     """
     require(size >= 1, f"size={size} must be 1 or more")
-    return Queue(
-        {name: jnp.zeros((size, dim), jnp.float32) for name in names}, jnp.int32(0), jnp.int32(0)
-    )
+    features = {name: jnp.zeros((size, dim), jnp.float32) for name in names}
+    ids = jnp.zeros(size, jnp.int32) if with_ids else None
+    return Queue(features, jnp.int32(0), jnp.int32(0), ids)
 
 
-def enqueue(queue: Queue, features: Mapping[str, Float[Array, "batch dim"]]) -> Queue:
-    """The queue with a batch of features in place of its oldest.
+def enqueue(
+    queue: Queue,
+    features: Mapping[str, Float[Array, "batch dim"]],
+    ids: Int[Array, " batch"] | None = None,
+) -> Queue:
+    """The queue with a batch of features in place of its oldest; `ids` are of its samples.
 
-    Raises ValueError if the features' names are not the queue's or they are more than it holds.
+    Raises ValueError if the features' names are not the queue's, they are more than it holds, or
+    the ids are missing in a queue that remembers them.
     Source: MoCo (He et al. 2020, 3.2); Li et al. 2021, 3.2.
 
     >>> queue = empty_queue(("text",), size=2, dim=1)
@@ -83,6 +90,10 @@ def enqueue(queue: Queue, features: Mapping[str, Float[Array, "batch dim"]]) -> 
         sorted(features) == sorted(queue.features),
         f"features of {sorted(features)} do not go into a queue of {sorted(queue.features)}",
     )
+    require(
+        queue.ids is None or ids is not None,
+        "the queue remembers the ids of samples (with_ids): give the ids of the batch",
+    )
     size, batch = (len(next(iter(some.values()))) for some in (queue.features, features))
     require(batch <= size, f"a batch of {batch} features is more than the queue holds, {size}")
     places = (queue.cursor + jnp.arange(batch, dtype=jnp.int32)) % size
@@ -91,6 +102,7 @@ def enqueue(queue: Queue, features: Mapping[str, Float[Array, "batch dim"]]) -> 
         {name: put(ring, features[name]) for name, ring in queue.features.items()},
         (queue.cursor + batch) % size,
         jnp.minimum(queue.filled + batch, size),
+        None if queue.ids is None else put(queue.ids, ids),
     )
 
 

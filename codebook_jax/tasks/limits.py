@@ -140,8 +140,9 @@ def resolve(
 ) -> ml_collections.ConfigDict:
     """Groups of negatives: the given number, else the run's, else data shards x accumulation.
 
-    `teacher.alpha_steps` -1 means the steps of one epoch.
+    `teacher.alpha_steps` -1 means the steps of one epoch. Of an older run, the queue has no ids.
     """
+    ids = config.queue.ids if before is None else before.queue.ids
     groups, alpha_steps = config.itm.groups, config.teacher.alpha_steps
     batch, passes = config.data.global_batch, config.optimizer.accumulation
     if groups == 0:
@@ -149,7 +150,8 @@ def resolve(
     check_groups(batch, passes, shards, groups)
     if alpha_steps < 0:
         alpha_steps = max(1, examples // batch)
-    return with_fields(config, {"itm.groups": groups, "teacher.alpha_steps": alpha_steps})
+    found = {"itm.groups": groups, "teacher.alpha_steps": alpha_steps, "queue.ids": ids}
+    return with_fields(config, found)
 
 
 def check_groups(batch: int, passes: int, shards: int, groups: int) -> None:

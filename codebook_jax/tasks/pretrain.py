@@ -71,12 +71,16 @@ class Pretraining(Task):
         config, dim = self.config, self.config.model.dim
         student = codis.init_student(config, self.vocabulary.size, key)
         of, size, kept = config.codebook, config.queue.size, config.teacher.use
+        queue = None
+        if size:
+            options = dict(size=size, dim=dim, with_ids=config.queue.ids)
+            queue = empty_queue(Pair._fields, **options)
         return TrainState(
             step=jnp.int32(0),
             student=student,
             teacher=jax.tree.map(jnp.copy, student["towers"]) if kept else None,
             moments=self.optimizer.init(student),
-            queue=empty_queue(Pair._fields, size=size, dim=dim) if size else None,
+            queue=queue,
             usage=codebook.empty_usage(of.window_samples) if of.size else None,
             bad_in_row=jnp.int32(0),
             bad_total=jnp.int32(0),
@@ -93,12 +97,13 @@ class Pretraining(Task):
             inputs = draw_inputs(batch, draw_key, self.config, self.vocabulary)
         taught = self.passes.over(functools.partial(self.teach, state.teaching), inputs)
         plan = self.assign(taught.features, state)
-        objective = self.objective(state, Targets(taught.features, plan, batch.image_id))
+        targets = Targets(taught.features, plan, batch.image_id)
+        objective = self.objective(state, targets)
         given = objective, state.student, inputs, taught, dropout_key
         (loss, scalars), gradients = self.passes.gradients(*given)
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-        after = self.remember(self.learn(state, gradients), taught.features, plan)
+        after = self.remember(self.learn(state, gradients), targets)
         after = state.then(good, after)
         scalars = {"loss": loss, **scalars, "gradient_norm": gradient_norm, "bad_step": ~good}
         return after, scalars | self.report(state, after, inputs, plan)
@@ -259,10 +264,11 @@ class Pretraining(Task):
         return after.replace(teacher=averaged)
 
     @jax.named_scope("remember")
-    def remember(self, state: TrainState, features: Pair, plan: Plan | None) -> TrainState:
+    def remember(self, state: TrainState, targets: Targets) -> TrainState:
         """The queues with the teacher's features, and the codewords that won them."""
+        features, plan, image_id = targets
         if state.queue is not None:
-            state = state.replace(queue=enqueue(state.queue, features._asdict()))
+            state = state.replace(queue=enqueue(state.queue, features._asdict(), image_id))
         if plan is None:
             return state
         winners = _likeliest(plan[:, : features.image.shape[0]])

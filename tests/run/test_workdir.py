@@ -17,7 +17,7 @@ from configs import base
 def resolved(config, record, *, shards):
     before = None if record is None else records.recorded_config(record)
     found = limits.resolve(config, before, shards=shards, examples=1000)
-    return with_fields(config, {"itm.groups": found.itm.groups})
+    return with_fields(config, {"itm.groups": found.itm.groups, "queue.ids": found.queue.ids})
 
 
 def config_of(size="tiny", **changes):
@@ -50,6 +50,22 @@ def test_the_record_holds_the_config_the_data_and_the_versions(tmp_path):
 def test_the_same_config_starts_again_without_a_word(tmp_path, capsys):
     record = start(tmp_path, config_of())
     assert restart(tmp_path, record, config_of()) == {} and capsys.readouterr().out == ""
+
+
+def test_a_run_older_than_the_fields_of_learning_goes_on_with_the_same_command(tmp_path):
+    record = start(tmp_path, config_of())
+    for section, names in {
+        "queue": ["ids"],
+        "optimizer": ["name", "muon_learning_rate"],
+        "data": ["alike", "alike_window"],
+    }.items():
+        for name in names:
+            del record["config"][section][name]
+    del record["config"]["model"]["pool"], record["config"]["model"]["image"]["stem"]
+    del record["config"]["model"]["text"]["position_std"]
+    config = resolved(base.get_config("tiny"), record, shards=1)
+    assert config.queue.ids is False and config_of().queue.ids is True
+    assert restart(tmp_path, record, config).keys() <= {"model.text.position_std"}
 
 
 @pytest.mark.parametrize(

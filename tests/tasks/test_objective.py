@@ -24,6 +24,7 @@ from codebook_jax.tasks.state import Targets
 
 ROWS, QUEUE, FILLED, DIM, CODES, WORDS = 7, 11, 5, 13, 17, 19
 VALID = np.arange(QUEUE) < FILLED
+UNKNOWN = -2  # no image's id
 IMAGE_ID = np.array([3, 1, 3, 2, 3, 1, 0], np.int32)  # three texts of one image, two of another
 SEEDS = range(4)
 
@@ -63,7 +64,9 @@ def _aligned(student, teacher, queue, ids, *, intra_weight, **options):
 
 @pytest.mark.parametrize("intra_weight", [0.0, 1.0])
 @pytest.mark.parametrize("same_image", ["ignore", "negative"])
-def test_alignment_is_the_equation(same_image, intra_weight, precision):
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_alignment_is_the_equation(with_ids, same_image, intra_weight, precision):
+    ids = np.resize(IMAGE_ID, QUEUE) if with_ids else None
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
         student, teacher, queue = (pair_of(rng, precision, n, DIM) for n in (ROWS, ROWS, QUEUE))
@@ -71,14 +74,15 @@ def test_alignment_is_the_equation(same_image, intra_weight, precision):
         found = _aligned(
             student._asdict(),
             teacher._asdict(),
-            Queue(queue._asdict(), np.int32(0), np.int32(VALID.sum())),
+            Queue(queue._asdict(), np.int32(0), np.int32(VALID.sum()), ids),
             IMAGE_ID,
             temperature=temperature,
             alpha=alpha,
             intra_weight=intra_weight,
             same=same_image,
         )
-        given = teacher, queue, VALID, IMAGE_ID
+        queued = np.where(VALID, UNKNOWN if ids is None else ids, reference.EMPTY)
+        given = teacher, queue, queued, IMAGE_ID
         of = dict(temperature=float(temperature), same_image=same_image)
         targets = reference.alignment_targets(*given, alpha=float(alpha), **of)
         expected = reference.alignment(student, *given, targets, intra_weight=intra_weight, **of)
@@ -230,12 +234,13 @@ def step_in_float64(task):
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), task.abstract_state())
     student = jax.tree_util.tree_map_with_path(random, state.student)
     ring = reference.Ring(*state.queue.features["image"].shape)
-    ring.enqueue(reference.unit(rng.normal(size=(2, 24, ring.rows.shape[2]))))
+    queued = np.arange(24, dtype=np.int32)  # images of the batch among them
+    ring.enqueue(reference.unit(rng.normal(size=(2, 24, ring.rows.shape[2]))), queued)
     state = state.replace(
         step=np.int32(5),
         student=student | {"temperature": np.float64(0.07)},
         teacher=jax.tree_util.tree_map_with_path(random, state.teacher),
-        queue=Queue(Pair(*ring.rows)._asdict(), np.int32(ring.written), np.int32(ring.written)),
+        queue=Queue(Pair(*ring.rows)._asdict(), *2 * [np.int32(ring.written)], np.int32(ring.ids)),
     )
     ids = np.array([0, 1, 2, 0, 4, 4, 4, 4, 8, 0, 10, 11, 12, 13, 12, 15], np.int32)
     batch = batch_of(0, image_id=ids)

@@ -156,7 +156,8 @@ def test_losses_and_queue_of_five_steps_are_the_references_on_what_the_towers_sa
             np.testing.assert_allclose(
                 scalars[name], loss, rtol=1e-5, err_msg=f"{name} of step {step}"
             )
-        ring.enqueue(found.teacher)
+        ring.enqueue(found.teacher, batch.image_id)
+        np.testing.assert_array_equal(after.queue.ids[ring.valid], ring.ids[ring.valid])
         np.testing.assert_array_equal(after.queue.valid, ring.valid)
         np.testing.assert_allclose(list(after.queue.features.values()), ring.rows, atol=1e-6)
         assert scalars["queue/filled"] == ring.valid.sum()
