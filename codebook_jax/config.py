@@ -91,7 +91,7 @@ COMMON = {
     "model.dim": Field(whole(1), FIXED),
     "model.pool": Field(one_of("cls", "mean"), FIXED, older="cls"),
     "model.image.stem": Field(one_of("patch", "conv"), FIXED, older="patch"),
-    "model.text.position_std": Field(NOT_NEGATIVE, FREE, older=0.02),  # of the start alone
+    "model.text.position_std": Field(NOT_NEGATIVE, FREE, older=0.0),  # of the start alone
     "model.dtype": Field(one_of("float32", "bfloat16"), FIXED),
     "model.remat": Field(one_of("none", "blocks", "dots"), FREE),
     "model.scan_unroll": Field(whole(1), FREE),

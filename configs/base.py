@@ -186,8 +186,8 @@ def model(at: types.SimpleNamespace, *, remat: str) -> dict[str, Any]:
             layer_norm_eps=1e-12,  # BERT
             init_std=at.text_init_std,  # of initial matrices, also in fusion encoder and heads; BERT: 0.02; ours
             value_std=at.value_std,  # of initial attention values and outputs in the text encoder; BERT: 0.02; ours
-            embedding_std=at.embedding_std,  # of initial word embeddings; BERT: 0.02; ours
-            position_std=at.embedding_std,  # of initial position and segment embeddings; BERT: 0.02; ours
+            embedding_std=at.embedding_std,  # of initial word, position and segment embeddings; BERT: 0.02; ours
+            position_std=0.0,  # of those of positions and segments, if another than that; 0: the same
             dropout=at.dropout,  # on hidden states, BERT: 0.1; tiny: short runs underfit
         ),
     )
@@ -275,7 +275,7 @@ def data(at: types.SimpleNamespace) -> dict[str, Any]:
         global_batch=at.batch,  # pairs per step over all devices; paper: 512
         # so many pairs of alike captions side by side, so that negatives are hard; 0: off (GRIT-VLP, Byun et al. 2022; ours by words)
         alike=0,
-        alike_window=64,  # batches that they are taken from; the first so many stay as they are
+        alike_window=64,  # batches that they are taken from, at most an epoch; the first so many stay as they are
         tokenizer="",  # folder or hub name; empty: byte-level BPE trained on the training captions
         tokenizer_vocabulary=8192,  # largest size of a trained one
         tokenizer_lowercase=True,  # of a trained one: A is a; ALBEF

@@ -105,7 +105,7 @@ class TextEncoder(nnx.Module):
     def __init__(
         self, spec: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
     ) -> None:
-        width, std = spec.width, spec.position_std
+        width, std = spec.width, spec.position_std or spec.embedding_std
         self.words = normal_param((vocabulary_size, width), std=spec.embedding_std, rngs=rngs)
         self.positions = normal_param((spec.max_positions, width), std=std, rngs=rngs)
         self.segment = normal_param((2, width), std=std, rngs=rngs)  # row 0 is used, as in ALBEF

@@ -85,6 +85,8 @@ def trained_config(
     fields set by flags, are given, the run's data settings stay unless they are among them.
     """
     trained = recorded_config(record)
+    if trained.evaluation.get("rerank_add_dual", False):
+        say("this run's evaluation.rerank_add_dual is gone: set evaluation.rerank_dual_weight")
     if config is None:
         return trained
     changes = changed_fields(trained.to_dict(), config.to_dict())

@@ -23,6 +23,8 @@ ASSIGNMENTS: dict[str, Callable[[ml_collections.ConfigDict], assignment.Assign]]
     "nearest": lambda c: assignment.nearest(),
     "softmax": lambda c: assignment.softmax(temperature=c.softmax_temperature),
 }
+# What models of other libraries are like; Hugging Face's leave the pooling to who uses them.
+PLAIN = (("model.image.stem", "patch"), ("model.pool", "cls"))
 PAIRS = "name your pairs, e.g. json:PATH, or scenes"
 
 
@@ -44,8 +46,8 @@ COMMON_FITTING = (
     ),
     (
         "data.global_batch data.alike",
-        lambda batch, alike: alike < 2 or _divides(batch, alike),
-        "groups of alike pairs must fill the batch",
+        lambda batch, alike: alike == 0 or (alike > 1 and _divides(batch, alike)),
+        "groups of two or more alike pairs must fill the batch; 0: none",
     ),
     ("model.text.max_tokens model.text.max_positions", operator.le, "each token needs a position"),
     ("model.image.size_px model.image.patch_px", _divides, "patches must fill the image"),
@@ -117,18 +119,18 @@ def check_export(config: ml_collections.ConfigDict) -> None:
     needs = {"teacher": config.teacher.use} if form == "albef" or teacher else {}
     if form == "albef":
         needs |= {"fusion encoder": config.model.text.fusion_depth, "queue": config.queue.size}
-    stem = form != "codis" and config.model.image.stem != "patch"
-    if stem or (form == "albef" and config.model.pool != "cls"):
-        raise UserError(
-            f"config.export.format={form!r} cannot be written: it has no place for "
-            f"config.model.image.stem={config.model.image.stem!r} or "
-            f"config.model.pool={config.model.pool!r}; codis has"
-        )
     if lacks := [f"no {part}" for part, there in needs.items() if not there]:
         raise UserError(
             f"config.export.format={form!r} with config.export.teacher={teacher!r} cannot be "
             f"written: this model has {', '.join(lacks)}"
         )
+    no_place = {"albef": PLAIN, "huggingface": PLAIN[:1]}.get(form, ())
+    for name, plain in no_place:
+        if (value := flat(config.to_dict())[name]) != plain:
+            raise UserError(
+                f"config.export.format={form!r} cannot be written: it has no place for "
+                f"config.{name}={value!r}; codis has"
+            )
 
 
 def resolve(

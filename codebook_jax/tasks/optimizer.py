@@ -59,11 +59,15 @@ def from_config(
         steps_of = optax.partition({"muon": muon, "adamw": steps_of}, kinds)
     chain = optax.chain(*clip, steps_of)
 
+    def init(params: PyTree) -> Any:
+        with default_types():  # Muon's coefficients
+            return chain.init(params)
+
     def update(updates: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
         with default_types():  # optax corrects its moments in JAX's default float
             return chain.update(updates, state, params)
 
-    return rate, optax.GradientTransformation(chain.init, update)
+    return rate, optax.GradientTransformation(init, update)
 
 
 def updated(

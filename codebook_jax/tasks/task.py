@@ -165,7 +165,7 @@ class Task(abc.ABC):
         """What this process's rows of a batch hold."""
         data, model = self.config.data, self.config.model
         window = data.alike_window * data.global_batch
-        alike = Alike(data.alike, window, model.text.max_tokens) if data.alike > 1 else None
+        alike = Alike(data.alike, window, model.text.max_tokens) if data.alike else None
         return BatchSpec(
             seed=self.config.seed,
             global_batch=data.global_batch,

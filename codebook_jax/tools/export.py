@@ -29,7 +29,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Restored
 from codebook_jax.run.ownership import owned
-from codebook_jax.weights.load import FOLDER, FORMAT, MANIFEST
+from codebook_jax.weights.load import FOLDER, FORMAT, MANIFEST, MEANS
 from codebook_jax.weights.write import write_albef, write_huggingface
 
 FORMATS = {  # by config.export.format: the folder in the workdir, and how to load it
@@ -110,7 +110,7 @@ def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str
     write_json(draft / records.RECORD, record)
     shutil.copytree(tokenizer, draft / text.FOLDER)
     manifest = {
-        "format": FORMAT,
+        "format": MEANS if config.model.pool == "mean" else FORMAT,
         "task": config.task,
         "size": config.size,
         "step": restored.step,

@@ -34,6 +34,7 @@ from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
+MEANS = 2  # has `model.pool` "mean", which a `load` of format 1 alone would take for "cls"
 LOADED = ("pretrain", "sequences")  # the values of config.task whose models can be loaded
 BUCKETS = (1, 4, 16, 64)  # rows that calls are padded to; one compiled program each
 Tokenised = tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, " texts"]]  # and lengths
@@ -229,11 +230,12 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
         manifest = parse_json((folder / MANIFEST).read_bytes())
         number, items, step = (manifest[field] for field in ("format", "items", "step"))
         task = manifest.get("task", LOADED[0])
-    if number != FORMAT or task not in LOADED:
+    if number not in (FORMAT, MEANS) or task not in LOADED:
         raise UserError(
             f"{folder} is an export of format {number} and task={task!r}, but this codebook_jax "
-            f"loads format {FORMAT} of {' and '.join(LOADED)}: install the version it was written "
-            "with, or read its arrays with orbax.checkpoint's StandardCheckpointer().restore"
+            f"loads formats {FORMAT} and {MEANS} of {' and '.join(LOADED)}: install the version it "
+            "was written with, or read its arrays with orbax.checkpoint's "
+            "StandardCheckpointer().restore"
         )
     if teacher and "teacher" not in items:
         raise UserError(

@@ -72,7 +72,9 @@ def specs(init: str) -> dict[str, str]:
 
 
 def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
-    """Reads what config.init names; raises UserError if that cannot be read or has other heads."""
+    """Reads what config.init names; raises UserError if that cannot be read, or has other heads or
+    another pooling.
+    """
     parts = tuple(_read(part, spec) for part, spec in specs(config.init).items())
     for part in parts:
         for tower in _TOWERS:
@@ -83,6 +85,11 @@ def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
                     f"{part.what} has {theirs} heads, but config.{name}={ours}: use the number of "
                     "the weights"
                 )
+        if (pool := part.stated.get("model.pool", config.model.pool)) != config.model.pool:
+            raise UserError(
+                f"{part.what} was trained with model.pool={pool!r}, but config.model.pool="
+                f"{config.model.pool!r}: use that of the weights"
+            )
     return parts
 
 
@@ -172,7 +179,8 @@ def _read(part: str, spec: str) -> Part:
         layout = layout._replace(names=names)  # as in a train state
     has_words = any((weights.folder / name).is_file() for name in WORDS)
     tokenizer = str(weights.folder) if has_words and part != "image" else ""
-    return Part(part, what, layout.title, layout, arrays, _stated(described), tokenizer)
+    stated = _stated(described) | ({"model.pool": "cls"} if part == "model" else {})
+    return Part(part, what, layout.title, layout, arrays, stated, tokenizer)
 
 
 def _read_own(path: Path, what: str) -> Part:
@@ -187,7 +195,8 @@ def _read_own(path: Path, what: str) -> Part:
         folder, title = path / FOLDER / str(step), f"the checkpoint of step {step:,}"
     arrays = read_items(folder, [item for item in _OWN if (folder / item).is_dir()])
     tokenizer = str(path / text.FOLDER) if (path / text.FOLDER).is_dir() else ""
-    return Part("model", what, title, layouts.OWN, arrays, _stated(config.model), tokenizer)
+    stated = _stated(config.model) | {"model.pool": config.model.pool}
+    return Part("model", what, title, layouts.OWN, arrays, stated, tokenizer)
 
 
 def _stated(described: Mapping[str, Any]) -> dict[str, Any]:

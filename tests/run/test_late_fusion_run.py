@@ -19,6 +19,7 @@ from configs import clip
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 LATE = {"model.text.depth": 2, "model.text.fusion_depth": 0, "codebook.size": 0, "queue.size": 0}
+LATE |= {"model.image.stem": "conv", "model.pool": "mean", "optimizer.name": "muon"}
 LATE |= {"evaluation.rerank_top_k": 0, "train.steps": 6, "checkpoint.every_steps": 3}
 PICTURE = np.zeros((40, 30, 3), np.uint8)
 
@@ -60,6 +61,7 @@ def test_it_is_evaluated_by_its_student_alone_and_never_re_ranked(late):
 
 def test_its_export_encodes_as_the_checkpoint_and_says_what_it_has_not(late):
     export.export(config_of(clip, **LATE), late)
+    assert json.loads((late / "export" / "export.json").read_text())["format"] == 2  # means
     model = codebook_jax.load(late)
     parts = build.build_trained(None, late)
     towers = build.restore_trained(parts, late, ("student",)).state.student["towers"]

@@ -27,6 +27,7 @@ from small_task import (
 
 from codebook_jax.method.codebook import soft_codes
 from codebook_jax.parallel import sharding
+from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.draws import Pair, draw_inputs
 
 
@@ -371,3 +372,29 @@ def test_a_flip_mirrors_both_views_of_the_samples_that_ask_for_it():
     for view, given in zip(views(batch, **{"data.flip": True}), batch[:2], strict=True):
         np.testing.assert_array_equal(view[flip], given[flip][:, :, ::-1])
         np.testing.assert_array_equal(view[~flip], given[~flip])
+
+
+def test_re_ranking_is_by_what_the_config_says(monkeypatch):
+    changes = {"evaluation.rerank_score": "log_odds", "evaluation.rerank_dual_weight": 0.5}
+    task = task_on(1, 1, 1, **changes)
+    state = jax.device_get(task.init_state(0))
+    state = state.replace(student={**state.student, "temperature": np.float32(0.05)})
+    given = {}
+
+    def evaluate(*_, **options):
+        given.update(options)
+        raise StopIteration
+
+    monkeypatch.setattr(pretrain.retrieval, "evaluate", evaluate)
+    with pytest.raises(StopIteration):
+        task.evaluate(state, None, None, images=0, final=True)
+    scoring = given["scoring"]
+    assert scoring.cosine_weight == pytest.approx(0.5 / 0.05)
+    rng = np.random.default_rng(0)
+    tokens, states = (rng.normal(size=s).astype(np.float32) for s in ((3, 10, 16), (3, 2, 7, 16)))
+    lengths = np.full((3, 2), 7, np.int32)
+    logits = task.model.pair_logits(state.student, tokens, states, lengths)
+    odds = logits[..., 1] - logits[..., 0]
+    np.testing.assert_allclose(scoring.match(tokens, states, lengths), odds, atol=1e-5)
+    match = task.model.match(state.student, tokens, states, lengths)
+    np.testing.assert_allclose(match, logits[..., 1], atol=1e-5)

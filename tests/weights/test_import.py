@@ -108,6 +108,8 @@ def test_an_imported_albef_exported_again_is_the_file_bit_for_bit(run, albef):
     assert start.tokenizer_of(config, start.read_start(config)) == str(folder)
     with pytest.raises(UserError, match=r"3 heads, .*config.model.image.heads=6"):
         start.read_start(with_fields(config, {"model.image.heads": 6}))
+    with pytest.raises(UserError, match="with model.pool='cls', but config.model.pool='mean'"):
+        start.read_start(with_fields(config, {"model.pool": "mean"}))
 
 
 def test_an_imported_albef_is_evaluated_and_trained_on(run, albef, capsys):
