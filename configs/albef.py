@@ -21,5 +21,6 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     config.losses.codebook = 0.0
     config.alignment.intra_weight = 0.0
     config.alignment.same_image = "negative"
+    config.queue.ids = False  # nothing would read them
     config.data.teacher_view = "same"
     return config

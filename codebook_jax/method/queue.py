@@ -65,7 +65,7 @@ def empty_queue(names: Sequence[str], *, size: int, dim: int, with_ids: bool = F
     """
     require(size >= 1, f"size={size} must be 1 or more")
     features = {name: jnp.zeros((size, dim), jnp.float32) for name in names}
-    ids = jnp.zeros(size, jnp.int32) if with_ids else None
+    ids = jnp.full(size, -1, jnp.int32) if with_ids else None  # of no sample
     return Queue(features, jnp.int32(0), jnp.int32(0), ids)
 
 

@@ -1,5 +1,6 @@
 """The objective as others call it: any number of named modalities, masks, sequences, errors."""
 
+import dataclasses
 import functools
 import itertools
 import subprocess
@@ -134,6 +135,8 @@ def test_an_earlier_copy_of_a_sample_is_no_candidate_in_a_queue_that_remembers_i
     negative = loss(method.enqueue(whose, z, ids), same="negative")
     np.testing.assert_allclose(negative, two_right, rtol=1e-5)
     np.testing.assert_allclose(loss(method.enqueue(whose, z, ids + 100)), two_right, rtol=1e-5)
+    loaded = dataclasses.replace(method.enqueue(plain, z), ids=whose.ids)  # of no sample
+    np.testing.assert_allclose(loss(loaded), two_right, rtol=1e-5)
     for call in (lambda: method.enqueue(whose, z), lambda: _instance(z, z, queue=whose)):
         with pytest.raises(ValueError, match="the queue remembers the ids"):
             call()

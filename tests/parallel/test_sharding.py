@@ -21,6 +21,7 @@ WHOLE = {
     "text/positions": 512 * 768,
     "masked_words/bias": 30_522,
     "usage/winners": 2 * 16_384,
+    "queue/ids": 65_536,
 }
 
 

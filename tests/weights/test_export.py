@@ -297,7 +297,7 @@ def test_a_damaged_export_is_refused(exported, tmp_path):
         "config.json cannot be read .*zero": config(lambda c: c["model"]["image"].update(heads=0)),
         "tokenizer is missing": lambda f: shutil.rmtree(f / "tokenizer"),
         "export.json cannot be read": lambda f: (f / "export.json").write_text("{"),
-        "format 2 .* format 1": edited("export.json", lambda c: c.update(format=2)),
+        "format 3 .* formats 1 and 2": edited("export.json", lambda c: c.update(format=3)),
         "task='probe'.* pretrain and sequences": edited(
             "export.json", lambda c: c.update(task="probe")
         ),
