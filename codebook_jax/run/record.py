@@ -67,10 +67,17 @@ def read_record(workdir: Path | str, *, has_checkpoint: bool = False) -> dict[st
 
 
 def recorded_config(record: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config a run was last started with; what an older run lacks is set to what it did."""
+    """The config a run was last started with; what an older run lacks is set to what it did, in the
+    sections that its task has.
+    """
     config = ml_collections.ConfigDict(_with_tuples(record["config"]))
     known = fields.flat(record["config"])
-    missing = {name: field.older for name, field in fields.FIELDS.items() if name not in known}
+    sections = {name.rpartition(".")[0] for name in known}
+    missing = {
+        name: field.older
+        for name, field in fields.FIELDS.items()
+        if name not in known and name.rpartition(".")[0] in sections
+    }
     return with_fields(config, {name: old for name, old in missing.items() if old is not None})
 
 

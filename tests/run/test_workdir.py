@@ -11,7 +11,7 @@ from codebook_jax.config import flat, with_fields
 from codebook_jax.errors import UserError
 from codebook_jax.run import record as records
 from codebook_jax.tasks import limits
-from configs import base
+from configs import base, sequences
 
 
 def resolved(config, record, *, shards):
@@ -66,6 +66,11 @@ def test_a_run_older_than_the_fields_of_learning_goes_on_with_the_same_command(t
     config = resolved(base.get_config("tiny"), record, shards=1)
     assert config.queue.ids is False and config_of().queue.ids is True
     assert restart(tmp_path, record, config).keys() <= {"model.text.position_std"}
+
+
+def test_what_an_older_run_lacks_is_added_to_no_section_that_its_task_has_not(tmp_path):
+    record = start(tmp_path, sequences.get_config("tiny"))
+    assert "queue" not in records.recorded_config(record)
 
 
 @pytest.mark.parametrize(
