@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from codebook_jax.method.numerics import require
-from codebook_jax.method.queue import Queue
+from codebook_jax.method.queue import Queue, require_ids
 
 Features = Mapping[str, Float[Array, "batch *steps dim"]]
 Masks = Mapping[str, Bool[Array, " batch *steps"]]
@@ -32,10 +32,7 @@ def check_candidates(
     given = getattr(ids, "shape", ())
     require(ids is None or given == shape[:1], f"ids are {given}, not {shape[:1]}")
     if queue is not None:
-        require(
-            queue.ids is None or ids is not None,
-            "the queue remembers the ids of samples (with_ids): give the ids of the batch",
-        )
+        require_ids(queue, ids)
         kept = {name: each.shape for name, each in queue.features.items()}
         fits = sorted(kept) == sorted(student) and all(s[1:] == shape[1:] for s in kept.values())
         require(fits, f"a queue of {kept} does not go with features of {_shapes(student)}")

@@ -90,10 +90,7 @@ def enqueue(
         sorted(features) == sorted(queue.features),
         f"features of {sorted(features)} do not go into a queue of {sorted(queue.features)}",
     )
-    require(
-        queue.ids is None or ids is not None,
-        "the queue remembers the ids of samples (with_ids): give the ids of the batch",
-    )
+    require_ids(queue, ids)
     size, batch = (len(next(iter(some.values()))) for some in (queue.features, features))
     require(batch <= size, f"a batch of {batch} features is more than the queue holds, {size}")
     places = (queue.cursor + jnp.arange(batch, dtype=jnp.int32)) % size
@@ -103,6 +100,14 @@ def enqueue(
         (queue.cursor + batch) % size,
         jnp.minimum(queue.filled + batch, size),
         None if queue.ids is None else put(queue.ids, ids),
+    )
+
+
+def require_ids(queue: Queue, ids: Int[Array, " batch"] | None) -> None:
+    """Raises ValueError if the queue remembers ids and a batch has none."""
+    require(
+        queue.ids is None or ids is not None,
+        "the queue remembers the ids of samples (with_ids): give the ids of the batch",
     )
 
 

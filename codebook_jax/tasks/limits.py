@@ -23,8 +23,11 @@ ASSIGNMENTS: dict[str, Callable[[ml_collections.ConfigDict], assignment.Assign]]
     "nearest": lambda c: assignment.nearest(),
     "softmax": lambda c: assignment.softmax(temperature=c.softmax_temperature),
 }
-# What models of other libraries are like; Hugging Face's leave the pooling to who uses them.
-PLAIN = (("model.image.stem", "patch"), ("model.pool", "cls"))
+# What a format of export takes for granted; Hugging Face's leaves the pooling to who uses it.
+GRANTED = {
+    "albef": {"model.image.stem": "patch", "model.pool": "cls"},
+    "huggingface": {"model.image.stem": "patch"},
+}
 PAIRS = "name your pairs, e.g. json:PATH, or scenes"
 
 
@@ -124,9 +127,9 @@ def check_export(config: ml_collections.ConfigDict) -> None:
             f"config.export.format={form!r} with config.export.teacher={teacher!r} cannot be "
             f"written: this model has {', '.join(lacks)}"
         )
-    no_place = {"albef": PLAIN, "huggingface": PLAIN[:1]}.get(form, ())
-    for name, plain in no_place:
-        if (value := flat(config.to_dict())[name]) != plain:
+    values = flat(config.to_dict())
+    for name, granted in GRANTED.get(form, {}).items():
+        if (value := values[name]) != granted:
             raise UserError(
                 f"config.export.format={form!r} cannot be written: it has no place for "
                 f"config.{name}={value!r}; codis has"

@@ -20,9 +20,8 @@ from codebook_jax.method.numerics import default_types
 # Decided by name, since stacked biases have two or more axes (ALBEF and timm decide by the number
 # of axes).
 NO_DECAY = re.compile(r"(^|/)(bias|scale|positions|temperature|codebook)(/|$)")
-FIRST_OR_LAST = re.compile(
-    r"/(patches|conv0|classes)/kernel$"
-)  # layers whose kernels take AdamW's steps
+# Kernels that take AdamW's steps: of the layer that reads pixels, and of the classes of matching.
+FIRST_OR_LAST = re.compile(r"/(patches|conv0|classes)/kernel$")
 # The axes of what layers with heads read and give; of all others, the last two.
 HEADS = {
     "/qkv/": ((-4,), (-2, -1)),

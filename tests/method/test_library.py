@@ -1,6 +1,5 @@
 """The objective as others call it: any number of named modalities, masks, sequences, errors."""
 
-import dataclasses
 import functools
 import itertools
 import subprocess
@@ -116,30 +115,6 @@ def test_the_queue_and_ids_change_what_a_sample_is_compared_with():
     assert _instance(both, both, ids=twins)[0] < plain
     same = _instance(both, both, ids=twins, same="negative")[0]
     np.testing.assert_allclose(same, plain, rtol=1e-6)
-
-
-def test_an_earlier_copy_of_a_sample_is_no_candidate_in_a_queue_that_remembers_ids():
-    z = {name: np.eye(BATCH, dtype=np.float32) for name in ("image", "text")}
-    ids = np.arange(BATCH, dtype=np.int32)
-
-    def loss(queue, **options):
-        return _instance(z, z, queue=queue, ids=ids, temperature=0.01, **options)[0]
-
-    plain, whose = (
-        method.empty_queue(tuple(z), size=2 * BATCH, dim=BATCH, with_ids=with_ids)
-        for with_ids in (False, True)
-    )
-    two_right = np.log(2)  # the sample and its copy are as likely
-    np.testing.assert_allclose(loss(method.enqueue(plain, z)), two_right, rtol=1e-5)
-    np.testing.assert_allclose(loss(method.enqueue(whose, z, ids)), 0, atol=1e-6)
-    negative = loss(method.enqueue(whose, z, ids), same="negative")
-    np.testing.assert_allclose(negative, two_right, rtol=1e-5)
-    np.testing.assert_allclose(loss(method.enqueue(whose, z, ids + 100)), two_right, rtol=1e-5)
-    loaded = dataclasses.replace(method.enqueue(plain, z), ids=whose.ids)  # of no sample
-    np.testing.assert_allclose(loss(loaded), two_right, rtol=1e-5)
-    for call in (lambda: method.enqueue(whose, z), lambda: _instance(z, z, queue=whose)):
-        with pytest.raises(ValueError, match="the queue remembers the ids"):
-            call()
 
 
 # -- sequences

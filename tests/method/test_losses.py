@@ -2,6 +2,7 @@
 (test_objective.py has the equations).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
+from codebook_jax import method
 from codebook_jax.method import alignment
 from codebook_jax.method.codebook import code_losses
 from codebook_jax.method.masking import masked_word_loss
@@ -26,6 +28,9 @@ IMAGE_ID = np.array([3, 1, 3, 2, 3, 1, 0], np.int32)  # three texts of one image
 def _aligned(student, teacher, queue, ids, *, intra_weight, **options):
     found = alignment.cross_entropies(student, teacher, queue, ids, **options)
     return alignment.alignment_loss(found, intra_weight=intra_weight)
+
+
+_instance = jax.jit(method.instance_alignment, static_argnames="same")
 
 
 def unit_rows(rng, *shape):
@@ -200,3 +205,27 @@ def test_masked_words_send_no_gradient_to_the_teacher():
     wanted = 0.6 * np.eye(9)[words] + 0.4 * softmax(soft.astype(np.float64), axis=1)
     expected = 0.25 * (softmax(logits.astype(np.float64), axis=1) - wanted)
     np.testing.assert_allclose(to_student, expected, atol=1e-6)
+
+
+def test_an_earlier_copy_of_a_sample_is_no_candidate_in_a_queue_that_remembers_ids():
+    z = {name: np.eye(BATCH, dtype=np.float32) for name in ("image", "text")}
+    ids = np.arange(BATCH, dtype=np.int32)
+
+    def loss(queue, **options):
+        return _instance(z, z, queue=queue, ids=ids, temperature=0.01, **options)[0]
+
+    plain, whose = (
+        method.empty_queue(tuple(z), size=2 * BATCH, dim=BATCH, with_ids=with_ids)
+        for with_ids in (False, True)
+    )
+    two_right = np.log(2)  # the sample and its copy are as likely
+    np.testing.assert_allclose(loss(method.enqueue(plain, z)), two_right, rtol=1e-5)
+    np.testing.assert_allclose(loss(method.enqueue(whose, z, ids)), 0, atol=1e-6)
+    negative = loss(method.enqueue(whose, z, ids), same="negative")
+    np.testing.assert_allclose(negative, two_right, rtol=1e-5)
+    np.testing.assert_allclose(loss(method.enqueue(whose, z, ids + 100)), two_right, rtol=1e-5)
+    loaded = dataclasses.replace(method.enqueue(plain, z), ids=whose.ids)  # of no sample
+    np.testing.assert_allclose(loss(loaded), two_right, rtol=1e-5)
+    for call in (lambda: method.enqueue(whose, z), lambda: _instance(z, z, queue=whose)):
+        with pytest.raises(ValueError, match="the queue remembers the ids"):
+            call()

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.parallel import sharding
+from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.draws import draw_inputs
 from configs import base
@@ -99,6 +100,14 @@ def run(task, state, batches, step=None):
         states.append(jax.device_get(state))
         scalars.append(jax.device_get(found))
     return states, scalars
+
+
+def read_back(task, state, folder):
+    """The state after it was saved as a checkpoint and restored."""
+    with Checkpoints(folder, task.checkpoint_items().alone, keep=3) as checkpoints:
+        checkpoints.save(2, jax.device_put(state, task.shardings), {})
+        checkpoints.wait()
+        return checkpoints.restore_newest(task.abstract_state()).state
 
 
 def walk(task, first, batches):

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_task import BATCH, assert_close, batch_of, run, task_on
+from small_task import BATCH, assert_close, batch_of, read_back, run, task_on
 
 from codebook_jax.errors import UserError
-from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.tasks.limits import ASSIGNMENTS
 
 
@@ -65,11 +64,7 @@ def test_what_an_assignment_remembers_is_saved_and_goes_on_bit_for_bit(solver, t
         assert (states[-1].running != states[-2].running).all()
     else:
         assert states[-1].running is None
-    with Checkpoints(tmp_path, task.checkpoint_items().alone, keep=3) as checkpoints:
-        checkpoints.save(2, jax.device_put(states[1], task.shardings), {})
-        checkpoints.wait()
-        restored = checkpoints.restore_newest(task.abstract_state())
-    again, _ = run(task, restored.state, batches[2:])
+    again, _ = run(task, read_back(task, states[1], tmp_path), batches[2:])
     assert_close(again[-1], states[-1], rtol=0)
 
 

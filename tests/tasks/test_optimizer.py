@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_task import assert_close, batch_of, run, task_on
+from small_task import assert_close, batch_of, read_back, run, task_on
 
 from codebook_jax.models import codis
-from codebook_jax.run.checkpoint import Checkpoints
 from codebook_jax.tasks.optimizer import decayed, from_config
 from configs import base
 
@@ -223,11 +222,7 @@ def test_a_run_with_muon_a_stem_and_means_goes_on_bit_for_bit_and_alike_on_eight
     first, batches = jax.device_get(one.init_state(0)), [batch_of(seed) for seed in range(3)]
     states, scalars = run(one, first, batches)
     assert all(np.isfinite(row["loss"]) for row in scalars)
-    with Checkpoints(tmp_path, one.checkpoint_items().alone, keep=3) as checkpoints:
-        checkpoints.save(2, jax.device_put(states[1], one.shardings), {})
-        checkpoints.wait()
-        restored = checkpoints.restore_newest(one.abstract_state())
-    again, _ = run(one, restored.state, batches[2:])
+    again, _ = run(one, read_back(one, states[1], tmp_path), batches[2:])
     assert_close(again[-1], states[-1], rtol=0)
     spread, _ = run(eight, first, batches[:1])
     assert_close(spread[0], states[0], rtol=1e-4)
