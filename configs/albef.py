@@ -17,7 +17,7 @@ _BASE = runpy.run_path(str(Path(__file__).with_name("base.py")))
 
 def get_config(size: str = "base") -> ml_collections.ConfigDict:
     """The locked config of one size; raises ValueError for a size that does not exist."""
-    config = _BASE["get_config"](size)
+    config = _BASE["paper"](size)
     config.losses.codebook = 0.0
     config.alignment.intra_weight = 0.0
     config.alignment.same_image = "negative"

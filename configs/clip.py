@@ -17,7 +17,7 @@ _BASE = runpy.run_path(str(Path(__file__).with_name("base.py")))
 
 def get_config(size: str = "base") -> ml_collections.ConfigDict:
     """The locked config of one size; raises ValueError for a size that does not exist."""
-    config = _BASE["get_config"](size)
+    config = _BASE["paper"](size)
     config.losses.codebook = config.losses.matching = config.losses.masked_lm = 0.0
     config.model.text.depth += config.model.text.fusion_depth
     config.model.text.fusion_depth = 0

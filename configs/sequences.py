@@ -31,7 +31,7 @@ _NOT_USED = {
 
 def get_config(size: str = "base") -> ml_collections.ConfigDict:
     """The locked config of one size; raises ValueError for a size that does not exist."""
-    config, tiny = _BASE["get_config"](size), size == "tiny"
+    config, tiny = _BASE["paper"](size), size == "tiny"
     with config.unlocked():
         config.task = "sequences"
         for section, fields in _NOT_USED.items():
