@@ -37,15 +37,17 @@ def make(workdirs: list[Path]) -> dict:
     """The content of a file of reference curves; raises UserError for runs that have no common
     one.
     """
+    if len(workdirs) < 2:
+        raise UserError(f"a band needs two runs or more: {workdirs[0]} is one")
     records = [read_record(workdir) for workdir in workdirs]
     for workdir, record in zip(workdirs, records, strict=True):
         if record is None or record["changes"] or recipe_of(record) != recipe_of(records[0]):
             raise UserError(f"{workdir} is no uninterrupted run of the recipe of {workdirs[0]}")
-    if len(workdirs) < 2:
-        raise UserError("a band needs two runs or more: give their folders")
     rows = [metrics.read_rows(workdir / metrics.FILE) for workdir in workdirs]
     training = [[row for row in own if not metrics.is_evaluation(row)] for own in rows]
     validation = [[row for row in own if metrics.is_evaluation(row)] for own in rows]
+    if min(map(len, training)) < DEVIATION or not all(validation):
+        raise UserError(f"a run has less than {DEVIATION} logged steps, or no validation")
     columns = [columns_of(own) for own in training]
     recalls = [columns_of(own) for own in validation]
     gallery = {name: int(recalls[0][name][-1]) for name in GALLERY}

@@ -135,7 +135,7 @@ def compare(reference: Reference, rows: Sequence[Row]) -> Comparison:
     training = columns_of([row for row in rows if not is_evaluation(row)])
     evaluations = [row for row in rows if is_evaluation(row)]
     alike = [r for r in evaluations if {name: r.get(name) for name in GALLERY} == reference.gallery]
-    bands, sentences, left = {}, [], []
+    bands, sentences, left, apart = {}, [], [], False
     for name, band in reference.bands.items():
         validated = name.startswith("eval/")
         columns = columns_of(alike) if validated else training
@@ -143,6 +143,7 @@ def compare(reference: Reference, rows: Sequence[Row]) -> Comparison:
             continue
         steps, own, other = np.intersect1d(columns["step"], band.steps, return_indices=True)
         same = _same_rate(steps, training, reference)
+        apart |= not same.all()
         if not same.any():
             continue
         bands[name] = Band(*(column[other][same] for column in band))
@@ -158,8 +159,8 @@ def compare(reference: Reference, rows: Sequence[Row]) -> Comparison:
     if evaluations and not alike:
         pictures = (evaluations[-1].get(GALLERY[0], 0), reference.gallery[GALLERY[0]])
         sentences.append("recall is not compared: among {:,} pictures, not {:,}".format(*pictures))
-    last = max((band.steps[-1] for band in bands.values()), default=0)
-    if last < min(training.get("step", [0])[-1], reference.train_steps):
+    if apart:
+        last = max((band.steps[-1] for band in bands.values()), default=0)
         sentences.append(
             f"compared up to step {last:,}: after it, the learning rates differ by more than "
             f"{_OTHER_RATE:.0%}, since the reference has {reference.train_steps:,} steps"
