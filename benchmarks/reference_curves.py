@@ -97,8 +97,8 @@ def band(name: str, values: Runs, deviation: np.ndarray, noise: np.ndarray) -> l
 
 
 def noise_of(values: Runs) -> Float[np.ndarray, " points"]:
-    """The standard deviation of the noise, from differences of neighbouring points."""
-    squares = np.diff(values, axis=1, append=values[:, -2:-1]) ** 2 / 2
+    """The standard deviation of the noise, from second differences, in which no trend is left."""
+    squares = np.pad(np.diff(values, 2) ** 2 / 6, ((0, 0), (1, 1)), "edge")
     return np.sqrt(windowed(squares.mean(axis=0), DEVIATION))
 
 
