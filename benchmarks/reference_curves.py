@@ -34,15 +34,16 @@ Runs = Float[np.ndarray, "runs points"]
 
 
 def make(workdirs: list[Path]) -> dict:
-    """The content of a file of reference curves; raises UserError for runs that have no common
-    one.
-    """
+    """The content of a file of reference curves; raises UserError for runs that make none."""
     if len(workdirs) < 2:
         raise UserError(f"a band needs two runs or more: {workdirs[0]} is one")
     records = [read_record(workdir) for workdir in workdirs]
     for workdir, record in zip(workdirs, records, strict=True):
         if record is None or record["changes"] or recipe_of(record) != recipe_of(records[0]):
             raise UserError(f"{workdir} is no uninterrupted run of the recipe of {workdirs[0]}")
+    seeds = [record["config"]["seed"] for record in records]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"the seeds of the runs are {seeds}: give runs of different seeds")
     rows = [metrics.read_rows(workdir / metrics.FILE) for workdir in workdirs]
     training = [[row for row in own if not metrics.is_evaluation(row)] for own in rows]
     validation = [[row for row in own if metrics.is_evaluation(row)] for own in rows]
@@ -66,7 +67,7 @@ def make(workdirs: list[Path]) -> dict:
     rates = {"learning_rate": rounded(columns[0]["learning_rate"])}
     return {
         "recipe": recipe_of(records[0]),
-        "seeds": [record["config"]["seed"] for record in records],
+        "seeds": seeds,
         "train_steps": records[0]["config"]["train"]["steps"],
         "versions": records[0]["versions"],
         "gallery": gallery,

@@ -32,6 +32,10 @@ def record_of(seed=0, changes=(), fingerprint="0", **fields):
     return {"config": config, "data": data, "versions": {"jax": "1"}, "changes": changes}
 
 
+def seeded(record, seed):
+    return record | {"config": record["config"] | {"seed": seed}}
+
+
 def rows_of(seed, *, last=540, offset=0.0):
     """A run with smooth differences between seeds, and with noise between steps; `offset` is added
     to its matching loss from step 300 on.
@@ -92,7 +96,7 @@ def test_few_healthy_runs_leave_a_band(healthy, tmp_path):
     left, record = 0, record_of()
     for first in range(0, 32, 4):  # four seeds make a band
         seeds = range(first, first + 4)
-        runs = [folder_of(tmp_path / str(seed), rows_of(seed), record) for seed in seeds]
+        runs = [folder_of(tmp_path / str(s), rows_of(s), seeded(record, s)) for s in seeds]
         write_json(tmp_path / "mine.json", MAKER["make"](runs))
         bands = reference.read_reference(tmp_path / "mine.json")
         left += sum(bool(reference.compare(bands, rows_of(seed)).left) for seed in range(100, 120))
@@ -179,7 +183,8 @@ def test_data_of_ones_own_are_known_by_their_content_not_their_place(tmp_path):
     def record(place, fingerprint):
         return record_of(fingerprint=fingerprint, **{"data.train": f"json:{place}/pairs.json"})
 
-    runs = [folder_of(tmp_path / str(s), rows_of(s), record("/mine", "abc")) for s in range(2)]
+    mine = record("/mine", "abc")
+    runs = [folder_of(tmp_path / str(s), rows_of(s), seeded(mine, s)) for s in range(2)]
     content = MAKER["make"](runs)
     assert "/mine" not in json.dumps(content)
     write_json(tmp_path / "mine.json", content)
@@ -260,6 +265,7 @@ def test_curves_of_another_kind_of_run_are_refused(name, value, file, tmp_path):
     [
         (lambda rows, record: (rows, record | {"changes": [1]}), "is no uninterrupted run"),
         (lambda rows, record: (rows, record_of(**{"queue.size": 64})), "is no uninterrupted run"),
+        (lambda rows, record: (rows, record_of(0)), r"seeds of the runs are \[0, 0\]"),
         (lambda rows, record: (rows[:5] + rows[-1:], record), "less than 11 logged steps"),
         (lambda rows, record: (rows[:-3], record), "no validation"),
         (lambda rows, record: (rows[1:], record), "not logged the same steps"),
@@ -280,12 +286,14 @@ def test_the_command_makes_the_band_that_the_report_of_a_run_draws(
 ):
     workdir = shutil.copytree(straight.workdir, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
-    out = tmp_path / "mine.json"
-    monkeypatch.setattr(sys, "argv", ["curves", str(workdir), str(workdir), f"--out={out}"])
+    out, twin = tmp_path / "mine.json", shutil.copytree(workdir, tmp_path / "twin")
+    record = json.loads((workdir / "config.json").read_text())
+    (twin / "config.json").write_text(json.dumps(seeded(record, 7)))
+    monkeypatch.setattr(sys, "argv", ["curves", str(workdir), str(twin), f"--out={out}"])
     MAKER["main"]()
     run.write_report(None, workdir, reference=str(out))
     said = capsys.readouterr().out
-    assert "compared with the reference mine: 2 runs of 20 steps" in said
+    assert "compared with the reference mine: 2 runs of 20 steps (seeds 0, 7)" in said
     assert "curves are inside the reference band\n" in said
     page = " ".join((workdir / "report.html").read_text().split())
     assert "Compared with the reference mine" in page and "<li>16 curves" in page
