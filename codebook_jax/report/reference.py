@@ -85,8 +85,9 @@ def read_reference(path: Path) -> Reference:
                 raise ValueError("a curve has not one value per step")
             if not np.isfinite(values).all() or (np.diff(steps) <= 0).any():
                 raise ValueError("a value is not finite, or steps do not increase")
-        recipe, gallery = dict(content["recipe"]), dict(content["gallery"])
-        recipe["size"], recipe["task"]
+        recipe = dict(content["recipe"])
+        _kind(recipe)
+        gallery = {name: int(content["gallery"][name]) for name in GALLERY}
         lasted, seeds = int(content["train_steps"]), list(content["seeds"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as failure:
         raise UserError(
@@ -101,20 +102,20 @@ def choose(record: dict[str, Any], named: str | None) -> tuple[Reference | None,
     `named`, otherwise of those shipped. Raises UserError if that file is damaged or of another kind
     of run.
     """
-    recipe, kind = recipe_of(record), "size {size}, task {task}".format
+    recipe = recipe_of(record)
+    kind = _kind(recipe)
     if named:
         references = [read_reference(Path(named).expanduser())]
-        given = kind(**_kind(references[0].recipe))
-        if given != kind(**_kind(recipe)):
+        if (given := _kind(references[0].recipe)) != kind:
             raise UserError(
-                f"--report.reference={named} is of {given} and this run of "
-                f"{kind(**_kind(recipe))}: give curves of the same kind, or leave it out"
+                f"--report.reference={named} is of {given} and this run of {kind}: give curves of "
+                "the same kind, or leave it out"
             )
     else:
         shipped = map(read_reference, sorted(SHIPPED.glob("*.json")))
-        references = [one for one in shipped if _kind(one.recipe) == _kind(recipe)]
+        references = [one for one in shipped if _kind(one.recipe) == kind]
     if not references:
-        return None, f"there are no reference curves of {kind(**_kind(recipe))}"
+        return None, f"there are no reference curves of {kind}"
     changed = {name for change in record["changes"] for name in change["fields"]} - {"data.train"}
     differing = [_differing(one, recipe, changed) for one in references]
     differs, reference = min(zip(differing, references, strict=True), key=lambda at: len(at[0]))
@@ -139,7 +140,7 @@ def compare(reference: Reference, rows: Sequence[Row]) -> Comparison:
     for name, band in reference.bands.items():
         validated = name.startswith("eval/")
         columns = columns_of(alike) if validated else training
-        if name not in columns:
+        if name not in columns or "learning_rate" not in training:
             continue
         steps, own, other = np.intersect1d(columns["step"], band.steps, return_indices=True)
         same = _same_rate(steps, training, reference)
@@ -168,8 +169,8 @@ def compare(reference: Reference, rows: Sequence[Row]) -> Comparison:
     return Comparison(bands, left, sentences)
 
 
-def _kind(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: recipe[name] for name in ("size", "task")}
+def _kind(recipe: Mapping[str, Any]) -> str:
+    return "size {size}, task {task}".format(**recipe)
 
 
 def _differing(reference: Reference, recipe: Mapping[str, Any], changed: set[str]) -> list[str]:

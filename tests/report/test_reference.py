@@ -157,6 +157,7 @@ def test_a_run_of_another_length_is_compared_while_the_learning_rates_agree(heal
     half = [row for row in rows_of(1) if row["step"] <= 200]  # still training
     found = reference.compare(healthy, half)
     assert found.bands["loss"].steps[-1] == 200 and len(found.sentences) == 1
+    assert reference.compare(healthy, rows_of(1)[-1:]).bands == {}  # no training step is left
     assert reference.compare(healthy, []).sentences == ["no logged step can be compared yet"]
 
 
@@ -224,6 +225,7 @@ DAMAGES = {
     "a list": lambda content: [],
     "no recipe": lambda content: content | {"recipe": 3},
     "no size": lambda content: content | {"recipe": {"task": "pretrain"}},
+    "no gallery": lambda content: content | {"gallery": {}},
     "no seeds": lambda content: {name: content[name] for name in content if name != "seeds"},
     "a text for a number": lambda content: changed(content, low=["x"] * len(STEPS)),
     "a short curve": lambda content: changed(content, low=[1.0]),
