@@ -43,6 +43,7 @@ OPTIONS = (
     (NUMBER, "processes", None, "the number of processes in the run"),
     (NUMBER, "process", None, "the number of this process, from 0"),
     (NUMBER, "join_timeout_s", 300, "how long the processes look for each other, in seconds"),
+    (TEXT, "report.reference", None, "for --mode=report: a file of reference curves of your own"),
     (TEXT, "plan.chip", PLAN.chip, "for --mode=plan: the accelerator"),
     (NUMBER, "plan.devices", PLAN.devices, "for --mode=plan: the number of chips"),
     (NUMBER, "plan.slices", PLAN.slices, "for --mode=plan: the number of slices"),
@@ -147,7 +148,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         "import": lambda: import_weights.import_weights(config, workdir),
         "eval": lambda: evaluate.evaluate(config, workdir, named),
         "export": lambda: export.export(config, workdir, named),
-        "report": lambda: write_report(config, workdir, named),
+        "report": lambda: write_report(config, workdir, named, FLAGS["report.reference"].value),
     }
     with console.interruptible():
         return others[mode]() or 0

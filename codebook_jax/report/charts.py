@@ -1,15 +1,16 @@
 """Charts as data for page.js.
 
 A chart is {"title", "note", "kind": "lines" or "bars", "x", "y" (axis labels), "log", "xs",
-"series": [{"label", "values", "dash"}]}, for bars also their width "step" and the "mark"; missing
-values are null.
+"series": [{"label", "values", "dash", "band": [lows, highs] or null}]}, for bars also their width
+"step" and the "mark"; missing values are null.
 """
 
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -19,23 +20,38 @@ _BARS = 40
 _SHOWN = 0.999  # share of a histogram's values before the last bar
 
 
+class Band(NamedTuple):
+    """Where a curve should lie at these steps."""
+
+    steps: Int[np.ndarray, " points"]
+    low: Float[np.ndarray, " points"]
+    high: Float[np.ndarray, " points"]
+
+
 def lines(
     xs: Shaped[np.ndarray, " rows"],
     curves: Mapping[str, Float[np.ndarray, " rows"]],
     *,
     log: bool = False,
     dashed: Collection[str] = (),
+    bands: Mapping[str, Band] = types.MappingProxyType({}),
     **labels: str,
 ) -> dict[str, Any]:
     """Curves {label: values}, thinned; a logarithmic axis leaves out values that are not positive.
-    `labels` are the chart's title, x, y and note.
+    Bands lie between their steps too. `labels` are the chart's title, x, y and note.
     """
     values = np.stack(list(curves.values()), axis=1)
     xs, values = thinned(xs, np.where(values > 0, values, np.nan) if log else values)
     series = []
-    for label, column in zip(curves, values.T.tolist(), strict=True):
-        rounded = [None if math.isnan(y) else float(f"{y:.5g}") for y in column]
-        series.append({"label": label, "values": rounded, "dash": label in dashed})
+    for label, column in zip(curves, values.T, strict=True):
+        band = None
+        if label in bands:
+            steps, *edges = bands[label]
+            outside = {"left": math.nan, "right": math.nan}
+            band = [_rounded(np.interp(xs, steps, edge, **outside)) for edge in edges]
+        series.append(
+            {"label": label, "values": _rounded(column), "dash": label in dashed, "band": band}
+        )
     places = {"xs": xs.astype(int).tolist(), "series": series}
     return {"note": "", **labels, "kind": "lines", "log": log, **places}
 
@@ -54,7 +70,7 @@ def histogram(
     bars = -(-(top - start) // step)
     which = np.minimum((np.arange(len(counts)) - start) // step, bars - 1)
     held = np.bincount(which, counts, bars).astype(int).tolist()
-    series = [{"label": labels["y"], "values": held, "dash": False}]
+    series = [{"label": labels["y"], "values": held, "dash": False, "band": None}]
     places = {"xs": (start + np.arange(bars) * step).tolist(), "step": step, "mark": mark}
     return {"note": "", **labels, "kind": "bars", "log": False, **places, "series": series}
 
@@ -75,3 +91,7 @@ def thinned(
     pairs = [np.where(falls, highest, lowest), np.where(falls, lowest, highest)]
     places = np.stack([starts, np.minimum(starts + size // 2, rows - 1)], axis=1)
     return steps[places.ravel()], np.stack(pairs, axis=1).reshape(-1, values.shape[1])
+
+
+def _rounded(values: Float[np.ndarray, " rows"]) -> list[float | None]:
+    return [None if math.isnan(y) else float(f"{y:.5g}") for y in values.tolist()]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from codebook_jax.evaluation.recall import RANKS
-from codebook_jax.report.charts import lines
+from codebook_jax.report.charts import Band, lines
 from codebook_jax.run.metrics import is_evaluation
 
 Row = Mapping[str, Any]
@@ -52,6 +53,7 @@ _SINGLE = "0: each feature is assigned to a single codeword."
 _MARGINALS = "How far the plan's marginals are from uniform."
 _COMPILES = "The first step after every start includes compilation."
 _WAITING = {"time/data_wait_share": "waiting for data"}
+_SHADED = "Shaded: the band of the reference."
 _FIND = "R@k: the share of queries with a right answer among the first k."
 _SECTIONS = {  # after the losses
     "Codebook": (
@@ -71,18 +73,28 @@ _SECTIONS = {  # after the losses
 _IN_TABLES = re.compile(r"^step$|_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
 
 
-def curves(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """{section: charts} of the rows of a metrics.jsonl: every number except the counts of eval/."""
+def curves(
+    rows: Sequence[Row],
+    bands: Mapping[str, Band] = types.MappingProxyType({}),
+    left: Sequence[str] = (),
+) -> dict[str, list[dict[str, Any]]]:
+    """{section: charts} of the rows of a metrics.jsonl: every number except the counts of eval/.
+    `bands` of a reference, by name, are behind their curves; those `left` in training come first.
+    """
     training = columns_of([row for row in rows if not is_evaluation(row)])
     evaluations = columns_of([row for row in rows if is_evaluation(row)])
     sections = {"Loss and accuracy": _losses(training), **_SECTIONS}
     drawn = {"step", *(name for plots in sections.values() for p in plots for name in p.curves)}
     rest = {name: training for name in training if name not in drawn}
     rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}
-    more = (_charts([_Plot(name, "", {name: name})], columns) for name, columns in rest.items())
+    more = (
+        _charts([_Plot(name, "", {name: name})], columns, bands) for name, columns in rest.items()
+    )
+    outside = [_Plot(name, "", {name: name}) for name in left]
     charts = {
-        "Recall in validation": _charts(_recalls(), evaluations),
-        **{section: _charts(plots, training) for section, plots in sections.items()},
+        "Outside the reference band": _charts(outside, training, bands),
+        "Recall in validation": _charts(_recalls(), evaluations, bands),
+        **{section: _charts(plots, training, bands) for section, plots in sections.items()},
         "Everything else that was logged": list(itertools.chain(*more)),
     }
     return {section: found for section, found in charts.items() if found}
@@ -121,16 +133,18 @@ def _recalls() -> list[_Plot]:
     return plots
 
 
-def _charts(plots: Iterable[_Plot], columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _charts(
+    plots: Iterable[_Plot], columns: Mapping[str, np.ndarray], bands: Mapping[str, Band]
+) -> list[dict[str, Any]]:
     """The charts of the plots that have at least one curve among the columns."""
     charts = []
     for title, unit, curves, note, log, dashed in plots:
-        shown = {
-            label.replace("_", " "): columns[name]
-            for name, label in curves.items()
-            if name in columns
-        }
-        if shown:
+        names = {name: label.replace("_", " ") for name, label in curves.items() if name in columns}
+        if names:
+            shown = {label: columns[name] for name, label in names.items()}
+            behind = {label: bands[name] for name, label in names.items() if name in bands}
+            note = f"{note} {_SHADED}".strip() if behind else note
             labels = {"title": title, "x": "step", "y": unit, "note": note}
-            charts.append(lines(columns["step"], shown, log=log, dashed=dashed, **labels))
+            drawn = lines(columns["step"], shown, log=log, dashed=dashed, bands=behind, **labels)
+            charts.append(drawn)
     return charts

@@ -40,6 +40,15 @@ const style = chart => chart.series.map((series, at) => {
   return { ...common, width: 1.7, dash, points: { show: few, size: 5, fill: stroke } };
 });
 
+const edge = { class: "edge", width: 0, points: { show: false } }; // of a band; behind the curves, so in front of them in order
+
+function bands(chart) {
+  return chart.series.filter(series => series.band).map((series, at) => {
+    const stroke = style(chart)[chart.series.indexOf(series)].stroke;
+    return { series: [2 * at + 2, 2 * at + 1], fill: () => `${stroke()}2b` };
+  });
+}
+
 const where = chart => (_, x, __, at) => {
   if (x == null || at == null) return "–";
   if (chart.kind !== "bars") return count(x);
@@ -94,7 +103,7 @@ function described(chart) { // for screen readers
   return `Chart, ${chart.y || chart.title} by ${chart.x}. ${parts.join("; ")}. Arrow keys read the values.`;
 }
 
-const values = (plot, at) => plot.series.map((series, n) => `${series.label} ${n ? number(plot.data[n][at]) : count(plot.data[0][at])}`).join(", ");
+const values = (plot, at) => plot.series.map((series, n) => series.class === "edge" ? "" : `${series.label} ${n ? number(plot.data[n][at]) : count(plot.data[0][at])}`).filter(Boolean).join(", ");
 
 function rest(plot) { // the legend shows the last values while the pointer is elsewhere
   plot.setLegend({ idx: plot.data[0].length - 1 });
@@ -120,17 +129,19 @@ function move(plot, event) {
 function draw(figure) {
   const place = figure.querySelector(".plot");
   const chart = JSON.parse(figure.querySelector("script").textContent);
+  const edges = chart.series.flatMap(series => series.band ?? []);
   const options = {
     width: Math.max(place.clientWidth, 240),
     height: HEIGHT,
     scales: scales(chart),
     axes: axes(chart),
-    series: [{ label: chart.x, value: where(chart) }, ...style(chart)],
+    series: [{ label: chart.x, value: where(chart) }, ...edges.map(() => ({ ...edge })), ...style(chart)],
+    bands: bands(chart),
     cursor: { y: false, drag: { x: true, y: false }, sync: chart.x === "step" ? { key: "step" } : undefined },
     legend: { markers: { stroke: (plot, at) => plot.series[at].stroke?.(plot, at), dash: (plot, at) => plot.series[at].dash ? "dotted" : "solid" } },
     hooks: { ready: [rest], draw: chart.mark == null ? [] : [mark(chart)] },
   };
-  const plot = new uPlot(options, [chart.xs, ...chart.series.map(series => series.values)], place);
+  const plot = new uPlot(options, [chart.xs, ...edges, ...chart.series.map(series => series.values)], place);
   place.setAttribute("aria-label", described(chart));
   place.addEventListener("keydown", event => move(plot, event));
   plot.over.addEventListener("mouseleave", () => drawn.forEach(rest));

@@ -25,6 +25,7 @@ from codebook_jax.method.numerics import unit
 from codebook_jax.report.curves import Row, columns_of, curves
 from codebook_jax.report.gallery import PICTURES, examples, explore_codebook
 from codebook_jax.report.page import FILE, Pictures, write_page
+from codebook_jax.report.reference import Comparison, choose, compare
 from codebook_jax.report.stories import aligned_stories
 from codebook_jax.run import metrics
 from codebook_jax.run import record as records
@@ -37,19 +38,25 @@ def write_report(
     config: ml_collections.ConfigDict | None,
     workdir: Path | str,
     flags: Container[str] | None = None,
+    reference: str | None = None,
 ) -> None:
-    """Writes `report.html`: the curves, the run's settings compared with `config` and, if there is
-    a checkpoint, what it finds in test data. Raises UserError for a folder that holds no run.
+    """Writes `report.html`: the curves over the bands of a `reference` (a file; None: the one that
+    is shipped for the run's recipe), the run's settings compared with `config` and, if there is a
+    checkpoint, what it finds in test data. Raises UserError for a folder that holds no run.
     """
     workdir = Path(workdir).absolute()
     check_outputs(workdir, (FILE,))
     parts = build.build_trained(config, workdir, flags)
     record = records.read_record(workdir)
+    healthy, sentence = choose(record, reference)
     pictures = Pictures()
     seen = _see_test_data(parts, workdir, pictures)
     if jax.process_index() != 0:
         return
     rows = metrics.read_rows(workdir / metrics.FILE)
+    compared = compare(healthy, rows) if healthy else Comparison({}, [], [])
+    for said in (sentence, *compared.sentences):
+        say(said)
     write_page(
         workdir / FILE,
         "run.html",
@@ -57,7 +64,9 @@ def write_report(
         title=workdir.name,
         facts=facts(rows, build.trained_parameters(parts.task)),
         result=result(workdir / metrics.RESULTS, rows),
-        charts=curves(rows),
+        charts=curves(rows, compared.bands, compared.left),
+        reference=sentence,
+        verdicts=compared.sentences,
         seen=seen,
         record=record,
         settings=flat(record["config"]),

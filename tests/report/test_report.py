@@ -95,6 +95,8 @@ def page_of(path, rows, *, seen=None, pictures=None, result=None):
         facts=run.facts(rows, parameters=1_900_000),
         result=result,
         charts=curves(rows),
+        reference="no reference",
+        verdicts=[],
         seen=seen,
         record=RECORD,
         settings={"data.train": EVIL},
