@@ -73,7 +73,7 @@ def milliseconds(solver: str, batch: int, codes: int, *, most_s: float = 3.0) ->
     from codebook_jax.tasks import running
     from configs import base
 
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.codebook.solver = solver
     keys = jax.random.split(jax.random.key(0))
     features = unit(jax.random.normal(keys[0], (2, batch, config.model.dim)))

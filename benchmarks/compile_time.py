@@ -115,7 +115,7 @@ def measure(size: str, fields: dict[str, Any], compiler: str) -> dict[str, Any]:
     from configs import base
 
     jax.config.update("jax_enable_compilation_cache", False)
-    config = base.get_config(size)
+    config = base.paper(size)
     config.update_from_flattened_dict({"data.global_batch": BATCH} | fields)
     devices = described_tpus(options) if compiler == "tpu" else None
     vocabulary = Vocabulary(WORDS, 0, 101, 102, 103, (0, 100, 101, 102, 103))

@@ -83,7 +83,7 @@ def measure(size: str, fields: dict[str, Any]) -> dict[str, Any]:
     from codebook_jax.parallel import memory
     from configs import base
 
-    config = base.get_config(size)
+    config = base.paper(size)
     few = {"train.steps": 4, "checkpoint.every_steps": 2, "log_every_steps": 1}
     few |= {"data.scenes_examples": 2000, "evaluation.images": 8, "evaluation.batch": 8}
     config.update_from_flattened_dict(few | {"evaluation.rerank_top_k": 2} | fields)

@@ -76,7 +76,7 @@ def augmentation(batch: int, side: int) -> tuple[Any, ...]:
 
 def step_without(size: str, batch: int) -> tuple[Any, ...]:
     """The jitted training step on one device without flips and RandAugment, and its arguments."""
-    config = base.get_config(size)
+    config = base.paper(size)
     depth = max(config.model.image.depth, config.model.text.depth, config.model.text.fusion_depth)
     changed = {"data.global_batch": batch, "model.remat": "none", "model.scan_unroll": depth}
     changed |= {"data.flip": False, "data.randaugment_layers": 0}

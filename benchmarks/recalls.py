@@ -22,7 +22,7 @@ Row = dict[str, float | str | list[str]]
 class Variant(NamedTuple):
     """What is compared: a recipe in configs/, and fields that differ from it."""
 
-    recipe: str = "base"
+    recipe: str = "paper"
     fields: tuple[str, ...] = ()
 
 

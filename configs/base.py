@@ -139,6 +139,7 @@ IN_MINUTES = {
     "model.pool": "mean",
     "model.text.position_std": 0.02,  # a mean of tokens would be full of larger positions
     "teacher.alpha": 0.0,
+    "queue.size": 512,
     "data.alike": 16,
     "data.crop_scale": (1.0, 1.0),  # a scene's test pictures are whole
     "evaluation.rerank_score": "log_odds",

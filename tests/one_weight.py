@@ -105,7 +105,7 @@ def make_world(monkeypatch):
 
 
 def config_of(**changes: Any) -> ml_collections.ConfigDict:
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     values = {
         "train.steps": 12,
         "data.global_batch": PAIRS,

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from codebook_jax.run.metrics import read_rows
-from configs import base
+from configs import paper
 from launch import local
 
 ROOT = Path(__file__).parent.parent
@@ -72,13 +72,13 @@ def kill_after(command, environment, workdir, step):
     process.wait()
 
 
-def config_of(recipe=base, **changes):
+def config_of(recipe=paper, **changes):
     config = recipe.get_config("tiny")
     config.update_from_flattened_dict(SMALL | changes)
     return config.lock()
 
 
-def command(workdir, recipe="base", **changes):
+def command(workdir, recipe="paper", **changes):
     fields = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
     config = f"--config={ROOT / 'configs' / recipe}.py:tiny"
     program = [sys.executable, str(ROOT / "tests" / "faulty_run.py")]

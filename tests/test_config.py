@@ -14,7 +14,7 @@ from codebook_jax.errors import UserError
 from configs import base
 
 RECIPES = [("base.py", size) for size in base.SIZES]
-RECIPES += [(file, size) for file in ("albef.py", "clip.py") for size in base.SIZES]
+RECIPES += [(file, size) for file in ("albef.py", "clip.py", "paper.py") for size in base.SIZES]
 RECIPES += [("pretrain_4m.py", "base")]
 RECIPES += [("sequences.py", size) for size in base.SIZES]
 NO_TEACHER = {"teacher.use": False, "teacher.alpha": 0.0, "queue.size": 0}
@@ -28,14 +28,14 @@ def shipped(file, size):
 
 
 OF_STORIES = shipped("sequences.py", "tiny")
-NAMES = list(flat(base.get_config("tiny").to_dict()) | flat(OF_STORIES.to_dict()))
+NAMES = list(flat(base.paper("tiny").to_dict()) | flat(OF_STORIES.to_dict()))
 NUMBERS = [name for name in NAMES if isinstance(field_of(name).rule, Number)]
 
 
 def config_of(**fields):
     """A tiny config that has these fields, with these values, of whatever type."""
     of_stories = any(name.startswith("sequences.") for name in fields)
-    values = (OF_STORIES if of_stories else base.get_config("tiny")).to_dict()
+    values = (OF_STORIES if of_stories else base.paper("tiny")).to_dict()
     for name, value in fields.items():
         *sections, last = name.split(".")
         functools.reduce(dict.__getitem__, sections, values)[last] = value
@@ -153,7 +153,7 @@ def test_each_part_can_be_left_out_alone(changes):
 
 
 def test_a_field_that_a_config_file_lacks_is_named():
-    values = base.get_config("tiny").to_dict()
+    values = base.paper("tiny").to_dict()
     del values["data"]["patience_s"]
     with pytest.raises(UserError, match=r"config\.data\.patience_s is missing"):
         check_fields(ml_collections.ConfigDict(values))

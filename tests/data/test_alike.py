@@ -141,7 +141,7 @@ def test_neither_padding_nor_unknown_words_make_captions_alike(filler):
 
 
 def test_groups_that_do_not_fill_a_batch_are_refused():
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.data.alike = 7
     with pytest.raises(UserError, match="config.data.global_batch=64, config.data.alike=7"):
         limits.check(config)

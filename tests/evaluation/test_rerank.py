@@ -73,7 +73,7 @@ class Oracle:
 
 
 def config_of(**changes):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(
         {
             "model.image.size_px": SIDE,

@@ -40,7 +40,7 @@ WORDS = 23
 
 
 def tiny(**changes):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(TINY | changes)
     return config
 

@@ -17,7 +17,7 @@ from configs import base
 
 
 def config_of(image="vit", **text):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.model.image.update(IMAGES[image])
     config.model.text.update(TEXT | text)
     return config

@@ -16,7 +16,7 @@ from configs import base
 
 
 def axes_with(**mesh):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.mesh.update(mesh)
     return config.mesh
 
@@ -63,7 +63,7 @@ def test_a_trained_run_is_used_on_its_own_mesh_or_on_what_the_devices_leave_of_i
 def test_a_run_records_its_choice_starts_again_with_it_and_is_used_with_it(
     monkeypatch, tmp_path, capsys
 ):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(
         SMALL | {"data.global_batch": 16, "train.memory_check": False}
     )

@@ -40,7 +40,7 @@ CHANGES = {
 
 def sent_on(data, fsdp, tensor, changes=None):
     """What the step sends on a mesh, with the shapes of the parameters."""
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     config.update_from_flattened_dict(SMALL | CHANGES | sizes | (changes or {}))
     make = build.task_maker(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)))

@@ -26,7 +26,7 @@ MB = 10**6
 
 
 def make_real(changes):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(SMALL | FIELDS | changes)
     return build.task_maker(config, Vocabulary(211, 0, 1, 2, 3, (0, 1, 2, 3)))({})
 
@@ -62,7 +62,7 @@ class Toy:
 
 
 def make_toy(changes):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     tiny = {"model.image.size_px": 2, "data.prefetch": 1, "data.global_batch": 256}
     config.update_from_flattened_dict(tiny | changes)
     mesh = sharding.mesh_of(config.mesh)
@@ -200,7 +200,7 @@ def test_a_compiler_that_runs_out_of_memory_counts_as_too_large():
 
 
 def test_a_run_with_checkpoints_is_told_only_what_it_may_change():
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     vocabulary = Vocabulary(211, 0, 1, 2, 3, (0, 1, 2, 3))
     make = build.task_maker(config, vocabulary, has_checkpoint=True)
     for fixed in ("data.global_batch", "model.dtype"):

@@ -31,7 +31,6 @@ OTHERS = {  # together, each as far from its default as it goes
     "jax_default_prng_impl": "rbg",
     "jax_threefry_partitionable": False,
 }
-CONV = {"model.image.stem": "conv", "model.pool": "mean"}
 VOCABULARY = Vocabulary(200, 0, 1, 2, 3, (0, 1, 2, 3))
 
 
@@ -97,8 +96,8 @@ def test_a_seed_means_what_it_means_to_jax_under_its_defaults(seed, set_to):
     [
         ("pretrain_4m.py", "base", {}),
         ("albef.py", "base", {}),
-        ("base.py", "tiny", {"codebook.solver": "ipot", "codebook.queue_samples": 64}),
-        ("base.py", "tiny", {"optimizer.name": "muon", "teacher.alpha": 0.0} | CONV),
+        ("paper.py", "tiny", {"codebook.solver": "ipot", "codebook.queue_samples": 64}),
+        ("base.py", "tiny", {}),
         ("base.py", "small", {"optimizer.accumulation": 2, "teacher.momentum_ramp": True}),
     ],
 )

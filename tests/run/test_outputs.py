@@ -24,7 +24,7 @@ from configs import base
 
 
 def config_of(**changes):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(changes)
     return config.lock()
 

@@ -21,7 +21,7 @@ def resolved(config, record, *, shards):
 
 
 def config_of(size="tiny", **changes):
-    config = base.get_config(size)
+    config = base.paper(size)
     config.update_from_flattened_dict(changes)
     return resolved(config, None, shards=1)
 
@@ -63,7 +63,7 @@ def test_a_run_older_than_the_fields_of_learning_goes_on_with_the_same_command(t
             del record["config"][section][name]
     del record["config"]["model"]["pool"], record["config"]["model"]["image"]["stem"]
     del record["config"]["model"]["text"]["position_std"]
-    config = resolved(base.get_config("tiny"), record, shards=1)
+    config = resolved(base.paper("tiny"), record, shards=1)
     assert config.queue.ids is False and config_of().queue.ids is True
     assert restart(tmp_path, record, config).keys() <= {"model.text.position_std"}
 
@@ -176,7 +176,7 @@ def test_another_version_of_a_package_is_said(tmp_path, capsys):
 
 
 def test_groups_are_data_shards_times_accumulation_and_stay_those_of_the_run(tmp_path):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.optimizer.accumulation = 2
     first = resolved(config, None, shards=4)
     assert first.itm.groups == 8 and config.itm.groups == 0

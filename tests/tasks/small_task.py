@@ -59,7 +59,7 @@ VOCABULARY = Vocabulary(WORDS, 0, 2, 3, 4, (0, 1, 2, 3, 4))
 
 
 def task_on(*sizes, **changes):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(CONFIG | changes)
     devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
     mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)

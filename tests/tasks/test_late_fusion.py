@@ -131,7 +131,7 @@ def test_without_a_teacher_every_other_loss_is_that_of_a_teacher_who_equals_the_
     ],
 )
 def test_a_format_without_a_place_for_a_part_is_refused(form, field, value):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict({"export.format": form, field: value})
     with pytest.raises(UserError, match=f"export.format='{form}' .*config.{field}='{value}'"):
         limits.check_export(config)

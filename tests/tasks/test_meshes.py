@@ -24,7 +24,7 @@ BATCHES = [batch_of(seed) for seed in range(2)]
 
 
 def task_on(mesh, **changes):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(CONFIG | DIVIDES_EIGHT_WAYS | changes)
     return pretrain.Pretraining(config, VOCABULARY, mesh)
 

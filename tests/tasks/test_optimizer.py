@@ -13,7 +13,7 @@ from configs import base
 
 def made(peak, ends, warmup_steps, steps, *, clip_norm=0.0):
     """The rate and the optimizer of these settings."""
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.train.steps = steps
     config.optimizer.update(
         learning_rate=peak, learning_rate_ends=ends, warmup_steps=warmup_steps, clip_norm=clip_norm
@@ -158,7 +158,7 @@ def newton_schulz(matrix):
 
 def test_three_steps_of_muon_are_those_of_numpy_each_projection_of_all_heads_a_matrix():
     layers, width, heads, each = 2, 6, 2, 3
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.train.steps = 10
     config.optimizer.update(name="muon", learning_rate=0.01, learning_rate_ends=0.001)
     config.optimizer.update(warmup_steps=2, weight_decay=0.02, muon_learning_rate=0.3)
@@ -190,7 +190,7 @@ def test_three_steps_of_muon_are_those_of_numpy_each_projection_of_all_heads_a_m
 
 
 def test_muon_moves_every_matrix_inside_the_network_by_orthogonal_steps_and_adamw_the_rest():
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.optimizer.update(name="muon", warmup_steps=0, weight_decay=0.0, muon_learning_rate=0.5)
     student = codis.init_student(config, 50, jax.random.key(0))
     rng = np.random.default_rng(0)

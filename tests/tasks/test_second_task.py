@@ -25,7 +25,7 @@ def command(workdir, *more):
     return [
         sys.executable,
         str(ROOT / "tests" / "tasks" / "run_probe.py"),
-        f"--config={ROOT / 'configs' / 'base.py'}:tiny",
+        f"--config={ROOT / 'configs' / 'paper.py'}:tiny",
         f"--workdir={workdir}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
         *more,
@@ -78,7 +78,7 @@ def test_a_task_of_one_file_does_all_that_the_program_does(
 def test_a_task_without_a_method_that_it_must_define_is_refused_at_the_start(missing, monkeypatch):
     unfinished = type("Unfinished", (Probe,), {missing: getattr(Task, missing)})
     monkeypatch.setitem(build.TASKS, "other", unfinished)
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.task = "other"
     with pytest.raises(UserError, match=f"config.task='other' lacks {missing}: "):
         build.check(config)

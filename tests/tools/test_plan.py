@@ -31,7 +31,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def config_of(changes=None):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(FIELDS | (changes or {}))
     return config
 

@@ -61,7 +61,7 @@ def exported(straight, one_device_environment, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("exported") / "run"
     shutil.copytree(straight.workdir, workdir)
     fields = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "codebook_jax.main", f"--config={ROOT}/configs/base.py:tiny"]
+    command = [sys.executable, "-m", "codebook_jax.main", f"--config={ROOT}/configs/paper.py:tiny"]
     command += [f"--workdir={workdir}", "--mode=export", *fields, "--config.export.teacher=true"]
     said = output_of(command, one_device_environment, ROOT)
     folder = workdir.parent / "elsewhere"

@@ -131,7 +131,7 @@ def test_pairs_with_a_field_called_frames_stay_pairs(tmp_path):
 @pytest.mark.parametrize("spec", ["json:FILE", "scenes:stories"])
 def test_runs_of_pairs_refuse_stories_and_runs_of_stories_pairs(tmp_path, spec):
     spec = spec.replace("FILE", str(write(tmp_path / "stories.json", STORIES)))
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.data.train = spec
     assert source_of(config, spec, "train", stories=True).stories
     refusals = (
