@@ -11,6 +11,7 @@ that: their noise is the binomial one of so many queries.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import scipy.stats
 from jaxtyping import Float
 
 from codebook_jax.errors import UserError
-from codebook_jax.files import write_json
 from codebook_jax.report.curves import columns_of
 from codebook_jax.report.reference import GALLERY, METRICS, recipe_of
 from codebook_jax.run import metrics
@@ -120,7 +120,8 @@ def main() -> None:
     options.add_argument("--out", required=True, type=Path)
     given = options.parse_args()
     try:
-        write_json(given.out, make(given.runs))
+        content = json.dumps(make(given.runs), allow_nan=False)
+        given.out.write_text(f"{content}\n")  # thousands of numbers: not a line for each
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -132,7 +132,7 @@ LARGER = dict(
 
 # docs/learning.md has what each brings.
 IN_MINUTES = {
-    "train.steps": 850,
+    "train.steps": 700,
     "optimizer.name": "muon",
     "model.image.stem": "conv",
     "model.image.patch_px": 16,

@@ -204,7 +204,7 @@ def test_a_field_that_a_reference_is_too_old_to_have_has_its_older_value(file, t
 
 
 def test_the_shipped_curves_are_of_the_shipped_recipe():
-    config = base.paper("tiny")
+    config = base.get_config("tiny")
     config = task_class(config).resolve(config, None, shards=1, examples=20_000)
     record = record_of() | {"config": config.to_dict()}
     found, _ = reference.choose(record, None)
