@@ -42,6 +42,13 @@ def config_of(**fields):
     return ml_collections.ConfigDict(values)
 
 
+def test_only_tiny_departs_from_the_papers_choices():
+    for size in base.SIZES:
+        own, papers = (flat(shipped(file, size).to_dict()) for file in ("base.py", "paper.py"))
+        differing = {name for name in own if own[name] != papers[name]}
+        assert differing == (set(base.IN_MINUTES) if size == "tiny" else set())
+
+
 def outside(rule):
     """Values that a number's rule must refuse: just outside its limits, and what is no number."""
     step = 1 if rule.whole else 1e-6
