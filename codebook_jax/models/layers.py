@@ -4,6 +4,7 @@ scan.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -52,11 +53,19 @@ class Dense(nnx.Module):
         self.kernel = normal_param((*self.inputs, *self.outputs), std=std, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(self.outputs, jnp.float32))
 
-    def __call__(self, x: Float[Array, "*some_and_inputs"]) -> Float[Array, "*some_and_outputs"]:
+    def __call__(
+        self, x: Float[Array, "*some_and_inputs"], activation: Callable[[Some], Some] | None = None
+    ) -> Float[Array, "*some_and_outputs"]:
+        """The layer of `x`, or of `activation(x)`."""
         dtype = self.dtype or wide_enough(x.dtype)
         rows = x.reshape(-1, math.prod(self.inputs)).astype(dtype)
         kernel = self.kernel[...].reshape(rows.shape[1], -1).astype(dtype)
-        y = _product(rows, kernel) + self.bias[...].reshape(-1).astype(dtype)
+        product = _product
+        if activation:
+            product = lambda rows, kernel: _product(activation(rows), kernel)  # noqa: E731
+            if dtype == jnp.bfloat16:  # on an accelerator: computing it again is cheap, memory not
+                product = jax.checkpoint(product, prevent_cse=False)
+        y = product(rows, kernel) + self.bias[...].reshape(-1).astype(dtype)
         return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
 
 
@@ -135,12 +144,45 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(
         self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs, *, width: int | None = None
     ) -> None:
-        options = dict(epsilon=spec.layer_norm_eps, dtype=compute.dtype, use_fast_variance=False)
+        options = dict(epsilon=spec.layer_norm_eps, dtype=compute.dtype)
         super().__init__(width or spec.width, **options, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
-        with default_types(x.dtype):
-            return super().__call__(x)
+        return _normalised(x.astype(self.dtype), self.scale[...], self.bias[...], self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalised(x: Some, scale: Array, bias: Array, epsilon: float) -> Some:
+    return _normalised_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalised_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(wide_enough(x.dtype))
+    mean = wide.mean(axis=-1)
+    centred = wide - mean[..., None]
+    rate = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1) + epsilon)
+    y = centred * (rate[..., None] * scale) + bias
+    # Of autodiff's own choice, the backward pass would keep three arrays like x in float32.
+    return y.astype(x.dtype), (x, mean, rate, scale)
+
+
+def _normalised_backward(
+    epsilon: float, kept: tuple[Array, ...], gradient: Array
+) -> tuple[Array, Array, Array]:
+    x, mean, rate, scale = kept
+    gradient, rate = gradient.astype(rate.dtype), rate[..., None]
+    unit = (x.astype(rate.dtype) - mean[..., None]) * rate
+    scaled = gradient * scale
+    along = (scaled * unit).mean(axis=-1, keepdims=True)
+    to_x = rate * (scaled - scaled.mean(axis=-1, keepdims=True) - unit * along)
+    rows = tuple(range(x.ndim - 1))
+    to_scale, to_bias = (gradient * unit).sum(axis=rows), gradient.sum(axis=rows)
+    return to_x.astype(x.dtype), to_scale.astype(scale.dtype), to_bias.astype(scale.dtype)
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 class FeedForward(nnx.Module):
@@ -153,7 +195,7 @@ class FeedForward(nnx.Module):
         self.down = Dense(inner, spec.width, **common)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
-        return self.down(gelu(self.up(x)))
+        return self.down(self.up(x), activation=gelu)
 
 
 class SelfAttention(nnx.Module):
