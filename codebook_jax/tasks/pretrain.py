@@ -28,7 +28,7 @@ from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.numerics import key_of, unit
 from codebook_jax.method.queue import empty_queue, enqueue, newest
 from codebook_jax.models import codis
-from codebook_jax.models.bert import Negatives, gather_in_groups
+from codebook_jax.models.bert import Negatives, gather_in_groups, taken
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer, running
@@ -128,7 +128,7 @@ class Pretraining(Task):
         if inputs.masked is not None:
             texts = masked_states[:, None], inputs.text_length[:, None]
             fused = towers.fusion(*texts, image_tokens)[:, 0]
-            masked_states = _at_positions(fused, inputs.masked.positions)
+            masked_states = taken(fused, inputs.masked.positions)
         return jax.lax.stop_gradient(Taught(Pair(image, text), masked_states))
 
     @jax.named_scope("assign")
@@ -238,7 +238,7 @@ class Pretraining(Task):
             scalars["matching/accuracy"] = jnp.sum(jnp.where(right, inputs.match_weight, 0))
             loss += config.losses.matching * scalars["loss/matching"]
         if inputs.masked is not None:
-            masked = _at_positions(fused[:, place("masked")], inputs.masked.positions)
+            masked = taken(fused[:, place("masked")], inputs.masked.positions)
             logits, of_teacher = towers.word_logits(masked), None
             if taught.masked_states is not None:
                 of_teacher = self.model.towers(state.teaching).word_logits(taught.masked_states)
@@ -392,9 +392,3 @@ class Pretraining(Task):
 
 def _likeliest(scores: Float[Array, "*some choices"]) -> Int[Array, "*some"]:
     return jax.lax.argmax(scores, scores.ndim - 1, jnp.int32)
-
-
-def _at_positions(
-    states: Float[Array, "texts tokens width"], positions: Int[Array, "texts slots"]
-) -> Float[Array, "texts slots width"]:
-    return jnp.take_along_axis(states, positions[:, :, None], axis=1)

@@ -6,11 +6,13 @@ reads what it sends.
 """
 
 import math
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_run import SMALL
@@ -18,6 +20,7 @@ from small_run import SMALL
 from codebook_jax import build
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.method.assignment import make_plan, sinkhorn
+from codebook_jax.models import layers
 from codebook_jax.models.bert import gather_in_groups
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.collectives import axes_of, collectives
@@ -228,3 +231,37 @@ def test_two_transports_together_send_as_often_as_one():
     assert count(compiled(solve, mesh, both)) == count(compiled(solve, mesh, one)) == 2 * ITERATIONS
     apart = compiled(lambda a, b: (solve(a), solve(b)), mesh, one, one)
     assert count(apart) == 4 * ITERATIONS
+
+
+def attention_over(tensor):
+    """The gradient of an attention with 4 heads of 8, compiled for a `tensor` axis of that size."""
+    mesh = sharding.make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
+    spec = SimpleNamespace(width=WIDTH, heads=4, init_std=0.02)
+    compute = layers.Compute(jnp.dtype("float32"), "none", 1, "xla", mesh)
+    make = lambda: layers.SelfAttention(spec, compute, nnx.Rngs(0), value_std=0.02)  # noqa: E731
+    graph, state = nnx.split(nnx.eval_shape(lambda: layers.stack(lambda _: make(), 1, nnx.Rngs(0))))
+    state = {"blocks": {"attention": nnx.to_pure_dict(state)}}
+    places = sharding.state_shardings(state, mesh)
+    kinds = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+    state = jax.tree.map(kinds, state, places)
+
+    def loss(state, x):
+        own = jax.tree.map(lambda leaf: leaf[0], state["blocks"]["attention"])
+        return jnp.sum(jnp.sin(nnx.merge(graph, nnx.State(own))(x, None)))
+
+    x = rows_of(mesh, ROWS, TOKENS, WIDTH)
+    gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(places, x.sharding))
+    return gradient.lower(state, x).compile(compiler_options=QUICK)
+
+
+def test_attention_splits_its_work_over_tensor_and_never_holds_queries_keys_and_values_in_one():
+    whole, half = attention_over(1), attention_over(2)
+    assert half.cost_analysis()["flops"] < 0.52 * whole.cost_analysis()["flops"]
+    assert (
+        half.memory_analysis().temp_size_in_bytes
+        < 0.65 * whole.memory_analysis().temp_size_in_bytes
+    )
+    assert {c.kind for c in collectives(half.as_text())} == {"all-reduce"}
+    arrays = re.findall(r"\w+\[([\d,]+)\]", whole.as_text())
+    sizes = {math.prod(map(int, shape.split(","))) for shape in arrays}
+    assert ROWS * TOKENS * WIDTH in sizes and 3 * ROWS * TOKENS * WIDTH not in sizes
