@@ -42,6 +42,7 @@ class Pretraining(Task):
 
     check = staticmethod(limits.check)
     resolve = staticmethod(limits.resolve)
+    cautions = staticmethod(limits.cautions)
 
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
@@ -136,7 +137,8 @@ class Pretraining(Task):
         """The transport plan of the teacher's image and text features over the codewords.
 
         Its first rows are the batch's; `codebook.queue_samples` more are the queue's newest. Each
-        valid row sums to 1 / (their number).
+        valid row sums to 1 / (their number). Each device solves a small transport alone: one gather
+        of the features instead of two sums per iteration, which wait for each other.
         """
         if not self.config.losses.codebook:
             return None
@@ -146,9 +148,12 @@ class Pretraining(Task):
             rows = jnp.concatenate([rows, jnp.stack(Pair(**older))], axis=1)
             valid = jnp.concatenate([jnp.ones(features.image.shape[0], bool), here])
             valid = jnp.broadcast_to(valid, rows.shape[:2])
-        costs = assignment.codeword_costs(rows, unit(state.student["codebook"]["codes"]))
-        costs = running.centred(state.running, costs)
-        return assignment.make_plan(costs, self.assignment, valid=valid)
+        codes = unit(state.student["codebook"]["codes"])
+        size = 4 * rows.shape[0] * rows.shape[1] * len(codes)
+        place = functools.partial(sharding.whole_if_small, mesh=self.mesh, size=size)
+        rows, codes, valid = place((rows, codes, valid))
+        costs = place(running.centred(state.running, assignment.codeword_costs(rows, codes)))
+        return place(assignment.make_plan(costs, self.assignment, valid=valid))
 
     @jax.named_scope("embed")
     def embed(self, student: PyTree, inputs: Inputs, key: Key[Array, ""]) -> Learned:
