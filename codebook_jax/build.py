@@ -76,13 +76,7 @@ def build_training(
     saved = bool(steps_saved)
     record = records.read_record(workdir, has_checkpoint=saved)
     before = None if record is None else records.recorded_config(record)
-    # The order of sums, and so the last bits of the weights, depend on these two.
-    if before is not None and before.mesh.fsdp in sharding.fsdp_choices(config.mesh):
-        config = with_fields(config, {"mesh.fsdp": before.mesh.fsdp})
-    own = "" if before is None else before.model.remat
-    remats = memory.remats_of(config.model.remat, own)  # the next ones, if devices are smaller now
-    if own == remats[0]:
-        config = with_fields(config, {"model.remat": own})
+    config, remats = _chosen_before(config, before)
     mesh = sharding.mesh_of(config.mesh)
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
     stories = task_class(config).stories
@@ -127,6 +121,22 @@ def build_training(
         step = max(steps_saved, default=0)
         records.write_record(workdir, record, facts, changes=changes, step=step)
     return Parts(config, task.mesh, source, validation, tokenizer, task, device, compiled, first)
+
+
+def _chosen_before(
+    config: ml_collections.ConfigDict, before: ml_collections.ConfigDict | None
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config with the run's own choices, which the last bits of its weights depend on; and the
+    remats to try, from the run's own on, if its devices are smaller now.
+    """
+    if before is None:
+        return config, memory.remats_of(config.model.remat)
+    if before.mesh.fsdp in sharding.fsdp_choices(config.mesh):
+        config = with_fields(config, {"mesh.fsdp": before.mesh.fsdp})
+    remats = memory.remats_of(config.model.remat, before.model.remat)
+    if before.model.remat == remats[0]:
+        config = with_fields(config, {"model.remat": remats[0]})
+    return config, remats
 
 
 def _fitted(
