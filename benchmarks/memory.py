@@ -49,10 +49,10 @@ ON_A_GPU = {
     for size, pairs, fields, note in (
         ("tiny", 256, {"queue.size": 256}, ""),
         ("small", 256, {}, ""),
-        ("base", 64, {}, ""),
+        ("base", 64, {"model.remat": "blocks"}, ""),
         ("base", 64, {"model.remat": "none"}, ", no remat"),
         ("base", 128, {"model.remat": "dots"}, ", products kept"),
-        ("base", 256, {}, ""),
+        ("base", 256, {"model.remat": "blocks"}, ""),
         ("base", 256, {"optimizer.accumulation": 4, "model.remat": "none"}, ", no remat, 4 passes"),
     )
 }

@@ -76,9 +76,7 @@ def build_training(
     saved = bool(steps_saved)
     record = records.read_record(workdir, has_checkpoint=saved)
     before = None if record is None else records.recorded_config(record)
-    if before is not None and before.mesh.fsdp in sharding.fsdp_choices(config.mesh):
-        # The order of sums over gradients, and so the last bits of the weights, depend on it.
-        config = with_fields(config, {"mesh.fsdp": before.mesh.fsdp})
+    config, remats = _chosen_before(config, before)
     mesh = sharding.mesh_of(config.mesh)
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
     stories = task_class(config).stories
@@ -105,7 +103,7 @@ def build_training(
     facts = {"training data": fingerprint, "pairs": size, "vocabulary": words.size}
     peers.connected().compare("data", facts, "every host must read the same files")
     make = task_maker(asked, words, before=before, examples=size, has_checkpoint=saved)
-    device, compiled = _fitted(make, config.mesh) if learns else (None, None)
+    device, compiled = _fitted(make, config.mesh, remats) if learns else (None, None)
     # Without learning, the choice of fsdp is left to the start that trains, for its devices.
     task = compiled.task if learns else make({"mesh.fsdp": sharding.fsdp_choices(config.mesh)[-1]})
     config = task.config if learns else config
@@ -125,11 +123,28 @@ def build_training(
     return Parts(config, task.mesh, source, validation, tokenizer, task, device, compiled, first)
 
 
+def _chosen_before(
+    config: ml_collections.ConfigDict, before: ml_collections.ConfigDict | None
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config with the run's own choices, which the last bits of its weights depend on; and the
+    remats to try, from the run's own on, if its devices are smaller now.
+    """
+    if before is None:
+        return config, memory.remats_of(config.model.remat)
+    if before.mesh.fsdp in sharding.fsdp_choices(config.mesh):
+        config = with_fields(config, {"mesh.fsdp": before.mesh.fsdp})
+    remats = memory.remats_of(config.model.remat, before.model.remat)
+    if before.model.remat == remats[0]:
+        config = with_fields(config, {"model.remat": remats[0]})
+    return config, remats
+
+
 def _fitted(
-    make: memory.Make, mesh: ml_collections.ConfigDict
+    make: memory.Make, mesh: ml_collections.ConfigDict, remats: Sequence[str]
 ) -> tuple[memory.Memory, memory.Compiled]:
     """The memory of a device, and the step compiled for it; UserError if it does not fit."""
-    compiled = memory.Memory(make, memory.device_memory()).first_fit(sharding.fsdp_choices(mesh))
+    device = memory.Memory(make, memory.device_memory())
+    compiled = device.first_fit(sharding.fsdp_choices(mesh), remats)
     device = memory.Memory(make, memory.device_memory())  # compiling took some of a host's memory
     device.check(compiled)
     return device, compiled

@@ -93,7 +93,7 @@ COMMON = {
     "model.image.stem": Field(one_of("patch", "conv"), FIXED, older="patch"),
     "model.text.position_std": Field(NOT_NEGATIVE, FREE, older=0.0),  # of the start alone
     "model.dtype": Field(one_of("float32", "bfloat16"), FIXED),
-    "model.remat": Field(one_of("none", "blocks", "dots"), FREE),
+    "model.remat": Field(one_of("auto", "none", "blocks", "dots"), FREE),
     "model.scan_unroll": Field(whole(1), FREE),
     "model.attention": Field(one_of("auto", "xla", "cudnn"), FREE),
     "model.image.size_px": Field(whole(1), FIXED),

@@ -43,6 +43,8 @@ def announce(parts: build.Parts) -> None:
             f"training {parts.source.learned}, so a step repeats some: set it to that or less, or "
             "give more data"
         )
+    for sentence in parts.task.cautions(config):
+        say(f"warning: {sentence}")
     if devices > 1:
         say(f"mesh {sharding.described_axes(mesh, config.mesh.slices)}")
         say(sharding.describe(parts.task.abstract_state(), mesh))

@@ -177,7 +177,7 @@ def paper(size: str) -> ml_collections.ConfigDict:
     # fsdp (0: as few as fit into memory) and tensor. slices: groups joined by a slower network; 0: as the devices report.
     config.mesh = dict(data=-1, fsdp=0, tensor=1, slices=0)
 
-    config.model = model(at, remat="none" if size in ("tiny", "small") else "blocks")
+    config.model = model(at, remat="none" if size in ("tiny", "small") else "auto")
     config.update(objective(at))
     config.optimizer = optimizer(at)
     config.data = data(at)
@@ -192,7 +192,7 @@ def model(at: types.SimpleNamespace, *, remat: str) -> dict[str, Any]:
         dim=at.dim,  # joint space; paper: 256
         pool="cls",  # what is projected there: the state of [CLS] (paper) | "mean" of all others in the image, of all in the text
         dtype=at.dtype,  # compute; parameters, softmax, transport and losses stay float32
-        remat=remat,  # "none" | "blocks" | "dots": what the backward pass recomputes
+        remat=remat,  # what the backward pass recomputes: "none" | "dots", all but products | "blocks", all | "auto": as little as fits
         scan_unroll=at.scan_unroll,  # blocks per scan iteration, 1 with remat; 1 compiles fastest, all at once run a third faster on a CPU
         attention="auto",  # "xla", "cudnn", or "auto": cudnn on a GPU in bfloat16
         image=dict(

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 USERS_MISTAKE = 2
+OVERLAP = "--xla_gpu_enable_latency_hiding_scheduler=true"  # see README.md
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,6 +174,8 @@ def environment(
         flag = f"--xla_force_host_platform_device_count={devices}"
         told |= {"XLA_FLAGS": f"{flags} {flag}".strip(), "JAX_PLATFORMS": "cpu"}
     if gpus:
+        if gpus > 1:  # flags that are given come last, and so win
+            told["XLA_FLAGS"] = f"{OVERLAP} {told.get('XLA_FLAGS', flags)}".strip()
         each = gpus // processes
         told["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(own * each + gpu) for gpu in range(each))
     return told

@@ -28,6 +28,7 @@ class OneWeight:
     """
 
     checkpoint_items = staticmethod(Pretraining.checkpoint_items)
+    cautions = staticmethod(lambda config: [])
     stories = False
 
     def __init__(self, world=None):

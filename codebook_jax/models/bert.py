@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, Shaped
 from ml_collections import ConfigDict
 
+from codebook_jax.method.numerics import wide_enough
 from codebook_jax.models.layers import (
     Compute,
     CrossAttention,
@@ -88,13 +89,13 @@ class FusionBlock(TextBlock):
 
     def _look(self, x: PairStates, image_tokens: Array, negatives: Negatives | None) -> PairStates:
         """Cross-attention of each row's texts to its image, the last to its negative image."""
-        keys_values = self.cross.key_value(image_tokens)
+        keys_values = self.cross.key_value.parts(image_tokens)
         own = x if negatives is None else x[:, :-1]
         looked = self.cross(own.reshape(len(own), -1, own.shape[-1]), keys_values)
         looked = looked.reshape(own.shape)
         if negatives is None:
             return looked
-        others = gather_in_groups(keys_values, negatives.row, negatives.groups)
+        others = tuple(gather_in_groups(each, *negatives) for each in keys_values)
         other = self.cross(x[:, -1], others)
         return jnp.concatenate([looked, other[:, None]], axis=1)
 
@@ -172,4 +173,36 @@ def gather_in_groups(
 ) -> Shaped[Array, " rows *some"]:
     """Row `row[i]` of i's group for every i, of `groups` equal contiguous groups (shards)."""
     grouped = x.reshape(groups, -1, *x.shape[1:])
-    return jax.vmap(lambda part, at: part[at])(grouped, row.reshape(groups, -1)).reshape(x.shape)
+    return taken(grouped, row.reshape(groups, -1)).reshape(x.shape)
+
+
+def taken(
+    x: Shaped[Array, "batch rows *some"], places: Int[Array, "batch picks"]
+) -> Shaped[Array, "batch picks *some"]:
+    """x[b, places[b, i]] for every b and i. Its gradient is a product with zeros and ones: adding
+    rows one by one, a GPU would round differently each time.
+    """
+    differentiable = jnp.issubdtype(x.dtype, jnp.floating)
+    return (_taken if differentiable else _read)(x, places, x.shape[1])
+
+
+def _read(x: Array, places: Array, rows: int) -> Array:
+    return jax.vmap(lambda part, at: part[at])(x, places)
+
+
+_taken = jax.custom_vjp(_read, nondiff_argnums=(2,))
+
+
+def _taken_forward(x: Array, places: Array, rows: int) -> tuple[Array, Array]:
+    return _read(x, places, rows), places
+
+
+def _taken_backward(rows: int, places: Array, gradient: Array) -> tuple[Array, None]:
+    chosen = jax.nn.one_hot(places, rows, dtype=gradient.dtype)
+    wide = wide_enough(gradient.dtype)
+    options = dict(precision="highest", preferred_element_type=wide)
+    found = jnp.einsum("bpr,bp...->br...", chosen, gradient, **options)
+    return found.astype(gradient.dtype), None
+
+
+_taken.defvjp(_taken_forward, _taken_backward)

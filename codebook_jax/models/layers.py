@@ -4,6 +4,7 @@ scan.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -47,17 +48,38 @@ class Dense(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        self.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         self.dtype = dtype
-        self.kernel = normal_param((*self.inputs, *self.outputs), std=std, rngs=rngs)
-        self.bias = nnx.Param(jnp.zeros(self.outputs, jnp.float32))
+        self.kernel = normal_param((*self.inputs, *outputs), std=std, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 
-    def __call__(self, x: Float[Array, "*some_and_inputs"]) -> Float[Array, "*some_and_outputs"]:
+    def __call__(
+        self, x: Float[Array, "*some_and_inputs"], activation: Callable[[Some], Some] | None = None
+    ) -> Float[Array, "*some_and_outputs"]:
+        """The layer of `x`, or of `activation(x)`."""
+        return self._parts(x, self.bias[...][None], activation)[0]
+
+    def parts(self, x: Float[Array, "*some width"]) -> tuple[Array, ...]:
+        """The layer of `x` along its first output axis, by a product each: an array of all of them
+        would be cut and copied, and no `tensor` axis could split the heads of it.
+        """
+        return self._parts(x, self.bias[...])
+
+    def _parts(
+        self, x: Array, biases: Array, activation: Callable[[Some], Some] | None = None
+    ) -> tuple[Array, ...]:
+        """One for each of the biases, along their first axis."""
         dtype = self.dtype or wide_enough(x.dtype)
         rows = x.reshape(-1, math.prod(self.inputs)).astype(dtype)
-        kernel = self.kernel[...].reshape(rows.shape[1], -1).astype(dtype)
-        y = _product(rows, kernel) + self.bias[...].reshape(-1).astype(dtype)
-        return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
+        kernel = self.kernel[...].reshape(rows.shape[1], len(biases), -1).astype(dtype)
+        products = _products
+        if activation:
+            products = lambda rows, kernel: _products(activation(rows), kernel)  # noqa: E731
+            if dtype == jnp.bfloat16:  # on an accelerator: computing it again is cheap, memory not
+                products = jax.checkpoint(products, prevent_cse=False)
+        shape = *x.shape[: x.ndim - len(self.inputs)], *biases.shape[1:]
+        found = zip(products(rows, kernel), biases.astype(dtype), strict=True)
+        return tuple((y + bias.ravel()).reshape(shape) for y, bias in found)
 
 
 def normal_param(shape: tuple[int, ...], *, std: float | Some, rngs: nnx.Rngs) -> nnx.Param:
@@ -67,23 +89,32 @@ def normal_param(shape: tuple[int, ...], *, std: float | Some, rngs: nnx.Rngs) -
 
 
 @jax.custom_vjp
-def _product(rows: Array, kernel: Array) -> Array:
-    """rows @ kernel. On a CPU, XLA's own backward pass transposes an operand, at half the speed."""
-    return rows @ kernel
+def _products(
+    rows: Float[Array, "rows width"], kernel: Float[Array, "width parts outputs"]
+) -> tuple[Array, ...]:
+    """rows @ each part of the kernel. On a CPU, XLA's own backward pass transposes an operand, at
+    half the speed.
+    """
+    return tuple(rows @ kernel[:, part] for part in range(kernel.shape[1]))
 
 
-def _product_forward(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return rows @ kernel, (rows, kernel)
+def _products_forward(rows: Array, kernel: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    return _products(rows, kernel), (rows, kernel)
 
 
-def _product_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    rows, kernel = kept
-    to_rows = jax.lax.dot_general(gradient, kernel, (((1,), (1,)), ((), ())))
-    to_kernel = jax.lax.dot_general(rows, gradient, (((0,), (0,)), ((), ())))
-    return to_rows, to_kernel
+def _products_backward(
+    kept: tuple[Array, Array], gradients: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    (rows, kernel), product = kept, jax.lax.dot_general
+    to_rows = [
+        product(gradient, kernel[:, part], (((1,), (1,)), ((), ())))
+        for part, gradient in enumerate(gradients)
+    ]
+    to_kernel = [product(rows, gradient, (((0,), (0,)), ((), ()))) for gradient in gradients]
+    return sum(to_rows), jnp.stack(to_kernel, axis=1)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_products.defvjp(_products_forward, _products_backward)
 
 
 def gelu(x: Some) -> Some:
@@ -135,12 +166,45 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(
         self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs, *, width: int | None = None
     ) -> None:
-        options = dict(epsilon=spec.layer_norm_eps, dtype=compute.dtype, use_fast_variance=False)
+        options = dict(epsilon=spec.layer_norm_eps, dtype=compute.dtype)
         super().__init__(width or spec.width, **options, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
-        with default_types(x.dtype):
-            return super().__call__(x)
+        return _normalised(x.astype(self.dtype), self.scale[...], self.bias[...], self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalised(x: Some, scale: Array, bias: Array, epsilon: float) -> Some:
+    return _normalised_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalised_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(wide_enough(x.dtype))
+    mean = wide.mean(axis=-1)
+    centred = wide - mean[..., None]
+    rate = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1) + epsilon)
+    y = centred * (rate[..., None] * scale) + bias
+    # Of autodiff's own choice, the backward pass would keep three arrays like x in float32.
+    return y.astype(x.dtype), (x, mean, rate, scale)
+
+
+def _normalised_backward(
+    epsilon: float, kept: tuple[Array, ...], gradient: Array
+) -> tuple[Array, Array, Array]:
+    x, mean, rate, scale = kept
+    gradient, rate = gradient.astype(rate.dtype), rate[..., None]
+    unit = (x.astype(rate.dtype) - mean[..., None]) * rate
+    scaled = gradient * scale
+    along = (scaled * unit).mean(axis=-1, keepdims=True)
+    to_x = rate * (scaled - scaled.mean(axis=-1, keepdims=True) - unit * along)
+    rows = tuple(range(x.ndim - 1))
+    to_scale, to_bias = (gradient * unit).sum(axis=rows), gradient.sum(axis=rows)
+    return to_x.astype(x.dtype), to_scale.astype(scale.dtype), to_bias.astype(scale.dtype)
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 class FeedForward(nnx.Module):
@@ -153,7 +217,7 @@ class FeedForward(nnx.Module):
         self.down = Dense(inner, spec.width, **common)
 
     def __call__(self, x: Float[Array, "*some width"]) -> Float[Array, "*some width"]:
-        return self.down(gelu(self.up(x)))
+        return self.down(self.up(x), activation=gelu)
 
 
 class SelfAttention(nnx.Module):
@@ -174,13 +238,11 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch tokens width"], lengths: Int[Array, " batch"] | None
     ) -> Float[Array, "batch tokens width"]:
-        qkv = self.qkv(x)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        return self.out(_attended(query, key, value, lengths, self.compute))
+        return self.out(_attended(*self.qkv.parts(x), lengths, self.compute))
 
 
 class CrossAttention(nnx.Module):
-    """Attention of texts over an image, whose `key_value` is computed once for all texts."""
+    """Attention of texts over an image, whose `key_value.parts` are computed once for all texts."""
 
     def __init__(
         self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
@@ -193,13 +255,10 @@ class CrossAttention(nnx.Module):
         self.compute = compute
 
     def __call__(
-        self,
-        x: Float[Array, "images tokens width"],
-        keys_values: Float[Array, "images patches 2 heads head_width"],
+        self, x: Float[Array, "images tokens width"], keys_values: tuple[Keys, Keys]
     ) -> Float[Array, "images tokens width"]:
         """`tokens` may be of several texts in sequence: queries do not see each other."""
-        key, value = keys_values[:, :, 0], keys_values[:, :, 1]
-        return self.out(_attended(self.query(x), key, value, None, self.compute))
+        return self.out(_attended(self.query(x), *keys_values, None, self.compute))
 
 
 def _attended(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import ml_collections
+from jax.extend import core
 from jaxtyping import PyTree
 
 from codebook_jax.console import say
@@ -25,6 +27,7 @@ from codebook_jax.parallel.processes import peers
 
 MARGIN = 0.05  # share of a device's memory left free for fragmentation and libraries' workspaces
 PROCESS_BYTES = 100 * 10**6  # threads, small programs; measured by benchmarks/memory.py
+REMATS = "none", "dots", "blocks"  # what `model.remat` recomputes, least first
 MOST_TRIES = 6  # programs compiled to find settings that fit
 # For programs that are not run: skips passes after buffers and collectives are settled.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -109,24 +112,35 @@ class Memory:
         """Whether it fits with MARGIN left."""
         return compiled.need is not None and compiled.need.total <= self.has * (1 - MARGIN)
 
-    def first_fit(self, sizes: Sequence[int]) -> Compiled:
-        """The task with the first fsdp of `sizes` whose compiled step fits, else with the last.
+    def first_fit(self, sizes: Sequence[int], remats: Sequence[str]) -> Compiled:
+        """The task with the first fsdp of `sizes`, and for it the first of `remats`, whose step,
+        compiled, fits; else with the last of both.
 
-        Those whose state alone takes more than half of the device are not compiled.
+        Those whose state alone takes more than half of the device are not compiled, nor those that
+        keep more for the backward pass than the device has. Where nothing is known of a device, or
+        it is a CPU, the last of `remats` is taken.
         """
-        passed = []
-        for size in sizes:
-            task = self.make({"mesh.fsdp": size})
-            state = held(task.abstract_state())
-            if size != sizes[-1] and state > self.has / 2:
-                passed.append(f"{size} would need {size_of(state)} for the state alone")
+        if self.has == math.inf or (not self.planned and jax.default_backend() == "cpu"):
+            remats = remats[-1:]
+        passed, ways = [], list(itertools.product(sizes, remats))
+        for size, remat in ways:
+            way = f"{size}" + f" with remat {remat}" * (len(remats) > 1)
+            task = self.make({"mesh.fsdp": size, "model.remat": remat})
+            state, last = held(task.abstract_state()), (size, remat) == ways[-1]
+            if not last and state > self.has / 2:
+                passed.append(f"{way} would need {size_of(state)} for the state alone")
+            elif not last and (least := state + kept(task)) > self.has:
+                passed.append(f"{way} would need {size_of(least)} or more")
             elif self.fits(compiled := self.compile(task)):
                 break
             else:
-                passed.append(f"{size} would need {compiled}")
-        if len(sizes) > 1:
+                passed.append(f"{way} would need {compiled}")
+        if len(ways) > 1:
             others = f" (fsdp {', '.join(passed)})" if passed else ""
-            say(f"config.mesh.fsdp={size}, chosen: needs {compiled} of {self}{others}")
+            chosen = f"config.mesh.fsdp={size}" + f", config.model.remat={remat}" * (
+                len(remats) > 1
+            )
+            say(f"{chosen}, chosen: needs {compiled} of {self}{others}")
         return compiled
 
     def check(self, compiled: Compiled) -> None:
@@ -176,7 +190,7 @@ class Memory:
             *({"mesh.data": -1, "mesh.fsdp": n} for n in larger),
             *({"data.global_batch": rows // n} for n in fewer if rows % n == 0),
         ]
-        remat = {"model.remat": "blocks"} if config.model.remat == "none" else {}
+        remat = {"model.remat": "blocks"} if config.model.remat in REMATS[:-1] else {}
         for changes in filter(None, (remat | way for way in ways)):
             with contextlib.suppress(UserError):
                 flags = (f"--config.{name}={value}" for name, value in changes.items())
@@ -198,6 +212,30 @@ class Memory:
 
     def __str__(self) -> str:
         return "an unknown amount" if self.has == math.inf else size_of(self.has)
+
+
+def remats_of(asked: str, own: str = "") -> list[str]:
+    """The `model.remat` to try for the one that is asked for, from the run's `own` on."""
+    ways = list(REMATS) if asked == "auto" else [asked]
+    return ways[ways.index(own) :] if own in ways else ways
+
+
+def kept(task: Task) -> int:
+    """About the bytes that a device keeps for the backward pass: what the traced step's loops over
+    blocks hand on. Tracing takes seconds where compiling takes minutes.
+    """
+
+    def handed_on(jaxpr: core.Jaxpr) -> int:
+        total = 0
+        for eqn in jaxpr.eqns:
+            total += sum(map(handed_on, core.jaxprs_in_params(eqn.params)))
+            if eqn.primitive.name == "scan":
+                stacked = eqn.outvars[eqn.params["num_carry"] :]
+                total += sum(out.aval.size * out.aval.dtype.itemsize for out in stacked)
+        return total
+
+    traced = task.step.trace(task.abstract_state(), task.abstract_batch())
+    return handed_on(traced.jaxpr.jaxpr) // task.mesh.size
 
 
 def held(tree: PyTree[jax.ShapeDtypeStruct]) -> int:

@@ -20,6 +20,8 @@ from codebook_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the batch is split over both together
+# Up to here, a pass over an array in a device's cache takes less than a sum over devices.
+SMALL_BYTES = 32 * 10**6
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 # Pattern of a name, axes. First match wins; all copies of a parameter have its name. The first axis
@@ -265,6 +267,11 @@ def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 def whole(tree: Any, mesh: Mesh) -> Any:
     """`tree` with every array whole on every device."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
+def whole_if_small(tree: Any, mesh: Mesh, *, size: int) -> Any:
+    """`whole`, for a problem of `size` bytes that one device solves sooner than many together."""
+    return whole(tree, mesh) if size <= SMALL_BYTES else tree
 
 
 def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:

@@ -28,6 +28,7 @@ GRANTED = {
     "albef": {"model.image.stem": "patch", "model.pool": "cls"},
     "huggingface": {"model.image.stem": "patch"},
 }
+FEW = 8  # pairs in a group of negatives below which a run is warned; ours: ALBEF has 64
 PAIRS = "name your pairs, e.g. json:PATH, or scenes"
 
 
@@ -157,6 +158,19 @@ def resolve(
         alpha_steps = max(1, examples // batch)
     found = {"itm.groups": groups, "teacher.alpha_steps": alpha_steps, "queue.ids": ids}
     return with_fields(config, found)
+
+
+def cautions(config: ml_collections.ConfigDict) -> list[str]:
+    """Sentences on what can work but learns little."""
+    groups, batch = config.itm.groups, config.data.global_batch
+    pairs = batch // groups
+    if not config.losses.matching or pairs >= FEW:
+        return []
+    return [
+        f"config.itm.groups={groups} splits config.data.global_batch={batch} into groups of "
+        f"{pairs} pairs, and a negative is one of {pairs - 1} others: give a batch of "
+        f"{FEW * groups} or more, or a new run fewer groups"
+    ]
 
 
 def check_groups(batch: int, passes: int, shards: int, groups: int) -> None:

@@ -28,7 +28,7 @@ from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.numerics import key_of, unit
 from codebook_jax.method.queue import empty_queue, enqueue, newest
 from codebook_jax.models import codis
-from codebook_jax.models.bert import Negatives, gather_in_groups
+from codebook_jax.models.bert import Negatives, gather_in_groups, taken
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer, running
@@ -42,6 +42,7 @@ class Pretraining(Task):
 
     check = staticmethod(limits.check)
     resolve = staticmethod(limits.resolve)
+    cautions = staticmethod(limits.cautions)
 
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
@@ -128,7 +129,7 @@ class Pretraining(Task):
         if inputs.masked is not None:
             texts = masked_states[:, None], inputs.text_length[:, None]
             fused = towers.fusion(*texts, image_tokens)[:, 0]
-            masked_states = _at_positions(fused, inputs.masked.positions)
+            masked_states = taken(fused, inputs.masked.positions)
         return jax.lax.stop_gradient(Taught(Pair(image, text), masked_states))
 
     @jax.named_scope("assign")
@@ -136,7 +137,8 @@ class Pretraining(Task):
         """The transport plan of the teacher's image and text features over the codewords.
 
         Its first rows are the batch's; `codebook.queue_samples` more are the queue's newest. Each
-        valid row sums to 1 / (their number).
+        valid row sums to 1 / (their number). Each device solves a small transport alone: one gather
+        of the features instead of two sums per iteration, which wait for each other.
         """
         if not self.config.losses.codebook:
             return None
@@ -146,9 +148,12 @@ class Pretraining(Task):
             rows = jnp.concatenate([rows, jnp.stack(Pair(**older))], axis=1)
             valid = jnp.concatenate([jnp.ones(features.image.shape[0], bool), here])
             valid = jnp.broadcast_to(valid, rows.shape[:2])
-        costs = assignment.codeword_costs(rows, unit(state.student["codebook"]["codes"]))
-        costs = running.centred(state.running, costs)
-        return assignment.make_plan(costs, self.assignment, valid=valid)
+        codes = unit(state.student["codebook"]["codes"])
+        size = 4 * rows.shape[0] * rows.shape[1] * len(codes)
+        place = functools.partial(sharding.whole_if_small, mesh=self.mesh, size=size)
+        rows, codes, valid = place((rows, codes, valid))
+        costs = place(running.centred(state.running, assignment.codeword_costs(rows, codes)))
+        return place(assignment.make_plan(costs, self.assignment, valid=valid))
 
     @jax.named_scope("embed")
     def embed(self, student: PyTree, inputs: Inputs, key: Key[Array, ""]) -> Learned:
@@ -238,7 +243,7 @@ class Pretraining(Task):
             scalars["matching/accuracy"] = jnp.sum(jnp.where(right, inputs.match_weight, 0))
             loss += config.losses.matching * scalars["loss/matching"]
         if inputs.masked is not None:
-            masked = _at_positions(fused[:, place("masked")], inputs.masked.positions)
+            masked = taken(fused[:, place("masked")], inputs.masked.positions)
             logits, of_teacher = towers.word_logits(masked), None
             if taught.masked_states is not None:
                 of_teacher = self.model.towers(state.teaching).word_logits(taught.masked_states)
@@ -392,9 +397,3 @@ class Pretraining(Task):
 
 def _likeliest(scores: Float[Array, "*some choices"]) -> Int[Array, "*some"]:
     return jax.lax.argmax(scores, scores.ndim - 1, jnp.int32)
-
-
-def _at_positions(
-    states: Float[Array, "texts tokens width"], positions: Int[Array, "texts slots"]
-) -> Float[Array, "texts slots width"]:
-    return jnp.take_along_axis(states, positions[:, :, None], axis=1)

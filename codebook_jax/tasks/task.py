@@ -102,6 +102,11 @@ class Task(abc.ABC):
         return config
 
     @staticmethod
+    def cautions(config: ml_collections.ConfigDict) -> list[str]:
+        """Sentences that a run with this resolved config prints as warnings at its start."""
+        return []
+
+    @staticmethod
     @abc.abstractmethod
     def checkpoint_items() -> Items:
         """Which parts of the state are restored alone, trained, evaluated."""

@@ -25,7 +25,7 @@ from codebook_jax.errors import UserError, reason
 from codebook_jax.files import check_outputs, write_json
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.collectives import axes_of, collectives
-from codebook_jax.parallel.memory import Compiled, Memory, size_of
+from codebook_jax.parallel.memory import Compiled, Memory, remats_of, size_of
 from codebook_jax.tools.chips import CHIPS, PlanOptions
 from codebook_jax.weights.start import specs
 
@@ -58,7 +58,7 @@ def plan(config: ml_collections.ConfigDict, options: PlanOptions) -> dict[str, A
     make = build.task_maker(config, vocabulary, devices=described)
     memory = Memory(make, int(CHIPS[options.chip].memory), planned=True)
     began = time.perf_counter()
-    compiled = memory.first_fit(sharding.fsdp_choices(config.mesh))
+    compiled = memory.first_fit(sharding.fsdp_choices(config.mesh), remats_of(config.model.remat))
     compile_s = round(time.perf_counter() - began, 1)
     fits = memory.fits(compiled)
     advice = "" if fits else memory.advice(compiled)

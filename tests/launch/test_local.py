@@ -2,6 +2,7 @@
 and restarts.
 """
 
+import re
 import signal
 import subprocess
 import sys
@@ -26,11 +27,32 @@ def test_each_process_is_told_its_number_the_coordinator_and_its_devices():
     options = ("--processes=2", "--gpus=4", "--devices=3", "--port=1234")
     done = started(*options, code=code, environment={"XLA_FLAGS": "--a"})
     assert done.returncode == 0
-    flags = "--a --xla_force_host_platform_device_count=3"
+    first, last = (
+        "--xla_gpu_enable_latency_hiding_scheduler=true",
+        "force_host_platform_device_count",
+    )
+    flags = f"{first} --a --xla_{last}=3"
     assert sorted(done.stdout.splitlines()) == [
         f"[0] 0 2 0,1 {flags} 127.0.0.1:1234",
         f"[1] 1 2 2,3 {flags} 127.0.0.1:1234",
     ]
+
+
+def test_xla_knows_every_flag_that_the_launch_files_set():
+    """XLA ends a process that is given a flag it does not know."""
+    folder = ROOT / "launch"
+    found = {
+        path.name: set(re.findall(r"--xla_gpu_[\w=]+", path.read_text()))
+        for path in folder.iterdir()
+        if path.suffix != ".md"
+    }
+    with_gpus = {name for name, flags in found.items() if flags}
+    skypilot = {"sky_gpu.yaml", "sky_kubernetes.yaml"}
+    assert with_gpus == {"local.py", "slurm.sbatch", "gke_jobset.yaml"} | skypilot
+    program = [sys.executable, "-c", "import jax; print(len(jax.devices()))"]
+    for flags, known in ((" ".join(set.union(*found.values())), True), ("--xla_gpu_none=1", False)):
+        settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        assert (ran(program, settings, timeout=120).returncode == 0) == known
 
 
 def test_arguments_reach_the_command_as_they_are():

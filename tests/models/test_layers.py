@@ -1,12 +1,14 @@
-"""The GELU against SciPy's normal distribution, over every bfloat16 number."""
+"""The GELU against SciPy's normal distribution, over every bfloat16 number; LayerNorm in NumPy."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from flax import nnx
 from scipy.stats import norm
 
 from codebook_jax.models import layers
@@ -103,3 +105,63 @@ def test_attention_by_cudnn_gets_even_lengths_and_gives_the_same(
     np.testing.assert_allclose(out, other, atol=1e-6)
     for slope, same in zip(slopes, others, strict=True):
         np.testing.assert_allclose(slope, same, atol=1e-6)
+
+
+def layer_norm(dtype, epsilon=1e-6, width=24):
+    spec = SimpleNamespace(layer_norm_eps=epsilon, width=width)
+    compute = layers.Compute(jnp.dtype(dtype), "none", 1, "xla", None)
+    return layers.LayerNorm(spec, compute, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("bfloat16", 1e-2), ("float32", 3e-6)])
+def test_layer_norm_and_its_gradients_are_those_of_float64(dtype, rtol):
+    """Outside check: the gradients by the textbook's Jacobian, row by row in NumPy."""
+    draw, epsilon = np.random.default_rng(0), 0.1
+    x, pull = (draw.normal(3, 2, (2, 5, 24)).astype(dtype) for _ in range(2))
+    scale, bias = (draw.normal(1, 0.5, 24).astype(np.float32) for _ in range(2))
+    graph = nnx.graphdef(layer_norm(dtype, epsilon))
+
+    def applied(x, scale, bias):
+        return nnx.merge(graph, nnx.State({"scale": scale, "bias": bias}))(x)
+
+    y, pulled = jax.vjp(applied, *map(jnp.asarray, (x, scale, bias)))
+    assert y.dtype == dtype
+    wide, gradient = (np.asarray(a, np.float64).reshape(10, 24) for a in (x, pull))
+    rate = 1 / np.sqrt(wide.var(axis=1, keepdims=True) + epsilon)
+    unit = (wide - wide.mean(axis=1, keepdims=True)) * rate
+    jacobians = [
+        rate[i] * (np.eye(24) - 1 / 24 - np.outer(unit[i], unit[i]) / 24) for i in range(10)
+    ]
+    expected = (
+        unit * scale + bias,
+        np.stack([j @ (g * scale) for j, g in zip(jacobians, gradient, strict=True)]),
+        (gradient * unit).sum(axis=0),
+        gradient.sum(axis=0),
+    )
+    for found, right in zip((y, *pulled(jnp.asarray(pull))), expected, strict=True):
+        found = np.asarray(found, np.float64).reshape(right.shape)
+        assert np.abs(found - right).max() <= rtol * np.abs(right).max()
+
+
+def test_the_backward_pass_of_layer_norm_keeps_its_bfloat16_input_and_two_numbers_a_row():
+    norm, x = layer_norm("bfloat16"), jnp.linspace(-4, 4, 72, dtype=jnp.bfloat16).reshape(3, 24)
+    kept = jax.tree.leaves(jax.vjp(norm, x)[1])
+    assert sorted((leaf.shape, str(leaf.dtype)) for leaf in kept) == [
+        ((3,), "float32"),
+        ((3,), "float32"),
+        ((3, 24), "bfloat16"),
+        ((24,), "float32"),
+    ]
+
+
+def test_the_backward_pass_of_a_bfloat16_feed_forward_keeps_no_output_of_the_gelu():
+    """Of the hidden layer, one array: the input of the GELU, not what the next product reads."""
+    spec = SimpleNamespace(width=24, mlp_width=0, init_std=0.02)
+    compute = layers.Compute(jnp.dtype("bfloat16"), "none", 1, "xla", None)
+    block = layers.FeedForward(spec, compute, nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (5, 24), jnp.bfloat16)
+    kept = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(block, x)[1])]
+    assert kept.count((5, 96)) == 1
+    plain = lambda x: block.down(gelu(block.up(x)))  # noqa: E731
+    slope, same = (jax.vjp(f, x)[1](jnp.ones_like(x))[0] for f in (block, plain))
+    np.testing.assert_array_equal(slope, same)

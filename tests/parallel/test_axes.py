@@ -65,7 +65,7 @@ def test_a_run_records_its_choice_starts_again_with_it_and_is_used_with_it(
 ):
     config = base.paper("tiny")
     config.update_from_flattened_dict(
-        SMALL | {"data.global_batch": 16, "train.memory_check": False}
+        SMALL | {"data.global_batch": 16, "train.memory_check": False, "model.remat": "auto"}
     )
     has = lambda count: monkeypatch.setattr(memory, "device_memory", lambda: count)  # noqa: E731
     need = memory.Need(0, 0, 0)
@@ -76,10 +76,12 @@ def test_a_run_records_its_choice_starts_again_with_it_and_is_used_with_it(
     assert fsdp > 1 and fsdp == parts.mesh.shape["fsdp"]
     assert parts.compiled.task is parts.task
     assert read_record(tmp_path)["config"]["mesh"]["fsdp"] == fsdp
+    assert read_record(tmp_path)["config"]["model"]["remat"] == "blocks"
     capsys.readouterr()
     summary.announce(parts)
     printed = capsys.readouterr().out
     assert f"mesh data {8 // fsdp}, fsdp {fsdp}, tensor 1\n" in printed and "- x fsdp" in printed
+    assert "warning: config.itm.groups=8 splits" in printed and "groups of 2 pairs" in printed
     has(10**11)  # more is free now
     assert build.build_trained(None, tmp_path).mesh.shape["fsdp"] == fsdp
     assert build.build_trained(config, tmp_path).mesh.shape["fsdp"] == fsdp

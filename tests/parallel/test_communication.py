@@ -6,11 +6,14 @@ reads what it sends.
 """
 
 import math
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_run import SMALL
@@ -18,10 +21,13 @@ from small_run import SMALL
 from codebook_jax import build
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.method.assignment import make_plan, sinkhorn
+from codebook_jax.method.numerics import unit
+from codebook_jax.models import layers
 from codebook_jax.models.bert import gather_in_groups
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.collectives import axes_of, collectives
 from codebook_jax.parallel.memory import QUICK, Memory, held
+from codebook_jax.tasks.draws import Pair
 from configs import base
 
 DEVICES, WORDS, ROWS, TOKENS, PATCHES = 8, 211, 24, 26, 25
@@ -151,11 +157,6 @@ def test_copies_of_the_parameters_are_never_gathered(by_data):
     assert [c for c in gathers if shapes & set(c.shapes)] == []
 
 
-def transport_bytes():
-    """A maximum and a sum per codeword and iteration, for both modalities."""
-    return ITERATIONS * 2 * (2 * CODES * 4)
-
-
 def gradient_bytes(sent):
     """Each parameter once, but twice if used twice: word embeddings, and the cross-attention to own
     and other images.
@@ -172,11 +173,10 @@ def vector_bytes():
     return 4 * (2 * DIM + 4 * CODES + 128) + 4 * ROWS * (2 * 2 * DIM + 20)
 
 
-def test_data_shards_sum_their_gradients_and_the_columns_of_transport_and_little_else(by_data):
+def test_data_shards_sum_their_gradients_and_little_else(by_data):
     found = total(c for c in by_data.found if c.kind == "all-reduce")
-    assert found <= 2 * RING * (gradient_bytes(by_data) + transport_bytes() + vector_bytes())
-    needed = 2 * RING * (parameter_bytes(by_data) + transport_bytes())
-    assert found >= needed
+    assert found <= 2 * RING * (gradient_bytes(by_data) + vector_bytes())
+    assert found >= 2 * RING * parameter_bytes(by_data)
 
 
 def test_data_shards_gather_features_and_draws_for_the_queue_and_the_words_to_hide(by_data):
@@ -207,15 +207,41 @@ def test_parameters_split_over_fsdp_are_gathered_for_teacher_student_and_recompu
 
 def test_fsdp_sums_each_gradient_once(by_fsdp):
     sums = total(c for c in by_fsdp.found if c.kind in ("all-reduce", "reduce-scatter"))
-    assert sums <= 2 * RING * (gradient_bytes(by_fsdp) + transport_bytes() + vector_bytes())
+    assert sums <= 2 * RING * (gradient_bytes(by_fsdp) + vector_bytes())
 
 
-@pytest.mark.parametrize("mesh", PARTS[:2])
-def test_an_iteration_of_both_transports_is_two_sums_over_the_shards(mesh, request):
+@pytest.mark.parametrize("mesh", PARTS)
+def test_each_device_solves_a_small_transport_without_the_others(mesh, request):
     sent = request.getfixturevalue(mesh)
-    inside = [c for c in of_part(sent, "assign") if c.times > 1]
+    assert [c for c in of_part(sent, "assign") if c.times > 1] == []
+    assert sum(c.times for c in of_part(sent, "assign")) <= 4  # features, codewords
+
+
+def test_an_iteration_of_both_large_transports_is_two_sums_over_the_shards(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
+    inside = [c for c in of_part(sent_on(8, 1, 1), "assign") if c.times > 1]
     assert [(c.kind, c.times) for c in inside] == [("all-reduce", ITERATIONS)] * 2
     assert {shape for c in inside for shape in c.shapes} == {(2, CODES)}
+
+
+def test_the_plan_of_each_device_alone_is_that_of_all_together(monkeypatch):
+    config = base.get_config("tiny")
+    config.update_from_flattened_dict(SMALL | CHANGES | {"mesh.data": 8})
+    task = build.task_maker(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)))({})
+    draw = np.random.default_rng(0)
+    of = lambda *shape: np.asarray(draw.normal(size=shape), np.float32)  # noqa: E731
+    features = jax.device_put(
+        Pair(of(ROWS, DIM), of(ROWS, DIM)), sharding.batch_sharding(task.mesh)
+    )
+    features = jax.tree.map(unit, features)
+    state = SimpleNamespace(student={"codebook": {"codes": of(CODES, DIM)}}, running=None)
+    plans = []
+    for size in (sharding.SMALL_BYTES, 0):
+        monkeypatch.setattr(sharding, "SMALL_BYTES", size)
+        plans.append(jax.jit(lambda features: task.assign(features, state))(features))
+    alone, together = plans
+    assert alone.sharding.is_fully_replicated and not together.sharding.is_fully_replicated
+    np.testing.assert_allclose(alone, together, rtol=1e-4)
 
 
 def test_two_transports_together_send_as_often_as_one():
@@ -228,3 +254,37 @@ def test_two_transports_together_send_as_often_as_one():
     assert count(compiled(solve, mesh, both)) == count(compiled(solve, mesh, one)) == 2 * ITERATIONS
     apart = compiled(lambda a, b: (solve(a), solve(b)), mesh, one, one)
     assert count(apart) == 4 * ITERATIONS
+
+
+def attention_over(tensor):
+    """The gradient of an attention with 4 heads of 8, compiled for a `tensor` axis of that size."""
+    mesh = sharding.make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
+    spec = SimpleNamespace(width=WIDTH, heads=4, init_std=0.02)
+    compute = layers.Compute(jnp.dtype("float32"), "none", 1, "xla", mesh)
+    make = lambda: layers.SelfAttention(spec, compute, nnx.Rngs(0), value_std=0.02)  # noqa: E731
+    graph, state = nnx.split(nnx.eval_shape(lambda: layers.stack(lambda _: make(), 1, nnx.Rngs(0))))
+    state = {"blocks": {"attention": nnx.to_pure_dict(state)}}
+    places = sharding.state_shardings(state, mesh)
+    kinds = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+    state = jax.tree.map(kinds, state, places)
+
+    def loss(state, x):
+        own = jax.tree.map(lambda leaf: leaf[0], state["blocks"]["attention"])
+        return jnp.sum(jnp.sin(nnx.merge(graph, nnx.State(own))(x, None)))
+
+    x = rows_of(mesh, ROWS, TOKENS, WIDTH)
+    gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(places, x.sharding))
+    return gradient.lower(state, x).compile(compiler_options=QUICK)
+
+
+def test_attention_splits_its_work_over_tensor_and_never_holds_queries_keys_and_values_in_one():
+    whole, half = attention_over(1), attention_over(2)
+    assert half.cost_analysis()["flops"] < 0.52 * whole.cost_analysis()["flops"]
+    assert (
+        half.memory_analysis().temp_size_in_bytes
+        < 0.65 * whole.memory_analysis().temp_size_in_bytes
+    )
+    assert {c.kind for c in collectives(half.as_text())} == {"all-reduce"}
+    arrays = re.findall(r"\w+\[([\d,]+)\]", whole.as_text())
+    sizes = {math.prod(map(int, shape.split(","))) for shape in arrays}
+    assert ROWS * TOKENS * WIDTH in sizes and 3 * ROWS * TOKENS * WIDTH not in sizes

@@ -89,6 +89,7 @@ def test_xla_recomputes_what_remat_says_and_gathers_weights_but_no_rows_for_fsdp
     recomputed = step_of(**changes, **{"model.remat": "blocks"})
     split = step_of(**changes, **{"model.remat": "blocks", "mesh.fsdp": 4})
     assert recomputed < 0.8 * plain
+    assert 0.3 * plain < memory.kept(make_real(changes)) < plain
     assert split < 1.05 * recomputed
 
 
@@ -109,7 +110,7 @@ def test_sizes_whose_state_takes_more_than_half_are_passed_over(
     megabytes, fsdp, monkeypatch, capsys
 ):
     monkeypatch.setattr(Memory, "fits", lambda self, compiled: True)
-    compiled = toy(int(megabytes * MB)).first_fit([1, 2, 4, 8])
+    compiled = toy(int(megabytes * MB)).first_fit([1, 2, 4, 8], ["none"])
     assert compiled.task.mesh.shape["fsdp"] == fsdp
     (sentence,) = capsys.readouterr().out.splitlines()
     passed_over = [size for size in (1, 2, 4, 8) if size < fsdp]
@@ -131,10 +132,57 @@ def test_the_first_size_that_fits_is_taken_and_the_last_if_none_does(
 
     monkeypatch.setattr(Memory, "compile", compile_step)
     device = toy(megabytes * MB)
-    assert device.first_fit(list(needs)).task.mesh.shape["fsdp"] == fsdp
+    assert device.first_fit(list(needs), ["none"]).task.mesh.shape["fsdp"] == fsdp
     printed = re.findall(r"(\d+) MB", capsys.readouterr().out)
     passed_over = [str(need) for size, need in needs.items() if size < fsdp]
     assert printed[0] == str(needs[fsdp]) and set(passed_over) <= set(printed)
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "remat", "tried"),
+    [
+        (200, "none", ["none"]),
+        (120, "dots", ["none", "dots"]),
+        (90, "dots", ["dots"]),  # without remat alone the rows that are kept do not fit
+        (50, "blocks", ["blocks"]),
+        (5, "blocks", ["blocks"]),  # refused afterwards, with what would fit
+        (math.inf, "blocks", ["blocks"]),  # unknown
+    ],
+)
+def test_as_little_is_recomputed_as_fits_and_no_program_is_compiled_in_vain(
+    megabytes, remat, tried, monkeypatch, capsys
+):
+    needs, keeps = {"none": 150, "dots": 80, "blocks": 40}, {"none": 100, "dots": 60, "blocks": 1}
+    asked = []
+
+    def compile_step(self, task):
+        asked.append(task.config.model.remat)
+        return memory.Compiled(task, None, memory.Need(needs[asked[-1]] * MB, 0, 0))
+
+    monkeypatch.setattr(Memory, "compile", compile_step)
+    monkeypatch.setattr(memory, "kept", lambda task: keeps[task.config.model.remat] * MB)
+    found = toy(megabytes * MB).first_fit([1], memory.remats_of("auto"))
+    assert (found.task.config.model.remat, asked) == (remat, tried)
+    said = f"config.model.remat={remat}, chosen" in capsys.readouterr().out
+    assert said == (megabytes != math.inf)
+
+
+def test_a_cpu_recomputes_blocks_and_a_started_run_what_it_did_or_more(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Memory, "compile", lambda self, task: asked.append(task) or None)
+    monkeypatch.setattr(Memory, "fits", lambda self, compiled: True)
+    Memory(make_toy, 10**12).first_fit([1], memory.remats_of("auto"))
+    assert [task.config.model.remat for task in asked] == ["blocks"]
+    assert memory.remats_of("auto", "dots") == ["dots", "blocks"]
+    assert memory.remats_of("auto", "") == ["none", "dots", "blocks"]
+    assert memory.remats_of("none", "blocks") == memory.remats_of("none") == ["none"]
+
+
+def test_what_is_kept_for_the_backward_pass_is_seen_before_compiling():
+    plain, recomputed = (
+        memory.kept(make_real({"model.remat": remat})) for remat in ("none", "blocks")
+    )
+    assert plain > 2 * recomputed > 0
 
 
 @pytest.mark.parametrize(

@@ -216,3 +216,22 @@ def test_a_layer_uses_its_parameters_whole_over_fsdp_and_split_over_tensor():
     kept = used["text"]["blocks"]["mlp"]["up"]["kernel"].sharding
     assert kept.is_equivalent_to(places["text"]["blocks"]["mlp"]["up"]["kernel"], 2)
     assert sharding.gathered(towers, None) is towers
+
+
+@pytest.mark.parametrize(
+    ("groups", "changes", "words"),
+    [
+        (8, {}, []),
+        (
+            16,
+            {},
+            ["itm.groups=16", "global_batch=64", "groups of 4 pairs", "one of 3 others", "128"],
+        ),
+        (16, {"losses.matching": 0.0}, []),
+    ],
+)
+def test_small_groups_of_negatives_are_warned_of_with_their_numbers(groups, changes, words):
+    config = base.get_config("tiny")
+    config.update_from_flattened_dict({"data.global_batch": 64, "itm.groups": groups} | changes)
+    found = " ".join(limits.cautions(config))
+    assert bool(found) == bool(words) and all(word in found for word in words)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.extend import core
 from jax.flatten_util import ravel_pytree
 from small_task import batch_of, drawing, saying, task_on
 
@@ -18,6 +19,7 @@ from codebook_jax.method.assignment import codeword_costs, ipot, make_plan, sink
 from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.matching import matching_loss
 from codebook_jax.method.queue import Queue
+from codebook_jax.models.bert import taken
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks.draws import Pair
 from codebook_jax.tasks.state import Targets
@@ -329,3 +331,39 @@ def test_gradient_of_the_objective_is_that_of_central_differences_of_the_referen
                 np.testing.assert_allclose(
                     gradient @ direction, (up - down) / 2e-5, rtol=1e-5, atol=1e-8, err_msg=name
                 )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_reading_rows_adds_them_where_they_came_from(dtype):
+    draw = np.random.default_rng(0)
+    places = draw.integers(0, 3, (2, 6))  # of 7 rows: some are read often, some never
+    x, pull = (draw.normal(size=(2, rows, 5)).astype(dtype) for rows in (7, 6))
+    found, back = jax.vjp(lambda x: taken(x, jnp.asarray(places)), jnp.asarray(x))
+    np.testing.assert_array_equal(found, np.stack([x[b, places[b]] for b in range(2)]))
+    expected = np.zeros(x.shape, np.float64)
+    for b in range(2):
+        np.add.at(expected[b], places[b], pull[b].astype(np.float64))
+    rtol = {"float32": 1e-6, "bfloat16": 2.0**-8}[dtype]
+    (back,) = back(jnp.asarray(pull))
+    np.testing.assert_allclose(np.asarray(back, np.float64), expected, rtol=rtol)
+    lengths = np.arange(14, dtype=np.int32).reshape(2, 7)
+    assert taken(jnp.asarray(lengths), jnp.asarray(places)).dtype == np.int32
+
+
+def float_sums_by_place(jaxpr):
+    """Shapes of the float arrays that a program adds to entry by entry."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scatter-add" and eqn.outvars[0].aval.dtype.kind == "f":
+            yield eqn.outvars[0].aval.shape
+        for body in core.jaxprs_in_params(eqn.params):
+            yield from float_sums_by_place(body)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1)])
+def test_a_step_adds_floats_by_place_for_word_embeddings_alone(sizes):
+    """On a GPU such sums are atomic, in another order each time."""
+    task = task_on(*sizes)
+    step = task.step.trace(task.abstract_state(), task.abstract_batch())
+    words = task.abstract_state().student["towers"]["text"]["words"].shape
+    counts = 2, task.config.codebook.size  # whole numbers, which are exact in any order
+    assert sorted(float_sums_by_place(step.jaxpr.jaxpr)) == sorted([words, counts])
