@@ -8,6 +8,7 @@ version, the devices and the features of the CPU.
 from __future__ import annotations
 
 import os
+import pwd
 import sys
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def environment(*, alone: bool) -> dict[str, str]:
     try:
         folder = _folder()
         _prepare(folder)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyError) as error:
         why = f"{FOLDER}=DIR names another place, {SWITCH}=false keeps none"
         print(f"compiled programs are not kept ({reason(error)}): {why}", file=sys.stderr)
         return {}
@@ -69,8 +70,10 @@ def _folder() -> Path:
 
 def _prepare(folder: Path) -> None:
     """Makes the folder, and removes programs of which a process was killed while it wrote them: JAX
-    would neither read them nor write them again. Raises OSError or RuntimeError if it cannot.
+    would neither read them nor write them again. Raises OSError, RuntimeError or KeyError if it
+    cannot.
     """
+    pwd.getpwuid(os.getuid())  # jax 0.10 looks up who owns a file, and fails for an unknown user
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write it can run code here
     with filelock.FileLock(folder / ".lockfile", timeout=PATIENCE_S):
         for program in folder.glob("*-cache"):

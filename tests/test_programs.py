@@ -12,6 +12,7 @@ from codebook_jax.run.metrics import read_rows
 SHORT = {
     "train.steps": 3,
     "evaluation.every_steps": 0,
+    "evaluation.rerank_top_k": 0,
     "losses.matching": 0,
     "losses.masked_lm": 0,
     "model.text.fusion_depth": 0,
@@ -95,6 +96,12 @@ def test_a_user_without_a_home_keeps_nothing(folder, monkeypatch, capsys):
     monkeypatch.setattr(programs.Path, "home", no_home)
     assert programs.environment(alone=True) == {}
     assert "home directory" in capsys.readouterr().err
+
+
+def test_a_user_whom_the_system_does_not_know_keeps_nothing(folder, monkeypatch, capsys):
+    monkeypatch.setattr(programs.os, "getuid", lambda: 54_321)
+    assert programs.environment(alone=True) == {}
+    assert "54321" in capsys.readouterr().err
 
 
 def test_a_folder_whose_lock_another_process_keeps_is_not_waited_for(folder, monkeypatch, capsys):
