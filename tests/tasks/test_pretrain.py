@@ -72,6 +72,7 @@ def five_others(one):
 # -- the same everywhere
 
 
+@pytest.mark.slow
 def test_a_fresh_state_is_that_of_a_program_that_is_optimised_fully(one):
     full = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     fresh = jax.jit(own_settings(one.task.fresh), compiler_options=full)(key_of(0))
