@@ -6,8 +6,9 @@ fusion encoder with their momentum copies, contrast with queues, matching with a
 negative image per pair, masked words with soft targets, AdamW. CODIS adds intra-modal terms and a
 codebook, which cost next to nothing compared with the encoders of `base`. With `--device=cuda`, the
 products are in bfloat16 (autocast), and AdamW is the fused one; `--compile` times `torch.compile`
-of the loss too. Put `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it for the huge pages that this
-project's command uses.
+of the loss too. benchmarks/train_step.py runs it in turn with this project's step. Put
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before it for the huge pages that this project's command
+uses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import copy
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train_step
 
 from configs.base import SIZES
 
@@ -162,7 +165,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="*", help="pairs; default: 64 and 4 by size")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--in-turn", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.in_turn:
+        size, dtype, how = options.in_turn
+        train_step.in_turn(prepared(size, PAIRS[size], compiled=how == "compiled", dtype=dtype)[0])
+        return
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads")
     torch.set_default_device(options.device)
     for size in options.sizes:
@@ -171,33 +179,43 @@ def main() -> None:
                 print(measured(size, pairs, options.steps, compiled=compiled), flush=True)
 
 
-def measured(size: str, pairs: int, steps: int, *, compiled: bool) -> str:
-    """A line with the median seconds of a step, and the device's peak memory."""
+def prepared(
+    size: str, pairs: int, *, compiled: bool, dtype: str
+) -> tuple[Callable[[], None], float]:
+    """A function that takes a training step, and how many millions of parameters it trains."""
     torch.manual_seed(0)
-    at, cuda = SIZES[size], torch.get_default_device().type == "cuda"
+    at, device = SIZES[size], torch.get_default_device().type
     pixels = at["image"]["size_px"]
     student = Towers(size)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.02, fused=cuda)
+    fused = device == "cuda"
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.02, fused=fused)
     queue = F.normalize(torch.randn(2, at["queue"], at["dim"]), dim=-1)
     views = torch.randn(2, pairs, 3, pixels, pixels)
     text = torch.randint(5, WORDS[size], (pairs, at["text"]["max_tokens"]))
     loss = torch.compile(loss_of) if compiled else loss_of
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(2 + steps):
-        began = time.perf_counter()
+
+    def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             value = loss(student, teacher, queue, views, text)
         value.backward()
         optimizer.step()
-        if cuda:
+        if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    weights = sum(p.numel() for p in student.parameters()) / 1e6
+
+    return step, sum(p.numel() for p in student.parameters()) / 1e6
+
+
+def measured(size: str, pairs: int, steps: int, *, compiled: bool) -> str:
+    """A line with the median seconds of a step, and the device's peak memory."""
+    cuda = torch.get_default_device().type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    dtype = "bfloat16" if cuda else "float32"
+    step, weights = prepared(size, pairs, compiled=compiled, dtype=dtype)
+    times = [train_step.timed(step)["s"] for _ in range(2 + steps)]
     peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
     how = "compiled" if compiled else "eager"
     seconds = statistics.median(times[2:])

@@ -1,15 +1,22 @@
-"""Step time, compile time and peak memory of the training step: `python benchmarks/train_step.py`.
+"""Step time, share of the matrix products' ceiling, bytes, compile time and peak memory of the
+training step: `python benchmarks/train_step.py`.
 
 One process per row, so that peak memory is the row's own, started with the huge pages that the
 command uses; batches are random, nothing is read. Each row runs `--steps` steps after three that do
-not count, and reports their median. The first line is the rate of a large matrix product on the
-same machine, in float32 on a CPU and in bfloat16 elsewhere. A row's share of it counts the products
-of a step without those that are computed again (`model.remat`).
+not count, and reports their medians. Between two steps, a large matrix product is timed, in float32
+on a CPU and in bfloat16 elsewhere: the ceiling. A row's share of it counts the products of a step
+without those that are computed again (`model.remat`). "bytes" is what XLA counts that a step's
+instructions read and write.
+
+`--pytorch=PYTHON`, an interpreter that has torch, instead runs a step of this project and one of
+benchmarks/pytorch_step.py in turn, in two processes of which one always waits, so that what else
+the machine does meets both.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -18,7 +25,9 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -51,39 +60,125 @@ ROWS = {
     },
 }
 ON_A_CPU = list(ROWS)[:4]
+PAIRED = {"tiny": "tiny", "base": "base, batch 4, float32"}  # rows beside PyTorch's step
+DTYPES, HOWS = ("float32", "bfloat16"), ("eager", "compiled")
+WARM_UP = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="*", default=None, help=f"of: {'; '.join(ROWS)}")
+    parser.add_argument("--rows", nargs="*", default=ON_A_CPU, help=f"of: {'; '.join(ROWS)}")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--pytorch", metavar="PYTHON", help="an interpreter that has torch")
+    parser.add_argument("--sizes", nargs="*", default=list(PAIRED), help="beside PyTorch")
+    parser.add_argument("--dtypes", nargs="*", default=DTYPES, help="beside PyTorch")
+    parser.add_argument("--hows", nargs="*", default=HOWS, help="of PyTorch")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--in-turn", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", help="a JSON file for the figures")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*ROWS[options.one], options.steps)))
         return
+    if options.in_turn:
+        name, dtype = options.in_turn
+        size, fields = ROWS[name]
+        in_turn(prepared(size, fields | {"model.dtype": dtype})[0])
+        return
     figures = {"machine": machine()}
     print(json.dumps(figures["machine"]), flush=True)
-    print(
-        f"{'':36} {'step, s':>8} {'pairs/s':>8} {'compile, s':>10} {'peak, GB':>9} "
-        f"{'of ceiling':>10}",
-        flush=True,
-    )
-    names = options.rows if options.rows is not None else ON_A_CPU
-    for name in names:
-        row = run_alone(__file__, ["--one", name, "--steps", str(options.steps)])
-        rate = row["operations"] / row["step_s"]
-        row["of_ceiling"] = rate / (1e9 * figures["machine"]["matmul_gflops"])
-        figures[name] = row
-        print(
-            f"{name:36} {row['step_s']:8.3f} {row['pairs_per_s']:8.2f} {row['compile_s']:10.1f} "
-            f"{row['peak_gb']:9.2f} {row['of_ceiling']:10.0%}",
-            flush=True,
-        )
+    figures |= paired(options) if options.pytorch else alone(options)
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def alone(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints the rows."""
+    figures = {}
+    print(
+        f"{'':36} {'step, s':>8} {'of CPUs':>8} {'pairs/s':>8} {'of ceiling':>10} {'bytes, GB':>9} "
+        f"{'compile, s':>10} {'peak, GB':>9}",
+        flush=True,
+    )
+    for name in options.rows:
+        row = run_alone(__file__, ["--one", name, "--steps", str(options.steps)])
+        figures[name] = row
+        print(
+            f"{name:36} {row['step_s']:8.3f} {row['cpu_s']:8.3f} {row['pairs_per_s']:8.2f} "
+            f"{row['of_ceiling']:10.0%} {row['bytes'] / 1e9:9.1f} {row['compile_s']:10.1f} "
+            f"{row['peak_gb']:9.2f}",
+            flush=True,
+        )
+    return figures
+
+
+def paired(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints this project's steps and PyTorch's, in turn."""
+    figures = {}
+    for size in options.sizes:
+        for dtype in options.dtypes:
+            with turns([sys.executable, __file__, "--in-turn", PAIRED[size], dtype]) as ours:
+                for how in options.hows:
+                    torch = [options.pytorch, str(ROOT / "benchmarks" / "pytorch_step.py")]
+                    with turns([*torch, "--in-turn", size, dtype, how]) as theirs:
+                        both = [(ours(), theirs()) for _ in range(WARM_UP + options.steps)]
+                    medians = [
+                        {by: median(turn[by] for turn in of) for by in ("s", "cpu_s")}
+                        for of in zip(*both[WARM_UP:], strict=True)
+                    ]
+                    name = f"{PAIRED[size].removesuffix(', float32')}, {dtype}, {how}"
+                    figures[name] = dict(zip(("ours", "pytorch"), medians, strict=True))
+                    own, other = ((found["s"], found["cpu_s"]) for found in medians)
+                    print(
+                        f"{name:36} {own[0]:.3f} s, PyTorch {other[0]:.3f} s: "
+                        f"{other[0] / own[0]:.2f} times as fast ({other[1] / own[1]:.2f} by CPU s)",
+                        flush=True,
+                    )
+    return figures
+
+
+@contextlib.contextmanager
+def turns(command: list[str]) -> Iterator[Callable[[], dict[str, float]]]:
+    """A process that calls `in_turn`, as a function that lets it take one step."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # idle threads of PyTorch would take the other's time
+        env=HUGE_PAGES | {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ,
+        cwd=ROOT,
+    )
+
+    def answer() -> dict[str, float]:
+        line = process.stdout.readline()
+        if not line:
+            sys.exit(f"{command} has ended")
+        return json.loads(line)
+
+    def step() -> dict[str, float]:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return answer()
+
+    with process:
+        answer()
+        yield step
+
+
+def in_turn(step: Callable[[], object]) -> None:
+    """Takes a step for each line of the standard input, and prints its seconds."""
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(timed(step)), flush=True)
+
+
+def timed(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds on the wall and of all CPUs that a call takes."""
+    wall, cpus = time.perf_counter(), time.process_time()
+    call()
+    return {"s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpus}
 
 
 def run_alone(script: str, arguments: list[str]) -> dict[str, Any]:
@@ -98,20 +193,11 @@ def run_alone(script: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, object]:
-    """The devices, the versions, and the rate of a product of 2 048 x 2 048 random numbers, of
-    8 192 x 8 192 on an accelerator.
-    """
+    """The devices and the versions."""
     program = (
-        "import jax, jax.numpy as jnp, time, json\n"
-        "cpu = jax.default_backend() == 'cpu'\n"
-        "n, dtype = (2048, jnp.float32) if cpu else (8192, jnp.bfloat16)\n"
-        "x = jax.random.normal(jax.random.key(0), (n, n), dtype)\n"
-        "f = jax.jit(lambda x: x @ x); f(x).block_until_ready(); times = []\n"
-        "for _ in range(10):\n"
-        "    began = time.perf_counter(); f(x).block_until_ready(); "
-        "times.append(time.perf_counter() - began)\n"
+        "import jax, json\n"
         "print(json.dumps({'device': jax.devices()[0].device_kind, 'devices': jax.device_count(),\n"
-        "  'jax': jax.__version__, 'matmul_gflops': round(2 * n**3 / sorted(times)[5] / 1e9)}))"
+        "  'jax': jax.__version__}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -164,37 +250,68 @@ def measure(
 ) -> dict[str, float]:
     """The median seconds of a step, and the other figures of a row."""
     import jax
-    import numpy as np
 
     from codebook_jax.tools.plan import products
 
     plain, batch = random_task(size, fields | {"model.remat": "none"}, recipe)
     operations = products(plain.step.trace(plain.abstract_state(), batch).jaxpr.jaxpr)
+    step, figures = prepared(size, fields, recipe)
+    for _ in range(WARM_UP):
+        step()
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    product, of_product = large_product()
+    taken = [(timed(step), timed(product)["s"]) for _ in range(steps)]
+    seconds = median(found["s"] for found, _ in taken)
+    ceiling = of_product / median(own for _, own in taken)
+    return figures | {
+        "step_s": seconds,
+        "fastest_s": min(found["s"] for found, _ in taken),
+        "cpu_s": median(found["cpu_s"] for found, _ in taken),
+        "pairs_per_s": len(batch.tokens) / seconds,
+        "peak_gb": peak / 1e9,
+        "operations": operations,
+        "matmul_gflops": ceiling / 1e9,
+        "of_ceiling": operations / seconds / ceiling,
+    }
+
+
+def prepared(
+    size: str, fields: dict[str, object], recipe: str = "base"
+) -> tuple[Callable[[], None], dict[str, float]]:
+    """A function that takes a training step, and what is known before the first one."""
+    import jax
+
     task, batch = random_task(size, fields, recipe)
-    pairs = len(batch.tokens)
     state = task.init_state(0)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     began = time.perf_counter()
-    step = task.step.lower(state, batch).compile()
+    program = task.step.lower(state, batch).compile()
     compiled = time.perf_counter() - began
-    times = []
-    for _ in range(3 + steps):
-        began = time.perf_counter()
-        state, scalars = step(state, batch)
+
+    def step() -> None:
+        nonlocal state
+        state, scalars = program(state, batch)
         jax.block_until_ready((state, scalars))
-        times.append(time.perf_counter() - began)
-    seconds = float(np.median(times[3:]))
-    stats = jax.devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return {
-        "step_s": seconds,
-        "fastest_s": min(times[3:]),
-        "pairs_per_s": pairs / seconds,
+
+    return step, {
         "compile_s": compiled,
-        "peak_gb": peak / 1e9,
         "state_mb": state_bytes / 1e6,
-        "operations": operations,
+        "bytes": program.cost_analysis()["bytes accessed"],
+        "temporary_gb": program.memory_analysis().temp_size_in_bytes / 1e9,
     }
+
+
+def large_product() -> tuple[Callable[[], object], float]:
+    """A product of two random matrices, compiled, and its operations."""
+    import jax
+    import jax.numpy as jnp
+
+    side, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (8192, jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    return lambda: product(x, x).block_until_ready(), 2 * side**3
 
 
 if __name__ == "__main__":

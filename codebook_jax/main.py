@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from codebook_jax import console, modes
+from codebook_jax import console, modes, programs
 from codebook_jax.config import COMMON, check_fields, flat
 from codebook_jax.errors import FULL_DISK, UNREACHABLE, UserError, did_you_mean
 from codebook_jax.parallel.processes import joining, peers
@@ -215,6 +215,7 @@ def _join_other_processes(mode: str, config: ConfigDict | None, workdir: Path) -
         on_a_tpu=joining.on_a_tpu(),
         has_kubernetes=importlib.util.find_spec("kubernetes") is not None,
     )
+    os.environ |= programs.environment(alone=found is None)  # read when JAX is imported
     if found is None or not joining.join(found, timeout_s=FLAGS.join_timeout_s):
         return
     import jax

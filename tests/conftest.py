@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # none, instead of the one in the user's home
 # many processes, plans and, in a folder of their own, launchers: what a change rarely touches
 SLOW = ("test_processes.py", "test_plan.py")
 LONGEST = "test_processes.py"  # last, it would run while the other process is idle

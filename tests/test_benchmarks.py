@@ -2,9 +2,10 @@
 
 import ast
 import importlib
+import sys
 
 import pytest
-from small_run import ROOT
+from small_run import ROOT, SMALL
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
@@ -27,3 +28,36 @@ def imported(module, name):
         return importlib.import_module(f"{module}.{name}")
     except ModuleNotFoundError:
         return getattr(importlib.import_module(module), name)
+
+
+@pytest.fixture
+def train_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("train_step")
+
+
+def test_a_row_of_the_step_has_its_share_of_the_ceiling_and_its_bytes(train_step):
+    fewer = {"losses.matching": 0, "losses.masked_lm": 0, "data.global_batch": 16}
+    found = train_step.measure("tiny", SMALL | fewer, 3)
+    rate = found["operations"] / found["step_s"] / 1e9
+    assert found["of_ceiling"] == pytest.approx(rate / found["matmul_gflops"])
+    assert 0 < found["of_ceiling"] < 1
+    # all parameters, moments and the teacher's are read and written
+    assert found["bytes"] > 2 * 1e6 * found["state_mb"]
+    assert found["fastest_s"] <= found["step_s"]
+
+
+def test_two_processes_take_their_steps_in_turn(train_step, tmp_path):
+    taken = tmp_path / "taken"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import train_step\n"
+        f"train_step.in_turn(lambda: open({str(taken)!r}, 'a').write(sys.argv[1]))\n"
+    )
+    command = [sys.executable, str(script)]
+    with train_step.turns([*command, "a"]) as ours, train_step.turns([*command, "b"]) as theirs:
+        both = [(ours(), theirs()) for _ in range(3)]
+    assert taken.read_text() == "ababab"
+    assert all(found["s"] >= 0 and found["cpu_s"] >= 0 for pair in both for found in pair)

@@ -154,7 +154,13 @@ class Task(abc.ABC):
 
     def init_state(self, seed: int) -> State:
         """A fresh state, created directly on its devices."""
-        return jax.jit(own_settings(self.fresh), out_shardings=self.shardings)(key_of(seed))
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        # The same values bit for bit, compiled in less than half the time.
+        options = {"xla_backend_optimization_level": 1} if on_cpu else None
+        make = jax.jit(
+            own_settings(self.fresh), out_shardings=self.shardings, compiler_options=options
+        )
+        return make(key_of(seed))
 
     def abstract_batch(self) -> Batch:
         """Shapes, types and shardings of a global batch."""
