@@ -4,8 +4,9 @@
 The band at a step is the 98 % prediction interval of one more run: around the mean of the runs,
 Student's t times their standard deviation times sqrt(1 + 1 / runs), and two standard deviations of
 the noise between neighbouring steps, in quadrature. A run's curve is smoothed first, by a parabola
-through five logged steps, and both deviations are those of eleven. The validations are too few for
-that: their noise is the binomial one of so many queries.
+through five logged steps; both deviations are those of 19, and every fifth of these counts as a
+degree of freedom of t. The validations are too few for that: their deviation is that of all, and
+their noise the binomial one of so many queries.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from codebook_jax.report.reference import GALLERY, METRICS, recipe_of
 from codebook_jax.run import metrics
 from codebook_jax.run.record import read_record
 
-CURVE, DEVIATION = 5, 11  # logged steps that are taken together
+CURVE, DEVIATION = 5, 19  # logged steps that are taken together
 INSIDE = 0.98
 Runs = Float[np.ndarray, "runs points"]
 
@@ -57,12 +58,12 @@ def make(workdirs: list[Path]) -> dict:
     for name, values in stacked(columns).items():
         smooth, noise = scipy.signal.savgol_filter(values, CURVE, 2), noise_of(values)
         deviation = np.sqrt(windowed(smooth.var(axis=0, ddof=1), DEVIATION))
-        found["training"][name] = band(name, smooth, deviation, noise)
+        found["training"][name] = band(name, smooth, deviation, noise, DEVIATION // CURVE)
     for name, values in stacked(recalls).items():
         share = values.mean(axis=0) / 100
         noise = 100 * np.sqrt(share * (1 - share) / queries[name.split("_r")[0]])
-        deviation = values.std(axis=0, ddof=1)
-        found["validation"][name] = band(name, values, deviation, noise)
+        deviation = np.sqrt(values.var(axis=0, ddof=1).mean())
+        found["validation"][name] = band(name, values, deviation, noise, len(share))
     steps = [{"step": own[0]["step"].astype(int).tolist()} for own in (columns, recalls)]
     rates = {"learning_rate": rounded(columns[0]["learning_rate"])}
     return {
@@ -88,10 +89,12 @@ def stacked(columns: list[dict[str, np.ndarray]]) -> dict[str, Runs]:
     return found
 
 
-def band(name: str, values: Runs, deviation: np.ndarray, noise: np.ndarray) -> list[list[float]]:
-    """[lows, highs], inside the metric's own limits."""
+def band(
+    name: str, values: Runs, deviation: np.ndarray, noise: np.ndarray, points: int
+) -> list[list[float]]:
+    """[lows, highs], inside the metric's own limits; `deviation` is that of so many `points`."""
     runs, mean = len(values), values.mean(axis=0)
-    t = scipy.stats.t.ppf((1 + INSIDE) / 2, runs - 1) * np.sqrt(1 + 1 / runs)
+    t = scipy.stats.t.ppf((1 + INSIDE) / 2, points * (runs - 1)) * np.sqrt(1 + 1 / runs)
     half = np.hypot(t * deviation, 2 * noise)
     most = 100 if name.startswith("eval/") else 1 if name.endswith("_share") else np.inf
     return [rounded(np.clip(edge, 0, most)) for edge in (mean - half, mean + half)]

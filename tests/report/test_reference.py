@@ -81,11 +81,11 @@ def healthy(file):
 def test_a_band_is_the_prediction_interval_of_one_more_run():
     runs = np.array([[3.0] * 40, [5.0] * 40])  # without noise
     none = np.zeros(40)
-    low, high = MAKER["band"]("loss", runs, runs.std(axis=0, ddof=1), none)
+    low, high = MAKER["band"]("loss", runs, runs.std(axis=0, ddof=1), none, 1)
     t = 31.8205  # Student's, one degree of freedom, 99 %: from a table
     assert high[7] == pytest.approx(4 + t * 2**0.5 * 1.5**0.5, rel=1e-4) and low[7] == 0
-    assert MAKER["band"]("eval/txt_r1", runs, none + 9, none)[1][0] == 100
-    assert MAKER["band"]("codebook/unused_share", runs, none + 9, none)[1][0] == 1
+    assert MAKER["band"]("eval/txt_r1", runs, none + 9, none, 1)[1][0] == 100
+    assert MAKER["band"]("codebook/unused_share", runs, none + 9, none, 1)[1][0] == 1
     noisy = np.random.default_rng(0).normal(size=(2, 4000)) + np.linspace(0, 9, 4000)
     assert MAKER["noise_of"](noisy).mean() == pytest.approx(1, rel=0.02)
 
@@ -268,7 +268,7 @@ def test_curves_of_another_kind_of_run_are_refused(name, value, file, tmp_path):
         (lambda rows, record: (rows, record | {"changes": [1]}), "is no uninterrupted run"),
         (lambda rows, record: (rows, record_of(**{"queue.size": 64})), "is no uninterrupted run"),
         (lambda rows, record: (rows, record_of(0)), r"seeds of the runs are \[0, 0\]"),
-        (lambda rows, record: (rows[:5] + rows[-1:], record), "less than 11 logged steps"),
+        (lambda rows, record: (rows[:5] + rows[-1:], record), "less than 19 logged steps"),
         (lambda rows, record: (rows[:-3], record), "no validation"),
         (lambda rows, record: (rows[1:], record), "not logged the same steps"),
         (lambda rows, record: ([rows[0] | {"loss": None}, *rows[1:]], record), "not finite"),
