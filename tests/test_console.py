@@ -105,7 +105,7 @@ TRAINS = """
     from codebook_jax import main
     world = make_world(pytest.MonkeyPatch())
     world.before_batch = lambda step: print("batch", step, flush=True)
-    sys.argv[1:] = ["--config=configs/base.py:tiny", "--workdir=" + os.environ["RUN"]] + [
+    sys.argv[1:] = ["--config=configs/paper.py:tiny", "--workdir=" + os.environ["RUN"]] + [
         f"--config.{field}" for field in ("data.global_batch=4", "train.steps=12",
         "log_every_steps=1", "checkpoint.every_steps=4", "evaluation.every_steps=6")]
     main.command()
