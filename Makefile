@@ -15,21 +15,25 @@ demo: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "codebook_jax needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.for-tests: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet -e .[test]
 	touch $@
 
-test: $(VENV)/.installed
+test: $(VENV)/.for-tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.for-tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.for-tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/rumdl check --no-cache README.md docs launch/README.md
 
 # The documentation site, in build/site.
-docs: $(VENV)/.installed
+docs: $(VENV)/.for-tests
 	$(VENV)/bin/python -m mkdocs build --strict
