@@ -26,7 +26,6 @@ from small_task import (
 )
 
 from codebook_jax.method.codebook import soft_codes
-from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import pretrain
 from codebook_jax.tasks.draws import Pair, draw_inputs
@@ -70,13 +69,6 @@ def five_others(one):
 
 
 # -- the same everywhere
-
-
-@pytest.mark.slow
-def test_a_fresh_state_is_that_of_a_program_that_is_optimised_fully(one):
-    full = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    fresh = jax.jit(own_settings(one.task.fresh), compiler_options=full)(key_of(0))
-    jax.tree.map(np.testing.assert_array_equal, one.first, jax.device_get(fresh))
 
 
 def test_five_steps_on_eight_devices_are_those_of_one(one, five):
