@@ -118,11 +118,11 @@ def test_the_command_plans_for_more_devices_than_there_are(figures):
     assert "80.0 GB a chip: fits" in printed and "chip-hours" in printed
 
 
-def test_a_plan_sums_every_gradient_and_two_columns_for_each_iteration_of_the_transport(figures):
+def test_a_plan_sums_every_gradient_and_nothing_of_a_small_transport(figures):
     found, _ = figures
     sums = next(row for row in found["sent"] if row["kind"] == "all-reduce")
     assert sums["axes"] == "data"
-    assert 2 * SMALL["codebook.iterations"] < sums["count"] < 2 * SMALL["codebook.iterations"] + 30
+    assert sums["count"] < 2 * SMALL["codebook.iterations"]  # a large one's columns
     parameters = found["memory"]["state"] / 4  # the student among teacher and two moments
     assert 0.4 * parameters < sums["bytes"] / (2 * (1 - 1 / PLANNED)) < 1.2 * parameters
 
