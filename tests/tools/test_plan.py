@@ -202,7 +202,7 @@ def test_libtpu_compiles_the_step(tmp_path, one_device_environment):
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
     counts = {(row["kind"], row["axes"]): row["count"] for row in found["sent"]}
-    assert counts["all-reduce", "data, fsdp"] >= 2 * SMALL["codebook.iterations"]
+    assert 0 < counts["all-reduce", "data, fsdp"] < 2 * SMALL["codebook.iterations"]
     assert counts["all-gather", "fsdp"] > 0  # of parameters
     assert "libtpu" in done.stdout
 
