@@ -62,6 +62,7 @@ ROWS = {
 ON_A_CPU = list(ROWS)[:4]
 PAIRED = {"tiny": "tiny", "base": "base, batch 4, float32"}  # rows beside PyTorch's step
 DTYPES, HOWS = ("float32", "bfloat16"), ("eager", "compiled")
+RECIPE = "paper"  # as pytorch_step.py has it
 WARM_UP = 3
 
 
@@ -206,7 +207,7 @@ def machine() -> dict[str, object]:
     return found | {"cores": os.cpu_count(), "python": platform.python_version()}
 
 
-def random_task(size: str, fields: dict[str, object], recipe: str = "paper") -> tuple[Any, Any]:
+def random_task(size: str, fields: dict[str, object], recipe: str = RECIPE) -> tuple[Any, Any]:
     """The pre-training task of a size over all devices, and a random batch placed for it."""
     import numpy as np
 
@@ -246,7 +247,7 @@ def random_task(size: str, fields: dict[str, object], recipe: str = "paper") -> 
 
 
 def measure(
-    size: str, fields: dict[str, object], steps: int, recipe: str = "paper"
+    size: str, fields: dict[str, object], steps: int, recipe: str = RECIPE
 ) -> dict[str, float]:
     """The median seconds of a step, and the other figures of a row."""
     import jax
@@ -277,7 +278,7 @@ def measure(
 
 
 def prepared(
-    size: str, fields: dict[str, object], recipe: str = "base"
+    size: str, fields: dict[str, object], recipe: str = RECIPE
 ) -> tuple[Callable[[], None], dict[str, float]]:
     """A function that takes a training step, and what is known before the first one."""
     import jax

@@ -4,8 +4,11 @@ import ast
 import importlib
 import sys
 
+import jax
 import pytest
 from small_run import ROOT, SMALL
+
+FEWER = SMALL | {"losses.matching": 0, "losses.masked_lm": 0, "data.global_batch": 16}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
@@ -37,14 +40,20 @@ def train_step(monkeypatch):
 
 
 def test_a_row_of_the_step_has_its_share_of_the_ceiling_and_its_bytes(train_step):
-    fewer = {"losses.matching": 0, "losses.masked_lm": 0, "data.global_batch": 16}
-    found = train_step.measure("tiny", SMALL | fewer, 3)
+    found = train_step.measure("tiny", FEWER, 3)
     rate = found["operations"] / found["step_s"] / 1e9
     assert found["of_ceiling"] == pytest.approx(rate / found["matmul_gflops"])
     assert 0 < found["of_ceiling"] < 1
     # all parameters, moments and the teacher's are read and written
     assert found["bytes"] > 2 * 1e6 * found["state_mb"]
     assert found["fastest_s"] <= found["step_s"]
+
+
+def test_the_step_beside_pytorchs_is_that_of_the_paper(train_step):
+    _, figures = train_step.prepared("tiny", FEWER)
+    task, _ = train_step.random_task("tiny", FEWER, "paper")
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(task.abstract_state()))
+    assert figures["state_mb"] == state / 1e6
 
 
 def test_two_processes_take_their_steps_in_turn(train_step, tmp_path):
