@@ -22,7 +22,7 @@ from codebook_jax.models.bert import DropoutKey, FusionEncoder, TextEncoder
 from codebook_jax.models.layers import Compute, Dense, LayerNorm, gelu
 from codebook_jax.models.vit import VisionTransformer
 from codebook_jax.parallel import sharding
-from codebook_jax.parallel.memory import REMATS
+from codebook_jax.parallel.memory import remats_of
 
 # Unit features in at least float32, and the states of all tokens.
 Encoded = tuple[Float[Array, "rows dim"], Float[Array, "rows tokens width"]]
@@ -189,8 +189,7 @@ def _modules(
     attention = model.attention
     if attention == "auto":
         attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
-    remat = REMATS[-1] if model.remat == "auto" else model.remat
-    compute = Compute(dtype, remat, model.scan_unroll, attention, mesh)
+    compute = Compute(dtype, remats_of(model.remat)[-1], model.scan_unroll, attention, mesh)
     towers = Towers(model, vocabulary_size, compute, rngs)
     if towers.fusion is None:
         return towers, None
