@@ -87,12 +87,10 @@ def curves(
     drawn = {"step", *(name for plots in sections.values() for p in plots for name in p.curves)}
     rest = {name: training for name in training if name not in drawn}
     rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}
-    more = (
-        _charts([_Plot(name, "", {name: name})], columns, bands) for name, columns in rest.items()
-    )
-    outside = [_Plot(name, "", {name: name}) for name in left]
+    alone = lambda name: _Plot(name, "", {name: name})  # noqa: E731
+    more = (_charts([alone(name)], columns, bands) for name, columns in rest.items())
     charts = {
-        "Outside the reference band": _charts(outside, training, bands),
+        "Outside the reference band": _charts(map(alone, left), training, bands),
         "Recall in validation": _charts(_recalls(), evaluations, bands),
         **{section: _charts(plots, training, bands) for section, plots in sections.items()},
         "Everything else that was logged": list(itertools.chain(*more)),
