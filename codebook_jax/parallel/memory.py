@@ -224,18 +224,18 @@ def kept(task: Task) -> int:
     """About the bytes that a device keeps for the backward pass: what the traced step's loops over
     blocks hand on. Tracing takes seconds where compiling takes minutes.
     """
-
-    def handed_on(jaxpr: core.Jaxpr) -> int:
-        total = 0
-        for eqn in jaxpr.eqns:
-            total += sum(map(handed_on, core.jaxprs_in_params(eqn.params)))
-            if eqn.primitive.name == "scan":
-                stacked = eqn.outvars[eqn.params["num_carry"] :]
-                total += sum(out.aval.size * out.aval.dtype.itemsize for out in stacked)
-        return total
-
     traced = task.step.trace(task.abstract_state(), task.abstract_batch())
-    return handed_on(traced.jaxpr.jaxpr) // task.mesh.size
+    scans = (eqn for eqn in equations(traced.jaxpr.jaxpr) if eqn.primitive.name == "scan")
+    stacked = (out.aval for eqn in scans for out in eqn.outvars[eqn.params["num_carry"] :])
+    return sum(each.size * each.dtype.itemsize for each in stacked) // task.mesh.size
+
+
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """Those of a traced program, and of the programs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body in core.jaxprs_in_params(eqn.params):
+            yield from equations(body)
 
 
 def held(tree: PyTree[jax.ShapeDtypeStruct]) -> int:

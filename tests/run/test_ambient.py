@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 from small_run import ROOT, config_of
 from test_resume import assert_same_run, copy_of, states_of, went_on
 
@@ -18,6 +17,7 @@ from codebook_jax import build
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.method.numerics import key_of
 from codebook_jax.parallel import sharding
+from codebook_jax.parallel.memory import equations
 from codebook_jax.run.checkpoint import read_arrays
 from codebook_jax.tasks import pretrain
 from codebook_jax.tools import export
@@ -49,13 +49,8 @@ def set_to():
 
 def types_in(jaxpr):
     """The types of everything that a program computes."""
-    found = set()
-    for equation in jaxpr.eqns:
-        found |= {
-            str(value.aval.dtype) for value in equation.outvars if hasattr(value.aval, "dtype")
-        }
-        found = found.union(*map(types_in, jaxprs_in_params(equation.params)))
-    return found
+    outputs = (value.aval for equation in equations(jaxpr) for value in equation.outvars)
+    return {str(value.dtype) for value in outputs if hasattr(value, "dtype")}
 
 
 def kinds(tree):
