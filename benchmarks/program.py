@@ -29,7 +29,7 @@ from codebook_jax.data.text import Vocabulary
 from codebook_jax.models import layers, vit
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.collectives import collectives
-from codebook_jax.parallel.memory import QUICK
+from codebook_jax.parallel.memory import QUICK, equations
 from configs import base
 
 ROWS, TOKENS, WIDTH, HEADS, DEPTH = 16, 256, 768, 12, 2
@@ -99,18 +99,16 @@ def block_over(tensor: int) -> SimpleNamespace:
 
 
 def small_step() -> Any:
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(SMALL)
     return build.task_maker(config, Vocabulary(500, 0, 1, 2, 3, (0, 1, 2, 3)))({})
 
 
 def sums_by_place(jaxpr: core.Jaxpr) -> Iterator[tuple[int, ...]]:
     """Shapes of the float arrays that a program adds to entry by entry."""
-    for eqn in jaxpr.eqns:
+    for eqn in equations(jaxpr):
         if eqn.primitive.name == "scatter-add" and eqn.outvars[0].aval.dtype.kind in "fV":
             yield eqn.outvars[0].aval.shape
-        for inner in core.jaxprs_in_params(eqn.params):
-            yield from sums_by_place(inner)
 
 
 if __name__ == "__main__":

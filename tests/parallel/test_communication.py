@@ -225,7 +225,7 @@ def test_an_iteration_of_both_large_transports_is_two_sums_over_the_shards(monke
 
 
 def test_the_plan_of_each_device_alone_is_that_of_all_together(monkeypatch):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict(SMALL | CHANGES | {"mesh.data": 8})
     task = build.task_maker(config, Vocabulary(WORDS, 0, 1, 2, 3, (0, 1, 2, 3)))({})
     draw = np.random.default_rng(0)

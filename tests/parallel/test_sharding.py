@@ -231,7 +231,7 @@ def test_a_layer_uses_its_parameters_whole_over_fsdp_and_split_over_tensor():
     ],
 )
 def test_small_groups_of_negatives_are_warned_of_with_their_numbers(groups, changes, words):
-    config = base.get_config("tiny")
+    config = base.paper("tiny")
     config.update_from_flattened_dict({"data.global_batch": 64, "itm.groups": groups} | changes)
     found = " ".join(limits.cautions(config))
     assert bool(found) == bool(words) and all(word in found for word in words)
