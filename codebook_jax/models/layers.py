@@ -71,14 +71,13 @@ class Dense(nnx.Module):
         """One for each of the biases, along their first axis."""
         dtype = self.dtype or wide_enough(x.dtype)
         rows = x.reshape(-1, math.prod(self.inputs)).astype(dtype)
-        kernel = self.kernel[...].reshape(rows.shape[1], len(biases), -1).astype(dtype)
-        products = _products
+        products = functools.partial(_products, len(biases))
         if activation:
-            products = lambda rows, kernel: _products(activation(rows), kernel)  # noqa: E731
-            if dtype == jnp.bfloat16:  # on an accelerator: computing it again is cheap, memory not
-                products = jax.checkpoint(products, prevent_cse=False)
+            products = lambda rows, kernel: _products(len(biases), activation(rows), kernel)  # noqa: E731
+            # computing it again is cheap, memory not
+            products = jax.checkpoint(products, prevent_cse=False)
         shape = *x.shape[: x.ndim - len(self.inputs)], *biases.shape[1:]
-        found = zip(products(rows, kernel), biases.astype(dtype), strict=True)
+        found = zip(products(rows, self.kernel[...]), biases.astype(dtype), strict=True)
         return tuple((y + bias.ravel()).reshape(shape) for y, bias in found)
 
 
@@ -88,30 +87,36 @@ def normal_param(shape: tuple[int, ...], *, std: float | Some, rngs: nnx.Rngs) -
     return nnx.Param(std * normal(rngs.params(), shape, jnp.float32))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _products(
-    rows: Float[Array, "rows width"], kernel: Float[Array, "width parts outputs"]
+    parts: int, rows: Float[Array, "rows width"], kernel: Float[Array, "*width_and_outputs"]
 ) -> tuple[Array, ...]:
     """rows @ each part of the kernel. On a CPU, XLA's own backward pass transposes an operand, at
-    half the speed.
+    half the speed; and it would keep a copy of the kernel in the type and shape of the products.
     """
-    return tuple(rows @ kernel[:, part] for part in range(kernel.shape[1]))
+    return tuple(rows @ part for part in _parts_of(kernel, parts, rows))
 
 
-def _products_forward(rows: Array, kernel: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-    return _products(rows, kernel), (rows, kernel)
+def _parts_of(kernel: Array, parts: int, rows: Array) -> list[Float[Array, "width outputs"]]:
+    of_each = kernel.reshape(rows.shape[1], parts, -1).astype(rows.dtype)
+    return [of_each[:, part] for part in range(parts)]
+
+
+def _products_forward(
+    parts: int, rows: Array, kernel: Array
+) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+    return _products(parts, rows, kernel), (rows, kernel)
 
 
 def _products_backward(
-    kept: tuple[Array, Array], gradients: tuple[Array, ...]
+    parts: int, kept: tuple[Array, Array], gradients: tuple[Array, ...]
 ) -> tuple[Array, Array]:
     (rows, kernel), product = kept, jax.lax.dot_general
-    to_rows = [
-        product(gradient, kernel[:, part], (((1,), (1,)), ((), ())))
-        for part, gradient in enumerate(gradients)
-    ]
+    each = zip(gradients, _parts_of(kernel, parts, rows), strict=True)
+    to_rows = [product(gradient, part, (((1,), (1,)), ((), ()))) for gradient, part in each]
     to_kernel = [product(rows, gradient, (((0,), (0,)), ((), ()))) for gradient in gradients]
-    return sum(to_rows), jnp.stack(to_kernel, axis=1)
+    to_kernel = jnp.stack(to_kernel, axis=1).reshape(kernel.shape)
+    return sum(to_rows), to_kernel.astype(kernel.dtype)
 
 
 _products.defvjp(_products_forward, _products_backward)

@@ -11,7 +11,7 @@ import scipy.special
 from flax import nnx
 from scipy.stats import norm
 
-from codebook_jax.models import layers
+from codebook_jax.models import layers, vit
 from codebook_jax.models.layers import gelu
 
 
@@ -154,14 +154,35 @@ def test_the_backward_pass_of_layer_norm_keeps_its_bfloat16_input_and_two_number
     ]
 
 
-def test_the_backward_pass_of_a_bfloat16_feed_forward_keeps_no_output_of_the_gelu():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_backward_pass_of_a_feed_forward_keeps_no_output_of_the_gelu(dtype):
     """Of the hidden layer, one array: the input of the GELU, not what the next product reads."""
     spec = SimpleNamespace(width=24, mlp_width=0, init_std=0.02)
-    compute = layers.Compute(jnp.dtype("bfloat16"), "none", 1, "xla", None)
+    compute = layers.Compute(jnp.dtype(dtype), "none", 1, "xla", None)
     block = layers.FeedForward(spec, compute, nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (5, 24), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (5, 24), dtype)
     kept = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(block, x)[1])]
     assert kept.count((5, 96)) == 1
     plain = lambda x: block.down(gelu(block.up(x)))  # noqa: E731
     slope, same = (jax.vjp(f, x)[1](jnp.ones_like(x))[0] for f in (block, plain))
     np.testing.assert_array_equal(slope, same)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_backward_pass_of_stacked_blocks_keeps_no_copy_of_their_kernels(dtype):
+    spec = SimpleNamespace(width=24, heads=2, mlp_width=0, init_std=0.02, layer_norm_eps=1e-6)
+    compute = layers.Compute(jnp.dtype(dtype), "none", 1, "xla", None)
+    make = lambda rngs: vit.VisionBlock(spec, compute, rngs)  # noqa: E731
+    graph, state = nnx.split(layers.stack(make, 3, nnx.Rngs(0)))
+
+    def run(parameters, x):
+        blocks = nnx.merge(graph, nnx.State(parameters))
+        return layers.scan(blocks, lambda block, x, _: block(x), x, None, compute)
+
+    parameters = nnx.to_pure_dict(state)
+    kept = jax.tree.leaves(jax.vjp(run, parameters, jnp.zeros((2, 5, 24), dtype))[1])
+    kernels = [leaf for leaf in jax.tree.leaves(parameters) if leaf.size >= 3 * 24 * 24]
+    sizes = {leaf.size for leaf in kernels}
+    stacked = [leaf for leaf in kept if leaf.size in sizes]
+    assert len(stacked) == len(kernels) == 4
+    assert all(any(leaf is kernel for kernel in kernels) for leaf in stacked)
