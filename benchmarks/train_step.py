@@ -283,12 +283,15 @@ def prepared(
     """A function that takes a training step, and what is known before the first one."""
     import jax
 
+    from codebook_jax import programs
+
     task, batch = random_task(size, fields, recipe)
     state = task.init_state(0)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     began = time.perf_counter()
     program = task.step.lower(state, batch).compile()
     compiled = time.perf_counter() - began
+    programs.release()  # as a run does
 
     def step() -> None:
         nonlocal state

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from codebook_jax import programs
 from codebook_jax.config import FREE, changed_fields, check_fields, restart_of, with_fields
 from codebook_jax.console import say
 from codebook_jax.data import text
@@ -145,6 +146,7 @@ def _fitted(
     """The memory of a device, and the step compiled for it; UserError if it does not fit."""
     device = memory.Memory(make, memory.device_memory())
     compiled = device.first_fit(sharding.fsdp_choices(mesh), remats)
+    programs.release()
     device = memory.Memory(make, memory.device_memory())  # compiling took some of a host's memory
     device.check(compiled)
     return device, compiled

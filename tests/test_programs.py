@@ -1,5 +1,7 @@
 """Compiled programs are kept for the next start, where and as long as the user wants that."""
 
+import sys
+
 import filelock
 import numpy as np
 import pytest
@@ -118,3 +120,19 @@ def test_a_program_that_was_half_written_is_removed(folder):
         (folder / name).write_bytes(b"x")
     programs.environment(alone=True)
     assert {path.name for path in folder.glob("jit*")} == {"jit_whole-1-cache", "jit_whole-1-atime"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_compiling_took_goes_back_to_the_system():
+    cycle = [[bytes(1000) for _ in range(300_000)], None]  # blocks that free() would keep
+    above = bytes(1000)  # one at the end of the heap
+    cycle[1] = cycle
+    del cycle
+    before = resident_mb()
+    programs.release()
+    assert above and resident_mb() < before - 200
+
+
+def resident_mb():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1000 for line in status if line.startswith("VmRSS"))

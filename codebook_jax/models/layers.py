@@ -277,7 +277,8 @@ def _attended(
             jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
         )
     options = dict(key_value_seq_lengths=lengths, implementation=compute.attention)
-    with default_types(query.dtype):
+    # The softmax's own derivative keeps one array of weights, not two.
+    with default_types(query.dtype), jax.softmax_custom_jvp(True):
         return jax.nn.dot_product_attention(query, key, value, **options)[:, :tokens]
 
 

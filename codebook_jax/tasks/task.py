@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
@@ -18,6 +17,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Key
 
+from codebook_jax import programs
 from codebook_jax.config import check_fields
 from codebook_jax.data.alike import Alike
 from codebook_jax.data.batch import Batch
@@ -163,9 +163,9 @@ class Task(abc.ABC):
         make = jax.jit(
             own_settings(self.fresh), out_shardings=self.shardings, compiler_options=options
         )
-        state = make(key_of(seed))
+        state = jax.block_until_ready(make(key_of(seed)))
         del make
-        gc.collect()  # the program, with up to 0.6 GB, is part of a cycle
+        programs.release()
         return state
 
     def abstract_batch(self) -> Batch:
