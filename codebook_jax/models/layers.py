@@ -72,10 +72,10 @@ class Dense(nnx.Module):
         dtype = self.dtype or wide_enough(x.dtype)
         rows = x.reshape(-1, math.prod(self.inputs)).astype(dtype)
         products = functools.partial(_products, len(biases))
-        if activation:
-            products = lambda rows, kernel: _products(len(biases), activation(rows), kernel)  # noqa: E731
-            # computing it again is cheap, memory not
-            products = jax.checkpoint(products, prevent_cse=False)
+        if activation:  # computing it again is cheap, memory not
+            products = jax.checkpoint(
+                lambda x, kernel: _products(len(biases), activation(x), kernel), prevent_cse=False
+            )
         shape = *x.shape[: x.ndim - len(self.inputs)], *biases.shape[1:]
         found = zip(products(rows, self.kernel[...]), biases.astype(dtype), strict=True)
         return tuple((y + bias.ravel()).reshape(shape) for y, bias in found)
