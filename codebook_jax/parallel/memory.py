@@ -225,9 +225,14 @@ def kept(task: Task) -> int:
     blocks hand on. Tracing takes seconds where compiling takes minutes.
     """
     traced = task.step.trace(task.abstract_state(), task.abstract_batch())
-    scans = (eqn for eqn in equations(traced.jaxpr.jaxpr) if eqn.primitive.name == "scan")
-    stacked = (out.aval for eqn in scans for out in eqn.outvars[eqn.params["num_carry"] :])
-    return sum(each.size * each.dtype.itemsize for each in stacked) // task.mesh.size
+    total = 0
+    for eqn in equations(traced.jaxpr.jaxpr):
+        if eqn.primitive.name == "scan":
+            (body,) = core.jaxprs_in_params(eqn.params)
+            for whole, of_one in zip(eqn.outvars, body.outvars, strict=True):
+                if whole.aval.ndim > of_one.aval.ndim:  # handed on by every round
+                    total += whole.aval.size * whole.aval.dtype.itemsize
+    return total // task.mesh.size
 
 
 def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
