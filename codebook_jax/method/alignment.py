@@ -87,8 +87,9 @@ def _similarities(
     """Cosines of rows to each modality's candidates, batch before queue."""
     parts = [candidates] if queue is None else [candidates, jax.lax.stop_gradient(queue.features)]
     cosines = [
-        # a product for each: a queue's arrays are large to put side by side
-        jnp.stack([jnp.matmul(rows, part[name].T, precision="highest") for name in names], axis=1)
+        jnp.einsum(
+            "rd,mcd->rmc", rows, jnp.stack([part[name] for name in names]), precision="highest"
+        )
         for part in parts
     ]
     return jnp.concatenate(cosines, axis=-1)
