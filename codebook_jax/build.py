@@ -181,7 +181,8 @@ def task_maker(
 
 def first_state(parts: Parts) -> Any:
     """The state of a new run: fresh, or with the parameters that config.init names, printed."""
-    state = parts.task.init_state(parts.config.seed)
+    state = jax.block_until_ready(parts.task.init_state(parts.config.seed))
+    programs.release()
     if parts.start is None:
         return state
     say(parts.start.report)

@@ -88,7 +88,7 @@ class Memory:
 
     def compile(self, task: Task) -> Compiled:
         """The task with its step compiled for its mesh."""
-        on_cpu = task.mesh.devices.flat[0].platform == "cpu"
+        on_cpu = sharding.on_cpu(task.mesh)
         traced = task.step.trace(task.abstract_state(), task.abstract_batch())
         options = QUICK if self.planned and on_cpu else None
         try:
@@ -182,7 +182,7 @@ class Memory:
         fewer = (times, 2 * times, 4 * times)
         larger = [n for n in sharding.possible_fsdp(mesh) if n > mesh.shape["fsdp"]]
         # a CPU computes bfloat16 in float32
-        narrow = config.model.dtype == "float32" and mesh.devices.flat[0].platform != "cpu"
+        narrow = config.model.dtype == "float32" and not sharding.on_cpu(mesh)
         ways = [
             {},
             *[{"model.dtype": "bfloat16"}] * narrow,
@@ -225,14 +225,11 @@ def kept(task: Task) -> int:
     blocks hand on. Tracing takes seconds where compiling takes minutes.
     """
     traced = task.step.trace(task.abstract_state(), task.abstract_batch())
-    total = 0
-    for eqn in equations(traced.jaxpr.jaxpr):
-        if eqn.primitive.name == "scan":
-            (body,) = core.jaxprs_in_params(eqn.params)
-            for whole, of_one in zip(eqn.outvars, body.outvars, strict=True):
-                if whole.aval.ndim > of_one.aval.ndim:  # handed on by every round
-                    total += whole.aval.size * whole.aval.dtype.itemsize
-    return total // task.mesh.size
+    scans = (eqn for eqn in equations(traced.jaxpr.jaxpr) if eqn.primitive.name == "scan")
+    bodies = ((eqn, body) for eqn in scans for body in core.jaxprs_in_params(eqn.params))
+    outputs = (pair for eqn, body in bodies for pair in zip(eqn.outvars, body.outvars, strict=True))
+    stacked = (whole.aval for whole, of_one in outputs if whole.aval.ndim > of_one.aval.ndim)
+    return sum(each.size * each.dtype.itemsize for each in stacked) // task.mesh.size
 
 
 def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:

@@ -238,6 +238,11 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     )
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether its devices are CPUs."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def gathered(parameters: Any, mesh: Mesh | None, *, in_blocks: bool = False) -> Any:
     """Parameters as a layer uses them: whole over fsdp. Else XLA may gather the batch's rows.
 
