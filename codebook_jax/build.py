@@ -80,9 +80,9 @@ def build_training(
     config, remats = _chosen_before(config, before)
     mesh = sharding.mesh_of(config.mesh)
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
-    stories = task_class(config).stories
-    source = source_of(config, config.data.train, "train", stories=stories)
-    validation = source_of(config, config.data.eval, "validation", stories=stories)
+    kind = task_class(config).reads
+    source = source_of(config, config.data.train, "train", kind=kind)
+    validation = source_of(config, config.data.eval, "validation", kind=kind)
     start = () if saved else weights.read_start(config)
     asked = weights.adopted(config, start, record)
     for name, (old, new) in changed_fields(config.to_dict(), asked.to_dict()).items():

@@ -64,7 +64,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
             Pace(start=step, steps=steps, global_batch=batch) as pace,
             parts.device.explaining(parts.compiled) if parts.compiled else contextlib.nullcontext(),
         ):
-            bad_rate = BadRate(config.data.max_bad_rate, meta["unreadable"], parts.task.stories)
+            bad_rate = BadRate(config.data.max_bad_rate, meta["unreadable"], parts.task.reads)
             run = Run(parts, checkpoints, metrics, pace, stop, bad_rate, state, step)
             try:
                 run.finish()
@@ -230,7 +230,11 @@ class Run:
         if share < INPUT_BOUND_SHARE or self.warned_input_bound or self.step < 2:
             return
         self.warned_input_bound, data = True, self.config.data
-        packed = "" if self.parts.task.stories else ", or pack smaller pictures with --mode=prepare"
+        packed = (
+            ""
+            if self.parts.task.reads == "stories"
+            else ", or pack smaller pictures with --mode=prepare"
+        )
         say(
             f"input-bound: {share:.0%} of the step time is spent waiting for data; raise "
             f"config.data.threads (now {data.threads}) or config.data.workers (now "

@@ -26,7 +26,7 @@ from codebook_jax.data.batch import Batch
 from codebook_jax.data.crops import random_crops
 from codebook_jax.data.images import Picture, UnreadableImage
 from codebook_jax.data.mirror import mirrored
-from codebook_jax.data.sources import Record, Source, Story
+from codebook_jax.data.sources import KINDS, Example, Record, Source, Story
 from codebook_jax.data.sources.mixture import training_order
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.errors import UserError
@@ -56,7 +56,7 @@ class Spec(Protocol[Told, Made]):
 
     def read(
         self,
-        record: Record | Story,
+        record: Record | Story | Example,
         rng: np.random.Generator,
         pictures: UInt8[np.ndarray, "views ..."],
     ) -> Told:
@@ -194,7 +194,7 @@ class BadRate:
 
     max_rate: float
     unreadable: int  # since the first start of the run; those before this start are not judged
-    stories: bool = False  # whether the records are stories, which check-data does not read
+    kind: str = "pairs"  # of the records; check-data reads no stories
     bad: int = 0  # since this start
     tried: int = 0
 
@@ -208,11 +208,11 @@ class BadRate:
         margin = 2 * math.sqrt(self.bad) if self.max_rate > 0 else 0
         if self.bad > self.max_rate * self.tried + margin:
             cure = "--mode=check-data finds them all and lists the good ones"
+            cure = "repair the files" if self.kind == "stories" else cure
             raise UserError(
-                f"{self.bad:,} of {self.tried:,} {'stories' if self.stories else 'images'} could "
-                f"not be read, more than config.data.max_bad_rate={self.max_rate:g} allows (the "
-                f"first are named above): {'repair the files' if self.stories else cure}; or raise "
-                "the rate"
+                f"{self.bad:,} of {self.tried:,} {KINDS[self.kind][1]} could not be read, more "
+                f"than config.data.max_bad_rate={self.max_rate:g} allows (the first are named "
+                f"above): {cure}; or raise the rate"
             )
 
 

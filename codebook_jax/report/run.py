@@ -165,9 +165,9 @@ def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dic
     restored = build.restore_trained(parts, workdir, ("student",))
     student = restored.state.student
     spec = config.data.test or config.data.eval
-    source = source_of(config, spec, "test", stories=parts.task.stories)
+    source = source_of(config, spec, "test", kind=parts.task.reads)
     seen = {"step": restored.step, "data": spec, "stories": None, "codebook": None}
-    if parts.task.stories:
+    if parts.task.reads == "stories":
         return seen | {"stories": aligned_stories(parts, student["towers"], source, pictures)}
     images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)
     say(f"test data {spec}: {images:,} of {len(source):,} images")

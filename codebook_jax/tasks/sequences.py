@@ -85,7 +85,7 @@ class Embedded(NamedTuple):
 class Sequences(Task):
     """The jitted programs of a run on stories; holds no parameters."""
 
-    stories = True  # its data
+    reads = "stories"
 
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh

@@ -59,7 +59,7 @@ class Task(abc.ABC):
     `batch_spec` and `abstract_batch`, with at least the fields `example` and `skipped` of `Batch`.
     """
 
-    stories: ClassVar[bool] = False  # whether its data are stories, not pairs
+    reads: ClassVar[str] = "pairs"  # the kind of its data, one of KINDS
     step: jax.stages.Wrapped  # `update`, jitted over the mesh; donates the state
 
     def __init__(

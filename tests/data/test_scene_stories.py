@@ -115,7 +115,7 @@ def told_set(story):
 
 def test_stories_are_a_source_in_every_role():
     train = stories_source(size_px=24)
-    assert len(train) == 50 and train.stories
+    assert len(train) == 50 and train.kind == "stories"
     assert {frame.shape for frame in train[3].frames} == {(24, 24, 3)} and train[3].story_id == 3
     sources = [train, stories_source("validation"), stories_source("test")]
     for source in sources:

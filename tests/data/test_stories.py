@@ -133,5 +133,5 @@ def test_an_unreadable_frame_gives_way_to_the_next_story(stream, capsys):
 
 def test_too_many_unreadable_stories_stop_a_run_without_advice_about_pairs():
     with pytest.raises(UserError, match="1 of 9 stories could not be read") as raised:
-        BadRate(0, 0, stories=True).add(unreadable=1, read=8)
+        BadRate(0, 0, kind="stories").add(unreadable=1, read=8)
     assert "check-data" not in str(raised.value)

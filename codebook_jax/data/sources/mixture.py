@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from codebook_jax.data.sources.record import Record, Source, digest, part_of
+from codebook_jax.data.sources.record import Example, Record, Source, digest, part_of
 
 if TYPE_CHECKING:
     import grain
@@ -19,7 +19,7 @@ class Mixture(Source):
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None) -> None:
         """`weights` (None: their sizes) are the sources' shares of the training stream."""
-        self.sources = tuple(sources)
+        self.sources, self.kind = tuple(sources), sources[0].kind
         self.weights = None if weights is None else tuple(float(weight) for weight in weights)
         self.starts = np.cumsum([0, *map(len, self.sources)])
         self.listed = sum(source.listed for source in self.sources)
@@ -30,7 +30,7 @@ class Mixture(Source):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record | Example:
         which, own = part_of(self.starts, index)
         record = self.sources[which][own]
         return record._replace(image_id=record.image_id + int(self._first_ids[which]))

@@ -17,7 +17,7 @@ from codebook_jax.data.sources.builders import open_tfds
 from codebook_jax.data.sources.hub import open_hugging_face
 from codebook_jax.data.sources.json_files import open_json
 from codebook_jax.data.sources.mixture import Mixture
-from codebook_jax.data.sources.record import PARTS, Request, Settings, Source
+from codebook_jax.data.sources.record import KINDS, PARTS, Request, Settings, Source
 from codebook_jax.data.sources.records import Records
 from codebook_jax.data.sources.scenes import open_scenes
 from codebook_jax.data.sources.tables import open_table
@@ -47,6 +47,15 @@ SCHEMES = {
     "tfds": Scheme(open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
     "hf": Scheme(open_hugging_face, "hf:NAME_OR_FOLDER:SPLIT", _KEYS),
 }
+_USUAL = {  # sources of each kind
+    "pairs": "json:PAIRS.json or scenes",
+    "stories": "scenes:stories or json:STORIES.json",
+    "questions": "vqa:QUESTIONS.json or scenes:questions",
+    "comparisons": "nlvr2:SENTENCES.json or scenes:comparisons",
+    "statements": "entailment:SENTENCES.jsonl or scenes:statements",
+    "expressions": "grounding:EXPRESSIONS.json or scenes:expressions",
+    "labels": "folders:FOLDER or scenes:labels",
+}
 _A_STORY = 'a story is {"frames": [PATHS], "captions": [TEXTS]}'
 _SPEC = re.compile(r"(?:(\w+)(?::|(?=\?)|$))?(.*?)(?:\?(\w+=[^?]*))?", re.DOTALL)
 
@@ -59,8 +68,12 @@ def open_source(spec: str, *, role: str, **settings: str | int) -> Source:
     if len(opened) == 1:
         return opened[0][0]
     sources, weights = zip(*opened, strict=True)
-    if any(source.stories for source in sources):
+    kinds = {source.kind for source in sources}
+    if "stories" in kinds:
         raise UserError(f"{spec!r}: stories are read from one source alone: put them in one file")
+    if len(kinds) > 1:
+        held = " and ".join(sorted(KINDS[kind][0] for kind in kinds))
+        raise UserError(f"{spec!r} mixes {held}: name sources of one kind")
     weighted = sum(weight is not None for weight in weights)
     if weighted and (weighted < len(weights) or role != "train"):
         how_many = f"{weighted} of {len(weights)} {role} sources have a weight"
@@ -69,10 +82,10 @@ def open_source(spec: str, *, role: str, **settings: str | int) -> Source:
 
 
 def source_of(
-    config: ml_collections.ConfigDict, spec: str, role: str, *, stories: bool = False
+    config: ml_collections.ConfigDict, spec: str, role: str, *, kind: str = "pairs"
 ) -> Source:
     """The source that `spec` names, for `role`, with the fields of `config`; raises UserError too
-    if its records are not `stories`, or are and should not be.
+    if its records are not of this `kind`.
     """
     names = ("scenes_examples", "image_root", "path_map", "damaged_shards")
     settings = {name: config.data[name] for name in names}
@@ -80,19 +93,14 @@ def source_of(
     try:
         source = open_source(spec, role=role, **settings)
     except UserError as error:
-        if stories and spec.startswith("json:"):
+        if kind == "stories" and spec.startswith("json:"):
             raise UserError(f"{error}; {_A_STORY}") from None
         raise
-    if source.stories and not stories:
-        raise UserError(
-            f"{spec} lists stories (frames and captions in order), not pairs of an image and a "
-            "text: train on them with configs/sequences.py; check-data and prepare take pairs"
-        )
-    if stories and not source.stories:
-        raise UserError(
-            f"{spec} lists pairs of an image and a text, not stories: name scenes:stories or a "
-            f"json: file in which {_A_STORY}"
-        )
+    if source.kind != kind:
+        cure = f"name a source of those, such as {_USUAL[kind]}"
+        if source.kind == "stories":
+            cure = "train on them with configs/sequences.py; check-data and prepare take pairs"
+        raise UserError(f"{spec} lists {KINDS[source.kind][0]}, not {KINDS[kind][0]}: {cure}")
     return source
 
 

@@ -39,10 +39,37 @@ class Story(NamedTuple):
     story_id: int  # its index in the source
 
 
-class Source(Protocol):
-    """Records, or stories, by index. It can be pickled and read from several threads."""
+class Example(NamedTuple):
+    """Pictures and a text, and what is to be answered: a question, a statement, an expression."""
 
-    stories: bool = False  # whether its records are stories
+    images: tuple[np.ndarray | bytes | str, ...]  # each as `Record.image`; two of a comparison
+    text: str  # the question, statement or expression
+    # All right answers, equal ones as often as they were given; the label as a text; ("left",)
+    # for the first of two pictures. Empty: not known, as in a test set.
+    answers: tuple[str, ...]
+    key: int | str  # names it in a submission, as in its file
+    image_id: int  # equal for the same (first) picture; from 0, below the source's `listed`
+    weight: float = 1.0  # of its answers in training
+    box: tuple[float, float, float, float] | None = None  # x, y, width, height in pixels
+    proposals: tuple[tuple[float, float, float, float], ...] = ()  # boxes to choose from
+
+
+# What the records of a source are, and what an evaluation counts, for messages.
+KINDS = {
+    "pairs": ("pairs of an image and a text", "images"),
+    "stories": ("stories (frames and captions in order)", "stories"),
+    "questions": ("questions about images", "questions"),
+    "comparisons": ("statements about two images", "statements"),
+    "statements": ("statements about an image", "statements"),
+    "expressions": ("expressions for parts of images", "expressions"),
+    "labels": ("images with a label each", "images"),
+}
+
+
+class Source(Protocol):
+    """Records, stories or examples by index. It can be pickled and read from several threads."""
+
+    kind: str = "pairs"  # one of KINDS; all but the first two have Examples
     form: str  # the scheme and place that name it
     place: str
     listed: int  # records, including those left out
@@ -51,13 +78,15 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record | Story:
+    def __getitem__(self, index: int) -> Record | Story | Example:
         """Raises UnreadableImage if the source must read the image itself and cannot, and
         WithoutCaption if reading shows that there is no caption.
         """
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of a record, or the sentences of a story, without making an image."""
+        """The captions of a record, the sentences of a story, or the text and the answers of an
+        example, without making an image.
+        """
 
     def name(self, index: int) -> str:
         """The name of a record in the source (path, key or id), without reading its image."""
@@ -73,12 +102,12 @@ class Source(Protocol):
     @property
     def learned(self) -> str:
         """What training learns from, for messages."""
-        return "stories" if self.stories else "pairs"
+        return self.kind
 
     @property
     def evaluated(self) -> str:
         """What an evaluation counts, for messages."""
-        return "stories" if self.stories else "images"
+        return KINDS[self.kind][1]
 
 
 def sample_captions(source: Source, most: int = VOCABULARY_CAPTIONS) -> Iterator[str]:

@@ -63,7 +63,7 @@ class SceneStories(Source):
     split, of which 2k and 2k + 1 differ in their order alone.
     """
 
-    stories = True
+    kind = "stories"
 
     def __init__(self, request: Request) -> None:
         self._settings, self._chosen = request.settings, None

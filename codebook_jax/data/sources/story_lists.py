@@ -26,7 +26,7 @@ class ListedStories(Source):
     a frame or without a sentence left is left out and counted.
     """
 
-    stories = True
+    kind = "stories"
 
     def __init__(self, request: Request, entries: Iterable[tuple[str, Any]]) -> None:
         """`entries` are ("file[3]", object); raises UserError if one is no story, or all are left

@@ -51,7 +51,7 @@ def test_ids_stay_apart_where_a_source_has_fewer_records_than_it_lists():
     class Packed:
         """The last three of ten, with their ids, like packed records after skipped ones."""
 
-        listed, left_out = 10, ()
+        kind, listed, left_out = "pairs", 10, ()
 
         def __len__(self):
             return 3

@@ -27,7 +27,7 @@ def test_frames_and_sentences_keep_their_order_and_their_repetitions(tmp_path):
     path = write(tmp_path / "stories.json", STORIES)
     for role in ("train", "validation", "test"):
         source = open_it(f"json:{path}", role)
-        assert source.stories and len(source) == source.listed == 3
+        assert source.kind == "stories" and len(source) == source.listed == 3
         assert captions(source) == [("Two", "one", "Two"), ("a", "b", "c"), ("Two", "one", "Two")]
         assert source[0].frames == tuple(f"{tmp_path}/{name}" for name in STORY["frames"])
         assert [story.story_id for story in records(source)] == [0, 1, 2]
@@ -125,7 +125,7 @@ def test_options_of_pairs_and_mixtures_are_refused(tmp_path):
 def test_pairs_with_a_field_called_frames_stay_pairs(tmp_path):
     pairs = [{"image": "a.jpg", "caption": "one", "frames": 12}]
     source = open_it(f"json:{write(tmp_path / 'pairs.json', pairs)}")
-    assert not source.stories and source[0].captions == ("one",)
+    assert source.kind == "pairs" and source[0].captions == ("one",)
 
 
 @pytest.mark.parametrize("spec", ["json:FILE", "scenes:stories"])
@@ -133,7 +133,7 @@ def test_runs_of_pairs_refuse_stories_and_runs_of_stories_pairs(tmp_path, spec):
     spec = spec.replace("FILE", str(write(tmp_path / "stories.json", STORIES)))
     config = base.paper("tiny")
     config.data.train = spec
-    assert source_of(config, spec, "train", stories=True).stories
+    assert source_of(config, spec, "train", kind="stories").kind == "stories"
     refusals = (
         lambda: source_of(config, spec, "train"),
         lambda: prepare(config, tmp_path / "packed"),
@@ -146,10 +146,10 @@ def test_runs_of_pairs_refuse_stories_and_runs_of_stories_pairs(tmp_path, spec):
     pairs = write(tmp_path / "pairs.json", [{"image": "a.jpg", "caption": "one"}])
     for other in (f"json:{pairs}", "scenes"):
         with pytest.raises(UserError, match=r"lists pairs .*scenes:stories"):
-            source_of(config, other, "train", stories=True)
+            source_of(config, other, "train", kind="stories")
     others = write(tmp_path / "others.json", [{"images": ["a.jpg"], "sentences": ["one"]}])
     with pytest.raises(UserError, match=r'no key "image" .* a story is {"frames": '):
-        source_of(config, f"json:{others}", "train", stories=True)
+        source_of(config, f"json:{others}", "train", kind="stories")
 
 
 def test_a_large_file_is_held_without_an_object_a_story(tmp_path):
