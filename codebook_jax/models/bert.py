@@ -18,6 +18,7 @@ from codebook_jax.models.layers import (
     Compute,
     CrossAttention,
     FeedForward,
+    Keys,
     LayerNorm,
     SelfAttention,
     dropout,
@@ -37,6 +38,14 @@ class Negatives(NamedTuple):
 
     row: Int[Array, " images"]  # 0 ... images / groups - 1
     groups: int
+
+
+class Seen(NamedTuple):
+    """What the texts of each row attend to."""
+
+    keys_values: tuple[Keys, Keys]
+    lengths: Int[Array, " images"] | None = None  # of the keys before the padding; None: all
+    negatives: Negatives | None = None  # of the last text of each row
 
 
 class TextBlock(nnx.Module):
@@ -60,38 +69,37 @@ class TextBlock(nnx.Module):
 
 
 class FusionBlock(TextBlock):
-    """A text block that also attends to the image, before its feed-forward."""
+    """A text block that also attends to the image, before its feed-forward; an `image_width` of
+    None is for one that is given the keys and values of another.
+    """
 
     def __init__(
-        self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
+        self, spec: ConfigDict, image_width: int | None, compute: Compute, rngs: nnx.Rngs
     ) -> None:
         super().__init__(spec, compute, rngs, value_std=spec.init_std)
         self.cross = CrossAttention(spec, image_width, compute, rngs)
         self.cross_norm = LayerNorm(spec, compute, rngs)
 
     def __call__(
-        self,
-        x: PairStates,
-        lengths: Int[Array, "images texts"],
-        image_tokens: Float[Array, "images patches image_width"],
-        negatives: Negatives | None,
-        key: DropoutKey,
+        self, x: PairStates, lengths: Int[Array, "images texts"] | None, seen: Seen, key: DropoutKey
     ) -> PairStates:
+        """Without `lengths`, tokens see those before them alone."""
         attention_key, cross_key, mlp_key = keys_of(key, 3)
         # Everything but the cross-attention sees plain rows of text.
         rows = x.reshape(-1, *x.shape[2:])
-        attended = self.attention(rows, lengths.reshape(-1))
+        of_rows = None if lengths is None else lengths.reshape(-1)
+        attended = self.attention(rows, of_rows, causal=lengths is None)
         rows = self.attention_norm(rows + dropout(attended, self.dropout, attention_key))
-        looked = self._look(rows.reshape(x.shape), image_tokens, negatives).reshape(rows.shape)
+        looked = self._look(rows.reshape(x.shape), seen).reshape(rows.shape)
         rows = self.cross_norm(rows + dropout(looked, self.dropout, cross_key))
         rows = self.mlp_norm(rows + dropout(self.mlp(rows), self.dropout, mlp_key))
         return rows.reshape(x.shape)
 
-    def _look(self, x: PairStates, image_tokens: Array, negatives: Negatives | None) -> PairStates:
+    def _look(self, x: PairStates, seen: Seen) -> PairStates:
         """Cross-attention of each row's texts to its image, the last to its negative image."""
-        keys_values = self.cross.key_value.parts(image_tokens)
+        keys_values, lengths, negatives = seen
         own = x if negatives is None else x[:, :-1]
-        looked = self.cross(own.reshape(len(own), -1, own.shape[-1]), keys_values)
+        looked = self.cross(own.reshape(len(own), -1, own.shape[-1]), keys_values, lengths)
         looked = looked.reshape(own.shape)
         if negatives is None:
             return looked
@@ -100,8 +108,33 @@ class FusionBlock(TextBlock):
         return jnp.concatenate([looked, other[:, None]], axis=1)
 
 
-class TextEncoder(nnx.Module):
-    """BERT's embeddings and first layers: one state per token."""
+class TwoImageBlock(nnx.Module):
+    """A fusion block for each of two images, one after the other; both project the tokens of their
+    image by the same layer (Li et al. 2021, 4.4).
+    """
+
+    def __init__(
+        self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
+        self.first = FusionBlock(spec, image_width, compute, rngs)
+        self.second = FusionBlock(spec, None, compute, rngs)
+
+    def __call__(
+        self,
+        x: PairStates,
+        lengths: Int[Array, "images texts"],
+        image_tokens: Float[Array, "images 2 patches image_width"],
+        key: DropoutKey,
+    ) -> PairStates:
+        first_key, second_key = keys_of(key, 2)
+        first, second = (
+            Seen(self.first.cross.key_value.parts(image_tokens[:, number])) for number in (0, 1)
+        )
+        return self.second(self.first(x, lengths, first, first_key), lengths, second, second_key)
+
+
+class Embeddings(nnx.Module):
+    """BERT's embeddings of words, positions and the first segment."""
 
     def __init__(
         self, spec: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
@@ -111,10 +144,25 @@ class TextEncoder(nnx.Module):
         self.positions = normal_param((spec.max_positions, width), std=std, rngs=rngs)
         self.segment = normal_param((2, width), std=std, rngs=rngs)  # row 0 is used, as in ALBEF
         self.norm = LayerNorm(spec, compute, rngs)
+        self.dropout, self.compute = spec.dropout, compute
+
+    def embed(self, tokens: Int[Array, "*some tokens"], key: DropoutKey) -> Array:
+        """A vector a token; with a `key`, dropped out."""
+        x = self.words[...][tokens] + self.positions[...][: tokens.shape[-1]]
+        return dropout(self.norm(x + self.segment[...][0]), self.dropout, key)
+
+
+class TextEncoder(Embeddings):
+    """BERT's embeddings and first layers: one state per token."""
+
+    def __init__(
+        self, spec: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
+        super().__init__(spec, vocabulary_size, compute, rngs)
         self.blocks = stack(
             lambda r: TextBlock(spec, compute, r, value_std=spec.value_std), spec.depth, rngs
         )
-        self.depth, self.dropout, self.compute = spec.depth, spec.dropout, compute
+        self.depth = spec.depth
 
     @jax.named_scope("text")
     def __call__(
@@ -128,8 +176,7 @@ class TextEncoder(nnx.Module):
         if key is not None:
             keys = jax.random.split(key, self.depth + 1)
             block_keys, embedding_key = keys[: self.depth], keys[self.depth]
-        x = self.words[...][tokens] + self.positions[...][: tokens.shape[1]] + self.segment[...][0]
-        x = dropout(self.norm(x), self.dropout, embedding_key)
+        x = self.embed(tokens, embedding_key)
 
         def apply(block: TextBlock, x: States, key: DropoutKey) -> States:
             return block(x, lengths, key)
@@ -162,7 +209,36 @@ class FusionEncoder(nnx.Module):
         """
 
         def apply(block: FusionBlock, x: PairStates, key: DropoutKey) -> PairStates:
-            return block(x, lengths, image_tokens, negatives, key)
+            seen = Seen(block.cross.key_value.parts(image_tokens), negatives=negatives)
+            return block(x, lengths, seen, key)
+
+        block_keys = None if key is None else jax.random.split(key, self.depth)
+        return scan(self.blocks, apply, text_states, block_keys, self.compute)
+
+
+class TwoImageFusion(nnx.Module):
+    """The fusion encoder for texts about two images, with a block for each image in every layer."""
+
+    def __init__(
+        self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
+        self.depth, self.compute = spec.fusion_depth, compute
+        make = lambda r: TwoImageBlock(spec, image_width, compute, r)  # noqa: E731
+        self.blocks = stack(make, self.depth, rngs)
+
+    @jax.named_scope("fusion")
+    def __call__(
+        self,
+        text_states: PairStates,
+        lengths: Int[Array, "images texts"],
+        image_tokens: Float[Array, "images 2 patches image_width"],
+        *,
+        key: DropoutKey = None,
+    ) -> PairStates:
+        """States of every text with the two images of its row; token 0 stands for all three."""
+
+        def apply(block: TwoImageBlock, x: PairStates, key: DropoutKey) -> PairStates:
+            return block(x, lengths, image_tokens, key)
 
         block_keys = None if key is None else jax.random.split(key, self.depth)
         return scan(self.blocks, apply, text_states, block_keys, self.compute)

@@ -182,15 +182,19 @@ def init_student(
     return student
 
 
+def compute_of(model: ConfigDict, mesh: jax.sharding.Mesh | None) -> Compute:
+    """How `config.model` computes."""
+    dtype, attention = jnp.dtype(model.dtype), model.attention
+    if attention == "auto":
+        attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
+    return Compute(dtype, remats_of(model.remat)[-1], model.scan_unroll, attention, mesh)
+
+
 def _modules(
     config: ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None, key: Key[Array, ""]
 ) -> tuple[Towers, MatchingHead | None]:
-    model, rngs, dtype = config.model, nnx.Rngs(params=key), jnp.dtype(config.model.dtype)
-    attention = model.attention
-    if attention == "auto":
-        attention = "cudnn" if jax.default_backend() == "gpu" and dtype.itemsize == 2 else "xla"
-    compute = Compute(dtype, remats_of(model.remat)[-1], model.scan_unroll, attention, mesh)
-    towers = Towers(model, vocabulary_size, compute, rngs)
+    model, rngs = config.model, nnx.Rngs(params=key)
+    towers = Towers(model, vocabulary_size, compute_of(model, mesh), rngs)
     if towers.fusion is None:
         return towers, None
     return towers, MatchingHead(model.text.width, std=model.text.init_std, rngs=rngs)

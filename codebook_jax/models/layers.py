@@ -241,33 +241,52 @@ class SelfAttention(nnx.Module):
         self.compute = compute
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"], lengths: Int[Array, " batch"] | None
+        self,
+        x: Float[Array, "batch tokens width"],
+        lengths: Int[Array, " batch"] | None,
+        *,
+        causal: bool = False,
     ) -> Float[Array, "batch tokens width"]:
-        return self.out(_attended(*self.qkv.parts(x), lengths, self.compute))
+        """With `causal`, no token sees those after it."""
+        return self.out(_attended(*self.qkv.parts(x), lengths, self.compute, causal=causal))
 
 
 class CrossAttention(nnx.Module):
-    """Attention of texts over an image, whose `key_value.parts` are computed once for all texts."""
+    """Attention of texts over an image, whose `key_value.parts` are computed once for all texts; an
+    `image_width` of None is for one that is given the keys and values of another.
+    """
 
     def __init__(
-        self, spec: ConfigDict, image_width: int, compute: Compute, rngs: nnx.Rngs
+        self, spec: ConfigDict, image_width: int | None, compute: Compute, rngs: nnx.Rngs
     ) -> None:
         heads = spec.heads, spec.width // spec.heads
         common = dict(std=spec.init_std, dtype=compute.dtype, rngs=rngs)
         self.query = Dense(spec.width, heads, **common)
-        self.key_value = Dense(image_width, (2, *heads), **common)
+        if image_width is not None:
+            self.key_value = Dense(image_width, (2, *heads), **common)
         self.out = Dense(heads, spec.width, **common)
         self.compute = compute
 
     def __call__(
-        self, x: Float[Array, "images tokens width"], keys_values: tuple[Keys, Keys]
+        self,
+        x: Float[Array, "images tokens width"],
+        keys_values: tuple[Keys, Keys],
+        lengths: Int[Array, " images"] | None = None,
     ) -> Float[Array, "images tokens width"]:
-        """`tokens` may be of several texts in sequence: queries do not see each other."""
-        return self.out(_attended(self.query(x), *keys_values, None, self.compute))
+        """`tokens` may be of several texts in sequence: queries do not see each other. `lengths`
+        counts the keys before the padding; None: there is none.
+        """
+        return self.out(_attended(self.query(x), *keys_values, lengths, self.compute))
 
 
 def _attended(
-    query: Queries, key: Keys, value: Keys, lengths: Int[Array, " batch"] | None, compute: Compute
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    lengths: Int[Array, " batch"] | None,
+    compute: Compute,
+    *,
+    causal: bool = False,
 ) -> Queries:
     tokens, seen = query.shape[1], key.shape[1]
     if compute.attention == "cudnn":  # which trains on even lengths alone
@@ -276,7 +295,8 @@ def _attended(
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
         )
-    options = dict(key_value_seq_lengths=lengths, implementation=compute.attention)
+    options = dict(key_value_seq_lengths=lengths, is_causal=causal)
+    options["implementation"] = compute.attention
     # The softmax's own derivative keeps one array of weights, not two.
     with default_types(query.dtype), jax.softmax_custom_jvp(True):
         return jax.nn.dot_product_attention(query, key, value, **options)[:, :tokens]

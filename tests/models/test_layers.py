@@ -80,9 +80,9 @@ def test_attention_by_cudnn_gets_even_lengths_and_gives_the_same(
     """cuDNN's kernel, as JAX calls it, refuses odd lengths in training: ViT-B/16 has 257 tokens."""
     real, asked = jax.nn.dot_product_attention, []
 
-    def fused(query, key, value, *, key_value_seq_lengths, implementation):
+    def fused(query, key, value, *, implementation, **options):
         asked.append((implementation, query.shape[1], key.shape[1]))
-        return real(query, key, value, key_value_seq_lengths=key_value_seq_lengths)
+        return real(query, key, value, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
     query, key, value = (
