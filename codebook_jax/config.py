@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -72,6 +73,13 @@ def _is_range(value: object) -> bool:
     return all(POSITIVE.accepts(end) for end in pair) and pair[0] <= pair[1]
 
 
+def _is_pattern(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
 POSITIVE, SHARE = Number(above=0), Number(0, 1)
 NOT_NEGATIVE, SHARE_BELOW_ONE = Number(0), Number(0, below=1)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
@@ -119,6 +127,8 @@ COMMON = {
     "optimizer.b2": Field(SHARE_BELOW_ONE),
     "optimizer.eps": Field(POSITIVE),
     "optimizer.clip_norm": Field(NOT_NEGATIVE),
+    "optimizer.freeze": Field(Kind("a regular expression", _is_pattern), FIXED, older=""),
+    "optimizer.layer_decay": Field(Number(above=0, most=1), older=1.0),
     "optimizer.accumulation": Field(whole(1), FREE),
     "optimizer.max_bad_steps": Field(whole(1), FREE),
     "data.train": Field(TEXT, TOKENIZER),
@@ -149,7 +159,7 @@ COMMON = {
     "data.max_bad_rate": Field(SHARE, FREE),
     "train.steps": Field(whole(1)),
     "train.memory_check": Field(FLAG, FREE),
-    "evaluation.every_steps": Field(whole(0), FREE),
+    "evaluation.every_steps": Field(whole(-1), FREE),
     "evaluation.images": Field(whole(-1), FREE),
     "evaluation.batch": Field(whole(1), FREE),
     "evaluation.rerank_top_k": Field(whole(0), FREE),
@@ -205,6 +215,25 @@ PRETRAINING = {
     "itm.groups": Field(whole(0), FIXED),
     "mlm.*": Field(SHARE),
 }
+# The fields of fine-tuning tasks, each of which may add its own.
+FINETUNING = {
+    "train.epochs": Field(NOT_NEGATIVE),
+    "teacher.use": PRETRAINING["teacher.use"],
+    "teacher.momentum": PRETRAINING["teacher.momentum"],
+    "teacher.momentum_ramp": PRETRAINING["teacher.momentum_ramp"],
+    "teacher.alpha": PRETRAINING["teacher.alpha"],
+    "teacher.alpha_steps": PRETRAINING["teacher.alpha_steps"],
+}
+VQA = {
+    "vqa.decoder_depth": Field(whole(1), FIXED),
+    "vqa.answers": Field(whole(1), FIXED),
+    "vqa.answer_tokens": Field(whole(3), FIXED),
+    "vqa.candidates": Field(TEXT, FREE),
+    "vqa.candidates_most": Field(whole(1), FREE),
+    "vqa.shortlist": Field(whole(1), FREE),
+    "vqa.method": Field(one_of("rank", "generate"), FREE),
+}
+NLVR2 = {"nlvr2.text_assignment": Field(FLAG, FIXED)}
 # The fields of sequences: some of those, and how steps are aligned.
 SEQUENCES = {
     name: field
@@ -220,7 +249,7 @@ SEQUENCES = {
     "sequences.slack": Field(Number(above=0, most=1)),
     "sequences.iterations": Field(whole(1)),
 }
-FIELDS = COMMON | PRETRAINING | SEQUENCES
+FIELDS = COMMON | PRETRAINING | SEQUENCES | FINETUNING | VQA | NLVR2
 
 
 def field_of(name: str, fields: Mapping[str, Field] = FIELDS) -> Field | None:

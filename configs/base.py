@@ -282,6 +282,8 @@ def optimizer(at: types.SimpleNamespace) -> dict[str, Any]:
         b2=0.999,
         eps=1e-8,
         clip_norm=0.0,  # global gradient norm; 0: off (ALBEF)
+        freeze="",  # parameters that are not trained, by a regular expression for their names, as in ^towers/(image|text)/
+        layer_decay=1.0,  # factor of the rate a layer further down; BEiT fine-tunes with 0.65 to 0.9, ALBEF with 1
         accumulation=1,  # passes per step; the gradient is that of one pass when itm.groups is the same
         max_bad_steps=10,  # non-finite steps in a row before the run stops
     )

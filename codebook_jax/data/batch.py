@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8
 
 if TYPE_CHECKING:  # jaxtyping's Array imports JAX, which worker processes do not need
     from jaxtyping import Array
@@ -22,6 +22,25 @@ class Batch(NamedTuple):
     image_id: Int32[Array | np.ndarray, " batch"]  # equal for pairs of one image, within a source
     example: Int32[Array | np.ndarray, " batch"]  # index in the source, for reports
     skipped: Int32[Array | np.ndarray, " batch"]  # unreadable records skipped before this one
+
+
+class Answers(NamedTuple):
+    """The right answers to each question, each with its share."""
+
+    tokens: Int32[Array | np.ndarray, "batch answers tokens"]  # padded as in `Batch`
+    weight: Float32[Array | np.ndarray, "batch answers"]  # 0 where there is no answer
+
+
+class ExampleBatch(NamedTuple):
+    """One step's examples of a downstream task, as in `Batch`."""
+
+    images: UInt8[Array | np.ndarray, "batch pictures side side 3"]
+    flip: Bool[Array | np.ndarray, " batch"]
+    tokens: Int32[Array | np.ndarray, "batch tokens"]
+    text_length: Int32[Array | np.ndarray, " batch"]
+    target: Int32[Array | np.ndarray, " batch"] | Answers  # the number of the right label
+    example: Int32[Array | np.ndarray, " batch"]
+    skipped: Int32[Array | np.ndarray, " batch"]
 
 
 class StoryBatch(NamedTuple):

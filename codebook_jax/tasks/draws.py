@@ -45,10 +45,10 @@ def draw_inputs(
     student_key, teacher_key, word_key, image_noise, text_noise = jax.random.split(key, 5)
     data, views = config.data, (batch.image, batch.teacher_image)
     if data.flip or data.randaugment_layers:
-        image = _augmented(batch.image, batch.flip, student_key, data)
+        image = augmented(batch.image, batch.flip, student_key, data)
         views = image, image
         if data.teacher_view != "same":
-            views = image, _augmented(batch.teacher_image, batch.flip, teacher_key, data)
+            views = image, augmented(batch.teacher_image, batch.flip, teacher_key, data)
     masked, word_weight = None, None
     if config.losses.masked_lm:
         masked = mask_words(
@@ -79,7 +79,13 @@ def draw_inputs(
     )
 
 
-def _augmented(view: Array, flip: Array, key: Array, data: ml_collections.ConfigDict) -> Array:
+def augmented(
+    view: UInt8[Array, "batch side side 3"],
+    flip: Bool[Array, " batch"],
+    key: Key[Array, ""],
+    data: ml_collections.ConfigDict,
+) -> UInt8[Array, "batch side side 3"]:
+    """A view mirrored where `flip` says so, and under RandAugment."""
     layers, magnitude = data.randaugment_layers, data.randaugment_magnitude
     images = augment.augment(view, flip, key, layers=layers, magnitude=magnitude)
     return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)

@@ -39,15 +39,10 @@ def _divides(whole: int, part: int) -> bool:
     return whole % part == 0
 
 
-# Fields, whether their values fit, and what is needed: of every task that has the towers ...
-COMMON_FITTING = (
+# Fields, whether their values fit, and what is needed: of every task that has the towers, ...
+TOWERS_FITTING = (
     ("data.train", bool, PAIRS),
     ("data.eval", bool, PAIRS),
-    (
-        "alignment.temperature_min alignment.temperature alignment.temperature_max",
-        lambda least, first, most: least <= first <= most,
-        "the first temperature must lie in its range",
-    ),
     (
         "data.global_batch data.alike",
         lambda batch, alike: alike == 0 or (alike > 1 and _divides(batch, alike)),
@@ -62,6 +57,15 @@ COMMON_FITTING = (
     ),
     ("model.image.width model.image.heads", _divides, "the heads must divide the width"),
     ("model.text.width model.text.heads", _divides, "the heads must divide the width"),
+)
+# ... of those with a temperature ...
+COMMON_FITTING = (
+    *TOWERS_FITTING,
+    (
+        "alignment.temperature_min alignment.temperature alignment.temperature_max",
+        lambda least, first, most: least <= first <= most,
+        "the first temperature must lie in its range",
+    ),
 )
 # ... and of pre-training.
 FITTING = (

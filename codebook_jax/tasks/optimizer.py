@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, PyTree
 from optax import contrib
 from optax.contrib import MuonDimensionNumbers
 
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.method.numerics import default_types
 
 # Decided by name, since stacked biases have two or more axes (ALBEF and timm decide by the number
@@ -39,7 +40,9 @@ def from_config(
     The rate is linear from its ends to its peak over the warm-up, then a cosine back to its ends at
     the last step (ALBEF's). A `clip_norm` of 0 clips nothing. With `name` "muon", the matrices
     inside the network take orthogonal steps at a rate of their own, which follows the same curve to
-    the peak `muon_learning_rate`, and lose as much to weight decay as under AdamW.
+    the peak `muon_learning_rate`, and lose as much to weight decay as under AdamW. Parameters that
+    `freeze` names keep their values and have no moments; with a `layer_decay` below 1, lower layers
+    take smaller steps (Clark et al. 2020, 3.1).
     """
     o, steps = config.optimizer, config.train.steps
     peak, ends, warmup = o.learning_rate, o.learning_rate_ends, min(o.warmup_steps, steps - 1)
@@ -56,7 +59,11 @@ def from_config(
         )
         kinds = functools.partial(_each, lambda name: "muon" if _axes(name) else "adamw")
         steps_of = optax.partition({"muon": muon, "adamw": steps_of}, kinds)
-    chain = optax.chain(*clip, steps_of)
+    slower = [_slower_below(config)] if o.layer_decay < 1 else []
+    chain = optax.chain(*clip, steps_of, *slower)
+    if o.freeze:
+        kinds = {"trained": chain, "frozen": optax.set_to_zero()}
+        chain = optax.partition(kinds, functools.partial(_kinds_of, o.freeze))
 
     def init(params: PyTree) -> Any:
         with default_types():  # Muon's coefficients
@@ -76,7 +83,7 @@ def updated(
     student: dict[str, PyTree],
     moments: PyTree,
     *,
-    frozen: Bool[Array, ""] | bool,
+    frozen: Bool[Array, ""] | bool = False,
 ) -> tuple[dict[str, PyTree], PyTree]:
     """Student and moments after an update: the codebook, if there is one, gets no gradient while
     `frozen`, and the temperature stays in the range of `config.alignment`.
@@ -86,8 +93,63 @@ def updated(
         gradients = {**gradients, "codebook": of_codes}
     updates, moments = optimizer.update(gradients, moments, student)
     student = optax.apply_updates(student, updates)
+    if "temperature" not in student:
+        return student, moments
     low, high = (config.alignment[f"temperature_{end}"] for end in ("min", "max"))
     return {**student, "temperature": jnp.clip(student["temperature"], low, high)}, moments
+
+
+def trained(config: ml_collections.ConfigDict, gradients: PyTree) -> PyTree:
+    """The gradients with zeros for what `config.optimizer.freeze` names, so that nothing of those
+    is computed.
+    """
+    if not config.optimizer.freeze:
+        return gradients
+    kinds = _kinds_of(config.optimizer.freeze, gradients)
+    return jax.tree.map(
+        lambda kind, x: jnp.zeros_like(x) if kind == "frozen" else x, kinds, gradients
+    )
+
+
+def _kinds_of(pattern: str, parameters: PyTree) -> PyTree:
+    """ "frozen" or "trained" for each parameter; raises UserError if all or none are frozen."""
+    kinds = _each(lambda name: "frozen" if re.search(pattern, name) else "trained", parameters)
+    if len(found := set(jax.tree.leaves(kinds))) == 1:
+        names: list[str] = []
+        _each(names.append, parameters)
+        which = "every parameter" if "frozen" in found else "no parameter"
+        raise UserError(
+            f"config.optimizer.freeze={pattern!r} matches {which}: give a regular expression for "
+            f"the names of some, which are {first_few(names[:: max(1, len(names) // 6)], 6)}"
+        )
+    return kinds
+
+
+def _slower_below(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Multiplies each update by `layer_decay` once for every layer above its own. Embeddings are
+    below the first layer, heads and what has no layer above the last; the fusion encoder continues
+    the text encoder.
+    """
+    model, decay = config.model, config.optimizer.layer_decay
+    depths = {"image": model.image.depth, "text": model.text.depth + model.text.fusion_depth}
+
+    def factor(name: str, update: Array) -> Array:
+        found = re.search(r"(^|/)(image|text|fusion)/", name)
+        if found is None:
+            return update
+        tower = "text" if found[2] == "fusion" else found[2]
+        if "/blocks/" in name:
+            first = model.text.depth if found[2] == "fusion" else 0
+            above = depths[tower] - first - jnp.arange(len(update))
+            above = above.reshape(-1, *(1,) * (update.ndim - 1))
+        else:
+            above = 0 if re.search(r"/image/norm/", name) else depths[tower] + 1
+        return update * jnp.asarray(decay**above, update.dtype)
+
+    def scaled(updates: PyTree, state: Any, parameters: PyTree = None) -> tuple[PyTree, Any]:
+        return _named_map(factor, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), scaled)
 
 
 def decayed(parameters: PyTree) -> PyTree:
@@ -112,5 +174,9 @@ def _axes(name: str) -> MuonDimensionNumbers | None:
 
 def _each(of: Callable[[str], object], tree: PyTree) -> PyTree:
     """`of` each leaf's name."""
+    return _named_map(lambda name, _: of(name), tree)
+
+
+def _named_map(of: Callable[[str, Array], object], tree: PyTree) -> PyTree:
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: of(name(path)), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: of(name(path), leaf), tree)

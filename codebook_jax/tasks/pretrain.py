@@ -102,6 +102,7 @@ class Pretraining(Task):
         objective = self.objective(state, targets)
         given = objective, state.student, inputs, taught, dropout_key
         (loss, scalars), gradients = self.passes.gradients(*given)
+        gradients = optimizer.trained(self.config, gradients)
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         after = self.remember(self.learn(state, gradients), targets)

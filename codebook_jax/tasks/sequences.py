@@ -156,6 +156,7 @@ class Sequences(Task):
         )
         given = objective, state.student, batch, taught, key
         (loss, scalars), gradients = self.passes.gradients(*given)
+        gradients = optimizer.trained(self.config, gradients)
         gradient_norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         after = state.then(good, self.learn(state, gradients))
