@@ -83,10 +83,12 @@ def build_training(
     kind = task_class(config).reads
     source = source_of(config, config.data.train, "train", kind=kind)
     validation = source_of(config, config.data.eval, "validation", kind=kind)
-    start = () if saved else weights.read_start(config)
-    asked = weights.adopted(config, start, record)
+    adopts = task_class(config).adopts
+    start = () if saved else weights.read_start(config, adopts)
+    asked = weights.adopted(config, start, record, adopts)
     for name, (old, new) in changed_fields(config.to_dict(), asked.to_dict()).items():
         say(f"config.{name}={new} (from the {'weights' if start else 'run'}) instead of {old}")
+    asked = config = task_class(config).from_data(asked, before, source)
     shards, size, fingerprint = sharding.data_shards(mesh), len(source), source.fingerprint()
     config = task_class(config).resolve(asked, before, shards=shards, examples=size)
     changes = {}
@@ -110,7 +112,8 @@ def build_training(
     config = task.config if learns else config
     if "mesh.fsdp" in changes:
         changes["mesh.fsdp"][1] = config.mesh.fsdp
-    first = weights.initial(start, config, task.abstract_state()) if start else None
+    given = start, config, task.abstract_state(), task.pretrained
+    first = weights.initial(*given) if start else None
     if jax.process_index() == 0:
         keep()  # the first write: all checks have passed
         kind, count = task.mesh.devices.flat[0].device_kind, task.mesh.devices.size
@@ -187,6 +190,20 @@ def first_state(parts: Parts) -> Any:
         return state
     say(parts.start.report)
     return weights.placed(state, parts.start.arrays)
+
+
+def between(task: Task, start: tuple[weights.Part, ...], trained: Any, share: float) -> Any:
+    """Parameters that are `share` of the way from those of `start` to the trained ones."""
+    first = starting_parameters(task, start)
+    return jax.tree.map(lambda old, new: (1 - share) * old + share * new, first, trained)
+
+
+def starting_parameters(task: Task, start: tuple[weights.Part, ...]) -> Any:
+    """What training began with: the parameters of `start`, fresh ones where it has none."""
+    name = task.checkpoint_items().trained
+    first = weights.initial(start, task.config, task.abstract_state(), task.pretrained)
+    fresh = {name: task.init_parameters(task.config.seed)}
+    return weights.placed(fresh, first.arrays)[name]
 
 
 def build_trained(

@@ -84,6 +84,14 @@ POSITIVE, SHARE = Number(above=0), Number(0, 1)
 NOT_NEGATIVE, SHARE_BELOW_ONE = Number(0), Number(0, below=1)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+SHARES = Kind(
+    "shares between 0 and 1, as in (0.25,0.5)",
+    lambda value: isinstance(value, tuple | list) and all(map(SHARE.accepts, value)),
+)
+TEXTS = Kind(
+    "texts, as in ('yes','no')",
+    lambda value: isinstance(value, tuple | list) and all(isinstance(it, str) for it in value),
+)
 RANGE = Kind("two positive numbers, the smaller first", _is_range)
 
 # The fields of every task: the run, its model, optimizer and data, and the tools.
@@ -159,6 +167,8 @@ COMMON = {
     "data.max_bad_rate": Field(SHARE, FREE),
     "train.steps": Field(whole(1)),
     "train.memory_check": Field(FLAG, FREE),
+    "evaluation.between": Field(SHARES, FREE, older=()),
+    "export.between": Field(SHARE, FREE, older=1.0),
     "evaluation.every_steps": Field(whole(-1), FREE),
     "evaluation.images": Field(whole(-1), FREE),
     "evaluation.batch": Field(whole(1), FREE),
@@ -228,7 +238,8 @@ VQA = {
     "vqa.decoder_depth": Field(whole(1), FIXED),
     "vqa.answers": Field(whole(1), FIXED),
     "vqa.answer_tokens": Field(whole(3), FIXED),
-    "vqa.candidates": Field(TEXT, FREE),
+    "vqa.candidates_file": Field(TEXT, FREE),
+    "vqa.candidates": Field(TEXTS, FREE),
     "vqa.candidates_most": Field(whole(1), FREE),
     "vqa.shortlist": Field(whole(1), FREE),
     "vqa.method": Field(one_of("rank", "generate"), FREE),

@@ -30,6 +30,8 @@ from codebook_jax.run.checkpoint import BEST, FOLDER, Checkpoints, Restored
 from codebook_jax.run.metrics import FILE, Metrics, Pace
 from codebook_jax.run.ownership import owned
 from codebook_jax.stop import Interruption, Stuck, patience
+from codebook_jax.tasks.task import Evaluation
+from codebook_jax.weights import start as weights
 
 # Of a step's time; prefetching keeps it near zero until the data cannot keep up.
 INPUT_BOUND_SHARE = 0.3
@@ -50,7 +52,7 @@ def fit(config: ml_collections.ConfigDict, workdir: Path | str) -> bool:
         summary.announce(parts)
         say(summary.whereabouts(config, workdir))
         restored = checkpoints.restore_newest(parts.task.abstract_state())
-        steps, batch = config.train.steps, config.data.global_batch
+        steps, batch = parts.config.train.steps, config.data.global_batch
         if restored is None:
             restored = Restored(0, build.first_state(parts), {"unreadable": 0})
         else:
@@ -108,17 +110,24 @@ class Run:
         """Whether to stop here; several processes all stop at the same step."""
         return bool(self.stop.name) if jax.process_count() == 1 else self.agreed
 
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the run starts from a whole trained model."""
+        return "model" in weights.specs(self.config.init)
+
     def finish(self) -> None:
         """Trains until the last step or a signal; then saves and evaluates the newest state."""
         steps = self.config.train.steps
         if self.step >= steps:
             say(f"step {self.step:,} of {steps:,} is reached: raise config.train.steps to go on")
-        if self.step and self.evaluation_due():
+        if self.evaluation_due() if self.step else self.fine_tunes:
             self.evaluate()  # unless the last start did
         self.loop()
         self.agree()
         self.save_newest()
+        between = self.try_between()
         self.evaluate()
+        self.report_between(between)
         self.checkpoints.wait()
         if self.stopping:
             saved = [f"saved step {step:,}" for step in self.checkpoints.steps()]
@@ -268,14 +277,7 @@ class Run:
         began = time.monotonic()
         try:
             with self.pace.paused():
-                found = self.parts.task.evaluate(
-                    self.state,
-                    self.parts.validation,
-                    self.parts.tokenizer,
-                    images=build.validation_images(self.config),
-                    final=self.step >= self.config.train.steps,
-                    progress=self.interrupt,
-                )
+                found = self.validate(self.state)
         except Interrupted:
             return
         seconds = time.monotonic() - began
@@ -283,7 +285,61 @@ class Run:
         self.checkpoints.record_score(self.step, found.score, found.metric)
         best = self.checkpoints.best_step()
         rank = "the best so far" if best == self.step else f"the best is still step {best}"
+        rank = rank if self.step else "before the first step"
         say(f"validation at step {self.step:,}: {found.summary}; {rank}")
+        start = self.checkpoints.scores.get(0, -math.inf)
+        if found.score < start:
+            rate, batch = self.config.optimizer.learning_rate, self.config.data.global_batch
+            say(
+                f"warning: the {found.metric} is {found.score:.2f}, below the {start:.2f} before "
+                f"the first step: likely causes are a learning rate too high (now {rate:g}), a "
+                f"batch too small (now {batch}), or wrong labels or image ids in the data"
+            )
+
+    def validate(self, state: Any) -> Evaluation:
+        """What a state is worth on validation data; raises Interrupted."""
+        return self.parts.task.evaluate(
+            state,
+            self.parts.validation,
+            self.parts.tokenizer,
+            images=build.validation_images(self.config),
+            final=self.step >= self.config.train.steps,
+            progress=self.interrupt,
+        )
+
+    def try_between(self) -> dict[float, float]:
+        """The validation scores of weights between the first and the last ones, by the share of the
+        way, if the run has ended and this was not done before (Wortsman et al. 2022).
+        """
+        shares, done = self.config.evaluation.between, self.step in self.checkpoints.scores
+        if self.step < self.config.train.steps or self.bad_in_row or done or not self.fine_tunes:
+            return {}
+        task, name = self.parts.task, self.parts.task.checkpoint_items().trained
+        start = weights.read_start(self.config, task.adopts) if shares else ()
+        scores = {}
+        for share in shares:
+            mixed = build.between(task, start, getattr(self.state, name), share)
+            try:
+                with self.pace.paused():
+                    found = self.validate(self.state.replace(**{name: mixed}))
+            except Interrupted:
+                return {}
+            scores[share] = found.score
+            self.metrics.write(self.step, {"between/share": share, "between/score": found.score})
+        return scores
+
+    def report_between(self, between: Mapping[float, float]) -> None:
+        """Prints the scores of `try_between` between those of the start and the end."""
+        scores = self.checkpoints.scores
+        if not between or not {0, self.step} <= scores.keys():
+            return
+        curve = {0.0: scores[0], **between, 1.0: scores[self.step]}
+        best = max(curve, key=curve.__getitem__)
+        points = ", ".join(f"{share:g}: {score:.2f}" for share, score in sorted(curve.items()))
+        say(
+            f"weights between start and end, by the share of the way: {points}; the best is "
+            f"{best:g}" + f": export it with --config.export.between={best:g}" * (0 < best < 1)
+        )
 
     def interrupt(self, what: str, done: int, of: int) -> None:
         """Called between two batches of an evaluation: raises Interrupted on all processes."""

@@ -335,6 +335,7 @@ def run(at: types.SimpleNamespace) -> dict[str, Any]:
             batch=at.evaluation_batch,
             rerank_top_k=at.rerank_top_k,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
             rerank_on_schedule=False,  # also during training
+            between=(),  # shares of the way from the weights of `init` to the trained ones, tried at the end (Wortsman et al. 2022)
             rerank_score="logit",  # of "match" (ALBEF) | "log_odds": its difference to the other
             rerank_dual_weight=0.0,  # of the dual encoder's similarity over the temperature, added to it; ALBEF: 0
         ),
@@ -351,6 +352,7 @@ def tools() -> dict[str, Any]:
         export=dict(
             format="codis",  # "codis", for codebook_jax.load | "huggingface", ViTModel and BertModel | "albef", for its code
             teacher=False,  # codis: adds the teacher's encoders; doubles the folder
+            between=1.0,  # share of the way from the weights of `init` to the trained ones
         ),
         prepare=dict(
             source="",  # what --mode=prepare packs; empty: data.train

@@ -42,7 +42,7 @@ def recipe(
             crop_scale=(1.0, 1.0) if tiny else (0.5, 1.0),  # ALBEF; scenes: whole pictures
             randaugment_layers=0 if tiny else 2,  # ALBEF
         )
-        config.evaluation.update(every_steps=-1, rerank_top_k=0)  # once an epoch
+        config.evaluation.update(every_steps=-1, between=(0.25, 0.5, 0.75))  # once an epoch
     return config
 
 
@@ -52,4 +52,5 @@ def task(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigD
         config.task = name
         for section in _NOT_USED:
             del config[section]
+        config.evaluation.rerank_top_k = 0
     return config

@@ -85,6 +85,7 @@ class Finetuning(Task):
     """
 
     images: ClassVar[int] = 1  # of an example
+    adopts = ("model.dim", "model.pool", "model.image.stem", "model.image.patch_px")
     labels: ClassVar[tuple[str, ...]] = ()  # the answers that it chooses from, if always the same
 
     def __init__(
@@ -131,7 +132,7 @@ class Finetuning(Task):
 
     @staticmethod
     def pretrained(name: str) -> str | None:
-        """The parameter of pre-training that one of this state starts as; None: a fresh one."""
+        """The encoders are those of pre-training, the teacher's the teacher's."""
         found = re.match(r"(student|teacher)/towers/(.*)", name)
         if found is None:
             return None

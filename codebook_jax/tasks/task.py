@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from codebook_jax.config import check_fields
 from codebook_jax.data.alike import Alike
@@ -60,6 +60,8 @@ class Task(abc.ABC):
     """
 
     reads: ClassVar[str] = "pairs"  # the kind of its data, one of KINDS
+    # Fields of the model that come from the weights that config.init names.
+    adopts: ClassVar[tuple[str, ...]] = ()
     step: jax.stages.Wrapped  # `update`, jitted over the mesh; donates the state
 
     def __init__(
@@ -105,9 +107,23 @@ class Task(abc.ABC):
         return config
 
     @staticmethod
+    def from_data(
+        config: ml_collections.ConfigDict, before: ml_collections.ConfigDict | None, source: Source
+    ) -> ml_collections.ConfigDict:
+        """The config with what the task takes from its training data, such as a list of answers;
+        `before` is the config of the run that is continued.
+        """
+        return config
+
+    @staticmethod
     def cautions(config: ml_collections.ConfigDict) -> list[str]:
         """Sentences that a run with this resolved config prints as warnings at its start."""
         return []
+
+    @staticmethod
+    def pretrained(name: str) -> str | None:
+        """The parameter of pre-training that one of the state starts as; None: a fresh one."""
+        return name
 
     @staticmethod
     @abc.abstractmethod
@@ -157,11 +173,18 @@ class Task(abc.ABC):
 
     def init_state(self, seed: int) -> State:
         """A fresh state, created directly on its devices."""
+        return self._made(self.fresh, self.shardings, seed)
+
+    def init_parameters(self, seed: int) -> PyTree:
+        """The trained parameters of a fresh state, alone."""
+        trained = self.checkpoint_items().trained
+        places = getattr(self.shardings, trained)
+        return self._made(lambda key: getattr(self.fresh(key), trained), places, seed)
+
+    def _made(self, make: Callable[[Key[Array, ""]], PyTree], places: PyTree, seed: int) -> PyTree:
         # The same values bit for bit, compiled in less than half the time.
         options = {"xla_backend_optimization_level": 1} if sharding.on_cpu(self.mesh) else None
-        make = jax.jit(
-            own_settings(self.fresh), out_shardings=self.shardings, compiler_options=options
-        )
+        make = jax.jit(own_settings(make), out_shardings=places, compiler_options=options)
         return make(key_of(seed))
 
     def abstract_batch(self) -> Batch:

@@ -29,6 +29,7 @@ from codebook_jax.parallel import sharding
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Restored
 from codebook_jax.run.ownership import owned
+from codebook_jax.weights import start as weights
 from codebook_jax.weights.load import FOLDER, FORMAT, MANIFEST, MEANS
 from codebook_jax.weights.write import write_albef, write_huggingface
 
@@ -91,6 +92,15 @@ def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str
     """Every process writes its part of our own format, the first one everything else."""
     config, form, first = parts.config, parts.config.export.format, jax.process_index() == 0
     state = {item: getattr(restored.state, item) for item in items}
+    if config.export.between < 1:
+        start = weights.read_start(config, parts.task.adopts)
+        if not start:
+            raise UserError(
+                f"config.export.between={config.export.between:g} needs the weights that training "
+                f"began with, but config.init={config.init!r}: leave it out"
+            )
+        name = parts.task.checkpoint_items().trained
+        state[name] = build.between(parts.task, start, state[name], config.export.between)
     tokenizer = draft.parent / text.FOLDER
     if form != "codis":
         if jax.process_count() > 1:
@@ -119,7 +129,7 @@ def _write(draft: Path, parts: build.Parts, restored: Restored, items: tuple[str
         "image_size_px": config.model.image.size_px,
         "max_tokens": config.model.text.max_tokens,
         "dim": config.model.dim,
-        "codes": config.codebook.size,
+        "codes": config.codebook.size if "codebook" in config else 0,
         "vocabulary": parts.tokenizer.vocabulary.size,
         "versions": records.package_versions(),
         "git": records.git_commit(),

@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from codebook_jax.config import with_fields
+from codebook_jax.config import flat, with_fields
 from codebook_jax.data import text
 from codebook_jax.errors import UserError, first_few
 from codebook_jax.parallel import sharding
@@ -47,8 +47,9 @@ class Part(NamedTuple):
     title: str
     layout: Layout  # of a train state
     arrays: Mapping[str, np.ndarray]  # by the layout's names
-    stated: dict[str, Any]  # fields of config.model stated by the source
+    stated: dict[str, Any]  # fields of the config stated by the source
     tokenizer: str  # folder of the tokenizer beside the weights; empty if there is none
+    task: str = "pretrain"  # the config.task of a run or export
 
 
 class Initial(NamedTuple):
@@ -71,12 +72,24 @@ def specs(init: str) -> dict[str, str]:
     return {part: spec for part, spec in named if spec != RANDOM}
 
 
-def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
+def read_start(config: ml_collections.ConfigDict, adopts: Iterable[str] = ()) -> tuple[Part, ...]:
     """Reads what config.init names; raises UserError if that cannot be read, or has other heads or
-    another pooling.
+    another pooling than the config, except for the fields that the task `adopts`; or is of a task
+    that this one cannot start from.
     """
     parts = tuple(_read(part, spec) for part, spec in specs(config.init).items())
     for part in parts:
+        if part.task not in ("pretrain", config.task):
+            raise UserError(
+                f"{part.what} is of config.task={part.task!r}, but {config.task!r} starts from "
+                "pre-trained weights, or from its own: give an export of pre-training"
+            )
+        size = part.stated.get("size", config.size)
+        if adopts and size != config.size:
+            raise UserError(
+                f"{part.what} is of size {size}, but this config of {config.size}: give the "
+                f"config of that size, --config=configs/FILE.py:{size}"
+            )
         for tower in _TOWERS:
             name, ours = f"model.{tower}.heads", config.model[tower].heads
             theirs = part.stated.get(name, ours)
@@ -85,7 +98,8 @@ def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
                     f"{part.what} has {theirs} heads, but config.{name}={ours}: use the number of "
                     "the weights"
                 )
-        if (pool := part.stated.get("model.pool", config.model.pool)) != config.model.pool:
+        pool = part.stated.get("model.pool", config.model.pool)
+        if "model.pool" not in adopts and pool != config.model.pool:
             raise UserError(
                 f"{part.what} was trained with model.pool={pool!r}, but config.model.pool="
                 f"{config.model.pool!r}: use that of the weights"
@@ -94,13 +108,22 @@ def read_start(config: ml_collections.ConfigDict) -> tuple[Part, ...]:
 
 
 def adopted(
-    config: ml_collections.ConfigDict, start: tuple[Part, ...], record: Mapping[str, Any] | None
+    config: ml_collections.ConfigDict,
+    start: tuple[Part, ...],
+    record: Mapping[str, Any] | None,
+    adopts: Iterable[str] = (),
 ) -> ml_collections.ConfigDict:
-    """The config with the layer norms' epsilon of the weights, or of an existing run's record."""
+    """The config with the layer norms' epsilon, and what else the task `adopts`, of the weights or
+    of an existing run's record.
+    """
     stated = {name: value for part in start for name, value in part.stated.items()}
     if not start and record is not None and recorded_config(record).init != RANDOM:
-        stated = _stated(recorded_config(record).model)
-    found = {name: value for name, value in stated.items() if name.endswith(".layer_norm_eps")}
+        stated = _stated_by(recorded_config(record))
+    found = {
+        name: value
+        for name, value in stated.items()
+        if name.endswith(".layer_norm_eps") or name in adopts
+    }
     return with_fields(config, found) if found else config
 
 
@@ -120,14 +143,18 @@ def tokenizer_of(config: ml_collections.ConfigDict, start: tuple[Part, ...]) -> 
 
 
 def initial(
-    start: tuple[Part, ...], config: ml_collections.ConfigDict, abstract_state: Any
+    start: tuple[Part, ...],
+    config: ml_collections.ConfigDict,
+    abstract_state: Any,
+    pretrained: Callable[[str], str | None] = str,
 ) -> Initial:
-    """Our parameters, a missing teacher copied from the student; raises UserError for misfits."""
+    """Our parameters, a missing teacher copied from the student; `pretrained` gives the parameter
+    of pre-training that each starts as. Raises UserError for misfits.
+    """
     shapes = {name: tuple(leaf.shape) for name, leaf in sharding.named(abstract_state)}
-    options = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
     arrays, resized, ignored = {}, {}, {}
     for part in start:
-        filled = fill(part.layout, part.arrays, shapes, what=part.what, **options)
+        filled = _filled(part, config, shapes, pretrained)
         where = f"{part.part} " if len(start) > 1 else ""
         arrays |= filled.arrays
         resized |= filled.resized
@@ -136,7 +163,8 @@ def initial(
     table = [*map(_heading, start), _table(student, Filled(arrays, resized, ignored))]
     rest = []
     if any(name.startswith("teacher/") for name in shapes):
-        towers = layouts.under(arrays, "student/towers/")
+        whole = any(name.startswith("teacher/towers/") for name in shapes)
+        towers = layouts.under(arrays, "student/" if whole else "student/towers/")
         copy = {f"teacher/{name}": value for name, value in towers.items()}
         copied = len(copy.keys() - arrays.keys())
         partly = f", except {copied} arrays copied from the student" if copied else ""
@@ -146,6 +174,41 @@ def initial(
     if "queue/image" in shapes:
         rest.append(f"queues: {'loaded' if 'queue/image' in arrays else 'empty'}")
     return Initial(arrays, "\n".join([*table, *filter(None, ["; ".join(rest)])]))
+
+
+def _filled(
+    part: Part,
+    config: ml_collections.ConfigDict,
+    shapes: Shapes,
+    pretrained: Callable[[str], str | None],
+) -> Filled:
+    """What a part gives to the parameters of `shapes`, by their names."""
+    options = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
+    if part.task == config.task:
+        heads = {name for name in shapes if "/head/" in name}  # of other classes, they are fresh
+        own = {n for n in heads if n in part.arrays and part.arrays[n].shape != shapes[n]}
+        wanted = {name: shape for name, shape in shapes.items() if name not in own}
+        arrays = {name: array for name, array in part.arrays.items() if name not in own}
+        return fill(part.layout, arrays, wanted, what=part.what, **options)
+    sources = {name: pretrained(name) for name in shapes}
+    sources = {name: source for name, source in sources.items() if source}
+    theirs: dict[str, tuple[int, ...]] = {}
+    for name in sorted(sources, key=lambda name: "/towers/" not in name):
+        theirs.setdefault(sources[name], shapes[name])
+    arrays, unused = dict(part.arrays), {}
+    if part.layout is layouts.OWN:
+        for name in arrays.keys() - theirs.keys():
+            unused[name] = int(arrays.pop(name).size), "not used by this task"
+    found = fill(part.layout, arrays, theirs, what=part.what, **options)
+    return Filled(
+        {
+            name: found.arrays[source]
+            for name, source in sources.items()
+            if source in found.arrays and found.arrays[source].shape == shapes[name]
+        },
+        {n: found.resized[source] for n, source in sources.items() if source in found.resized},
+        found.ignored | dict(sorted(unused.items())),
+    )
 
 
 def placed(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -195,8 +258,14 @@ def _read_own(path: Path, what: str) -> Part:
         folder, title = path / FOLDER / str(step), f"the checkpoint of step {step:,}"
     arrays = read_items(folder, [item for item in _OWN if (folder / item).is_dir()])
     tokenizer = str(path / text.FOLDER) if (path / text.FOLDER).is_dir() else ""
-    stated = _stated(config.model) | {"model.pool": config.model.pool}
-    return Part("model", what, title, layouts.OWN, arrays, stated, tokenizer)
+    stated = _stated_by(config)
+    return Part("model", what, title, layouts.OWN, arrays, stated, tokenizer, config.task)
+
+
+def _stated_by(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What the config of a run or export says of its weights."""
+    size = {"size": config.size} if "size" in config else {}
+    return size | {f"model.{name}": value for name, value in flat(config.model.to_dict()).items()}
 
 
 def _stated(described: Mapping[str, Any]) -> dict[str, Any]:
