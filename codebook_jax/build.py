@@ -22,7 +22,7 @@ from codebook_jax.parallel import memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints, Restored
-from codebook_jax.tasks import pretrain, sequences
+from codebook_jax.tasks import entailment, nlvr2, pretrain, sequences, vqa
 from codebook_jax.tasks.task import Task
 from codebook_jax.weights import start as weights
 
@@ -30,6 +30,9 @@ Batches = AbstractContextManager[Iterator[NamedTuple]]
 TASKS: dict[str, type[Task]] = {  # by config.task
     "pretrain": pretrain.Pretraining,
     "sequences": sequences.Sequences,
+    "entailment": entailment.Entailment,
+    "nlvr2": nlvr2.Comparing,
+    "vqa": vqa.Answering,
 }
 
 

@@ -25,7 +25,7 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
             if tiny
             else 10,  # different ones to a question that are learned; VQA has 10 people
             answer_tokens=6 if tiny else 10,  # of an answer, with its first and last
-            candidates_file="",  # JSON list of answers to rank; empty: the most frequent in training
+            candidates_file="",  # JSON list of answers to rank; empty: the commonest in training
             candidates=(),  # these answers, filled in at the start
             candidates_most=3128,  # how many of those; ALBEF
             shortlist=32 if tiny else 128,  # of them, by their first word; ALBEF

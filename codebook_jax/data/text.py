@@ -85,6 +85,10 @@ class Tokenizer:
         lengths = np.array([min(len(ids) + 2, max_tokens) for ids in words], np.int32)
         return Encoded(tokens, lengths, sum(len(ids) + 2 > max_tokens for ids in words))
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The words of these tokens, without special ones."""
+        return self._tokenizer.decode(list(map(int, tokens)), skip_special_tokens=True).strip()
+
     def unknown_words(self, captions: Sequence[str]) -> list[str]:
         """The words that it reads as the unknown token, each once."""
         words = [

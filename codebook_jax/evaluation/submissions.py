@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from codebook_jax.errors import UserError
@@ -55,6 +55,13 @@ def write_comparisons(
     with written_whole(path) as file:
         file.writelines(f"{key},{answer}\n" for key, answer in chosen.items())
     return f"{path} answers {len(chosen):,} statements, every one of its source"
+
+
+def write_rows(path: Path | str, rows: Sequence[Mapping[str, object]]) -> str:
+    """Writes predictions as JSON lines; returns a sentence on them."""
+    with written_whole(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return f"{path} has the predictions for {len(rows):,} examples"
 
 
 def _complete(

@@ -8,11 +8,9 @@ from __future__ import annotations
 import ml_collections
 from flax import nnx
 
-from codebook_jax.evaluation.predicting import Predicted
 from codebook_jax.models.finetuned import Classifier
 from codebook_jax.models.layers import Compute
-from codebook_jax.tasks.finetune import Classifying
-from codebook_jax.tasks.task import Evaluation
+from codebook_jax.tasks.classifying import Classifying
 
 LABELS = ("contradiction", "neutral", "entailment")  # SNLI-VE's codes 0, 1, 2
 
@@ -28,7 +26,3 @@ class Entailment(Classifying):
     ) -> Classifier:
         """A classifier of three labels."""
         return Classifier(config, vocabulary_size, compute, rngs, pictures=1, classes=len(LABELS))
-
-    def judged(self, found: Predicted) -> Evaluation:
-        """Accuracy, with the confusions."""
-        raise NotImplementedError

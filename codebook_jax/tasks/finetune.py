@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 import re
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax
@@ -28,7 +30,7 @@ from codebook_jax.data.examples import ExampleSpec
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.evaluation.encoding import Progress
-from codebook_jax.evaluation.predicting import Predicted, predict
+from codebook_jax.evaluation.predicting import Predicted, Program, predict
 from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models.finetuned import Network
 from codebook_jax.models.layers import Compute
@@ -173,8 +175,8 @@ class Finetuning(Task):
         """What evaluation reads of the student's network, for each row."""
 
     @abc.abstractmethod
-    def judged(self, found: Predicted) -> Evaluation:
-        """What the predictions of an evaluation are worth."""
+    def judged(self, found: Predicted, tokenizer: Tokenizer) -> Evaluation:
+        """What the predictions of an evaluation are worth, where answers are known."""
 
     # -- the run
 
@@ -308,9 +310,14 @@ class Finetuning(Task):
         progress: Progress | None = None,
     ) -> Evaluation:
         """Predicts with the student, and judges."""
-        program = functools.partial(self.predict, state.student)
+        program = self.program(state.student, tokenizer)
         given = program, source, tokenizer, self.config, self.mesh
-        return self.judged(predict(*given, images=images, progress=progress))
+        found = predict(*given, images=images, progress=progress)
+        return self.judged(found, tokenizer)
+
+    def program(self, student: PyTree, tokenizer: Tokenizer) -> Program:
+        """What is run for the examples of an evaluation."""
+        return functools.partial(self.predict, student)
 
     def pixels(
         self, images: UInt8[Array, "rows images side side 3"]
@@ -338,48 +345,14 @@ class Finetuning(Task):
         return self.predicted(self.network(student), self.pixels(images), tokens, lengths)
 
 
-class Classifying(Finetuning):
-    """A task that chooses one of its `labels`."""
+def without_answers(found: Predicted, named: str, **files: Any) -> Evaluation:
+    """The evaluation of examples whose answers nobody knows."""
+    count = {"examples": float(len(found.examples))}
+    sentence = f"{len(found.examples):,} {named} without known answers: predictions alone"
+    options = dict(score=math.nan, metric="nothing", summary=sentence, table=sentence)
+    return Evaluation({"student": count}, {}, **options, **files)
 
-    @staticmethod
-    @abc.abstractmethod
-    def network_of(
-        config: ml_collections.ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
-    ) -> nnx.Module:
-        """A `Classifier`."""
 
-    def logits(
-        self, network: nnx.Module, rows: Rows, key: Key[Array, ""] | None = None
-    ) -> Float[Array, "batch labels"]:
-        return network(self.pixels(rows.images), rows.tokens, rows.text_length, key)
-
-    def teach(self, network: nnx.Module, rows: Rows) -> Float[Array, "batch labels"]:
-        """The teacher's probability of each label."""
-        return jax.nn.softmax(self.logits(network, rows))
-
-    def losses(
-        self,
-        state: FinetuneState,
-        network: nnx.Module,
-        rows: Rows,
-        taught: Float[Array, "batch labels"] | None,
-        key: Key[Array, ""],
-    ) -> tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]:
-        """Cross-entropy with (1 - alpha) times the right label and alpha times the teacher's."""
-        logits = self.logits(network, rows, key)
-        target = jax.nn.one_hot(rows.target, logits.shape[-1])
-        if taught is not None:
-            alpha = self.alpha(state)
-            target = (1 - alpha) * target + alpha * taught
-        right = logits.argmax(axis=-1) == rows.target
-        return optax.softmax_cross_entropy(logits, target), {"accuracy": right.astype(jnp.float32)}
-
-    def predicted(
-        self,
-        network: nnx.Module,
-        pixels: Float[Array, "rows images side side 3"],
-        tokens: Int[Array, "rows tokens"],
-        lengths: Int[Array, " rows"],
-    ) -> Float[Array, "rows labels"]:
-        """The probability of each label."""
-        return jax.nn.softmax(network(pixels, tokens, lengths))
+def scalars_of(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures of an evaluation by their names in metrics.jsonl."""
+    return {f"eval/{name}": value for name, value in figures.items()}

@@ -10,6 +10,7 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -49,6 +50,9 @@ class Evaluation(NamedTuple):
     metric: str  # the meaning of `score`
     summary: str  # one line
     table: str  # several
+    # Predictions that `--mode=eval` writes into the workdir: a name, and what writes that path and
+    # returns a sentence on it.
+    files: tuple[tuple[str, Callable[[Path], str]], ...] = ()
 
 
 class Task(abc.ABC):

@@ -7,23 +7,42 @@ Source: Li et al. 2021, 4.3.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from codebook_jax.config import COMMON, FINETUNING, VQA, check_fields
+from codebook_jax.config import COMMON, FINETUNING, VQA, check_fields, with_fields
+from codebook_jax.console import say
 from codebook_jax.data.examples import ExampleSpec
-from codebook_jax.evaluation.predicting import Predicted
+from codebook_jax.data.sources import Source
+from codebook_jax.data.sources.json_files import read_object
+from codebook_jax.data.text import Tokenizer, Vocabulary
+from codebook_jax.errors import UserError
+from codebook_jax.evaluation import vqa
+from codebook_jax.evaluation.predicting import Predicted, Program
+from codebook_jax.evaluation.submissions import write_vqa
+from codebook_jax.method.numerics import own_settings
 from codebook_jax.models.finetuned import AnswerDecoder, Answerer, Question
 from codebook_jax.models.layers import Compute, keys_of
 from codebook_jax.tasks import limits
-from codebook_jax.tasks.finetune import FITTING, FinetuneState, Finetuning, Rows
+from codebook_jax.tasks.finetune import (
+    FITTING,
+    FinetuneState,
+    Finetuning,
+    Rows,
+    scalars_of,
+    without_answers,
+)
 from codebook_jax.tasks.task import Evaluation
+
+LEAST_COVERED = 0.5  # share of the training answers that a list must have
 
 Scores = tuple[Int[Array, "rows shortlist"], Float[Array, "rows shortlist"]]
 
@@ -32,6 +51,12 @@ class Answering(Finetuning):
     """The jitted programs of a run; holds no parameters."""
 
     reads = "questions"
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
+    ) -> None:
+        super().__init__(config, vocabulary, mesh)
+        self.rank = jax.jit(own_settings(self._rank))
 
     @staticmethod
     def check(config: ml_collections.ConfigDict) -> None:
@@ -93,12 +118,104 @@ class Answering(Finetuning):
         losses = jnp.sum(jnp.where(here, loss, 0), axis=-1)
         return jnp.sum(weight * losses, axis=1), {"accuracy": jnp.sum(weight * right, axis=1)}
 
-    def judged(self, found: Predicted) -> Evaluation:
-        """Accuracy."""
-        raise NotImplementedError
+    def program(self, student: PyTree, tokenizer: Tokenizer) -> Program:
+        """Ranks the candidates, or writes answers."""
+        if self.config.vqa.method == "generate":
+            return functools.partial(self.predict, student)
+        tokens = tokenizer.encode(self.config.vqa.candidates, self.config.vqa.answer_tokens).tokens
+        return functools.partial(self.rank, student, tokens)
 
-    def predicted(self, network, pixels, tokens, lengths):
-        raise NotImplementedError
+    def predicted(
+        self,
+        network: Answerer,
+        pixels: Float[Array, "rows images side side 3"],
+        tokens: Int[Array, "rows tokens"],
+        lengths: Int[Array, " rows"],
+    ) -> Int[Array, "rows answer_tokens"]:
+        """The tokens of the likeliest answer, word by word."""
+        question = network.ask(pixels, tokens, lengths)
+        return write_answers(
+            network.decoder, question, self.vocabulary, tokens=self.config.vqa.answer_tokens
+        )
+
+    def _rank(
+        self,
+        student: PyTree,
+        candidates: Int[Array, "candidates answer_tokens"],
+        images: UInt8[Array, "rows images side side 3"],
+        tokens: Int[Array, "rows tokens"],
+        lengths: Int[Array, " rows"],
+    ) -> Scores:
+        network = self.network(student)
+        return rank_answers(
+            network.decoder,
+            network.ask(self.pixels(images), tokens, lengths),
+            candidates,
+            shortlist=self.config.vqa.shortlist,
+            pad_id=self.vocabulary.pad_id,
+        )
+
+    def judged(self, found: Predicted, tokenizer: Tokenizer) -> Evaluation:
+        """VQA accuracy, in its variants."""
+        if self.config.vqa.method == "generate":
+            given = [tokenizer.decode(row) for row in found.outputs]
+        else:
+            given = [self.config.vqa.candidates[best] for best in found.outputs[0][:, 0]]
+        answers = {each.key: text for each, text in zip(found.examples, given, strict=True)}
+        if len(answers) < len(given):
+            raise UserError(
+                f"{len(given) - len(answers):,} questions have the id of another: give each an id "
+                "of its own, such as its number"
+            )
+        write = functools.partial(write_vqa, answers=list(answers.items()), known=list(answers))
+        files = (("vqa_result.json", write),) if not found.left_out else ()
+        references = {each.key: each.answers for each in found.examples if each.answers}
+        if not references:
+            return without_answers(found, "questions", files=files)
+        known = {key: answers[key] for key in references}
+        report = vqa.report(known, references)
+        figures = {
+            "accuracy": report.accuracy["overall"]["a"],
+            "chance": vqa.best_constant(references),
+            "questions": float(len(references)),
+        }
+        figures |= {f"accuracy_{name}": value for name, value in report.accuracy["overall"].items()}
+        return Evaluation(
+            {"student": figures},
+            scalars_of(figures),
+            score=figures["accuracy"],
+            metric="VQA accuracy in validation",
+            summary=f"VQA accuracy {figures['accuracy']:.2f} % (always the best same answer "
+            f"{figures['chance']:.2f} %) of {len(references):,} questions",
+            table=vqa.format_table(report, known, references),
+            files=files,
+        )
+
+    @staticmethod
+    def from_data(
+        config: ml_collections.ConfigDict, before: ml_collections.ConfigDict | None, source: Source
+    ) -> ml_collections.ConfigDict:
+        """The answers to rank: those of the run, of the file, or the most frequent in training."""
+        of = config.vqa
+        if of.candidates:
+            return config
+        if before is not None and before.vqa.candidates_file == of.candidates_file:
+            return with_fields(config, {"vqa.candidates": before.vqa.candidates})
+        counts = Counter(answer for at in range(len(source)) for answer in source.captions(at)[1:])
+        if not counts:
+            raise UserError(f"{source!r} has no answers to learn: give questions with answers")
+        answers = tuple(answer for answer, _ in counts.most_common(of.candidates_most))
+        if of.candidates_file:
+            answers = _answers_in(of.candidates_file)
+        covered = sum(counts[answer] for answer in answers) / counts.total()
+        said = f"{len(answers):,} answers to choose from, {covered:.1%} of those in training"
+        if covered < LEAST_COVERED:
+            raise UserError(
+                f"config.vqa.candidates_file={of.candidates_file!r} has {said}: give a list that "
+                "was made for these questions, or none"
+            )
+        say(said)
+        return with_fields(config, {"vqa.candidates": answers})
 
 
 def chosen(log_p: Float[Array, "*some vocab"], words: Int[Array, "*some"]) -> Float[Array, "*some"]:
@@ -135,3 +252,28 @@ def rank_answers(
     scores = first + jax.lax.map(likelihoods, (question, numbers))
     scores, order = jax.lax.top_k(scores, scores.shape[1])
     return jnp.take_along_axis(numbers, order, axis=1), jax.nn.softmax(scores)
+
+
+def write_answers(
+    decoder: AnswerDecoder, question: Question, vocabulary: Vocabulary, *, tokens: int
+) -> Int[Array, "rows tokens"]:
+    """The likeliest word after word, from [CLS] to [SEP], padded."""
+    rows = len(question.states)
+    answers = jnp.full((rows, tokens), vocabulary.pad_id, jnp.int32).at[:, 0].set(vocabulary.cls_id)
+
+    def longer(place: Int[Array, ""], answers: Int[Array, "rows tokens"]) -> Array:
+        logits = decoder(answers[:, None, :-1], question)[:, 0, place - 1]
+        word = logits.argmax(axis=-1).astype(jnp.int32)
+        before = answers[:, place - 1]
+        ended = (before == vocabulary.sep_id) | (before == vocabulary.pad_id)
+        return answers.at[:, place].set(jnp.where(ended, vocabulary.pad_id, word))
+
+    return jax.lax.fori_loop(1, tokens, longer, answers)
+
+
+def _answers_in(path: str) -> tuple[str, ...]:
+    """The answers of a JSON list, each once."""
+    listed = read_object(path)
+    if not isinstance(listed, list) or not all(isinstance(it, str) for it in listed) or not listed:
+        raise UserError(f"{path} is not a JSON list of answers: give one, as in ['yes', 'no']")
+    return tuple(dict.fromkeys(listed))

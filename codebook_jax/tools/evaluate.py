@@ -45,3 +45,5 @@ def evaluate(
     say(found.table)
     if jax.process_index() == 0:
         write_json(workdir / RESULTS, found.results)
+        for name, write in found.files:
+            say(write(workdir / name))
