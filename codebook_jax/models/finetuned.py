@@ -6,66 +6,26 @@ with the names of pre-training below "towers", so that its weights fit. Source: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 from ml_collections import ConfigDict
 
 from codebook_jax.method.numerics import key_of, own_settings
-from codebook_jax.models.bert import (
-    DropoutKey,
-    Embeddings,
-    FusionBlock,
-    FusionEncoder,
-    Seen,
-    States,
-    TextEncoder,
-    TwoImageFusion,
-)
-from codebook_jax.models.codis import MaskedWordHead, compute_of
-from codebook_jax.models.layers import Compute, Dense, keys_of, scan, stack
-from codebook_jax.models.vit import VisionTransformer
+from codebook_jax.models.answers import Answerer
+from codebook_jax.models.bert import DropoutKey
+from codebook_jax.models.codis import compute_of
+from codebook_jax.models.encoders import Encoders, Pixels
+from codebook_jax.models.layers import Compute, Dense
 from codebook_jax.parallel import sharding
 
-Pixels = Float[Array, "rows pictures side side 3"]
-AnswerTokens = Int[Array, "rows answers tokens"]
-
-
-class Encoders(nnx.Module):
-    """The image, text and fusion encoders of pre-training, for texts about one or two pictures."""
-
-    def __init__(
-        self,
-        model: ConfigDict,
-        vocabulary_size: int,
-        compute: Compute,
-        rngs: nnx.Rngs,
-        *,
-        pictures: int,
-    ) -> None:
-        fusion = TwoImageFusion if pictures == 2 else FusionEncoder
-        self.image = VisionTransformer(model.image, compute, rngs)
-        self.text = TextEncoder(model.text, vocabulary_size, compute, rngs)
-        self.fusion = fusion(model.text, model.image.width, compute, rngs)
-        self.pictures = pictures
-
-    def __call__(
-        self,
-        pixels: Pixels,
-        tokens: Int[Array, "rows tokens"],
-        lengths: Int[Array, " rows"],
-        key: DropoutKey = None,
-    ) -> States:
-        """The states of each row's text with its pictures; with a `key`, dropped out."""
-        text_key, fusion_key = keys_of(key, 2)
-        seen = self.image(pixels.reshape(-1, *pixels.shape[2:]))
-        if self.pictures == 2:
-            seen = seen.reshape(-1, 2, *seen.shape[1:])
-        states = self.text(tokens, lengths, text_key)
-        return self.fusion(states[:, None], lengths[:, None], seen, key=fusion_key)[:, 0]
+# What classifiers choose from, by `config.task`.
+LABELS = {
+    "entailment": ("contradiction", "neutral", "entailment"),  # SNLI-VE's codes 0, 1, 2
+    "nlvr2": ("false", "true"),
+    "text_assignment": ("first", "second", "neither"),
+}
+OF_TWO = ("nlvr2", "text_assignment")  # tasks on two pictures
 
 
 class ClassHead(nnx.Module):
@@ -83,18 +43,12 @@ class Classifier(nnx.Module):
     """Which class a text and its pictures belong to, from the state of their first token."""
 
     def __init__(
-        self,
-        config: ConfigDict,
-        vocabulary_size: int,
-        compute: Compute,
-        rngs: nnx.Rngs,
-        *,
-        pictures: int,
-        classes: int,
+        self, config: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
     ) -> None:
-        model = config.model
+        model, labels = config.model, LABELS[config.task]
+        pictures = 2 if config.task in OF_TWO else 1
         self.towers = Encoders(model, vocabulary_size, compute, rngs, pictures=pictures)
-        self.head = ClassHead(model.text.width, classes, std=model.text.init_std, rngs=rngs)
+        self.head = ClassHead(model.text.width, len(labels), std=model.text.init_std, rngs=rngs)
 
     def __call__(
         self,
@@ -106,76 +60,24 @@ class Classifier(nnx.Module):
         return self.head(self.towers(pixels, tokens, lengths, key)[:, 0])
 
 
-class Question(NamedTuple):
-    """What an answer is decoded from."""
-
-    states: States
-    lengths: Int[Array, " rows"]
-
-
-class AnswerDecoder(Embeddings):
-    """A causal BERT that attends to the states of a question, with an output layer tied to its
-    word embeddings.
-    """
-
-    def __init__(
-        self, spec: ConfigDict, depth: int, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
-    ) -> None:
-        super().__init__(spec, vocabulary_size, compute, rngs)
-        self.blocks = stack(lambda r: FusionBlock(spec, spec.width, compute, r), depth, rngs)
-        self.output = MaskedWordHead(spec, vocabulary_size, compute, rngs)
-        self.depth = depth
-
-    @jax.named_scope("answers")
-    def __call__(
-        self, tokens: AnswerTokens, question: Question, key: DropoutKey = None
-    ) -> Float[Array, "rows answers tokens vocab"]:
-        """Logits of the word after each token of each answer to a row's question."""
-        block_keys = embedding_key = None
-        if key is not None:
-            keys = jax.random.split(key, self.depth + 1)
-            block_keys, embedding_key = keys[: self.depth], keys[self.depth]
-
-        def apply(block: FusionBlock, x: Array, key: DropoutKey) -> Array:
-            keys_values = block.cross.key_value.parts(question.states)
-            return block(x, None, Seen(keys_values, question.lengths), key)
-
-        x = scan(self.blocks, apply, self.embed(tokens, embedding_key), block_keys, self.compute)
-        return self.output(x, self.words[...])
-
-
-class Answerer(nnx.Module):
-    """Answers to questions about a picture."""
-
-    def __init__(
-        self, config: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
-    ) -> None:
-        model, depth = config.model, config.vqa.decoder_depth
-        self.towers = Encoders(model, vocabulary_size, compute, rngs, pictures=1)
-        self.decoder = AnswerDecoder(model.text, depth, vocabulary_size, compute, rngs)
-
-    def ask(
-        self,
-        pixels: Pixels,
-        tokens: Int[Array, "rows tokens"],
-        lengths: Int[Array, " rows"],
-        key: DropoutKey = None,
-    ) -> Question:
-        """What the decoder reads of each row's question and picture."""
-        return Question(self.towers(pixels, tokens, lengths, key), lengths)
+def network_of(
+    config: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
+) -> nnx.Module:
+    """The network of `config.task`, with fresh parameters."""
+    if config.task == "vqa":
+        return Answerer(config, vocabulary_size, compute, rngs)
+    return Classifier(config, vocabulary_size, compute, rngs)
 
 
 class Network:
     """The graph of a task's network; parameters are arguments."""
 
     def __init__(
-        self,
-        make: Callable[[Compute, nnx.Rngs], nnx.Module],
-        config: ConfigDict,
-        mesh: jax.sharding.Mesh | None = None,
+        self, config: ConfigDict, vocabulary_size: int, mesh: jax.sharding.Mesh | None = None
     ) -> None:
         compute = compute_of(config.model, mesh)
-        self._make = lambda key: make(compute, nnx.Rngs(params=key))
+        given = config, vocabulary_size, compute
+        self._make = lambda key: network_of(*given, nnx.Rngs(params=key))
         self._graph = nnx.graphdef(nnx.eval_shape(own_settings(self._make), key_of(0)))
         self.dtype, self.mesh = compute.dtype, mesh
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import abc
 import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
@@ -19,20 +17,12 @@ from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation import classes
 from codebook_jax.evaluation.predicting import Predicted
 from codebook_jax.evaluation.submissions import write_rows
-from codebook_jax.models.layers import Compute
 from codebook_jax.tasks.finetune import FinetuneState, Finetuning, Rows, scalars_of, without_answers
 from codebook_jax.tasks.task import Evaluation
 
 
 class Classifying(Finetuning):
     """A task that chooses one of its `labels`."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def network_of(
-        config: ml_collections.ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
-    ) -> nnx.Module:
-        """A `Classifier`."""
 
     def logits(
         self, network: nnx.Module, rows: Rows, key: Key[Array, ""] | None = None

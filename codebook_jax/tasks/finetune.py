@@ -33,7 +33,6 @@ from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.evaluation.predicting import Predicted, Program, predict
 from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models.finetuned import Network
-from codebook_jax.models.layers import Compute
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer
@@ -93,8 +92,7 @@ class Finetuning(Task):
     def __init__(
         self, config: ml_collections.ConfigDict, vocabulary: Vocabulary, mesh: jax.sharding.Mesh
     ) -> None:
-        make = functools.partial(self.network_of, config, vocabulary.size)
-        self.network = Network(make, config, mesh)
+        self.network = Network(config, vocabulary.size, mesh)
         self.rate, self.optimizer = optimizer.from_config(config)
         self.passes = Passes(config.optimizer.accumulation, mesh)
         super().__init__(config, vocabulary, mesh)
@@ -141,13 +139,6 @@ class Finetuning(Task):
         return f"{'student/towers' if found[1] == 'student' else 'teacher'}/{found[2]}"
 
     # -- what a task defines
-
-    @staticmethod
-    @abc.abstractmethod
-    def network_of(
-        config: ml_collections.ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
-    ) -> nnx.Module:
-        """The network, with fresh parameters."""
 
     @abc.abstractmethod
     def teach(self, network: nnx.Module, rows: Rows) -> PyTree:

@@ -12,33 +12,20 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_collections
-from flax import nnx
-
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation import comparisons
 from codebook_jax.evaluation.predicting import Predicted
 from codebook_jax.evaluation.submissions import write_comparisons
-from codebook_jax.models.finetuned import Classifier
-from codebook_jax.models.layers import Compute
+from codebook_jax.models.finetuned import LABELS
 from codebook_jax.tasks.classifying import Classifying
 from codebook_jax.tasks.finetune import Finetuning, scalars_of
 from codebook_jax.tasks.task import Evaluation
-
-LABELS = ("false", "true")
 
 
 class Comparing(Classifying):
     """The jitted programs of a run; holds no parameters."""
 
-    reads, images, labels = "comparisons", 2, LABELS
-
-    @staticmethod
-    def network_of(
-        config: ml_collections.ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
-    ) -> Classifier:
-        """A classifier of two labels, for two pictures."""
-        return Classifier(config, vocabulary_size, compute, rngs, pictures=2, classes=2)
+    reads, images, labels = "comparisons", 2, LABELS["nlvr2"]
 
     @staticmethod
     def pretrained(name: str) -> str | None:

@@ -14,8 +14,6 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from codebook_jax.config import COMMON, FINETUNING, VQA, check_fields, with_fields
@@ -29,8 +27,15 @@ from codebook_jax.evaluation import vqa
 from codebook_jax.evaluation.predicting import Predicted, Program
 from codebook_jax.evaluation.submissions import write_vqa
 from codebook_jax.method.numerics import own_settings
-from codebook_jax.models.finetuned import AnswerDecoder, Answerer, Question
-from codebook_jax.models.layers import Compute, keys_of
+from codebook_jax.models.answers import (
+    Answerer,
+    Question,
+    Scores,
+    chosen,
+    rank_answers,
+    write_answers,
+)
+from codebook_jax.models.layers import keys_of
 from codebook_jax.tasks import limits
 from codebook_jax.tasks.finetune import (
     FITTING,
@@ -43,8 +48,6 @@ from codebook_jax.tasks.finetune import (
 from codebook_jax.tasks.task import Evaluation
 
 LEAST_COVERED = 0.5  # share of the training answers that a list must have
-
-Scores = tuple[Int[Array, "rows shortlist"], Float[Array, "rows shortlist"]]
 
 
 class Answering(Finetuning):
@@ -63,13 +66,6 @@ class Answering(Finetuning):
         """Raises UserError, naming the fields, if no run of the task can start with this config."""
         check_fields(config, COMMON | FINETUNING | VQA)
         limits.check_fitting(config, FITTING)
-
-    @staticmethod
-    def network_of(
-        config: ml_collections.ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
-    ) -> Answerer:
-        """The encoders and a decoder of answers."""
-        return Answerer(config, vocabulary_size, compute, rngs)
 
     @staticmethod
     def pretrained(name: str) -> str | None:
@@ -216,59 +212,6 @@ class Answering(Finetuning):
             )
         say(said)
         return with_fields(config, {"vqa.candidates": answers})
-
-
-def chosen(log_p: Float[Array, "*some vocab"], words: Int[Array, "*some"]) -> Float[Array, "*some"]:
-    """The entry of each word."""
-    return jnp.take_along_axis(log_p, words[..., None], axis=-1)[..., 0]
-
-
-def rank_answers(
-    decoder: AnswerDecoder,
-    question: Question,
-    candidates: Int[np.ndarray, "candidates tokens"],
-    *,
-    shortlist: int,
-    pad_id: int,
-) -> Scores:
-    """The candidates with the likeliest first words, likeliest answer first, and the probability of
-    each among them.
-
-    An answer's score is the log-likelihood of its words plus, as in ALBEF's code, that of its first
-    once more. Tokens are [CLS] words [SEP], padded.
-    """
-    start = jnp.broadcast_to(candidates[0, :1], (len(question.states), 1, 1))
-    first = jax.nn.log_softmax(decoder(start, question)[:, 0, 0])[:, candidates[:, 1]]
-    first, numbers = jax.lax.top_k(first, min(shortlist, len(candidates)))
-
-    def likelihoods(row: tuple[Question, Int[Array, " shortlist"]]) -> Float[Array, " shortlist"]:
-        """Of one question: the logits of all would not fit."""
-        own, numbers = jax.tree.map(lambda x: x[None], row)
-        tokens = jnp.asarray(candidates)[numbers]
-        words = tokens[..., 1:]
-        log_p = jax.nn.log_softmax(decoder(tokens[..., :-1], own))
-        return jnp.where(words != pad_id, chosen(log_p, words), 0).sum(axis=-1)[0]
-
-    scores = first + jax.lax.map(likelihoods, (question, numbers))
-    scores, order = jax.lax.top_k(scores, scores.shape[1])
-    return jnp.take_along_axis(numbers, order, axis=1), jax.nn.softmax(scores)
-
-
-def write_answers(
-    decoder: AnswerDecoder, question: Question, vocabulary: Vocabulary, *, tokens: int
-) -> Int[Array, "rows tokens"]:
-    """The likeliest word after word, from [CLS] to [SEP], padded."""
-    rows = len(question.states)
-    answers = jnp.full((rows, tokens), vocabulary.pad_id, jnp.int32).at[:, 0].set(vocabulary.cls_id)
-
-    def longer(place: Int[Array, ""], answers: Int[Array, "rows tokens"]) -> Array:
-        logits = decoder(answers[:, None, :-1], question)[:, 0, place - 1]
-        word = logits.argmax(axis=-1).astype(jnp.int32)
-        before = answers[:, place - 1]
-        ended = (before == vocabulary.sep_id) | (before == vocabulary.pad_id)
-        return answers.at[:, place].set(jnp.where(ended, vocabulary.pad_id, word))
-
-    return jax.lax.fori_loop(1, tokens, longer, answers)
 
 
 def _answers_in(path: str) -> tuple[str, ...]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
-import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,30 +14,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32
 from ml_collections import ConfigDict
 
-from codebook_jax.data.images import resize_square
-from codebook_jax.data.text import Tokenizer, has_words, open_tokenizer
-from codebook_jax.errors import UserError, first_few, reason
+from codebook_jax.data.text import Tokenizer, open_tokenizer
+from codebook_jax.errors import UserError, reason
 from codebook_jax.files import parse_json
 from codebook_jax.method.numerics import key_of, own_settings, unit
 from codebook_jax.models import codis
+from codebook_jax.models.finetuned import Network
 from codebook_jax.parallel import devices, sharding
 from codebook_jax.run import checkpoint
 from codebook_jax.run import record as records
 from codebook_jax.weights import layouts
 from codebook_jax.weights.fill import fill
-from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, pixels_of, text_list
+from codebook_jax.weights.finetuned import FINETUNED, Finetuned
+from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, text_list
+from codebook_jax.weights.loaded import Loaded, Tokenised, chunks
 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
 MEANS = 2  # has `model.pool` "mean", which a `load` of format 1 alone would take for "cls"
-LOADED = ("pretrain", "sequences")  # the values of config.task whose models can be loaded
-BUCKETS = (1, 4, 16, 64)  # rows that calls are padded to; one compiled program each
-Tokenised = tuple[Int32[np.ndarray, "texts tokens"], Int32[np.ndarray, " texts"]]  # and lengths
-READERS = min(8, os.cpu_count() or 1)  # threads that decode images
+LOADED = ("pretrain", "sequences", *FINETUNED)  # the values of config.task that can be loaded
 
 
 class Codes(NamedTuple):
@@ -48,27 +46,22 @@ class Codes(NamedTuple):
     probabilities: Float32[np.ndarray, "features top_k"]  # over all codewords they sum to 1
 
 
-class Codis:
-    """A loaded model, which can be used from several threads.
+class Codis(Loaded):
+    """A model of pre-training, which compares images and texts.
 
-    Images are one or several file paths, open binary files, contents of files (bytes), PIL images,
-    or uint8 arrays [height, width, 3] or [height, width], read as in evaluation: upright, on white,
-    resized to the model's square. Texts are one string or several; what is truncated or unknown to
-    the tokenizer gives a warning. An unreadable input raises UserError, which names its position.
+    Inputs are those of `Loaded`.
     """
 
     def __init__(
         self, config: ConfigDict, tokenizer: Tokenizer, items: dict[str, Any], step: int
     ) -> None:
         """Takes the parameters of the student and, to encode with it, of the teacher."""
-        self.config, self.step = config, step
-        self._tokenizer = tokenizer
+        super().__init__(config, tokenizer, items, step)
         self._model = codis.Model(config, tokenizer.vocabulary.size)
         self._match = jax.jit(own_settings(self._match_probability))
-        items = jax.device_put(items)
-        self._encoder = "teacher" if "teacher" in items else "student"
-        self._student = items["student"]
-        self._towers = items.get("teacher", self._student["towers"])
+        self._encoder = "teacher" if "teacher" in self._items else "student"
+        self._student = self._items["student"]
+        self._towers = self._items.get("teacher", self._student["towers"])
         none = {"codes": jnp.zeros((0, config.model.dim), jnp.float32)}
         self.codewords: Float32[np.ndarray, "codes dim"] = np.asarray(
             unit(self._student.get("codebook", none)["codes"])
@@ -172,51 +165,21 @@ class Codis:
     def _image_chunks(
         self, towers: Any, pictures: list[Picture]
     ) -> Iterator[tuple[Array, Array, int]]:
-        """Features and tokens of images; the pixels of only one chunk are in memory at a time."""
-        side = self.config.model.image.size_px
-
-        def read(position: int) -> UInt8[np.ndarray, "side side 3"]:
-            return resize_square(pixels_of(pictures[position], position), side)
-
-        with ThreadPoolExecutor(READERS) as pool:
-            for positions, count in _chunks(len(pictures)):
-                pixels = np.stack(list(pool.map(read, positions[:count])))
-                padded = pixels[positions - positions[0]]
-                yield *self._model.encode_images(towers, padded), count
+        """Features and tokens of images."""
+        for pixels, count in self._pixel_chunks(pictures):
+            yield *self._model.encode_images(towers, pixels), count
 
     def _text_chunks(
         self, towers: Any, texts: Tokenised
     ) -> Iterator[tuple[Array, Array, Int32[np.ndarray, " rows"], int]]:
         """Features, states and lengths of texts."""
         tokens, lengths = texts
-        for rows, count in _chunks(len(tokens)):
+        for rows, count in chunks(len(tokens)):
             found = self._model.encode_texts(towers, tokens[rows], lengths[rows])
             yield *found, lengths[rows], count
 
-    def _tokenised(self, texts: list[str]) -> Tokenised:
-        """Tokens and lengths; warns about truncated texts and unknown words."""
-        most = self.config.model.text.max_tokens
-        tokens, lengths, truncated = self._tokenizer.encode(texts, most)
-        for position, text in enumerate(texts):
-            if lengths[position] <= 2 or not has_words(text):  # [CLS] [SEP]
-                raise UserError(f"text {position}, {text!r}, has no words: leave it out")
-        if truncated:
-            warnings.warn(
-                f"{truncated:,} of {len(texts):,} texts are longer than the {most} tokens that "
-                "this model reads: they are truncated",
-                stacklevel=3,
-            )
-        if np.any(tokens == self._tokenizer.unknown_id):
-            words = first_few(list(map(repr, self._tokenizer.unknown_words(texts))), 5)
-            warnings.warn(
-                f"this model's tokenizer does not know {words}: the model reads them "
-                "all as the same unknown word",
-                stacklevel=3,
-            )
-        return tokens, lengths
 
-
-def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
+def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis | Finetuned:
     """The model of an export folder, or of a workdir that has one; see `codebook_jax.load`."""
     devices.check_platforms()
     given = Path(os.path.expanduser(path)).absolute()
@@ -237,6 +200,8 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
             "was written with, or read its arrays with orbax.checkpoint's "
             "StandardCheckpointer().restore"
         )
+    if teacher and task in FINETUNED:
+        raise UserError(f"{folder} is a fine-tuned model, which has no teacher: leave it out")
     if teacher and "teacher" not in items:
         raise UserError(
             f"{folder} has no teacher: export again with --config.export.teacher=true, or load "
@@ -247,14 +212,19 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
     with reading(folder / records.RECORD):
         with config.unlocked():
             config.model.attention, config.model.remat = "auto", "none"
-        student_of = own_settings(codis.init_student)
-        student = jax.eval_shape(lambda: student_of(config, tokenizer.vocabulary.size, key_of(0)))
+        words = tokenizer.vocabulary.size
+        student_of = functools.partial(codis.init_student, config, words)
+        if task in FINETUNED:
+            student_of = Network(config, words).init
+        student = jax.eval_shape(own_settings(student_of), key_of(0))
     expected = {"student": student} | ({"teacher": student["towers"]} if teacher else {})
     shapes = {name: leaf.shape for name, leaf in sharding.named(expected)}
     stored = read_items(folder, expected)
     options = dict(text_depth=config.model.text.depth, what=str(folder), allow_partial=False)
     arrays = fill(layouts.OWN, stored, shapes, **options).arrays
-    return Codis(config, tokenizer, traverse_util.unflatten_dict(arrays, sep="/"), step)
+    return FINETUNED.get(task, Codis)(
+        config, tokenizer, traverse_util.unflatten_dict(arrays, sep="/"), step
+    )
 
 
 def code_probabilities(
@@ -300,13 +270,3 @@ def read_items(folder: Path, items: Iterable[str]) -> dict[str, np.ndarray]:
             found = checkpoint.read_arrays(folder / item)
         arrays |= {f"{item}/{name}": array for name, array in found.items()}
     return arrays
-
-
-def _chunks(count: int) -> Iterator[tuple[Int[np.ndarray, " rows"], int]]:
-    """Positions of at most the largest bucket, and their number; to fill a bucket the last one is
-    repeated: a valid input, which zeros are not.
-    """
-    for start in range(0, count, BUCKETS[-1]):
-        stop = min(start + BUCKETS[-1], count)
-        rows = next(bucket for bucket in BUCKETS if bucket >= stop - start)
-        yield np.minimum(np.arange(start, start + rows), stop - 1), stop - start

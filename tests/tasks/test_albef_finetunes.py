@@ -14,6 +14,7 @@ from golden_weights import ROOT, one_mesh
 from codebook_jax.data.batch import Answers
 from codebook_jax.data.text import Vocabulary
 from codebook_jax.method import momentum_average
+from codebook_jax.models import answers
 from codebook_jax.parallel import sharding
 from codebook_jax.tasks import entailment, nlvr2, vqa
 from codebook_jax.tasks.finetune import Rows
@@ -181,7 +182,7 @@ def test_predictions_are_albefs(golden):
         return
     network = task.network(student)
     ids, probabilities = jax.jit(
-        lambda *given: vqa.rank_answers(
+        lambda *given: answers.rank_answers(
             network.decoder,
             network.ask(*given),
             golden.arrays["in/candidate_ids"].astype(np.int32),

@@ -1,0 +1,152 @@
+"""Fine-tuned models, each with the verb of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, UInt8
+from ml_collections import ConfigDict
+
+from codebook_jax.data import augment
+from codebook_jax.data.text import Tokenizer
+from codebook_jax.errors import UserError
+from codebook_jax.method.numerics import own_settings
+from codebook_jax.models.answers import rank_answers
+from codebook_jax.models.finetuned import LABELS, Network
+from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, text_list
+from codebook_jax.weights.loaded import Loaded, chunks
+
+
+class Labelled(NamedTuple):
+    """The probability of each label for every input."""
+
+    labels: tuple[str, ...]
+    probabilities: Float32[np.ndarray, "inputs labels"]
+
+    @property
+    def best(self) -> list[str]:
+        """The most probable label of every input."""
+        return [self.labels[place] for place in self.probabilities.argmax(axis=1)]
+
+
+class Answers(NamedTuple):
+    """The likeliest answers to each question, likeliest first."""
+
+    texts: list[tuple[str, ...]]
+    probabilities: Float32[np.ndarray, "questions top_k"]  # among the short-listed answers
+
+
+class Finetuned(Loaded):
+    """A model of one task, on texts about one or two images."""
+
+    def __init__(
+        self, config: ConfigDict, tokenizer: Tokenizer, items: dict[str, Any], step: int
+    ) -> None:
+        super().__init__(config, tokenizer, items, step)
+        self._network = Network(config, tokenizer.vocabulary.size)
+        self._program = jax.jit(own_settings(self._outputs))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size {self.config.size}, step {self.step:,})"
+
+    def _outputs(
+        self,
+        student: Any,
+        images: UInt8[Array, "rows images side side 3"],
+        tokens: Int[Array, "rows tokens"],
+        lengths: Int[Array, " rows"],
+    ) -> Float[Array, "rows labels"]:
+        network = self._network(student)
+        return jax.nn.softmax(network(self._pixels(images), tokens, lengths))
+
+    def _pixels(self, images: Array) -> Array:
+        return augment.normalise(images, self._network.dtype)
+
+    def _run(self, texts: list[str], *sides: list[Picture]) -> Iterator[tuple[np.ndarray, ...]]:
+        """The program's outputs for texts and the images of each side, in chunks."""
+        sides = tuple(_as_many(side, texts) for side in sides)
+        texts = texts * len(sides[0]) if len(texts) == 1 else texts
+        tokens, lengths = self._tokenised(texts)
+        pictures = zip(*map(self._pixel_chunks, sides), strict=True)
+        for (rows, count), each in zip(chunks(len(texts)), pictures, strict=True):
+            images = np.stack([pixels for pixels, _ in each], axis=1)
+            found = self._program(self._items["student"], images, tokens[rows], lengths[rows])
+            yield jax.tree.map(lambda x: np.asarray(x)[:count], found)  # noqa: B023
+
+
+class Entailing(Finetuned):
+    """Says whether images make sentences true."""
+
+    def entails(self, images: Pictures, texts: Texts) -> Labelled:
+        """Whether image i makes text i true (entailment), false (contradiction), or neither.
+
+        A single image is taken for every text, a single text for every image.
+        """
+        found = self._run(text_list(texts), picture_list(images))
+        return Labelled(LABELS["entailment"], np.concatenate(list(found)))
+
+
+class Comparing(Finetuned):
+    """Says whether sentences about two images are true."""
+
+    def compare(
+        self, images_a: Pictures, images_b: Pictures, texts: Texts
+    ) -> Float32[np.ndarray, " texts"]:
+        """The probability that text i is true of images i of both, `images_a` being the left ones.
+
+        A single image or text is taken for every other.
+        """
+        found = self._run(text_list(texts), picture_list(images_a), picture_list(images_b))
+        return np.concatenate(list(found))[:, LABELS["nlvr2"].index("true")]
+
+
+class Answering(Finetuned):
+    """Answers questions about images."""
+
+    def answer(self, images: Pictures, questions: Texts, top_k: int = 1) -> Answers:
+        """The `top_k` likeliest of the model's answers to question i about image i.
+
+        A single image is taken for every question, a single question for every image.
+        """
+        candidates = self.config.vqa.candidates
+        most = min(len(candidates), self.config.vqa.shortlist)
+        if not isinstance(top_k, int | np.integer) or not 1 <= top_k <= most:
+            raise UserError(f"top_k={top_k!r} is not a whole number between 1 and {most:,}")
+        found = self._run(text_list(questions), picture_list(images))
+        numbers, probabilities = map(np.concatenate, zip(*found, strict=True))
+        texts = [tuple(candidates[at] for at in row) for row in numbers[:, :top_k]]
+        return Answers(texts, probabilities[:, :top_k])
+
+    def _outputs(
+        self,
+        student: Any,
+        images: UInt8[Array, "rows 1 side side 3"],
+        tokens: Int[Array, "rows tokens"],
+        lengths: Int[Array, " rows"],
+    ) -> tuple[Int[Array, "rows shortlist"], Float[Array, "rows shortlist"]]:
+        network, of = self._network(student), self.config.vqa
+        return rank_answers(
+            network.decoder,
+            network.ask(self._pixels(images), tokens, lengths),
+            self._tokenizer.encode(of.candidates, of.answer_tokens).tokens,
+            shortlist=of.shortlist,
+            pad_id=self._tokenizer.vocabulary.pad_id,
+        )
+
+
+FINETUNED = {"entailment": Entailing, "nlvr2": Comparing, "vqa": Answering}  # by config.task
+
+
+def _as_many(images: list[Picture], texts: list[str]) -> list[Picture]:
+    """As many images as texts, or a single one once for each; raises UserError otherwise."""
+    if not images or not texts:
+        raise UserError("there is nothing to do: give at least one image and one text")
+    if len(images) != len(texts) and 1 not in (len(images), len(texts)):
+        raise UserError(
+            f"{len(images)} images and {len(texts)} texts cannot be paired: give as many images as "
+            "texts, or one of either"
+        )
+    return images * len(texts) if len(images) == 1 else images
