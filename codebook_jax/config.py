@@ -198,7 +198,7 @@ OF_CODEBOOKS += ("ipot_beta", "tau", "freeze_steps")
 PRETRAINING = {
     "losses.*": Field(NOT_NEGATIVE),
     "alignment.intra_weight": Field(NOT_NEGATIVE),
-    "alignment.same_image": Field(one_of("ignore", "negative")),
+    "alignment.same_image": Field(one_of("ignore", "negative", "positive")),
     "alignment.temperature*": Field(POSITIVE),
     "codebook.size": Field(whole(0), FIXED),
     "codebook.temperature": Field(POSITIVE),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from codebook_jax.method.numerics import NEVER, require
 from codebook_jax.method.queue import Queue
 
+SAME = ("ignore", "negative", "positive")  # what other samples with the query's id are
 Features = Mapping[str, Float[Array, "batch dim"]]
 
 
@@ -32,15 +33,16 @@ def cross_entropies(
     each other's candidates and all learn, as CLIP's (Radford et al. 2021, 2.3). A target is the
     sample itself (1 - alpha) mixed with what the teacher's own feature finds (alpha). `same`
     decides about other rows of the batch, and of a queue that remembers ids, with the query's id:
-    "ignore" leaves them out of the softmax, "negative" keeps them (ALBEF). Rows that are not
-    `valid` are no candidates. Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2 and 3.3.
+    "ignore" leaves them out of the softmax, "negative" keeps them (ALBEF's pre-training),
+    "positive" shares the target among them and the sample (ALBEF's fine-tuning). Rows that are not
+    `valid` are no candidates. Source: Duan et al. 2022, 3.2; Li et al. 2021, 3.2, 3.3 and 4.1.
     """
     names = sorted(student)
     candidates = student if teacher is None else jax.lax.stop_gradient(dict(teacher))
     rows = jnp.concatenate([student[name] for name in names])
     soft_rows = jax.lax.stop_gradient(jnp.concatenate([candidates[name] for name in names]))
     batch = len(ids)
-    require(same in ("ignore", "negative"), f'same="{same}" is not "ignore" or "negative".')
+    require(same in SAME, f'same="{same}" is not one of {", ".join(SAME)}.')
     in_batch = jnp.ones((batch, batch), bool)
     if same == "ignore":
         in_batch = (ids[:, None] != ids[None, :]) | jnp.eye(batch, dtype=bool)
@@ -60,6 +62,12 @@ def cross_entropies(
         for part in (rows, soft_rows)
     )
     own = jnp.tile(jnp.eye(batch, allowed.shape[-1], dtype=logits.dtype), (len(names), 1))[:, None]
+    if same == "positive":
+        all_ids = ids if queue is None or queue.ids is None else jnp.concatenate([ids, queue.ids])
+        alike = jnp.tile(ids[:, None] == all_ids, (len(names), 1))[:, None]
+        alike = jnp.pad(alike, ((0, 0), (0, 0), (0, allowed.shape[-1] - alike.shape[-1])))
+        alike = jnp.where(allowed & alike, 1, own)  # a row that is not valid keeps its own
+        own = alike / alike.sum(axis=-1, keepdims=True)
     targets = jax.lax.stop_gradient((1 - alpha) * own + alpha * jax.nn.softmax(soft))
     found = -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
     return found.reshape(len(names), batch, len(names))

@@ -229,7 +229,8 @@ def instance_alignment(
         alpha: from 0 to 1, the share of the teacher's own softmax in the target; no gradient.
         intra_weight: of the directions within a modality; 0: CLIP's and ALBEF's.
         same: "ignore" leaves out other rows with the query's id, also of a queue with ids;
-            "negative" keeps them (ALBEF).
+            "negative" keeps them (ALBEF's pre-training), "positive" shares the target among them
+            and the row (ALBEF's fine-tuning).
 
     Returns:
         The loss and `InstanceAux`.

@@ -129,8 +129,44 @@ def test_alignment_teaches_the_student_and_the_temperature_alone():
 
 
 def test_an_unknown_treatment_of_the_same_image_is_refused():
-    with pytest.raises(ValueError, match='same="positive"'):
-        aligned(*alignment_arguments(0), same_image="positive")
+    with pytest.raises(ValueError, match='same="maybe"'):
+        aligned(*alignment_arguments(0), same_image="maybe")
+
+
+def test_positives_of_one_image_share_the_target_in_batch_and_queue():
+    """Beside NumPy in float64: (1 - alpha) matches / their number + alpha times the teacher's softmax
+    over all candidates (ALBEF's retrieval).
+    """
+    student, teacher, queue, valid, image_id = alignment_arguments(8)
+    queue_ids = np.resize(np.array([*image_id, -1]), QUEUE).astype(np.int32)
+    tau, alpha = 0.1, 0.4
+    found = _aligned(
+        student._asdict(),
+        teacher._asdict(),
+        Queue(queue._asdict(), np.int32(0), np.int32(valid.sum()), queue_ids),
+        image_id,
+        temperature=jnp.asarray(tau),
+        alpha=jnp.asarray(alpha),
+        intra_weight=0.0,
+        same="positive",
+    )
+    ids = np.concatenate([image_id, queue_ids[valid]])
+    matches = (image_id[:, None] == ids).astype(np.float64)
+    assert (matches.sum(axis=1) > 1).any() and (matches[:, BATCH:].sum() > 0)
+
+    def softmax(x):
+        x = np.exp(x - x.max(axis=1, keepdims=True))
+        return x / x.sum(axis=1, keepdims=True)
+
+    losses = []
+    for query, key in (("image", "text"), ("text", "image")):
+        candidates = np.concatenate([getattr(teacher, key), getattr(queue, key)[valid]])
+        candidates = candidates.astype(np.float64)
+        soft = softmax(getattr(teacher, query) @ candidates.T / tau)
+        targets = (1 - alpha) * matches / matches.sum(axis=1, keepdims=True) + alpha * soft
+        log_p = np.log(softmax(getattr(student, query) @ candidates.T / tau))
+        losses.append(-(targets * log_p).sum(axis=1).mean())
+    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
 
 
 def codebook_arguments(seed):
