@@ -48,12 +48,18 @@ class Manifest(NamedTuple):
     captions: int
     bytes: int  # of the shards and their indexes
     skipped: int  # listed records that are in no shard
-    source: Mapping[str, str | int]  # {"repr", "fingerprint", "records"} of what was packed
+    # {"repr", "fingerprint", "records"} of what was packed, and "kind" if they are not pairs
+    source: Mapping[str, str | int]
     options: Mapping[str, str | int]  # the fields of config.prepare that determine the content
     listed: int  # records that the source lists
     left_out: int  # records left out by the source itself: the first lines of skipped.tsv
     skipped_sha256: str  # of skipped.tsv
     shards: tuple[Shard, ...]
+
+    @property
+    def kind(self) -> str:
+        """What the records are, as `Source.kind`."""
+        return self.source.get("kind", "pairs")
 
 
 def index_name(file: str) -> str:

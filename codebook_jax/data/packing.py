@@ -1,12 +1,16 @@
-"""Shards of packed pairs: their format, and how one is written.
+"""Shards of packed pairs or examples: their format, and how one is written.
 
-A folder of packed pairs, which --mode=prepare writes and `records:FOLDER` reads, holds
+A folder of them, which --mode=prepare writes and `records:FOLDER` reads, holds
 
 - `pairs-00003-of-00042.array_record`: consecutive records of the source, in ArrayRecord with
   `group_size:1,uncompressed`, which checksums each. A record is msgpack of {"image": the bytes of a
   JPEG, "captions": [text], "image_id": number, "name": text}.
 - `pairs-00003-of-00042.jsonl`: the same without pictures, a line per record: {"name", "image_id",
   "captions", "height", "width", "bytes", "sha256"}, the last two of the JPEG.
+- Of examples, a record is msgpack of the fields of `Example` and "name", with pictures as JPEGs and
+  boxes in their pixels; a line is {"name", "image_id", "captions": the text and the distinct
+  answers, "pictures": their names, "height", "width", "bytes", "sha256"}, the last five as lists
+  with an entry for each picture.
 - `skipped.tsv`: name and reason of each record left out of the shards.
 - `manifest.json`, written last: the contents and hashes of all of them (`data/manifest.py`).
 
@@ -106,6 +110,7 @@ def write_shard(
     # processes on several machines may write into one folder
     draft = folder / f".{file.name}.{uuid.uuid4().hex[:12]}.tmp"
     captions, skipped = 0, []
+    pack = _pack_pair if source.kind == "pairs" else _pack_example
     try:
         writer = array_record_module.ArrayRecordWriter(os.fspath(draft), WRITER_OPTIONS)
         lines = written_whole(index_file, errors="surrogatepass")
@@ -113,20 +118,13 @@ def write_shard(
             for number in numbers:
                 name, before = source.name(number), len(skipped)
                 try:
-                    record = source[number]
-                    side_px, quality = packing.side_px, packing.quality
-                    jpeg, height, width = packed_picture(record.image, side_px, quality)
+                    packed, entry = pack(source, number, name, packing)
                 except UnreadableImage as failure:
                     skipped.append((name, str(failure)))
                 else:
-                    own, texts = int(record.image_id), list(record.captions)
-                    packed = {"image": jpeg, "captions": texts, "image_id": own, "name": name}
                     writer.write(msgpack.packb(packed, unicode_errors="surrogatepass"))
-                    entry = {"name": name, "image_id": own, "captions": texts}
-                    entry |= {"height": height, "width": width, "bytes": len(jpeg)}
-                    entry["sha256"] = hashlib.sha256(jpeg).hexdigest()
                     index.write(f"{json.dumps(entry, ensure_ascii=False)}\n")
-                    captions += len(record.captions)
+                    captions += len(entry["captions"])
                 if tell is not None:
                     tell(1, len(skipped) - before)
         with open(draft, "rb") as written:
@@ -139,6 +137,36 @@ def write_shard(
     ]
     records = len(numbers) - len(skipped)
     return Shard(file.name, records, captions, len(skipped), *facts), skipped
+
+
+def _pack_pair(source: Source, number: int, name: str, packing: Packing) -> tuple[dict, dict]:
+    """(what a shard holds of a pair, its line in the index)"""
+    record = source[number]
+    jpeg, height, width = packed_picture(record.image, packing.side_px, packing.quality)
+    own, texts = int(record.image_id), list(record.captions)
+    packed = {"image": jpeg, "captions": texts, "image_id": own, "name": name}
+    entry = {"name": name, "image_id": own, "captions": texts}
+    entry |= {"height": height, "width": width, "bytes": len(jpeg)}
+    return packed, entry | {"sha256": hashlib.sha256(jpeg).hexdigest()}
+
+
+def _pack_example(source: Source, number: int, name: str, packing: Packing) -> tuple[dict, dict]:
+    """(what a shard holds of an example, its line in the index)"""
+    example, options = source[number], (packing.side_px, packing.quality)
+    pictures = [packed_picture(image, *options) for image in example.images]
+    jpegs, heights, widths = zip(*pictures, strict=True)
+    boxes = [*example.proposals, *(() if example.box is None else (example.box,))]
+    if boxes:  # in the pixels of the picture as it was
+        before = Picture(example.images[0])
+        by = np.array([widths[0] / before.width, heights[0] / before.height] * 2)
+        boxes = (np.array(boxes) * by).tolist()
+        proposals = boxes[: len(example.proposals)]
+        example = example._replace(proposals=proposals, box=example.box and boxes[-1])
+    own, texts = int(example.image_id), list(source.captions(number))
+    packed = {**example._replace(images=jpegs, image_id=own)._asdict(), "name": name}
+    entry = {"name": name, "image_id": own, "captions": texts, "pictures": source.pictures(number)}
+    entry |= {"height": heights, "width": widths, "bytes": list(map(len, jpegs))}
+    return packed, entry | {"sha256": [hashlib.sha256(jpeg).hexdigest() for jpeg in jpegs]}
 
 
 @contextlib.contextmanager

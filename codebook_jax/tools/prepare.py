@@ -1,4 +1,5 @@
-"""`--mode=prepare`: packs the pairs of a source into shards, which `records:WORKDIR` reads.
+"""`--mode=prepare`: packs the pairs or examples of a source into shards, which `records:WORKDIR`
+reads.
 
 After any interruption, the same command makes the missing shards and ends with the same bytes; in a
 finished folder it verifies every file and repacks damaged shards. Until the manifest is written,
@@ -62,11 +63,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
 
 def _open(config: ml_collections.ConfigDict) -> Source:
     spec = config.prepare.source or config.data.train
-    source = source_of(config, spec, config.prepare.role)
+    source = source_of(config, spec, config.prepare.role, kind=None)
     if isinstance(source, Mixture) and source.weights is not None:
         raise UserError(f"{spec!r}: weights only apply to training: leave them out for packing")
     if not len(source):
-        raise UserError(f"{spec!r} has no pairs to pack")
+        raise UserError(f"{spec!r} has no {source.learned} to pack")
     return source
 
 
@@ -77,6 +78,8 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
     shards = -(-len(source) // packing.shard_records)
     without_folders = re.sub(r"'[^']*/([^'/]*)'", r"'\1'", repr(source))
     facts = {"repr": without_folders, "fingerprint": source.fingerprint(), "records": len(source)}
+    if source.kind != "pairs":  # so that what was packed of pairs before stays as it is
+        facts["kind"] = source.kind
     plan = {"source": facts, "options": {"role": settings.role, **packing._asdict()}}
     place = {name: config.data[name] for name in ("train", "image_root", "path_map")}
     place["source"] = settings.source
@@ -135,7 +138,7 @@ def _pack_missing(
         return
     skipped = sum(written.skipped for written, _ in receipts.values())
     done = skipped + sum(written.records for written, _ in receipts.values())
-    with Progress("packed", "pairs", len(source), done=done, skipped=skipped) as progress:
+    with Progress("packed", source.learned, len(source), done=done, skipped=skipped) as progress:
         options = {"processes": settings.processes, "field": "prepare.processes"}
         spread(pack_shard, source, missing, **options, tell=progress.advance)
 
@@ -150,7 +153,7 @@ def _pack_shard(
 def _summary(workdir: Path, manifest: Manifest) -> str:
     left_out = f"; {manifest.skipped:,} skipped: see {SKIPPED}" if manifest.skipped else ""
     return (
-        f"packed {manifest.records:,} of {manifest.listed:,} listed pairs into "
+        f"packed {manifest.records:,} of {manifest.listed:,} listed {manifest.kind} into "
         f"{_shards(len(manifest.shards))}, {filesize.decimal(manifest.bytes)}{left_out}; train "
         f"with --config.data.train=records:{workdir}"
     )
@@ -241,7 +244,7 @@ def _refuse_another(folder: Path, begun: Mapping[str, Any], plan: Mapping[str, A
         differ.append(f"the source {old['repr']}, now {new['repr']} with other content")
     if differ:
         raise UserError(
-            f"--workdir={folder} holds pairs packed with other settings: {'; '.join(differ)}: use "
+            f"--workdir={folder} was packed with other settings: {'; '.join(differ)}: use "
             "the old values to continue it, or another --workdir"
         )
 

@@ -53,15 +53,19 @@ def _checked(path: str) -> tuple[int, str]:
     return 0, ""
 
 
-def read_json(path: str) -> Iterator[tuple[str, Any]]:
+def read_json(path: str, key: str = "") -> Iterator[tuple[str, Any]]:
     """("file[3]", entry) of a JSON list, or ("file line 3", entry) of one entry after the other;
-    raises UserError where it is no JSON.
+    with a key, ("file key[3]", entry) of the list at this key of an object. Raises UserError where
+    it is no JSON, and without such a list.
 
     Entries are parsed one at a time: parsed at once, they take many times the memory of the text.
     """
     with open_text(path) as file:
         text = file.read()
-    first = _SPACE.match(text).end()
+    begins = re.search(rf'"{key}"\s*:\s*(?=\[)', text) if key else _SPACE.match(text)
+    if begins is None:
+        raise UserError(f'{path} has no list at a key "{key}": give the file that has it')
+    first, path = begins.end(), f"{path} {key}" if key else path
     in_list = text.startswith("[", first)
     last, place = "]" if in_list else "", _SPACE.match(text, first + in_list).end()
     number, line, where = 0, 1 + text.count("\n", 0, place), path
@@ -73,7 +77,7 @@ def read_json(path: str) -> Iterator[tuple[str, Any]]:
             end = _BETWEEN.match(text, end).end()
             number, line, place = number + 1, line + text.count("\n", place, end), end
         end = _SPACE.match(text, place + in_list).end()
-        if end < len(text):
+        if not key and end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except ValueError as failure:
         raise UserError(f"{where} cannot be read as JSON ({failure}): correct it") from failure

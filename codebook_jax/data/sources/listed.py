@@ -18,7 +18,18 @@ from codebook_jax.data.sources.texts import TextLists, Texts, not_utf8, numbered
 from codebook_jax.data.text import has_words
 from codebook_jax.errors import UserError
 
-_KINDS = {"a text": str, "the path of an image": str, "an id": int | str, "a list": list}
+_KINDS = {
+    **{"a text": str, "the path of an image": str, "an id": int | str, "a list": list},
+    "a sentence": str,  # it may be empty
+}
+# The scheme that reads entries with these keys; the first that fits.
+_READERS = (
+    *(("vqa", {"question"}), ("vqa", {"questions"})),
+    *(("nlvr2", {"sentence", "images"}), ("nlvr2", {"sentence", "identifier"})),
+    *(("entailment", {"gold_label"}), ("entailment", {"sentence", "image"})),
+    *(("grounding", {"text", "ref_id"}), ("json", {"caption", "image"})),
+    ("coco", {"annotations", "images"}),
+)
 _CURE = (
     "correct it, name other keys with ?image_key=, ?caption_key= and ?id_key=, or read COCO's "
     "caption files with coco:, Karpathy's splits with karpathy:, Visual Genome with vg:"
@@ -104,14 +115,22 @@ def pair_in(where: str, row: Any, parts: Parts) -> Entry:
     return Entry(where, image, captions, key)
 
 
-def field(where: str, row: Any, key: str, kind: str = "") -> Any:
-    """The value at a key of a row; raises UserError if there is none of this kind in _KINDS."""
-    if not isinstance(row, dict) or key not in row:
-        held = f"its keys: {names_in(row)}" if isinstance(row, dict) else f"it is {shown(row)}"
-        raise UserError(f'{where} has no key "{key}" ({held}): {_CURE}')
+def field(
+    where: str, row: Any, key: str, kind: str = "", *, cure: str = _CURE, scheme: str = "json"
+) -> Any:
+    """The value at a key of a row; raises UserError, with a cure, if there is none of this kind in
+    _KINDS. If the row is one of another scheme, the sentence names that scheme.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f'{where} has no key "{key}" (it is {shown(row)}): {cure}')
+    if key not in row:
+        readers = (reader for reader, keys in _READERS if keys <= row.keys() and reader != scheme)
+        other = "".join(f"read this file with {reader}:, or " for reader in list(readers)[:1])
+        raise UserError(f'{where} has no key "{key}" (its keys: {names_in(row)}): {other}{cure}')
     value = row[key]
-    if kind and (isinstance(value, bool) or value == "" or not isinstance(value, _KINDS[kind])):
-        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {_CURE}')
+    is_empty = value == "" and kind != "a sentence"
+    if kind and (isinstance(value, bool) or is_empty or not isinstance(value, _KINDS[kind])):
+        raise UserError(f'{where}, key "{key}": {shown(value)} is not {kind}: {cure}')
     return value
 
 

@@ -43,6 +43,10 @@ class Mixture(Source):
         which, own = part_of(self.starts, index)
         return self.sources[which].name(own)
 
+    def pictures(self, index: int) -> tuple[str, ...]:
+        which, own = part_of(self.starts, index)
+        return self.sources[which].pictures(own)
+
     def fingerprint(self) -> str:
         parts = (source.fingerprint() for source in self.sources)
         return digest([*parts, f"weights {self.weights}"])

@@ -14,12 +14,17 @@ import ml_collections
 
 from codebook_jax.data.sources.annotations import open_annotations
 from codebook_jax.data.sources.builders import open_tfds
+from codebook_jax.data.sources.class_folders import open_folders
+from codebook_jax.data.sources.comparisons import open_comparisons
+from codebook_jax.data.sources.expressions import open_expressions
 from codebook_jax.data.sources.hub import open_hugging_face
 from codebook_jax.data.sources.json_files import open_json
 from codebook_jax.data.sources.mixture import Mixture
+from codebook_jax.data.sources.questions import open_questions
 from codebook_jax.data.sources.record import KINDS, PARTS, Request, Settings, Source
 from codebook_jax.data.sources.records import Records
 from codebook_jax.data.sources.scenes import open_scenes
+from codebook_jax.data.sources.statements import open_statements
 from codebook_jax.data.sources.tables import open_table
 from codebook_jax.data.sources.tar import Shards
 from codebook_jax.errors import UserError, did_you_mean
@@ -42,6 +47,13 @@ SCHEMES = {
     "coco": Scheme(open_annotations, "coco:CAPTIONS.json", _IMAGES),
     "karpathy": Scheme(open_annotations, "karpathy:DATASET.json", (*_IMAGES, "split")),
     "vg": Scheme(open_annotations, "vg:REGION_DESCRIPTIONS.json", _IMAGES),
+    "vqa": Scheme(open_questions, "vqa:QUESTIONS.json", ("image_root", "annotations", "split")),
+    "nlvr2": Scheme(open_comparisons, "nlvr2:SENTENCES.json(l)", ("image_root",)),
+    "entailment": Scheme(open_statements, "entailment:SENTENCES.json(l)", ("image_root",)),
+    "grounding": Scheme(
+        open_expressions, "grounding:EXPRESSIONS.json", ("image_root", "detections")
+    ),
+    "folders": Scheme(open_folders, "folders:FOLDER"),
     "webdataset": Scheme(Shards, "webdataset:SHARDS.tar", ("caption_key",)),
     "records": Scheme(Records, "records:FOLDER"),
     "tfds": Scheme(open_tfds, "tfds:NAME[/CONFIG]:SPLIT", ("data_dir", *_KEYS)),
@@ -82,10 +94,10 @@ def open_source(spec: str, *, role: str, **settings: str | int) -> Source:
 
 
 def source_of(
-    config: ml_collections.ConfigDict, spec: str, role: str, *, kind: str = "pairs"
+    config: ml_collections.ConfigDict, spec: str, role: str, *, kind: str | None = "pairs"
 ) -> Source:
     """The source that `spec` names, for `role`, with the fields of `config`; raises UserError too
-    if its records are not of this `kind`.
+    if its records are not of this `kind` (None: of any but stories).
     """
     names = ("scenes_examples", "image_root", "path_map", "damaged_shards")
     settings = {name: config.data[name] for name in names}
@@ -96,10 +108,11 @@ def source_of(
         if kind == "stories" and spec.startswith("json:"):
             raise UserError(f"{error}; {_A_STORY}") from None
         raise
-    if source.kind != kind:
+    if source.kind != kind and (kind is not None or source.kind == "stories"):
+        kind = kind or "pairs"
         cure = f"name a source of those, such as {_USUAL[kind]}"
         if source.kind == "stories":
-            cure = "train on them with configs/sequences.py; check-data and prepare take pairs"
+            cure = "train on them with configs/sequences.py; check-data and prepare take none"
         raise UserError(f"{spec} lists {KINDS[source.kind][0]}, not {KINDS[kind][0]}: {cure}")
     return source
 

@@ -91,6 +91,16 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """The name of a record in the source (path, key or id), without reading its image."""
 
+    @property
+    def pictures_each(self) -> int:
+        """How many pictures a pair or an example has."""
+        return 2 if self.kind == "comparisons" else 1
+
+    def pictures(self, index: int) -> tuple[str, ...]:
+        """The name of each picture of a pair or an example; one name is one picture."""
+        name = self.name(index)
+        return (name,) if self.pictures_each == 1 else (f"{name} left", f"{name} right")
+
     def fingerprint(self) -> str:
         """A hash of the content, equal in every process and wherever the files are."""
         return self._fingerprint

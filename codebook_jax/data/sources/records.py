@@ -1,5 +1,5 @@
-"""Pairs that --mode=prepare packed, read by index: `codebook_jax.data.packing` describes the
-folder.
+"""Pairs or examples that --mode=prepare packed, read by index; `codebook_jax.data.packing`
+describes the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ import msgpack
 import numpy as np
 
 from codebook_jax.data.manifest import Manifest, Shard, index_name, misfits, read_manifest
-from codebook_jax.data.sources.record import Request, digest, part_of
+from codebook_jax.data.sources.examples import ANSWERED, frozen, lacks
+from codebook_jax.data.sources.record import (
+    Example,
+    Record,
+    Request,
+    WithoutCaption,
+    checked,
+    digest,
+    part_of,
+)
 from codebook_jax.data.sources.rows import Parts, Rows
 from codebook_jax.data.sources.texts import grouped, numbered, short_hash
 from codebook_jax.data.text import has_words
@@ -29,20 +38,42 @@ if TYPE_CHECKING:
 class Records(Rows):
     """The records of a packed folder; files are opened on first use.
 
-    For evaluation, records of one image id with the same picture are one, with all captions.
+    For evaluation, pairs of one image id with the same picture are one, with all captions.
     """
 
     _parts = Parts("image", "captions", "name")
 
     def __init__(self, request: Request) -> None:
-        """Raises UserError if a shard is missing or has another size, and is not to be skipped."""
-        self.form, self.place, merge = request.scheme, request.place, request.merge
+        """Raises UserError if a shard is missing or has another size, and is not to be skipped, and
+        in training if no example has an answer.
+        """
+        self.form, self.place, self._role = request.scheme, request.place, request.role
         manifest = read_manifest(self.place)
+        self.kind = manifest.kind
+        merge = request.merge and self.kind == "pairs"
+        if request.role == "train" and self.kind in ANSWERED:
+            if manifest.captions == manifest.records:  # each has its text alone
+                cure = "pack a list that has them to train on"
+                raise UserError(f"{self.place} holds {self.kind} without answers: {cure}")
         self._shards, self.left_out = _sound(self.place, manifest, request.settings.damaged_shards)
         self._starts = np.cumsum([0, *(shard.records for shard in self._shards)])
         self.listed, self._count = manifest.listed, int(self._starts[-1])
         self._fingerprint = digest([f"records 1 {merge}", *(s.sha256 for s in self._shards)])
         self._groups = self._merged() if merge else None
+
+    def __getitem__(self, index: int) -> Record | Example:
+        if self.kind == "pairs":
+            return super().__getitem__(index)
+        row = self._row(int(checked(index, len(self))), "image")
+        example = Example(*(frozen(row[name]) for name in Example._fields))
+        if why := lacks(example, self.kind, self._role):
+            raise WithoutCaption(f"{self._place(index)} {why}")
+        return example
+
+    def pictures(self, index: int) -> tuple[str, ...]:
+        if self.kind == "pairs":
+            return super().pictures(index)
+        return tuple(self._row(int(checked(index, len(self))), "id", is_needed=True)["pictures"])
 
     def _place(self, row: int) -> str:
         which, place = part_of(self._starts, row)

@@ -16,7 +16,6 @@ from codebook_jax.data.manifest import verify
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import sample_captions
-from codebook_jax.data.sources.records import Records
 from codebook_jax.data.sources.scenes import Scenes
 from codebook_jax.data.text import Tokenizer, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError
@@ -24,6 +23,7 @@ from codebook_jax.files import check_outputs
 from codebook_jax.run.record import check_folder
 from codebook_jax.stop import Stopped, stoppable
 from codebook_jax.tools.check_data import outputs
+from codebook_jax.tools.check_data.examples import as_pairs
 from codebook_jax.tools.check_data.findings import Part, find, find_leak, read_captions
 from codebook_jax.tools.check_data.inspection import inspect, pieces_of
 from codebook_jax.tools.check_data.outputs import CHECK, FILES, PAGE, SKIPPED, USABLE
@@ -63,7 +63,7 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> list[Part]:
     for label, field in _FIELDS.items():
         if data[field]:
             role = "train" if label == "training" else label
-            sources[label] = source_of(config, data[field], role)
+            sources[label] = source_of(config, data[field], role, kind=None)
     drawn = [label for label in sources if Scenes in map(type, pieces_of(sources[label]))]
     for label in drawn if "training" not in drawn else ():
         print(f"{label} data are the built-in scenes: not checked", flush=True)
@@ -84,6 +84,7 @@ def _parts(
     """The findings on a source; for a mixture, on all of it and then on each source."""
     settings = config.check
     print(f"checking {label}: {source!r}", flush=True)
+    source = as_pairs(source)
     options = {name: settings[name] for name in ("processes", "decode", "least_side_px")}
     found, captions = inspect(source, **options), read_captions(source, tokenizer)
     limits = settings.near_bits, config.model.text.max_tokens
@@ -102,7 +103,7 @@ def _verdicts(config: ml_collections.ConfigDict, parts: list[Part]) -> Iterator[
     limit = config.check.max_bad_share
     over = f"more than config.check.max_bad_share={limit:g}"
     pieces = [piece for part in parts for piece in pieces_of(part.source)]
-    for folder in dict.fromkeys(piece.place for piece in pieces if isinstance(piece, Records)):
+    for folder in dict.fromkeys(piece.place for piece in pieces if piece.form == "records"):
         if config.check.decode and (damaged := verify(folder)):
             yield (
                 f"{folder} has {len(damaged):,} damaged files (first: {damaged[0][1]}): run its "
@@ -131,7 +132,8 @@ def _advice(workdir: Path, training: Part, root: str | None) -> Iterator[str]:
     """What to do next."""
     counts = training.counts
     usable, listed = counts["usable"], counts["listed"]
-    yield f"training on {usable:,} of {listed:,} listed pairs ({usable / listed:.1%})"
+    learned = f"{usable:,} of {listed:,} listed {training.source.learned}"
+    yield f"training on {learned} ({usable / listed:.1%})"
     yield said_unknown(counts["unknown_tokens"], counts["tokens"], "all training captions")
     if root is not None:
         yield f"train with --config.data.train=json:{workdir / USABLE}"
@@ -139,7 +141,7 @@ def _advice(workdir: Path, training: Part, root: str | None) -> Iterator[str]:
             yield f"{USABLE} has no weights: every pair appears once per epoch"
     elif usable:
         yield (
-            f"these pictures are not separate files, so there is no {USABLE}: train on the source "
+            f"{USABLE} is written for pairs whose pictures are separate files: train on the source "
             "itself, which skips unusable pictures, or pack it with --mode=prepare"
         )
     yield f"{workdir / PAGE} shows samples, {workdir / SKIPPED} names what is unusable"

@@ -38,7 +38,7 @@ class Part(NamedTuple):
     source: Source
     found: np.ndarray  # [records] as `inspect` returns it
     captions: np.ndarray  # as `read_captions` returns them
-    usable: np.ndarray  # bool [records]
+    usable: np.ndarray  # bool [records]; of examples, a record is a picture: see `as_pairs`
     copies: np.ndarray  # int64 [records], the first earlier one with the same content; -1: none
     twins: np.ndarray  # the same for one that looks the same but is not a copy
     numbers: dict[str, tuple[str, int]]  # name in check.json: (label in the tables, number)
@@ -77,8 +77,10 @@ def find(
     label: str, source: Source, found: np.ndarray, captions: np.ndarray, bits: int, max_tokens: int
 ) -> Part:
     """What the pictures and captions that were read of a source show; `bits` is near_bits."""
+    each = source.pictures_each
     silent = np.bincount(captions["record"], minlength=len(source)) == 0
-    usable = (found["status"] == Status.USABLE) & ~silent
+    silent = silent.reshape(-1, each).all(axis=1)  # a second picture has no captions of its own
+    usable = (found["status"] == Status.USABLE) & ~silent.repeat(each)
     copies, look = (
         earlier_twin(_one_per_id(found[name], found["image_id"]), most)
         for name, most in (("content", 0), ("look", bits))
@@ -90,7 +92,7 @@ def find(
     numbers = {
         "listed": ("listed records", source.listed),
         "without_caption": ("without a picture or caption", len(source.left_out) + silent.sum()),
-        "usable": ("usable", usable.sum()),
+        "usable": ("usable", usable.reshape(-1, each).all(axis=1).sum()),
         "images": ("distinct pictures", len(pictures)),
         "missing": ("missing", statuses[Status.MISSING]),
         "empty": ("empty files", statuses[Status.EMPTY]),

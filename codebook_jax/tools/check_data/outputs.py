@@ -87,9 +87,11 @@ def _print(rows: Sequence[Sequence[str]], parts: Sequence[Part], verdicts: Seque
 
 
 def _image_root(training: Part) -> str | None:
-    """The folder that holds all usable pictures; None without any, or if they are not files."""
+    """The folder that holds all usable pictures; None without any, if they are not files, or for
+    what are no pairs.
+    """
     source, pictures = training.source, pictures_of(training.found)
-    if not all(map(has_files, pieces_of(source))):
+    if source.kind != "pairs" or not all(map(has_files, pieces_of(source))):
         return None
     usable = pictures[training.found["status"][pictures] == Status.USABLE].tolist()
     folders = {os.path.dirname(source[record].image) for record in usable}
