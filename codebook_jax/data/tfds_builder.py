@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds  # pip install "codebook_jax[tfds]"
 
 from codebook_jax.data.images import UnreadableImage
 from codebook_jax.data.packing import packed_picture
-from codebook_jax.data.sources import open_source
+from codebook_jax.data.sources import KINDS, open_source
 from codebook_jax.errors import UserError
 
 _ROLES = {"validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
@@ -76,6 +76,9 @@ class CodebookPairs(tfds.core.GeneratorBasedBuilder):
         """(key, example) of every pair whose picture can be read; prints those that cannot."""
         spec, role = self._sources[split], _ROLES.get(split, "train")
         source = open_source(spec, role=role, scenes_examples=1000, seed=0, **self._settings)
+        if source.kind != "pairs":
+            held = KINDS[source.kind][0]
+            raise UserError(f"{spec} lists {held}, not pairs: pack examples with --mode=prepare")
         for number in range(len(source)):
             name = source.name(number)
             try:

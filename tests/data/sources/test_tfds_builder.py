@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from example_files import write_pictures
 from small_packing import BAD, KINDS, write_kinds, write_many
 
 from codebook_jax.data.images import decode
@@ -52,6 +53,16 @@ def test_small_jpegs_keep_their_bytes(prepared):
         pixels = decode(example["image"])
         assert np.abs(pixels.astype(int) - shown["image"]).max() < 4  # two decoders
     assert len(builder.as_data_source("validation[:2]")) == 2
+
+
+def test_what_lists_no_pairs_is_refused(tmp_path):
+    import codebook_jax.data.tfds_builder  # noqa: F401
+
+    write_pictures(tmp_path, ["classes/cup/1.jpg", "classes/plate/1.jpg"])
+    sources = {"train": f"folders:{tmp_path}/classes"}
+    builder = tfds.builder("codebook_pairs", data_dir=tmp_path / "data", sources=sources)
+    with pytest.raises(UserError, match="classes lists images with a label each, not pairs"):
+        builder.download_and_prepare()
 
 
 def test_without_sources_it_says_what_to_name(tmp_path):
