@@ -85,7 +85,8 @@ def build_training(
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
     kind = task_class(config).reads
     source = source_of(config, config.data.train, "train", kind=kind)
-    validation = source_of(config, config.data.eval, "validation", kind=kind)
+    also = task_class(config).evaluates
+    validation = source_of(config, config.data.eval, "validation", kind=kind, also=also)
     adopts = task_class(config).adopts
     start = () if saved else weights.read_start(config, adopts)
     asked = weights.adopted(config, start, record, adopts)

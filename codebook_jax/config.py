@@ -167,6 +167,7 @@ COMMON = {
     "data.max_bad_rate": Field(SHARE, FREE),
     "train.steps": Field(whole(1)),
     "train.memory_check": Field(FLAG, FREE),
+    "evaluation.prompts": Field(TEXTS, FREE, older=("{}",)),
     "evaluation.between": Field(SHARES, FREE, older=()),
     "export.between": Field(SHARE, FREE, older=1.0),
     "evaluation.every_steps": Field(whole(-1), FREE),

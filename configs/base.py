@@ -335,6 +335,11 @@ def run(at: types.SimpleNamespace) -> dict[str, Any]:
             batch=at.evaluation_batch,
             rerank_top_k=at.rerank_top_k,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none
             rerank_on_schedule=False,  # also during training
+            prompts=(
+                "a picture of a {}",
+                "an image of a {}",
+                "a {}",
+            ),  # for images with labels, without training on them (CLIP)
             between=(),  # shares of the way from the weights of `init` to the trained ones, tried at the end (Wortsman et al. 2022)
             rerank_score="logit",  # of "match" (ALBEF) | "log_odds": its difference to the other
             rerank_dual_weight=0.0,  # of the dual encoder's similarity over the temperature, added to it; ALBEF: 0

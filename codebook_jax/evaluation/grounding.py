@@ -40,19 +40,17 @@ def ground(
     proposals: Sequence[Sequence[float]],
 ) -> Grounding:
     """What the map of an expression picks among the proposals, given its true box and the size of
-    its picture. Raises UserError, naming the expression, if there are no proposals or a box is not
-    in the picture; ValueError if the map holds NaN.
+    its picture. Without proposals, the highest point alone. Raises UserError, naming the
+    expression, if a box is not in the picture; ValueError if the map holds NaN.
     """
-    if not len(proposals):
-        raise UserError(f"expression {key!r} has no boxes to choose from: give it some, or drop it")
     truth, boxes = np.asarray(box, float), np.asarray(proposals, float).reshape(-1, 4)
     check_boxes(np.concatenate([truth[None], boxes]), height, width, key)
     resized = resize_map(attention, height, width)
     if np.isnan(resized).any():
         raise ValueError(f"the attention map of expression {key!r} holds NaN: it picks no box")
     scores = box_scores(resized, boxes)
-    best = int(scores.argmax())
-    scored = bool(scores[best] > 0)
+    best = int(scores.argmax()) if len(scores) else 0
+    scored = bool((scores > 0).any())
     inside = np.zeros(resized.shape, bool)
     inside[_pixels(truth)] = True
     highest = resized == resized.max()
@@ -106,37 +104,48 @@ def box_overlaps(box: Box, others: Boxes) -> Float[np.ndarray, " boxes"]:
 
 
 def evaluate(groundings: Sequence[Grounding]) -> dict[str, float]:
-    """In percent, of the expressions: `accuracy`, with an IoU of the chosen box of at least 0.5;
-    `chance`, of a box drawn at random; `ceiling`, of the best box; `pointing`, with the map's
-    highest pixel in the true box, and `pointing_chance`. Counts: `expressions`, and `unscored`,
-    those without a score above 0.
+    """In percent, of the expressions: `pointing`, with the map's highest pixel in the true box, and
+    `pointing_chance`; and, if all have boxes to choose from, `accuracy`, with an IoU of the chosen
+    box of at least 0.5, `chance`, of a random box, and `ceiling`, of the best. Counts:
+    `expressions`, and `unscored`, those without a score above 0.
     """
     if not groundings:
         raise UserError("there is no expression with a true box: no accuracy is known")
     right = [each.overlaps >= OVERLAP for each in groundings]
+    counts = {"expressions": len(groundings)}
     shares = {
-        "accuracy": [each[of.chosen] for each, of in zip(right, groundings, strict=True)],
-        "chance": [each.mean() for each in right],
-        "ceiling": [each.any() for each in right],
         "pointing": [each.pointing for each in groundings],
         "pointing_chance": [each.pointing_chance for each in groundings],
     }
-    return {name: 100 * float(np.mean(values)) for name, values in shares.items()} | {
-        "expressions": len(groundings),
-        "unscored": sum(not each.scored for each in groundings),
-    }
+    if bare := sum(not len(each) for each in right):
+        if bare < len(right):
+            raise UserError(
+                f"{bare:,} of {len(right):,} expressions have no boxes to choose from: give "
+                "detections for all of them, or for none"
+            )
+    else:
+        shares |= {
+            "accuracy": [each[of.chosen] for each, of in zip(right, groundings, strict=True)],
+            "chance": [each.mean() for each in right],
+            "ceiling": [each.any() for each in right],
+        }
+        counts["unscored"] = sum(not each.scored for each in groundings)
+    return {name: 100 * float(np.mean(values)) for name, values in shares.items()} | counts
 
 
 def format_table(found: dict[str, float]) -> str:
     """A table for a terminal, of what `evaluate` returns."""
     lines = [
         f"grounding of {found['expressions']:,} expressions",
-        f"box with IoU >= {OVERLAP}   {found['accuracy']:6.2f} % (a random box "
-        f"{found['chance']:.2f} %, the best box {found['ceiling']:.2f} %)",
         f"point in the box    {found['pointing']:6.2f} % (a random point "
         f"{found['pointing_chance']:.2f} %)",
     ]
-    if found["unscored"]:
+    if "accuracy" in found:
+        lines.append(
+            f"box with IoU >= {OVERLAP}   {found['accuracy']:6.2f} % (a random box "
+            f"{found['chance']:.2f} %, the best box {found['ceiling']:.2f} %)"
+        )
+    if found.get("unscored"):
         lines.append(
             f"{found['unscored']:,} of them with no score above 0: their first box is counted"
         )

@@ -20,13 +20,15 @@ from codebook_jax.parallel import sharding
 
 # Pictures [rows, images, side, side, 3], tokens and lengths of texts to outputs for every row.
 Program = Callable[[Array, Array, Array], PyTree]
-Chunk = list[tuple[Example | None, UInt8[np.ndarray, "images side side 3"] | str]]
+Pictures = UInt8[np.ndarray, "images side side 3"]
+Read = tuple[Example, Pictures, tuple[int, int]] | tuple[None, str, None]
 
 
 class Predicted(NamedTuple):
     """What a program gave for the examples that could be read."""
 
     examples: list[Example]  # without their pictures
+    sizes: list[tuple[int, int]]  # height and width of each one's first picture
     outputs: PyTree[Shaped[np.ndarray, "examples ..."]]
     left_out: int  # examples whose pictures could not be read
     truncated: int  # texts longer than the model reads
@@ -47,13 +49,13 @@ def predict(
     """
     count = min(images or len(source), len(source))
     rows = rows_over_shards(min(config.evaluation.batch, count), mesh)
-    kept, outputs, unreadable, truncated = [], [], [], 0
+    kept, sizes, outputs, unreadable, truncated = [], [], [], [], 0
     for start, chunk in _chunks(source, count, rows, config):
-        readable = [(example, seen) for example, seen in chunk if example is not None]
-        unreadable += [why for example, why in chunk if example is None]
+        readable = [read for read in chunk if read[0] is not None]
+        unreadable += [why for example, why, _ in chunk if example is None]
         if readable:
-            examples, seen = zip(*readable, strict=True)
-            kept += examples
+            examples, seen, of_seen = zip(*readable, strict=True)
+            kept, sizes = kept + list(examples), sizes + list(of_seen)
             texts = [example.text for example in examples]
             tokens, lengths, cut = tokenizer.encode(texts, config.model.text.max_tokens)
             truncated += cut
@@ -69,24 +71,25 @@ def predict(
         longer = f"{truncated:,} of {len(kept):,} texts are longer than {tokens.shape[1]} tokens"
         say(f"{longer}: their ends are cut off")
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
-    return Predicted(kept, joined, len(unreadable), truncated)
+    return Predicted(kept, sizes, joined, len(unreadable), truncated)
 
 
 def _chunks(
     source: Source, count: int, rows: int, config: ml_collections.ConfigDict
-) -> Iterator[tuple[int, Chunk]]:
+) -> Iterator[tuple[int, list[Read]]]:
     """(first position, its examples with pictures, or with why they cannot be read); reads one
     chunk ahead.
     """
     side = config.model.image.size_px
 
-    def read(position: int) -> tuple[Example | None, np.ndarray | str]:
+    def read(position: int) -> Read:
         try:
             example = source[position]
-            seen = np.stack([resize_square(decode(image), side) for image in example.images])
-            return example._replace(images=()), seen
+            pictures = [decode(image) for image in example.images]
+            seen = np.stack([resize_square(picture, side) for picture in pictures])
+            return example._replace(images=()), seen, pictures[0].shape[:2]
         except UnreadableImage as error:
-            return None, str(error)
+            return None, str(error), None
 
     with ThreadPoolExecutor(config.data.threads) as pool:
         ahead = []

@@ -13,16 +13,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
-from codebook_jax.evaluation import retrieval
+from codebook_jax.evaluation import retrieval, zero_shot
 from codebook_jax.evaluation.encoding import Progress
-from codebook_jax.evaluation.rerank import Scoring
 from codebook_jax.method import alignment, assignment, codebook, matching, teacher
 from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.numerics import key_of, unit
@@ -31,7 +29,7 @@ from codebook_jax.models import codis
 from codebook_jax.models.bert import Negatives, gather_in_groups, taken
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
-from codebook_jax.tasks import limits, optimizer, running
+from codebook_jax.tasks import judging, limits, optimizer, running
 from codebook_jax.tasks.draws import Inputs, Pair, draw_inputs
 from codebook_jax.tasks.state import Learned, Plan, Targets, Taught, TrainState
 from codebook_jax.tasks.task import Evaluation, Items, Task
@@ -40,6 +38,7 @@ from codebook_jax.tasks.task import Evaluation, Items, Task
 class Pretraining(Task):
     """The jitted programs of a run; holds no parameters."""
 
+    evaluates = ("labels", "expressions")
     check = staticmethod(limits.check)
     resolve = staticmethod(limits.resolve)
     cautions = staticmethod(limits.cautions)
@@ -337,37 +336,24 @@ class Pretraining(Task):
         final: bool,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Retrieval by student and teacher; re-ranked, with a fusion encoder, if `final` or always
-        so configured.
-        """
-        asked, fused = self.config.evaluation, self.config.model.text.fusion_depth > 0
-        scoring = None
-        if fused and asked.rerank_top_k > 0 and (final or asked.rerank_on_schedule):
-            odds = asked.rerank_score == "log_odds"
-            match = self.model.match_odds if odds else self.model.match
-            cosine_weight = asked.rerank_dual_weight / float(state.student["temperature"])
-            scoring = Scoring(functools.partial(match, state.student), cosine_weight)
-        both = {"student": state.student["towers"], "teacher": state.teacher}
-        results = retrieval.evaluate(
-            self.model,
-            {name: towers for name, towers in both.items() if towers is not None},
-            source,
-            tokenizer,
-            self.config,
-            images=images,
-            scoring=scoring,
-            progress=progress,
-        )
-        dual = results["student/dual"]
-        found = f"R@1 image to text {dual['txt_r1']:.1f} %, text to image {dual['img_r1']:.1f} %"
-        return Evaluation(
-            results,
-            retrieval.flat(results),
-            score=float(np.mean(list(retrieval.recalls_of(dual).values()))),
-            metric="mean of the recalls of student/dual in validation",
-            summary=f"{found} (chance {dual['chance_r1']:.1f} %) on {retrieval.counted(dual)}",
-            table=retrieval.format_table(results),
-        )
+        """Retrieval, or what an evaluation of labels or of expressions asks."""
+        student, fused = state.student, self.config.model.text.fusion_depth > 0
+        given = source, tokenizer, self.config
+        options = dict(images=images, progress=progress)
+        if source.kind == "labels":
+            return judging.labels(
+                zero_shot.tell_labels(self.model, student["towers"], *given, **options)
+            )
+        if source.kind == "expressions":
+            return judging.expressions(
+                zero_shot.find_expressions(self.model, student, *given, **options)
+            )
+        reranks = final or self.config.evaluation.rerank_on_schedule
+        scoring = judging.scoring(self.model, student, self.config) if fused and reranks else None
+        both = {"student": student["towers"], "teacher": state.teacher}
+        towers = {name: parameters for name, parameters in both.items() if parameters is not None}
+        results = retrieval.evaluate(self.model, towers, *given, **options, scoring=scoring)
+        return judging.recalls(results)
 
     def _read(
         self, towers: codis.Towers, inputs: Inputs, key: Key[Array, ""] | None

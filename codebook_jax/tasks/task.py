@@ -64,6 +64,7 @@ class Task(abc.ABC):
     """
 
     reads: ClassVar[str] = "pairs"  # the kind of its data, one of KINDS
+    evaluates: ClassVar[tuple[str, ...]] = ()  # other kinds that it can be evaluated on
     # Fields of the model that come from the weights that config.init names.
     adopts: ClassVar[tuple[str, ...]] = ()
     step: jax.stages.Wrapped  # `update`, jitted over the mesh; donates the state

@@ -33,7 +33,7 @@ def evaluate(
     config = parts.config
     restored = build.restore_trained(parts, workdir, parts.task.checkpoint_items().evaluated)
     spec = config.data.test or config.data.eval
-    source = source_of(config, spec, "test", kind=parts.task.reads)
+    source = source_of(config, spec, "test", kind=parts.task.reads, also=parts.task.evaluates)
     limited = 0 < images < len(source)
     first = f", limited to the first {images} by config.evaluation.images" if limited else ""
     say(f"test data {spec}: {len(source):,} {source.evaluated}{first}")

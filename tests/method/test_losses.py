@@ -134,8 +134,8 @@ def test_an_unknown_treatment_of_the_same_image_is_refused():
 
 
 def test_positives_of_one_image_share_the_target_in_batch_and_queue():
-    """Beside NumPy in float64: (1 - alpha) matches / their number + alpha times the teacher's softmax
-    over all candidates (ALBEF's retrieval).
+    """Beside NumPy in float64: (1 - alpha) matches / their number + alpha times the softmax of the
+    teacher over all candidates (ALBEF's retrieval).
     """
     student, teacher, queue, valid, image_id = alignment_arguments(8)
     queue_ids = np.resize(np.array([*image_id, -1]), QUEUE).astype(np.int32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -94,10 +94,15 @@ def open_source(spec: str, *, role: str, **settings: str | int) -> Source:
 
 
 def source_of(
-    config: ml_collections.ConfigDict, spec: str, role: str, *, kind: str | None = "pairs"
+    config: ml_collections.ConfigDict,
+    spec: str,
+    role: str,
+    *,
+    kind: str | None = "pairs",
+    also: Sequence[str] = (),
 ) -> Source:
     """The source that `spec` names, for `role`, with the fields of `config`; raises UserError too
-    if its records are not of this `kind` (None: of any but stories).
+    if its records are not of this `kind` (None: of any but stories), nor of those in `also`.
     """
     names = ("scenes_examples", "image_root", "path_map", "damaged_shards")
     settings = {name: config.data[name] for name in names}
@@ -108,7 +113,9 @@ def source_of(
         if kind == "stories" and spec.startswith("json:"):
             raise UserError(f"{error}; {_A_STORY}") from None
         raise
-    if source.kind != kind and (kind is not None or source.kind == "stories"):
+    if source.kind in (kind, *also):
+        return source
+    if kind is not None or source.kind == "stories":
         kind = kind or "pairs"
         cure = f"name a source of those, such as {_USUAL[kind]}"
         if source.kind == "stories":
