@@ -22,7 +22,16 @@ from codebook_jax.parallel import memory, sharding
 from codebook_jax.parallel.processes import peers
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints, Restored
-from codebook_jax.tasks import entailment, nlvr2, pretrain, sequences, vqa
+from codebook_jax.tasks import (
+    entailment,
+    grounding,
+    labels,
+    nlvr2,
+    pretrain,
+    retrieval,
+    sequences,
+    vqa,
+)
 from codebook_jax.tasks.task import Task
 from codebook_jax.weights import start as weights
 
@@ -32,6 +41,10 @@ TASKS: dict[str, type[Task]] = {  # by config.task
     "sequences": sequences.Sequences,
     "entailment": entailment.Entailment,
     "nlvr2": nlvr2.Comparing,
+    "text_assignment": nlvr2.TextAssignment,
+    "retrieval": retrieval.Retrieval,
+    "grounding": grounding.Grounding,
+    "labels": labels.Labelling,
     "vqa": vqa.Answering,
 }
 

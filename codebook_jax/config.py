@@ -166,6 +166,7 @@ COMMON = {
     "data.patience_s": Field(Number(1), FREE, older=600.0),
     "data.max_bad_rate": Field(SHARE, FREE),
     "train.steps": Field(whole(1)),
+    "train.epochs": Field(NOT_NEGATIVE, older=0.0),
     "train.memory_check": Field(FLAG, FREE),
     "evaluation.prompts": Field(TEXTS, FREE, older=("{}",)),
     "evaluation.between": Field(SHARES, FREE, older=()),
@@ -228,7 +229,6 @@ PRETRAINING = {
 }
 # The fields of fine-tuning tasks, each of which may add its own.
 FINETUNING = {
-    "train.epochs": Field(NOT_NEGATIVE),
     "teacher.use": PRETRAINING["teacher.use"],
     "teacher.momentum": PRETRAINING["teacher.momentum"],
     "teacher.momentum_ramp": PRETRAINING["teacher.momentum_ramp"],
@@ -245,7 +245,7 @@ VQA = {
     "vqa.shortlist": Field(whole(1), FREE),
     "vqa.method": Field(one_of("rank", "generate"), FREE),
 }
-NLVR2 = {"nlvr2.text_assignment": Field(FLAG, FIXED)}
+LABELS = {"labels.names": Field(TEXTS, FIXED)}
 # The fields of sequences: some of those, and how steps are aligned.
 SEQUENCES = {
     name: field
@@ -261,7 +261,7 @@ SEQUENCES = {
     "sequences.slack": Field(Number(above=0, most=1)),
     "sequences.iterations": Field(whole(1)),
 }
-FIELDS = COMMON | PRETRAINING | SEQUENCES | FINETUNING | VQA | NLVR2
+FIELDS = COMMON | PRETRAINING | SEQUENCES | FINETUNING | VQA | LABELS
 
 
 def field_of(name: str, fields: Mapping[str, Field] = FIELDS) -> Field | None:

@@ -327,10 +327,11 @@ def run(at: types.SimpleNamespace) -> dict[str, Any]:
     return dict(
         train=dict(
             steps=at.steps,  # base: 30 epochs (paper) of the built-in data
+            epochs=0.0,  # passes over the data instead of that number of steps; 0: that number
             memory_check=True,  # stop at start if the compiled step does not fit into a device's memory
         ),
         evaluation=dict(
-            every_steps=at.evaluate_every_steps,  # 0: only at the end
+            every_steps=at.evaluate_every_steps,  # 0: only at the end; -1: every epoch
             images=-1,  # most images in validation; 0: all; -1: 1 000, and 32 above `tiny` on a CPU. --mode=eval takes all
             batch=at.evaluation_batch,
             rerank_top_k=at.rerank_top_k,  # candidates that the matching head re-ranks; ALBEF: 128 Flickr30K, 256 COCO; 0: none

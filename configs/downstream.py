@@ -54,3 +54,18 @@ def task(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigD
             del config[section]
         config.evaluation.rerank_top_k = 0
     return config
+
+
+def of_pairs(
+    config: ml_collections.ConfigDict, name: str, *, top_k: int
+) -> ml_collections.ConfigDict:
+    """The config as that of a task with the parts of pre-training, which learns to align and to
+    match: all texts of an image are positives (ALBEF).
+    """
+    tiny = config.size == "tiny"
+    with config.unlocked():
+        config.task = name
+        config.losses.update(codebook=0.0, masked_lm=0.0)  # ALBEF
+        config.alignment.same_image = "positive"  # ALBEF
+        config.evaluation.rerank_top_k = min(top_k, 16) if tiny else top_k
+    return config

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from codebook_jax import method
-from codebook_jax.config import COMMON, FINETUNING, check_fields, with_fields
+from codebook_jax.config import COMMON, FINETUNING, check_fields
 from codebook_jax.data import augment
 from codebook_jax.data.batch import Answers, ExampleBatch
 from codebook_jax.data.examples import ExampleSpec
@@ -38,7 +38,7 @@ from codebook_jax.parallel.accumulation import Objective, Passes, Scalars
 from codebook_jax.tasks import limits, optimizer
 from codebook_jax.tasks.draws import augmented
 from codebook_jax.tasks.state import Counting
-from codebook_jax.tasks.task import Evaluation, Items, Task
+from codebook_jax.tasks.task import ARCHITECTURE, Evaluation, Items, Task
 
 FITTING = (
     *limits.TOWERS_FITTING,
@@ -81,12 +81,12 @@ class Nothing(NamedTuple):
 class Finetuning(Task):
     """A task on examples: pictures with a text, and its label or answers.
 
-    A task must define `labels` or answers by its `batch_spec`, its network, `predictions` and
-    `losses`, and `evaluate`.
+    A task must define `labels`, or answers by its `batch_spec`, and what its network teaches,
+    learns, predicts, and what that is worth. `models.finetuned` has the network.
     """
 
     images: ClassVar[int] = 1  # of an example
-    adopts = ("model.dim", "model.pool", "model.image.stem", "model.image.patch_px")
+    adopts = ARCHITECTURE
     labels: ClassVar[tuple[str, ...]] = ()  # the answers that it chooses from, if always the same
 
     def __init__(
@@ -113,18 +113,8 @@ class Finetuning(Task):
         shards: int,
         examples: int,
     ) -> ml_collections.ConfigDict:
-        """`train.epochs` as steps, and -1 of `evaluation.every_steps` and `teacher.alpha_steps` as
-        those of one epoch.
-        """
-        epoch = max(1, examples // config.data.global_batch)
-        found = {}
-        if config.train.epochs:
-            found["train.steps"] = max(1, round(config.train.epochs * epoch))
-        for name in ("evaluation.every_steps", "teacher.alpha_steps"):
-            section, field = name.split(".")
-            if config[section][field] < 0:
-                found[name] = epoch
-        return with_fields(config, found)
+        """Epochs as steps."""
+        return limits.in_steps(config, examples)
 
     @staticmethod
     def checkpoint_items() -> Items:

@@ -152,15 +152,26 @@ def resolve(
 
     `teacher.alpha_steps` -1 means the steps of one epoch. Of an older run, the queue has no ids.
     """
+    config = in_steps(config, examples)
     ids = config.queue.ids if before is None else before.queue.ids
-    groups, alpha_steps = config.itm.groups, config.teacher.alpha_steps
+    groups = config.itm.groups
     batch, passes = config.data.global_batch, config.optimizer.accumulation
     if groups == 0:
         groups = before.itm.groups if before is not None else shards * passes
     check_groups(batch, passes, shards, groups)
-    if alpha_steps < 0:
-        alpha_steps = max(1, examples // batch)
-    found = {"itm.groups": groups, "teacher.alpha_steps": alpha_steps, "queue.ids": ids}
+    return with_fields(config, {"itm.groups": groups, "queue.ids": ids})
+
+
+def in_steps(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
+    """`train.epochs` as steps, and -1 of other numbers of steps as those of one epoch."""
+    epoch = max(1, examples // config.data.global_batch)
+    found = {}
+    if config.train.epochs:
+        found["train.steps"] = max(1, round(config.train.epochs * epoch))
+    values = flat(config.to_dict())
+    for name in ("evaluation.every_steps", "teacher.alpha_steps"):
+        if values.get(name, 0) < 0:
+            found[name] = epoch
     return with_fields(config, found)
 
 

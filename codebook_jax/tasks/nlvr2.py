@@ -12,14 +12,21 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from codebook_jax.data.batch import Batch
+from codebook_jax.data.pipeline import BatchSpec
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation import comparisons
 from codebook_jax.evaluation.predicting import Predicted
 from codebook_jax.evaluation.submissions import write_comparisons
 from codebook_jax.models.finetuned import LABELS
 from codebook_jax.tasks.classifying import Classifying
-from codebook_jax.tasks.finetune import Finetuning, scalars_of
-from codebook_jax.tasks.task import Evaluation
+from codebook_jax.tasks.draws import augmented
+from codebook_jax.tasks.finetune import Finetuning, Rows, scalars_of
+from codebook_jax.tasks.task import Evaluation, Task
 
 
 class Comparing(Classifying):
@@ -56,3 +63,33 @@ class Comparing(Classifying):
         answers = [(key, self.answer(found, at).capitalize()) for at, key in enumerate(known)]
         write = functools.partial(write_comparisons, answers=answers, known=known)
         return (("nlvr2_predictions.csv", write),) if not found.left_out else ()
+
+
+class TextAssignment(Comparing):
+    """The stage before: which of two pictures a text of a pair belongs to, or neither."""
+
+    reads, labels = "pairs", LABELS["text_assignment"]
+
+    def abstract_batch(self) -> Batch:
+        """Shapes, types and shardings of a global batch of pairs."""
+        return Task.abstract_batch(self)
+
+    def batch_spec(self) -> BatchSpec:
+        """What this process's rows of a batch hold: pairs."""
+        return Task.batch_spec(self)
+
+    def draw(self, batch: Batch, key: Key[Array, ""]) -> Rows:
+        """Each text with two pictures: its own and the next row's in either order, or the next two
+        rows'. A row whose next two have its image id is as good as a wrong label, and rare.
+        """
+        label_key, view_key = jax.random.split(key)
+        rows, data = len(batch.tokens), self.config.data
+        image = batch.image
+        if data.flip or data.randaugment_layers:
+            image = augmented(image, batch.flip, view_key, data)
+        label = jax.random.randint(label_key, (rows,), 0, len(self.labels), jnp.int32)
+        following, after = (jnp.roll(image, -by, axis=0) for by in (1, 2))
+        first, second, _ = (label[:, None, None, None] == each for each in range(3))
+        left = jnp.where(first, image, following)
+        right = jnp.where(second, image, jnp.where(first, following, after))
+        return Rows(jnp.stack([left, right], axis=1), batch.tokens, batch.text_length, label)

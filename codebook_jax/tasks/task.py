@@ -33,6 +33,10 @@ State = Any  # a struct whose fields its task alone knows
 Scalars = Mapping[str, Array]
 
 
+# Fields that a fine-tuning takes from the weights it starts from.
+ARCHITECTURE = ("model.dim", "model.pool", "model.image.stem", "model.image.patch_px")
+
+
 class Items(NamedTuple):
     """How a state is stored, by the names of its fields."""
 

@@ -185,9 +185,17 @@ def test_a_box_that_sticks_out_by_rounding_is_cut():
     assert (found.pointing, found.pointing_chance) == (1, 1)
 
 
-def test_expressions_without_boxes_or_with_nan_are_refused():
-    with pytest.raises(UserError, match="expression 7 has no boxes"):
-        ground(7, peak(5, 5), 20, 30, (0, 0, 5, 5), [])
+def test_without_boxes_to_choose_from_the_map_only_points():
+    bare = ground(7, peak(5, 5), 20, 30, (0, 0, 5, 5), [])
+    found = evaluate([bare])
+    assert "accuracy" not in found and found["expressions"] == 1
+    assert "box" in format_table(found) and "IoU" not in format_table(found)
+    whole = ground(8, peak(5, 5), 20, 30, (0, 0, 5, 5), [(0, 0, 5, 5)])
+    with pytest.raises(UserError, match="1 of 2 expressions have no boxes"):
+        evaluate([bare, whole])
+
+
+def test_expressions_with_nan_and_no_expressions_are_refused():
     with pytest.raises(ValueError, match="expression 7 holds NaN"):
         ground(7, np.full((5, 5), np.nan), 20, 30, (0, 0, 5, 5), [(0, 0, 5, 5)])
     with pytest.raises(UserError, match="no expression"):
