@@ -17,6 +17,7 @@ from codebook_jax.models.bert import DropoutKey
 from codebook_jax.models.codis import compute_of
 from codebook_jax.models.encoders import Encoders, Pixels
 from codebook_jax.models.layers import Compute, Dense
+from codebook_jax.models.vit import VisionTransformer
 from codebook_jax.parallel import sharding
 
 # What classifiers choose from, by `config.task`.
@@ -60,12 +61,44 @@ class Classifier(nnx.Module):
         return self.head(self.towers(pixels, tokens, lengths, key)[:, 0])
 
 
+class Probe(nnx.Module):
+    """A linear classifier on the image encoder's pooled tokens, as pre-training pools them."""
+
+    def __init__(
+        self, config: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
+    ) -> None:
+        image, classes = config.model.image, len(config.labels.names)
+        self.towers = ImageTower(image, compute, rngs)
+        self.head = Dense(image.width, classes, std=0.0, dtype=None, rngs=rngs)
+        self.pool = config.model.pool
+
+    def __call__(
+        self,
+        pixels: Pixels,
+        tokens: Int[Array, "rows tokens"],
+        lengths: Int[Array, " rows"],
+        key: DropoutKey = None,
+    ) -> Float[Array, "rows classes"]:
+        """Logits from the first picture alone; texts are not read."""
+        tokens = self.towers.image(pixels[:, 0])
+        return self.head(tokens[:, 1:].mean(axis=1) if self.pool == "mean" else tokens[:, 0])
+
+
+class ImageTower(nnx.Module):
+    """The image encoder alone, by its name among the towers."""
+
+    def __init__(self, spec: ConfigDict, compute: Compute, rngs: nnx.Rngs) -> None:
+        self.image = VisionTransformer(spec, compute, rngs)
+
+
 def network_of(
     config: ConfigDict, vocabulary_size: int, compute: Compute, rngs: nnx.Rngs
 ) -> nnx.Module:
     """The network of `config.task`, with fresh parameters."""
     if config.task == "vqa":
         return Answerer(config, vocabulary_size, compute, rngs)
+    if config.task == "labels":
+        return Probe(config, vocabulary_size, compute, rngs)
     return Classifier(config, vocabulary_size, compute, rngs)
 
 

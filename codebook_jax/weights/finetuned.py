@@ -137,7 +137,19 @@ class Answering(Finetuned):
         )
 
 
-FINETUNED = {"entailment": Entailing, "nlvr2": Comparing, "vqa": Answering}  # by config.task
+class Labelling(Finetuned):
+    """Tells labels of images."""
+
+    def classify(self, images: Pictures) -> Labelled:
+        """The probability of each label that the model has learned."""
+        pictures = picture_list(images)
+        texts = [""] * len(pictures)
+        found = self._run(texts, pictures)
+        return Labelled(tuple(self.config.labels.names), np.concatenate(list(found)))
+
+
+# By config.task.
+FINETUNED = {"entailment": Entailing, "nlvr2": Comparing, "vqa": Answering, "labels": Labelling}
 
 
 def _as_many(images: list[Picture], texts: list[str]) -> list[Picture]:

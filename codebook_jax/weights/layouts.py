@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 
 from codebook_jax.errors import UserError
 
+PRETRAINED = ("pretrain", "retrieval", "grounding")  # tasks with the parameters of pre-training
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]  # by our names, such as image/blocks/mlp/up/kernel
 Arrays = Mapping[str, np.ndarray]

@@ -30,13 +30,14 @@ from codebook_jax.weights import layouts
 from codebook_jax.weights.fill import fill
 from codebook_jax.weights.finetuned import FINETUNED, Finetuned
 from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, text_list
+from codebook_jax.weights.layouts import PRETRAINED
 from codebook_jax.weights.loaded import Loaded, Tokenised, chunks
 
 FOLDER = "export"  # in a workdir
 MANIFEST = "export.json"
 FORMAT = 1  # increase it when an older `load` cannot read what `export` writes
 MEANS = 2  # has `model.pool` "mean", which a `load` of format 1 alone would take for "cls"
-LOADED = ("pretrain", "sequences", *FINETUNED)  # the values of config.task that can be loaded
+LOADED = (*PRETRAINED, "sequences", *FINETUNED)  # the values of config.task that can be loaded
 
 
 class Codes(NamedTuple):

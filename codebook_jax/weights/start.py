@@ -30,10 +30,11 @@ from codebook_jax.run.record import RECORD, recorded_config
 from codebook_jax.weights import layouts
 from codebook_jax.weights.files import WORDS, read_weights
 from codebook_jax.weights.fill import Filled, fill
-from codebook_jax.weights.layouts import Layout, Shapes
+from codebook_jax.weights.layouts import PRETRAINED, Layout, Shapes
 from codebook_jax.weights.load import MANIFEST, config_of, read_items
 
 RANDOM = "random"
+STAGES = {"nlvr2": "text_assignment"}  # tasks, and those whose parameters they go on with
 _TOWERS = ("image", "text")
 _OWN = ("student", "teacher")  # what is read of a run or export
 _MOST_NAMES = 12  # in a line of the table
@@ -79,7 +80,7 @@ def read_start(config: ml_collections.ConfigDict, adopts: Iterable[str] = ()) ->
     """
     parts = tuple(_read(part, spec) for part, spec in specs(config.init).items())
     for part in parts:
-        if part.task not in ("pretrain", config.task):
+        if part.task not in (*PRETRAINED, config.task, STAGES.get(config.task)):
             raise UserError(
                 f"{part.what} is of config.task={part.task!r}, but {config.task!r} starts from "
                 "pre-trained weights, or from its own: give an export of pre-training"
@@ -184,7 +185,7 @@ def _filled(
 ) -> Filled:
     """What a part gives to the parameters of `shapes`, by their names."""
     options = dict(text_depth=config.model.text.depth, allow_partial=config.init_allow_partial)
-    if part.task == config.task:
+    if part.task in (config.task, STAGES.get(config.task)):
         heads = {name for name in shapes if "/head/" in name}  # of other classes, they are fresh
         own = {n for n in heads if n in part.arrays and part.arrays[n].shape != shapes[n]}
         wanted = {name: shape for name, shape in shapes.items() if name not in own}

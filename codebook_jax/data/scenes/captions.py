@@ -13,13 +13,13 @@ _SIZE_WORD = 0.75  # share of the mentions of an object that give its size
 _BACKGROUND_WORDS = 0.3  # share of the captions that describe the background, if there is room
 _UNSEEN_WORDING = 0.25  # share of the evaluation captions in a wording not used in training
 
-_RELATION_WORDS = {
+RELATION_WORDS = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-_SIZE_WORDS = {"small": ("small", "tiny"), "large": ("large", "big")}
+SIZE_WORDS = {"small": ("small", "tiny"), "large": ("large", "big")}
 _OPENINGS = ("", "", "", "a picture of", "an image of")
 
 # A, B, C: an object with its article; a, b: "the" object; r: how A relates to B; s: how C relates
@@ -76,7 +76,7 @@ def _filled(
     objects: Mapping[str, int],
 ) -> str:
     """A wording filled in and shortened, with an opening and the background where they fit."""
-    said = {name: pick(draw, _RELATION_WORDS[relation]) for name, relation in relations.items()}
+    said = {name: pick(draw, RELATION_WORDS[relation]) for name, relation in relations.items()}
     parts = {**mentions, **said, **{name: _short(at, scene) for name, at in objects.items()}}
     wording, opening, ending = pick(draw, wordings), pick(draw, _OPENINGS), ""
     if draw.random() < _BACKGROUND_WORDS:
@@ -99,12 +99,12 @@ def _shorter(words: str) -> str:
     if words.startswith("to the "):
         return words.removeprefix("to the ")
     article, _, *noun = words.split()  # without the size
-    return " ".join(("the", *noun)) if article == "the" else _with_article(" ".join(noun))
+    return " ".join(("the", *noun)) if article == "the" else with_article(" ".join(noun))
 
 
 def _mention(thing: SceneObject, draw: random.Random) -> str:
-    words, size = f"{thing.colour} {thing.shape}", pick(draw, _SIZE_WORDS[thing.size])
-    return _with_article(f"{size} {words}" if draw.random() < _SIZE_WORD else words)
+    words, size = f"{thing.colour} {thing.shape}", pick(draw, SIZE_WORDS[thing.size])
+    return with_article(f"{size} {words}" if draw.random() < _SIZE_WORD else words)
 
 
 def _short(at: int, scene: Scene) -> str:
@@ -114,5 +114,5 @@ def _short(at: int, scene: Scene) -> str:
     return f"the {thing.shape}" if alike == 1 else f"the {thing.colour} {thing.shape}"
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

@@ -58,15 +58,29 @@ def _paint_background(background: Background, size_px: int) -> Image.Image:
     return Image.merge("RGB", [Image.frombytes("L", (size_px, size_px), c) for c in channels])
 
 
+def pixel_box(thing: SceneObject, size_px: int) -> tuple[float, float, float, float]:
+    """(x, y, width, height) of the smallest box around the object's pixels in a picture."""
+    mask, (x, y) = _mask(thing, size_px)
+    left, top, right, bottom = mask.getbbox()
+    return float(x + left), float(y + top), float(right - left), float(bottom - top)
+
+
 def _paint_object(image: Image.Image, thing: SceneObject) -> None:
-    """Draws the object enlarged, within its box only, and shrinks it: smooth edges, cheaply."""
-    left, top, right, bottom = (value * image.width for value in thing.box)
+    mask, corner = _mask(thing, image.width)
+    image.paste(thing.paint, corner, mask)
+
+
+def _mask(thing: SceneObject, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The object's share of each pixel of its box only, and the box's left and top: drawn enlarged
+    and shrunk, for smooth edges.
+    """
+    left, top, right, bottom = (value * side for value in thing.box)
     box = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
-    fine, side = _SUPERSAMPLING, image.width
+    fine = _SUPERSAMPLING
     mask = Image.new("L", (fine * (box[2] - box[0]), fine * (box[3] - box[1])))
     x, y = fine * (thing.x * side - box[0]), fine * (thing.y * side - box[1])
     _draw_shape(ImageDraw.Draw(mask), thing.shape, x, y, fine * thing.radius * side)
-    image.paste(thing.paint, box, mask.reduce(fine))
+    return mask.reduce(fine), box[:2]
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float) -> None:

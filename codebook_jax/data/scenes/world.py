@@ -82,6 +82,11 @@ class SceneObject(NamedTuple):
             return "below" if down > 0 else "above"
         return None
 
+    def is_towards(self, side: str, other: SceneObject) -> bool:
+        """Whether its centre is left, right, above or below of the other's, clearly or not."""
+        right, down = self.x - other.x, self.y - other.y
+        return {"left": -right, "right": right, "above": -down, "below": down}[side] > 0
+
 
 class Scene(NamedTuple):
     """The content of a picture: objects that differ in colour or shape and do not overlap."""
@@ -118,18 +123,28 @@ def partners(kind: Kind, split: str | None) -> tuple[Kind, ...]:
     return tuple(second for first, second in held_out_pairs(split) if first == kind)
 
 
-def draw_scene(draw: random.Random, split: str | None) -> Scene:
-    """A scene with a pair that only `split` may show; None: a scene without held-out pairs."""
+def draw_scene(draw: random.Random, split: str | None, pair: Sequence[Kind] = ()) -> Scene:
+    """A scene with a pair that only `split` may show, `pair` if it is given; None: a scene without
+    held-out pairs.
+    """
     objects = None
     while objects is None:
-        objects = place(draw, _draw_kinds(draw, 2 if draw.random() < 0.35 else 3, split))
+        objects = place(draw, _draw_kinds(draw, 2 if draw.random() < 0.35 else 3, split, pair))
     return Scene(objects, draw_background(draw), draw.getrandbits(48))
 
 
-def _draw_kinds(draw: random.Random, count: int, split: str | None) -> list[Kind]:
-    """`count` different kinds, including a pair of `split`, and none of another split."""
+def draw_object(draw: random.Random, kind: Kind) -> SceneObject:
+    """One object anywhere; it may overlap others."""
+    size, paint = draw_look(draw, kind)
+    return SceneObject(*kind, size, _position(draw), _position(draw), paint)
+
+
+def _draw_kinds(
+    draw: random.Random, count: int, split: str | None, pair: Sequence[Kind]
+) -> list[Kind]:
+    """`count` different kinds, including `pair` or a pair of `split`, and none of another split."""
     while True:
-        kinds = list(pick(draw, held_out_pairs(split))) if split else []
+        kinds = list(pair or (pick(draw, held_out_pairs(split)) if split else ()))
         while len(kinds) < count:
             kinds.append((pick(draw, tuple(COLOURS)), pick(draw, SHAPES)))
         splits = {held_out(*pair) for pair in itertools.combinations(kinds, 2)}
