@@ -36,8 +36,8 @@ _LAYOUTS = (
 _IDENTIFIER = re.compile(r"((\w+)-\d+-\d+)-\d+")  # a pair's name, its split
 _PICTURE = re.compile(r"((\w+-\d+)-\d+)-img[01]\.\w+")  # a pair's name, its set's
 _CURE = (
-    'an entry is {"images": [LEFT, RIGHT], "sentence": TEXT, "label": "True" or "False"}, or has '
-    'an "identifier" SPLIT-SET-PAIR-SENTENCE in place of "images", as NLVR2 has it'
+    'give entries {"images": [LEFT, RIGHT], "sentence": TEXT, "label": "True" or "False"}, or with '
+    'an "identifier" SPLIT-SET-PAIR-SENTENCE in place of "images", as in NLVR2'
 )
 _field = functools.partial(listed.field, cure=_CURE, scheme="nlvr2")
 

@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 _BOXES = ("bbox", "box")
 _NUMBER = re.compile(r"\d{12}|\d+$")  # COCO's in the name of a picture
 _CURE = (
-    'an entry is {"image": PATH, "text": TEXT, "ref_id": ID} with, to evaluate, '
+    'give entries {"image": PATH, "text": TEXT, "ref_id": ID} with, to evaluate, '
     '"bbox": [X, Y, WIDTH, HEIGHT] in pixels'
 )
 _field = functools.partial(listed.field, cure=_CURE, scheme="grounding")
@@ -50,8 +50,12 @@ def _entries(request: Request) -> Iterator[Entry]:
         text = _field(where, row, "text", "a sentence")
         image = _field(where, row, "image", "the path of an image")
         key = key_in(request, where, row, "ref_id", index)
-        boxes = [_box(f'{where}, key "{name}"', row[name]) for name in _BOXES if row.get(name)]
-        wanted = _image_id(row) if by_image else str(key)
+        boxes = [
+            _box(f'{where}, key "{name}"', row[name])
+            for name in _BOXES
+            if row.get(name) is not None
+        ]
+        wanted = _image_id(row) if by_image else str(row.get("ref_id"))
         found = detections.get(wanted, ())
         if not isinstance(found, list | tuple):
             raise UserError(f'{place}, key "{wanted}": {listed.shown(found)} is no list of boxes')

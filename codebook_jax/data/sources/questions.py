@@ -32,8 +32,8 @@ _SPLITS = {name: name for name in ("train2014", "val2014", "test2015")}
 _SUBTYPES = _SPLITS | {"test-dev2015": "test2015"}  # "data_subtype" of a file: its pictures
 _LAYOUTS = ("", "{split}")
 _CURE = (
-    'an entry is {"image": PATH, "question": TEXT, "question_id": ID, "answer": [TEXTS]}, and the '
-    "official questions.json has its answers in ?annotations=FILE"
+    'give entries {"image": PATH, "question": TEXT, "question_id": ID, "answer": [TEXTS]}, or the '
+    "official questions.json with its answers in ?annotations=FILE"
 )
 _field = functools.partial(listed.field, cure=_CURE, scheme="vqa")
 

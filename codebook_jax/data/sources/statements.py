@@ -20,8 +20,8 @@ _LABELS = {name: name for name in _NAMES} | dict(zip("210", _NAMES, strict=True)
 _UNDECIDED = "-"  # the annotators disagree
 _IMAGES = ("Flikr30kID", "Flickr30K_ID", "image")  # the first is the published spelling
 _CURE = (
-    'an entry is {"image": PATH, "sentence": TEXT, "label": "entailment"}, or has "Flikr30kID", '
-    '"sentence2" and "gold_label", as SNLI-VE has it'
+    'give entries {"image": PATH, "sentence": TEXT, "label": "entailment"}, or with "Flikr30kID", '
+    '"sentence2" and "gold_label", as in SNLI-VE'
 )
 _field = functools.partial(listed.field, cure=_CURE, scheme="entailment")
 

@@ -223,6 +223,9 @@ def test_expressions_have_the_box_and_the_detections_of_their_reference(tmp_path
     assert column(source, "key") == [3, "3", 4] and ids(source) == [0, 0, 1]
     assert source.kind == "expressions" and source.captions(0) == ("left cup",)
     assert column(open_it(f"grounding:{path}"), "proposals") == [(), (), ()]
+    unnamed = [{"image": "a.jpg", "text": "one"}] * 4 + EXPRESSIONS[:1]  # the fourth is none of 3
+    source = open_it(f"grounding:{write(path, unnamed)}?detections={found}")
+    assert column(source, "proposals") == [(), (), (), (), proposals]
 
 
 def test_detections_may_be_listed_by_image(tmp_path):
@@ -237,6 +240,7 @@ def test_detections_may_be_listed_by_image(tmp_path):
 
 BOXES = [
     ([1, 2, 3], "is not four numbers"),
+    ([], "is not four numbers"),
     ([1, 2, 3, "4"], "is not four numbers"),
     ([1, 2, True, 4], "is not four numbers"),
     ({"x": 1}, "is not four numbers"),

@@ -143,19 +143,19 @@ def test_the_file_of_another_task_is_refused_by_what_it_lacks_with_the_scheme_th
 
 
 BROKEN = [
-    ("vqa", [question(question=3)], r'\[0\], key "question": 3 is not a sentence: an entry is'),
+    ("vqa", [question(question=3)], r'\[0\], key "question": 3 is not a sentence: give entries'),
     ("vqa", [question(image="")], r'\[0\], key "image": "" is not the path'),
     ("vqa", [question(question_id=None)], r'\[0\], key "question_id": null is not an id'),
     ("vqa", [question(answer={"a": 1})], r'\[0\], key "answer": {"a": 1} is neither'),
     ("vqa", [question(answer=True)], r'\[0\], key "answer": true is neither'),
     ("vqa", [question(answer=["a", None])], r'\[0\], key "answer": .* is neither'),
-    ("vqa", [{"question": "what?"}], r'has no key "image" \(its keys: question\): an entry is'),
+    ("vqa", [{"question": "what?"}], r'has no key "image" \(its keys: question\): give entries'),
     ("vqa", [3], r'\[0\] has no key "question" \(it is 3\)'),
     ("vqa", ANNOTATIONS, r'line 1 has no key "question" .*\?annotations=FILE'),
     ("vqa", QUESTIONS | {"questions": [{"image_id": "a"}]}, r'questions\[0\], key "image_id": \'a'),
     ("vqa", QUESTIONS | {"questions": 3}, r'key "questions": 3 is not a list'),
     ("vqa", [question(answer=["", " "])], r"no questions .*\[0\] has no answer to train on"),
-    ("vqa", [], "lists no questions about images to read: an entry is"),
+    ("vqa", [], "lists no questions about images to read: give entries"),
     ("nlvr2", [ALBEF_SENTENCES[0] | {"images": ["a"]}], r'key "images": \["a"\] is not .* two'),
     (
         "nlvr2",
