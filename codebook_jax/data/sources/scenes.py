@@ -24,7 +24,7 @@ def open_scenes(request: Request) -> Source:
     return SceneStories(request) if request.place == "stories" else Scenes(request)
 
 
-class _Drawn(Source):
+class Drawn(Source):
     """A source whose records are drawn from their number."""
 
     _repr: str
@@ -39,7 +39,7 @@ class _Drawn(Source):
         return self._repr
 
 
-class Scenes(_Drawn):
+class Scenes(Drawn):
     """`scenes`: training scenes, drawn with the seed, with four captions each; for evaluation the
     1000 scenes of a split, each with one caption. `scenes:hard`: the hard pairs, for evaluation.
     """
@@ -79,7 +79,7 @@ class Scenes(_Drawn):
         return scene, scenes.training_captions(scene)
 
 
-class SceneStories(_Drawn):
+class SceneStories(Drawn):
     """`scenes:stories`: training stories, drawn with the seed; for evaluation the 400 stories of a
     split, of which 2k and 2k + 1 differ in their order alone.
     """
@@ -112,7 +112,7 @@ class SceneStories(_Drawn):
         return stories.training_story(self._settings.seed, number)
 
 
-class SceneTask(_Drawn):
+class SceneTask(Drawn):
     """`scenes:questions` and the other TASKS: training examples, drawn with the seed; for
     evaluation the 1000 examples of a split. Boxes are in pixels of the rendered size.
     """

@@ -16,7 +16,7 @@ from codebook_jax.data.manifest import verify
 from codebook_jax.data.sources import Source, source_of
 from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import sample_captions
-from codebook_jax.data.sources.scenes import Scenes
+from codebook_jax.data.sources.scenes import Drawn
 from codebook_jax.data.text import Tokenizer, open_tokenizer, said_unknown, spelling
 from codebook_jax.errors import UserError
 from codebook_jax.files import check_outputs
@@ -64,7 +64,11 @@ def _find(config: ml_collections.ConfigDict, workdir: Path) -> list[Part]:
         if data[field]:
             role = "train" if label == "training" else label
             sources[label] = source_of(config, data[field], role, kind=None)
-    drawn = [label for label in sources if Scenes in map(type, pieces_of(sources[label]))]
+    drawn = [
+        label
+        for label, source in sources.items()
+        if any(isinstance(piece, Drawn) for piece in pieces_of(source))
+    ]
     for label in drawn if "training" not in drawn else ():
         print(f"{label} data are the built-in scenes: not checked", flush=True)
         del sources[label]
