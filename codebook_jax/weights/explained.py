@@ -12,7 +12,7 @@ from PIL import Image
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.grounding import box_scores, check_boxes, resize_map
 
-MOST_HEAT = 0.6  # the share of the colour where a map is highest
+MOST_HEAT = 0.75  # the share of the colour where a map is highest
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 
@@ -88,11 +88,10 @@ def highest(heat: Float[np.ndarray, "height width"]) -> tuple[float, float]:
 
 
 def heated(pixels: Pixels, heat: Float[np.ndarray, "rows columns"]) -> Pixels:
-    """The picture under a map, enlarged to its size, in colours from blue (0) over green to red
-    (the map's own highest value); a map without a value above 0 is blue.
+    """The picture under a map enlarged to its size: unchanged where the map is 0, then over green
+    and yellow to red at the map's own highest value.
     """
     enlarged = resize_map(heat, *pixels.shape[:2])
     level = np.clip(enlarged / max(enlarged.max(), 1e-12), 0, 1)[:, :, None]
-    colour = np.clip(1.5 - np.abs(4 * level - np.array([3, 2, 1])), 0, 1)
-    mixed = (1 - MOST_HEAT) * pixels + MOST_HEAT * 255 * colour
-    return np.rint(mixed).astype(np.uint8)
+    colour = 255 * np.clip(1.5 - np.abs(4 * level - np.array([3, 2, 1])), 0, 1)
+    return np.rint(pixels + MOST_HEAT * level * (colour - pixels)).astype(np.uint8)

@@ -75,7 +75,7 @@ def test_a_heat_map_has_the_size_of_the_picture_and_is_red_where_its_word_is(mad
     assert red.shape == made.pixels.shape
     warm = red[:, :, 0] - red[:, :, 2]
     y, x = np.unravel_index(warm.argmax(), warm.shape)
-    assert y >= 10 and x < 20 and warm[5, 30] < 0
+    assert y >= 10 and x < 20 and abs(warm[5, 30]) < 9
     np.testing.assert_array_equal(red, np.asarray(made.picture(0)))
     assert (np.asarray(made.picture("ring")) != red).any()
     np.testing.assert_array_equal(np.asarray(made.picture()), heated(made.pixels, made.whole))
@@ -83,9 +83,8 @@ def test_a_heat_map_has_the_size_of_the_picture_and_is_red_where_its_word_is(mad
     assert x > 20 and y < 10
 
 
-def test_a_map_without_anything_has_no_heat(made):
-    cold = heated(made.pixels, np.zeros((2, 2)))
-    assert (cold == cold[0, 0]).all() and cold[0, 0, 2] > cold[0, 0, 0]
+def test_a_map_without_anything_leaves_the_picture(made):
+    np.testing.assert_array_equal(heated(made.pixels, np.zeros((2, 2))), made.pixels)
 
 
 @pytest.mark.parametrize("word", ["square", 2, -1, 1.5])
