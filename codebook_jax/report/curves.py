@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,11 @@ class _Plot(NamedTuple):
     dashed: tuple[str, ...] = ()  # labels
 
 
-_CORRECT = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
+_CORRECT = {
+    "accuracy": "accuracy",
+    "matching/accuracy": "matching",
+    "masked_lm/accuracy": "masked words",
+}
 _PERPLEXITY = {
     "codebook/perplexity": "mean of both",
     "codebook/perplexity_image": "images",
@@ -70,7 +74,7 @@ _SECTIONS = {  # after the losses
         _Plot("Waiting for data", "share of the time", _WAITING),
     ),
 }
-_IN_TABLES = re.compile(r"^step$|^between/|_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
+_IN_TABLES = re.compile(r"^step$|_r\d+$|/(images|texts|left_out|truncated|rerank_top_k)$")
 
 
 def curves(
@@ -84,11 +88,11 @@ def curves(
     `scores` of validated steps are the ends of the curve between the first and the last weights.
     """
     training = columns_of([row for row in rows if not is_evaluation(row)])
-    evaluations = columns_of([row for row in rows if is_evaluation(row)])
+    evaluations = columns_of([r for r in rows if is_evaluation(r) and "between/share" not in r])
     sections = {"Loss and accuracy": _losses(training), **_SECTIONS}
-    validated = [_plot_of(stem, evaluations) for stem in ("accuracy", "pointing")]
-    sections_too = {**sections, "": validated}
-    drawn = {"step", *(n for plots in sections_too.values() for p in plots for n in p.curves)}
+    accuracy = _accuracy(evaluations)
+    plots = [*accuracy, *itertools.chain(*sections.values())]
+    drawn = {"step", *(name for plot in plots for name in plot.curves)}
     rest = {name: training for name in training if name not in drawn}
     rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}
     alone = lambda name: _Plot(name, "", {name: name})  # noqa: E731
@@ -96,7 +100,7 @@ def curves(
     charts = {
         "Outside the reference band": _charts(map(alone, left), training, bands),
         "Recall in validation": _charts(_recalls(), evaluations, bands),
-        "Accuracy in validation": _charts(validated, evaluations, bands) + _between(rows, scores),
+        "Accuracy in validation": _charts(accuracy, evaluations, bands) + _between(rows, scores),
         **{section: _charts(plots, training, bands) for section, plots in sections.items()},
         "Everything else that was logged": list(itertools.chain(*more)),
     }
@@ -136,10 +140,11 @@ def _recalls() -> list[_Plot]:
     return plots
 
 
-def _plot_of(figure: str, names: Iterable[str]) -> _Plot:
-    """A figure in percent of an evaluation, with what chance gives."""
-    shown = [f"eval/{figure}", *(name for name in names if name.startswith("eval/chance"))]
-    return _Plot(figure.capitalize(), "%", {name: name.removeprefix("eval/") for name in shown})
+def _accuracy(names: Collection[str]) -> list[_Plot]:
+    """In percent, with what chance gives."""
+    shown = ["eval/accuracy", *(name for name in names if name.startswith("eval/chance"))]
+    curves = {name: name.removeprefix("eval/") for name in shown}
+    return [_Plot("Accuracy", "%", curves)] if "eval/accuracy" in names else []
 
 
 def _between(rows: Sequence[Row], scores: Mapping[int, float]) -> list[dict[str, Any]]:

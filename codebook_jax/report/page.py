@@ -73,7 +73,7 @@ def write_page(path: Path | str, template: str, pictures: Pictures, **values: An
 
 
 def _figure(value: Any) -> str:
-    """A whole number as it is, another with two decimals, anything else as JSON; None as nothing."""
+    """A count as it is, another number with two decimals, anything else as JSON; None: nothing."""
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and value > 100 else f"{value:.2f}"
     if value is None:

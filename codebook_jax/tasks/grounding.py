@@ -25,11 +25,11 @@ class Grounding(Pretraining):
         self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
     ) -> AbstractContextManager[Iterator[Batch]]:
         """As of pairs of a picture and an expression."""
-        pairs = _Pairs(source)
+        pairs = Pairs(source)
         return super().batches(pairs, tokenizer, start_step=start_step, workers=workers)
 
 
-class _Pairs(Source):
+class Pairs(Source):
     """Expressions as captions of their pictures."""
 
     def __init__(self, source: Source) -> None:
