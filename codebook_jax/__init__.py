@@ -19,8 +19,10 @@ __all__ = ["UserError", "load"]
 
 
 def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis:
-    """The model of an export, or of a workdir with one: `encode_image`, `encode_text`, `match`,
-    `codes`.
+    """The model of an export, or of a workdir with one.
+
+    Of pre-training it has `encode_image`, `encode_text`, `match`, `codes`, `classify`, `explain`
+    and `ground`; fine-tuned, the verb of its task: `answer`, `entails`, `compare` or `classify`.
 
     With `teacher` it encodes with the teacher's towers, which must be in the export. Runs on JAX's
     default device, whatever the run was trained on. Raises UserError if the path holds no usable

@@ -44,6 +44,8 @@ OPTIONS = (
     (NUMBER, "process", None, "the number of this process, from 0"),
     (NUMBER, "join_timeout_s", 300, "how long the processes look for each other, in seconds"),
     (TEXT, "report.reference", None, "for --mode=report: a file of reference curves of your own"),
+    (TEXT, "explain.image", None, "for --mode=explain: a picture file"),
+    (TEXT, "explain.text", None, "for --mode=explain: a text about it"),
     (TEXT, "plan.chip", PLAN.chip, "for --mode=plan: the accelerator"),
     (NUMBER, "plan.devices", PLAN.devices, "for --mode=plan: the number of chips"),
     (NUMBER, "plan.slices", PLAN.slices, "for --mode=plan: the number of slices"),
@@ -139,7 +141,7 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
     from codebook_jax import train
     from codebook_jax.parallel import devices
     from codebook_jax.report.run import write_report
-    from codebook_jax.tools import evaluate, export, import_weights
+    from codebook_jax.tools import evaluate, explain, export, import_weights
 
     devices.check_platforms()
     named = None if config is None else FLAGS["config"].override_values
@@ -149,6 +151,9 @@ def run(mode: str, config: ConfigDict | None, workdir: Path) -> int:
         "eval": lambda: evaluate.evaluate(config, workdir, named),
         "export": lambda: export.export(config, workdir, named),
         "report": lambda: write_report(config, workdir, named, FLAGS["report.reference"].value),
+        "explain": lambda: explain.explain(
+            workdir, FLAGS["explain.image"].value, FLAGS["explain.text"].value
+        ),
     }
     with console.interruptible():
         return others[mode]() or 0

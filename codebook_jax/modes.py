@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 PROGRAM = "codebook-jax"
-MODES = ("train", "import", "eval", "report", "export", "check-data", "prepare", "plan")
+MODES = ("train", "import", "eval", "report", "export", "explain", "check-data", "prepare", "plan")
 BEGIN = f"""start with a small model on built-in pictures, or list the other commands:
   {PROGRAM} --config=configs/base.py:tiny --workdir=runs/first
   {PROGRAM} --help"""
@@ -28,6 +28,11 @@ Evaluate
 Use the weights
   export      writes the weights for codebook_jax.load, Hugging Face or ALBEF
               {PROGRAM} --mode=export --workdir=runs/first
+  explain     draws which parts of a picture speak for each word of a text, and prints the places:
+              Grad-CAM in the third of six fusion layers (of fewer: the middle one), as in ALBEF;
+              later layers look at few patches. Needs an export
+              {PROGRAM} --mode=explain --workdir=runs/first --explain.image=a.png \
+--explain.text="a red circle"
 
 Look at data
   check-data  finds unusable, repeated and leaked pictures before you train

@@ -85,6 +85,16 @@ class Tokenizer:
         lengths = np.array([min(len(ids) + 2, max_tokens) for ids in words], np.int32)
         return Encoded(tokens, lengths, sum(len(ids) + 2 > max_tokens for ids in words))
 
+    def words(self, caption: str, max_tokens: int) -> list[tuple[str, slice]]:
+        """The words of a caption, and the places of each one's tokens in what `encode` returns."""
+        (encoding,) = self._encodings([caption])
+        text, found = self._prepare(caption), {}
+        tokens = zip(encoding.word_ids, encoding.offsets, strict=True)
+        for place, (word, (start, end)) in enumerate(list(tokens)[: max_tokens - 2], start=1):
+            first, begin, *_ = found.get(word, (place, start))
+            found[word] = first, begin, place + 1, end
+        return [(text[begin:end], slice(at, stop)) for at, begin, stop, end in found.values()]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The words of these tokens, without special ones."""
         return self._tokenizer.decode(list(map(int, tokens)), skip_special_tokens=True).strip()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -22,7 +21,7 @@ from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.evaluation.predicting import predict
 from codebook_jax.method.numerics import own_settings
 from codebook_jax.models.codis import Model
-from codebook_jax.models.explaining import layer_of, relevance
+from codebook_jax.models.explaining import explain_pairs
 
 Figures = dict[str, float]
 
@@ -37,8 +36,8 @@ def label_features(
     """
     if not prompts or any("{}" not in prompt for prompt in prompts):
         raise UserError(
-            f"config.evaluation.prompts={tuple(prompts)!r} cannot be used: give some, each with "
-            "{} for the label"
+            f"prompts={tuple(prompts)!r} cannot be used: give some, each with {{}} for the label "
+            "(a run's are config.evaluation.prompts)"
         )
     texts = [prompt.replace("{}", label) for label in labels for prompt in prompts]
     features = encode(texts).reshape(len(labels), len(prompts), -1).mean(axis=1)
@@ -91,20 +90,16 @@ def find_expressions(
     """
     if not config.model.text.fusion_depth:
         raise UserError("this model has no fusion encoder, whose attention finds expressions")
-    layer = layer_of(config.model.text.fusion_depth)
 
-    @functools.partial(jax.jit)
+    @jax.jit
     @own_settings
     def program(
-        student: Any,
+        student: PyTree,
         images: UInt8[Array, "rows 1 side side 3"],
         tokens: Int[Array, "rows tokens"],
         lengths: Int[Array, " rows"],
     ) -> Float[Array, "rows patches"]:
-        towers = model.towers(student["towers"])
-        _, seen = towers.embed_images(model.pixels(images[:, 0]))
-        _, states = towers.embed_texts(tokens, lengths)
-        return relevance(model, student, seen, states, lengths, layer=layer).sum(axis=1)
+        return explain_pairs(model, student, images[:, 0], tokens, lengths).maps.sum(axis=1)
 
     given = functools.partial(program, student), source, tokenizer, config, model.mesh
     found = predict(*given, images=images, progress=progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,11 @@ class _Plot(NamedTuple):
     dashed: tuple[str, ...] = ()  # labels
 
 
-_CORRECT = {"matching/accuracy": "matching", "masked_lm/accuracy": "masked words"}
+_CORRECT = {
+    "accuracy": "accuracy",
+    "matching/accuracy": "matching",
+    "masked_lm/accuracy": "masked words",
+}
 _PERPLEXITY = {
     "codebook/perplexity": "mean of both",
     "codebook/perplexity_image": "images",
@@ -77,14 +81,18 @@ def curves(
     rows: Sequence[Row],
     bands: Mapping[str, Band] = types.MappingProxyType({}),
     left: Sequence[str] = (),
+    scores: Mapping[int, float] = types.MappingProxyType({}),
 ) -> dict[str, list[dict[str, Any]]]:
     """{section: charts} of the rows of a metrics.jsonl: every number except the counts of eval/.
     `bands` of a reference, by name, are behind their curves; those `left` in training come first.
+    `scores` of validated steps are the ends of the curve between the first and the last weights.
     """
     training = columns_of([row for row in rows if not is_evaluation(row)])
-    evaluations = columns_of([row for row in rows if is_evaluation(row)])
+    evaluations = columns_of([r for r in rows if is_evaluation(r) and "between/share" not in r])
     sections = {"Loss and accuracy": _losses(training), **_SECTIONS}
-    drawn = {"step", *(name for plots in sections.values() for p in plots for name in p.curves)}
+    accuracy = _accuracy(evaluations)
+    plots = [*accuracy, *itertools.chain(*sections.values())]
+    drawn = {"step", *(name for plot in plots for name in plot.curves)}
     rest = {name: training for name in training if name not in drawn}
     rest |= {name: evaluations for name in evaluations if not _IN_TABLES.search(name)}
     alone = lambda name: _Plot(name, "", {name: name})  # noqa: E731
@@ -92,6 +100,7 @@ def curves(
     charts = {
         "Outside the reference band": _charts(map(alone, left), training, bands),
         "Recall in validation": _charts(_recalls(), evaluations, bands),
+        "Accuracy in validation": _charts(accuracy, evaluations, bands) + _between(rows, scores),
         **{section: _charts(plots, training, bands) for section, plots in sections.items()},
         "Everything else that was logged": list(itertools.chain(*more)),
     }
@@ -129,6 +138,34 @@ def _recalls() -> list[_Plot]:
         dashed = tuple(others.values())
         plots.append(_Plot(title, "recall, %", student | others, _FIND, dashed=dashed))
     return plots
+
+
+def _accuracy(names: Collection[str]) -> list[_Plot]:
+    """In percent, with what chance gives."""
+    shown = ["eval/accuracy", *(name for name in names if name.startswith("eval/chance"))]
+    curves = {name: name.removeprefix("eval/") for name in shown}
+    return [_Plot("Accuracy", "%", curves)] if "eval/accuracy" in names else []
+
+
+def _between(rows: Sequence[Row], scores: Mapping[int, float]) -> list[dict[str, Any]]:
+    """The score of weights between the first and the last ones, if they were tried."""
+    found = {row["between/share"]: row["between/score"] for row in rows if "between/share" in row}
+    if not found:
+        return []
+    last = max(row["step"] for row in rows)
+    ends = {0.0: scores.get(0), 1.0: scores.get(last)}
+    found |= {share: score for share, score in ends.items() if score is not None}
+    shares = sorted(found)
+    return [
+        lines(
+            100 * np.array(shares),
+            {"score": np.array([found[share] for share in shares], float)},
+            title="Weights between start and end",
+            x="share of the way, %",
+            y="score in validation",
+            note="Export a point of it with --config.export.between.",
+        )
+    ]
 
 
 def _charts(

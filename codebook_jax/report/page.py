@@ -64,11 +64,21 @@ def write_page(path: Path | str, template: str, pictures: Pictures, **values: An
     environment.filters["count"] = "{:,}".format
     environment.filters["duration"] = duration
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u00a0%"
+    environment.filters["figure"] = _figure
     # a setting: a non-empty text as it is, everything else as JSON
     environment.filters["plain"] = lambda v: v if v and isinstance(v, str) else json.dumps(v)
     values |= {"pictures": pictures.files, "left_out": len(pictures.left_out)}
     with written_whole(path) as file:
         file.write(environment.get_template(template).render(_shown(values)))
+
+
+def _figure(value: Any) -> str:
+    """A count as it is, another number with two decimals, anything else as JSON; None: nothing."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and value > 100 else f"{value:.2f}"
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else json.dumps(value)
 
 
 def _shown(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import functools
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from codebook_jax import build
 from codebook_jax.config import changed_fields, flat
 from codebook_jax.console import say
 from codebook_jax.data.images import decode
-from codebook_jax.data.sources import Source, source_of
+from codebook_jax.data.sources import Record, Source, source_of
 from codebook_jax.errors import UserError, reason
 from codebook_jax.evaluation import retrieval, stories
 from codebook_jax.evaluation.encoding import Gallery, encode_source
@@ -23,6 +24,7 @@ from codebook_jax.evaluation.recall import recall_at_k
 from codebook_jax.files import check_outputs, parse_json
 from codebook_jax.method.numerics import unit
 from codebook_jax.report.curves import Row, columns_of, curves
+from codebook_jax.report.explained import SHOWN, can_explain, explained_pairs
 from codebook_jax.report.gallery import PICTURES, examples, explore_codebook
 from codebook_jax.report.page import FILE, Pictures, write_page
 from codebook_jax.report.reference import Comparison, choose, compare
@@ -30,6 +32,7 @@ from codebook_jax.report.stories import aligned_stories
 from codebook_jax.run import metrics
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints
+from codebook_jax.tasks.grounding import pairs_of
 
 MOST_IMAGES = 1000  # of the test data
 
@@ -49,7 +52,7 @@ def write_report(
     parts = build.build_trained(config, workdir, flags)
     record = records.read_record(workdir)
     healthy, sentence = choose(record, reference)
-    pictures = Pictures()
+    pictures, sees = Pictures(), hasattr(parts.task, "model")
     seen = _see_test_data(parts, workdir, pictures)
     if jax.process_index() != 0:
         return
@@ -64,18 +67,25 @@ def write_report(
         title=workdir.name,
         facts=facts(rows, build.trained_parameters(parts.task)),
         result=result(workdir / metrics.RESULTS, rows),
-        charts=curves(rows, compared.bands, compared.left),
+        charts=curves(rows, compared.bands, compared.left, scores=_scores(workdir)),
         reference=sentence,
         verdicts=compared.sentences,
         seen=seen,
+        sees=sees,
         record=record,
         settings=flat(record["config"]),
         differs=changed_fields(config.to_dict(), record["config"]) if config else {},
         compared=config is not None,
     )
-    if seen is None:
+    if seen is None and sees:
         say("there is no checkpoint yet: the page shows only the curves")
     say(f"report: {workdir / FILE}")
+
+
+def _scores(workdir: Path) -> dict[int, float]:
+    """Those of every validated step; none before the first."""
+    with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
+        return dict(checkpoints.scores)
 
 
 def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
@@ -95,8 +105,10 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
 
 
 def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The `protocols` of eval.json or of the last validation (then with its `step`), if any."""
-    evaluations = [row for row in rows if metrics.is_evaluation(row)]
+    """The `protocols` of eval.json or of the last validation (then with its `step`), if any, the
+    `first` of them, and whether they are of retrieval or of stories, in `recalls`.
+    """
+    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
     step, protocols = None, {}
     if path.exists():
         try:
@@ -106,15 +118,20 @@ def result(path: Path, rows: Sequence[Row]) -> dict[str, Any] | None:
             raise UserError(f"{why}: run it again, or delete it") from failure
     elif evaluations:
         step = evaluations[-1]["step"]
-        values = {name.removeprefix("eval/"): value for name, value in evaluations[-1].items()}
+        row = evaluations[-1].items()
+        values = {name.removeprefix("eval/"): x for name, x in row if name.startswith("eval/")}
         stories_too = "eval/stories" in evaluations[-1]
         for protocol, prefix in (stories.PREFIXES if stories_too else retrieval.PREFIXES).items():
             own = {name[len(prefix) :]: values[name] for name in values if name.startswith(prefix)}
             protocols |= {protocol: values | own} if own else {}
+        if "img_chance_r1" not in values:
+            protocols = {"student": values}
     first = next(iter(protocols.values()), {})
-    if "img_chance_r1" not in first:
-        return None  # another task's, or an earlier version's
-    return {"step": step, "protocols": protocols, "first": first}
+    names = list(dict.fromkeys(name for values in protocols.values() for name in values))
+    if not names:
+        return None
+    found = {"step": step, "protocols": protocols, "first": first}
+    return found | {"names": names, "recalls": "img_chance_r1" in first}
 
 
 def what_is_seen(
@@ -123,11 +140,13 @@ def what_is_seen(
     codewords: Float[np.ndarray, "codes dim"] | None,
     config: ml_collections.ConfigDict,
     pictures: Pictures,
+    explain: Callable[[list[tuple[Record, str]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Examples of retrieval and the codebook, if there are codewords; adds the pictures that they
-    show, the most important first: of the queries, then of every codeword.
+    """Examples of retrieval, some of them explained (None: none), and the codebook, if there are
+    codewords; adds the pictures that they show, the most important first: of the explanations, of
+    the queries, then of every codeword.
     """
-    codebook = None
+    codebook = explained = None
     features = gallery.features["student"]
     similarity = features.image @ features.text.T
     queries = examples(gallery, similarity, seed=config.seed)
@@ -135,6 +154,11 @@ def what_is_seen(
     for query in queries["captions"]:
         images += [query["right"], *(answer["at"] for answer in query["answers"])]
     images += [query["query"] for query in queries["pictures"]]
+    if explain is not None:
+        shown = queries["captions"][:SHOWN]
+        records = [source[int(gallery.positions[query["right"]])] for query in shown]
+        captions = [gallery.captions[query["query"]] for query in shown]
+        explained = explain(list(zip(records, captions, strict=True)))
     if codewords is not None:
         codebook = explore_codebook(gallery, codewords, temperature=config.codebook.temperature)
         for place in range(PICTURES):
@@ -150,6 +174,7 @@ def what_is_seen(
         "seed": config.seed,
         "recall": recall_at_k(similarity, gallery.image_ids, gallery.text_image_ids),
         "examples": queries,
+        "explained": explained,
         "codebook": codebook,
     }
 
@@ -165,8 +190,10 @@ def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dic
     restored = build.restore_trained(parts, workdir, ("student",))
     student = restored.state.student
     spec = config.data.test or config.data.eval
-    source = source_of(config, spec, "test", kind=parts.task.reads)
-    seen = {"step": restored.step, "data": spec, "stories": None, "codebook": None}
+    source = source_of(config, spec, "test", kind=parts.task.reads, also=parts.task.evaluates)
+    source = pairs_of(source) if source.kind == "expressions" else source
+    seen = {"step": restored.step, "data": spec}
+    seen |= {"stories": None, "explained": None, "codebook": None}
     if parts.task.reads == "stories":
         return seen | {"stories": aligned_stories(parts, student["towers"], source, pictures)}
     images = min(build.validation_images(config) or len(source), len(source), MOST_IMAGES)
@@ -178,4 +205,7 @@ def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dic
         everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
         codes = jax.jit(unit, out_shardings=everywhere)(student["codebook"]["codes"])
         codewords = np.asarray(codes)
-    return seen | what_is_seen(gallery, source, codewords, config, pictures)
+    explain = None
+    if can_explain(parts):
+        explain = functools.partial(explained_pairs, parts, student, pictures=pictures)
+    return seen | what_is_seen(gallery, source, codewords, config, pictures, explain)

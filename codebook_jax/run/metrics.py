@@ -76,8 +76,10 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
 
 
 def is_evaluation(row: Mapping[str, Any]) -> bool:
-    """Whether a row of metrics.jsonl is an evaluation's, not a training step's."""
-    return any(name.startswith("eval/") for name in row)
+    """Whether a row of metrics.jsonl is an evaluation's, not a training step's; those of `between/`
+    are of weights between the first and the last ones.
+    """
+    return any(name.startswith(("eval/", "between/")) for name in row)
 
 
 class Pace:

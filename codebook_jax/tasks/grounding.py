@@ -26,14 +26,14 @@ class Grounding(Pretraining):
         self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
     ) -> AbstractContextManager[Iterator[Batch]]:
         """As of pairs of a picture and an expression."""
-        pairs = _pairs_of(source)
+        pairs = pairs_of(source)
         return super().batches(pairs, tokenizer, start_step=start_step, workers=workers)
 
 
-def _pairs_of(source: Source) -> Source:
+def pairs_of(source: Source) -> Source:
     """Expressions as captions of their pictures; a mixture keeps its weights."""
     if isinstance(source, Mixture):
-        return Mixture([_pairs_of(part) for part in source.sources], source.weights)
+        return Mixture([pairs_of(part) for part in source.sources], source.weights)
     return _Pairs(source)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +19,20 @@ from ml_collections import ConfigDict
 
 from codebook_jax.data.text import Tokenizer, open_tokenizer
 from codebook_jax.errors import UserError, reason
+from codebook_jax.evaluation.zero_shot import label_features
 from codebook_jax.files import parse_json
 from codebook_jax.method.numerics import key_of, own_settings, unit
 from codebook_jax.models import codis
+from codebook_jax.models.explaining import Relevance, explain_pairs, layer_of
 from codebook_jax.models.finetuned import Network
 from codebook_jax.parallel import devices, sharding
 from codebook_jax.run import checkpoint
 from codebook_jax.run import record as records
-from codebook_jax.weights import layouts
+from codebook_jax.weights import explained, layouts
+from codebook_jax.weights.explained import Explanation, Grounded
 from codebook_jax.weights.fill import fill
-from codebook_jax.weights.finetuned import FINETUNED, Finetuned
-from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, text_list
+from codebook_jax.weights.finetuned import FINETUNED, Finetuned, Labelled
+from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, pixels_of, text_list
 from codebook_jax.weights.layouts import PRETRAINED
 from codebook_jax.weights.loaded import Loaded, Tokenised, chunks
 
@@ -60,6 +63,7 @@ class Codis(Loaded):
         super().__init__(config, tokenizer, items, step)
         self._model = codis.Model(config, tokenizer.vocabulary.size)
         self._match = jax.jit(own_settings(self._match_probability))
+        self._explain = jax.jit(own_settings(self._relevance))
         self._encoder = "teacher" if "teacher" in self._items else "student"
         self._student = self._items["student"]
         self._towers = self._items.get("teacher", self._student["towers"])
@@ -93,11 +97,7 @@ class Codis(Loaded):
         A single image is paired with every text, a single text with every image. It is more
         accurate and slower than features: find candidates with features, and order them with it.
         """
-        if not self.config.model.text.fusion_depth:
-            raise UserError(
-                "this model has no fusion encoder to match with: compare the features of "
-                "encode_image and encode_text"
-            )
+        self._require_fusion("match with")
         pictures, texts = picture_list(images), text_list(texts)
         if len(pictures) != len(texts) and 1 not in (len(pictures), len(texts)):
             raise UserError(
@@ -126,6 +126,42 @@ class Codis(Loaded):
             found = np.asarray(self._match(self._student, image_tokens, *pairs))
             parts.append(found.reshape(-1)[: max(images, count)])
         return np.concatenate(parts)
+
+    def classify(self, images: Pictures, labels: Texts, prompts: Texts | None = None) -> Labelled:
+        """The probability of each label for every image, without training for them: the softmax of
+        the cosine similarities to the labels' prompts over the model's temperature (Radford et al.
+        2021, 3.1). In `prompts` (None: those of the run) "{}" stands for the label.
+        """
+        labels = text_list(labels)
+        prompts = self.config.evaluation.prompts if prompts is None else text_list(prompts)
+        if not labels:
+            raise UserError("labels is empty: give at least one")
+        told = label_features(self.encode_text, labels, prompts)
+        temperature = float(self._student["temperature"])
+        features = self.encode_image(images)
+        return Labelled(tuple(labels), code_probabilities(features, told, temperature=temperature))
+
+    def explain(self, image: Picture, text: str) -> Explanation:
+        """Which patches of an image speak for its match with a text, word by word.
+
+        Grad-CAM of the matching probability in one layer of the fusion encoder: the third of six,
+        the one in the middle of fewer.
+        """
+        if self.config.model.text.fusion_depth == 1:
+            raise UserError(
+                "this model has a single fusion layer, which matches by what [CLS] sees: its words "
+                "have no maps; ground finds what the whole text names"
+            )
+        return self._explained(image, text)
+
+    def ground(
+        self, image: Picture, text: str, proposals: Sequence[Sequence[float]] | None = None
+    ) -> Grounded:
+        """Where an image shows what a text names: the highest point of the map that `explain` makes
+        of the whole text, and which of the `proposals`, boxes [x, y, width, height] in pixels of
+        the image, holds most of it (Li et al. 2021, 4.5).
+        """
+        return explained.ground(self._explained(image, text), text, proposals)
 
     def codes(
         self, *, images: Pictures | None = None, texts: Texts | None = None, top_k: int = 1
@@ -156,6 +192,40 @@ class Codis(Loaded):
     ) -> Float32[Array, "rows texts"]:
         logits = self._model.pair_logits(student, image_tokens, states, lengths)
         return jax.nn.softmax(logits, axis=-1)[..., codis.MATCH]
+
+    def _explained(self, image: Picture, text: str) -> Explanation:
+        self._require_fusion("explain with")
+        pictures, texts = picture_list(image), text_list(text)
+        if len(pictures) != 1 or len(texts) != 1:
+            raise UserError(
+                f"{len(pictures)} images and {len(texts)} texts were given: give one image and one "
+                "text"
+            )
+        pixels = pixels_of(pictures[0], 0)
+        tokens, lengths = self._tokenised(texts)
+        ((seen, _),) = self._pixel_chunks([pixels])
+        maps, logits = jax.tree.map(np.asarray, self._explain(self._student, seen, tokens, lengths))
+        side = round(maps.shape[-1] ** 0.5)
+        maps = maps.reshape(-1, side, side)
+        words = self._tokenizer.words(texts[0], self.config.model.text.max_tokens)
+        return Explanation(
+            words=tuple(word for word, _ in words),
+            maps=np.stack([maps[places].sum(axis=0) for _, places in words]),
+            whole=maps.sum(axis=0),
+            layer=layer_of(self.config.model.text.fusion_depth),
+            probability=float(jax.nn.softmax(logits[0])[codis.MATCH]),
+            pixels=pixels,
+        )
+
+    def _relevance(self, student: Any, images: Array, tokens: Array, lengths: Array) -> Relevance:
+        return explain_pairs(self._model, student, images, tokens, lengths)
+
+    def _require_fusion(self, to: str) -> None:
+        if not self.config.model.text.fusion_depth:
+            raise UserError(
+                f"this model has no fusion encoder to {to}: compare the features of encode_image "
+                "and encode_text"
+            )
 
     # -- outputs for inputs padded to a bucket, and how many rows are not padding
 

@@ -107,6 +107,21 @@ def test_the_captions_of_the_scenes_have_the_tokens_that_recorded_figures_were_m
     assert digest == "79a75dbc020ea3e58b160b9cee4303668d718c6785739548655efbad52b4e8c1"
 
 
+def test_the_tokens_of_a_caption_belong_to_its_words(tokenizer):
+    caption = "A zebra's  [MASK] left-hand; 東京 red!"
+    words = tokenizer.words(caption, 64)
+    spelled = ["A", "zebra's", "[", "MASK", "]", "left", "hand", "東京", "red"]
+    assert [text for text, _ in words] == spelled
+    (tokens,), (length,), _ = tokenizer.encode([caption], 64)
+    places = [place for _, own in words for place in range(own.start, own.stop)]
+    assert places == list(range(1, length - 1))  # all but [CLS] and [SEP]
+    for text, own in words:
+        assert tokenizer.decode(tokens[own]).replace(" ", "") == text.lower().replace("'", "")
+    cut = tokenizer.words(caption, 4)
+    assert max(own.stop for _, own in cut) == 3 and cut[0] == words[0]
+    assert tokenizer.words("?!", 24) == []
+
+
 def test_threads_and_pickling_change_no_token(tokenizer):
     captions = list(sample_captions(scenes_source(), 200))
     expected = tokenizer.encode(captions, 12)[0]

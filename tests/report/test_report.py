@@ -6,21 +6,29 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import browser
+import jax
 import numpy as np
 import pytest
+from small_data import scenes_source, tokenizer_of
 from small_run import ROOT, SMALL, config_of
 
 from codebook_jax import report
+from codebook_jax.build import Parts
 from codebook_jax.data.sources.record import Record
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Features, Gallery
 from codebook_jax.method.numerics import unit
+from codebook_jax.models import codis
+from codebook_jax.parallel import sharding
 from codebook_jax.report import charts, run
 from codebook_jax.report.curves import curves
+from codebook_jax.report.explained import explained_pairs
 from codebook_jax.report.gallery import answers_of, explore_codebook, words_of
 from codebook_jax.report.page import Pictures, write_page
+from codebook_jax.weights.load import Codis
 
 EVIL = (
     "a\0 red\x1b ring \ud83d \\ud83d </script><script>window.hacked = 1</script>"
@@ -83,10 +91,11 @@ def page_with(path, *, images, codes):
     pictures = Pictures()
     seen = run.what_is_seen(gallery, Colours(captions[::2]), codewords, config_of(), pictures)
     seen |= {"step": 40, "data": "made up", "stories": None}
+    assert seen["explained"] is None
     return page_of(path, rows_of(50), seen=seen, pictures=pictures)
 
 
-def page_of(path, rows, *, seen=None, pictures=None, result=None):
+def page_of(path, rows, *, seen=None, sees=True, pictures=None, result=None, scores=None):
     write_page(
         path,
         "run.html",
@@ -94,10 +103,11 @@ def page_of(path, rows, *, seen=None, pictures=None, result=None):
         title="made up",
         facts=run.facts(rows, parameters=1_900_000),
         result=result,
-        charts=curves(rows),
+        charts=curves(rows, scores=scores or {}),
         reference="no reference",
         verdicts=[],
         seen=seen,
+        sees=sees,
         record=RECORD,
         settings={"data.train": EVIL},
         differs={"data.train": ["scenes", EVIL]},
@@ -289,11 +299,62 @@ def test_the_result_is_that_of_eval_json_or_of_the_last_validation(tmp_path):
     assert (found["step"], found["protocols"]["student/dual"]["img_r1"]) == (None, 42.0)
     page = page_of(tmp_path / "report.html", rows, result=found).read_text()
     assert "<strong>42.0 %</strong>" in page
-    path.write_text('{"other/task": {"accuracy": 1}}')
-    assert run.result(path, rows) is None and run.result(tmp_path / "none", rows_of(2)) is None
+    assert run.result(tmp_path / "none", rows_of(2)) is None
     path.write_text("{")
     with pytest.raises(UserError, match=f"{path} was not written by --mode=eval"):
         run.result(path, rows)
+
+
+def test_a_fine_tuned_run_shows_its_accuracy_and_the_weights_between(tmp_path):
+    evaluation = {"eval/accuracy": 61.25, "eval/chance_frequent": 33.0, "eval/examples": 1200.0}
+    between = [{"step": 3, "between/share": share, "between/score": 60 + share} for share in (0.5,)]
+    rows = [{"step": 0, **evaluation}, *rows_of(3), *between, {"step": 3, **evaluation}]
+    rows[1] |= {"accuracy": 0.5}
+    charts_of = curves(rows, scores={0: 58.0, 3: 61.25})
+    accuracy, way = charts_of["Accuracy in validation"]
+    assert accuracy["xs"] == [0, 3] and accuracy["series"][0]["values"] == [61.25, 61.25]
+    assert [one["label"] for one in accuracy["series"]] == ["accuracy", "chance frequent"]
+    assert way["xs"] == [0, 50, 100] and way["series"][0]["values"] == [58.0, 60.5, 61.25]
+    assert run.facts(rows, 1)["logged"] == 3  # an evaluation is no step that was not finite
+    assert run.facts(rows, 1)["not_finite"] == 1
+    found = run.result(tmp_path / "none", rows)
+    assert found["protocols"] == {
+        "student": {"accuracy": 61.25, "chance_frequent": 33.0} | {"examples": 1200.0}
+    }
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"student": {"accuracy": 62.5, "examples": 1300.0}}))
+    found = run.result(path, rows)
+    page = page_of(tmp_path / "report.html", rows, result=found, sees=False, scores={0: 58.0})
+    text = page.read_text()
+    assert "<td>62.50</td>" in text and "<td>1,300</td>" in text and "61.25</td>" not in text
+    assert "no checkpoint yet" not in text and "not been evaluated" not in text
+    browser.check_page(browser.look(page, browser.CHARTS, tmp_path))
+
+
+def test_the_words_of_a_caption_have_heat_maps_in_the_page(tmp_path):
+    config = config_of(**{"model.text.fusion_depth": 2})
+    tokenizer = tokenizer_of(scenes_source(), tmp_path / "run")
+    words, rng = tokenizer.vocabulary.size, np.random.default_rng(0)
+    mesh = sharding.make_mesh(2, 2, 2)
+    student = codis.init_student(config, words, jax.random.key(0))
+    student = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), student)
+    student = jax.tree.map(np.float32, student)
+    task = SimpleNamespace(model=codis.Model(config, words, mesh))
+    parts = Parts(config, mesh, None, None, tokenizer, task)
+    pairs = [(Colours([caption])[0], caption) for caption in ("a red ring", "red " * 30)]
+    pictures = Pictures()
+    found = explained_pairs(parts, student, pairs, pictures)
+    first, second = found["pairs"]
+    assert [word for word, _ in first["words"]] == ["a", "red", "ring"]
+    assert len(second["words"]) == 12 and 0 < first["probability"] < 1 and found["layer"] == 1
+    names = [name for pair in found["pairs"] for name in (pair["picture"], *dict(pair["words"]))]
+    assert len(pictures.files) == 2 + 3 + 12 and "explained 0" in names
+    looks = {pictures.files[name]["jpeg"] for _, name in first["words"]}
+    alone = Codis(config, tokenizer, {"student": student}, 0).explain(
+        pairs[0][0].image, "a red ring"
+    )
+    assert abs(alone.probability - first["probability"]) < 1e-4
+    assert len(looks) == 3 and alone.maps.max() > 0
 
 
 def test_every_file_of_the_page_is_installed():
