@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_weights import VOCABULARY, one_mesh
+from golden_weights import VOCABULARY
 from small_finetune import config_of
 
 from codebook_jax.errors import UserError
@@ -71,14 +71,17 @@ def test_a_pattern_that_freezes_nothing_or_everything_is_refused_with_some_names
     assert re.search(r"head/|towers/", str(caught.value).split("which are")[1])
 
 
-def test_a_head_and_a_task_with_muon_learn_with_layer_decay_too():
+@pytest.mark.slow
+def test_a_decoder_learns_with_muon_and_layer_decay():
     config = config_of("vqa", **{"optimizer.name": "muon", "optimizer.layer_decay": 0.5})
     before = parameters_of(config)
     after, _ = one_step(config, before, parameters_of(config, seed=1))
     assert all(np.isfinite(x).all() for x in named(after).values())
 
 
-@pytest.mark.parametrize("task", ["entailment", "nlvr2", "vqa", "labels"])
+@pytest.mark.parametrize(
+    "task", ["vqa", *(pytest.param(task, marks=pytest.mark.slow) for task in ("nlvr2", "labels"))]
+)
 def test_each_layer_takes_steps_smaller_by_the_decay_for_every_layer_above_it(task):
     changes = DEPTHS | {"optimizer.weight_decay": 0.0, "optimizer.freeze": ""}
     steps = {}

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from golden_weights import one_mesh
+from orbax.checkpoint import StandardCheckpointer
 from small_finetune import config_of
 from weight_file import assert_same
 
@@ -50,8 +51,8 @@ def before(pretrained):
     }
 
 
-def stage_of(task, made, folder, pretrained):
-    """An export of a task's first parameters, where each number says which array it is of."""
+def as_export_of(task, folder, pretrained):
+    """The export, said to be of another task."""
     shutil.copytree(pretrained, folder)
     manifest = parse_json((folder / "export.json").read_bytes())
     record = parse_json((folder / "config.json").read_bytes())
@@ -61,7 +62,7 @@ def stage_of(task, made, folder, pretrained):
 
 
 def test_encoders_and_their_teacher_start_as_those_of_the_export(pretrained, before):
-    config, made, arrays, report = begun("entailment", pretrained)
+    _, made, arrays, report = begun("entailment", pretrained)
     names = [name for name, _ in sharding.named(made.abstract_state())]
     of_student = {n: a for n, a in arrays.items() if n.startswith("student/")}
     assert_same(of_student, {name: before[name] for name in of_student})
@@ -125,7 +126,7 @@ def test_stem_pool_patches_and_dim_are_those_of_the_export(pretrained):
 
 
 def test_larger_pictures_get_resized_positions(pretrained, before):
-    config, made, arrays, report = begun("entailment", pretrained, **{"model.image.size_px": 48})
+    _, made, arrays, report = begun("entailment", pretrained, **{"model.image.size_px": 48})
     name = "student/towers/image/positions"
     shape = dict(sharding.named(made.abstract_state()))[name].shape
     assert before[name].shape[1] == 1 + 4**2 and shape[1] == 1 + 6**2
@@ -141,7 +142,7 @@ def test_another_size_or_the_export_of_another_task_is_refused_in_one_sentence(
 ):
     said = refused("entailment", pretrained, size="small")
     assert "is of size tiny, but this config of small" in said and "configs/FILE.py:tiny" in said
-    folder = stage_of("vqa", None, tmp_path / "vqa", pretrained)
+    folder = as_export_of("vqa", tmp_path / "vqa", pretrained)
     said = refused("entailment", folder)
     assert "is of config.task='vqa', but 'entailment' starts from pre-trained weights" in said
 
@@ -150,15 +151,13 @@ def test_comparisons_go_on_with_what_text_assignment_has_learned_but_for_its_hea
     pretrained, tmp_path
 ):
     _, stage, *_ = begun("text_assignment", pretrained)
-    folder = stage_of("text_assignment", stage, tmp_path / "stage", pretrained)
+    folder = as_export_of("text_assignment", tmp_path / "stage", pretrained)
     parameters = stage.init_parameters(7)
     shutil.rmtree(folder / "student")
     shutil.rmtree(folder / "teacher")
-    from orbax.checkpoint import StandardCheckpointer
-
     with StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "student", parameters)
-    *_, arrays, report = begun("nlvr2", folder)
+    *_, arrays, _ = begun("nlvr2", folder)
     learned = {f"student/{name}": np.asarray(x) for name, x in sharding.named(parameters)}
     found = {name: arrays[name] for name in arrays if name.startswith("student/")}
     towers = {name: x for name, x in learned.items() if "/towers/" in name}
