@@ -23,6 +23,7 @@ from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.evaluation import retrieval
 from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.evaluation.rerank import Scoring
+from codebook_jax.evaluation.stage import Bookkeeping, Cache
 from codebook_jax.method import alignment, assignment, codebook, matching, teacher
 from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.numerics import key_of, unit
@@ -40,6 +41,7 @@ from codebook_jax.tasks.task import Evaluation, Items, Task
 class Pretraining(Task):
     """The jitted programs of a run; holds no parameters."""
 
+    resumes = True
     check = staticmethod(limits.check)
     resolve = staticmethod(limits.resolve)
     cautions = staticmethod(limits.cautions)
@@ -335,6 +337,7 @@ class Pretraining(Task):
         images: int,
         final: bool,
         progress: Progress | None = None,
+        cache: Cache | None = None,
     ) -> Evaluation:
         """Retrieval by student and teacher; re-ranked, with a fusion encoder, if `final` or always
         so configured.
@@ -355,7 +358,7 @@ class Pretraining(Task):
             self.config,
             images=images,
             scoring=scoring,
-            progress=progress,
+            books=Bookkeeping(progress, cache),
         )
         dual = results["student/dual"]
         found = f"R@1 image to text {dual['txt_r1']:.1f} %, text to image {dual['img_r1']:.1f} %"

@@ -60,6 +60,7 @@ class Task(abc.ABC):
     """
 
     reads: ClassVar[str] = "pairs"  # the kind of its data, one of KINDS
+    resumes: ClassVar[bool] = False  # whether `evaluate` takes a `cache`, to go on after a kill
     step: jax.stages.Wrapped  # `update`, jitted over the mesh; donates the state
 
     def __init__(
