@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,14 @@ def check_outputs(folder: Path, files: Sequence[str] = (), folders: Sequence[str
                 )
             if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_room(folder: Path, size: float) -> None:
+    """Raises OSError, as a full disk does, if fewer than `size` bytes are free there."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        room = f"{free / 1e6:,.0f} MB are free for {size / 1e6:,.0f} MB"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {room}", str(folder))
 
 
 def write_probe(folder: Path) -> None:

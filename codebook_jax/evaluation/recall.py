@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int
 
 RANKS = (1, 5, 10)
 CELLS_AT_ONCE = 2**24  # of the score matrix compared in one pass: some 150 MB
+
+# Scores of some queries [some, candidates], and which queries, to those that rank the candidates.
+Revise = Callable[[np.ndarray, slice], np.ndarray]
 
 
 def recall_at_k(
@@ -29,15 +33,17 @@ def recall_of_queries(
     scores: Float[np.ndarray, "queries candidates"],
     query_ids: Int[np.ndarray, " queries"],
     candidate_ids: Int[np.ndarray, " candidates"],
+    revise: Revise = lambda scores, queries: scores,
 ) -> Float[np.ndarray, " ranks"]:
     """Percent of queries with a candidate of their own id among the k highest, for each rank k."""
     hits = np.zeros(len(RANKS))
     rows = max(1, CELLS_AT_ONCE // max(1, len(candidate_ids)))
     for start in range(0, len(query_ids), rows):
-        part = scores[start : start + rows]
+        queries = slice(start, start + rows)
+        part = revise(scores[queries], queries)
         if bad := int(np.isnan(part).any(axis=1).sum()):
             raise ValueError(f"scores of {bad} of {len(part)} queries hold NaN: no rank is known")
-        matches = query_ids[start : start + rows, None] == candidate_ids[None, :]
+        matches = query_ids[queries, None] == candidate_ids[None, :]
         best = np.where(matches, part, -np.inf).max(axis=1, keepdims=True)
         tied = part == best
         hits += _hit_probability(

@@ -10,9 +10,11 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from codebook_jax.evaluation.encoding import Gallery, Progress, rows_over_shards
-from codebook_jax.evaluation.recall import named_recalls, recall_of_queries
+from codebook_jax.evaluation.encoding import Gallery, rows_over_shards
+from codebook_jax.evaluation.recall import Revise, named_recalls, recall_of_queries
+from codebook_jax.evaluation.stage import IN_MEMORY, Bookkeeping, Shares, Stage, digest
 from codebook_jax.parallel import sharding
+from codebook_jax.parallel.processes import peers
 
 TEXTS_A_ROW = 16  # texts that share one projection of an image to the fusion's keys and values
 
@@ -34,7 +36,7 @@ def rerank_gallery(
     gallery: Gallery,
     similarity: Float[np.ndarray, "images texts"],
     settings: ml_collections.ConfigDict,  # config.evaluation
-    progress: Progress,
+    books: Bookkeeping = IN_MEMORY,
 ) -> dict[str, float]:
     """Recalls in percent after sorting every query's best candidates by their scores; pairs that
     are candidates in both directions are scored once (ALBEF scores them twice).
@@ -46,14 +48,17 @@ def rerank_gallery(
     text_keys = images_of_texts * text_count + np.arange(text_count)[:, None]
     keys = np.unique(np.concatenate([image_keys.ravel(), text_keys.ravel()]))
     pairs = np.divmod(keys, text_count)
-    options = dict(batch=settings.batch, progress=progress)
-    scores = match_pairs(scoring.match, mesh, gallery, *pairs, **options)
+    scores = match_pairs(scoring.match, mesh, gallery, *pairs, batch=settings.batch, books=books)
     scores = scores + scoring.cosine_weight * similarity[pairs]
     ids = gallery.image_ids, gallery.text_image_ids
-    of_images, of_texts = (scores[np.searchsorted(keys, own)] for own in (image_keys, text_keys))
-    text_recall = recall_of_queries(promoted(similarity, texts_of_images, of_images), *ids)
-    image_order = promoted(similarity.T, images_of_texts, of_texts)
-    image_recall = recall_of_queries(image_order, *reversed(ids))
+
+    def reranked(chosen: np.ndarray, own: np.ndarray) -> Revise:
+        values = scores[np.searchsorted(keys, own)]
+        return lambda part, queries: promoted(part, chosen[queries], values[queries])
+
+    text_recall = recall_of_queries(similarity, *ids, reranked(texts_of_images, image_keys))
+    image_order = reranked(images_of_texts, text_keys)
+    image_recall = recall_of_queries(similarity.T, *reversed(ids), image_order)
     return named_recalls("txt_r", text_recall) | named_recalls("img_r", image_recall)
 
 
@@ -65,29 +70,44 @@ def match_pairs(
     pair_texts: Int[np.ndarray, " pairs"],
     *,
     batch: int,
-    progress: Progress,
+    books: Bookkeeping = IN_MEMORY,
 ) -> Float[np.ndarray, " pairs"]:
     """Score of each (image, text) pair of a gallery; `pair_images` ascends. In rows of
     TEXTS_A_ROW texts, so that an image's keys and values are projected once per row; every call has
     the same shape, with about as many text tokens as `batch` images have patches.
     """
-    features = gallery.features["student"]
+    tokens, states = gallery.features["student"][2:]
     row_images, row_texts, places = pair_rows(pair_images, pair_texts, TEXTS_A_ROW)
-    count, tokens_a_row = len(row_images), TEXTS_A_ROW * features.text_states.shape[1]
-    rows = max(1, batch * features.image_tokens.shape[1] // tokens_a_row)
-    rows = rows_over_shards(min(rows, count), mesh)
-    logits, running = [], []
-    for start in range(0, count, rows):
-        chosen = np.arange(start, start + rows).clip(max=count - 1)
-        texts = row_texts[chosen]
-        tokens, states = features.image_tokens[row_images[chosen]], features.text_states[texts]
-        inputs = tokens, states, gallery.text_lengths[texts]
-        running.append(match(*(sharding.to_device(x, mesh) for x in inputs)))
-        if start:  # one call late: the device works while the host gathers
-            logits.append(sharding.to_host(running.pop(0)))
-        progress("pairs", min(start + rows, count) * TEXTS_A_ROW, count * TEXTS_A_ROW)
-    logits.append(sharding.to_host(running.pop()))
-    return np.concatenate(logits).ravel()[places]
+    count, positions = len(row_images), gallery.positions[row_images]
+    rows = max(1, batch * tokens.shape[1] // (TEXTS_A_ROW * states.shape[1]))
+    shares = Shares.over(mesh, rows_over_shards(min(rows, count), mesh))
+    owners = shares.owners(positions, tokens.shape[0])  # of the image's tokens
+
+    def inputs(places: Int[np.ndarray, " rows"]) -> tuple[np.ndarray, ...]:
+        texts = row_texts[places]
+        return tokens[positions[places]], states[texts], gallery.text_lengths[texts]
+
+    def finish() -> None:
+        places, logits = running.pop(0)
+        is_pair = places >= 0
+        stage.write(places[is_pair], {"scores": sharding.own_rows(logits, mesh)[is_pair]})
+
+    made_of = digest([row_images, row_texts])
+    like = {"scores": jax.eval_shape(match, *inputs(np.zeros(1, int)))}
+    stage = Stage(books, "pairs", made_of, count, like, each=TEXTS_A_ROW)
+    running = []
+    for at in stage.calls(shares, owners):
+        running.append((at, match(*sharding.put_batch(inputs(at.clip(min=0)), mesh))))
+        if len(running) > 1:  # one call late: the device works while the host gathers
+            finish()
+    while running:
+        finish()
+    own = np.flatnonzero(shares.is_own(owners))
+    logits = np.empty((count, TEXTS_A_ROW), like["scores"].dtype)
+    scored = peers.connected().exchange("scores", (own, stage.arrays["scores"][own]))
+    for rows_of, values in scored:
+        logits[rows_of] = values
+    return logits.ravel()[places]
 
 
 def pair_rows(
@@ -111,7 +131,10 @@ def top_candidates(
 ) -> Int[np.ndarray, "queries top_k"]:
     """The `top_k` highest candidates of each query (all, if there are fewer), in no order."""
     first = max(0, scores.shape[1] - top_k)
-    return np.stack([np.argpartition(row, first)[first:] for row in scores])
+    chosen = np.empty((len(scores), scores.shape[1] - first), np.int64)
+    for row, best in zip(scores, chosen, strict=True):
+        best[:] = np.argpartition(row, first)[first:]  # a view would keep its whole row
+    return chosen
 
 
 def promoted(

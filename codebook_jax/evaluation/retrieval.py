@@ -10,9 +10,10 @@ import numpy as np
 
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
-from codebook_jax.evaluation.encoding import Progress, encode_source
+from codebook_jax.evaluation.encoding import encode_source
 from codebook_jax.evaluation.recall import RANKS, chance_at_k, recall_at_k
 from codebook_jax.evaluation.rerank import Scoring, rerank_gallery
+from codebook_jax.evaluation.stage import IN_MEMORY, Bookkeeping
 from codebook_jax.models.codis import Model
 
 # of the recalls of each protocol in metrics.jsonl
@@ -29,14 +30,13 @@ def evaluate(
     *,
     images: int,
     scoring: Scoring | None,
-    progress: Progress | None = None,
+    books: Bookkeeping = IN_MEMORY,
 ) -> dict[str, Recalls]:
     """Recalls by protocol: `NAME/dual` of each of the `towers`; with `scoring`, student/reranked;
     each with its chance levels, `images`, `images_listed` (of the source), `texts`, `left_out`
     (unreadable images), `truncated` (captions) and `rerank_top_k` (0: not re-ranked). The gallery,
     and what is raised, are those of `encode_source`.
     """
-    progress = progress or (lambda *_: None)
     encoded = encode_source(
         model,
         towers,
@@ -45,7 +45,7 @@ def evaluate(
         config,
         images=images,
         with_tokens=("student",) if scoring else (),
-        progress=progress,
+        books=books,
     )
     ids = encoded.image_ids, encoded.text_image_ids
     shared = chance_at_k(*ids) | {
@@ -55,16 +55,14 @@ def evaluate(
         "left_out": encoded.left_out,
         "truncated": encoded.truncated,
     }
-    similarity = {
-        name: features.image @ features.text.T for name, features in encoded.features.items()
-    }
     results = {
-        f"{name}/dual": recall_at_k(scores, *ids) | shared | {"rerank_top_k": 0}
-        for name, scores in similarity.items()
+        f"{name}/dual": recall_at_k(of.cosines(), *ids) | shared | {"rerank_top_k": 0}
+        for name, of in encoded.features.items()
     }
     if scoring is not None:
+        similarity = encoded.features["student"].cosines()
         reranked = rerank_gallery(
-            scoring, model.mesh, encoded, similarity["student"], config.evaluation, progress
+            scoring, model.mesh, encoded, similarity, config.evaluation, books
         )
         shared["rerank_top_k"] = config.evaluation.rerank_top_k
         results["student/reranked"] = reranked | shared

@@ -24,9 +24,15 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.sources.record import Story
 from codebook_jax.data.stories import evenly_spaced
 from codebook_jax.data.text import Tokenizer
-from codebook_jax.evaluation.encoding import Outputs, Progress, report_unreadable, rows_over_shards
+from codebook_jax.evaluation.encoding import (
+    encode_rows,
+    report_unreadable,
+    rows_over_shards,
+    run_towers,
+)
 from codebook_jax.evaluation.recall import chance_at_k, recall_at_k
 from codebook_jax.evaluation.retrieval import Recalls, recall_table, recalls_of
+from codebook_jax.evaluation.stage import Progress
 from codebook_jax.method.ordering import (
     Order,
     align_steps,
@@ -90,7 +96,7 @@ def encode_stories(
     count, limits = min(stories or len(source), len(source)), config.sequences
     frames_of, sentences_of = limits.max_frames, limits.max_sentences
     rows = rows_over_shards(max(frames_of, config.evaluation.batch), model.mesh)
-    of_frames = _Encoder(model.encode_images, towers, rows, count * frames_of, model.mesh)
+    of_frames = _Encoder(model.encode_images, towers, rows, model.mesh)
     told: list[list[str]] = []
     kept, frame_counts, unreadable, shortened = [], [], [], 0
     for position, story, frames in _read(source, count, config):
@@ -111,7 +117,7 @@ def encode_stories(
         )
     sentences = [sentence for each in told for sentence in each]
     tokens, lengths, _ = tokenizer.encode(sentences, config.model.text.max_tokens)
-    of_texts = _Encoder(model.encode_texts, towers, rows, len(sentences), model.mesh)
+    of_texts = _Encoder(model.encode_texts, towers, rows, model.mesh)
     of_texts.add(tokens, lengths)
     frames, texts = of_frames.features(), of_texts.features()
     about = np.array(kept), len(source), len(unreadable), shortened
@@ -133,14 +139,11 @@ class _Encoder:
         encode: Callable[..., tuple[Array, Array]],
         towers: Mapping[str, PyTree],
         rows: int,
-        total: int,
         mesh: jax.sharding.Mesh,
     ) -> None:
-        self._rows, self._waiting = rows, ()
-        self._encode = {
-            name: functools.partial(encode, weights) for name, weights in towers.items()
-        }
-        self._found = {name: Outputs(mesh, rows, total, with_tokens=False) for name in towers}
+        self._rows, self._mesh, self._waiting = rows, mesh, ()
+        self._encode = functools.partial(run_towers, encode, (), towers)
+        self._found: list[dict[str, np.ndarray]] = []
 
     def add(self, *inputs: np.ndarray) -> None:
         waiting = self._waiting or tuple(array[:0] for array in inputs)
@@ -152,11 +155,11 @@ class _Encoder:
         """By the name of the towers, the features of all that was added."""
         if len(self._waiting[0]):
             self._encode_rows()
-        return {name: outputs.filled[0] for name, outputs in self._found.items()}
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *self._found)
 
     def _encode_rows(self) -> None:
-        for name, encode in self._encode.items():
-            self._found[name].add(encode, *(array[: self._rows] for array in self._waiting))
+        inputs = [array[: self._rows] for array in self._waiting]
+        self._found.append(encode_rows(self._encode, self._mesh, self._rows, *inputs))
         self._waiting = tuple(array[self._rows :] for array in self._waiting)
 
 

@@ -198,10 +198,32 @@ def process_rows(mesh: Mesh, global_batch: int) -> np.ndarray:
     return np.unique([np.arange(global_batch)[index] for index in held])
 
 
+def rows_by_holders(mesh: Mesh, global_batch: int) -> list[np.ndarray]:
+    """The rows of the global batch in parts, each held by the devices of the same processes."""
+    holders: list[set[int]] = [set() for _ in range(global_batch)]
+    held = batch_sharding(mesh).devices_indices_map((global_batch,))
+    for device, (index,) in held.items():
+        for processes in holders[index]:
+            processes.add(device.process_index)
+    parts = defaultdict(list)
+    for row, processes in enumerate(holders):
+        parts[frozenset(processes)].append(row)
+    return list(map(np.array, parts.values()))
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of every field as global arrays."""
     place = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     return jax.tree.map(lambda rows: place(np.asarray(rows)), batch)
+
+
+def own_rows(array: jax.Array, mesh: Mesh) -> np.ndarray:
+    """This process's rows of a global array, as `put_batch` takes them."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    shards = jax.device_put(array, batch_sharding(mesh)).addressable_shards
+    parts = {shard.index[0].start or 0: shard.data for shard in shards}  # of copies, one
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 def to_device(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import itertools
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ from jaxtyping import PyTree
 
 from codebook_jax.console import say
 from codebook_jax.errors import UserError, reason
-from codebook_jax.files import parse_json, write_json, write_probe
+from codebook_jax.files import check_room, parse_json, write_json, write_probe
 from codebook_jax.parallel.processes import peers
 
 REST = "rest"
@@ -130,7 +128,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items}
         arguments[META] = ocp.args.JsonSave({"step": step, "saved_at": time.time(), **meta})
         with self._writing(step):
-            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            # Orbax would wait for minutes for a process whose save fails
+            write_probe(self._folder)
+            check_room(
+                self._folder, LEAST_ROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            )
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
@@ -139,14 +141,6 @@ class Checkpoints(contextlib.AbstractContextManager):
         with self._writing(self._saving):
             self._manager.wait_until_finished()
         self._saving = None
-
-    def _check_room(self, size: int) -> None:
-        """Raises OSError if a save would fail: Orbax would wait for that process for minutes."""
-        write_probe(self._folder)
-        free = shutil.disk_usage(self._folder).free
-        if free < size * LEAST_ROOM:
-            room = f"{free / 1e6:,.0f} MB are free for {size / 1e6:,.0f} MB"
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {room}")
 
     @contextlib.contextmanager
     def _writing(self, step: int | None) -> Iterator[None]:

@@ -21,6 +21,7 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.evaluation import retrieval, zero_shot
 from codebook_jax.evaluation.encoding import Progress
+from codebook_jax.evaluation.stage import Bookkeeping, Cache
 from codebook_jax.method import alignment, assignment, codebook, matching, teacher
 from codebook_jax.method.masking import masked_word_loss
 from codebook_jax.method.numerics import key_of, unit
@@ -38,7 +39,7 @@ from codebook_jax.tasks.task import Evaluation, Items, Task
 class Pretraining(Task):
     """The jitted programs of a run; holds no parameters."""
 
-    evaluates = ("labels", "expressions")
+    evaluates, resumes = ("labels", "expressions"), True
     check = staticmethod(limits.check)
     resolve = staticmethod(limits.resolve)
     cautions = staticmethod(limits.cautions)
@@ -335,6 +336,7 @@ class Pretraining(Task):
         images: int,
         final: bool,
         progress: Progress | None = None,
+        cache: Cache | None = None,
     ) -> Evaluation:
         """Retrieval, or what an evaluation of labels or of expressions asks."""
         student, fused = state.student, self.config.model.text.fusion_depth > 0
@@ -352,6 +354,7 @@ class Pretraining(Task):
         scoring = judging.scoring(self.model, student, self.config) if fused and reranks else None
         both = {"student": student["towers"], "teacher": state.teacher}
         towers = {name: parameters for name, parameters in both.items() if parameters is not None}
+        options = dict(images=images, books=Bookkeeping(progress, cache))
         results = retrieval.evaluate(self.model, towers, *given, **options, scoring=scoring)
         return judging.recalls(results)
 

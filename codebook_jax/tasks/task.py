@@ -72,6 +72,7 @@ class Task(abc.ABC):
     evaluates: ClassVar[tuple[str, ...]] = ()  # other kinds that it can be evaluated on
     # Fields of the model that come from the weights that config.init names.
     adopts: ClassVar[tuple[str, ...]] = ()
+    resumes: ClassVar[bool] = False  # whether `evaluate` takes a `cache`, to go on after a kill
     step: jax.stages.Wrapped  # `update`, jitted over the mesh; donates the state
 
     def __init__(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import contextlib
+import json
+import shutil
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import jax
@@ -10,9 +13,17 @@ import ml_collections
 
 from codebook_jax import build
 from codebook_jax.console import Stages, say
-from codebook_jax.data.sources import source_of
+from codebook_jax.data.sources import Source, source_of
+from codebook_jax.evaluation.stage import Cache, digest
 from codebook_jax.files import check_outputs, write_json
+from codebook_jax.parallel import sharding
+from codebook_jax.parallel.processes import peers
+from codebook_jax.run import record as records
+from codebook_jax.run.checkpoint import Restored
 from codebook_jax.run.metrics import RESULTS
+from codebook_jax.run.ownership import owned
+
+CACHE = "cache"  # in the workdir while an evaluation is not finished: a folder for each process
 
 
 def evaluate(
@@ -21,13 +32,13 @@ def evaluate(
     flags: Container[str] | None = None,
 ) -> None:
     """Writes `workdir/eval.json` and prints its table; `config` and `flags`: see
-    `build.build_trained`.
+    `build.build_trained`. If it is killed, the next call goes on where it was.
 
     All test images are evaluated unless a given `config` limits evaluation.images; the run's own
     value is for validation during training.
     """
     workdir = Path(workdir).absolute()
-    check_outputs(workdir, (RESULTS,))
+    check_outputs(workdir, (RESULTS,), (CACHE,))
     images = max(0, config.evaluation.images) if config is not None else 0
     parts = build.build_trained(config, workdir, flags)
     config = parts.config
@@ -37,15 +48,50 @@ def evaluate(
     limited = 0 < images < len(source)
     first = f", limited to the first {images} by config.evaluation.images" if limited else ""
     say(f"test data {spec}: {len(source):,} {source.evaluated}{first}")
-    with Stages("evaluated") as stages:
-        progress = stages if jax.process_index() == 0 else None
-        found = parts.task.evaluate(
-            restored.state, source, parts.tokenizer, images=images, final=True, progress=progress
-        )
-    say(found.table)
-    if jax.process_index() == 0:
-        write_json(workdir / RESULTS, found.results)
-        for name, write in found.files:
-            say(write(workdir / name))
-    if found.unwritten:
-        say(found.unwritten)
+    with contextlib.ExitStack() as leaving:
+        kept = {}
+        if parts.task.resumes:
+            key = _key(parts, restored, source, images)
+            kept["cache"] = leaving.enter_context(_cache(workdir, key))
+        with Stages("evaluated") as stages:
+            kept["progress"] = stages if jax.process_index() == 0 else None
+            found = parts.task.evaluate(
+                restored.state, source, parts.tokenizer, images=images, final=True, **kept
+            )
+        say(found.table)
+        if jax.process_index() == 0:
+            write_json(workdir / RESULTS, found.results)
+            for name, write in found.files:
+                say(write(workdir / name))
+        if found.unwritten:
+            say(found.unwritten)
+
+
+def _key(parts: build.Parts, restored: Restored, source: Source, images: int) -> str:
+    """All that the features and scores of an evaluation depend on, besides the tokens of texts and
+    the choice of pairs, which its stages compare themselves.
+    """
+    config, state = parts.config, sharding.named(restored.state)
+    facts = {
+        "step": restored.step,
+        "weights": digest(sharding.to_host(leaf) for _, leaf in state),
+        "model": config.model.to_dict(),
+        "score": config.evaluation.rerank_score,
+        "data": [repr(source), source.fingerprint(), images],
+        "places": [config.data.image_root, config.data.path_map],
+        "device": parts.mesh.devices.flat[0].device_kind,
+        "code": records.code_digest(),
+        "versions": records.package_versions(),
+    }
+    return json.dumps(facts)
+
+
+@contextlib.contextmanager
+def _cache(workdir: Path, key: str) -> Iterator[Cache]:
+    """The cache that one evaluation of a workdir at a time may use; removed if that succeeds."""
+    folder, own = workdir / CACHE, jax.process_index()
+    with owned(workdir, f".{CACHE}.running") if own == 0 else contextlib.nullcontext():
+        peers.connected().exchange("cache owned", None)
+        yield Cache(folder / str(own), key)
+        peers.connected().exchange("evaluated", None)
+        shutil.rmtree(folder if own == 0 else folder / str(own), ignore_errors=True)

@@ -8,96 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_gallery import TOKENS, Digits, Numbers, Oracle, config_of, evaluate
 
-from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources import Record
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation import retrieval
+from codebook_jax.evaluation import recall, retrieval
 from codebook_jax.evaluation.encoding import encode_source
 from codebook_jax.evaluation.rerank import Scoring, pair_rows, promoted
 from codebook_jax.parallel import sharding
-from configs import base
-
-SIDE, TOKENS = 6, 5
-
-
-class Numbers:
-    """Images of one value each, with one or two captions that spell a number; some images cannot be
-    read.
-    """
-
-    def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:
-        self.count, self.broken = count, broken
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Record:
-        if index in self.broken:
-            raise UnreadableImage(f"{index}.png: truncated")
-        image = np.full((SIDE, SIDE, 3), index, np.uint8)
-        return Record(image, (str(index),) * (1 + index % 2), 100 + index)
-
-
-class Digits:
-    def encode(self, captions, max_tokens):
-        tokens = np.zeros((len(captions), max_tokens), np.int32)
-        tokens[:, 0] = [int(caption) for caption in captions]
-        return tokens, np.full(len(captions), 1, np.int32), 0
-
-
-class Oracle:
-    """Towers whose features are noise around the truth, and a matching head that knows it."""
-
-    def __init__(self, mesh, noise: float = 0.0) -> None:
-        self.mesh, self.noise = mesh, noise
-
-    def _feature(self, number, salt):
-        angle = 2 * jnp.pi * number / 64 + self.noise * jnp.sin(97.0 * number + salt)
-        return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-    def encode_images(self, towers, images):
-        number = images[:, 0, 0, 0].astype(jnp.float32)
-        return self._feature(number, towers), jnp.broadcast_to(
-            number[:, None, None], (len(images), 3, 1)
-        )
-
-    def encode_texts(self, towers, tokens, lengths):
-        number = tokens[:, 0].astype(jnp.float32)
-        return self._feature(number, towers + 1), jnp.broadcast_to(
-            number[:, None, None], (*tokens.shape, 1)
-        )
-
-    def match(self, image_tokens, states, lengths):
-        return -jnp.abs(image_tokens[:, :1, 0] - states[:, :, 0, 0])
-
-
-def config_of(**changes):
-    config = base.paper("tiny")
-    config.update_from_flattened_dict(
-        {
-            "model.image.size_px": SIDE,
-            "model.text.max_tokens": TOKENS,
-            "evaluation.batch": 8,
-            "evaluation.rerank_top_k": 7,
-        }
-        | changes
-    )
-    return config
-
-
-def evaluate(source, *, noise=0.3, rerank=True, images=0, cosine_weight=0.0, **changes):
-    mesh = sharding.make_mesh(-1, 1, 1)
-    oracle = Oracle(mesh, noise)
-    return retrieval.evaluate(
-        oracle,
-        {"student": 0.0, "teacher": 2.0},
-        source,
-        Digits(),
-        config_of(**changes),
-        images=images,
-        scoring=Scoring(oracle.match, cosine_weight) if rerank else None,
-    )
 
 
 def recalls(values):
@@ -143,6 +60,12 @@ def test_the_rest_keeps_the_order_of_the_dual_encoder_below_the_candidates():
 def test_no_number_depends_on_how_the_source_is_cut_into_batches(batch):
     expected = evaluate(Numbers(37))
     assert evaluate(Numbers(37), **{"evaluation.batch": batch}) == expected
+
+
+def test_no_number_depends_on_how_many_scores_are_compared_at_once(monkeypatch):
+    expected = evaluate(Numbers(37))
+    monkeypatch.setattr(recall, "CELLS_AT_ONCE", 128)
+    assert evaluate(Numbers(37)) == expected
 
 
 def test_pairs_are_scored_one_by_one_whatever_row_they_stand_in():
@@ -195,3 +118,59 @@ def test_only_as_many_images_as_asked_are_read():
     assert (values["images"], values["images_listed"]) == (10, 37)
     assert retrieval.format_table(results).startswith("10 of 37 images")
     assert jax.device_count() == 8  # rows were padded over eight devices all along
+
+
+class Table:
+    """Features and tokens from tables of random numbers; pairs are scored by a bilinear form."""
+
+    def __init__(self, count, seed=0):
+        rng = np.random.default_rng(seed)
+        self.mesh = sharding.make_mesh(-1, 1, 1)
+        shapes = {"image": (count, 7), "text": (count, 7), "patches": (count, 3, 5)}
+        shapes |= {"states": (count, TOKENS, 5), "form": (5, 5)}
+        self.of = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        for side in ("image", "text"):
+            self.of[side] /= np.linalg.norm(self.of[side], axis=1, keepdims=True)
+        self.of["text"] = 0.3 * self.of["image"] + 0.7 * self.of["text"]
+        self.single = {name: jnp.float32(array) for name, array in self.of.items()}
+
+    def encode_images(self, towers, images):
+        number = images[:, 0, 0, 0].astype(int)
+        return self.single["image"][number], self.single["patches"][number]
+
+    def encode_texts(self, towers, tokens, lengths):
+        return self.single["text"][tokens[:, 0]], self.single["states"][tokens[:, 0]]
+
+    def match(self, tokens, states, lengths):
+        products = (tokens.mean(axis=1), self.single["form"], states.mean(axis=2))
+        return jnp.einsum("rw,wv,rtv->rt", *products, precision="highest")
+
+    def scores(self, cosine_weight):
+        """Of all images and texts, in float64, and the cosines alone."""
+        image, text = self.of["patches"].mean(axis=1), self.of["states"].mean(axis=1)
+        cosines = self.of["image"] @ self.of["text"].T
+        return image @ self.of["form"] @ text.T + cosine_weight * cosines, cosines
+
+
+def test_all_pairs_re_ranked_are_those_that_float64_sorts():
+    source, table = Numbers(41, broken=(3, 40)), Table(41)
+    results = retrieval.evaluate(
+        table,
+        {"student": 0.0},
+        source,
+        Digits(),
+        config_of(**{"evaluation.rerank_top_k": 1000}),
+        images=0,
+        scoring=Scoring(table.match, 0.5),
+    )
+    images = [at for at in range(41) if at not in source.broken]
+    texts = [at for at in images for _ in range(1 + at % 2)]
+    for protocol, scores in zip(("reranked", "dual"), table.scores(0.5), strict=True):
+        scores, found = scores[np.ix_(images, texts)], results[f"student/{protocol}"]
+        own = np.array(images)[:, None] == np.array(texts)
+        for side, ranked, right in (("txt", scores, own), ("img", scores.T, own.T)):
+            best = np.where(right, ranked, -np.inf).max(axis=1, keepdims=True)
+            above = (ranked > best).sum(axis=1)
+            for k in (1, 5, 10):
+                assert found[f"{side}_r{k}"] == pytest.approx(100 * np.mean(above < k))
+    assert recalls(results["student/reranked"]) != recalls(results["student/dual"])
