@@ -237,7 +237,8 @@ def build_trained(
     asked = config is not None
     if asked:
         check_fields(config)
-    config = records.trained_config(workdir, record, config, flags)
+    adopts = task_class(records.recorded_config(record)).adopts
+    config = records.trained_config(workdir, record, config, flags, adopts)
     trained = sharding.axes_of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=asked)
     config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)

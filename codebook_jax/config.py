@@ -246,6 +246,7 @@ VQA = {
     "vqa.method": Field(one_of("rank", "generate"), FREE),
 }
 LABELS = {"labels.names": Field(TEXTS, FIXED)}
+FROM_DATA = ("vqa.candidates", "labels.names")  # filled in at the start if they are empty
 # The fields of sequences: some of those, and how steps are aligned.
 SEQUENCES = {
     name: field

@@ -120,7 +120,7 @@ class Run:
         steps = self.config.train.steps
         if self.step >= steps:
             say(f"step {self.step:,} of {steps:,} is reached: raise config.train.steps to go on")
-        if self.evaluation_due() if self.step else self.fine_tunes:
+        if self.step < steps and (self.evaluation_due() if self.step else self.fine_tunes):
             self.evaluate()  # unless the last start did
         self.loop()
         self.agree()
@@ -156,7 +156,8 @@ class Run:
                 self.step += 1
                 self.settle()
                 self.pending = self.step, scalars, placed.example, totals
-                due = self.evaluation_due()
+                # the last step is evaluated by `finish`, after the weights between start and end
+                due = self.evaluation_due() and self.step < self.config.train.steps
                 if due or self.step % self.config.checkpoint.every_steps == 0:
                     self.settle()
                     self.save()

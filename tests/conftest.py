@@ -95,3 +95,31 @@ def straight(one_device_environment, tmp_path_factory):
     done = ran(command(workdir), one_device_environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(workdir=workdir, said=done.stdout, progress=done.stderr)
+
+
+@pytest.fixture(scope="session")
+def pretrained(straight, tmp_path_factory):
+    """The export of `straight`, with its teacher."""
+    import shutil
+
+    from small_finetune import exported
+    from small_run import config_of
+
+    workdir = tmp_path_factory.mktemp("pretrained") / "run"
+    shutil.copytree(straight.workdir, workdir)
+    exported(workdir, config_of(**{"export.teacher": True}))
+    return workdir / "export"
+
+
+@pytest.fixture(scope="module")
+def one_device_for_all(one_device_environment):
+    """`one_device` for a whole module."""
+    import jax
+    from small_finetune import on_one_device
+
+    cache = "jax_compilation_cache_dir"
+    before = getattr(jax.config, cache)
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_device(patch, one_device_environment["JAX_COMPILATION_CACHE_DIR"])
+        yield
+    jax.config.update(cache, before)

@@ -29,7 +29,7 @@ class OneWeight:
 
     checkpoint_items = staticmethod(Pretraining.checkpoint_items)
     cautions = staticmethod(lambda config: [])
-    stories = False
+    reads = "pairs"
 
     def __init__(self, world=None):
         self.world = world

@@ -32,7 +32,7 @@ from codebook_jax.report.stories import aligned_stories
 from codebook_jax.run import metrics
 from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints
-from codebook_jax.tasks.grounding import Pairs
+from codebook_jax.tasks.grounding import pairs_of
 
 MOST_IMAGES = 1000  # of the test data
 
@@ -191,7 +191,7 @@ def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dic
     student = restored.state.student
     spec = config.data.test or config.data.eval
     source = source_of(config, spec, "test", kind=parts.task.reads, also=parts.task.evaluates)
-    source = Pairs(source) if source.kind == "expressions" else source
+    source = pairs_of(source) if source.kind == "expressions" else source
     seen = {"step": restored.step, "data": spec}
     seen |= {"stories": None, "explained": None, "codebook": None}
     if parts.task.reads == "stories":

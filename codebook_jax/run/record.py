@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,12 @@ def trained_config(
     record: dict[str, Any],
     config: ml_collections.ConfigDict | None,
     flags: Container[str] | None = None,
+    adopts: Sequence[str] = (),
 ) -> ml_collections.ConfigDict:
     """The run's own config, except where `config` changes how a trained run is used; raises
     UserError if it asks for another model. A config file names data of its own: if `flags`, the
-    fields set by flags, are given, the run's data settings stay unless they are among them.
+    fields set by flags, are given, the run's data settings stay unless they are among them. What
+    the run took from its weights, `adopts` and the layer norms' epsilon, and from its data stays.
     """
     trained = recorded_config(record)
     if trained.evaluation.get("rerank_add_dual", False):
@@ -97,8 +99,12 @@ def trained_config(
     if config is None:
         return trained
     changes = changed_fields(trained.to_dict(), config.to_dict())
-    if trained.init != "random":  # its layer norms came with the weights
-        changes = {name: pair for name, pair in changes.items() if "layer_norm_eps" not in name}
+    if trained.init != "random":
+        own = lambda name: name in adopts or "layer_norm_eps" in name  # noqa: E731
+        changes = {name: pair for name, pair in changes.items() if not own(name)}
+    for name in fields.FROM_DATA:
+        if name in changes and not changes[name][1]:  # not filled in
+            del changes[name]
     named = changes if flags is None else flags
     other, uses = [], {}
     for name, (old, new) in changes.items():

@@ -326,12 +326,24 @@ class Finetuning(Task):
         return self.predicted(self.network(student), self.pixels(images), tokens, lengths)
 
 
-def without_answers(found: Predicted, named: str, **files: Any) -> Evaluation:
+def without_answers(found: Predicted, named: str, **more: Any) -> Evaluation:
     """The evaluation of examples whose answers nobody knows."""
     count = {"examples": float(len(found.examples))}
     sentence = f"{len(found.examples):,} {named} without known answers: predictions alone"
     options = dict(score=math.nan, metric="nothing", summary=sentence, table=sentence)
-    return Evaluation({"student": count}, {}, **options, **files)
+    return Evaluation({"student": count}, {}, **options, **more)
+
+
+def why_unwritten(found: Predicted, name: str) -> str:
+    """A sentence on the submission `name`, which needs an answer to every example; empty if all
+    have one.
+    """
+    if not found.left_out:
+        return ""
+    return (
+        f"{name} is not written, since it must answer every example and the pictures of "
+        f"{found.left_out:,} cannot be read: restore them and evaluate again"
+    )
 
 
 def scalars_of(figures: Mapping[str, float]) -> dict[str, float]:

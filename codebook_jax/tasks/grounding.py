@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.sources import Record, Source
+from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.tasks.pretrain import Pretraining
 from codebook_jax.tasks.task import ARCHITECTURE
@@ -25,16 +26,22 @@ class Grounding(Pretraining):
         self, source: Source, tokenizer: Tokenizer, *, start_step: int, workers: int
     ) -> AbstractContextManager[Iterator[Batch]]:
         """As of pairs of a picture and an expression."""
-        pairs = Pairs(source)
+        pairs = pairs_of(source)
         return super().batches(pairs, tokenizer, start_step=start_step, workers=workers)
 
 
-class Pairs(Source):
+def pairs_of(source: Source) -> Source:
+    """Expressions as captions of their pictures; a mixture keeps its weights."""
+    if isinstance(source, Mixture):
+        return Mixture([pairs_of(part) for part in source.sources], source.weights)
+    return _Pairs(source)
+
+
+class _Pairs(Source):
     """Expressions as captions of their pictures."""
 
     def __init__(self, source: Source) -> None:
-        self._source, self.form, self.place = source, source.form, source.place
-        self.listed, self.left_out = source.listed, source.left_out
+        self._source, self.listed, self.left_out = source, source.listed, source.left_out
 
     def __len__(self) -> int:
         return len(self._source)

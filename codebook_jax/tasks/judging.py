@@ -51,8 +51,10 @@ def labels(found: Found) -> Evaluation:
 def expressions(found: Found) -> Evaluation:
     """Of expressions found in their pictures."""
     figures, table = found
-    accuracy = figures.get("accuracy", figures["pointing"])
-    return _single(figures | {"accuracy": accuracy}, table, table.splitlines()[-1], "grounding")
+    names = ("accuracy", "chance") if "accuracy" in figures else ("pointing", "pointing_chance")
+    accuracy, chance = (figures[name] for name in names)
+    summary = f"accuracy {accuracy:.2f} % (chance {chance:.2f} %)"
+    return _single(figures | {"accuracy": accuracy}, table, summary, "grounding")
 
 
 def _single(figures: dict[str, float], table: str, summary: str, protocol: str) -> Evaluation:

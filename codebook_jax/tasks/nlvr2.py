@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, Key
 
 from codebook_jax.data.batch import Batch
 from codebook_jax.data.pipeline import BatchSpec
+from codebook_jax.data.sources import Example, Source
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.evaluation import comparisons
 from codebook_jax.evaluation.predicting import Predicted
@@ -25,8 +27,10 @@ from codebook_jax.evaluation.submissions import write_comparisons
 from codebook_jax.models.finetuned import LABELS
 from codebook_jax.tasks.classifying import Classifying
 from codebook_jax.tasks.draws import augmented
-from codebook_jax.tasks.finetune import Finetuning, Rows, scalars_of
+from codebook_jax.tasks.finetune import FinetuneState, Finetuning, Rows, scalars_of, why_unwritten
 from codebook_jax.tasks.task import Evaluation, Task
+
+SUBMISSION = "nlvr2_predictions.csv"
 
 
 class Comparing(Classifying):
@@ -43,6 +47,7 @@ class Comparing(Classifying):
     def judged(self, found: Predicted, tokenizer: Tokenizer) -> Evaluation:
         """Accuracy and consistency."""
         judged = super().judged(found, tokenizer)
+        judged = judged._replace(unwritten=why_unwritten(found, SUBMISSION))
         references = {each.key: each.answers[0] for each in found.examples if each.answers}
         if not references:
             return judged
@@ -62,7 +67,7 @@ class Comparing(Classifying):
         known = [each.key for each in found.examples]
         answers = [(key, self.answer(found, at).capitalize()) for at, key in enumerate(known)]
         write = functools.partial(write_comparisons, answers=answers, known=known)
-        return (("nlvr2_predictions.csv", write),) if not found.left_out else ()
+        return ((SUBMISSION, write),) if not found.left_out else ()
 
 
 class TextAssignment(Comparing):
@@ -77,6 +82,14 @@ class TextAssignment(Comparing):
     def batch_spec(self) -> BatchSpec:
         """What this process's rows of a batch hold: pairs."""
         return Task.batch_spec(self)
+
+    def evaluate(
+        self, state: FinetuneState, source: Source, tokenizer: Tokenizer, **options: Any
+    ) -> Evaluation:
+        """Predicts and judges texts of pairs with pictures of those that follow."""
+        return super().evaluate(state, _Assigned(source, self.labels), tokenizer, **options)
+
+    judged, files = Classifying.judged, Classifying.files  # no statements are compared
 
     def draw(self, batch: Batch, key: Key[Array, ""]) -> Rows:
         """Each text with two pictures: its own and the next row's in either order, or the next two
@@ -93,3 +106,41 @@ class TextAssignment(Comparing):
         left = jnp.where(first, image, following)
         right = jnp.where(second, image, jnp.where(first, following, after))
         return Rows(jnp.stack([left, right], axis=1), batch.tokens, batch.text_length, label)
+
+
+class _Assigned(Source):
+    """Each text of a source of pairs with two pictures, and which of them is its own: the labels in
+    turn; the other pictures are those of the next pairs.
+    """
+
+    def __init__(self, source: Source, labels: Sequence[str]) -> None:
+        self._source, self._labels = source, labels
+        self.listed, self.left_out = source.listed, source.left_out
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        count = len(self)
+        own, following, after = (self._source[(index + by) % count] for by in range(3))
+        of_label = ((own, following), (following, own), (following, after))
+        number = index % len(of_label)
+        return Example(
+            images=tuple(record.image for record in of_label[number]),
+            text=own.captions[0],
+            answers=(self._labels[number],),
+            key=self.name(index),
+            image_id=own.image_id,
+        )
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+    def __repr__(self) -> str:
+        return repr(self._source)

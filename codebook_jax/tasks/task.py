@@ -57,6 +57,7 @@ class Evaluation(NamedTuple):
     # Predictions that `--mode=eval` writes into the workdir: a name, and what writes that path and
     # returns a sentence on it.
     files: tuple[tuple[str, Callable[[Path], str]], ...] = ()
+    unwritten: str = ""  # why a submission is not among them; empty: it is, or there is none
 
 
 class Task(abc.ABC):

@@ -43,10 +43,12 @@ from codebook_jax.tasks.finetune import (
     Finetuning,
     Rows,
     scalars_of,
+    why_unwritten,
     without_answers,
 )
 from codebook_jax.tasks.task import Evaluation
 
+SUBMISSION = "vqa_result.json"
 LEAST_COVERED = 0.5  # share of the training answers that a list must have
 
 
@@ -164,10 +166,11 @@ class Answering(Finetuning):
                 "of its own, such as its number"
             )
         write = functools.partial(write_vqa, answers=list(answers.items()), known=list(answers))
-        files = (("vqa_result.json", write),) if not found.left_out else ()
+        files = ((SUBMISSION, write),) if not found.left_out else ()
+        options = {"files": files, "unwritten": why_unwritten(found, SUBMISSION)}
         references = {each.key: each.answers for each in found.examples if each.answers}
         if not references:
-            return without_answers(found, "questions", files=files)
+            return without_answers(found, "questions", **options)
         known = {key: answers[key] for key in references}
         report = vqa.report(known, references)
         figures = {
@@ -184,7 +187,7 @@ class Answering(Finetuning):
             summary=f"VQA accuracy {figures['accuracy']:.2f} % (always the best same answer "
             f"{figures['chance']:.2f} %) of {len(references):,} questions",
             table=vqa.format_table(report, known, references),
-            files=files,
+            **options,
         )
 
     @staticmethod

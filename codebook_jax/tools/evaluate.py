@@ -47,3 +47,5 @@ def evaluate(
         write_json(workdir / RESULTS, found.results)
         for name, write in found.files:
             say(write(workdir / name))
+    if found.unwritten:
+        say(found.unwritten)

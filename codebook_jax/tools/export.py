@@ -30,7 +30,7 @@ from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Restored
 from codebook_jax.run.ownership import owned
 from codebook_jax.weights import start as weights
-from codebook_jax.weights.load import FOLDER, FORMAT, MANIFEST, MEANS
+from codebook_jax.weights.load import FOLDER, FORMAT, LOADED, MANIFEST, MEANS
 from codebook_jax.weights.write import write_albef, write_huggingface
 
 FORMATS = {  # by config.export.format: the folder in the workdir, and how to load it
@@ -84,6 +84,8 @@ def export(
                 draft.rename(folder)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
+            if parts.config.task not in LOADED:
+                use = "start another task from it: --config.init=model:{folder}"
             say(use.format(folder=folder))
         _together("the export is in place")
 

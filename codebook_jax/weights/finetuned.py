@@ -17,7 +17,7 @@ from codebook_jax.method.numerics import own_settings
 from codebook_jax.models.answers import rank_answers
 from codebook_jax.models.finetuned import LABELS, Network
 from codebook_jax.weights.inputs import Picture, Pictures, Texts, picture_list, text_list
-from codebook_jax.weights.loaded import Loaded, chunks
+from codebook_jax.weights.loaded import Loaded, Tokenised, chunks
 
 
 class Labelled(NamedTuple):
@@ -69,9 +69,15 @@ class Finetuned(Loaded):
         """The program's outputs for texts and the images of each side, in chunks."""
         sides = tuple(_as_many(side, texts) for side in sides)
         texts = texts * len(sides[0]) if len(texts) == 1 else texts
-        tokens, lengths = self._tokenised(texts)
+        return self._run_on(self._tokenised(texts), *sides)
+
+    def _run_on(
+        self, tokenised: Tokenised, *sides: list[Picture]
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """The same for texts as tokens, and as many images."""
+        tokens, lengths = tokenised
         pictures = zip(*map(self._pixel_chunks, sides), strict=True)
-        for (rows, count), each in zip(chunks(len(texts)), pictures, strict=True):
+        for (rows, count), each in zip(chunks(len(tokens)), pictures, strict=True):
             images = np.stack([pixels for pixels, _ in each], axis=1)
             found = self._program(self._items["student"], images, tokens[rows], lengths[rows])
             yield jax.tree.map(lambda x: np.asarray(x)[:count], found)  # noqa: B023
@@ -142,10 +148,12 @@ class Labelling(Finetuned):
 
     def classify(self, images: Pictures) -> Labelled:
         """The probability of each label that the model has learned."""
-        pictures = picture_list(images)
-        texts = [""] * len(pictures)
-        found = self._run(texts, pictures)
-        return Labelled(tuple(self.config.labels.names), np.concatenate(list(found)))
+        pictures, names = picture_list(images), tuple(self.config.labels.names)
+        if not pictures:
+            raise UserError("there is nothing to do: give at least one image")
+        unread = np.zeros((len(pictures), 1), np.int32)
+        found = self._run_on((unread, np.ones(len(pictures), np.int32)), pictures)
+        return Labelled(names, np.concatenate(list(found)))
 
 
 # By config.task.

@@ -1,0 +1,168 @@
+"""Every downstream task from one pre-trained export and from random weights:
+`python benchmarks/downstream.py --export=runs/demo/export`.
+
+Every run is the ordinary command at size `tiny` on the built-in scenes, followed by --mode=eval on
+their test data. Without --export, the tiny model is pre-trained first, as `make demo` does. Figures
+go to `results/downstream.json`, the table into docs/finetuning.md, between its marks; a run that is
+in there already is not repeated unless you name its task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "downstream.json"
+PAGE = ROOT / "docs" / "finetuning.md"
+START, END = "<!-- downstream -->", "<!-- end of downstream -->"
+
+
+class Measured(NamedTuple):
+    """What the table says of a task."""
+
+    config: str
+    figures: dict[str, str]  # of eval.json, "protocol figure", and their names in the table
+    chance: str  # the figure that guessing reaches; empty: it is in the name
+    fields: tuple[str, ...] = ()
+
+
+TASKS = {
+    "retrieval": Measured(
+        "retrieval",
+        {"student/dual txt_r1": "R@1 image to text", "student/reranked txt_r1": "re-ranked"},
+        "student/dual chance_r1",
+    ),
+    "vqa": Measured("vqa", {"student accuracy": "VQA accuracy"}, "student chance"),
+    "nlvr2": Measured(
+        "nlvr2",
+        {"student accuracy": "accuracy", "student consistency": "consistency"},
+        "student chance_uniform",
+    ),
+    "entailment": Measured(
+        "entailment", {"student accuracy": "accuracy"}, "student chance_uniform"
+    ),
+    "grounding": Measured(
+        "grounding",
+        {"grounding accuracy": "boxes", "grounding pointing": "pointing"},
+        "grounding chance",
+    ),
+    "labels": Measured("labels", {"student accuracy": "linear probe"}, "student chance_uniform"),
+}
+ZERO_SHOT = {
+    "labels by prompts": ("scenes:labels", "zero_shot accuracy", "zero_shot chance_uniform"),
+    "grounding, not fine-tuned": ("scenes:expressions", "grounding accuracy", "grounding chance"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--export", type=Path, help="of a tiny model of pre-training")
+    parser.add_argument("--run", type=Path, help="its run, to evaluate it without fine-tuning")
+    parser.add_argument("--tasks", nargs="*", default=[], help=f"again: {', '.join(TASKS)}")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = options.run or Path(folder) / "pretrained"
+        if options.export is None:
+            base = ("--config=configs/base.py:tiny", f"--workdir={run}")
+            for mode in ((), ("--mode=export",)):
+                command(*(base if not mode else base[1:]), *mode)
+        export = (options.export or run / "export").absolute()
+        for name, task in TASKS.items():
+            for start in ("pre-trained", "random"):
+                if name in options.tasks or start not in found.get(name, {}):
+                    workdir = Path(folder) / f"{name}-{start}"
+                    own = finetuned(task, export, start, workdir, options.seed)
+                    found.setdefault(name, {})[start] = own
+                    keep(found)
+        for name, (data, figure, chance) in ZERO_SHOT.items():
+            if name not in found and (run / "config.json").exists():
+                command(f"--workdir={run}", "--mode=eval", *base_with(data))
+                results = json.loads((run / "eval.json").read_text())
+                found[name] = {"figure": at(results, figure), "chance": at(results, chance)}
+                keep(found)
+
+
+def base_with(data: str) -> tuple[str, ...]:
+    return "--config=configs/base.py:tiny", f"--config.data.test={data}"
+
+
+def finetuned(task: Measured, export: Path, start: str, workdir: Path, seed: int) -> dict[str, Any]:
+    """The figures on test data of a fine-tuning, and how long it took."""
+    init = f"model:{export}" if start == "pre-trained" else "random"
+    fields = [f"--config.init={init}", f"--config.seed={seed}"]
+    if start == "random":
+        fields.append(f"--config.data.tokenizer={export / 'tokenizer'}")
+    began = time.monotonic()
+    command(
+        f"--config=configs/finetune_{task.config}.py:tiny",
+        f"--workdir={workdir}",
+        *fields,
+        *(f"--config.{field}" for field in task.fields),
+    )
+    seconds = time.monotonic() - began
+    command(f"--workdir={workdir}", "--mode=eval")
+    results = json.loads((workdir / "eval.json").read_text())
+    figures = {title: at(results, figure) for figure, title in task.figures.items()}
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "figures": figures,
+        "chance": at(results, task.chance),
+        "seconds": round(seconds),
+        "steps": max(row["step"] for row in rows),
+    }
+
+
+def at(results: dict[str, dict[str, float]], figure: str) -> float:
+    protocol, name = figure.split()
+    return round(results[protocol][name], 1)
+
+
+def command(*flags: str) -> None:
+    """Runs the program; ends this one with what it said if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "codebook_jax.main", *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(flags)}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+
+
+def keep(found: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    lines = ["| task | figure, % | pre-trained | random weights | chance | steps | seconds |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in TASKS:
+        own, other = (found.get(name, {}).get(start) for start in ("pre-trained", "random"))
+        for title, value in (own or {"figures": {}})["figures"].items():
+            beside = f"{other['figures'][title]:.1f}" if other else ""
+            first = title == next(iter(own["figures"]))
+            tail = (
+                f"{own['chance']:.1f} | {own['steps']:,} | {own['seconds']}" if first else " | | "
+            )
+            lines.append(f"| {name if first else ''} | {title} | {value:.1f} | {beside} | {tail} |")
+    for name in ZERO_SHOT:
+        if name in found:
+            own = found[name]
+            lines.append(
+                f"| {name} | accuracy | {own['figure']:.1f} | | {own['chance']:.1f} | 0 | |"
+            )
+    print("\n".join(lines), flush=True)
+    if PAGE.exists():
+        before, _, rest = PAGE.read_text().partition(START)
+        _, _, after = rest.partition(END)
+        PAGE.write_text(f"{before}{START}\n\n" + "\n".join(lines) + f"\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
