@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from codebook_jax.data.sources.mixture import Mixture
 from codebook_jax.data.sources.record import sample_captions
 from codebook_jax.data.text import SAMPLED, said_unknown, unknown_in
 from codebook_jax.parallel import sharding
+from codebook_jax.tasks.task import Evaluation
 
 
 def announce(parts: build.Parts) -> None:
@@ -68,6 +70,26 @@ def next_steps(step: int, workdir: Path) -> str:
     lines = [f"  {name:6}  {modes.command_line(name, workdir)}" for name in uses]
     first = f"{workdir} holds the model of step {step:,}; what you can do with it:"
     return "\n".join([first, *lines])
+
+
+def below_start(config: ml_collections.ConfigDict, found: Evaluation, start: float) -> str:
+    """A warning about a validation worse than that before the first step."""
+    rate, batch = config.optimizer.learning_rate, config.data.global_batch
+    return (
+        f"warning: the {found.metric} is {found.score:.2f}, below the {start:.2f} before the first "
+        f"step: likely causes are a learning rate too high (now {rate:g}), a batch too small (now "
+        f"{batch}), or wrong labels or image ids in the data"
+    )
+
+
+def best_between(curve: Mapping[float, float]) -> str:
+    """The scores of weights between the first and the last ones, by the share of the way, and what
+    to do with the best.
+    """
+    best = max(curve, key=curve.__getitem__)
+    points = ", ".join(f"{share:g}: {score:.2f}" for share, score in sorted(curve.items()))
+    use = f": export it with --config.export.between={best:g}" if 0 < best < 1 else ""
+    return f"weights between start and end: {points}; the best share is {best:g}{use}"
 
 
 def amount(source: Source, global_batch: int, steps: int) -> list[str]:

@@ -127,7 +127,9 @@ class Run:
         self.save_newest()
         between = self.try_between()
         self.evaluate()
-        self.report_between(between)
+        if between and self.step in self.checkpoints.scores:
+            ends = {0.0: self.checkpoints.scores[0], 1.0: self.checkpoints.scores[self.step]}
+            say(summary.best_between(ends | between))
         self.checkpoints.wait()
         if self.stopping:
             saved = [f"saved step {step:,}" for step in self.checkpoints.steps()]
@@ -278,7 +280,7 @@ class Run:
         began = time.monotonic()
         try:
             with self.pace.paused():
-                found = self.validate(self.state)
+                found = self.validate(self.state, final=self.step >= self.config.train.steps)
         except Interrupted:
             return
         seconds = time.monotonic() - began
@@ -288,23 +290,17 @@ class Run:
         rank = "the best so far" if best == self.step else f"the best is still step {best}"
         rank = rank if self.step else "before the first step"
         say(f"validation at step {self.step:,}: {found.summary}; {rank}")
-        start = self.checkpoints.scores.get(0, -math.inf)
-        if found.score < start:
-            rate, batch = self.config.optimizer.learning_rate, self.config.data.global_batch
-            say(
-                f"warning: the {found.metric} is {found.score:.2f}, below the {start:.2f} before "
-                f"the first step: likely causes are a learning rate too high (now {rate:g}), a "
-                f"batch too small (now {batch}), or wrong labels or image ids in the data"
-            )
+        if found.score < (start := self.checkpoints.scores.get(0, -math.inf)):
+            say(summary.below_start(self.config, found, start))
 
-    def validate(self, state: Any) -> Evaluation:
+    def validate(self, state: Any, *, final: bool) -> Evaluation:
         """What a state is worth on validation data; raises Interrupted."""
         return self.parts.task.evaluate(
             state,
             self.parts.validation,
             self.parts.tokenizer,
             images=build.validation_images(self.config),
-            final=self.step >= self.config.train.steps,
+            final=final,
             progress=self.interrupt,
         )
 
@@ -322,25 +318,12 @@ class Run:
             mixed = build.between(task, start, getattr(self.state, name), share)
             try:
                 with self.pace.paused():
-                    found = self.validate(self.state.replace(**{name: mixed}))
+                    found = self.validate(self.state.replace(**{name: mixed}), final=False)
             except Interrupted:
                 return {}
             scores[share] = found.score
             self.metrics.write(self.step, {"between/share": share, "between/score": found.score})
         return scores
-
-    def report_between(self, between: Mapping[float, float]) -> None:
-        """Prints the scores of `try_between` between those of the start and the end."""
-        scores = self.checkpoints.scores
-        if not between or not {0, self.step} <= scores.keys():
-            return
-        curve = {0.0: scores[0], **between, 1.0: scores[self.step]}
-        best = max(curve, key=curve.__getitem__)
-        points = ", ".join(f"{share:g}: {score:.2f}" for share, score in sorted(curve.items()))
-        say(
-            f"weights between start and end, by the share of the way: {points}; the best is "
-            f"{best:g}" + f": export it with --config.export.between={best:g}" * (0 < best < 1)
-        )
 
     def interrupt(self, what: str, done: int, of: int) -> None:
         """Called between two batches of an evaluation: raises Interrupted on all processes."""
