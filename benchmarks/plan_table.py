@@ -47,8 +47,8 @@ def planned(*flags: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
         command = [sys.executable, "-m", "codebook_jax.main", "--mode=plan", f"--plan.json={out}"]
-        command.append("--config.model.remat=blocks")  # the same operations on every chip
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=ROOT)
+        command += [*flags, "--config.model.remat=blocks"]  # the same operations on every chip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             sys.exit(f"{' '.join(flags)}\n{done.stderr[-3000:]}")
         return json.loads(out.read_text())

@@ -70,3 +70,11 @@ def test_two_processes_take_their_steps_in_turn(train_step, tmp_path):
         both = [(ours(), theirs()) for _ in range(3)]
     assert taken.read_text() == "ababab"
     assert all(found["s"] >= 0 and found["cpu_s"] >= 0 for pair in both for found in pair)
+
+
+@pytest.mark.slow
+def test_the_table_of_plans_plans(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    planned = importlib.import_module("plan_table").planned
+    chip = ("--plan.chip=v5p", "--plan.devices=1")
+    assert planned("--config=configs/paper.py:tiny", *chip)["compile_s"] > 0
