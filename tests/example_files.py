@@ -111,3 +111,17 @@ def write_all(folder):
         "expressions": [f"grounding:{folder}/refs.json?detections={folder}/dets.json"],
         "labels": [f"folders:{folder}/classes"],
     }
+
+
+def write_karpathy(folder):
+    """Karpathy's splits of COCO with two captions a picture; their source."""
+    names = [f"COCO_val2014_{number:012}.jpg" for number in range(8)]
+    splits = ["train"] * 3 + ["restval"] + ["val"] * 2 + ["test"] * 2
+    images = [
+        {"filepath": "val2014", "filename": name, "split": split, "imgid": at, "cocoid": 7 * at}
+        | {"sentences": [{"raw": f"one cup {at}"}, {"raw": f"two cups {at}"}]}
+        for at, (name, split) in enumerate(zip(names, splits, strict=True))
+    ]
+    write(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    write_pictures(folder / "val2014", names)
+    return f"karpathy:{folder}/dataset_coco.json?image_root={folder}"

@@ -1,0 +1,59 @@
+"""Two real processes over gloo fine-tune as one process does on the same mesh."""
+
+import sys
+
+import numpy as np
+import pytest
+from small_finetune import main_flags, rows_of, saved
+from small_run import ran, together
+
+STEPS = 4
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_evaluate_and_answer_as_one(
+    pretrained, one_device_environment, tmp_path
+):
+    changes = {
+        "init": f"model:{pretrained}",
+        "train.steps": STEPS,
+        "data.global_batch": 8,
+        "data.flip": True,
+    }
+
+    def command(workdir, *more):
+        flags = main_flags("vqa", **changes)
+        return [sys.executable, "-m", "codebook_jax.main", *flags, f"--workdir={workdir}", *more]
+
+    def environment(devices):
+        virtual = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{one_device_environment['XLA_FLAGS']} {virtual}"
+        return one_device_environment | {"XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "1"}
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = ran(command(one), environment(4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    processes = together([command(two)] * 2, environment(2))
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    series = [
+        [[row["loss"], row["gradient_norm"]] for row in rows_of(workdir) if "loss" in row]
+        for workdir in (one, two)
+    ]
+    assert np.shape(series[0]) == (STEPS, 2)
+    np.testing.assert_allclose(series[1], series[0], rtol=1e-4)
+    scores = [
+        {row["step"]: row["eval/accuracy"] for row in rows_of(workdir) if "eval/accuracy" in row}
+        for workdir in (one, two)
+    ]
+    assert scores[0] == scores[1] and set(scores[0]) == {0, STEPS}
+    ours = saved(two, STEPS)
+    for name, array in saved(one, STEPS).items():
+        np.testing.assert_allclose(ours[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+    processes = together([command(two, "--mode=eval")] * 2, environment(2))
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    done = ran(command(one, "--mode=eval"), environment(4))
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = [(workdir / "vqa_result.json").read_text() for workdir in (one, two)]
+    assert answers[0] == answers[1]
