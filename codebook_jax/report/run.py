@@ -32,6 +32,7 @@ from codebook_jax.run import record as records
 from codebook_jax.run.checkpoint import Checkpoints
 
 MOST_IMAGES = 1000  # of the test data
+SHOWN = ("pairs", "stories")  # kinds of test data that the page shows
 
 
 def write_report(
@@ -74,7 +75,9 @@ def write_report(
         compared=config is not None,
     )
     if seen is None:
-        say("there is no checkpoint yet: the page shows only the curves")
+        shows = parts.task.reads in SHOWN and hasattr(parts.task, "model")
+        why = "there is no checkpoint yet:" if shows else f"of config.task={parts.config.task!r}"
+        say(f"{why} the page shows only the curves")
     say(f"report: {workdir / FILE}")
 
 
@@ -156,11 +159,11 @@ def what_is_seen(
 
 def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dict[str, Any] | None:
     """What the checkpoint best in validation sees in the test data; None before the first, and for
-    a task without towers.
+    a task without towers, or of what is not SHOWN.
     """
     config, model = parts.config, getattr(parts.task, "model", None)
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
-        if model is None or checkpoints.step_to_use() is None:
+        if model is None or parts.task.reads not in SHOWN or checkpoints.step_to_use() is None:
             return None
     restored = build.restore_trained(parts, workdir, ("student",))
     student = restored.state.student
