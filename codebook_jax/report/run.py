@@ -51,7 +51,8 @@ def write_report(
     record = records.read_record(workdir)
     healthy, sentence = choose(record, reference)
     pictures = Pictures()
-    seen = _see_test_data(parts, workdir, pictures)
+    only_curves = not _is_shown(parts)
+    seen = None if only_curves else _see_test_data(parts, workdir, pictures)
     if jax.process_index() != 0:
         return
     rows = metrics.read_rows(workdir / metrics.FILE)
@@ -69,14 +70,18 @@ def write_report(
         reference=sentence,
         verdicts=compared.sentences,
         seen=seen,
+        only_curves=only_curves,
         record=record,
         settings=flat(record["config"]),
         differs=changed_fields(config.to_dict(), record["config"]) if config else {},
         compared=config is not None,
     )
     if seen is None:
-        shows = parts.task.reads in SHOWN and hasattr(parts.task, "model")
-        why = "there is no checkpoint yet:" if shows else f"of config.task={parts.config.task!r}"
+        why = (
+            f"of config.task={parts.config.task!r}"
+            if only_curves
+            else "there is no checkpoint yet:"
+        )
         say(f"{why} the page shows only the curves")
     say(f"report: {workdir / FILE}")
 
@@ -157,13 +162,16 @@ def what_is_seen(
     }
 
 
+def _is_shown(parts: build.Parts) -> bool:
+    """Whether the page shows what a checkpoint of this task sees."""
+    return parts.task.reads in SHOWN and hasattr(parts.task, "model")
+
+
 def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dict[str, Any] | None:
-    """What the checkpoint best in validation sees in the test data; None before the first, and for
-    a task without towers, or of what is not SHOWN.
-    """
-    config, model = parts.config, getattr(parts.task, "model", None)
+    """What the checkpoint best in validation sees in the test data; None before the first."""
+    config, model = parts.config, parts.task.model
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
-        if model is None or parts.task.reads not in SHOWN or checkpoints.step_to_use() is None:
+        if checkpoints.step_to_use() is None:
             return None
     restored = build.restore_trained(parts, workdir, ("student",))
     student = restored.state.student

@@ -92,6 +92,7 @@ def page_of(path, rows, *, seen=None, pictures=None, result=None):
         "run.html",
         pictures or Pictures(),
         title="made up",
+        only_curves=False,
         facts=run.facts(rows, parameters=1_900_000),
         result=result,
         charts=curves(rows),

@@ -141,7 +141,8 @@ def test_its_report_shows_its_curves(run):
     with saying() as said:
         write_report(None, run.workdir)
     assert "report:" in said.getvalue() and "no checkpoint" not in said.getvalue()
-    assert "eval/" in (run.workdir / "report.html").read_text()
+    page = (run.workdir / "report.html").read_text()
+    assert "eval/" in page and "no checkpoint yet" not in page
 
 
 def test_its_export_has_the_verb_of_its_task(run):
