@@ -158,8 +158,7 @@ class Run:
                 self.step += 1
                 self.settle()
                 self.pending = self.step, scalars, placed.example, totals
-                # the last step is evaluated by `finish`, after the weights between start and end
-                due = self.evaluation_due() and self.step < self.config.train.steps
+                due = self.step < self.config.train.steps and self.evaluation_due()  # else: finish
                 if due or self.step % self.config.checkpoint.every_steps == 0:
                     self.settle()
                     self.save()

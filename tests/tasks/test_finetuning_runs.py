@@ -19,6 +19,7 @@ from small_finetune import (
     picture,
     rows_of,
     saved,
+    saying,
     trained,
 )
 from weight_file import assert_same
@@ -27,6 +28,7 @@ import codebook_jax
 from codebook_jax import build
 from codebook_jax.data.sources import open_source
 from codebook_jax.models.finetuned import LABELS
+from codebook_jax.report.run import write_report
 from codebook_jax.run.checkpoint import read_arrays
 
 QUICK = ("entailment", "labels")
@@ -133,6 +135,14 @@ def test_its_predictions_cover_the_test_set(run):
         assert all(0 < row["probability"] <= 1 for row in rows)
         labels = {row["label"] for row in rows}
         assert run.task == "labels" or labels <= set(LABELS[run.task])
+
+
+def test_its_report_shows_its_curves(run):
+    with saying() as said:
+        write_report(None, run.workdir)
+    assert "report:" in said.getvalue() and "no checkpoint" not in said.getvalue()
+    page = (run.workdir / "report.html").read_text()
+    assert "eval/" in page and "no checkpoint yet" not in page
 
 
 def test_its_export_has_the_verb_of_its_task(run):
