@@ -160,7 +160,7 @@ def measure(keep: str, images: int, options: argparse.Namespace) -> dict[str, di
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         cache = Cache(Path(place), "") if keep == "files" else None
         books = Bookkeeping(progress, cache)
-        towers = {"student": ()}
+        towers = {"student": (), "teacher": ()}
         retrieval.evaluate(
             noise, towers, source, source, config, images=0, scoring=Scoring(match), books=books
         )
