@@ -35,17 +35,17 @@ from codebook_jax.models import codis
 from codebook_jax.parallel import sharding
 from configs import base
 
-SIDE, PATCHES, WIDTH, CAPTIONS = 16, 577, 768, 5
+SIDE, WIDTH, CAPTIONS = 16, 768, 5
 FIELDS = {
     "model.image.size_px": SIDE,
     "model.image.width": WIDTH,
     "model.image.heads": 12,
     "model.image.depth": 1,
-    "model.text.width": 32,
-    "model.text.heads": 2,
+    "model.text.width": 16,
+    "model.text.heads": 1,
     "model.text.depth": 1,
     "model.text.fusion_depth": 1,
-    "model.text.max_tokens": 12,
+    "model.text.max_tokens": 6,
     "model.dim": 256,
 }
 
@@ -73,10 +73,11 @@ class Numbers:
 class Noise:
     """Towers that answer with noise, the same for the same number."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, patches: int) -> None:
         self.mesh = sharding.make_mesh(-1, 1, 1)
         tile = functools.partial(jax.random.normal, jax.random.key(0), dtype=jnp.bfloat16)
-        image, text = tile((PATCHES, WIDTH)), tile((FIELDS["model.text.max_tokens"], width))
+        text_shape = FIELDS["model.text.max_tokens"], FIELDS["model.text.width"]
+        image, text = tile((patches, WIDTH)), tile(text_shape)
 
         def outputs(
             tokens: jax.Array, seed: int, numbers: jax.Array
@@ -99,38 +100,40 @@ class Noise:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs="*", default=[1000, 5000])
-    parser.add_argument("--top-k", type=int, default=64, help="candidates to re-rank; COCO: 256")
+    parser.add_argument("--top-k", type=int, default=16, help="candidates to re-rank; ALBEF: 256")
+    parser.add_argument("--patches", type=int, default=577, help="tokens of an image")
     parser.add_argument("--keep", nargs="*", default=["files", "memory"])
     parser.add_argument("--folder", default=".", help="for the files, removed at the end")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         keep, images = options.one
-        print(json.dumps(measure(keep, int(images), options.top_k, options.folder)))
+        print(json.dumps(measure(keep, int(images), options)))
         return
-    shared = [f"--top-k={options.top_k}", f"--folder={options.folder}"]
     for keep in options.keep:
-        rows = [
-            run_alone(__file__, ["--one", keep, str(images), *shared]) for images in options.images
-        ]
-        table(f"tokens in {keep}, the best {options.top_k} re-ranked", options.images, rows)
+        rows = [run_alone(__file__, [*sys.argv[1:], "--one", keep, str(n)]) for n in options.images]
+        head = f"{options.patches} tokens an image in {keep}, the best {options.top_k} re-ranked"
+        table(head, options.images, rows)
 
 
 def table(head: str, images: list[int], rows: list[dict[str, Any]]) -> None:
-    """Prints seconds and peak memory of every stage, and how they grow from first to last size."""
-    sizes = "".join(f"{f'{n:,} x {n * CAPTIONS:,}':>20}" for n in images)
-    print(f"{head}\n{'':12}{sizes}{'growth':>16}")
+    """Prints what every stage took, and how that grows from the first size to the last."""
+    sizes = "".join(f"{f'{n:,} x {n * CAPTIONS:,}':>29}" for n in images)
+    print(f"{head}\n{'':12}{sizes}{'growth':>24}")
     for name in rows[0]:
-        cells = "".join(f"{row[name]['s']:>9.1f} s{row[name]['mb']:>6,.0f} MB" for row in rows)
-        grown = [rows[-1][name][unit] / max(rows[0][name][unit], 1e-9) for unit in ("s", "mb")]
-        print(f"{name:12}{cells}{grown[0]:>7.1f} x{grown[1]:>5.1f} x", flush=True)
+        cells = "".join(
+            "{s:>8.1f} s{cpu:>7.1f} CPU{mb:>6,.0f} MB".format(**row[name]) for row in rows
+        )
+        first, last = rows[0][name], rows[-1][name]
+        grown = "".join(f"{last[unit] / max(first[unit], 1e-9):>6.1f} x" for unit in first)
+        print(f"{name:12}{cells}{grown}", flush=True)
 
 
-def measure(keep: str, images: int, top_k: int, folder: str) -> dict[str, dict[str, float]]:
-    """Seconds and peak resident megabytes by stage, those before the evaluation as `start`."""
+def measure(keep: str, images: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds, those of the CPU, and peak resident megabytes, by stage; `start` is before all."""
     config = base.paper("tiny")
-    config.update_from_flattened_dict(FIELDS | {"evaluation.rerank_top_k": top_k})
-    noise, source = Noise(config.model.text.width), Numbers(images)
+    config.update_from_flattened_dict(FIELDS | {"evaluation.rerank_top_k": options.top_k})
+    noise, source = Noise(options.patches), Numbers(images)
     model = codis.Model(config, 8, noise.mesh)
     student = codis.init_student(config, 8, jax.random.key(1))
 
@@ -138,12 +141,13 @@ def measure(keep: str, images: int, top_k: int, folder: str) -> dict[str, dict[s
     def match(tokens: jax.Array, states: jax.Array, lengths: jax.Array) -> jax.Array:
         return model.match(student, tokens.astype(jnp.float32), states.astype(jnp.float32), lengths)
 
-    found, stage, began = {}, "start", time.perf_counter()
+    found, stage, began = {}, "start", (time.perf_counter(), time.process_time())
 
     def begin(name: str) -> None:
         nonlocal stage, began
-        now = time.perf_counter()
-        found[stage] = {"s": now - began, "mb": of_process("VmHWM") / 1e6}
+        now = time.perf_counter(), time.process_time()
+        taken = {"s": now[0] - began[0], "cpu": now[1] - began[1]}
+        found[stage] = taken | {"mb": of_process("VmHWM") / 1e6}
         stage, began = name, now
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
 
@@ -153,21 +157,20 @@ def measure(keep: str, images: int, top_k: int, folder: str) -> dict[str, dict[s
         elif done == total:
             begin(f"after {name}")
 
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
         cache = Cache(Path(place), "") if keep == "files" else None
         books = Bookkeeping(progress, cache)
-        towers = {"student": ()}
+        towers = {"student": (), "teacher": ()}
         retrieval.evaluate(
             noise, towers, source, source, config, images=0, scoring=Scoring(match), books=books
         )
     begin("")
-    after = {"after images": None, "after texts": "dual recall", "after pairs": "re-ranking"}
+    after = {"after images": None, "after texts": "dual ranks", "after pairs": "new ranks"}
     shown = {after.get(name, name): row for name, row in found.items()}
     shown.pop(None, None)
-    whole = {
-        "s": sum(row["s"] for row in found.values()),
-        "mb": max(r["mb"] for r in found.values()),
-    }
+    rows = found.values()
+    whole = {unit: sum(row[unit] for row in rows) for unit in ("s", "cpu")}
+    whole["mb"] = max(row["mb"] for row in rows)
     return shown | {"all": whole}
 
 

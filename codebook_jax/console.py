@@ -144,9 +144,8 @@ class Stages(contextlib.ExitStack):
     def __call__(self, unit: str, done: int, total: int) -> None:
         if unit != self._unit or done < self._done:
             self.close()
-            # what is done at the first call tells nothing about the pace
-            self._progress = self.enter_context(Progress(self._verb, unit, total, done=done))
-            self._unit, self._done = unit, done
+            self._progress = self.enter_context(Progress(self._verb, unit, total))
+            self._unit, self._done = unit, 0
         self._progress.advance(done - self._done)
         self._done = done
 

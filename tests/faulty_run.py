@@ -4,7 +4,8 @@ benchmarks/faults.py.
 FAULT in the environment is `KIND:PROCESS:STEP` (PROCESS * for all): before the batch after STEP the
 process is killed, loses a data worker (kill-worker), hangs (stop), does not get its batch (stuck)
 or fails (raise), from then on it is slow; its codebook is nan in STEP; its code is another from the
-start. The flags are those of codebook_jax.main.
+start. kill-evaluation: it is killed after STEP calls of an evaluation, each of which is recorded.
+The flags are those of codebook_jax.main.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def put(kind: str, step: int) -> None:
         workdir.code_digest = lambda: "other code"
     elif kind == "nan":
         _poison(step)
+    elif kind == "kill-evaluation":
+        _after_calls(step)
     else:
         _before_batches(lambda at: _act(kind, at, step))
 
@@ -79,6 +82,20 @@ def _before_batches(act: Callable[[int], None]) -> None:
             yield map(lambda batch: act(next(steps)) or batch, stream)
 
     build.batches = batches
+
+
+def _after_calls(count: int) -> None:
+    """Kills this process after so many calls of an evaluation."""
+    from codebook_jax.evaluation import stage
+
+    real, made = stage.Stage.write, itertools.count(1)
+
+    def write(*given: Any) -> None:
+        real(*given)
+        if next(made) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    stage.Stage.write, stage.RECORD_EVERY_S = write, 0.0
 
 
 def _poison(step: int) -> None:

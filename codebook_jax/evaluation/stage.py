@@ -114,7 +114,7 @@ class Stage:
         self.done = np.zeros(total, bool)
         self.notes: dict[int, Any] = {}  # of rows that are done
         self._unrecorded: tuple[list[int], list[Any]] = [], []
-        self._recorded_at, self._after = time.monotonic(), iter(())
+        self._recorded_at, self._after, self._left = time.monotonic(), iter(()), total
         shapes = {key: ((total, *array.shape[1:]), array.dtype) for key, array in like.items()}
         self.arrays: dict[str, Rows]
         if books.cache is None:
@@ -145,12 +145,11 @@ class Stage:
         for queue, part in each:
             call, row = np.divmod(np.arange(len(queue)), len(part))
             places[call, part[row]] = queue
-        before = total - len(left)
-        if before:
-            many, of = before * self._each, total * self._each
-            say(f"a stopped evaluation goes on: {many:,} of {of:,} {self._name} are done already")
-        self._after = iter((before + np.cumsum((places >= 0).sum(axis=1))).tolist())
-        self._tell(before)
+        if before := (total - len(left)) * self._each:
+            of = f"{total * self._each:,} {self._name}"
+            say(f"a stopped evaluation goes on: {before:,} of {of} are done already")
+        self._left, self._after = len(left), iter(np.cumsum((places >= 0).sum(axis=1)).tolist())
+        self._tell(0)
         return places[:, shares.own]
 
     def write(
@@ -169,13 +168,14 @@ class Stage:
             self._unrecorded[0].extend(rows.tolist())
             self._unrecorded[1].extend(notes)
             is_late = time.monotonic() - self._recorded_at >= RECORD_EVERY_S
-            if is_late or after == len(self.done):
+            if is_late or after == self._left:
                 self._record()
         self._tell(after)
 
     def _tell(self, done: int) -> None:
+        """How many are done since this start, of those that were left then."""
         if self._books.progress is not None:
-            self._books.progress(self._name, done * self._each, len(self.done) * self._each)
+            self._books.progress(self._name, done * self._each, self._left * self._each)
 
     def _remember(self, rows: list[int], notes: Sequence[Any]) -> None:
         self.done[rows] = True

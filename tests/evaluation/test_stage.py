@@ -72,9 +72,9 @@ def test_a_killed_evaluation_makes_only_what_was_missing(name, calls, tmp_path, 
     before = list(whole.made()).index(name)
     left = [0] * before + [whole.made()[name] - calls] + list(whole.made().values())[before + 1 :]
     assert list(watch.made().values()) == left
-    assert watch.told[name][0] == whole.told[name][calls]
-    assert sorted(source.read) == list(range(8 * calls if name == "images" else COUNT, COUNT))
     done, total = whole.told[name][calls], whole.told[name][-1]
+    assert watch.told[name][-1] == total - done
+    assert sorted(source.read) == list(range(8 * calls if name == "images" else COUNT, COUNT))
     assert f"goes on: {done} of {total} {name} are done already" in capsys.readouterr().out
 
 
@@ -103,7 +103,8 @@ def test_other_candidates_are_scored_anew(tmp_path):
     killed(tmp_path, "pairs", 1)
     more, watch = {"evaluation.rerank_top_k": 9}, Watch()
     assert evaluated(tmp_path, watch, **more) == evaluate(Numbers(COUNT), **more)
-    assert watch.made()["images"] == watch.made()["texts"] == watch.told["pairs"][0] == 0
+    assert watch.made()["images"] == watch.made()["texts"] == 0
+    assert watch.told["pairs"][-1] > 37 * 16
 
 
 def test_a_picture_that_was_mended_meanwhile_is_read(tmp_path):

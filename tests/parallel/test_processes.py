@@ -5,6 +5,7 @@ All have the same eight, four or two virtual devices on a mesh of data shards; m
 negatives from the same two groups, so the result does not depend on the split.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -103,6 +104,20 @@ def test_two_processes_learn_what_one_learns_on_the_same_mesh(undisturbed, of_tw
     assert " 8 devices (cpu), 2 processes" in of_two.said
     assert losses(of_two.workdir).shape == (STEPS, 3)
     np.testing.assert_allclose(losses(of_two.workdir), losses(undisturbed.workdir), rtol=1e-4)
+
+
+def test_two_processes_find_what_one_finds_in_a_gallery(of_two, environment):
+    asked = {"evaluation.images": 60, "evaluation.rerank_top_k": 4}
+    words = [*command(of_two.workdir, **CHANGES | asked), "--mode=eval"]
+    alone = ran(words, environment(8))
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    expected = json.loads((of_two.workdir / "eval.json").read_text())
+    (of_two.workdir / "eval.json").unlink()
+    codes, said = ends(together([words] * 2, environment(4)), limit_s=600)
+    assert codes == [0, 0], said
+    assert json.loads((of_two.workdir / "eval.json").read_text()) == expected
+    assert expected["student/reranked"]["images"] == 60
+    assert not (of_two.workdir / "cache").exists()
 
 
 def test_a_run_goes_on_with_fewer_and_more_devices_as_if_nothing_had_happened(
