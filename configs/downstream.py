@@ -16,10 +16,17 @@ _NOT_USED = ("losses", "alignment", "codebook", "queue", "itm", "mlm")
 
 
 def recipe(
-    size: str, *, batch: int, learning_rate: float, epochs: float, data: str
+    size: str,
+    *,
+    batch: int,
+    learning_rate: float,
+    epochs: float,
+    data: str,
+    tiny_rate: float = 2e-4,
 ) -> ml_collections.ConfigDict:
     """The unlocked config of pre-training in one size with what fine-tuning changes; raises
-    ValueError for a size that does not exist. `batch` is of all devices; ALBEF's is of each of 8.
+    ValueError for a size that does not exist. `batch` is of all devices;
+    ALBEF's is of each of 8. `tiny_rate` is the learning rate of `tiny`, ours, by validation.
     """
     config, tiny = _BASE["get_config"](size), size == "tiny"
     with config.unlocked():
@@ -28,11 +35,11 @@ def recipe(
         config.teacher.update(use=True, momentum=0.995, momentum_ramp=tiny, alpha=0.4)  # ALBEF
         config.optimizer.update(
             name="adamw",
-            learning_rate=5e-4 if tiny else learning_rate,
+            learning_rate=tiny_rate if tiny else learning_rate,
             learning_rate_ends=1e-6,  # ALBEF: of the cosine; its warm-up starts from 1e-5
             warmup_steps=20 if tiny else 1000,
         )
-        config.train.epochs = 2.0 if tiny else float(epochs)  # 0: train.steps counts
+        config.train.epochs = 4.0 if tiny else float(epochs)  # 0: train.steps counts
         config.data.update(
             train=data,
             eval=data,

@@ -13,7 +13,9 @@ _SHARED = runpy.run_path(str(Path(__file__).with_name("downstream.py")))
 
 def get_config(size: str = "base") -> ml_collections.ConfigDict:
     """The locked config of one size; raises ValueError for a size that does not exist."""
-    options = dict(batch=256, learning_rate=1e-5, epochs=5, data="scenes:expressions")  # ALBEF
+    options = dict(
+        batch=256, learning_rate=1e-5, epochs=5, data="scenes:expressions", tiny_rate=5e-5
+    )  # ALBEF
     config = _SHARED["of_pairs"](_SHARED["recipe"](size, **options), "grounding", top_k=0)
     config.data.crop_scale = (1.0, 1.0)  # ALBEF resizes: a crop may lose what is named
     return config.lock()

@@ -15,7 +15,9 @@ _SHARED = runpy.run_path(str(Path(__file__).with_name("downstream.py")))
 
 def get_config(size: str = "base") -> ml_collections.ConfigDict:
     """The locked config of one size; raises ValueError for a size that does not exist."""
-    options = dict(batch=256, learning_rate=1e-3, epochs=10, data="scenes:labels")  # ours
+    options = dict(
+        batch=256, learning_rate=1e-3, epochs=10, data="scenes:labels", tiny_rate=3e-2
+    )  # ours
     config = _SHARED["task"](_SHARED["recipe"](size, **options), "labels")
     with config.unlocked():
         config.labels = dict(names=())  # filled in at the start: all that training data have

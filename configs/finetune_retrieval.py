@@ -15,5 +15,5 @@ _SHARED = runpy.run_path(str(Path(__file__).with_name("downstream.py")))
 
 def get_config(size: str = "base") -> ml_collections.ConfigDict:
     """The locked config of one size; raises ValueError for a size that does not exist."""
-    options = dict(batch=256, learning_rate=1e-5, epochs=5, data="scenes")  # ALBEF
+    options = dict(batch=256, learning_rate=1e-5, epochs=5, data="scenes", tiny_rate=5e-5)  # ALBEF
     return _SHARED["of_pairs"](_SHARED["recipe"](size, **options), "retrieval", top_k=256).lock()

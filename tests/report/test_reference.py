@@ -313,7 +313,6 @@ def test_a_browser_draws_the_band_behind_the_curve(healthy, tmp_path):
         tmp_path / "report.html",
         "run.html",
         Pictures(),
-        only_curves=False,
         title="made up",
         facts=run.facts(rows, parameters=1),
         result=None,

@@ -101,7 +101,6 @@ def page_of(path, rows, *, seen=None, sees=True, pictures=None, result=None, sco
         "run.html",
         pictures or Pictures(),
         title="made up",
-        only_curves=False,
         facts=run.facts(rows, parameters=1_900_000),
         result=result,
         charts=curves(rows, scores=scores or {}),
