@@ -10,6 +10,7 @@ in there already is not repeated unless you name its task.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -30,30 +31,37 @@ class Measured(NamedTuple):
     config: str
     figures: dict[str, str]  # of eval.json, "protocol figure", and their names in the table
     chance: str  # the figure that guessing reaches; empty: it is in the name
-    fields: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()  # fields of a stage that comes first
 
 
 TASKS = {
+    "vqa": Measured("vqa", {"student accuracy": "VQA accuracy"}, "student chance"),
+    "entailment": Measured(
+        "entailment", {"student accuracy": "accuracy"}, "student chance_uniform"
+    ),
+    "labels": Measured("labels", {"student accuracy": "linear probe"}, "student chance_uniform"),
     "retrieval": Measured(
         "retrieval",
         {"student/dual txt_r1": "R@1 image to text", "student/reranked txt_r1": "re-ranked"},
         "student/dual chance_r1",
     ),
-    "vqa": Measured("vqa", {"student accuracy": "VQA accuracy"}, "student chance"),
     "nlvr2": Measured(
         "nlvr2",
         {"student accuracy": "accuracy", "student consistency": "consistency"},
         "student chance_uniform",
-    ),
-    "entailment": Measured(
-        "entailment", {"student accuracy": "accuracy"}, "student chance_uniform"
+        (
+            "task=text_assignment",
+            "data.train=scenes",
+            "data.eval=scenes",
+            "train.epochs=2",
+            "evaluation.between=()",
+        ),
     ),
     "grounding": Measured(
         "grounding",
         {"grounding accuracy": "boxes", "grounding pointing": "pointing"},
         "grounding chance",
     ),
-    "labels": Measured("labels", {"student accuracy": "linear probe"}, "student chance_uniform"),
 }
 ZERO_SHOT = {
     "labels by prompts": ("scenes:labels", "zero_shot accuracy", "zero_shot chance_uniform"),
@@ -76,13 +84,13 @@ def main() -> None:
             for mode in ((), ("--mode=export",)):
                 command(*(base if not mode else base[1:]), *mode)
         export = (options.export or run / "export").absolute()
-        for name, task in TASKS.items():
-            for start in ("pre-trained", "random"):
-                if name in options.tasks or start not in found.get(name, {}):
-                    workdir = Path(folder) / f"{name}-{start}"
-                    own = finetuned(task, export, start, workdir, options.seed)
-                    found.setdefault(name, {})[start] = own
-                    keep(found)
+        for name, start in itertools.product(TASKS, ("pre-trained", "random")):
+            task = TASKS[name]
+            if name in options.tasks or start not in found.get(name, {}):
+                workdir = Path(folder) / f"{name}-{start}"
+                own = finetuned(task, export, start, workdir, options.seed)
+                found.setdefault(name, {})[start] = own
+                keep(found)
         for name, (data, figure, chance) in ZERO_SHOT.items():
             if name not in found and (run / "config.json").exists():
                 command(f"--workdir={run}", "--mode=eval", *base_with(data))
@@ -101,13 +109,14 @@ def finetuned(task: Measured, export: Path, start: str, workdir: Path, seed: int
     fields = [f"--config.init={init}", f"--config.seed={seed}"]
     if start == "random":
         fields.append(f"--config.data.tokenizer={export / 'tokenizer'}")
-    began = time.monotonic()
-    command(
-        f"--config=configs/finetune_{task.config}.py:tiny",
-        f"--workdir={workdir}",
-        *fields,
-        *(f"--config.{field}" for field in task.fields),
-    )
+    began, config = time.monotonic(), f"--config=configs/finetune_{task.config}.py:tiny"
+    if task.before:
+        stage = f"--workdir={workdir}-before"
+        command(config, stage, *fields, *(f"--config.{field}" for field in task.before))
+        command(stage, "--mode=export")
+        fields[0] = f"--config.init=model:{workdir}-before/export"
+        fields = fields[:2]
+    command(config, f"--workdir={workdir}", *fields)
     seconds = time.monotonic() - began
     command(f"--workdir={workdir}", "--mode=eval")
     results = json.loads((workdir / "eval.json").read_text())
