@@ -39,7 +39,7 @@ def recipe(
             learning_rate_ends=1e-6,  # ALBEF: of the cosine; its warm-up starts from 1e-5
             warmup_steps=20 if tiny else 1000,
         )
-        config.train.epochs = 3.0 if tiny else float(epochs)  # 0: train.steps counts
+        config.train.epochs = 2.0 if tiny else float(epochs)  # 0: train.steps counts
         config.data.update(
             train=data,
             eval=data,

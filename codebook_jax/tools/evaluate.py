@@ -41,18 +41,15 @@ def evaluate(
     check_outputs(workdir, (RESULTS,), (CACHE,))
     images = max(0, config.evaluation.images) if config is not None else 0
     parts = build.build_trained(config, workdir, flags)
-    config = parts.config
-    restored = build.restore_trained(parts, workdir, parts.task.checkpoint_items().evaluated)
-    spec = config.data.test or config.data.eval
-    source = source_of(config, spec, "test", kind=parts.task.reads, also=parts.task.evaluates)
-    limited = 0 < images < len(source)
-    first = f", limited to the first {images} by config.evaluation.images" if limited else ""
-    say(f"test data {spec}: {len(source):,} {source.evaluated}{first}")
-    with contextlib.ExitStack() as leaving:
-        kept = {}
-        if parts.task.resumes:
-            key = _key(parts, restored, source, images)
-            kept["cache"] = leaving.enter_context(_cache(workdir, key))
+    config, resumes = parts.config, parts.task.resumes
+    with _own_cache(workdir) if resumes else contextlib.nullcontext() as folder:
+        restored = build.restore_trained(parts, workdir, parts.task.checkpoint_items().evaluated)
+        spec = config.data.test or config.data.eval
+        source = source_of(config, spec, "test", kind=parts.task.reads, also=parts.task.evaluates)
+        limited = 0 < images < len(source)
+        first = f", limited to the first {images} by config.evaluation.images" if limited else ""
+        say(f"test data {spec}: {len(source):,} {source.evaluated}{first}")
+        kept = {"cache": Cache(folder, _key(parts, restored, source, images))} if resumes else {}
         with Stages("evaluated") as stages:
             kept["progress"] = stages if jax.process_index() == 0 else None
             found = parts.task.evaluate(
@@ -65,6 +62,19 @@ def evaluate(
                 say(write(workdir / name))
         if found.unwritten:
             say(found.unwritten)
+
+
+@contextlib.contextmanager
+def _own_cache(workdir: Path) -> Iterator[Path]:
+    """The folder in which this process may keep what one evaluation of the workdir at a time makes;
+    it is removed if that succeeds.
+    """
+    cache, own = workdir / CACHE, jax.process_index()
+    with owned(workdir, f".{CACHE}.running") if own == 0 else contextlib.nullcontext():
+        peers.connected().exchange("cache owned", None)
+        yield cache / str(own)
+        peers.connected().exchange("evaluated", None)
+        shutil.rmtree(cache if own == 0 else cache / str(own), ignore_errors=True)
 
 
 def _key(parts: build.Parts, restored: Restored, source: Source, images: int) -> str:
@@ -84,14 +94,3 @@ def _key(parts: build.Parts, restored: Restored, source: Source, images: int) ->
         "versions": records.package_versions(),
     }
     return json.dumps(facts)
-
-
-@contextlib.contextmanager
-def _cache(workdir: Path, key: str) -> Iterator[Cache]:
-    """The cache that one evaluation of a workdir at a time may use; removed if that succeeds."""
-    folder, own = workdir / CACHE, jax.process_index()
-    with owned(workdir, f".{CACHE}.running") if own == 0 else contextlib.nullcontext():
-        peers.connected().exchange("cache owned", None)
-        yield Cache(folder / str(own), key)
-        peers.connected().exchange("evaluated", None)
-        shutil.rmtree(folder if own == 0 else folder / str(own), ignore_errors=True)

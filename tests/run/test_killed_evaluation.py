@@ -9,9 +9,7 @@ import pytest
 from small_run import command, config_of, ran
 
 from codebook_jax import build
-from codebook_jax.errors import UserError
 from codebook_jax.evaluation import stage
-from codebook_jax.run.ownership import owned
 from codebook_jax.tools import evaluate
 
 IMAGES = {"evaluation.images": 40}  # in 5 calls; their 40 texts in 5, some 80 pairs in 10
@@ -77,12 +75,6 @@ def test_other_weights_settings_or_images_begin_anew(workdir, capsys, monkeypatc
     monkeypatch.setattr(build, "restore_trained", other)
     evaluate.evaluate(config_of(**IMAGES), workdir)
     assert "goes on" not in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("one_device")
-def test_two_evaluations_of_one_workdir_at_once_are_refused(workdir):
-    with owned(workdir, ".cache.running"), pytest.raises(UserError, match="is in use by process"):
-        evaluate.evaluate(config_of(**IMAGES), workdir)
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ WRITTEN = (
     ("import", "config.json", "file"),
     ("import", "tokenizer", "folder"),
     ("eval", "eval.json", "file"),
+    ("eval", "cache", "folder"),
     ("export", "export", "folder"),
     ("prepare", "manifest.json", "file"),
     ("check-data", "report.html", "file"),
@@ -120,9 +121,15 @@ def test_a_name_too_long_is_refused_at_the_start_and_the_longest_can_be_written(
 
 
 @pytest.mark.parametrize(
-    "mode, file", [("train", ".running"), ("import", ".running"), ("export", ".export.running")]
+    "mode, file",
+    [
+        ("train", ".running"),
+        ("import", ".running"),
+        ("eval", ".cache.running"),
+        ("export", ".export.running"),
+    ],
 )
-def test_a_workdir_or_export_in_use_is_refused_at_the_start(mode, file, tmp_path):
+def test_a_workdir_evaluation_or_export_in_use_is_refused_at_the_start(mode, file, tmp_path):
     with owned(tmp_path, file), pytest.raises(UserError, match=f"process {os.getpid()} "):
         MODES[mode](tmp_path)
 
