@@ -120,7 +120,13 @@ class Answering(Finetuning):
         """Ranks the candidates, or writes answers."""
         if self.config.vqa.method == "generate":
             return functools.partial(self.predict, student)
-        tokens = tokenizer.encode(self.config.vqa.candidates, self.config.vqa.answer_tokens).tokens
+        candidates, most = self.config.vqa.candidates, self.config.vqa.answer_tokens
+        tokens, _, cut = tokenizer.encode(candidates, most)
+        if cut:
+            say(
+                f"warning: {cut:,} of {len(candidates):,} answers are longer than "
+                f"config.vqa.answer_tokens={most}: their ends are cut off"
+            )
         return functools.partial(self.rank, student, tokens)
 
     def predicted(
