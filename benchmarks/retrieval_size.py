@@ -47,6 +47,7 @@ FIELDS = {
     "model.text.fusion_depth": 1,
     "model.text.max_tokens": 6,
     "model.dim": 256,
+    "evaluation.batch": 16,  # a call re-ranks as many images as with 64 and longer captions
 }
 
 
