@@ -320,6 +320,7 @@ def test_a_browser_draws_the_band_behind_the_curve(healthy, tmp_path):
         reference="compared",
         verdicts=["<b>"],
         seen=None,
+        sees=True,
         record=test_report.RECORD,
         settings={},
         differs={},
