@@ -17,6 +17,9 @@ RECIPES = [("base.py", size) for size in base.SIZES]
 RECIPES += [(file, size) for file in ("albef.py", "clip.py", "paper.py") for size in base.SIZES]
 RECIPES += [("pretrain_4m.py", "base")]
 RECIPES += [("sequences.py", size) for size in base.SIZES]
+TASKS = ("entailment", "grounding", "labels", "nlvr2", "retrieval", "vqa")
+FINETUNES = [f"finetune_{task}.py" for task in TASKS]
+RECIPES += [(file, size) for file in FINETUNES for size in ("tiny", "base")]
 NO_TEACHER = {"teacher.use": False, "teacher.alpha": 0.0, "queue.size": 0}
 NO_TEACHER |= {"alignment.intra_weight": 0.0, "data.teacher_view": "same"}
 NO_FUSION = {"losses.matching": 0.0, "losses.masked_lm": 0.0, "evaluation.rerank_top_k": 0}
@@ -27,15 +30,17 @@ def shipped(file, size):
     return runpy.run_path(str(ROOT / "configs" / file))["get_config"](size)
 
 
-OF_STORIES = shipped("sequences.py", "tiny")
-NAMES = list(flat(base.paper("tiny").to_dict()) | flat(OF_STORIES.to_dict()))
+OTHERS = [shipped(file, "tiny") for file in ("sequences.py", *FINETUNES)]
+NAMES = list(flat(base.paper("tiny").to_dict()))
+NAMES += [name for other in OTHERS for name in flat(other.to_dict()) if name not in NAMES]
 NUMBERS = [name for name in NAMES if isinstance(field_of(name).rule, Number)]
 
 
 def config_of(**fields):
     """A tiny config that has these fields, with these values, of whatever type."""
-    of_stories = any(name.startswith("sequences.") for name in fields)
-    values = (OF_STORIES if of_stories else base.paper("tiny")).to_dict()
+    has = lambda config: fields.keys() <= flat(config.to_dict()).keys()  # noqa: E731
+    first = base.paper("tiny")
+    values = next(filter(has, (first, *OTHERS)), first).to_dict()
     for name, value in fields.items():
         *sections, last = name.split(".")
         functools.reduce(dict.__getitem__, sections, values)[last] = value
@@ -64,6 +69,7 @@ def test_every_field_has_a_rule_and_every_recipe_keeps_them(file, size):
     check_fields(config)
     config.data.train = config.data.train or "json:pairs.json"
     config.data.eval = config.data.eval or "json:pairs.json"
+    config.init = "random" if config.init == "model:" else config.init  # to be named
     check(config)
 
 

@@ -213,10 +213,11 @@ CHOICES = {
 }
 
 
-def attention(query, key, value, *, key_value_seq_lengths=None, implementation=None):
+def attention(query, key, value, *, key_value_seq_lengths=None, is_causal, implementation=None):
     """Softmax attention in the type of its arguments; jax.nn's always computes the softmax in
     float32.
     """
+    assert not is_causal
     scores = jnp.einsum("bthd,bshd->bhts", query, key) / np.sqrt(query.shape[-1])
     if key_value_seq_lengths is not None:
         here = jnp.arange(key.shape[1]) < key_value_seq_lengths[:, None]

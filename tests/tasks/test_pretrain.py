@@ -387,7 +387,7 @@ def test_re_ranking_is_by_what_the_config_says(monkeypatch):
 
     monkeypatch.setattr(pretrain.retrieval, "evaluate", evaluate)
     with pytest.raises(StopIteration):
-        task.evaluate(state, None, None, images=0, final=True)
+        task.evaluate(state, SimpleNamespace(kind="pairs"), None, images=0, final=True)
     scoring = given["scoring"]
     assert scoring.cosine_weight == pytest.approx(0.5 / 0.05)
     rng = np.random.default_rng(0)
