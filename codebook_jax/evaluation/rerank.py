@@ -83,16 +83,18 @@ def match_pairs(
     shares = Shares.over(mesh, rows_over_shards(min(rows, count), mesh))
     owners = shares.owners(positions, tokens.shape[0])  # of the image's tokens
 
-    def inputs(places: Int[np.ndarray, " rows"]) -> tuple[np.ndarray, ...]:
-        texts = row_texts[places]
-        return tokens[positions[places]], states[texts], gallery.text_lengths[texts]
+    def inputs(at: Int[np.ndarray, " rows"]) -> tuple[np.ndarray, ...]:
+        texts = row_texts[at]
+        return tokens[positions[at]], states[texts], gallery.text_lengths[texts]
 
     def finish() -> None:
-        places, logits = running.pop(0)
-        is_pair = places >= 0
-        stage.write(places[is_pair], {"scores": sharding.own_rows(logits, mesh)[is_pair]})
+        at, scores = running.pop(0)
+        is_row = at >= 0
+        stage.write(at[is_row], {"scores": sharding.own_rows(scores, mesh)[is_row]})
 
     made_of = digest([row_images, row_texts])
+    # chosen by each for itself, and one who chose others would be waited for
+    peers.connected().compare("pairs", {"pairs": made_of}, "give all hosts the same processors")
     like = {"scores": jax.eval_shape(match, *inputs(np.zeros(1, int)))}
     stage = Stage(books, "pairs", made_of, count, like, each=TEXTS_A_ROW)
     running = []
@@ -103,11 +105,10 @@ def match_pairs(
     while running:
         finish()
     own = np.flatnonzero(shares.is_own(owners))
-    logits = np.empty((count, TEXTS_A_ROW), like["scores"].dtype)
-    scored = peers.connected().exchange("scores", (own, stage.arrays["scores"][own]))
-    for rows_of, values in scored:
-        logits[rows_of] = values
-    return logits.ravel()[places]
+    scores = np.empty((count, TEXTS_A_ROW), like["scores"].dtype)
+    for at, values in peers.connected().exchange("scores", (own, stage.arrays["scores"][own])):
+        scores[at] = values
+    return scores.ravel()[places]
 
 
 def pair_rows(

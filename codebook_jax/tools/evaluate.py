@@ -79,7 +79,7 @@ def _own_cache(workdir: Path) -> Iterator[Path]:
 
 def _key(parts: build.Parts, restored: Restored, source: Source, images: int) -> str:
     """All that the features and scores of an evaluation depend on, besides the tokens of texts and
-    the choice of pairs, which its stages compare themselves.
+    the choice of pairs, which its stages compare themselves. Raises UserError if hosts differ.
     """
     config, state = parts.config, sharding.named(restored.state)
     facts = {
@@ -93,4 +93,5 @@ def _key(parts: build.Parts, restored: Restored, source: Source, images: int) ->
         "code": records.code_digest(),
         "versions": records.package_versions(),
     }
+    peers.connected().compare("evaluation", facts, "every host must read the same files")
     return json.dumps(facts)
