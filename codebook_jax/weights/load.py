@@ -267,7 +267,7 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis | Finetuned
     if number not in (FORMAT, MEANS) or task not in LOADED:
         raise UserError(
             f"{folder} is an export of format {number} and task={task!r}, but this codebook_jax "
-            f"loads formats {FORMAT} and {MEANS} of {' and '.join(LOADED)}: install the version it "
+            f"loads formats {FORMAT} and {MEANS} of {', '.join(LOADED)}: install the version it "
             "was written with, or read its arrays with orbax.checkpoint's "
             "StandardCheckpointer().restore"
         )
