@@ -1,10 +1,11 @@
 """Every downstream task from one pre-trained export and from random weights:
-`python benchmarks/downstream.py --export=runs/demo/export`.
+`python benchmarks/downstream.py --run=runs/downstream`.
 
 Every run is the ordinary command at size `tiny` on the built-in scenes, followed by --mode=eval on
-their test data. Without --export, the tiny model is pre-trained first, as `make demo` does. Figures
-go to `results/downstream.json`, the table into docs/finetuning.md, between its marks; a run that is
-in there already is not repeated unless you name its task.
+their test data. The run is pre-trained first, if it is not there, with `PRETRAINING` and a
+vocabulary that has the words of all tasks, as BERT's has. Figures go to `results/downstream.json`,
+the table into docs/finetuning.md, between its marks; a run that is in there already is not repeated
+unless you name its task.
 """
 
 from __future__ import annotations
@@ -16,13 +17,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from codebook_jax.data import scenes, text
+from codebook_jax.data.scenes.tasks import TASKS as WORLD_TASKS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "downstream.json"
 PAGE = ROOT / "docs" / "finetuning.md"
 START, END = "<!-- downstream -->", "<!-- end of downstream -->"
+PRETRAINING = (  # patches that keep their places, which two pictures and grounding need
+    "model.image.stem=patch",
+    "model.image.patch_px=8",
+    "model.pool=cls",
+    "model.text.position_std=0.0",
+    "train.steps=800",
+)
+READ = 4000  # scenes, and examples of each task, whose words are in the vocabulary
 
 
 class Measured(NamedTuple):
@@ -71,19 +84,16 @@ ZERO_SHOT = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--export", type=Path, help="of a tiny model of pre-training")
-    parser.add_argument("--run", type=Path, help="its run, to evaluate it without fine-tuning")
+    parser.add_argument("--run", type=Path, help="of pre-training; made if it is not there")
     parser.add_argument("--tasks", nargs="*", default=[], help=f"again: {', '.join(TASKS)}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        run = options.run or Path(folder) / "pretrained"
-        if options.export is None:
-            base = ("--config=configs/base.py:tiny", f"--workdir={run}")
-            for mode in ((), ("--mode=export",)):
-                command(*(base if not mode else base[1:]), *mode)
-        export = (options.export or run / "export").absolute()
+        run = (options.run or Path(folder) / "pretrained").absolute()
+        export = run / "export"
+        if not export.exists():
+            pretrain(run, options.seed)
         for name, start in itertools.product(TASKS, ("pre-trained", "random")):
             task = TASKS[name]
             if name in options.tasks or start not in found.get(name, {}):
@@ -92,11 +102,33 @@ def main() -> None:
                 found.setdefault(name, {})[start] = own
                 keep(found)
         for name, (data, figure, chance) in ZERO_SHOT.items():
-            if name not in found and (run / "config.json").exists():
+            if name not in found:
                 command(f"--workdir={run}", "--mode=eval", *base_with(data))
                 results = json.loads((run / "eval.json").read_text())
                 found[name] = {"figure": at(results, figure), "chance": at(results, chance)}
                 keep(found)
+
+
+def pretrain(run: Path, seed: int) -> None:
+    """Pre-trains and exports, with a tokenizer trained on the words of all tasks."""
+    _, save = text.open_tokenizer("", run.parent / f"{run.name}-words", words(), 8192)
+    save()
+    fields = (*PRETRAINING, f"data.tokenizer={run.parent}/{run.name}-words/tokenizer", f"{seed=}")
+    command(
+        "--config=configs/base.py:tiny",
+        f"--workdir={run}",
+        *(f"--config.{field}" for field in fields),
+    )
+    command(f"--workdir={run}", "--mode=export")
+
+
+def words() -> Iterator[str]:
+    """Captions of training, and texts and answers of every task's."""
+    for index in range(READ):
+        yield from scenes.training_captions(scenes.training_scene(0, index))
+        for draw in WORLD_TASKS.values():
+            example = draw("train", 0, index)
+            yield from (example.text, *dict.fromkeys(example.answers))
 
 
 def base_with(data: str) -> tuple[str, ...]:

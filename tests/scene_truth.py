@@ -55,7 +55,7 @@ def shows(scene, words):
     """Whether a picture shows "a circle", or "a circle left of a square"."""
     head, side, anchor = split_at_side(words)
     if not side:
-        return bool(fitting(scene, head))
+        return all(fitting(scene, each) for each in head.split(" and "))
     pairs = [(a, b) for a in fitting(scene, head) for b in fitting(scene, anchor)]
     if any(clearly(a, side, b) for a, b in pairs):
         return True
@@ -111,5 +111,6 @@ def holds(left, right, sentence):
         return shows((left, right)[which == "the right"], what)
     shown = [shows(scene, what) for scene in (left, right)]
     wanted = {"both": ([True, True],), "exactly one": ([True, False], [False, True])}
+    wanted |= {"at least one": ([True, True], *wanted["exactly one"]), "neither": ([False, False],)}
     wanted |= {"only the left": ([True, False],), "only the right": ([False, True],)}
     return shown in wanted[which]

@@ -92,7 +92,7 @@ def test_sentences_about_two_pictures_are_of_every_sort():
         re.sub(r"\ban? .*|two|three|four|five|six", "...", example.text)
         for example in drawn("comparisons", "train")
     )
-    assert len(sorts) == 11 and min(sorts.values()) > 30
+    assert len(sorts) == 13 and min(sorts.values()) > 20
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -172,7 +172,7 @@ def test_examples_follow_from_role_seed_and_index_in_every_process_and_version()
             example = source(task, role, seed=5)[index]
             pictures = [image.tobytes() for image in example.images]
             parts += [*pictures, repr(example._replace(images=())).encode()]
-    digest = "c0e75cbcbe5efa925f410c8060cc8e2eb854fc65cc552774ffbe458c45111661"  # from any process
+    digest = "f6b444200eb0c405fd8bd901ba60a091f7d8ebb051e36bb9d3e04639f11063eb"  # from any process
     assert hashlib.sha256(b"".join(parts)).hexdigest() == digest
 
 
@@ -218,7 +218,8 @@ def test_texts_are_short_and_their_new_words_are_few():
             new |= set(re.findall(r"\w+", example.text)) - known
     plurals = {f"{shape}{'es' if shape == 'cross' else 's'}" for shape in SHAPES}
     asking = "what how many are does have or colour shape size pattern object objects"
-    telling = "both exactly one only other pictures show shows more than in two three four five six"
+    telling = "both neither at least exactly one only other pictures show shows more than in "
+    telling += "two three four five six"
     assert new - plurals == {*asking.split(), *telling.split()}
 
 

@@ -14,7 +14,7 @@ from codebook_jax.data.scenes.tasks.labels import labelled
 from codebook_jax.data.scenes.tasks.questions import question
 from codebook_jax.data.scenes.tasks.statements import statement
 
-EXAMPLES = 1  # increase it when any example changes: fingerprints include it
+EXAMPLES = 2  # increase it when any example changes: fingerprints include it
 EVALUATION_EXAMPLES = 1000
 
 TASKS = {  # of (role, seed, index)

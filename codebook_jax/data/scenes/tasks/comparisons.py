@@ -18,8 +18,10 @@ from codebook_jax.data.scenes.world import Scene, SceneObject, pick
 
 _NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 _PARTS = (("shape",), ("colour",), ("colour", "shape"))  # by which objects are named
-_SHOWING = {  # of whether the left and the right picture show A
+_SHOWING = {  # of whether the left and the right picture show A, which may be two objects
     "both pictures show {A}": lambda left, right: left and right,
+    "at least one picture shows {A}": lambda left, right: left or right,
+    "neither picture shows {A}": lambda left, right: not (left or right),
     "exactly one picture shows {A}": lambda left, right: left != right,
     "the left picture shows {A}": lambda left, right: left,
     "the right picture shows {A}": lambda left, right: right,
@@ -43,6 +45,7 @@ _WORDINGS = {  # that can tell the pairs of a set apart
     "exchanged": _OF_SIDES,
     "moved": tuple(_RELATING),
 }
+_SECOND = ("new", "new", "exchanged", "moved")  # how often each: half of the sets have new pairs
 
 Pair = tuple[Scene, Scene]
 
@@ -51,7 +54,7 @@ def comparison(role: str, seed: int, index: int) -> SceneExample:
     """Sentence t of pair p of set s, answered "true" or "false"; index = 4s + 2p + t."""
     number, (pair, sentence) = index // 4, divmod(index % 4, 2)
     draw, split = start("comparisons", role, seed, number)
-    second, sentences = pick(draw, tuple(_WORDINGS)), (None, None)
+    second, sentences = pick(draw, _SECOND), (None, None)
     while None in sentences:
         pairs = _draw_pairs(draw, split, second)
         wordings = [pick(draw, _WORDINGS[second]) for _ in pairs]
@@ -88,14 +91,13 @@ def _fill(draw: random.Random, wording: str, pairs: tuple[Pair, Pair]) -> str | 
 
 
 def _showing(draw: random.Random, wording: str, pair: Pair, other: Pair) -> Iterator[str]:
-    things = [thing for scene in pair for thing in scene.objects]
-    for noun in _nouns(things):
+    for nouns in _draw_phrases(draw, (*pair, *other)):
         holds, misleads = (
-            _SHOWING[wording](*(bool(noun.among(scene)) for scene in each))
+            _SHOWING[wording](*(all(noun.among(scene) for noun in nouns) for scene in each))
             for each in (pair, other)
         )
         if holds and not misleads:
-            yield wording.format(A=noun.with_article)
+            yield wording.format(A=" and ".join(noun.with_article for noun in nouns))
 
 
 def _relating(draw: random.Random, wording: str, pair: Pair, other: Pair) -> Iterator[str]:
@@ -106,6 +108,16 @@ def _relating(draw: random.Random, wording: str, pair: Pair, other: Pair) -> Ite
         for first, second in itertools.product(_nouns([things[a]]), _nouns([things[b]])):
             if is_beside(other[at], first, side, second) is False:
                 yield wording.format(A=first.with_article, r=words, B=second.with_article)
+
+
+def _draw_phrases(draw: random.Random, scenes: Sequence[Scene]) -> Iterator[tuple[Noun, ...]]:
+    """Descriptions of one object of a scene, or of two together."""
+    if draw.random() < 0.5:
+        yield from ((noun,) for scene in scenes for noun in _nouns(scene.objects))
+        return
+    for scene in scenes:
+        whole = [noun_of(thing, "colour", "shape") for thing in scene.objects]
+        yield from itertools.permutations(whole, 2)
 
 
 def _nouns(things: Sequence[SceneObject]) -> list[Noun]:
