@@ -139,15 +139,17 @@ def finetuned(task: Measured, export: Path, start: str, workdir: Path, seed: int
     """The figures on test data of a fine-tuning, and how long it took."""
     init = f"model:{export}" if start == "pre-trained" else "random"
     fields = [f"--config.init={init}", f"--config.seed={seed}"]
-    if start == "random":
-        fields.append(f"--config.data.tokenizer={export / 'tokenizer'}")
+    if start == "random":  # of the same architecture and vocabulary
+        same = [field for field in PRETRAINING if field.startswith("model.")]
+        same.append(f"data.tokenizer={export}/tokenizer")
+        fields += [f"--config.{field}" for field in same]
     began, config = time.monotonic(), f"--config=configs/finetune_{task.config}.py:tiny"
     if task.before:
         stage = f"--workdir={workdir}-before"
         command(config, stage, *fields, *(f"--config.{field}" for field in task.before))
         command(stage, "--mode=export")
         fields[0] = f"--config.init=model:{workdir}-before/export"
-        fields = fields[:2]
+        fields = fields[:2]  # the rest is the export's
     command(config, f"--workdir={workdir}", *fields)
     seconds = time.monotonic() - began
     command(f"--workdir={workdir}", "--mode=eval")

@@ -17,5 +17,8 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
         batch=256, learning_rate=1e-5, epochs=5, data="scenes:expressions", tiny_rate=5e-5
     )  # ALBEF
     config = _SHARED["of_pairs"](_SHARED["recipe"](size, **options), "grounding", top_k=0)
-    config.data.crop_scale = (1.0, 1.0)  # ALBEF resizes: a crop may lose what is named
+    with config.unlocked():
+        config.data.crop_scale = (1.0, 1.0)  # ALBEF resizes: a crop may lose what is named
+        if size == "tiny":  # "the circle" fits many scenes: the most alike are no negatives of it
+            config.itm.groups = config.data.global_batch // 2
     return config.lock()
