@@ -147,7 +147,7 @@ def test_its_report_shows_its_curves(run):
 
 def test_its_export_has_the_verb_of_its_task(run):
     if run.task == "text_assignment":
-        with pytest.raises(codebook_jax.UserError, match="task='text_assignment'"):
+        with pytest.raises(codebook_jax.UserError, match="the stage before NLVR2"):
             codebook_jax.load(run.workdir)
         return
     model = codebook_jax.load(run.workdir)
