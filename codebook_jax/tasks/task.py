@@ -54,10 +54,9 @@ class Evaluation(NamedTuple):
     metric: str  # the meaning of `score`
     summary: str  # one line
     table: str  # several
-    # Predictions that `--mode=eval` writes into the workdir: a name, and what writes that path and
-    # returns a sentence on it.
+    # Predictions that `--mode=eval` writes into the workdir: a name, and what writes that path, or
+    # sets aside what an earlier evaluation wrote there, and returns a sentence on it.
     files: tuple[tuple[str, Callable[[Path], str]], ...] = ()
-    unwritten: str = ""  # why a submission is not among them; empty: it is, or there is none
 
 
 class Task(abc.ABC):

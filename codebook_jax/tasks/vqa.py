@@ -43,7 +43,7 @@ from codebook_jax.tasks.finetune import (
     Finetuning,
     Rows,
     scalars_of,
-    why_unwritten,
+    submission,
     without_answers,
 )
 from codebook_jax.tasks.task import Evaluation
@@ -172,8 +172,7 @@ class Answering(Finetuning):
                 "of its own, such as its number"
             )
         write = functools.partial(write_vqa, answers=list(answers.items()), known=list(answers))
-        files = ((SUBMISSION, write),) if not found.left_out else ()
-        options = {"files": files, "unwritten": why_unwritten(found, SUBMISSION)}
+        options = {"files": ((SUBMISSION, submission(found, write)),)}
         references = {each.key: each.answers for each in found.examples if each.answers}
         if not references:
             return without_answers(found, "questions", **options)

@@ -60,8 +60,11 @@ def evaluate(
             write_json(workdir / RESULTS, found.results)
             for name, write in found.files:
                 say(write(workdir / name))
-        if found.unwritten:
-            say(found.unwritten)
+        if limited and found.files:
+            say(
+                f"only the first {images:,} of {len(source):,} {source.evaluated} were evaluated: "
+                "for a submission of all, leave out config.evaluation.images"
+            )
 
 
 @contextlib.contextmanager
