@@ -106,6 +106,7 @@ def build_training(
     for name, (old, new) in changed_fields(config.to_dict(), asked.to_dict()).items():
         say(f"config.{name}={new} (from the {'weights' if start else 'run'}) instead of {old}")
     asked = config = task_class(config).from_data(asked, before, source)
+    task_class(config).check_data(config, config.data.eval, validation)
     shards, size, fingerprint = sharding.data_shards(mesh), len(source), source.fingerprint()
     config = task_class(config).resolve(asked, before, shards=shards, examples=size)
     changes = {}
@@ -239,6 +240,7 @@ def build_trained(
         check_fields(config)
     adopts = task_class(records.recorded_config(record)).adopts
     config = records.trained_config(workdir, record, config, flags, adopts)
+    config = task_class(config).as_used(config, records.recorded_config(record))
     trained = sharding.axes_of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=asked)
     config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)

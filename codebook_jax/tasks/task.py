@@ -126,6 +126,22 @@ class Task(abc.ABC):
         return config
 
     @staticmethod
+    def as_used(
+        config: ml_collections.ConfigDict, before: ml_collections.ConfigDict
+    ) -> ml_collections.ConfigDict:
+        """The config for the use of a trained run, whose config was `before`, with what follows
+        from the fields that differ.
+        """
+        return config
+
+    @staticmethod
+    def check_data(config: ml_collections.ConfigDict, spec: str, source: Source) -> None:
+        """Raises UserError if an answer in the data that `spec` names is none that the task, whose
+        config is complete, can give.
+        """
+        return
+
+    @staticmethod
     def cautions(config: ml_collections.ConfigDict) -> list[str]:
         """Sentences that a run with this resolved config prints as warnings at its start."""
         return []

@@ -221,6 +221,23 @@ class Answering(Finetuning):
         say(said)
         return with_fields(config, {"vqa.candidates": answers})
 
+    @staticmethod
+    def as_used(
+        config: ml_collections.ConfigDict, before: ml_collections.ConfigDict
+    ) -> ml_collections.ConfigDict:
+        """The answers to rank: those of another file, or so many of the run's as are asked for."""
+        of, own = config.vqa, before.vqa
+        if of.candidates != own.candidates:  # named one by one
+            return config
+        if of.candidates_file not in ("", own.candidates_file):
+            answers = _answers_in(of.candidates_file)
+        elif of.candidates_most != own.candidates_most:
+            answers = own.candidates[: of.candidates_most]
+        else:
+            return config
+        say(f"{len(answers):,} answers to choose from; the run has {len(own.candidates):,}")
+        return with_fields(config, {"vqa.candidates": answers})
+
 
 def _answers_in(path: str) -> tuple[str, ...]:
     """The answers of a JSON list, each once."""
