@@ -251,11 +251,15 @@ def build_trained(
     return Parts(config, mesh, None, None, tokenizer, task)
 
 
-def restore_trained(parts: Parts, workdir: Path, items: Sequence[str]) -> Restored:
-    """The `items` of the checkpoint best in validation, or of the newest if none was scored."""
+def restore_trained(
+    parts: Parts, workdir: Path, items: Sequence[str], *, newest: bool = False
+) -> Restored:
+    """The `items` of the checkpoint best in validation, or of the newest if none was scored or it
+    is asked for.
+    """
     alone, keep = parts.task.checkpoint_items().alone, parts.config.checkpoint.keep
     with Checkpoints(workdir, alone, keep=keep, create=False) as checkpoints:
-        step = checkpoints.step_to_use()
+        step = max(checkpoints.steps(), default=None) if newest else checkpoints.step_to_use()
         if step is None:
             raise UserError(f"--workdir={workdir} has no checkpoint yet: train it first")
         which = "the best in validation" if step == checkpoints.best_step() else "the newest"
