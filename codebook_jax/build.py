@@ -96,9 +96,8 @@ def build_training(
     config, remats = _chosen_before(config, before)
     mesh = sharding.mesh_of(config.mesh)
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
-    kind = task_class(config).reads
+    kind, also = task_class(config).reads, task_class(config).evaluates
     source = source_of(config, config.data.train, "train", kind=kind)
-    also = task_class(config).evaluates
     validation = source_of(config, config.data.eval, "validation", kind=kind, also=also)
     adopts = task_class(config).adopts
     start = () if saved else weights.read_start(config, adopts)
