@@ -96,9 +96,8 @@ def build_training(
     config, remats = _chosen_before(config, before)
     mesh = sharding.mesh_of(config.mesh)
     sharding.check_batch(mesh, config.data.global_batch, config.optimizer.accumulation)
-    kind = task_class(config).reads
+    kind, also = task_class(config).reads, task_class(config).evaluates
     source = source_of(config, config.data.train, "train", kind=kind)
-    also = task_class(config).evaluates
     validation = source_of(config, config.data.eval, "validation", kind=kind, also=also)
     adopts = task_class(config).adopts
     start = () if saved else weights.read_start(config, adopts)
@@ -106,6 +105,7 @@ def build_training(
     for name, (old, new) in changed_fields(config.to_dict(), asked.to_dict()).items():
         say(f"config.{name}={new} (from the {'weights' if start else 'run'}) instead of {old}")
     asked = config = task_class(config).from_data(asked, before, source)
+    task_class(config).check_data(config, config.data.eval, validation)
     shards, size, fingerprint = sharding.data_shards(mesh), len(source), source.fingerprint()
     config = task_class(config).resolve(asked, before, shards=shards, examples=size)
     changes = {}
@@ -239,6 +239,7 @@ def build_trained(
         check_fields(config)
     adopts = task_class(records.recorded_config(record)).adopts
     config = records.trained_config(workdir, record, config, flags, adopts)
+    config = task_class(config).as_used(config, records.recorded_config(record))
     trained = sharding.axes_of_trained(config.mesh, record["config"]["mesh"]["fsdp"], asked=asked)
     config = with_fields(config, {"mesh": trained})
     mesh = sharding.mesh_of(config.mesh)
@@ -249,11 +250,15 @@ def build_trained(
     return Parts(config, mesh, None, None, tokenizer, task)
 
 
-def restore_trained(parts: Parts, workdir: Path, items: Sequence[str]) -> Restored:
-    """The `items` of the checkpoint best in validation, or of the newest if none was scored."""
+def restore_trained(
+    parts: Parts, workdir: Path, items: Sequence[str], *, newest: bool = False
+) -> Restored:
+    """The `items` of the checkpoint best in validation, or of the newest if none was scored or it
+    is asked for.
+    """
     alone, keep = parts.task.checkpoint_items().alone, parts.config.checkpoint.keep
     with Checkpoints(workdir, alone, keep=keep, create=False) as checkpoints:
-        step = checkpoints.step_to_use()
+        step = max(checkpoints.steps(), default=None) if newest else checkpoints.step_to_use()
         if step is None:
             raise UserError(f"--workdir={workdir} has no checkpoint yet: train it first")
         which = "the best in validation" if step == checkpoints.best_step() else "the newest"

@@ -82,14 +82,16 @@ def below_start(config: ml_collections.ConfigDict, found: Evaluation, start: flo
     )
 
 
-def best_between(curve: Mapping[float, float]) -> str:
-    """The scores of weights between the first and the last ones, by the share of the way, and what
-    to do with the best.
+def best_between(curve: Mapping[float, float], kept: int, score: float) -> str:
+    """The scores of weights between the first and the last ones, by the share of the way, and which
+    to use: the checkpoint `kept` as the best, unless others have more than its score.
     """
-    best = max(curve, key=curve.__getitem__)
+    best = max(sorted(curve), key=curve.__getitem__)  # the least of equals
     points = ", ".join(f"{share:g}: {score:.2f}" for share, score in sorted(curve.items()))
-    use = f": export it with --config.export.between={best:g}" if 0 < best < 1 else ""
-    return f"weights between start and end: {points}; the best share is {best:g}{use}"
+    use = f"the best share is {best:g}: export it with --config.export.between={best:g}"
+    if not curve[best] > score:
+        use = f"none is above the {score:.2f} of step {kept:,}, the best checkpoint"
+    return f"weights between start and end: {points}; {use}"
 
 
 def amount(source: Source, global_batch: int, steps: int) -> list[str]:

@@ -127,9 +127,10 @@ class Run:
         self.save_newest()
         between = self.try_between()
         self.evaluate()
-        if between and self.step in self.checkpoints.scores:
-            ends = {0.0: self.checkpoints.scores[0], 1.0: self.checkpoints.scores[self.step]}
-            say(summary.best_between(ends | between))
+        scores, kept = self.checkpoints.scores, self.checkpoints.best_step()
+        if between and self.step in scores and kept is not None:
+            ends = {0.0: scores[0], 1.0: scores[self.step]}
+            say(summary.best_between(ends | between, kept, scores[kept]))
         self.checkpoints.wait()
         if self.stopping:
             saved = [f"saved step {step:,}" for step in self.checkpoints.steps()]

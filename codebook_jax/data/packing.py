@@ -7,10 +7,10 @@ A folder of them, which --mode=prepare writes and `records:FOLDER` reads, holds
   JPEG, "captions": [text], "image_id": number, "name": text}.
 - `pairs-00003-of-00042.jsonl`: the same without pictures, a line per record: {"name", "image_id",
   "captions", "height", "width", "bytes", "sha256"}, the last two of the JPEG.
-- Of examples, a record is msgpack of the fields of `Example` and "name", with pictures as JPEGs and
-  boxes in their pixels; a line is {"name", "image_id", "captions": the text and the distinct
-  answers, "pictures": their names, "height", "width", "bytes", "sha256"}, the last five as lists
-  with an entry for each picture.
+- Of examples, these are named `examples-...` (by older versions, `pairs-...`), a record is msgpack
+  of the fields of `Example` and "name", with pictures as JPEGs and boxes in their pixels; a line is
+  {"name", "image_id", "captions": the text and the distinct answers, "pictures": their names,
+  "height", "width", "bytes", "sha256"}, the last five as lists with an entry for each picture.
 - `skipped.tsv`: name and reason of each record left out of the shards.
 - `manifest.json`, written last: the contents and hashes of all of them (`data/manifest.py`).
 
@@ -105,12 +105,13 @@ def write_shard(
     first, folder = shard * packing.shard_records, Path(folder)
     numbers = range(first, min(len(source), first + packing.shard_records))
     shards = -(-len(source) // packing.shard_records)
-    file = folder / f"pairs-{shard:05d}-of-{shards:05d}.array_record"
+    held = "pairs" if source.kind == "pairs" else "examples"
+    file = folder / f"{held}-{shard:05d}-of-{shards:05d}.array_record"
     index_file = folder / index_name(file.name)
     # processes on several machines may write into one folder
     draft = folder / f".{file.name}.{uuid.uuid4().hex[:12]}.tmp"
     captions, skipped = 0, []
-    pack = _pack_pair if source.kind == "pairs" else _pack_example
+    pack = _pack_pair if held == "pairs" else _pack_example
     try:
         writer = array_record_module.ArrayRecordWriter(os.fspath(draft), WRITER_OPTIONS)
         lines = written_whole(index_file, errors="surrogatepass")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation.comparisons import LABELS
 from codebook_jax.evaluation.keys import Key, check_keys
-from codebook_jax.files import written_whole
+from codebook_jax.files import refused, written_whole
 
 TEST2015_QUESTIONS = 447_793  # of VQA 2.0: test-dev and test-std are parts of them
 
@@ -54,7 +55,7 @@ def write_comparisons(
             )
     with written_whole(path) as file:
         file.writelines(f"{key},{answer}\n" for key, answer in chosen.items())
-    return f"{path} answers {len(chosen):,} statements, every one of its source"
+    return f"{path} answers {len(chosen):,} statements, all that were evaluated"
 
 
 def write_rows(path: Path | str, rows: Sequence[Mapping[str, object]]) -> str:
@@ -62,6 +63,17 @@ def write_rows(path: Path | str, rows: Sequence[Mapping[str, object]]) -> str:
     with written_whole(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return f"{path} has the predictions for {len(rows):,} examples"
+
+
+def set_aside(path: Path, why: str) -> str:
+    """Renames what an earlier evaluation wrote, lest it is submitted as a result of this one, and
+    returns a sentence on that and on `why` nothing is written.
+    """
+    aside = path.with_name(f"earlier_{path.name}")
+    with refused(aside), contextlib.suppress(FileNotFoundError):
+        path.replace(aside)
+        why = f"{why}; that of an earlier evaluation is now {aside}"
+    return f"{path.name} is not written, since {why}"
 
 
 def _complete(

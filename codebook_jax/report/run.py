@@ -52,8 +52,9 @@ def write_report(
     parts = build.build_trained(config, workdir, flags)
     record = records.read_record(workdir)
     healthy, sentence = choose(record, reference)
-    pictures, sees = Pictures(), hasattr(parts.task, "model")
+    pictures = Pictures()
     seen = _see_test_data(parts, workdir, pictures)
+    unsaved = seen is None and hasattr(parts.task, "model")
     if jax.process_index() != 0:
         return
     rows = metrics.read_rows(workdir / metrics.FILE)
@@ -71,13 +72,13 @@ def write_report(
         reference=sentence,
         verdicts=compared.sentences,
         seen=seen,
-        sees=sees,
+        sees=unsaved,
         record=record,
         settings=flat(record["config"]),
         differs=changed_fields(config.to_dict(), record["config"]) if config else {},
         compared=config is not None,
     )
-    if seen is None and sees:
+    if unsaved:
         say("there is no checkpoint yet: the page shows only the curves")
     say(f"report: {workdir / FILE}")
 
@@ -180,17 +181,24 @@ def what_is_seen(
 
 
 def _see_test_data(parts: build.Parts, workdir: Path, pictures: Pictures) -> dict[str, Any] | None:
-    """What the checkpoint best in validation sees in the test data; None before the first, and for
-    a task without towers.
+    """What the checkpoint best in validation sees in the test data, or in those of validation if
+    they are labels; nothing if these are too. None before the first checkpoint, and for a task
+    without towers.
     """
     config, model = parts.config, getattr(parts.task, "model", None)
     with Checkpoints(workdir, (), keep=1, create=False) as checkpoints:
         if model is None or checkpoints.step_to_use() is None:
             return None
+    kinds = {"kind": parts.task.reads, "also": parts.task.evaluates}
+    for spec in filter(None, (config.data.test, config.data.eval)):
+        source = source_of(config, spec, "test", **kinds)
+        if source.kind != "labels":
+            break
+        say(f"{spec} lists labels: their accuracy is in the table of --mode=eval alone")
+    else:
+        return {}
     restored = build.restore_trained(parts, workdir, ("student",))
     student = restored.state.student
-    spec = config.data.test or config.data.eval
-    source = source_of(config, spec, "test", kind=parts.task.reads, also=parts.task.evaluates)
     source = pairs_of(source) if source.kind == "expressions" else source
     seen = {"step": restored.step, "data": spec}
     seen |= {"stories": None, "explained": None, "codebook": None}

@@ -23,7 +23,8 @@ from codebook_jax.files import parse_json, refused, write_json
 
 RECORD = "config.json"
 PACKAGE = Path(__file__).parent.parent
-SHAPES = ("task", "model.", "codebook.size")  # beginnings of fields that make another model
+# beginnings of fields that make another model
+SHAPES = ("task", "model.", "codebook.size", "vqa.decoder_depth", "vqa.answer_tokens")
 COMPUTES = "jax jaxlib flax optax orbax-checkpoint grain ott-jax numpy transformers".split()
 
 
@@ -90,7 +91,7 @@ def trained_config(
 ) -> ml_collections.ConfigDict:
     """The run's own config, except where `config` changes how a trained run is used; raises
     UserError if it asks for another model. A config file names data of its own: if `flags`, the
-    fields set by flags, are given, the run's data settings stay unless they are among them. What
+    fields set by flags, are given, the run's `data` and `vqa` stay but for those among them. What
     the run took from its weights, `adopts` and the layer norms' epsilon, and from its data stays.
     """
     trained = recorded_config(record)
@@ -111,7 +112,7 @@ def trained_config(
         restart = restart_of(name)
         if restart == fields.FIXED and name.startswith(SHAPES):
             other.append(_change(name, old, new))
-        elif restart == fields.FREE and name.startswith("data.") and name not in named:
+        elif restart == fields.FREE and name.startswith(("data.", "vqa.")) and name not in named:
             say(f"config.{name}={old}, the run's own: name it by a flag to change it")
         elif restart == fields.FREE:
             uses[name] = new

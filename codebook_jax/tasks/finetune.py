@@ -10,7 +10,8 @@ import abc
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
@@ -31,6 +32,7 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.evaluation.predicting import Predicted, Program, predict
+from codebook_jax.evaluation.submissions import set_aside
 from codebook_jax.method.numerics import key_of, own_settings
 from codebook_jax.models.finetuned import Network
 from codebook_jax.parallel import sharding
@@ -334,16 +336,15 @@ def without_answers(found: Predicted, named: str, **more: Any) -> Evaluation:
     return Evaluation({"student": count}, {}, **options, **more)
 
 
-def why_unwritten(found: Predicted, name: str) -> str:
-    """A sentence on the submission `name`, which needs an answer to every example; empty if all
-    have one.
-    """
+def submission(found: Predicted, write: Callable[[Path], str]) -> Callable[[Path], str]:
+    """What writes a submission, or sets an older one aside if some example has no answer."""
     if not found.left_out:
-        return ""
-    return (
-        f"{name} is not written, since it must answer every example and the pictures of "
+        return write
+    why = (
+        "it must answer every example and the pictures of "
         f"{found.left_out:,} cannot be read: restore them and evaluate again"
     )
+    return functools.partial(set_aside, why=why)
 
 
 def scalars_of(figures: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import ml_collections
 from codebook_jax.config import COMMON, FINETUNING, LABELS, check_fields, with_fields
 from codebook_jax.data.examples import ExampleSpec
 from codebook_jax.data.sources import Source
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.tasks import limits
 from codebook_jax.tasks.classifying import Classifying
 from codebook_jax.tasks.finetune import FITTING
@@ -38,7 +38,9 @@ class Labelling(Classifying):
     ) -> ml_collections.ConfigDict:
         """The labels: those of the config, of the run, or all in training."""
         names = tuple(config.labels.names)
-        if not names and before is not None:
+        if names:
+            Labelling.check_data(config, config.data.train, source)
+        elif before is not None:
             names = tuple(before.labels.names)
         names = names or tuple(
             sorted({label for at in range(len(source)) for label in source.captions(at)[-1:]})
@@ -46,6 +48,21 @@ class Labelling(Classifying):
         if len(names) < 2:
             raise UserError(f"{source!r} has {len(names)} label: give images of two or more")
         return with_fields(config, {"labels.names": names})
+
+    @staticmethod
+    def check_data(config: ml_collections.ConfigDict, spec: str, source: Source) -> None:
+        """Raises UserError, naming them and a picture of each, for labels that are not learned."""
+        known, others = set(config.labels.names), {}
+        for at in range(len(source)):
+            if not known.issuperset(label := source.captions(at)[-1:]):
+                others.setdefault(*label, at)
+        if others:
+            named = [f"{label!r} ({source.name(at)})" for label, at in others.items()]
+            raise UserError(
+                f"{spec} has labels that are none of the {len(known):,} in training: "
+                f"{first_few(named, 5)}: add pictures of these to the training data, or leave them "
+                "out here"
+            )
 
     def batch_spec(self) -> ExampleSpec:
         """What this process's rows of a batch hold."""

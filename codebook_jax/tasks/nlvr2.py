@@ -27,7 +27,7 @@ from codebook_jax.evaluation.submissions import write_comparisons
 from codebook_jax.models.finetuned import LABELS
 from codebook_jax.tasks.classifying import Classifying
 from codebook_jax.tasks.draws import augmented
-from codebook_jax.tasks.finetune import FinetuneState, Finetuning, Rows, scalars_of, why_unwritten
+from codebook_jax.tasks.finetune import FinetuneState, Finetuning, Rows, scalars_of, submission
 from codebook_jax.tasks.task import Evaluation, Task
 
 SUBMISSION = "nlvr2_predictions.csv"
@@ -47,7 +47,6 @@ class Comparing(Classifying):
     def judged(self, found: Predicted, tokenizer: Tokenizer) -> Evaluation:
         """Accuracy and consistency."""
         judged = super().judged(found, tokenizer)
-        judged = judged._replace(unwritten=why_unwritten(found, SUBMISSION))
         references = {each.key: each.answers[0] for each in found.examples if each.answers}
         if not references:
             return judged
@@ -67,7 +66,7 @@ class Comparing(Classifying):
         known = [each.key for each in found.examples]
         answers = [(key, self.answer(found, at).capitalize()) for at, key in enumerate(known)]
         write = functools.partial(write_comparisons, answers=answers, known=known)
-        return ((SUBMISSION, write),) if not found.left_out else ()
+        return ((SUBMISSION, submission(found, write)),)
 
 
 class TextAssignment(Comparing):

@@ -54,10 +54,9 @@ class Evaluation(NamedTuple):
     metric: str  # the meaning of `score`
     summary: str  # one line
     table: str  # several
-    # Predictions that `--mode=eval` writes into the workdir: a name, and what writes that path and
-    # returns a sentence on it.
+    # Predictions that `--mode=eval` writes into the workdir: a name, and what writes that path, or
+    # sets aside what an earlier evaluation wrote there, and returns a sentence on it.
     files: tuple[tuple[str, Callable[[Path], str]], ...] = ()
-    unwritten: str = ""  # why a submission is not among them; empty: it is, or there is none
 
 
 class Task(abc.ABC):
@@ -125,6 +124,22 @@ class Task(abc.ABC):
         `before` is the config of the run that is continued.
         """
         return config
+
+    @staticmethod
+    def as_used(
+        config: ml_collections.ConfigDict, before: ml_collections.ConfigDict
+    ) -> ml_collections.ConfigDict:
+        """The config for the use of a trained run, whose config was `before`, with what follows
+        from the fields that differ.
+        """
+        return config
+
+    @staticmethod
+    def check_data(config: ml_collections.ConfigDict, spec: str, source: Source) -> None:
+        """Raises UserError if an answer in the data that `spec` names is none that the task, whose
+        config is complete, can give.
+        """
+        return
 
     @staticmethod
     def cautions(config: ml_collections.ConfigDict) -> list[str]:

@@ -43,7 +43,7 @@ from codebook_jax.tasks.finetune import (
     Finetuning,
     Rows,
     scalars_of,
-    why_unwritten,
+    submission,
     without_answers,
 )
 from codebook_jax.tasks.task import Evaluation
@@ -172,8 +172,7 @@ class Answering(Finetuning):
                 "of its own, such as its number"
             )
         write = functools.partial(write_vqa, answers=list(answers.items()), known=list(answers))
-        files = ((SUBMISSION, write),) if not found.left_out else ()
-        options = {"files": files, "unwritten": why_unwritten(found, SUBMISSION)}
+        options = {"files": ((SUBMISSION, submission(found, write)),)}
         references = {each.key: each.answers for each in found.examples if each.answers}
         if not references:
             return without_answers(found, "questions", **options)
@@ -220,6 +219,23 @@ class Answering(Finetuning):
                 "was made for these questions, or none"
             )
         say(said)
+        return with_fields(config, {"vqa.candidates": answers})
+
+    @staticmethod
+    def as_used(
+        config: ml_collections.ConfigDict, before: ml_collections.ConfigDict
+    ) -> ml_collections.ConfigDict:
+        """The answers to rank: those of another file, or so many of the run's as are asked for."""
+        of, own = config.vqa, before.vqa
+        if of.candidates != own.candidates:  # named one by one
+            return config
+        if of.candidates_file not in ("", own.candidates_file):
+            answers = _answers_in(of.candidates_file)
+        elif of.candidates_most != own.candidates_most:
+            answers = own.candidates[: of.candidates_most]
+        else:
+            return config
+        say(f"{len(answers):,} answers to choose from; the run has {len(own.candidates):,}")
         return with_fields(config, {"vqa.candidates": answers})
 
 

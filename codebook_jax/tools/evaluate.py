@@ -42,10 +42,11 @@ def evaluate(
     images = max(0, config.evaluation.images) if config is not None else 0
     parts = build.build_trained(config, workdir, flags)
     config, resumes = parts.config, parts.task.resumes
+    spec = config.data.test or config.data.eval
     with _own_cache(workdir) if resumes else contextlib.nullcontext() as folder:
-        restored = build.restore_trained(parts, workdir, parts.task.checkpoint_items().evaluated)
-        spec = config.data.test or config.data.eval
         source = source_of(config, spec, "test", kind=parts.task.reads, also=parts.task.evaluates)
+        parts.task.check_data(config, spec, source)
+        restored = build.restore_trained(parts, workdir, parts.task.checkpoint_items().evaluated)
         limited = 0 < images < len(source)
         first = f", limited to the first {images} by config.evaluation.images" if limited else ""
         say(f"test data {spec}: {len(source):,} {source.evaluated}{first}")
@@ -60,8 +61,11 @@ def evaluate(
             write_json(workdir / RESULTS, found.results)
             for name, write in found.files:
                 say(write(workdir / name))
-        if found.unwritten:
-            say(found.unwritten)
+        if limited and found.files:
+            say(
+                f"only the first {images:,} of {len(source):,} {source.evaluated} were evaluated: "
+                "for a submission of all, leave out config.evaluation.images"
+            )
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def export(
     draft, replaced = (folder.with_name(f".{name}.{end}") for end in ("draft", "replaced"))
     with _alone(folder, draft, replaced) if first else contextlib.nullcontext():
         _together("the draft's folder is empty")
-        restored = build.restore_trained(parts, workdir, items)
+        mixes = parts.config.export.between < 1  # with the last weights, as training tried it
+        restored = build.restore_trained(parts, workdir, items, newest=mixes)
         try:
             _write(draft, parts, restored, items)
         except (OSError, UserError):

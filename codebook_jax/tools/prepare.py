@@ -38,7 +38,7 @@ from codebook_jax.tools import beam
 from codebook_jax.tools.workers import Tell, process_count, spread
 
 _PLAN = "plan.json"
-_OWN = re.compile(rf"pairs-.*\.(array_record|jsonl)|{MANIFEST}|{SKIPPED}")
+_OWN = re.compile(rf"(pairs|examples)-.*\.(array_record|jsonl)|{MANIFEST}|{SKIPPED}")
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path | str) -> int:
@@ -96,7 +96,7 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
             "run the same command again"
         )
     if not any(written.records for written, _ in receipts.values()):
-        for file in workdir.glob("pairs-*"):  # so that the next start tries again
+        for file in workdir.glob("*-of-*"):  # so that the next start tries again
             file.unlink()
         shutil.rmtree(workdir / PROGRESS)
         raise UserError(
@@ -250,10 +250,15 @@ def _refuse_another(folder: Path, begun: Mapping[str, Any], plan: Mapping[str, A
 
 
 def _keep_sound(folder: Path, manifest: Manifest, damaged: set[str]) -> None:
-    """Saves receipts of the undamaged shards of a finished folder."""
+    """Saves receipts of the undamaged shards of a finished folder, and removes the others, which
+    may get another name.
+    """
     lines = () if SKIPPED in damaged else (folder / SKIPPED).read_text("utf-8").split("\n")
     rows = (line.split("\t") for line in lines[manifest.left_out : -1])
     for number, shard in enumerate(manifest.shards):
         skipped = list(itertools.islice(rows, shard.skipped))
-        if len(skipped) == shard.skipped and not damaged & {name for name, _, _ in shard.files}:
+        names = {name for name, _, _ in shard.files}
+        if len(skipped) == shard.skipped and not damaged & names:
             write_json(_receipt_file(folder, number), [shard._asdict(), skipped])
+        for name in names if damaged & names else ():
+            (folder / name).unlink(missing_ok=True)

@@ -67,8 +67,7 @@ class Finetuned(Loaded):
 
     def _run(self, texts: list[str], *sides: list[Picture]) -> Iterator[tuple[np.ndarray, ...]]:
         """The program's outputs for texts and the images of each side, in chunks."""
-        sides = tuple(_as_many(side, texts) for side in sides)
-        texts = texts * len(sides[0]) if len(texts) == 1 else texts
+        texts, *sides = _as_many(texts, *sides)
         return self._run_on(self._tokenised(texts), *sides)
 
     def _run_on(
@@ -113,14 +112,18 @@ class Answering(Finetuned):
     """Answers questions about images."""
 
     def answer(self, images: Pictures, questions: Texts, top_k: int = 1) -> Answers:
-        """The `top_k` likeliest of the model's answers to question i about image i.
+        """The `top_k` likeliest of the model's answers to question i about image i, by ranking them
+        whatever `vqa.method` is.
 
         A single image is taken for every question, a single question for every image.
         """
         candidates = self.config.vqa.candidates
         most = min(len(candidates), self.config.vqa.shortlist)
         if not isinstance(top_k, int | np.integer) or not 1 <= top_k <= most:
-            raise UserError(f"top_k={top_k!r} is not a whole number between 1 and {most:,}")
+            raise UserError(
+                f"top_k={top_k!r} is not a whole number between 1 and {most:,}, as many answers as "
+                "the model compares"
+            )
         found = self._run(text_list(questions), picture_list(images))
         numbers, probabilities = map(np.concatenate, zip(*found, strict=True))
         texts = [tuple(candidates[at] for at in row) for row in numbers[:, :top_k]]
@@ -160,13 +163,18 @@ class Labelling(Finetuned):
 FINETUNED = {"entailment": Entailing, "nlvr2": Comparing, "vqa": Answering, "labels": Labelling}
 
 
-def _as_many(images: list[Picture], texts: list[str]) -> list[Picture]:
-    """As many images as texts, or a single one once for each; raises UserError otherwise."""
-    if not images or not texts:
+def _as_many(texts: list[str], *sides: list[Picture]) -> tuple[list, ...]:
+    """Texts and the images of each side, a single one as often as there are others; raises
+    UserError if there are other numbers of them.
+    """
+    given = (texts, *sides)
+    if not all(given):
         raise UserError("there is nothing to do: give at least one image and one text")
-    if len(images) != len(texts) and 1 not in (len(images), len(texts)):
+    most = max(map(len, given))
+    if any(len(each) not in (1, most) for each in given):
+        images = " and ".join(str(len(side)) for side in sides)
         raise UserError(
-            f"{len(images)} images and {len(texts)} texts cannot be paired: give as many images as "
+            f"{images} images and {len(texts)} texts cannot be paired: give as many images as "
             "texts, or one of either"
         )
-    return images * len(texts) if len(images) == 1 else images
+    return tuple(each * most if len(each) == 1 else each for each in given)

@@ -17,7 +17,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Float32, Int32
 from ml_collections import ConfigDict
 
-from codebook_jax.data.text import Tokenizer, open_tokenizer
+from codebook_jax.data.text import Tokenizer, has_words, open_tokenizer
 from codebook_jax.errors import UserError, reason
 from codebook_jax.evaluation.zero_shot import label_features
 from codebook_jax.files import parse_json
@@ -136,6 +136,9 @@ class Codis(Loaded):
         prompts = self.config.evaluation.prompts if prompts is None else text_list(prompts)
         if not labels:
             raise UserError("labels is empty: give at least one")
+        for label in labels:
+            if not has_words(label):
+                raise UserError(f"the label {label!r} has no words: leave it out")
         told = label_features(self.encode_text, labels, prompts)
         temperature = float(self._student["temperature"])
         features = self.encode_image(images)
@@ -264,6 +267,12 @@ def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis | Finetuned
         manifest = parse_json((folder / MANIFEST).read_bytes())
         number, items, step = (manifest[field] for field in ("format", "items", "step"))
         task = manifest.get("task", LOADED[0])
+    if task == "text_assignment":
+        raise UserError(
+            f"{folder} is of config.task={task!r}, the stage before NLVR2, which answers nothing: "
+            "start NLVR2 from it, with --config=configs/finetune_nlvr2.py "
+            f"--config.init=model:{folder}, and load the export of that run"
+        )
     if number not in (FORMAT, MEANS) or task not in LOADED:
         raise UserError(
             f"{folder} is an export of format {number} and task={task!r}, but this codebook_jax "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -62,19 +63,25 @@ class Loaded:
             if lengths[position] <= 2 or not has_words(text):  # [CLS] [SEP]
                 raise UserError(f"text {position}, {text!r}, has no words: leave it out")
         if truncated:
-            warnings.warn(
+            _warn(
                 f"{truncated:,} of {len(texts):,} texts are longer than the {most} tokens that "
-                "this model reads: they are truncated",
-                stacklevel=3,
+                "this model reads: they are truncated"
             )
         if np.any(tokens == self._tokenizer.unknown_id):
             words = first_few(list(map(repr, self._tokenizer.unknown_words(texts))), 5)
-            warnings.warn(
+            _warn(
                 f"this model's tokenizer does not know {words}: the model reads them "
-                "all as the same unknown word",
-                stacklevel=3,
+                "all as the same unknown word"
             )
         return tokens, lengths
+
+
+def _warn(sentence: str) -> None:
+    """Warns at the line that called this package, however deep that call has gone."""
+    frame, level, package = inspect.currentframe(), 1, __name__.partition(".")[0]
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, stacklevel=level)
 
 
 def chunks(count: int) -> Iterator[tuple[Int[np.ndarray, " rows"], int]]:

@@ -67,7 +67,7 @@ def test_a_submission_of_comparisons_has_a_line_for_each_identifier(tmp_path):
     assert path.read_text() == "test1-0-0-0,True\ntest1-0-1-0,False\n"
     with open(path, newline="") as file:
         assert dict(csv.reader(file)) == {"test1-0-0-0": "True", "test1-0-1-0": "False"}
-    assert "2 statements" in said
+    assert "2 statements, all that were evaluated" in said
 
 
 @pytest.mark.parametrize("identifier", ["a,b", 'a"b', "a\nb", " a", "a\t"])

@@ -169,6 +169,7 @@ def test_an_evaluation_is_shown_though_it_cannot_be_written(tmp_path, monkeypatc
         return Evaluation({"student/dual": {}}, {}, 0.0, "", "", "R@1 12.34")
 
     parts = dict(checkpoint_items=Pretraining.checkpoint_items, evaluate=evaluated)
+    parts["check_data"] = lambda *_: None
     task = SimpleNamespace(**parts, reads="pairs", evaluates=(), resumes=False)
     monkeypatch.setattr(build, "restore_trained", lambda *_: SimpleNamespace(state=None))
     monkeypatch.setattr(evaluate, "source_of", lambda *_, **__: NoImages())

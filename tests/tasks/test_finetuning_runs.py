@@ -27,6 +27,7 @@ from weight_file import assert_same
 import codebook_jax
 from codebook_jax import build
 from codebook_jax.data.sources import open_source
+from codebook_jax.files import write_json
 from codebook_jax.models.finetuned import LABELS
 from codebook_jax.report.run import write_report
 from codebook_jax.run.checkpoint import read_arrays
@@ -95,7 +96,7 @@ def test_it_stops_and_goes_on_bit_for_bit(run, tmp_path):
 
 
 def test_half_way_between_start_and_end_is_the_mean_of_both(run, pretrained):
-    assert_same(run.whole, saved(run.workdir, STEPS))  # the newest of equally good ones is the best
+    assert_same(run.whole, saved(run.workdir, STEPS))
     assert run.whole.keys() == run.mean.keys()
     before, source_of = read_arrays(pretrained / "student"), build.TASKS[run.task].pretrained
     known = {name: source_of(f"student/{name}") for name in run.whole}
@@ -137,6 +138,26 @@ def test_its_predictions_cover_the_test_set(run):
         assert run.task == "labels" or labels <= set(LABELS[run.task])
 
 
+def test_predictions_of_a_part_of_the_data_are_said_to_be_no_whole_submission(run, tmp_path):
+    assert "evaluated: for a submission" not in run.table
+    if run.task in ("retrieval", "grounding"):
+        return
+    workdir = shutil.copytree(run.workdir, tmp_path / "run")
+    changes = {"data.scenes_examples": run.config.data.scenes_examples, "evaluation.images": 5}
+    _, said = evaluated(workdir, config_of(run.task, init=run.config.init, **changes))
+    assert "only the first 5 of 1,000" in said and "5 of its source" not in said
+
+
+def test_a_mixture_is_of_the_last_weights_whichever_checkpoint_is_the_best(run, tmp_path):
+    workdir = shutil.copytree(run.workdir, tmp_path / "run")
+    scores = {"0": 1.0, "2": 3.0, str(STEPS): 2.0}
+    write_json(workdir / "best.json", {"step": 2, "score": 3.0, "metric": "", "scores": scores})
+    assert_same(exported(workdir), saved(workdir, 2))
+    config = run.config.copy_and_resolve_references().unlock()
+    config.export.between = 0.5
+    assert_same(exported(workdir, config.lock()), run.mean)
+
+
 def test_its_report_shows_its_curves(run):
     with saying() as said:
         write_report(None, run.workdir)
@@ -147,7 +168,7 @@ def test_its_report_shows_its_curves(run):
 
 def test_its_export_has_the_verb_of_its_task(run):
     if run.task == "text_assignment":
-        with pytest.raises(codebook_jax.UserError, match="task='text_assignment'"):
+        with pytest.raises(codebook_jax.UserError, match="the stage before NLVR2"):
             codebook_jax.load(run.workdir)
         return
     model = codebook_jax.load(run.workdir)

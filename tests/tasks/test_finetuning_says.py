@@ -56,7 +56,7 @@ CHOSEN = np.array([[2, 0], [1, 2], [0, 1]]), np.full((3, 2), 0.5)
 def test_a_test_set_without_answers_gives_a_submission_and_no_score(comparing, answering, tmp_path):
     judged = comparing.judged(found(IDENTIFIERS, TRUTH), None)
     assert math.isnan(judged.score) and judged.results == {"student": {"examples": 3.0}}
-    assert "3 comparisons without known answers" in judged.summary and not judged.unwritten
+    assert "3 comparisons without known answers" in judged.summary
     files = written(judged, tmp_path)
     lines = "dev-1-0-0,False\ndev-1-1-0,True\ndev-2-0-1,True\n"
     assert files == {"nlvr2_predictions.csv": lines}
@@ -83,18 +83,24 @@ def test_known_answers_score_those_examples_alone_and_all_are_written(
     assert judged.score == 50 and judged.results["student"]["questions"] == 2
 
 
-def test_a_submission_that_would_miss_examples_is_not_written_and_the_reason_is_given(
-    comparing, answering
+def test_a_submission_that_would_miss_examples_is_not_written_and_an_older_one_is_set_aside(
+    comparing, answering, tmp_path
 ):
     for task, outputs, name in (
         (comparing, TRUTH, "nlvr2_predictions.csv"),
         (answering, CHOSEN, "vqa_result.json"),
     ):
+        path, aside = tmp_path / name, tmp_path / f"earlier_{name}"
         for answers in ((), [("false",)] * 3):
-            judged = task.judged(found(IDENTIFIERS, outputs, answers, left_out=2), None)
-            assert judged.files == ()
-            assert re.search(f"{name} is not written.* pictures of 2 cannot", judged.unwritten)
-            assert "\n" not in judged.unwritten
+            for older in ("older", ""):
+                if older:
+                    path.write_text(older)
+                judged = task.judged(found(IDENTIFIERS, outputs, answers, left_out=2), None)
+                [(named, write)] = judged.files
+                said = write(tmp_path / named)
+                assert re.search(f"{name} is not written.* pictures of 2 cannot", said)
+                assert (str(aside) in said) == bool(older) and "\n" not in said
+                assert not path.exists() and aside.read_text() == "older"
 
 
 def test_questions_of_one_id_are_refused_since_a_submission_answers_each_once(answering):

@@ -124,6 +124,20 @@ def test_labels_are_told_by_their_prompts_at_the_models_temperature(model, pictu
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, p: m.classify(p, ["circle " * 40]),
+        lambda m, p: m.ground(p, "circle " * 40),
+        lambda m, p: m.explain(p, "circle " * 40),
+    ],
+)
+def test_a_warning_points_to_the_line_that_called_the_verb(model, picture, call):
+    with pytest.warns(UserWarning, match="are longer than the 24 tokens") as caught:
+        call(model, picture)
+    assert [one.filename for one in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
     "call, sentence",
     [
         (lambda m, p: m.explain([p, p], "a star"), "2 images and 1 texts .* one image"),
@@ -134,6 +148,8 @@ def test_labels_are_told_by_their_prompts_at_the_models_temperature(model, pictu
         (lambda m, p: m.ground(p, "a star", [1, 2, 3, 4]), r"proposals=\[1, 2, .* no boxes"),
         (lambda m, p: m.ground(p, "a star", ["box"]), "proposals=.*'box'.* no boxes"),
         (lambda m, p: m.classify(p, []), "labels is empty"),
+        (lambda m, p: m.classify(p, ["a", ""]), "the label '' has no words"),
+        (lambda m, p: m.classify(p, "?!"), r"the label '\?!' has no words"),
         (lambda m, p: m.classify(p, ["a"], "a photo"), r"prompts=\('a photo',\) cannot"),
         (lambda m, p: m.classify(p, ["a"], []), r"prompts=\(\) cannot"),
     ],

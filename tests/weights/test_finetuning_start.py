@@ -10,6 +10,7 @@ from orbax.checkpoint import StandardCheckpointer
 from small_finetune import config_of
 from weight_file import assert_same
 
+import codebook_jax
 from codebook_jax import build
 from codebook_jax.data import text
 from codebook_jax.errors import UserError
@@ -145,6 +146,15 @@ def test_another_size_or_the_export_of_another_task_is_refused_in_one_sentence(
     folder = as_export_of("vqa", tmp_path / "vqa", pretrained)
     said = refused("entailment", folder)
     assert "is of config.task='vqa', but 'entailment' starts from pre-trained weights" in said
+
+
+def test_loading_the_stage_before_comparisons_says_what_it_is_for(pretrained, tmp_path):
+    folder = as_export_of("text_assignment", tmp_path / "stage", pretrained)
+    with pytest.raises(UserError) as caught:
+        codebook_jax.load(folder)
+    said = str(caught.value)
+    assert "the stage before NLVR2" in said and f"--config.init=model:{folder}" in said
+    assert "install" not in said
 
 
 def test_comparisons_go_on_with_what_text_assignment_has_learned_but_for_its_head(

@@ -4,7 +4,6 @@ boxes in a second file, {ref_id or image id: [[x, y, width, height]]}. Boxes are
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
@@ -15,7 +14,7 @@ from typing import Any
 
 from codebook_jax.data.sources import listed
 from codebook_jax.data.sources.examples import Entry, ListedExamples, key_in
-from codebook_jax.data.sources.json_files import read_json, read_object
+from codebook_jax.data.sources.json_files import read_json, read_object, refuse_pickle
 from codebook_jax.data.sources.record import Example, Request
 from codebook_jax.errors import UserError
 
@@ -112,11 +111,6 @@ def _box(where: str, value: Any) -> Box:
 
 
 def _refuse_pickle(path: str) -> None:
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(1) == b"\x80" or path.endswith((".p", ".pkl", ".pickle")):
-            instances = os.path.join(os.path.dirname(path), "instances.json")
-            raise UserError(
-                f"{path} is a pickle, which can run any program when it is opened: if you trust "
-                "the file, convert it once, for example REFER's to the list of its split val: "
-                f'python -c "{_CONVERT.format(path=path, instances=instances)}"'
-            )
+    instances = os.path.join(os.path.dirname(path), "instances.json")
+    program = _CONVERT.format(path=path, instances=instances)
+    refuse_pickle(path, ", for example REFER's to the list of its split val", program)

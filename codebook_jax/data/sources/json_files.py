@@ -22,6 +22,9 @@ from codebook_jax.errors import UserError
 from codebook_jax.files import parse_json, parse_json_at
 
 USABLE, CHECK = "usable.jsonl", "check.json"  # files that check-data writes
+_CONVERT = (
+    "import json, pickle; json.dump(pickle.load(open({path!r}, 'rb')), open('converted.json', 'w'))"
+)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BETWEEN = re.compile(r"[ \t\n\r]*,?[ \t\n\r]*")  # a missing or a last comma does no harm
 
@@ -60,6 +63,7 @@ def read_json(path: str, key: str = "") -> Iterator[tuple[str, Any]]:
 
     Entries are parsed one at a time: parsed at once, they take many times the memory of the text.
     """
+    refuse_pickle(path)
     with open_text(path) as file:
         text = file.read()
     begins = re.search(rf'"{key}"\s*:\s*(?=\[)', text) if key else _SPACE.match(text)
@@ -81,6 +85,19 @@ def read_json(path: str, key: str = "") -> Iterator[tuple[str, Any]]:
             raise json.JSONDecodeError("Extra data", text, end)
     except ValueError as failure:
         raise UserError(f"{where} cannot be read as JSON ({failure}): correct it") from failure
+
+
+def refuse_pickle(path: str, what: str = "", program: str = "") -> None:
+    """Raises UserError for a pickle, with the Python `program` that converts `what` is in it."""
+    if os.path.isfile(path):  # a pipe can be read only once
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(1) != b"\x80" and not path.endswith((".p", ".pkl", ".pickle")):
+                return
+            raise UserError(
+                f"{path} is a pickle, which can run any program when it is opened: if you trust "
+                f"the file, convert it once{what}: python -c "
+                f'"{program or _CONVERT.format(path=path)}"'
+            )
 
 
 def read_object(path: str) -> Any:

@@ -1,6 +1,7 @@
 """The published files of other tasks and their quirks, each as the examples that it lists."""
 
 import json
+import pickle
 import re
 import shlex
 import subprocess
@@ -287,6 +288,18 @@ def test_refers_pickle_is_refused_with_a_command_that_converts_it(tmp_path, name
     assert paths(tmp_path, source)[0] == ("COCO_train2014_000000000009.jpg",)
     refs = write(tmp_path / "good.json", EXPRESSIONS)
     assert "is a pickle" in refusal(f"grounding:{refs}?detections={tmp_path / name}")
+
+
+@pytest.mark.parametrize(("name", "protocol"), [("list.pkl", 0), ("list.json", 4)])
+@pytest.mark.parametrize("scheme", ["json", "vqa", "nlvr2", "entailment", "coco"])
+def test_any_pickle_is_refused_with_a_command_that_converts_it(tmp_path, scheme, name, protocol):
+    entries = [{"image": "a.jpg", "caption": "a cup"}]
+    write(tmp_path / name, pickle.dumps(entries, protocol=protocol))
+    said = refusal(f"{scheme}:{tmp_path / name}")
+    assert f"{tmp_path / name} is a pickle" in said and "if you trust" in said
+    _, *arguments = shlex.split(said[said.index("python -c") :])
+    subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
+    assert json.loads((tmp_path / "converted.json").read_text()) == entries
 
 
 # Labels

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import msgpack
 import pytest
@@ -113,6 +114,25 @@ def test_packing_again_verifies_the_folder_and_refuses_another_list(tmp_path, ca
     packed(specs[0], tmp_path / "packed")
     assert content(tmp_path / "packed") == before
     assert "already complete" in capsys.readouterr().out
+
+
+def test_shards_are_named_after_what_they_hold_and_those_of_older_versions_are_read(tmp_path):
+    spec = write_all(tmp_path / "files")["statements"][0]
+    _, now = packed(spec, tmp_path / "packed")
+    names = {f"examples-00000-of-00001.{end}" for end in ("array_record", "jsonl")}
+    assert content(tmp_path / "packed").keys() == names | {"manifest.json", "skipped.tsv"}
+    older, manifest = tmp_path / "older", tmp_path / "older" / "manifest.json"
+    shutil.copytree(tmp_path / "packed", older)
+    for name in names:
+        (older / name).rename(older / name.replace("examples", "pairs"))
+    manifest.write_text(manifest.read_text().replace('"examples-', '"pairs-'))
+    before = content(older)
+    _, then = packed(spec, older)  # verifies it
+    assert content(older) == before and records(then) == records(now)
+    assert then.fingerprint() == now.fingerprint()
+    next(older.glob("pairs-*.jsonl")).write_text("damaged")
+    packed(spec, older)
+    assert content(older) == content(tmp_path / "packed")
 
 
 def test_pairs_are_packed_as_they_always_were(tmp_path):
