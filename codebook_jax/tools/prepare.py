@@ -96,8 +96,8 @@ def _complete(config: ml_collections.ConfigDict, workdir: Path, source: Source) 
             "run the same command again"
         )
     if not any(written.records for written, _ in receipts.values()):
-        for file in workdir.glob("*-of-*"):  # so that the next start tries again
-            file.unlink()
+        for file in [each for each in workdir.iterdir() if _OWN.fullmatch(each.name)]:
+            file.unlink()  # so that the next start tries again
         shutil.rmtree(workdir / PROGRESS)
         raise UserError(
             f"{source!r}: none of {len(source):,} pictures could be read (first: "
