@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from codebook_jax.data.images import UnreadableImage
-from codebook_jax.data.sources import Record
+from codebook_jax.data.sources import Example, Record
 from codebook_jax.evaluation import retrieval
+from codebook_jax.evaluation.predicting import predict
 from codebook_jax.evaluation.rerank import Scoring
 from codebook_jax.evaluation.stage import IN_MEMORY
 from codebook_jax.parallel import sharding
@@ -40,7 +41,7 @@ class Numbers:
 class Digits:
     def encode(self, captions, max_tokens):
         tokens = np.zeros((len(captions), max_tokens), np.int32)
-        tokens[:, 0] = [int(caption) for caption in captions]
+        tokens[:, 0] = [int(caption or 0) for caption in captions]
         return tokens, np.full(len(captions), 1, np.int32), 0
 
 
@@ -109,3 +110,31 @@ def evaluate(
         scoring=Scoring(oracle.match, cosine_weight) if rerank else None,
         books=books,
     )
+
+
+class Pairs(Numbers):
+    """Examples of two such images, with the second one's number as their text."""
+
+    evaluated = "examples"
+
+    def __getitem__(self, index: int) -> Example:
+        first, second = (super(Pairs, self).__getitem__(at) for at in (index, index + 1))
+        return Example((first.image, second.image), str(index + 1), (), index, index)
+
+
+def predicted(broken, tensor=1):
+    """The outputs for 11 examples, of which some cannot be read, as lists; and what was read."""
+    source, mesh = Pairs(11, broken), sharding.make_mesh(-1, 1, tensor)
+
+    @jax.jit
+    def program(images, tokens, lengths):
+        return {"first": images[:, 0, 0, 0, 0], "second": images[:, 1, 0, 0, 0], "text": tokens}
+
+    config = config_of(**{"evaluation.batch": 8, "model.text.max_tokens": 1})
+    found = predict(program, source, Digits(), config, mesh, images=0, pictures=2)
+    rows = zip(*(found.outputs[name].ravel().tolist() for name in found.outputs), strict=True)
+    keys = [
+        [example.key, example.text, *size]
+        for example, size in zip(found.examples, found.sizes, strict=True)
+    ]
+    return [keys, list(map(list, rows)), found.left_out], sorted(set(source.read))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import ml_collections
@@ -23,6 +23,7 @@ from codebook_jax.models.codis import Model
 from codebook_jax.parallel import sharding
 from codebook_jax.parallel.processes import peers
 
+Item = TypeVar("Item")
 Run = Callable[..., dict[str, Array]]  # the weights of towers and inputs to named outputs
 
 
@@ -218,7 +219,7 @@ def _read(
     source: Source, calls: Iterable[Int[np.ndarray, " rows"]], config: ml_collections.ConfigDict
 ) -> Iterator[list[tuple[int, Record | None, np.ndarray | str]]]:
     """For the positions of each call, (position, record, image), or (position, None, why), the
-    position being -1 where there is none; reads one call ahead.
+    position being -1 where there is none.
     """
 
     def read(position: int) -> tuple[int, Record | None, np.ndarray | str]:
@@ -231,7 +232,14 @@ def _read(
         except UnreadableImage as error:
             return position, None, str(error)
 
-    with ThreadPoolExecutor(config.data.threads) as pool:
+    return read_ahead(read, calls, config.data.threads)
+
+
+def read_ahead(
+    read: Callable[[int], Item], calls: Iterable[Int[np.ndarray, " rows"]], threads: int
+) -> Iterator[list[Item]]:
+    """What `read` gives for the positions of each call; reads one call ahead."""
+    with ThreadPoolExecutor(threads) as pool:
         ahead = []
         for positions in (*calls, ()):
             running, ahead = ahead, [pool.submit(read, int(at)) for at in positions]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections import ChainMap
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,13 +16,27 @@ from codebook_jax.console import say
 from codebook_jax.data.images import UnreadableImage, decode, resize_square
 from codebook_jax.data.sources import Example, Source
 from codebook_jax.data.text import Tokenizer
-from codebook_jax.evaluation.encoding import Progress, report_unreadable, rows_over_shards
+from codebook_jax.evaluation.encoding import (
+    Progress,
+    read_ahead,
+    report_unreadable,
+    rows_over_shards,
+)
 from codebook_jax.parallel import sharding
+from codebook_jax.parallel.processes import peers
 
 # Pictures [rows, images, side, side, 3], tokens and lengths of texts to outputs for every row.
 Program = Callable[[Array, Array, Array], PyTree]
 Pictures = UInt8[np.ndarray, "images side side 3"]
-Read = tuple[Example, Pictures, tuple[int, int]] | tuple[None, str, None]
+
+
+class _Read(NamedTuple):
+    """What was read at a position."""
+
+    pixels: Pictures  # black where nothing was
+    example: Example | None = None  # without its pictures
+    size: tuple[int, int] = (0, 0)  # height and width of the first
+    failure: str = ""  # why its pictures cannot be read
 
 
 class Predicted(NamedTuple):
@@ -42,58 +57,59 @@ def predict(
     mesh: jax.sharding.Mesh,
     *,
     images: int,
+    pictures: int = 1,
     progress: Progress | None = None,
 ) -> Predicted:
-    """The outputs for the first `images` (0: all) examples of a source, whose pictures are seen
-    whole. Those that cannot be read are left out and reported; raises UserError if none can.
+    """The outputs for the first `images` (0: all) examples of a source, of so many `pictures` each,
+    which are seen whole. Every process reads its share, and gets the outputs of all. Examples that
+    one of them cannot read are left out and reported; raises UserError if none can be read.
     """
     count = min(images or len(source), len(source))
     rows = rows_over_shards(min(config.evaluation.batch, count), mesh)
-    kept, sizes, outputs, unreadable, truncated = [], [], [], [], 0
-    for start, chunk in _chunks(source, count, rows, config):
-        readable = [read for read in chunk if read[0] is not None]
-        unreadable += [why for example, why, _ in chunk if example is None]
-        if readable:
-            examples, seen, of_seen = zip(*readable, strict=True)
-            kept, sizes = kept + list(examples), sizes + list(of_seen)
-            texts = [example.text for example in examples]
-            tokens, lengths, cut = tokenizer.encode(texts, config.model.text.max_tokens)
-            truncated += cut
-            places = np.arange(rows).clip(max=len(examples) - 1)  # padded with a valid example
-            inputs = (array[places] for array in (np.stack(seen), tokens, lengths))
-            found = program(*(sharding.to_device(array, mesh) for array in inputs))
-            host = jax.tree.map(lambda x: sharding.to_host(x)[: len(examples)], found)  # noqa: B023
-            outputs.append(host)
+    starts, own = range(0, count, rows), sharding.process_rows(mesh, rows)
+    shape = pictures, config.model.image.size_px, config.model.image.size_px, 3
+    read = functools.partial(_read, source, count, shape)
+    chunks = read_ahead(read, (start + own for start in starts), config.data.threads)
+    kept, unreadable, outputs, truncated = {}, {}, [], 0
+    for start, chunk in zip(starts, chunks, strict=True):
+        for at, each in zip((start + own).tolist(), chunk, strict=True):
+            if each.example is not None:
+                kept[at] = each.example, each.size
+            elif each.failure:
+                unreadable[at] = each.failure
+        texts = [each.example.text if each.example else "" for each in chunk]
+        tokens, lengths, cut = tokenizer.encode(texts, config.model.text.max_tokens)
+        truncated += cut
+        inputs = np.stack([each.pixels for each in chunk]), tokens, lengths
+        found = program(*(sharding.put_batch(array, mesh) for array in inputs))
+        outputs.append(jax.tree.map(sharding.to_host, found))
         if progress is not None:
-            progress(source.evaluated, start + len(chunk), count)
-    report_unreadable(source, unreadable, count, "example", "examples")
+            progress(source.evaluated, min(start + rows, count), count)
+    everyone = peers.connected().exchange(source.evaluated, (kept, unreadable, truncated))
+    of_all, without, cuts = zip(*everyone, strict=True)
+    kept, unreadable = (dict(sorted(ChainMap(*each).items())) for each in (of_all, without))
+    report_unreadable(source, list(unreadable.values()), count, "example", "examples")
+    positions = [at for at in kept if at not in unreadable]  # several may have read one
+    truncated = sum(cuts)
     if truncated:
-        longer = f"{truncated:,} of {len(kept):,} texts are longer than {tokens.shape[1]} tokens"
+        longer = (
+            f"{truncated:,} of {len(positions):,} texts are longer than {tokens.shape[1]} tokens"
+        )
         say(f"{longer}: their ends are cut off")
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
-    return Predicted(kept, sizes, joined, len(unreadable), truncated)
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[positions], *outputs)
+    examples, sizes = zip(*(kept[at] for at in positions), strict=True)
+    return Predicted(list(examples), list(sizes), joined, len(unreadable), truncated)
 
 
-def _chunks(
-    source: Source, count: int, rows: int, config: ml_collections.ConfigDict
-) -> Iterator[tuple[int, list[Read]]]:
-    """(first position, its examples with pictures, or with why they cannot be read); reads one
-    chunk ahead.
-    """
-    side = config.model.image.size_px
-
-    def read(position: int) -> Read:
-        try:
-            example = source[position]
-            pictures = [decode(image) for image in example.images]
-            seen = np.stack([resize_square(picture, side) for picture in pictures])
-            return example._replace(images=()), seen, pictures[0].shape[:2]
-        except UnreadableImage as error:
-            return None, str(error), None
-
-    with ThreadPoolExecutor(config.data.threads) as pool:
-        ahead = []
-        for start in range(0, count + rows, rows):
-            running, ahead = ahead, [pool.submit(read, at) for at in range(count)[start:][:rows]]
-            if running:
-                yield start - rows, [job.result() for job in running]
+def _read(source: Source, count: int, shape: tuple[int, ...], position: int) -> _Read:
+    """The example at a position with its pictures resized, if there is one and it can be read."""
+    nothing = _Read(np.zeros(shape, np.uint8))
+    if position >= count:
+        return nothing
+    try:
+        example = source[position]
+        found = [decode(image) for image in example.images]
+    except UnreadableImage as error:
+        return nothing._replace(failure=str(error))
+    pixels = np.stack([resize_square(picture, shape[1]) for picture in found])
+    return _Read(pixels, example._replace(images=()), found[0].shape[:2])

@@ -295,7 +295,7 @@ class Finetuning(Task):
         """Predicts with the student, and judges."""
         program = self.program(state.student, tokenizer)
         given = program, source, tokenizer, self.config, self.mesh
-        found = predict(*given, images=images, progress=progress)
+        found = predict(*given, images=images, pictures=self.images, progress=progress)
         return self.judged(found, tokenizer)
 
     def program(self, student: PyTree, tokenizer: Tokenizer) -> Program:

@@ -1,5 +1,6 @@
 """Two real processes over gloo fine-tune as one process does on the same mesh."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,21 +9,29 @@ from small_finetune import main_flags, rows_of, saved
 from small_run import ran, together
 
 STEPS = 4
+WRITTEN = {  # what --mode=eval writes
+    "vqa": "vqa_result.json",
+    "nlvr2": "nlvr2_predictions.csv",
+    "labels": "predictions.jsonl",
+    "grounding": "eval.json",
+}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", WRITTEN)
 def test_two_processes_fine_tune_evaluate_and_answer_as_one(
-    pretrained, one_device_environment, tmp_path
+    task, pretrained, one_device_environment, tmp_path
 ):
     changes = {
         "init": f"model:{pretrained}",
         "train.steps": STEPS,
         "data.global_batch": 8,
         "data.flip": True,
+        "data.scenes_examples": 400,
     }
 
     def command(workdir, *more):
-        flags = main_flags("vqa", **changes)
+        flags = main_flags(task, **changes)
         return [sys.executable, "-m", "codebook_jax.main", *flags, f"--workdir={workdir}", *more]
 
     def environment(devices):
@@ -55,5 +64,8 @@ def test_two_processes_fine_tune_evaluate_and_answer_as_one(
     assert [process.returncode for process in processes] == [0, 0], said
     done = ran(command(one, "--mode=eval"), environment(4))
     assert done.returncode == 0, done.stderr[-3000:]
-    answers = [(workdir / "vqa_result.json").read_text() for workdir in (one, two)]
+    answers = [(workdir / WRITTEN[task]).read_text() for workdir in (one, two)]
+    if task == "labels":  # with probabilities
+        answers = [[json.loads(line) for line in text.splitlines()] for text in answers]
+        answers = [[(row["id"], row["label"]) for row in rows] for rows in answers]
     assert answers[0] == answers[1]
