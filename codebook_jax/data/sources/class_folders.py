@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from codebook_jax.data.sources.examples import Entry, ListedExamples
 from codebook_jax.data.sources.record import Example, Request
@@ -25,11 +26,21 @@ def open_folders(request: Request) -> ListedExamples:
         raise UserError(f"folders:{request.place} has {names}, not classes: give folders:{one}")
     settings = request.settings._replace(image_root=request.place, path_map="")
     request = request._replace(settings=settings)
-    return ListedExamples(request, "labels", _entries(request.place), _CURE)
+    return ListedExamples(request, "labels", _in_turn(_entries(request.place)), _CURE)
 
 
 def _is_class(entry: os.DirEntry) -> bool:
     return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _in_turn(entries: Iterable[Entry]) -> list[Entry]:
+    """The first of each class, the second of each, and so on: the first few have all classes."""
+    numbered, seen = [], Counter()
+    for entry in entries:
+        (label,) = entry.example.answers
+        numbered.append((seen[label], entry))
+        seen[label] += 1
+    return [entry for _, entry in sorted(numbered, key=lambda each: each[0])]
 
 
 def _entries(place: str) -> Iterator[Entry]:
