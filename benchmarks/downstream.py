@@ -2,7 +2,7 @@
 `python benchmarks/downstream.py --run=runs/downstream`.
 
 Every run is the ordinary command at size `tiny` on the built-in scenes, followed by --mode=eval on
-their test data. The run is pre-trained first, if it is not there, with `PRETRAINING` and a
+their test data. The run is pre-trained first, if it is not there, with `ARCHITECTURE` and a
 vocabulary that has the words of all tasks, as BERT's has. Figures go to `results/downstream.json`,
 the table into docs/finetuning.md, between its marks; a run that is in there already is not repeated
 unless you name its task.
@@ -28,13 +28,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "downstream.json"
 PAGE = ROOT / "docs" / "finetuning.md"
 START, END = "<!-- downstream -->", "<!-- end of downstream -->"
-PRETRAINING = (  # patches that keep their places, which two pictures and grounding need
+ARCHITECTURE = (  # patches that keep their places, which two pictures and grounding need
     "model.image.stem=patch",
     "model.image.patch_px=8",
     "model.pool=cls",
     "model.text.position_std=0.0",
-    "train.steps=800",
 )
+STEPS = 800  # of pre-training
 READ = 4000  # scenes, and examples of each task, whose words are in the vocabulary
 
 
@@ -115,7 +115,8 @@ def pretrain(run: Path, seed: int) -> None:
     """Pre-trains and exports, with a tokenizer trained on the words of all tasks."""
     _, save = text.open_tokenizer("", run.parent / f"{run.name}-words", words(), 8192)
     save()
-    fields = (*PRETRAINING, f"data.tokenizer={run.parent}/{run.name}-words/tokenizer", f"{seed=}")
+    tokenizer = run.parent / f"{run.name}-words" / "tokenizer"
+    fields = (*ARCHITECTURE, f"train.steps={STEPS}", f"data.tokenizer={tokenizer}", f"{seed=}")
     command(
         "--config=configs/base.py:tiny",
         f"--workdir={run}",
@@ -134,7 +135,8 @@ def words() -> Iterator[str]:
 
 
 def base_with(data: str) -> tuple[str, ...]:
-    return "--config=configs/base.py:tiny", f"--config.data.test={data}"
+    fields = (*ARCHITECTURE, f"data.test={data}")
+    return "--config=configs/base.py:tiny", *(f"--config.{field}" for field in fields)
 
 
 def finetuned(task: Measured, export: Path, start: str, workdir: Path, seed: int) -> dict[str, Any]:
@@ -142,8 +144,7 @@ def finetuned(task: Measured, export: Path, start: str, workdir: Path, seed: int
     init = f"model:{export}" if start == "pre-trained" else "random"
     fields = [f"--config.init={init}", f"--config.seed={seed}"]
     if start == "random":  # of the same architecture and vocabulary
-        same = [field for field in PRETRAINING if field.startswith("model.")]
-        same.append(f"data.tokenizer={export}/tokenizer")
+        same = (*ARCHITECTURE, f"data.tokenizer={export}/tokenizer")
         fields += [f"--config.{field}" for field in same]
     began, config = time.monotonic(), f"--config=configs/finetune_{task.config}.py:tiny"
     if task.before:

@@ -225,6 +225,7 @@ PRETRAINING = {
     "queue.size": Field(whole(0), FIXED),
     "queue.ids": Field(FLAG, FIXED, older=False),
     "itm.groups": Field(whole(0), FIXED),
+    "itm.negatives": Field(one_of("hard", "random"), older="hard"),
     "mlm.*": Field(SHARE),
 }
 # The fields of fine-tuning tasks, each of which may add its own.

@@ -259,7 +259,9 @@ def objective(at: types.SimpleNamespace) -> dict[str, Any]:
             ids=True,  # it keeps the images' ids, so that alignment.same_image holds for it too; ours: else a queue longer than an epoch is full of matches
         ),
         # negatives are drawn inside equal groups; 0: data shards x accumulation (ALBEF: one per GPU)
-        itm=dict(groups=0),
+        itm=dict(
+            groups=0, negatives="hard"
+        ),  # "hard": the more alike, the likelier (ALBEF) | "random"
         mlm=dict(
             probability=0.15,  # BERT
             max_share=0.25,  # most masked positions per text, as a share of max_tokens; ours: fixed shapes

@@ -37,7 +37,6 @@ FIELDS = SMALL | {
     "evaluation.between": (0.5,),
     "optimizer.warmup_steps": 2,
     "vqa.decoder_depth": 1,
-    "itm.groups": 0,
 }
 NOT_SET = ("model.dim", "evaluation.rerank_top_k")  # of the export, or of the recipe
 

@@ -375,11 +375,12 @@ class Pretraining(Task):
         self, student: PyTree, learned: Pair, inputs: Inputs, taught: Pair
     ) -> tuple[Array, Array]:
         """The negative image of each text, the negative text of each image: places in a group."""
+        hard = self.config.itm.negatives == "hard"
         draw = functools.partial(
             matching.draw_negatives,
             allowed=inputs.allowed,
             groups=self.pass_groups,
-            temperature=student["temperature"],
+            temperature=student["temperature"] if hard else jnp.float32(jnp.inf),
         )
         image = draw(learned.text, taught.image, noise=inputs.noise.text)
         return image, draw(learned.image, taught.text, noise=inputs.noise.image)

@@ -1,5 +1,7 @@
 """Tasks that read other data than they are named after: expressions as pairs, pairs as choices."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from golden_weights import one_mesh
@@ -10,6 +12,7 @@ from small_finetune import config_of
 from codebook_jax import build
 from codebook_jax.data.sources import source_of
 from codebook_jax.tasks import judging, nlvr2
+from codebook_jax.tasks.draws import Pair
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,23 @@ def test_expressions_are_learned_as_pairs_by_the_weights_of_their_sources(tokeni
             tokens = tokenizer.encode(texts, config.model.text.max_tokens).tokens
             np.testing.assert_array_equal(batch.tokens, tokens)
     assert len(examples) == 64 and sum(at < len(source) // 2 for at in examples) == 48
+
+
+@pytest.mark.parametrize("negatives", ["hard", "random"])
+def test_negatives_are_drawn_at_random_or_as_they_are_alike(negatives, tokenizer):
+    config = config_of("grounding", **{"itm.negatives": negatives, "itm.groups": 1})
+    task = build.TASKS["grounding"](config, tokenizer.vocabulary, one_mesh())
+    random = np.random.default_rng(0)
+    features = Pair(*random.normal(size=(2, 8, 4)).astype(np.float32))
+    noise = Pair(*random.normal(size=(2, 8, 8)).astype(np.float32))
+    inputs = SimpleNamespace(allowed=~np.eye(8, dtype=bool), noise=noise)
+    student = {"temperature": np.float32(1e-3)}  # the noise decides nothing
+    found = task._negatives(student, features, inputs, features)
+    cosines = features.text @ features.image.T
+    scores = (cosines, cosines.T) if negatives == "hard" else (noise.text, noise.image)
+    for places, score in zip(found, scores, strict=True):
+        expected = np.where(inputs.allowed, score, -np.inf).argmax(axis=1)
+        np.testing.assert_array_equal(places, expected)
 
 
 def test_a_grounding_score_is_told_also_if_some_expressions_have_no_score_above_zero():
