@@ -70,7 +70,7 @@ def test_of_examples_too_what_one_process_cannot_read_is_left_out_for_both(
 @pytest.mark.parametrize("after, name", [(3, "images"), (9, "texts"), (17, "pairs")])
 def test_two_that_were_killed_go_on_where_they_were(after, name, one_device_environment, tmp_path):
     codes, said = of_two(one_device_environment, tmp_path, after=after)
-    assert codes == [9, 9], said
+    assert sorted(codes) in ([9, 9], [1, 9]), said  # one may notice first that the other is gone
     codes, said = of_two(one_device_environment, tmp_path)
     assert codes == [0, 0], said
     assert found(said) == (evaluate(Numbers(37, broken=(20,))), LEFT[name])
