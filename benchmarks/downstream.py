@@ -67,7 +67,7 @@ TASKS = {
             "data.train=scenes",
             "data.eval=scenes",
             "train.epochs=1",
-            "data.scenes_examples=20000",
+            "data.scenes_examples=8000",
             "optimizer.freeze=",
             "evaluation.between=()",
         ),

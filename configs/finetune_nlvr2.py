@@ -22,5 +22,6 @@ def get_config(size: str = "base") -> ml_collections.ConfigDict:
     if size == "tiny":  # ours: more steps in the same minutes
         with config.unlocked():
             config.optimizer.freeze = "^towers/(image|text)/"
-            config.data.scenes_examples = 40_000
+            config.teacher.update(use=False, alpha=0.0)
+            config.data.scenes_examples = 36_000
     return config.lock()
