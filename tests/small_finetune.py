@@ -54,8 +54,8 @@ def fields_of(task, **changes):
     known, data = flat(recipe_of(task).to_dict()), TASKS[task][1]
     small = {name: value for name, value in FIELDS.items() if name in known}
     small = {name: value for name, value in small.items() if name not in NOT_SET}
-    if TASKS[task][0] == "nlvr2":  # all of it learns, as above tiny
-        small["optimizer.freeze"] = ""
+    if TASKS[task][0] == "nlvr2":  # all of it learns, also from a teacher, as above tiny
+        small |= {"optimizer.freeze": "", "teacher.use": True, "teacher.alpha": 0.4}
     return small | {"task": task, "data.train": data, "data.eval": data} | changes
 
 

@@ -46,7 +46,7 @@ def test_every_command_on_own_data_starts_from_the_export(folder):
         with build.batches(parts, start_step=0) as stream:
             batch = next(stream)
         assert batch.skipped.sum() == 0 and len(batch.tokens) == 2
-        assert f"{len(parts.start.arrays):,}" != "0"
+        assert parts.start.arrays
         started[values.workdir] = parts.config.task
     assert started == {
         "runs/vqa": "vqa",

@@ -260,7 +260,7 @@ def report_unreadable(
         raise UserError(f"{source!r} has no {one} to evaluate: 0 of {count:,} could be read{first}")
     if unreadable:
         left_out = f"{len(unreadable):,} of {count:,} {several} could not be read"
-        say(f"{left_out} and are left out with their captions{first}")
+        say(f"{left_out} and are left out{first}")
 
 
 def _check_finite(name: str, features: Features) -> None:

@@ -12,8 +12,10 @@ STEPS = 4
 WRITTEN = {  # what --mode=eval writes
     "vqa": "vqa_result.json",
     "nlvr2": "nlvr2_predictions.csv",
+    "entailment": "predictions.jsonl",
     "labels": "predictions.jsonl",
     "grounding": "eval.json",
+    "retrieval": "eval.json",
 }
 
 
@@ -51,8 +53,9 @@ def test_two_processes_fine_tune_evaluate_and_answer_as_one(
     ]
     assert np.shape(series[0]) == (STEPS, 2)
     np.testing.assert_allclose(series[1], series[0], rtol=1e-4)
+    metric = "eval/txt_r1" if task == "retrieval" else "eval/accuracy"
     scores = [
-        {row["step"]: row["eval/accuracy"] for row in rows_of(workdir) if "eval/accuracy" in row}
+        {row["step"]: row[metric] for row in rows_of(workdir) if metric in row}
         for workdir in (one, two)
     ]
     assert scores[0] == scores[1] and set(scores[0]) == {0, STEPS}
@@ -65,7 +68,7 @@ def test_two_processes_fine_tune_evaluate_and_answer_as_one(
     done = ran(command(one, "--mode=eval"), environment(4))
     assert done.returncode == 0, done.stderr[-3000:]
     answers = [(workdir / WRITTEN[task]).read_text() for workdir in (one, two)]
-    if task == "labels":  # with probabilities
+    if WRITTEN[task] == "predictions.jsonl":  # with probabilities
         answers = [[json.loads(line) for line in text.splitlines()] for text in answers]
         answers = [[(row["id"], row["label"]) for row in rows] for rows in answers]
     assert answers[0] == answers[1]
