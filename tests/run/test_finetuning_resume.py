@@ -17,7 +17,8 @@ def test_a_killed_fine_tuning_goes_on_bit_for_bit(
     task, pretrained, one_device_environment, tmp_path
 ):
     changes = {"init": f"model:{pretrained}", "train.steps": STEPS, "data.flip": True}
-    flags = main_flags(task, **changes | {"evaluation.every_steps": 4, "data.workers": 1})
+    changes |= {"evaluation.every_steps": 4, "data.workers": 1, "data.scenes_examples": 400}
+    flags = main_flags(task, **changes)
 
     def run(workdir, fault="none:0:0"):
         program = [sys.executable, str(ROOT / "tests" / "faulty_run.py")]
@@ -32,7 +33,7 @@ def test_a_killed_fine_tuning_goes_on_bit_for_bit(
     assert done.returncode == 0 and "resuming at step 4 " in done.stdout, done.stdout[-3000:]
     written = (straight / "checkpoints" / str(STEPS)).iterdir()
     items = {path.name for path in written if path.is_dir()} - {"meta"}
-    assert items - {"teacher"} == {"student", "moments", "rest"}
+    assert {"student", "moments", "rest"} <= items
     for item in items:
         assert_same(saved(killed, STEPS, item), saved(straight, STEPS, item))
     series = [
