@@ -115,6 +115,12 @@ def best_constant(references: Mapping[Key, Sequence[str]]) -> float:
     )
 
 
+def highest_possible(references: Mapping[Key, Sequence[str]]) -> float:
+    """The accuracy in percent of every question's commonest answer, as the annotators wrote it."""
+    most = [(Counter(given).most_common(1)[0][1], len(given)) for given in references.values()]
+    return 100 * float(np.mean([_leave_one_out(*counts) for counts in most]))
+
+
 def report(
     answers: Mapping[Key, str],
     references: Mapping[Key, Sequence[str]],
@@ -149,6 +155,10 @@ def format_table(
     for group, accuracy in result.accuracy.items():
         lines.append(f"{group:{width}}" + "".join(f"{accuracy[each]:9.2f}" for each in VARIANTS))
     lines += [f"({variant}) {used_by}" for variant, used_by in VARIANTS.items()]
+    if few := sum(2 <= len(given) <= 3 for given in references.values()):
+        most = highest_possible(references)
+        few_have = f"{few:,} questions have only two or three annotators"
+        lines.append(f"{few_have}, who count at most 1/3 and 2/3: {most:.2f} is the most possible")
     if result.parted:
         lines.append(f"the variants part on {len(result.parted):,} of them:")
     for key in list(result.parted)[:PARTED_SHOWN]:

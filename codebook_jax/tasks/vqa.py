@@ -20,7 +20,7 @@ from codebook_jax.config import COMMON, FINETUNING, VQA, check_fields, with_fiel
 from codebook_jax.console import say
 from codebook_jax.data.examples import ExampleSpec
 from codebook_jax.data.sources import Source
-from codebook_jax.data.sources.json_files import read_object
+from codebook_jax.data.sources.json_files import read_json
 from codebook_jax.data.text import Tokenizer, Vocabulary
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import vqa
@@ -241,7 +241,7 @@ class Answering(Finetuning):
 
 def _answers_in(path: str) -> tuple[str, ...]:
     """The answers of a JSON list, each once."""
-    listed = read_object(path)
-    if not isinstance(listed, list) or not all(isinstance(it, str) for it in listed) or not listed:
-        raise UserError(f"{path} is not a JSON list of answers: give one, as in ['yes', 'no']")
+    listed = [answer for _, answer in read_json(path)]
+    if not all(isinstance(answer, str) for answer in listed) or not listed:
+        raise UserError(f'{path} is not a JSON list of answers: give one, as in ["yes", "no"]')
     return tuple(dict.fromkeys(listed))

@@ -39,6 +39,13 @@ class Loaded:
         self.config, self.step = config, step
         self._tokenizer, self._items = tokenizer, jax.device_put(items)
 
+    def __getattr__(self, name: str) -> Any:
+        verbs = [each for each in dir(type(self)) if not each.startswith("_")]
+        raise AttributeError(
+            f"a loaded {type(self).__name__} has no {name!r} but {', '.join(verbs)}: other tasks' "
+            "verbs come with the export of a run of theirs"
+        )
+
     def _pixel_chunks(
         self, pictures: list[Picture]
     ) -> Iterator[tuple[UInt8[np.ndarray, "rows side side 3"], int]]:

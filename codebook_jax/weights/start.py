@@ -174,6 +174,12 @@ def initial(
         arrays = copy | arrays
     if "queue/image" in shapes:
         rest.append(f"queues: {'loaded' if 'queue/image' in arrays else 'empty'}")
+    stage = STAGES.get(config.task)
+    if stage and any(part.task not in (stage, config.task) for part in start):
+        table.append(
+            f"warning: {config.task} usually starts from a run of --config.task={stage} on pairs, "
+            "which teaches the layers that are new: without it, expect less"
+        )
     return Initial(arrays, "\n".join([*table, *filter(None, ["; ".join(rest)])]))
 
 

@@ -187,6 +187,17 @@ def test_a_report_has_every_variant_and_type_and_where_the_variants_part():
     table = format_table(found, answers, references)
     assert "3 questions" in table and f"{100 * 2.6 / 3:.2f}" in table
     assert "'The cat.'" in table and "'cat' x10" in table and "(b) 0.00" in table
+    assert "most possible" not in table
+
+
+def test_a_table_says_how_much_few_annotators_can_give():
+    references = {1: ["red"] * 3, 2: ["blue"] * 2, 3: ["two"], 4: ["cup"] * 2 + ["mug"] * 8}
+    answers = {key: given[-1] for key, given in references.items()}
+    found = report(answers, references)
+    assert found.accuracy["overall"]["a"] == pytest.approx(100 * (2 / 3 + 1 / 3 + 1 + 1) / 4)
+    table = format_table(found, answers, references)
+    assert "2 questions have only two or three annotators" in table
+    assert "75.00 is the most possible" in table
 
 
 def test_answers_for_other_questions_are_refused():

@@ -91,7 +91,8 @@ def test_without_a_teacher_in_the_export_it_is_a_copy_of_the_student(pretrained,
 def test_both_blocks_of_two_pictures_and_the_decoder_start_as_the_fusion_encoder(
     pretrained, before
 ):
-    *_, arrays, _ = begun("nlvr2", pretrained)
+    *_, arrays, report = begun("nlvr2", pretrained)
+    assert "warning: nlvr2 usually starts from a run of --config.task=text_assignment" in report
     found = 0
     for name, array in before.items():
         if "student/towers/fusion/blocks/" in name:
@@ -167,7 +168,8 @@ def test_comparisons_go_on_with_what_text_assignment_has_learned_but_for_its_hea
     shutil.rmtree(folder / "teacher")
     with StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "student", parameters)
-    *_, arrays, _ = begun("nlvr2", folder)
+    *_, arrays, report = begun("nlvr2", folder)
+    assert "warning" not in report
     learned = {f"student/{name}": np.asarray(x) for name, x in sharding.named(parameters)}
     found = {name: arrays[name] for name in arrays if name.startswith("student/")}
     towers = {name: x for name, x in learned.items() if "/towers/" in name}

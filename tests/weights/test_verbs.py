@@ -80,3 +80,9 @@ def test_a_warning_points_to_the_line_that_called_the_verb(models, call):
     with pytest.warns(UserWarning, match="1 of 1 texts are longer than the 24 tokens") as caught:
         call(models)
     assert [one.filename for one in caught] == [__file__]
+
+
+def test_the_verb_of_another_task_names_those_there_are(models):
+    assert not hasattr(models["vqa"], "compare")
+    with pytest.raises(AttributeError, match="Entailing has no 'answer' but entails: other tasks'"):
+        models["entailment"].answer(A, "what")
