@@ -191,7 +191,7 @@ def test_a_report_has_every_variant_and_type_and_where_the_variants_part():
 
 
 def test_a_table_says_how_much_few_annotators_can_give():
-    references = {1: ["red"] * 3, 2: ["blue"] * 2, 3: ["two"], 4: ["cup"] * 2 + ["mug"] * 8}
+    references = {1: ["red"] * 3, 2: ["blue"] * 2, 3: ["2"], 4: ["cup"] * 2 + ["mug"] * 8}
     answers = {key: given[-1] for key, given in references.items()}
     found = report(answers, references)
     assert found.accuracy["overall"]["a"] == pytest.approx(100 * (2 / 3 + 1 / 3 + 1 + 1) / 4)
