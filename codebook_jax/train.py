@@ -128,7 +128,7 @@ class Run:
         between = self.try_between()
         self.evaluate()
         scores, kept = self.checkpoints.scores, self.checkpoints.best_step()
-        if between and self.step in scores and kept is not None:
+        if between and {0, self.step} <= scores.keys() and kept is not None:
             ends = {0.0: scores[0], 1.0: scores[self.step]}
             say(summary.best_between(ends | between, kept, scores[kept]))
         self.checkpoints.wait()

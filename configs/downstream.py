@@ -1,8 +1,8 @@
 """What the recipes of the downstream tasks share; configs/finetune_TASK.py has each.
 
 Li et al., NeurIPS 2021, appendix, whose recipes Duan et al., CVPR 2022, follow: AdamW, a cosine
-from 1e-5 or 2e-5 to 1e-6, 384 pixels, crops of 0.5 to 1, RandAugment, soft targets of an EMA
-teacher at 0.4. `tiny` suits the built-in scenes: minutes on two cores.
+from 1e-5 or 2e-5 to 1e-6, 384 pixels, crops of 0.5 to 1, mirrored at random, RandAugment, soft
+targets of an EMA teacher at 0.4. `tiny` suits the built-in scenes: minutes on two cores.
 """
 
 import runpy
@@ -47,6 +47,7 @@ def recipe(
             alike=0,
             teacher_view="same",  # ALBEF
             crop_scale=(1.0, 1.0) if tiny else (0.5, 1.0),  # ALBEF; scenes: whole pictures
+            flip=not tiny,  # ALBEF; left and right change places in texts
             randaugment_layers=0 if tiny else 2,  # ALBEF
         )
         config.evaluation.update(every_steps=-1, between=(0.25, 0.5, 0.75))  # once an epoch

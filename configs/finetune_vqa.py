@@ -1,6 +1,7 @@
 """Visual question answering, VQA 2.0, in every size: --config=configs/finetune_vqa.py[:SIZE]
---config.init=model:EXPORT --config.data.train=vqa:vqa_train.json,vqa:vqa_val.json,vqa:vg_qa.json
---config.data.eval=vqa:vqa_test.json --config.data.image_root=images
+--config.init=model:EXPORT --config.data.train=vqa:vqa_train.json,vqa:vg_qa.json
+--config.data.eval=vqa:vqa_val.json --config.data.test=vqa:vqa_test.json
+--config.data.image_root=images. For a submission, also train on vqa_val.json, as ALBEF does.
 """
 
 import runpy

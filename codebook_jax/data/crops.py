@@ -66,7 +66,11 @@ def resize(
 def crop_box(
     height: int, width: int, rng: np.random.Generator, *, scale: Range, ratio: Range
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random crop; after ten tries, a central one of near ratio."""
+    """(left, top, right, bottom) of a random crop; after ten tries, a central one of near ratio.
+    With a scale of 1 it is the whole picture, whatever its ratio.
+    """
+    if scale[0] >= 1:
+        return 0, 0, width, height
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_TRIES):
         target = height * width * rng.uniform(scale[0], scale[1])

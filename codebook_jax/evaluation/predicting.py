@@ -47,6 +47,7 @@ class Predicted(NamedTuple):
     outputs: PyTree[Shaped[np.ndarray, "examples ..."]]
     left_out: int  # examples whose pictures could not be read
     truncated: int  # texts longer than the model reads
+    unlisted: int = 0  # examples of the list that the source left out
 
 
 def predict(
@@ -98,7 +99,8 @@ def predict(
         say(f"{longer}: their ends are cut off")
     joined = jax.tree.map(lambda *parts: np.concatenate(parts)[positions], *outputs)
     examples, sizes = zip(*(kept[at] for at in positions), strict=True)
-    return Predicted(list(examples), list(sizes), joined, len(unreadable), truncated)
+    unlisted = source.listed - len(source)
+    return Predicted(list(examples), list(sizes), joined, len(unreadable), truncated, unlisted)
 
 
 def _read(source: Source, count: int, shape: tuple[int, ...], position: int) -> _Read:

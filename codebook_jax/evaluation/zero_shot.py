@@ -17,7 +17,7 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import classes, grounding
-from codebook_jax.evaluation.encoding import Progress
+from codebook_jax.evaluation.encoding import Progress, encode_rows, rows_over_shards
 from codebook_jax.evaluation.predicting import predict
 from codebook_jax.method.numerics import own_settings
 from codebook_jax.models.codis import Model
@@ -57,9 +57,14 @@ def tell_labels(
     """Accuracy of naming each image by the nearest prompt, and its table."""
     labels = sorted({label for at in range(len(source)) for label in source.captions(at)[-1:]})
 
+    rows = rows_over_shards(config.evaluation.batch, model.mesh)
+
     def encode(texts: list[str]) -> np.ndarray:
         tokens, lengths, _ = tokenizer.encode(texts, config.model.text.max_tokens)
-        return np.asarray(model.encode_texts(towers, tokens, lengths)[0])
+        calls = (slice(at, at + rows) for at in range(0, len(texts), rows))
+        run = functools.partial(model.encode_texts, towers)
+        found = (encode_rows(run, model.mesh, rows, tokens[at], lengths[at])[0] for at in calls)
+        return np.concatenate(list(found))
 
     def features(images: Array, tokens: Array, lengths: Array) -> Array:
         return model.encode_images(towers, images[:, 0])[0]

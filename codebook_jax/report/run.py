@@ -97,7 +97,7 @@ def facts(rows: Sequence[Row], parameters: int) -> dict[str, Any]:
     pace = columns.get("time/step_s")
     return {
         "parameters": parameters,
-        "step": int(steps[-1]),
+        "step": max((row["step"] for row in rows), default=0),
         "seconds": None if pace is None else float(np.nansum(pace * np.diff(steps))),
         "pace": None if pace is None else float(np.nanmedian(pace)),
         "not_finite": sum(row.get("loss") is None for row in training),

@@ -30,6 +30,7 @@ from codebook_jax.data.batch import Answers, ExampleBatch
 from codebook_jax.data.examples import ExampleSpec
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
+from codebook_jax.errors import UserError
 from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.evaluation.predicting import Predicted, Program, predict
 from codebook_jax.evaluation.submissions import set_aside
@@ -328,6 +329,16 @@ class Finetuning(Task):
         return self.predicted(self.network(student), self.pixels(images), tokens, lengths)
 
 
+def check_ids(found: Predicted, named: str) -> None:
+    """Raises UserError if examples have one id."""
+    repeated = len(found.examples) - len({example.key for example in found.examples})
+    if repeated:
+        raise UserError(
+            f"{repeated:,} {named} have the id of another: give each an id of its own, such as its "
+            "number"
+        )
+
+
 def without_answers(found: Predicted, named: str, **more: Any) -> Evaluation:
     """The evaluation of examples whose answers nobody knows."""
     count = {"examples": float(len(found.examples))}
@@ -338,11 +349,11 @@ def without_answers(found: Predicted, named: str, **more: Any) -> Evaluation:
 
 def submission(found: Predicted, write: Callable[[Path], str]) -> Callable[[Path], str]:
     """What writes a submission, or sets an older one aside if some example has no answer."""
-    if not found.left_out:
+    if not found.left_out and not found.unlisted:
         return write
     why = (
-        "it must answer every example and the pictures of "
-        f"{found.left_out:,} cannot be read: restore them and evaluate again"
+        f"it must answer every example, but the pictures of {found.left_out:,} cannot be read and "
+        f"{found.unlisted:,} of the list were left out before: restore them and evaluate again"
     )
     return functools.partial(set_aside, why=why)
 

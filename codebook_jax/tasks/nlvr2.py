@@ -27,7 +27,14 @@ from codebook_jax.evaluation.submissions import write_comparisons
 from codebook_jax.models.finetuned import LABELS
 from codebook_jax.tasks.classifying import Classifying
 from codebook_jax.tasks.draws import augmented
-from codebook_jax.tasks.finetune import FinetuneState, Finetuning, Rows, scalars_of, submission
+from codebook_jax.tasks.finetune import (
+    FinetuneState,
+    Finetuning,
+    Rows,
+    check_ids,
+    scalars_of,
+    submission,
+)
 from codebook_jax.tasks.task import Evaluation, Task
 
 SUBMISSION = "nlvr2_predictions.csv"
@@ -46,6 +53,7 @@ class Comparing(Classifying):
 
     def judged(self, found: Predicted, tokenizer: Tokenizer) -> Evaluation:
         """Accuracy and consistency."""
+        check_ids(found, "statements")
         judged = super().judged(found, tokenizer)
         references = {each.key: each.answers[0] for each in found.examples if each.answers}
         if not references:

@@ -42,6 +42,7 @@ from codebook_jax.tasks.finetune import (
     FinetuneState,
     Finetuning,
     Rows,
+    check_ids,
     scalars_of,
     submission,
     without_answers,
@@ -165,12 +166,8 @@ class Answering(Finetuning):
             given = [tokenizer.decode(row) for row in found.outputs]
         else:
             given = [self.config.vqa.candidates[best] for best in found.outputs[0][:, 0]]
+        check_ids(found, "questions")
         answers = {each.key: text for each, text in zip(found.examples, given, strict=True)}
-        if len(answers) < len(given):
-            raise UserError(
-                f"{len(given) - len(answers):,} questions have the id of another: give each an id "
-                "of its own, such as its number"
-            )
         write = functools.partial(write_vqa, answers=list(answers.items()), known=list(answers))
         options = {"files": ((SUBMISSION, submission(found, write)),)}
         references = {each.key: each.answers for each in found.examples if each.answers}
@@ -203,7 +200,8 @@ class Answering(Finetuning):
         of = config.vqa
         if of.candidates:
             return config
-        if before is not None and before.vqa.candidates_file == of.candidates_file:
+        same = ("candidates_file", "candidates_most")
+        if before is not None and all(before.vqa[name] == of[name] for name in same):
             return with_fields(config, {"vqa.candidates": before.vqa.candidates})
         counts = Counter(answer for at in range(len(source)) for answer in source.captions(at)[1:])
         if not counts:

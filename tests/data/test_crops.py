@@ -54,6 +54,12 @@ def test_a_picture_too_long_for_the_ratio_gives_its_middle():
     assert crop_box(1, 1, rng, **bounds) == (0, 0, 1, 1)
 
 
+@pytest.mark.parametrize("size", [(427, 640), (640, 360), (30, 400)])
+def test_at_a_scale_of_one_nothing_is_lost(size):
+    whole = crop_box(*size, np.random.default_rng(0), scale=(1.0, 1.0), ratio=(0.75, 4 / 3))
+    assert whole == (0, 0, size[1], size[0])
+
+
 def test_the_same_draws_give_the_same_crop_and_no_pixel_of_outside():
     image = np.zeros((60, 60, 3), np.uint8)
     image[:, 30:] = 255

@@ -108,6 +108,18 @@ def test_questions_of_one_id_are_refused_since_a_submission_answers_each_once(an
         answering.judged(found([7, 7, 8], CHOSEN), None)
 
 
+def test_statements_of_one_id_are_refused_since_they_would_be_judged_as_one(comparing):
+    with pytest.raises(UserError, match="1 statements have the id of another"):
+        comparing.judged(found([0, 1, 0], TRUTH, [("true",)] * 3), None)
+
+
+def test_a_submission_that_lacks_what_the_list_lost_is_not_written(comparing, tmp_path):
+    lost = found(IDENTIFIERS, TRUTH)._replace(unlisted=1)
+    [(name, write)] = comparing.judged(lost, None).files
+    assert "1 of the list were left out before" in write(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 # -- scores of a run that starts from a trained model, with a model of one weight
 
 

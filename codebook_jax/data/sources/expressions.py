@@ -73,10 +73,11 @@ def _detections(request: Request) -> tuple[str, Mapping[str, Any], bool]:
     if not path:
         return "", {}, False
     _refuse_pickle(path)
-    found, counts = read_object(path), Counter()
+    found, counts, entries = read_object(path), Counter(), 0
     if not isinstance(found, dict):
         raise UserError(f'{path} is not {{"REF_ID": [[X, Y, WIDTH, HEIGHT], ...]}}: correct it')
     for _, row in read_json(request.place):
+        entries += 1
         if isinstance(row, dict):
             counts["ref"] += str(row.get("ref_id")) in found
             counts["image"] += _image_id(row) in found
@@ -85,7 +86,7 @@ def _detections(request: Request) -> tuple[str, Mapping[str, Any], bool]:
             f"{path} has boxes for none of the ref_ids, nor of the image ids, of {request.place}: "
             "give the detections of these expressions"
         )
-    return path, found, counts["image"] > counts["ref"]
+    return path, found, counts["image"] > counts["ref"] and 2 * counts["ref"] < entries
 
 
 def _image_id(row: Mapping[str, Any]) -> str:

@@ -229,6 +229,15 @@ def test_expressions_have_the_box_and_the_detections_of_their_reference(tmp_path
     assert column(source, "proposals") == [(), (), (), (), proposals]
 
 
+def test_one_reference_without_detections_does_not_make_their_keys_those_of_images(tmp_path):
+    rows = [{"image": f"{1 + at % 3}.jpg", "text": "it", "ref_id": at} for at in range(1, 10)]
+    boxes = {str(at): [[at, 0, 5, 5]] for at in range(1, 9)}
+    path, found = write(tmp_path / "refs.json", rows), write(tmp_path / "dets.json", boxes)
+    source = open_it(f"grounding:{path}?detections={found}", "test")
+    given = [tuple(map(tuple, boxes.get(str(at), []))) for at in range(1, 10)]
+    assert column(source, "proposals") == given
+
+
 def test_detections_may_be_listed_by_image(tmp_path):
     path = write(tmp_path / "refs.json", EXPRESSIONS)
     found = write(tmp_path / "dets.json", BY_IMAGE)  # its "4" is an image, not the reference 4
