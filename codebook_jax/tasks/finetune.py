@@ -89,7 +89,7 @@ class Finetuning(Task):
     """
 
     images: ClassVar[int] = 1  # of an example
-    adopts = ARCHITECTURE
+    adopts, cautions = ARCHITECTURE, staticmethod(limits.long_warmup)
     labels: ClassVar[tuple[str, ...]] = ()  # the answers that it chooses from, if always the same
 
     def __init__(

@@ -178,13 +178,25 @@ def in_steps(config: ml_collections.ConfigDict, examples: int) -> ml_collections
 def cautions(config: ml_collections.ConfigDict) -> list[str]:
     """Sentences on what can work but learns little."""
     groups, batch = config.itm.groups, config.data.global_batch
-    pairs = batch // groups
+    pairs, slow = batch // groups, long_warmup(config)
     if not config.losses.matching or pairs >= FEW:
-        return []
+        return slow
     return [
+        *slow,
         f"config.itm.groups={groups} splits config.data.global_batch={batch} into groups of "
         f"{pairs} pairs, and a negative is one of {pairs - 1} others: give a batch of "
-        f"{FEW * groups} or more, or a new run fewer groups"
+        f"{FEW * groups} or more, or a new run fewer groups",
+    ]
+
+
+def long_warmup(config: ml_collections.ConfigDict) -> list[str]:
+    """A sentence on a learning rate that climbs for more than half of the steps."""
+    warmup, steps = config.optimizer.warmup_steps, config.train.steps
+    if 2 * warmup <= steps:
+        return []
+    return [
+        f"config.optimizer.warmup_steps={warmup:,} is more than half of the {steps:,} steps, and "
+        f"the learning rate hardly reaches its peak: give fewer, such as {steps // 10}"
     ]
 
 

@@ -1,12 +1,14 @@
 """Two real processes over gloo fine-tune as one process does on the same mesh."""
 
+import functools
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 from small_finetune import main_flags, rows_of, saved
-from small_run import ran, together
+from small_run import command, ran, together
 
 STEPS = 4
 WRITTEN = {  # what --mode=eval writes
@@ -17,6 +19,28 @@ WRITTEN = {  # what --mode=eval writes
     "grounding": "eval.json",
     "retrieval": "eval.json",
 }
+
+
+def with_devices(environment, devices):
+    virtual = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{environment['XLA_FLAGS']} {virtual}"
+    return environment | {"XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "1"}
+
+
+@pytest.mark.slow
+def test_two_processes_tell_labels_by_prompts_as_one(pretrained, one_device_environment, tmp_path):
+    figures = []
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        shutil.copytree(pretrained.parent, workdir)
+        data = {"data.test": "scenes:labels", "evaluation.images": 40}
+        flags = [*command(workdir, **data), "--mode=eval"]
+        environment = with_devices(one_device_environment, 4 // processes)
+        started = together([flags] * processes, environment)
+        said = [process.communicate(timeout=300)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * processes, said
+        figures.append(json.loads((workdir / "eval.json").read_text())["zero_shot"])
+    assert figures[0] == figures[1] and figures[0]["examples"] == 40
 
 
 @pytest.mark.slow
@@ -32,19 +56,15 @@ def test_two_processes_fine_tune_evaluate_and_answer_as_one(
         "data.scenes_examples": 400,
     }
 
-    def command(workdir, *more):
+    def started(workdir, *more):
         flags = main_flags(task, **changes)
         return [sys.executable, "-m", "codebook_jax.main", *flags, f"--workdir={workdir}", *more]
 
-    def environment(devices):
-        virtual = f"--xla_force_host_platform_device_count={devices}"
-        flags = f"{one_device_environment['XLA_FLAGS']} {virtual}"
-        return one_device_environment | {"XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "1"}
-
+    environment = functools.partial(with_devices, one_device_environment)
     one, two = tmp_path / "one", tmp_path / "two"
-    done = ran(command(one), environment(4))
+    done = ran(started(one), environment(4))
     assert done.returncode == 0, done.stderr[-3000:]
-    processes = together([command(two)] * 2, environment(2))
+    processes = together([started(two)] * 2, environment(2))
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     series = [
@@ -62,10 +82,10 @@ def test_two_processes_fine_tune_evaluate_and_answer_as_one(
     ours = saved(two, STEPS)
     for name, array in saved(one, STEPS).items():
         np.testing.assert_allclose(ours[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
-    processes = together([command(two, "--mode=eval")] * 2, environment(2))
+    processes = together([started(two, "--mode=eval")] * 2, environment(2))
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    done = ran(command(one, "--mode=eval"), environment(4))
+    done = ran(started(one, "--mode=eval"), environment(4))
     assert done.returncode == 0, done.stderr[-3000:]
     answers = [(workdir / WRITTEN[task]).read_text() for workdir in (one, two)]
     if WRITTEN[task] == "predictions.jsonl":  # with probabilities

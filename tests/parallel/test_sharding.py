@@ -235,3 +235,14 @@ def test_small_groups_of_negatives_are_warned_of_with_their_numbers(groups, chan
     config.update_from_flattened_dict({"data.global_batch": 64, "itm.groups": groups} | changes)
     found = " ".join(limits.cautions(config))
     assert bool(found) == bool(words) and all(word in found for word in words)
+
+
+def test_a_warmup_of_most_steps_is_warned_of():
+    config = base.paper("tiny")
+    negatives = {"data.global_batch": 64, "itm.groups": 8}
+    steps = {"optimizer.warmup_steps": 50, "train.steps": 100}
+    config.update_from_flattened_dict(negatives | steps)
+    assert limits.cautions(config) == [] == limits.long_warmup(config)
+    config.train.steps = 99
+    (said,) = limits.long_warmup(config)
+    assert limits.cautions(config) == [said] and "warmup_steps=50" in said and "99 steps" in said
