@@ -68,9 +68,9 @@ def top_k_accuracy(
     return {f"top{k}": found[f"top{k}"] for k in RANKS if k < scores.shape[1]}
 
 
-def is_above_chance(accuracy: float, chance: float, examples: int) -> bool:
-    """Whether an accuracy in percent is more than three standard errors above chance."""
-    return accuracy > chance + 3 * math.sqrt(chance * (100 - chance) / examples)
+def surely_above(chance: float, examples: int) -> float:
+    """The accuracy in percent that is three standard errors above chance, at most 100."""
+    return min(100, chance + 3 * math.sqrt(chance * (100 - chance) / examples))
 
 
 def format_table(result: Classified) -> str:
@@ -82,8 +82,11 @@ def format_table(result: Classified) -> str:
         f"accuracy of {result.examples:,} examples {found['accuracy']:.2f} % (the most frequent "
         f"label {found['chance_frequent']:.2f} %, a random one {found['chance_uniform']:.2f} %)"
     ]
-    if not is_above_chance(found["accuracy"], found["chance_frequent"], result.examples):
-        lines.append("this is no better than the most frequent label")
+    certain = surely_above(found["chance_frequent"], result.examples)
+    if found["accuracy"] <= certain:
+        lines.append(
+            f"of so few examples, up to {certain:.2f} % is no better than the most frequent label"
+        )
     return "\n".join(lines + (_table(result) or _mistakes(result)))
 
 

@@ -10,6 +10,7 @@ import abc
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -30,7 +31,7 @@ from codebook_jax.data.batch import Answers, ExampleBatch
 from codebook_jax.data.examples import ExampleSpec
 from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer, Vocabulary
-from codebook_jax.errors import UserError
+from codebook_jax.errors import UserError, first_few
 from codebook_jax.evaluation.encoding import Progress
 from codebook_jax.evaluation.predicting import Predicted, Program, predict
 from codebook_jax.evaluation.submissions import set_aside
@@ -331,11 +332,11 @@ class Finetuning(Task):
 
 def check_ids(found: Predicted, named: str) -> None:
     """Raises UserError if examples have one id."""
-    repeated = len(found.examples) - len({example.key for example in found.examples})
-    if repeated:
+    counts = Counter(example.key for example in found.examples)
+    if repeated := [repr(key) for key, count in counts.items() if count > 1]:
         raise UserError(
-            f"{repeated:,} {named} have the id of another: give each an id of its own, such as its "
-            "number"
+            f"{len(repeated):,} ids are those of several {named} ({first_few(repeated, 3)}): give "
+            "each an id of its own, such as its number"
         )
 
 

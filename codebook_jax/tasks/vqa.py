@@ -188,9 +188,24 @@ class Answering(Finetuning):
             metric="VQA accuracy in validation",
             summary=f"VQA accuracy {figures['accuracy']:.2f} % (always the best same answer "
             f"{figures['chance']:.2f} %) of {len(references):,} questions",
-            table=vqa.format_table(report, known, references),
+            table="\n".join(
+                (
+                    vqa.format_table(report, known, references),
+                    f"always the best same answer: {figures['chance']:.2f}",
+                    *self._reachable(references),
+                )
+            ),
             **options,
         )
+
+    def _reachable(self, references: dict[int | str, tuple[str, ...]]) -> list[str]:
+        """A line on the questions with an answer among those to choose from."""
+        if self.config.vqa.method == "generate":
+            return []
+        known = set(self.config.vqa.candidates)
+        reached = sum(not known.isdisjoint(given) for given in references.values())
+        of = f"{reached:,} of {len(references):,} questions ({reached / len(references):.1%})"
+        return [f"{of} have an answer among the {len(known):,} to choose from"]
 
     @staticmethod
     def from_data(
@@ -233,7 +248,8 @@ class Answering(Finetuning):
             answers = own.candidates[: of.candidates_most]
         else:
             return config
-        say(f"{len(answers):,} answers to choose from; the run has {len(own.candidates):,}")
+        common, has = len(set(answers) & set(own.candidates)), len(own.candidates)
+        say(f"{len(answers):,} answers to choose from, {common:,} of them among the run's {has:,}")
         return with_fields(config, {"vqa.candidates": answers})
 
 

@@ -43,7 +43,7 @@ def evaluate(
     parts = build.build_trained(config, workdir, flags)
     config, resumes = parts.config, parts.task.resumes
     spec = config.data.test or config.data.eval
-    with _own_cache(workdir) if resumes else contextlib.nullcontext() as folder:
+    with _own_cache(workdir) as folder:
         source = source_of(config, spec, "test", kind=parts.task.reads, also=parts.task.evaluates)
         parts.task.check_data(config, spec, source)
         restored = build.restore_trained(parts, workdir, parts.task.checkpoint_items().evaluated)

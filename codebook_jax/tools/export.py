@@ -84,7 +84,9 @@ def export(
                     folder.rename(replaced)  # a folder cannot be renamed onto one that holds files
                 draft.rename(folder)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            say(f"exported the {', '.join(items)}, {size / 1e6:,.1f} MB, to {folder}{again}")
+            share = parts.config.export.between
+            mixed = f", {share:.0%} of the way from the start" if mixes else ""
+            say(f"exported the {', '.join(items)}{mixed}, {size / 1e6:,.1f} MB, to {folder}{again}")
             if parts.config.task not in LOADED:
                 use = "start another task from it: --config.init=model:{folder}"
             say(use.format(folder=folder))

@@ -256,13 +256,14 @@ class Codis(Loaded):
 def load(path: str | os.PathLike, *, teacher: bool = False) -> Codis | Finetuned:
     """The model of an export folder, or of a workdir that has one; see `codebook_jax.load`."""
     devices.check_platforms()
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"load({path!r}): give the path of an export")
     given = Path(os.path.expanduser(path)).absolute()
     folder = given if os.path.isfile(given / MANIFEST) else given / FOLDER
     if not os.path.isfile(folder / MANIFEST):  # also if the name is too long
-        raise UserError(
-            f"{given} is not a folder with an {MANIFEST}: give an export, or make the run's with "
-            f"python -m codebook_jax.main --workdir={given} --mode=export"
-        )
+        command = f"python -m codebook_jax.main --workdir={given} --mode=export"
+        of_run = f", or make the run's with {command}" if os.path.isdir(given) else ""
+        raise UserError(f"{given} is not a folder with an {MANIFEST}: give an export{of_run}")
     with reading(folder / MANIFEST):
         manifest = parse_json((folder / MANIFEST).read_bytes())
         number, items, step = (manifest[field] for field in ("format", "items", "step"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from codebook_jax.errors import UserError
-from codebook_jax.evaluation.classes import classify, format_table, is_above_chance, top_k_accuracy
+from codebook_jax.evaluation.classes import classify, format_table, surely_above, top_k_accuracy
 
 NAMES = ("contradiction", "neutral", "entailment")
 
@@ -36,8 +36,8 @@ def test_always_saying_the_most_frequent_label_is_chance():
 
 def test_three_standard_errors_make_the_difference():
     # chance 50 % of 100 examples: one standard error is 5
-    assert not is_above_chance(64.9, 50, 100)
-    assert is_above_chance(65.1, 50, 100)
+    assert surely_above(50, 100) == 65
+    assert surely_above(90, 10) == 100
 
 
 def test_labels_that_are_not_names_are_refused():

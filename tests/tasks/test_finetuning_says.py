@@ -79,8 +79,10 @@ def test_known_answers_score_those_examples_alone_and_all_are_written(
     judged = comparing.judged(found(IDENTIFIERS, TRUTH, labels), None)
     assert judged.score == 50 and judged.results["student"]["consistency"] == 50  # of 2 sentences
     assert len(written(judged, tmp_path)["nlvr2_predictions.csv"].splitlines()) == 3
-    judged = answering.judged(found([7, 9, 8], CHOSEN, [("2",) * 10, (), ("blue",) * 10]), None)
+    judged = answering.judged(found([7, 9, 8], CHOSEN, [("2",) * 10, (), ("mauve",) * 10]), None)
     assert judged.score == 50 and judged.results["student"]["questions"] == 2
+    assert "always the best same answer: 50.00" in judged.table
+    assert "1 of 2 questions (50.0%) have an answer among the 3 to choose from" in judged.table
 
 
 def test_a_submission_that_would_miss_examples_is_not_written_and_an_older_one_is_set_aside(
@@ -104,12 +106,12 @@ def test_a_submission_that_would_miss_examples_is_not_written_and_an_older_one_i
 
 
 def test_questions_of_one_id_are_refused_since_a_submission_answers_each_once(answering):
-    with pytest.raises(UserError, match="1 questions have the id of another"):
+    with pytest.raises(UserError, match=r"1 ids are those of several questions \(7\)"):
         answering.judged(found([7, 7, 8], CHOSEN), None)
 
 
 def test_statements_of_one_id_are_refused_since_they_would_be_judged_as_one(comparing):
-    with pytest.raises(UserError, match="1 statements have the id of another"):
+    with pytest.raises(UserError, match=r"1 ids are those of several statements \(0\)"):
         comparing.judged(found([0, 1, 0], TRUTH, [("true",)] * 3), None)
 
 

@@ -90,7 +90,7 @@ def test_comparisons_are_answered_by_identifier_unless_a_picture_is_lost(
     official, albefs = specs["comparisons"]
     workdir = tmp_path / "run"
     train = f"{packed(official, tmp_path / 'packed')},{albefs}"
-    config = learned("nlvr2", train, pretrained, workdir)
+    config = learned("nlvr2", train, pretrained, workdir, **{"data.eval": official})
     results, said = result_of(config, workdir, official)
     assert results["student"]["examples"] == 3 and results["student"]["sentences"] == 2
     written = (workdir / "nlvr2_predictions.csv").read_text().splitlines()

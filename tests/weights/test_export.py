@@ -267,6 +267,7 @@ def test_what_is_no_export_is_refused(exported, straight, tmp_path, monkeypatch)
         ("~/nothing", f"{tmp_path}/nothing is not a folder with an export.json"),
         (straight.workdir / "config.json", "config.json is not a folder with an export.json"),
         (tmp_path, "is not a folder with an export.json"),
+        (5, r"load\(5\): give the path of an export"),
         (exported.run, f"--workdir={exported.run} --mode=export"),
     ):
         with pytest.raises(UserError, match=sentence):

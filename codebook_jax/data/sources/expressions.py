@@ -45,6 +45,7 @@ def open_expressions(request: Request) -> ListedExamples:
 def _entries(request: Request) -> Iterator[Entry]:
     _refuse_pickle(request.place)
     place, detections, by_image = _detections(request)
+    meant: dict[str, tuple[str, list[Box]]] = {}  # by ref_id: the picture and its box
     for index, (where, row) in enumerate(read_json(request.place)):
         text = _field(where, row, "text", "a sentence")
         image = _field(where, row, "image", "the path of an image")
@@ -54,6 +55,11 @@ def _entries(request: Request) -> Iterator[Entry]:
             for name in _BOXES
             if row.get(name) is not None
         ]
+        if "ref_id" in row and meant.setdefault(str(key), (image, boxes)) != (image, boxes):
+            raise UserError(
+                f'{where}, key "ref_id": {key!r} is also the ref_id of another picture or box: '
+                "give each part of a picture an id of its own, which its expressions share"
+            )
         wanted = _image_id(row) if by_image else str(row.get("ref_id"))
         found = detections.get(wanted, ())
         if not isinstance(found, list | tuple):
@@ -72,7 +78,7 @@ def _detections(request: Request) -> tuple[str, Mapping[str, Any], bool]:
     path = os.path.expanduser(request.options.get("detections", ""))
     if not path:
         return "", {}, False
-    _refuse_pickle(path)
+    refuse_pickle(path)
     found, counts, entries = read_object(path), Counter(), 0
     if not isinstance(found, dict):
         raise UserError(f'{path} is not {{"REF_ID": [[X, Y, WIDTH, HEIGHT], ...]}}: correct it')

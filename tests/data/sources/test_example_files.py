@@ -238,6 +238,13 @@ def test_one_reference_without_detections_does_not_make_their_keys_those_of_imag
     assert column(source, "proposals") == given
 
 
+@pytest.mark.parametrize("change", [{"image": "other.jpg"}, {"bbox": [1, 2, 3, 4]}])
+def test_one_reference_of_two_pictures_or_boxes_is_refused(tmp_path, change):
+    path = write(tmp_path / "refs.json", [EXPRESSIONS[0], EXPRESSIONS[0] | change])
+    said = refusal(f"grounding:{path}")
+    assert 'refs.json[1], key "ref_id": 3 is also the ref_id of another picture or box' in said
+
+
 def test_detections_may_be_listed_by_image(tmp_path):
     path = write(tmp_path / "refs.json", EXPRESSIONS)
     found = write(tmp_path / "dets.json", BY_IMAGE)  # its "4" is an image, not the reference 4
