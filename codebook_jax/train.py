@@ -288,6 +288,8 @@ class Run:
         self.checkpoints.record_score(self.step, found.score, found.metric)
         best = self.checkpoints.best_step()
         rank = "the best so far" if best == self.step else f"the best is still step {best}"
+        if best is None:
+            rank = "without known answers none is the best: name data.eval that has some"
         rank = rank if self.step else "before the first step"
         say(f"validation at step {self.step:,}: {found.summary}; {rank}")
         if found.score < (start := self.checkpoints.scores.get(0, -math.inf)):
@@ -309,7 +311,8 @@ class Run:
         way, if the run has ended and this was not done before (Wortsman et al. 2022).
         """
         shares, done = self.config.evaluation.between, self.step in self.checkpoints.scores
-        if self.step < self.config.train.steps or self.bad_in_row or done or not self.fine_tunes:
+        without = math.isnan(self.checkpoints.scores.get(0, 0.0)) or not self.fine_tunes
+        if self.step < self.config.train.steps or self.bad_in_row or done or without:
             return {}
         task, name = self.parts.task, self.parts.task.checkpoint_items().trained
         start = weights.read_start(self.config, task.adopts) if shares else ()

@@ -42,9 +42,7 @@ class Labelling(Classifying):
             Labelling.check_data(config, config.data.train, source)
         elif before is not None:
             names = tuple(before.labels.names)
-        names = names or tuple(
-            sorted({label for at in range(len(source)) for label in source.captions(at)[-1:]})
-        )
+        names = names or tuple(sorted(_labels_of(source)))
         if len(names) < 2:
             raise UserError(f"{source!r} has {len(names)} label: give images of two or more")
         return with_fields(config, {"labels.names": names})
@@ -52,12 +50,9 @@ class Labelling(Classifying):
     @staticmethod
     def check_data(config: ml_collections.ConfigDict, spec: str, source: Source) -> None:
         """Raises UserError, naming them and a picture of each, for labels that are not learned."""
-        known, others = set(config.labels.names), {}
-        for at in range(len(source)):
-            if not known.issuperset(label := source.captions(at)[-1:]):
-                others.setdefault(*label, at)
-        if others:
-            named = [f"{label!r} ({source.name(at)})" for label, at in others.items()]
+        known, found = set(config.labels.names), _labels_of(source)
+        named = [f"{it!r} ({source.name(at)})" for it, at in found.items() if it not in known]
+        if named:
             raise UserError(
                 f"{spec} has labels that are none of the {len(known):,} in training: "
                 f"{first_few(named, 5)}: add pictures of these to the training data, or leave them "
@@ -67,3 +62,14 @@ class Labelling(Classifying):
     def batch_spec(self) -> ExampleSpec:
         """What this process's rows of a batch hold."""
         return super().batch_spec()._replace(labels=self.labels)
+
+
+def _labels_of(source: Source) -> dict[str, int]:
+    """The labels, each with the first position that has it; UserError for one without words."""
+    found: dict[str, int] = {}
+    for at in range(len(source)):
+        label = source.captions(at)[-1:]
+        if not label:
+            raise UserError(f"{source.name(at)} has a label without words: name it in words")
+        found.setdefault(label[0], at)
+    return found

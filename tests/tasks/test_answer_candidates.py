@@ -75,6 +75,7 @@ def test_a_run_keeps_its_own_also_when_its_data_change_and_when_it_is_used(tmp_p
     before = config_of("vqa", **{"vqa.candidates": ("yes", "no")})
     assert candidates(before=before) == ("yes", "no")
     assert candidates(before=before, candidates=("maybe",)) == ("maybe",)
+    assert candidates(before=before, candidates_most=2) == candidates(candidates_most=2)
     record = {"config": before.to_dict()}
     assert trained_config(tmp_path, record, None).vqa.candidates == ("yes", "no")
     assert trained_config(tmp_path, record, config_of("vqa")).vqa.candidates == ("yes", "no")

@@ -143,6 +143,15 @@ def test_a_run_scores_its_start_and_warns_of_every_later_score_below_it(world, t
     assert scored == [0, 6, 12]
 
 
+def test_without_known_answers_no_step_is_called_the_best(world, tmp_path, capsys):
+    world.score = lambda step: float("nan")
+    train.fit(world_config(**FINETUNES, **{"evaluation.between": (0.5,)}), tmp_path)
+    said = capsys.readouterr().out
+    assert "step 6: scored nan; without known answers none is the best: name data.eval" in said
+    assert "None" not in said and "between" not in said
+    assert world.evaluated == [(0, False), (6, False), (12, True)]
+
+
 def test_a_fresh_run_is_not_scored_before_it_has_learned_anything(world, tmp_path, capsys):
     world.score = {6: 40.0, 12: 30.0}.get
     train.fit(world_config(**FINETUNES | {"init": "random"}), tmp_path)

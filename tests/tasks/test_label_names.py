@@ -55,3 +55,10 @@ def test_labels_given_by_name_must_have_those_of_training(folders):
     given = of(folders, **{"labels.names": ("cup", "fork")})
     with pytest.raises(UserError, match=r"train has labels .* 'plate' \(plate/1.jpg\)"):
         Labelling.from_data(given, None, source)
+
+
+def test_a_label_without_words_is_refused_by_its_picture(tmp_path):
+    write_pictures(tmp_path, ["-/1.jpg", "cup/1.jpg", "plate/1.jpg"])
+    config, source = of({"train": "folders:"}), open_it(f"folders:{tmp_path}")
+    with pytest.raises(UserError, match="-/1.jpg has a label without words"):
+        Labelling.from_data(config, None, source)
