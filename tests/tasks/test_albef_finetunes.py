@@ -105,6 +105,7 @@ class Golden:
                     "model.image.depth": sizes["vit_depth"],
                     "model.image.heads": sizes["heads"],
                     "model.image.stem": "patch",
+                    "teacher.use": True,
                     "model.text.width": bert["hidden_size"],
                     "model.text.depth": bert["fusion_layer"],
                     "model.text.fusion_depth": 6,
