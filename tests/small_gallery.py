@@ -24,7 +24,7 @@ class Numbers:
     """
 
     def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:
-        self.count, self.broken = count, broken
+        self.count, self.listed, self.broken = count, count, broken
         self.read: list[int] = []
 
     def __len__(self) -> int:
