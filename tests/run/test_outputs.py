@@ -165,6 +165,8 @@ class NoImages(Source):
 
 def test_an_evaluation_is_shown_though_it_cannot_be_written(tmp_path, monkeypatch, capsys):
     def evaluated(*_, **__):
+        with pytest.raises(UserError, match="is in use by process"):  # whatever the task
+            evaluate.evaluate(None, tmp_path)
         (tmp_path / "eval.json").mkdir()  # since it was looked at
         return Evaluation({"student/dual": {}}, {}, 0.0, "", "", "R@1 12.34")
 
