@@ -96,7 +96,7 @@ def encode_source(
     if truncated:
         longer = f"{truncated:,} of {len(captions):,} captions are longer than {max_tokens} tokens"
         say(f"{longer}: their ends are cut off")
-    texts = _encode_texts(of_texts, towers, (tokens, lengths), model.mesh, rows, books)
+    texts = encode_texts(of_texts, towers, (tokens, lengths), model.mesh, rows, books)
     features = {}
     for name in towers:
         of_image, tokens_of = seen.features[name][positions], _tokens_of(name)
@@ -196,7 +196,7 @@ def _encode_images(
     return seen
 
 
-def _encode_texts(
+def encode_texts(
     run: Run,
     towers: Mapping[str, PyTree],
     inputs: tuple[Int[np.ndarray, "texts tokens"], Int[np.ndarray, " texts"]],

@@ -17,8 +17,9 @@ from codebook_jax.data.sources import Source
 from codebook_jax.data.text import Tokenizer
 from codebook_jax.errors import UserError
 from codebook_jax.evaluation import classes, grounding
-from codebook_jax.evaluation.encoding import Progress, encode_rows, rows_over_shards
+from codebook_jax.evaluation.encoding import encode_texts, rows_over_shards, run_towers
 from codebook_jax.evaluation.predicting import predict
+from codebook_jax.evaluation.stage import IN_MEMORY, Progress
 from codebook_jax.method.numerics import own_settings
 from codebook_jax.models.codis import Model
 from codebook_jax.models.explaining import explain_pairs
@@ -56,15 +57,13 @@ def tell_labels(
 ) -> tuple[Figures, str]:
     """Accuracy of naming each image by the nearest prompt, and its table."""
     labels = sorted({label for at in range(len(source)) for label in source.captions(at)[-1:]})
-
     rows = rows_over_shards(config.evaluation.batch, model.mesh)
 
     def encode(texts: list[str]) -> np.ndarray:
         tokens, lengths, _ = tokenizer.encode(texts, config.model.text.max_tokens)
-        calls = (slice(at, at + rows) for at in range(0, len(texts), rows))
-        run = functools.partial(model.encode_texts, towers)
-        found = (encode_rows(run, model.mesh, rows, tokens[at], lengths[at])[0] for at in calls)
-        return np.concatenate(list(found))
+        run = functools.partial(run_towers, model.encode_texts, ())
+        given = run, {"student": towers}, (tokens, lengths), model.mesh, rows, IN_MEMORY
+        return encode_texts(*given)["student"]
 
     def features(images: Array, tokens: Array, lengths: Array) -> Array:
         return model.encode_images(towers, images[:, 0])[0]
