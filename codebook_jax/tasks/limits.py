@@ -177,15 +177,19 @@ def in_steps(config: ml_collections.ConfigDict, examples: int) -> ml_collections
 
 def cautions(config: ml_collections.ConfigDict) -> list[str]:
     """Sentences on what can work but learns little."""
+    return [*long_warmup(config), *_few_negatives(config)]
+
+
+def _few_negatives(config: ml_collections.ConfigDict) -> list[str]:
+    """A sentence on groups of matching negatives with few pairs."""
     groups, batch = config.itm.groups, config.data.global_batch
-    pairs, slow = batch // groups, long_warmup(config)
+    pairs = batch // groups
     if not config.losses.matching or pairs >= FEW:
-        return slow
+        return []
     return [
-        *slow,
         f"config.itm.groups={groups} splits config.data.global_batch={batch} into groups of "
         f"{pairs} pairs, and a negative is one of {pairs - 1} others: give a batch of "
-        f"{FEW * groups} or more, or a new run fewer groups",
+        f"{FEW * groups} or more, or a new run fewer groups"
     ]
 
 
