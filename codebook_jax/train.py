@@ -128,7 +128,7 @@ class Run:
         between = self.try_between()
         self.evaluate()
         scores, kept = self.checkpoints.scores, self.checkpoints.best_step()
-        if between and {0, self.step} <= scores.keys() and kept is not None:
+        if between and self.step in scores and kept is not None:
             ends = {0.0: scores[0], 1.0: scores[self.step]}
             say(summary.best_between(ends | between, kept, scores[kept]))
         self.checkpoints.wait()
@@ -311,8 +311,9 @@ class Run:
         way, if the run has ended and this was not done before (Wortsman et al. 2022).
         """
         shares, done = self.config.evaluation.between, self.step in self.checkpoints.scores
-        without = math.isnan(self.checkpoints.scores.get(0, 0.0)) or not self.fine_tunes
-        if self.step < self.config.train.steps or self.bad_in_row or done or without:
+        if self.step < self.config.train.steps or self.bad_in_row or done or not self.fine_tunes:
+            return {}
+        if math.isnan(self.checkpoints.scores.get(0, math.nan)):  # nothing to compare them with
             return {}
         task, name = self.parts.task, self.parts.task.checkpoint_items().trained
         start = weights.read_start(self.config, task.adopts) if shares else ()

@@ -152,6 +152,15 @@ def test_without_known_answers_no_step_is_called_the_best(world, tmp_path, capsy
     assert world.evaluated == [(0, False), (6, False), (12, True)]
 
 
+def test_without_a_score_of_the_start_no_weights_between_are_tried(world, tmp_path, capsys):
+    world.score = float
+    train.fit(world_config(**FINETUNES | {"train.steps": 6}), tmp_path)
+    (tmp_path / "best.json").unlink()
+    train.fit(world_config(**FINETUNES, **{"evaluation.between": (0.5,)}), tmp_path)
+    assert "between" not in capsys.readouterr().out
+    assert world.evaluated == [(0, False), (6, True), (6, False), (12, True)]
+
+
 def test_a_fresh_run_is_not_scored_before_it_has_learned_anything(world, tmp_path, capsys):
     world.score = {6: 40.0, 12: 30.0}.get
     train.fit(world_config(**FINETUNES | {"init": "random"}), tmp_path)
