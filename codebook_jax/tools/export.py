@@ -66,8 +66,8 @@ def export(
     draft, replaced = (folder.with_name(f".{name}.{end}") for end in ("draft", "replaced"))
     with _alone(folder, draft, replaced) if first else contextlib.nullcontext():
         _together("the draft's folder is empty")
-        mixes = parts.config.export.between < 1  # with the last weights, as training tried it
-        restored = build.restore_trained(parts, workdir, items, newest=mixes)
+        share = parts.config.export.between  # below 1, of the last weights, as training tried it
+        restored = build.restore_trained(parts, workdir, items, newest=share < 1)
         try:
             _write(draft, parts, restored, items)
         except (OSError, UserError):
@@ -84,8 +84,7 @@ def export(
                     folder.rename(replaced)  # a folder cannot be renamed onto one that holds files
                 draft.rename(folder)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            share = parts.config.export.between
-            mixed = f", {share:.0%} of the way from the start" if mixes else ""
+            mixed = f", {share:.0%} of the way from the start" if share < 1 else ""
             say(f"exported the {', '.join(items)}{mixed}, {size / 1e6:,.1f} MB, to {folder}{again}")
             if parts.config.task not in LOADED:
                 use = "start another task from it: --config.init=model:{folder}"

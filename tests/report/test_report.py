@@ -315,9 +315,8 @@ def test_a_fine_tuned_run_shows_its_accuracy_and_the_weights_between(tmp_path):
     assert accuracy["xs"] == [0, 3] and accuracy["series"][0]["values"] == [61.25, 61.25]
     assert [one["label"] for one in accuracy["series"]] == ["accuracy", "chance frequent"]
     assert way["xs"] == [0, 50, 100] and way["series"][0]["values"] == [58.0, 60.5, 61.25]
-    assert run.facts([*rows, {"step": 5, **evaluation}], 1)["step"] == 5  # of which none is logged
-    assert run.facts(rows, 1)["logged"] == 3  # an evaluation is no step that was not finite
-    assert run.facts(rows, 1)["not_finite"] == 1
+    facts = run.facts([*rows, {"step": 5, **evaluation}], 1)  # which is no step that is logged
+    assert (facts["logged"], facts["not_finite"], facts["step"]) == (3, 1, 5)
     found = run.result(tmp_path / "none", rows)
     figures = {"accuracy": 61.25, "chance_frequent": 33.0, "examples": 1200.0}
     assert found["protocols"] == {"student": figures}
